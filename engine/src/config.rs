@@ -1,0 +1,240 @@
+//! Every setting of the engine, with its default, unit and range, checked in one place.
+//!
+//! Always holds: a [`Config`] that passed [`Config::validate`] needs no further checks anywhere;
+//! unknown keys are refused when one is read from text.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::Codec;
+use crate::{EngineError, Result};
+
+/// How chunks are encoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// `float` while the device is the bottleneck, `none` when the writers would starve.
+    #[default]
+    Auto,
+    /// Raw bytes.
+    None,
+    /// Byte planes with Huffman coding, made for floating-point weights and moments.
+    Float,
+    /// Plain zstd.
+    Zstd,
+    /// Plain gzip: for interoperability only, it is slow.
+    Gzip,
+}
+
+impl Compression {
+    /// The codec that is fixed by this setting; `None` for `auto`, where each chunk decides.
+    pub fn fixed_codec(self) -> Option<Codec> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(Codec::None),
+            Self::Float => Some(Codec::Float),
+            Self::Zstd => Some(Codec::Zstd),
+            Self::Gzip => Some(Codec::Gzip),
+        }
+    }
+}
+
+/// Which way bytes reach the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IoBackend {
+    /// `uring` where the kernel allows it, else `threads`.
+    #[default]
+    Auto,
+    /// io_uring; an error where the kernel refuses it.
+    Uring,
+    /// A pool of threads with `pwritev2` and `preadv2`.
+    Threads,
+}
+
+/// Whether the page cache is bypassed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DirectIo {
+    /// Direct where the filesystem takes it, else buffered.
+    #[default]
+    Auto,
+    /// Direct; an error where the filesystem refuses it.
+    On,
+    /// Buffered.
+    Off,
+}
+
+/// Settings of one engine, that is of one store as one process sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Directory of the store. Created by a writer, with its parents. No default.
+    pub path: PathBuf,
+    /// Name of the training run, written into manifests. Default `default`; 1 to 255 bytes.
+    pub job: String,
+    /// This process's rank. Default 0; less than `world_size`.
+    pub rank: u32,
+    /// Number of ranks that save together. Default 1, and 1 is the only value without a
+    /// coordinator.
+    pub world_size: u32,
+    /// Never creates, writes, locks or deletes anything. Default false.
+    pub read_only: bool,
+    /// How chunks are encoded. Default `auto`.
+    pub compression: Compression,
+    /// Bytes of a chunk. Default 4 MiB; a power of two from 64 KiB to 64 MiB.
+    pub chunk_bytes: u32,
+    /// Bytes of the staging arena. Default: the state's size, at most a quarter of the machine's
+    /// memory; at least four chunks.
+    pub staging_bytes: Option<u64>,
+    /// Whether the page cache is bypassed. Default `auto`.
+    pub direct_io: DirectIo,
+    /// Which way bytes reach the device. Default `auto`.
+    pub io_backend: IoBackend,
+    /// Bytes in flight to the device. Default 32 MiB; at least one chunk, at most 1 GiB.
+    pub in_flight_bytes: u64,
+    /// Threads that checksum and encode. Default: one per core, at most 16.
+    pub workers: Option<u32>,
+    /// Newest checkpoints to keep. Default: all. At least 1.
+    pub keep_last_n: Option<u32>,
+    /// Keep every checkpoint whose step is a multiple of this, besides. Default: none. At least 1.
+    pub keep_every: Option<u64>,
+    /// Age, in seconds by the store's clock, below which nothing abandoned is deleted. Default 24 h.
+    pub gc_grace_seconds: u64,
+    /// Check every chunk's checksums on load. Default true; manifests and indexes are always checked.
+    pub verify_on_load: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            job: "default".into(),
+            rank: 0,
+            world_size: 1,
+            read_only: false,
+            compression: Compression::Auto,
+            chunk_bytes: CHUNK_BYTES_DEFAULT,
+            staging_bytes: None,
+            direct_io: DirectIo::Auto,
+            io_backend: IoBackend::Auto,
+            in_flight_bytes: 32 << 20,
+            workers: None,
+            keep_last_n: None,
+            keep_every: None,
+            gc_grace_seconds: 24 * 60 * 60,
+            verify_on_load: true,
+        }
+    }
+}
+
+/// Default of [`Config::chunk_bytes`].
+pub const CHUNK_BYTES_DEFAULT: u32 = 4 << 20;
+/// Smallest [`Config::chunk_bytes`].
+pub const CHUNK_BYTES_MIN: u32 = 64 << 10;
+/// Largest [`Config::chunk_bytes`].
+pub const CHUNK_BYTES_MAX: u32 = 64 << 20;
+/// Fewest chunks that the staging arena holds: one being captured, one encoded, two in flight.
+pub const STAGING_CHUNKS_MIN: u64 = 4;
+/// Most bytes in flight.
+pub const IN_FLIGHT_BYTES_MAX: u64 = 1 << 30;
+
+impl Config {
+    /// A configuration for the store at `path`, all else default.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), ..Self::default() }
+    }
+
+    /// Checks every range and the relations between settings.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_identity()?;
+        self.validate_sizes()?;
+        self.validate_retention()
+    }
+
+    fn validate_identity(&self) -> Result<()> {
+        if self.path.as_os_str().is_empty() {
+            return Err(EngineError::invalid(
+                "setting `path`",
+                "it is empty",
+                "name the directory of the store, or set CHECKPOINT_DIR",
+            ));
+        }
+        if self.job.is_empty() || self.job.len() > 255 {
+            return Err(EngineError::invalid(
+                format!("setting `job`, {} bytes long", self.job.len()),
+                "a job name has 1 to 255 bytes",
+                "choose a short name for the training run",
+            ));
+        }
+        if self.world_size == 0 || self.rank >= self.world_size {
+            return Err(EngineError::invalid(
+                format!("settings `rank` = {}, `world_size` = {}", self.rank, self.world_size),
+                "a rank is less than the world size, which is at least 1",
+                "take both from the launcher: RANK and WORLD_SIZE",
+            ));
+        }
+        if self.world_size > 1 && !self.read_only {
+            return Err(EngineError::invalid(
+                format!("setting `world_size` = {}", self.world_size),
+                "ranks that save one checkpoint together need a coordinator, and none is configured",
+                "save from one rank with `rank=0, world_size=1`, or give each rank a store of its own",
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_sizes(&self) -> Result<()> {
+        if !self.chunk_bytes.is_power_of_two()
+            || !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&self.chunk_bytes)
+        {
+            return Err(EngineError::invalid(
+                format!("setting `chunk_bytes` = {}", self.chunk_bytes),
+                format!("a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} is expected"),
+                format!("leave it at its default, {CHUNK_BYTES_DEFAULT}"),
+            ));
+        }
+        let staging_bytes_min = STAGING_CHUNKS_MIN * u64::from(self.chunk_bytes);
+        if let Some(staging_bytes) = self.staging_bytes.filter(|bytes| *bytes < staging_bytes_min) {
+            return Err(EngineError::invalid(
+                format!("setting `staging_bytes` = {staging_bytes}"),
+                format!("at least {STAGING_CHUNKS_MIN} chunks, {staging_bytes_min} bytes, are needed"),
+                "raise `staging_bytes` or lower `chunk_bytes`",
+            ));
+        }
+        if !(u64::from(self.chunk_bytes)..=IN_FLIGHT_BYTES_MAX).contains(&self.in_flight_bytes) {
+            return Err(EngineError::invalid(
+                format!("setting `in_flight_bytes` = {}", self.in_flight_bytes),
+                format!("from one chunk, {}, to {IN_FLIGHT_BYTES_MAX} is expected", self.chunk_bytes),
+                "leave it at its default, 33554432",
+            ));
+        }
+        if self.workers.is_some_and(|workers| !(1..=256).contains(&workers)) {
+            return Err(EngineError::invalid(
+                format!("setting `workers` = {}", self.workers.unwrap_or_default()),
+                "from 1 to 256 threads are expected",
+                "leave it unset: one per core",
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_retention(&self) -> Result<()> {
+        if self.keep_last_n == Some(0) {
+            return Err(EngineError::invalid(
+                "setting `keep_last_n` = 0",
+                "at least the newest checkpoint is kept",
+                "use 1 or more, or leave it unset to keep all",
+            ));
+        }
+        if self.keep_every == Some(0) {
+            return Err(EngineError::invalid(
+                "setting `keep_every` = 0",
+                "steps cannot be multiples of 0",
+                "use 1 or more, or leave it unset",
+            ));
+        }
+        Ok(())
+    }
+}

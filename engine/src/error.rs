@@ -1,0 +1,250 @@
+//! Every way the engine can fail, as variants chosen by what the caller does next.
+//!
+//! Always holds: a message says what was being done and to what, why it failed (expected against
+//! actual), and, on a line of its own that begins with `hint: `, how to go on. Lower case, literals
+//! in backticks, no stop at the end.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// An error of the engine. The variant says what to do; the fields say what happened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// Fix the call: an argument or a setting is out of its range.
+    #[error("{what}: {why}\nhint: {hint}")]
+    InvalidArgument {
+        /// The operation or setting, with the value given.
+        what: String,
+        /// Expected against actual.
+        why: String,
+        /// How to fix it.
+        hint: String,
+    },
+    /// Fix the call: there is no such checkpoint.
+    #[error("{what}: {why}\nhint: {hint}")]
+    NotFound {
+        /// The operation and what it looked for.
+        what: String,
+        /// What is there instead.
+        why: String,
+        /// How to fix it.
+        hint: String,
+    },
+    /// Fix the call, or say `rewind`: the step is not after the newest committed one, or another
+    /// attempt committed it first.
+    #[error("{what}: {why}\nhint: {hint}")]
+    StepConflict {
+        /// The operation and its step.
+        what: String,
+        /// The step that is in the way.
+        why: String,
+        /// How to fix it.
+        hint: String,
+    },
+    /// Wait or open read-only: another writer holds the store.
+    #[error("{what}: {why}\nhint: {hint}")]
+    StoreBusy {
+        /// The operation and the store's path.
+        what: String,
+        /// Who holds it, as far as is known.
+        why: String,
+        /// How to fix it.
+        hint: String,
+    },
+    /// Restore another checkpoint: bytes on the medium are not what was written.
+    #[error("{what}: {why}\nhint: {hint}")]
+    Corrupt {
+        /// The operation and the file.
+        what: String,
+        /// Expected against actual; names shard and chunk.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
+    /// Upgrade: the checkpoint was written by a newer version.
+    #[error("{what}: {why}\nhint: {hint}")]
+    UnsupportedFormat {
+        /// The operation and the file.
+        what: String,
+        /// What is not understood.
+        why: String,
+        /// The version that knows it.
+        hint: String,
+    },
+    /// Free space, then save again; the previous checkpoints are untouched.
+    #[error("{what}: {why}\nhint: {hint}")]
+    NoSpace {
+        /// The operation and the path.
+        what: String,
+        /// Bytes needed against bytes free.
+        why: String,
+        /// How to fix it.
+        hint: String,
+    },
+    /// Retry, or look at the device: the operating system refused an operation.
+    #[error("{what}: {source}\nhint: {hint}")]
+    Io {
+        /// The operation and the path.
+        what: String,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+        /// How to go on.
+        hint: String,
+    },
+    /// Load again before saving: live memory was changed in part when an in-place restore failed.
+    #[error("{what}: {why}\nhint: {hint}")]
+    RestoreIncomplete {
+        /// The operation and the checkpoint.
+        what: String,
+        /// What failed.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
+    /// Open a new engine: this one was closed, or belongs to the parent of a forked process.
+    #[error("{what}: {why}\nhint: {hint}")]
+    Closed {
+        /// The operation.
+        what: String,
+        /// Why it is closed.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
+    /// Report a bug: the engine broke one of its own rules and refuses further work.
+    #[error("{what}: {why}\nhint: {hint}")]
+    Internal {
+        /// The operation.
+        what: String,
+        /// The broken rule.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
+}
+
+impl EngineError {
+    /// How to fix it: the text after `hint: `.
+    pub fn hint(&self) -> &str {
+        match self {
+            Self::InvalidArgument { hint, .. }
+            | Self::NotFound { hint, .. }
+            | Self::StepConflict { hint, .. }
+            | Self::StoreBusy { hint, .. }
+            | Self::Corrupt { hint, .. }
+            | Self::UnsupportedFormat { hint, .. }
+            | Self::NoSpace { hint, .. }
+            | Self::Io { hint, .. }
+            | Self::RestoreIncomplete { hint, .. }
+            | Self::Closed { hint, .. }
+            | Self::Internal { hint, .. } => hint,
+        }
+    }
+
+    /// Whether the same call may succeed later without a change.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            // The other writer may leave; space may be freed; a device may come back.
+            Self::StoreBusy { .. } | Self::NoSpace { .. } | Self::Io { .. } => true,
+            // The call itself, the bytes, or this engine must change first.
+            Self::InvalidArgument { .. }
+            | Self::NotFound { .. }
+            | Self::StepConflict { .. }
+            | Self::Corrupt { .. }
+            | Self::UnsupportedFormat { .. }
+            | Self::RestoreIncomplete { .. }
+            | Self::Closed { .. }
+            | Self::Internal { .. } => false,
+        }
+    }
+
+    /// An error of the operating system during `operation` on `path`, folded into the variant that
+    /// says what to do: a full disk and an exceeded quota become [`EngineError::NoSpace`].
+    pub fn from_io(operation: &str, path: &Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind as Kind;
+        let what = format!("{operation} `{}`", path.display());
+        let hint = match source.kind() {
+            Kind::StorageFull | Kind::QuotaExceeded => {
+                return Self::NoSpace {
+                    what,
+                    why: source.to_string(),
+                    hint: "free space, lower `keep_last_n`, or run `ckpt-tool gc`, then save again; \
+                           earlier checkpoints are untouched"
+                        .into(),
+                };
+            }
+            Kind::PermissionDenied => "check the owner and mode of the path and of its parents",
+            Kind::ReadOnlyFilesystem => "the filesystem is mounted read-only: remount it or choose another path",
+            Kind::NotADirectory => "a parent of the path is a file: choose another path",
+            Kind::InvalidFilename => "the path is too long or holds a character that the filesystem refuses: choose another path",
+            Kind::NotFound => "the file or directory is gone: was it deleted while in use?",
+            _ => "look at the kernel log (`dmesg`) and the device; earlier checkpoints are untouched",
+        };
+        Self::Io { what, source, hint: hint.into() }
+    }
+
+    /// Damage found in `file`.
+    pub fn corrupt(file: impl fmt::Display, why: impl Into<String>) -> Self {
+        Self::Corrupt {
+            what: format!("reading `{file}`"),
+            why: why.into(),
+            hint: "restore another step, or run `ckpt-tool verify` to see what is damaged".into(),
+        }
+    }
+
+    /// A broken rule of our own.
+    pub fn internal(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Internal {
+            what: what.into(),
+            why: why.into(),
+            hint: "this is a bug in dtruntime: please report it with this message; \
+                   committed checkpoints are untouched"
+                .into(),
+        }
+    }
+
+    /// An argument out of range.
+    pub fn invalid(what: impl Into<String>, why: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::InvalidArgument { what: what.into(), why: why.into(), hint: hint.into() }
+    }
+
+    /// The same error for a second reader (a handle that is asked twice); the source is rendered.
+    #[must_use]
+    pub fn duplicate(&self) -> Self {
+        macro_rules! same {
+            ($($variant:ident),*) => {
+                match self {
+                    $(Self::$variant { what, why, hint } => Self::$variant {
+                        what: what.clone(), why: why.clone(), hint: hint.clone(),
+                    },)*
+                    Self::Io { what, source, hint } => Self::Io {
+                        what: what.clone(),
+                        source: match source.raw_os_error() {
+                            Some(code) => std::io::Error::from_raw_os_error(code),
+                            None => std::io::Error::new(source.kind(), source.to_string()),
+                        },
+                        hint: hint.clone(),
+                    },
+                }
+            };
+        }
+        same!(
+            InvalidArgument, NotFound, StepConflict, StoreBusy, Corrupt, UnsupportedFormat, NoSpace,
+            RestoreIncomplete, Closed, Internal
+        )
+    }
+}
+
+/// Gives an `io::Result` the operation and path that its message must name.
+pub trait IoContext<T> {
+    /// Maps the error through [`EngineError::from_io`].
+    fn context(self, operation: &str, path: impl Into<PathBuf>) -> crate::Result<T>;
+}
+
+impl<T> IoContext<T> for std::io::Result<T> {
+    fn context(self, operation: &str, path: impl Into<PathBuf>) -> crate::Result<T> {
+        self.map_err(|source| EngineError::from_io(operation, &path.into(), source))
+    }
+}

@@ -1,0 +1,25 @@
+//! The checkpoint engine: tensors' bytes in, committed checkpoint out.
+//!
+//! Knows no Python, no CUDA and no network protocol. A byte travels through the modules in the
+//! order in which they are declared here, from the store's front door to the device.
+#![deny(missing_docs)]
+
+pub mod codec;
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod format;
+pub mod io;
+pub mod load;
+pub mod progress;
+pub mod recovery;
+pub mod retention;
+pub mod save;
+pub mod store;
+
+pub use config::Config;
+pub use engine::Engine;
+pub use error::EngineError;
+
+/// What every fallible verb of the engine returns.
+pub type Result<T> = std::result::Result<T, EngineError>;

@@ -1,0 +1,1 @@
+//! Checkpoints in a directory of a local or network filesystem.
