@@ -13,8 +13,8 @@
 //! - A reader creates, writes, locks and deletes nothing.
 //! - A name is durable before anything relies on it: each directory created is synced in its
 //!   parent, each shard in its step's directory, before the manifest that names it is published.
-//! - In a forked child every call is refused, and dropping anything leaves the files and locks of
-//!   the parent as they are.
+//! - In a forked child every call that would change something, or wait for a transfer, is refused,
+//!   and dropping anything leaves the files and locks of the parent as they are.
 //!
 //! `docs/durability.md` tells the protocol and every way in which it can be cut short.
 
@@ -152,6 +152,7 @@ impl Store for LocalStore {
     }
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        self.shared.check_process("reading a manifest")?;
         let directory = self.shared.step_directory(step);
         if !is_directory(&*self.shared.io, &directory)? {
             return Ok(None);
@@ -352,6 +353,7 @@ fn create_directories(io: &dyn Io, path: &Path) -> Result<()> {
             }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 check_directory(ancestor)?;
+                sync_parent_of_existing(io, ancestor)?;
                 break;
             }
             Err(error) if error.kind() == ErrorKind::NotFound => missing.push(ancestor),
@@ -376,6 +378,28 @@ fn sync_parent(io: &dyn Io, path: &Path) -> Result<()> {
     io.entry(&EntryOp::SyncDir(parent.into()))
         .context("syncing directory", parent)?;
     Ok(())
+}
+
+/// Whoever created the directory may have died before it was durable; of several that were created
+/// one after the other, only the deepest can be such. Where the parent cannot be synced at all,
+/// nobody can have created anything in it just now.
+fn sync_parent_of_existing(io: &dyn Io, path: &Path) -> Result<()> {
+    let Some(parent) = path.parent() else {
+        return Ok(());
+    };
+    match io.entry(&EntryOp::SyncDir(parent.into())) {
+        Ok(_) => Ok(()),
+        Err(error) => match error.kind() {
+            ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::InvalidInput
+            | ErrorKind::Unsupported => {
+                tracing::debug!(path = %parent.display(), %error, "the store's parent is not synced");
+                Ok(())
+            }
+            _ => Err(EngineError::from_io("syncing directory", parent, error)),
+        },
+    }
 }
 
 /// That a store is there. Here, and only here, symbolic links are followed: the user chose the path.

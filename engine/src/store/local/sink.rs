@@ -230,7 +230,7 @@ impl Drop for LocalShardSink {
 /// Creates the step's directory, durable, and in it a new file with its lock.
 fn create_locked(shared: &Shared, step: u64, path: &Path) -> Result<(Arc<File>, Lock)> {
     let directory = shared.step_directory(step);
-    for _ in 1..CREATE_ATTEMPTS_MAX {
+    for _ in 0..CREATE_ATTEMPTS_MAX {
         create_step_directory(shared, &directory)?;
         // A cleaner takes locks under this mutex, so it meets no file that is not locked yet.
         let _changes = shared.changes();

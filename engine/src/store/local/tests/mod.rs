@@ -13,7 +13,7 @@ use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::AttemptId;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::io::{ALIGNMENT, threads::Threads};
-use crate::recovery::{ManifestState, StepState, Survey, survey};
+use crate::recovery::{ManifestState, StepState, Survey, check_save, survey};
 
 mod faults;
 
@@ -289,6 +289,20 @@ fn a_damaged_manifest_is_replaced() {
     );
     save(&store, shard(5, B), None, &pattern(ALIGNMENT)).unwrap();
     assert_eq!(survey_of(&store).committed_steps(), [5]);
+}
+
+#[test]
+fn a_manifest_in_a_foreign_directory_is_no_checkpoint_and_in_no_ones_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = writer(directory.path());
+    save(&store, shard(5, A), None, &pattern(ALIGNMENT)).unwrap();
+    let step = |step| directory.path().join(names::step_dir_name(step));
+    std::fs::rename(step(5), step(6)).unwrap();
+    let survey = survey_of(&store);
+    assert!(matches!(survey.steps[0].state, StepState::Damaged { .. }));
+    let replaces = check_save(&survey, 6, false).unwrap().replaces;
+    save(&store, shard(6, B), replaces, &pattern(ALIGNMENT)).unwrap();
+    assert_eq!(survey_of(&store).committed_steps(), [6]);
 }
 
 #[test]
@@ -579,6 +593,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
             .remove_orphan(1, &names::shard_file_name(0, A))
             .map(drop),
         child.now().map(drop),
+        child.read_manifest(1).map(drop),
     ];
     for outcome in refused {
         let error = outcome.unwrap_err();
