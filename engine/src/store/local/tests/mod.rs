@@ -12,7 +12,7 @@ use crate::config::DirectIo;
 use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::AttemptId;
 use crate::io::buffer::{Buffer, BufferPool};
-use crate::io::{ALIGNMENT, threads::Threads};
+use crate::io::{ALIGNMENT, threads::Threads, uring::Uring};
 use crate::recovery::{ManifestState, StepState, Survey, check_save, survey};
 
 mod faults;
@@ -29,8 +29,16 @@ fn threads() -> Arc<dyn Io> {
     Arc::new(Threads::new(options).unwrap())
 }
 
+/// Every backend that this kernel allows.
 fn backends() -> Vec<Arc<dyn Io>> {
-    vec![threads()]
+    let uring = Uring::new(crate::io::uring::Options {
+        direct_io: DirectIo::Auto,
+    });
+    uring
+        .into_iter()
+        .map(|uring| Arc::new(uring) as Arc<dyn Io>)
+        .chain([threads()])
+        .collect()
 }
 
 fn writer(path: &Path) -> LocalStore {
