@@ -1,8 +1,9 @@
 //! Elements <-> byte planes.
 //!
 //! Every element is rotated left by one bit and its bytes are dealt out, lowest first, one to each
-//! plane. The rotation puts the sign beside the mantissa, so that the top plane is the exponent
-//! alone (all of it, or for f16 and f64 its upper bits), the only part of a weight that compresses:
+//! plane. The rotation puts the sign beside the mantissa, so that the top plane holds the exponent
+//! without it (of an f64 the upper bits; of an f16 some mantissa as well), which is the only part of
+//! a weight that compresses:
 //!
 //! ```text
 //! f32       s eeeeeeee mmmmmmm mmmmmmmm mmmmmmmm
@@ -17,7 +18,8 @@
 //!
 //! A compiler turns the scalar loops into code several times slower than memory, which would make
 //! the split, not the device, the speed of a save. Safe code can neither call a function compiled
-//! for a feature that only some processors have nor load a vector; nothing else here is unsafe.
+//! for a feature that only some processors have nor load a vector; nothing else here is unsafe, and
+//! the files of the instruction sets are safe code.
 #![expect(
     unsafe_code,
     reason = "vector loads, stores, and calls that need a processor feature"
@@ -169,42 +171,6 @@ fn sized_mut<'a, 'b, const WIDTH: usize>(
         .expect("the caller matched the number of planes")
 }
 
-/// The definition, one byte at a time; also what is left over by the others.
-mod scalar {
-    /// Splits from element `first` on.
-    pub(super) fn split<const WIDTH: usize>(
-        elements: &[u8],
-        planes: &mut [&mut [u8]; WIDTH],
-        first: usize,
-    ) {
-        let (elements, _) = elements[first * WIDTH..].as_chunks::<WIDTH>();
-        for (index, plane) in planes.iter_mut().enumerate() {
-            let below = (index + WIDTH - 1) % WIDTH;
-            for (byte, element) in plane[first..].iter_mut().zip(elements) {
-                *byte = (element[index] << 1) | (element[below] >> 7);
-            }
-        }
-    }
-
-    /// Joins from element `first` on.
-    pub(super) fn join<const WIDTH: usize>(
-        planes: &[&[u8]; WIDTH],
-        elements: &mut [u8],
-        first: usize,
-    ) {
-        let (elements, _) = elements[first * WIDTH..].as_chunks_mut::<WIDTH>();
-        for index in 0..WIDTH {
-            let (plane, above) = (
-                &planes[index][first..],
-                &planes[(index + 1) % WIDTH][first..],
-            );
-            for ((element, byte), above) in elements.iter_mut().zip(plane).zip(above) {
-                element[index] = (byte >> 1) | (above << 7);
-            }
-        }
-    }
-}
-
 /// Bytes of a lane, the unit within which vector instructions move bytes.
 const LANE_BYTES: usize = 16;
 
@@ -299,7 +265,7 @@ macro_rules! lane_kernels {
         /// of: 2 x 2 groups of 8 bytes, 4 x 4 of 4, or 8 x 8 of 2.
         #[inline]
         #[target_feature(enable = $features)]
-        fn transpose(vectors: &mut [Vector]) {
+        fn transpose(vectors: &mut [Register]) {
             match vectors {
                 [a, b] => [*a, *b] = zip64(*a, *b),
                 [a, b, c, d] => {
@@ -325,395 +291,51 @@ macro_rules! lane_kernels {
     };
 }
 
-/// Lanes of both x86 instruction sets.
-#[cfg(target_arch = "x86_64")]
-mod lane {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_storeu_si128};
-
-    use super::LANE_BYTES;
-
-    #[inline]
-    pub(super) fn load(bytes: &[u8; LANE_BYTES]) -> __m128i {
-        // SAFETY: the reference covers the 16 bytes read; no alignment is asked for.
-        unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
-    }
-
-    #[inline]
-    pub(super) fn store(bytes: &mut [u8; LANE_BYTES], lane: __m128i) {
-        // SAFETY: the reference covers the 16 bytes written; no alignment is asked for.
-        unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), lane) }
-    }
+/// Reads a vector. The vector type is the caller's processor's own, of `BYTES` bytes.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline]
+fn load<V: Vector, const BYTES: usize>(bytes: &[u8; BYTES]) -> V {
+    const { assert!(size_of::<V>() == BYTES) };
+    // SAFETY: the reference covers the bytes read, no alignment is asked for, and a `Vector` may
+    // have any bits.
+    unsafe { bytes.as_ptr().cast::<V>().read_unaligned() }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[expect(
-    clippy::wildcard_imports,
-    reason = "twenty intrinsics, each with a prefix of its own"
-)]
-mod avx2 {
-    use std::arch::x86_64::*;
-
-    use super::{LANE_BYTES, grouping, lane, ungrouping};
-
-    type Vector = __m256i;
-    const LANES: usize = 2;
-
-    lane_kernels!("avx2");
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn zero() -> Vector {
-        _mm256_setzero_si256()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn broadcast(bytes: &[u8; LANE_BYTES]) -> Vector {
-        _mm256_broadcastsi128_si256(lane::load(bytes))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn load(bytes: &[u8; VECTOR_BYTES]) -> Vector {
-        // SAFETY: the reference covers the 32 bytes read; no alignment is asked for.
-        unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn store(bytes: &mut [u8; VECTOR_BYTES], vector: Vector) {
-        // SAFETY: the reference covers the 32 bytes written; no alignment is asked for.
-        unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), vector) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn load_lanes(lanes: &[[u8; LANE_BYTES]], first: usize, stride: usize) -> Vector {
-        _mm256_set_m128i(
-            lane::load(&lanes[first + stride]),
-            lane::load(&lanes[first]),
-        )
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn store_lanes(lanes: &mut [[u8; LANE_BYTES]], first: usize, stride: usize, vector: Vector) {
-        lane::store(&mut lanes[first], _mm256_castsi256_si128(vector));
-        lane::store(
-            &mut lanes[first + stride],
-            _mm256_extracti128_si256::<1>(vector),
-        );
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn rotate_left<const WIDTH: usize>(vector: Vector) -> Vector {
-        match WIDTH {
-            2 => _mm256_or_si256(
-                _mm256_slli_epi16::<1>(vector),
-                _mm256_srli_epi16::<15>(vector),
-            ),
-            4 => _mm256_or_si256(
-                _mm256_slli_epi32::<1>(vector),
-                _mm256_srli_epi32::<31>(vector),
-            ),
-            _ => _mm256_or_si256(
-                _mm256_slli_epi64::<1>(vector),
-                _mm256_srli_epi64::<63>(vector),
-            ),
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn rotate_right<const WIDTH: usize>(vector: Vector) -> Vector {
-        match WIDTH {
-            2 => _mm256_or_si256(
-                _mm256_srli_epi16::<1>(vector),
-                _mm256_slli_epi16::<15>(vector),
-            ),
-            4 => _mm256_or_si256(
-                _mm256_srli_epi32::<1>(vector),
-                _mm256_slli_epi32::<31>(vector),
-            ),
-            _ => _mm256_or_si256(
-                _mm256_srli_epi64::<1>(vector),
-                _mm256_slli_epi64::<63>(vector),
-            ),
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn shuffle(vector: Vector, order: Vector) -> Vector {
-        _mm256_shuffle_epi8(vector, order)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn zip16(a: Vector, b: Vector) -> [Vector; 2] {
-        [_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn zip32(a: Vector, b: Vector) -> [Vector; 2] {
-        [_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn zip64(a: Vector, b: Vector) -> [Vector; 2] {
-        [_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)]
-    }
+/// Writes a vector.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline]
+fn store<V: Vector, const BYTES: usize>(bytes: &mut [u8; BYTES], vector: V) {
+    const { assert!(size_of::<V>() == BYTES) };
+    // SAFETY: the reference covers the bytes written, no alignment is asked for, and a `Vector`
+    // has no padding.
+    unsafe { bytes.as_mut_ptr().cast::<V>().write_unaligned(vector) }
 }
 
+/// Types of which any bits are a value, without padding.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+trait Vector: Copy {}
+
 #[cfg(target_arch = "x86_64")]
-#[expect(
-    clippy::wildcard_imports,
-    reason = "twenty intrinsics, each with a prefix of its own"
-)]
-mod avx512 {
-    use std::arch::x86_64::*;
-
-    use super::{LANE_BYTES, grouping, lane, ungrouping};
-
-    type Vector = __m512i;
-    const LANES: usize = 4;
-
-    lane_kernels!("avx512f,avx512bw");
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn zero() -> Vector {
-        _mm512_setzero_si512()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn broadcast(bytes: &[u8; LANE_BYTES]) -> Vector {
-        _mm512_broadcast_i32x4(lane::load(bytes))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load(bytes: &[u8; VECTOR_BYTES]) -> Vector {
-        // SAFETY: the reference covers the 64 bytes read; no alignment is asked for.
-        unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn store(bytes: &mut [u8; VECTOR_BYTES], vector: Vector) {
-        // SAFETY: the reference covers the 64 bytes written; no alignment is asked for.
-        unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load_lanes(lanes: &[[u8; LANE_BYTES]], first: usize, stride: usize) -> Vector {
-        let vector = _mm512_castsi128_si512(lane::load(&lanes[first]));
-        let vector = _mm512_inserti32x4::<1>(vector, lane::load(&lanes[first + stride]));
-        let vector = _mm512_inserti32x4::<2>(vector, lane::load(&lanes[first + 2 * stride]));
-        _mm512_inserti32x4::<3>(vector, lane::load(&lanes[first + 3 * stride]))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn store_lanes(lanes: &mut [[u8; LANE_BYTES]], first: usize, stride: usize, vector: Vector) {
-        lane::store(&mut lanes[first], _mm512_castsi512_si128(vector));
-        lane::store(
-            &mut lanes[first + stride],
-            _mm512_extracti32x4_epi32::<1>(vector),
-        );
-        lane::store(
-            &mut lanes[first + 2 * stride],
-            _mm512_extracti32x4_epi32::<2>(vector),
-        );
-        lane::store(
-            &mut lanes[first + 3 * stride],
-            _mm512_extracti32x4_epi32::<3>(vector),
-        );
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn rotate_left<const WIDTH: usize>(vector: Vector) -> Vector {
-        match WIDTH {
-            2 => _mm512_or_si512(
-                _mm512_slli_epi16::<1>(vector),
-                _mm512_srli_epi16::<15>(vector),
-            ),
-            4 => _mm512_rol_epi32::<1>(vector),
-            _ => _mm512_rol_epi64::<1>(vector),
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn rotate_right<const WIDTH: usize>(vector: Vector) -> Vector {
-        match WIDTH {
-            2 => _mm512_or_si512(
-                _mm512_srli_epi16::<1>(vector),
-                _mm512_slli_epi16::<15>(vector),
-            ),
-            4 => _mm512_ror_epi32::<1>(vector),
-            _ => _mm512_ror_epi64::<1>(vector),
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn shuffle(vector: Vector, order: Vector) -> Vector {
-        _mm512_shuffle_epi8(vector, order)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn zip16(a: Vector, b: Vector) -> [Vector; 2] {
-        [_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn zip32(a: Vector, b: Vector) -> [Vector; 2] {
-        [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn zip64(a: Vector, b: Vector) -> [Vector; 2] {
-        [_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)]
-    }
-}
-
+impl Vector for std::arch::x86_64::__m128i {}
+#[cfg(target_arch = "x86_64")]
+impl Vector for std::arch::x86_64::__m256i {}
+#[cfg(target_arch = "x86_64")]
+impl Vector for std::arch::x86_64::__m512i {}
 #[cfg(target_arch = "aarch64")]
-#[expect(
-    clippy::wildcard_imports,
-    reason = "twenty intrinsics, each with a prefix of its own"
-)]
-mod neon {
-    use std::arch::aarch64::*;
+impl Vector for std::arch::aarch64::uint8x16_t {}
 
-    use super::{LANE_BYTES, grouping, ungrouping};
+#[deny(unsafe_code)]
+mod scalar;
 
-    type Vector = uint8x16_t;
-    const LANES: usize = 1;
-
-    lane_kernels!("neon");
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn zero() -> Vector {
-        vdupq_n_u8(0)
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn broadcast(bytes: &[u8; LANE_BYTES]) -> Vector {
-        load(bytes)
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn load(bytes: &[u8; VECTOR_BYTES]) -> Vector {
-        // SAFETY: the reference covers the 16 bytes read; no alignment is asked for.
-        unsafe { vld1q_u8(bytes.as_ptr()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn store(bytes: &mut [u8; VECTOR_BYTES], vector: Vector) {
-        // SAFETY: the reference covers the 16 bytes written; no alignment is asked for.
-        unsafe { vst1q_u8(bytes.as_mut_ptr(), vector) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn load_lanes(lanes: &[[u8; LANE_BYTES]], first: usize, _stride: usize) -> Vector {
-        load(&lanes[first])
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn store_lanes(lanes: &mut [[u8; LANE_BYTES]], first: usize, _stride: usize, vector: Vector) {
-        store(&mut lanes[first], vector);
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn rotate_left<const WIDTH: usize>(vector: Vector) -> Vector {
-        match WIDTH {
-            2 => {
-                let elements = vreinterpretq_u16_u8(vector);
-                vreinterpretq_u8_u16(vsriq_n_u16::<15>(vshlq_n_u16::<1>(elements), elements))
-            }
-            4 => {
-                let elements = vreinterpretq_u32_u8(vector);
-                vreinterpretq_u8_u32(vsriq_n_u32::<31>(vshlq_n_u32::<1>(elements), elements))
-            }
-            _ => {
-                let elements = vreinterpretq_u64_u8(vector);
-                vreinterpretq_u8_u64(vsriq_n_u64::<63>(vshlq_n_u64::<1>(elements), elements))
-            }
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn rotate_right<const WIDTH: usize>(vector: Vector) -> Vector {
-        match WIDTH {
-            2 => {
-                let elements = vreinterpretq_u16_u8(vector);
-                vreinterpretq_u8_u16(vsliq_n_u16::<15>(vshrq_n_u16::<1>(elements), elements))
-            }
-            4 => {
-                let elements = vreinterpretq_u32_u8(vector);
-                vreinterpretq_u8_u32(vsliq_n_u32::<31>(vshrq_n_u32::<1>(elements), elements))
-            }
-            _ => {
-                let elements = vreinterpretq_u64_u8(vector);
-                vreinterpretq_u8_u64(vsliq_n_u64::<63>(vshrq_n_u64::<1>(elements), elements))
-            }
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn shuffle(vector: Vector, order: Vector) -> Vector {
-        vqtbl1q_u8(vector, order)
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn zip16(a: Vector, b: Vector) -> [Vector; 2] {
-        let (a, b) = (vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b));
-        [
-            vreinterpretq_u8_u16(vzip1q_u16(a, b)),
-            vreinterpretq_u8_u16(vzip2q_u16(a, b)),
-        ]
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn zip32(a: Vector, b: Vector) -> [Vector; 2] {
-        let (a, b) = (vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b));
-        [
-            vreinterpretq_u8_u32(vzip1q_u32(a, b)),
-            vreinterpretq_u8_u32(vzip2q_u32(a, b)),
-        ]
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn zip64(a: Vector, b: Vector) -> [Vector; 2] {
-        let (a, b) = (vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b));
-        [
-            vreinterpretq_u8_u64(vzip1q_u64(a, b)),
-            vreinterpretq_u8_u64(vzip2q_u64(a, b)),
-        ]
-    }
-}
+#[cfg(target_arch = "x86_64")]
+#[deny(unsafe_code)]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+#[deny(unsafe_code)]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+#[deny(unsafe_code)]
+mod neon;
 
 #[cfg(test)]
 mod tests {
