@@ -6,7 +6,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANE_BYTES, grouping, load, store, ungrouping};
+use super::lanes::{LANE_BYTES, grouping, ungrouping};
+use super::{load, store};
 
 type Register = __m256i;
 const LANES: usize = 2;

@@ -6,7 +6,8 @@
 
 use std::arch::aarch64::*;
 
-use super::{LANE_BYTES, grouping, load, store, ungrouping};
+use super::lanes::{LANE_BYTES, grouping, ungrouping};
+use super::{load, store};
 
 type Register = uint8x16_t;
 const LANES: usize = 1;
