@@ -9,7 +9,7 @@
 //!   verb, and dropping the engine there touches nothing of the parent's.
 
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use crate::clock::{Environment, System};
@@ -63,6 +63,8 @@ pub struct Engine {
     config: Config,
     pid: u32,
     io_name: &'static str,
+    /// Reachable without a lock, for a forked child.
+    store: Weak<dyn Store>,
     inner: ManuallyDrop<RwLock<Option<Arc<Inner>>>>,
 }
 
@@ -116,11 +118,13 @@ impl Engine {
             let workers = Workers::start(count, &core.encode_pool, &core.environment)?;
             (Some(workers), Some(Committer::start(&core)?))
         };
+        let store = Arc::downgrade(&core.store);
         let inner = Inner { committer, workers, saving: Mutex::default(), core };
         Ok(Self {
             config,
             pid: std::process::id(),
             io_name,
+            store,
             inner: ManuallyDrop::new(RwLock::new(Some(Arc::new(inner)))),
         })
     }
@@ -227,8 +231,10 @@ impl Engine {
     /// In a forked child: closes the descriptors that hold the parent's locks alive. Takes no lock
     /// of its own, so it may run right after `fork`.
     pub fn close_after_fork(&self) {
-        if self.is_forked() {
-            crate::store::local::close_locks_after_fork();
+        if let Some(store) = self.store.upgrade().filter(|_| self.is_forked()) {
+            store.close_after_fork();
+            // Whether this is the last reference is the parent's business.
+            std::mem::forget(store);
         }
     }
 

@@ -167,21 +167,11 @@ fn publish(
         replaces,
         shards: &[(job.shard, written.file_bytes)],
     });
-    if published.is_err() && !may_be_visible(core, job) {
+    if published.is_err() {
+        // The store keeps the shard if the manifest may have become visible all the same.
         sink.abandon();
     }
     published
-}
-
-/// Whether a failed publication may have made the manifest visible after all; then the shard that
-/// it names must stay.
-fn may_be_visible(core: &Core, job: &Job) -> bool {
-    match core.store.read_manifest(job.shard.step) {
-        Ok(None) => false,
-        Ok(Some(bytes)) => Manifest::decode(&bytes)
-            .map_or(true, |manifest| manifest.attempt == job.shard.attempt.to_string()),
-        Err(_) => true,
-    }
 }
 
 /// Reads manifest, header, footer, index and lengths of what was just committed.

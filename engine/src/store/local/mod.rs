@@ -106,13 +106,6 @@ impl LocalStore {
         })
     }
 
-    /// Closes, in a forked child, the locks that it inherited: otherwise the store stays locked for
-    /// as long as the child lives, even if the parent is gone. Does nothing in the parent. Safe right
-    /// after a fork: it waits for no mutex and touches no allocator.
-    pub fn close_after_fork(&self) {
-        self.shared.locks.close_after_fork();
-    }
-
     fn writer(&self, what: &str) -> Result<&WriterLock> {
         self.shared.check_process(what)?;
         self.writer.as_ref().ok_or_else(|| {
@@ -126,6 +119,10 @@ impl LocalStore {
 }
 
 impl Store for LocalStore {
+    fn close_after_fork(&self) {
+        self.shared.locks.close_after_fork();
+    }
+
     fn location(&self) -> String {
         self.shared.path.display().to_string()
     }
