@@ -89,10 +89,10 @@ fn measure_codec(
     };
     let (mut encoder, mut decoder) = (Encoder::new(), Decoder::new());
     let mut stored = vec![vec![0; CHUNK_BYTES]; chunks.len()];
-    let mut encoded = vec![Encoded::Raw; chunks.len()];
+    let mut results = vec![Encoded::Raw; chunks.len()];
     let encode_time = best_of(passes, || {
-        for ((raw, stored), encoded) in chunks.iter().zip(&mut stored).zip(&mut encoded) {
-            *encoded = encoder.encode(codec, element, raw, stored)?;
+        for ((raw, stored), result) in chunks.iter().zip(&mut stored).zip(&mut results) {
+            *result = encoder.encode(codec, element, raw, stored)?;
         }
         Ok(())
     })?;
@@ -101,8 +101,8 @@ fn measure_codec(
     let mut stored_bytes = 0;
     let decode_time = best_of(passes, || {
         stored_bytes = 0;
-        for (stored, encoded) in stored.iter().zip(&encoded) {
-            match encoded {
+        for (stored, result) in stored.iter().zip(&results) {
+            match result {
                 Encoded::Raw => stored_bytes += CHUNK_BYTES,
                 Encoded::Stored(bytes) => {
                     decoder.decode(codec, &stored[..*bytes], &mut back)?;
@@ -112,7 +112,7 @@ fn measure_codec(
         }
         Ok(())
     })?;
-    assert!(encoded[chunks.len() - 1] == Encoded::Raw || back == chunks[chunks.len() - 1]);
+    assert!(results[chunks.len() - 1] == Encoded::Raw || back == chunks[chunks.len() - 1]);
 
     let raw_bytes = chunks.len() * CHUNK_BYTES;
     println!(
