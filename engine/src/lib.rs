@@ -4,6 +4,7 @@
 //! order in which they are declared here, from the store's front door to the device.
 #![deny(missing_docs)]
 
+pub mod clock;
 pub mod codec;
 pub mod config;
 pub mod engine;

@@ -1,6 +1,510 @@
-//! Memory that the kernel may own: huge-page pools cut into equal buffers.
-#![expect(unsafe_code, reason = "hands out disjoint parts of one anonymous mapping")]
+//! Memory that the kernel may own: one huge-page mapping cut into equal buffers.
+//!
+//! ```text
+//! |<---------------- one anonymous mapping, aligned to 2 MiB ---------------->|
+//! | buffer 0 | buffer 1 | buffer 2 | ...                         | buffer n-1 |
+//!       free list (last in, first out: warm memory is handed out again first)
+//! ```
+//!
+//! Always holds:
+//! - A [`Buffer`] is the only access to its part of the mapping; the mapping lives until the pool
+//!   and every buffer are gone.
+//! - Nothing is zeroed between uses: a buffer holds whatever its last user left. Whoever takes one
+//!   overwrites what it hands on.
+//! - A forked child does not have this memory (`MADV_DONTFORK`: otherwise `fork` copies every page
+//!   that a device is writing to). There a buffer may be dropped, which does nothing, and must not
+//!   be read or written.
+//!
+//! Why `unsafe`: safe collections give neither huge pages nor `MADV_DONTFORK`, and parts of one
+//! mapping handed out at run time are beyond what the borrow checker can follow.
+#![expect(
+    unsafe_code,
+    reason = "hands out disjoint parts of one anonymous mapping"
+)]
 
-/// A buffer.
+use std::fmt;
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::process::{Pid, getpid};
+
+use super::ALIGNMENT;
+
+/// Size of a huge page where it matters (x86-64, and AArch64 with 4 KiB pages); elsewhere only an
+/// alignment.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// What one thread populates at a time: large enough to amortise the call, small enough to share.
+const POPULATE_PIECE_BYTES: usize = 32 << 20;
+/// The index of a stand-in for a buffer that was left to the kernel.
+const LOST: usize = usize::MAX;
+
+/// Equal buffers in one mapping.
+pub struct BufferPool {
+    mapping: Mapping,
+    buffer_bytes: usize,
+    count: usize,
+    state: Mutex<State>,
+    returned: Condvar,
+    /// The process that has the memory.
+    owner: Pid,
+}
+
+/// Which buffers are where.
 #[derive(Debug)]
-pub struct Buffer;
+struct State {
+    /// Indices of free buffers; the last one was used last.
+    free: Vec<usize>,
+    /// Buffers that a failed backend could not get back from the kernel.
+    lost: usize,
+}
+
+impl BufferPool {
+    /// Maps `count` buffers of `buffer_bytes`, a multiple of [`ALIGNMENT`]. No memory is touched:
+    /// see [`BufferPool::prewarm`].
+    pub fn new(buffer_bytes: usize, count: usize) -> io::Result<Arc<Self>> {
+        if buffer_bytes == 0 || !buffer_bytes.is_multiple_of(ALIGNMENT) || count == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{count} buffers of {buffer_bytes} bytes: at least one, \
+                     of a multiple of {ALIGNMENT} bytes, is expected"
+                ),
+            ));
+        }
+        let bytes = buffer_bytes.checked_mul(count).ok_or(Errno::NOMEM)?;
+        Ok(Arc::new(Self {
+            mapping: Mapping::new(bytes)?,
+            buffer_bytes,
+            count,
+            // Reversed: the first to be taken is the first in memory, so a little-used pool stays
+            // within few huge pages.
+            state: Mutex::new(State {
+                free: (0..count).rev().collect(),
+                lost: 0,
+            }),
+            returned: Condvar::new(),
+            owner: getpid(),
+        }))
+    }
+
+    /// Gives every page its memory now, with up to `threads` threads, so that no later write pays
+    /// for page faults. Contents are kept, so this may run while buffers are in use.
+    pub fn prewarm(&self, threads: usize) -> io::Result<()> {
+        self.assert_owner();
+        match self.populate(threads) {
+            // Before Linux 5.14.
+            Err(Errno::INVAL) => self.touch_free_buffers(),
+            result => result?,
+        }
+        Ok(())
+    }
+
+    /// A free buffer, or waits until one is returned. Its contents are arbitrary.
+    ///
+    /// # Panics
+    ///
+    /// In a forked child, which does not have the memory; and if a failed backend lost every
+    /// buffer, so that none can ever return.
+    pub fn take(self: &Arc<Self>) -> Buffer {
+        self.assert_owner();
+        let mut state = self.lock();
+        loop {
+            if let Some(index) = state.free.pop() {
+                return Buffer {
+                    pool: Arc::clone(self),
+                    index,
+                };
+            }
+            assert!(
+                state.lost < self.count,
+                "all {} buffers of the pool were lost to a failed io backend",
+                self.count
+            );
+            state = self
+                .returned
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A free buffer, or `None` where all are in use or the process is a forked child.
+    pub fn try_take(self: &Arc<Self>) -> Option<Buffer> {
+        if !self.is_owner() {
+            return None;
+        }
+        let index = self.lock().free.pop()?;
+        Some(Buffer {
+            pool: Arc::clone(self),
+            index,
+        })
+    }
+
+    /// Bytes of each buffer.
+    pub fn buffer_bytes(&self) -> usize {
+        self.buffer_bytes
+    }
+
+    /// Number of buffers.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Number of buffers that nobody holds at this moment.
+    pub fn free(&self) -> usize {
+        if self.is_owner() {
+            self.lock().free.len()
+        } else {
+            0
+        }
+    }
+
+    fn populate(&self, threads: usize) -> Result<(), Errno> {
+        let pieces = self.mapping.bytes.div_ceil(POPULATE_PIECE_BYTES);
+        let next = AtomicUsize::new(0);
+        let work = || {
+            loop {
+                let piece = next.fetch_add(1, Ordering::Relaxed);
+                if piece >= pieces {
+                    return Ok(());
+                }
+                self.mapping
+                    .populate(piece * POPULATE_PIECE_BYTES, POPULATE_PIECE_BYTES)?;
+            }
+        };
+        std::thread::scope(|scope| {
+            let helpers: Vec<_> = (1..threads.clamp(1, pieces))
+                .map(|_| scope.spawn(work))
+                .collect();
+            let own = work();
+            helpers.into_iter().fold(own, |result, helper| {
+                result.and(helper.join().unwrap_or(Err(Errno::FAULT)))
+            })
+        })
+    }
+
+    /// Writes a byte of every page of the buffers that are free, while holding them: nobody else
+    /// can then be writing there. Buffers in use are being touched by their users.
+    fn touch_free_buffers(&self) {
+        let indices = std::mem::take(&mut self.lock().free);
+        for &index in &indices {
+            for page in (0..self.buffer_bytes).step_by(ALIGNMENT) {
+                let byte = self.start_of(index).wrapping_add(page);
+                // SAFETY: within buffer `index` of the live mapping, which no one else holds.
+                let value = unsafe { byte.read_volatile() };
+                // SAFETY: as above.
+                unsafe { byte.write_volatile(value) };
+            }
+        }
+        self.lock().free.extend(indices);
+        self.returned.notify_all();
+    }
+
+    fn start_of(&self, index: usize) -> *mut u8 {
+        assert!(
+            index < self.count,
+            "a buffer's index is below the pool's count"
+        );
+        // Within the mapping, whose length is count * buffer_bytes.
+        self.mapping
+            .base
+            .as_ptr()
+            .wrapping_add(index * self.buffer_bytes)
+    }
+
+    fn is_owner(&self) -> bool {
+        getpid() == self.owner
+    }
+
+    fn assert_owner(&self) {
+        assert!(
+            self.is_owner(),
+            "a buffer pool of process {} was used in process {}, a fork that does not have its \
+             memory: open the store anew in the child",
+            self.owner,
+            getpid(),
+        );
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every critical section leaves the list whole, even if one unwinds.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for BufferPool {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Takes no lock: a debug print in a forked child must not hang.
+        formatter
+            .debug_struct("BufferPool")
+            .field("buffer_bytes", &self.buffer_bytes)
+            .field("count", &self.count)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for BufferPool {
+    fn drop(&mut self) {
+        if self.is_owner() {
+            self.mapping.unmap();
+        }
+    }
+}
+
+/// One buffer of a [`BufferPool`]: exclusive access to its bytes until it is dropped, which gives
+/// it back. In a forked child dropping it does nothing.
+pub struct Buffer {
+    pool: Arc<BufferPool>,
+    index: usize,
+}
+
+impl Buffer {
+    /// Whether this process has the buffer's memory: false in a forked child, which must not read
+    /// or write it.
+    pub fn is_accessible(&self) -> bool {
+        self.index != LOST && self.pool.is_owner()
+    }
+
+    /// Leaves the memory to the kernel for ever and returns an empty stand-in: for a backend that
+    /// failed while the kernel may still write to this memory, and still owes its caller a buffer.
+    pub(super) fn abandon(mut self) -> Self {
+        self.pool.lock().lost += 1;
+        // Those who wait for a buffer must see that one fewer can come.
+        self.pool.returned.notify_all();
+        // Keeps the mapping alive: the stand-in's `Drop` releases one count, this one stays.
+        std::mem::forget(Arc::clone(&self.pool));
+        self.index = LOST;
+        self
+    }
+
+    /// Bytes of the memory behind this buffer: none if it was left to the kernel.
+    fn bytes(&self) -> usize {
+        if self.index == LOST {
+            0
+        } else {
+            self.pool.buffer_bytes
+        }
+    }
+
+    /// Where the bytes are. Takes no reference to them: the kernel may be writing there.
+    pub(super) fn start(&self) -> *mut u8 {
+        if self.index == LOST {
+            NonNull::dangling().as_ptr()
+        } else {
+            self.pool.start_of(self.index)
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the pool's mapping is live while `self.pool` is held, initialised (anonymous
+        // memory reads as zero) and `start..start + len` is this buffer's own part of it.
+        unsafe { std::slice::from_raw_parts(self.start(), self.bytes()) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`; the index was taken off the free list, so no other `Buffer` has
+        // this part, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start(), self.bytes()) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // In a child the lock may have been held by a thread that does not exist here.
+        if !self.is_accessible() {
+            return;
+        }
+        self.pool.lock().free.push(self.index);
+        self.pool.returned.notify_one();
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Buffer")
+            .field("index", &self.index)
+            .field("bytes", &self.bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The anonymous mapping; unmapped by hand, because a forked child must not.
+struct Mapping {
+    /// Start of the whole mapping.
+    mapped: NonNull<u8>,
+    mapped_bytes: usize,
+    /// Start of the part in use: the first multiple of [`HUGE_PAGE_BYTES`].
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread; access to its bytes goes through
+// `Buffer`s, which are exclusive.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; the methods on `&Mapping` only advise the kernel.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(bytes: usize) -> io::Result<Self> {
+        let mapped_bytes = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(Errno::NOMEM)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory
+        // that anything refers to.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(ptr::null_mut(), mapped_bytes, protection, flags)
+        }?;
+        let mapped = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        let skip = mapped.as_ptr().align_offset(HUGE_PAGE_BYTES);
+        // At most HUGE_PAGE_BYTES - 1, which `mapped_bytes` has over and above `bytes`.
+        let base = NonNull::new(mapped.as_ptr().wrapping_add(skip)).ok_or(Errno::NOMEM)?;
+        let mut mapping = Self {
+            mapped,
+            mapped_bytes,
+            base,
+            bytes,
+        };
+        if let Err(error) = mapping.advise() {
+            mapping.unmap();
+            return Err(error.into());
+        }
+        Ok(mapping)
+    }
+
+    fn advise(&self) -> Result<(), Errno> {
+        // Refused where the kernel has no huge pages: slower, not wrong.
+        let _ = self.advise_part(0, self.bytes, Advice::LinuxHugepage);
+        // Must hold: a fork would otherwise copy pages that a device is reading or writing.
+        self.advise_part(0, self.bytes, Advice::LinuxDontFork)
+    }
+
+    fn populate(&self, offset: usize, bytes: usize) -> Result<(), Errno> {
+        let bytes = bytes.min(self.bytes - offset);
+        loop {
+            match self.advise_part(offset, bytes, Advice::LinuxPopulateWrite) {
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn advise_part(&self, offset: usize, bytes: usize, advice: Advice) -> Result<(), Errno> {
+        assert!(
+            offset + bytes <= self.bytes,
+            "advice stays within the mapping"
+        );
+        let start = self.base.as_ptr().wrapping_add(offset).cast();
+        // SAFETY: the range lies in this mapping, and none of the advices given here changes what
+        // its memory holds.
+        unsafe { rustix::mm::madvise(start, bytes, advice) }
+    }
+
+    /// Must be called at most once, by the process that mapped, when no `Buffer` is left.
+    fn unmap(&mut self) {
+        // SAFETY: exactly the range that `new` mapped; the pool is going and every `Buffer` held
+        // a count of it, so nothing refers to the memory.
+        let unmapped =
+            unsafe { rustix::mm::munmap(self.mapped.as_ptr().cast(), self.mapped_bytes) };
+        debug_assert!(
+            unmapped.is_ok(),
+            "a mapping is unmapped whole: {unmapped:?}"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_checked() {
+        for (buffer_bytes, count) in [(0, 1), (100, 1), (4096, 0), (usize::MAX - 4095, 2)] {
+            assert!(
+                BufferPool::new(buffer_bytes, count).is_err(),
+                "{buffer_bytes} x {count}"
+            );
+        }
+    }
+
+    #[test]
+    fn buffers_are_aligned_disjoint_and_zero_at_first() {
+        let pool = BufferPool::new(3 * 4096, 5).unwrap();
+        let mut buffers: Vec<_> = (0..5).map(|_| pool.take()).collect();
+        assert!(pool.try_take().is_none());
+        for (value, buffer) in (1..).zip(&mut buffers) {
+            assert_eq!(buffer.as_ptr().align_offset(4096), 0);
+            assert!(buffer.iter().all(|byte| *byte == 0));
+            buffer.fill(value);
+        }
+        for (value, buffer) in (1u8..).zip(&buffers) {
+            assert_eq!(buffer.len(), 3 * 4096);
+            assert!(buffer.iter().all(|byte| *byte == value));
+        }
+        drop(buffers);
+        assert_eq!(pool.free(), 5);
+    }
+
+    #[test]
+    fn the_last_returned_is_the_next_taken() {
+        let pool = BufferPool::new(4096, 3).unwrap();
+        let (first, second) = (pool.take(), pool.take());
+        let address = first.as_ptr();
+        drop(second);
+        drop(first);
+        assert_eq!(pool.take().as_ptr(), address);
+    }
+
+    #[test]
+    fn a_taker_waits_for_a_return() {
+        let pool = BufferPool::new(4096, 1).unwrap();
+        let mut held = pool.take();
+        held[0] = 7;
+        let taker = std::thread::spawn({
+            let pool = Arc::clone(&pool);
+            move || pool.take()[0]
+        });
+        drop(held);
+        assert_eq!(taker.join().unwrap(), 7, "contents are kept");
+    }
+
+    #[test]
+    fn a_buffer_outlives_its_pool_handle() {
+        let pool = BufferPool::new(4096, 1).unwrap();
+        let mut buffer = pool.take();
+        drop(pool);
+        buffer.fill(9);
+        assert_eq!(buffer[4095], 9);
+    }
+
+    #[test]
+    fn prewarming_keeps_contents_while_buffers_are_out() {
+        let pool = BufferPool::new(1 << 20, 80).unwrap();
+        let mut buffer = pool.take();
+        buffer.fill(5);
+        pool.prewarm(3).unwrap();
+        pool.touch_free_buffers();
+        assert!(buffer.iter().all(|byte| *byte == 5));
+        assert_eq!(pool.free(), 79);
+    }
+
+    #[test]
+    fn an_abandoned_buffer_is_empty_and_never_returns() {
+        let pool = BufferPool::new(4096, 2).unwrap();
+        let stand_in = pool.take().abandon();
+        assert!(stand_in.is_empty());
+        assert!(!stand_in.is_accessible());
+        drop(stand_in);
+        assert_eq!(pool.free(), 1);
+    }
+}

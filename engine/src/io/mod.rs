@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub mod buffer;
+mod files;
+mod inbox;
+pub mod threads;
 
 use buffer::Buffer;
 

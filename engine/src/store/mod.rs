@@ -45,6 +45,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Free bytes for this user; `None` where the store has no such bound.
     fn free_bytes(&self) -> Result<Option<u64>>;
 
+    /// In a forked child: closes inherited descriptors that keep locks alive. Runs right after the
+    /// fork, so it waits for no mutex.
+    fn close_after_fork(&self);
+
     /// The present by the store's own clock, the one that stamps `FileListing::modified`.
     fn now(&self) -> Result<SystemTime>;
 }

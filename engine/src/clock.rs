@@ -1,0 +1,50 @@
+//! Time and randomness, injected so that tests decide both.
+
+use std::fmt;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::format::names::AttemptId;
+use crate::{EngineError, Result};
+
+/// Where the engine takes time and randomness from.
+pub trait Environment: Send + Sync + fmt::Debug {
+    /// Time since an arbitrary start; never goes backwards.
+    fn monotonic(&self) -> Duration;
+    /// Milliseconds since 1970, UTC; may jump.
+    fn unix_ms(&self) -> u64;
+    /// A fresh attempt id.
+    fn attempt_id(&self) -> Result<AttemptId>;
+}
+
+/// The machine's own clocks and random source.
+#[derive(Debug)]
+pub struct System {
+    start: Instant,
+}
+
+impl Default for System {
+    fn default() -> Self {
+        Self { start: Instant::now() }
+    }
+}
+
+impl Environment for System {
+    fn monotonic(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn unix_ms(&self) -> u64 {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn attempt_id(&self) -> Result<AttemptId> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(|error| EngineError::Io {
+            what: "drawing an attempt id".into(),
+            source: std::io::Error::other(error.to_string()),
+            hint: "the kernel's random source is unavailable: check the sandbox's system-call filter".into(),
+        })?;
+        Ok(AttemptId(bytes))
+    }
+}

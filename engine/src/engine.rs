@@ -1,5 +1,0 @@
-//! The public verbs.
-
-/// One store as one process sees it.
-#[derive(Debug)]
-pub struct Engine;

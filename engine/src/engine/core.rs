@@ -1,0 +1,229 @@
+//! What all threads of an engine share: the store, the pools, and what is known of the store.
+//!
+//! Always holds: the known survey is that of the store as this engine last changed it; since the
+//! writer's lock is ours, nobody else changes it meanwhile.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::clock::Environment;
+use crate::config::{Compression, Config};
+use crate::error::IoContext;
+use crate::format::FormatError;
+use crate::format::manifest::{Manifest, Retired};
+use crate::format::names::MANIFEST_FILE;
+use crate::io::buffer::BufferPool;
+use crate::recovery::{self, ManifestState, Survey};
+use crate::retention::{Policy, plan_cleanup, plan_retention};
+use crate::save::SaveInfo;
+use crate::save::job::Job;
+use crate::store::{FileListing, StepListing, Store};
+use crate::{EngineError, Result};
+
+/// Shared by the caller's threads, the workers and the committer.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) config: Config,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) environment: Arc<dyn Environment>,
+    /// Encoded chunks, header, index and footer.
+    pub(crate) encode_pool: Arc<BufferPool>,
+    pub(crate) io_name: &'static str,
+    poisoned: AtomicBool,
+    book: Mutex<Book>,
+}
+
+/// What the engine remembers.
+#[derive(Debug, Default)]
+struct Book {
+    /// Of a writer, whose store nobody else changes.
+    survey: Option<Survey>,
+    /// Manifests by step, each with the listing that it was read under.
+    manifests: BTreeMap<u64, (FileListing, ManifestState)>,
+    /// Stored bytes per raw byte of the newest save.
+    ratio: Option<f64>,
+    /// Restored from.
+    protected: Option<u64>,
+    /// Newest that was read back.
+    verified: Option<u64>,
+}
+
+impl Core {
+    pub(super) fn new(
+        config: Config,
+        store: Arc<dyn Store>,
+        environment: Arc<dyn Environment>,
+        io_name: &'static str,
+    ) -> Result<Self> {
+        let chunk_bytes = config.chunk_bytes as usize;
+        let in_flight = usize::try_from(config.in_flight_bytes).unwrap_or(usize::MAX) / chunk_bytes;
+        let workers = super::memory::worker_count(config.workers);
+        // In flight, one being filled by each worker, and two for header and index.
+        let buffers = if config.read_only { 1 } else { in_flight + workers + 2 };
+        let encode_pool = BufferPool::new(chunk_bytes, buffers)
+            .context("allocating buffers for", store.location())?;
+        Ok(Self {
+            config,
+            store,
+            environment,
+            encode_pool,
+            io_name,
+            poisoned: AtomicBool::new(false),
+            book: Mutex::default(),
+        })
+    }
+
+    /// After a panic of the committer nothing that the engine believes can be trusted.
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    pub(super) fn check_healthy(&self, what: &str) -> Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(EngineError::internal(what, "an earlier save panicked: close and reopen the store"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn protect(&self, step: u64) {
+        self.book().protected = Some(step);
+    }
+
+    /// What lies in the store now.
+    pub(super) fn survey(&self) -> Result<Survey> {
+        let listing = self.store.list()?;
+        let mut known = std::mem::take(&mut self.book().manifests);
+        let mut manifests = BTreeMap::new();
+        for step in &listing {
+            if let Some(file) = step.files.iter().find(|file| file.name == MANIFEST_FILE) {
+                let state = match known.remove(&step.step) {
+                    Some((seen, state)) if seen == *file => state,
+                    _ => self.read_manifest(step)?,
+                };
+                manifests.insert(step.step, (file.clone(), state));
+            }
+        }
+        let states =
+            manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
+        let survey = recovery::survey(&listing, &states);
+        let mut book = self.book();
+        book.manifests = manifests;
+        if book.ratio.is_none() {
+            book.ratio = newest_ratio(&survey, &states);
+        }
+        if !self.config.read_only {
+            book.survey = Some(survey.clone());
+        }
+        Ok(survey)
+    }
+
+    /// The survey as last taken, if nobody else can have changed the store since.
+    pub(super) fn known_survey(&self) -> Result<Survey> {
+        let known = self.book().survey.clone();
+        known.map_or_else(|| self.survey(), Ok)
+    }
+
+    fn read_manifest(&self, step: &StepListing) -> Result<ManifestState> {
+        Ok(match self.store.read_manifest(step.step) {
+            Ok(None) => ManifestState::Absent,
+            Ok(Some(bytes)) => match Manifest::decode(&bytes) {
+                Ok(manifest) => ManifestState::Valid(Box::new(manifest)),
+                Err(FormatError::Damaged(why)) => ManifestState::Damaged(why),
+                Err(FormatError::Newer(why)) => ManifestState::Newer(why),
+            },
+            // One unreadable or oversized manifest must not hide the other checkpoints.
+            Err(error @ (EngineError::Io { .. } | EngineError::Corrupt { .. })) => {
+                ManifestState::Damaged(error.to_string())
+            }
+            Err(other) => return Err(other),
+        })
+    }
+
+    /// Stored bytes that a state of `raw_bytes` will take, by the ratio of the save before.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "an estimate"
+    )]
+    pub(super) fn expected_stored_bytes(&self, raw_bytes: u64) -> u64 {
+        let ratio = match self.config.compression {
+            Compression::None => 1.0,
+            _ => self.book().ratio.unwrap_or(1.0).clamp(0.0, 1.0),
+        };
+        (raw_bytes as f64 * ratio) as u64
+    }
+
+    /// Books the end of a save.
+    pub(crate) fn save_ended(&self, job: &Job, info: Option<&SaveInfo>) {
+        if let Some(info) = info {
+            let mut book = self.book();
+            book.ratio = ratio(info.stored_bytes, info.raw_bytes).or(book.ratio);
+        } else {
+            // Whether its manifest became visible is the store's to say.
+            self.book().survey = None;
+        }
+        tracing::debug!(step = job.shard.step, committed = info.is_some(), "save ended");
+    }
+
+    /// After the commit of `step`: deletes what the policy, or a rewind, lets go, and old debris.
+    /// The save stands whatever happens here: failures are logged and tried again after the next.
+    pub(crate) fn prune(&self, step: u64, retired: &[Retired]) -> Vec<u64> {
+        self.book().verified = Some(step);
+        let removed = self.try_prune(step, retired);
+        if let Err(error) = &removed {
+            tracing::warn!(step, %error, "retention failed; it runs again after the next save");
+            self.book().survey = None;
+        }
+        removed.unwrap_or_default()
+    }
+
+    fn try_prune(&self, step: u64, retired: &[Retired]) -> Result<Vec<u64>> {
+        let survey = self.survey()?;
+        let protected = self.protected_with(step);
+        let plan = plan_retention(&survey, Policy::from(&self.config), &protected);
+        if !retired.is_empty() {
+            tracing::info!(step, retired = retired.len(), "later checkpoints retired by a rewind");
+        }
+        for &step in &plan {
+            self.store.remove_checkpoint(step)?;
+        }
+        let grace = std::time::Duration::from_secs(self.config.gc_grace_seconds);
+        let orphans = plan_cleanup(&survey, self.store.now()?, grace);
+        for orphan in &orphans {
+            if self.store.remove_orphan(orphan.step, &orphan.file)?.is_some() {
+                tracing::info!(step = orphan.step, file = orphan.file, "abandoned file removed");
+            }
+        }
+        if !plan.is_empty() || !orphans.is_empty() {
+            self.survey()?;
+        }
+        Ok(plan)
+    }
+
+    fn protected_with(&self, step: u64) -> Vec<u64> {
+        let book = self.book();
+        [Some(step), book.protected, book.verified].into_iter().flatten().collect()
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn ratio(stored_bytes: u64, raw_bytes: u64) -> Option<f64> {
+    (raw_bytes > 0).then(|| stored_bytes as f64 / raw_bytes as f64)
+}
+
+fn newest_ratio(survey: &Survey, manifests: &BTreeMap<u64, ManifestState>) -> Option<f64> {
+    match manifests.get(&survey.newest()?)? {
+        ManifestState::Valid(manifest) => {
+            let stored = manifest.shards.iter().map(|shard| shard.bytes).sum();
+            let raw = manifest.shards.iter().map(|shard| shard.raw_bytes).sum();
+            ratio(stored, raw)
+        }
+        _ => None,
+    }
+}

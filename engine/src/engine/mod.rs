@@ -1,0 +1,333 @@
+//! The public verbs: open, save, load, list, verify, delete, clean up.
+//!
+//! Always holds:
+//! - Opening deletes nothing. A writing engine holds the store's lock for its life; a read-only one
+//!   creates, writes and locks nothing.
+//! - One save is in flight; the next one waits for it. An error that nobody looked at is raised by
+//!   the next call that can raise it.
+//! - A process forked from the one that opened the engine gets [`EngineError::Closed`] from every
+//!   verb, and dropping the engine there touches nothing of the parent's.
+
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use crate::clock::{Environment, System};
+use crate::config::Config;
+use crate::io::buffer::BufferPool;
+use crate::io::{Io, open_backend};
+use crate::load::{Checkpoint, ReadOptions, VerifyObserver, VerifyReport, verify_step};
+use crate::recovery::{StepState, Survey};
+use crate::save::commit::Committer;
+use crate::save::encode::Workers;
+use crate::save::{SaveHandle, SaveRequest};
+use crate::store::Store;
+use crate::store::local::{Access, LocalStore};
+use crate::{EngineError, Result};
+
+mod clean;
+mod core;
+mod memory;
+mod save;
+
+pub use clean::{GcItem, GcOptions, GcReport};
+pub(crate) use core::Core;
+
+/// One store as one process sees it.
+///
+/// ```
+/// use dtr_engine::save::{SaveRequest, StorageInput};
+/// use dtr_engine::format::{layout::ElementType, tree::{Node, Value}};
+/// use dtr_engine::{Config, Engine};
+///
+/// # fn main() -> dtr_engine::Result<()> {
+/// let directory = tempfile::tempdir().expect("a scratch directory");
+/// let engine = Engine::open(Config::new(directory.path()))?;
+/// let weights = vec![7_u8; 1 << 20];
+/// let handle = engine.save(SaveRequest {
+///     step: 1000,
+///     rewind: false,
+///     nodes: vec![Node { key: None, value: Value::None }],
+///     tensors: vec![],
+///     storages: vec![StorageInput { bytes: 1 << 20, element: ElementType::Bytes, source: &weights }],
+///     metadata: Default::default(),
+///     dataset_positions: Default::default(),
+/// })?; // the weights may change from here on
+/// let info = handle.result(None).expect("no time limit was set")?; // durable, or an error
+/// assert_eq!((info.step, engine.steps()?), (1000, vec![1000]));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Engine {
+    config: Config,
+    pid: u32,
+    io_name: &'static str,
+    /// Reachable without a lock, for a forked child.
+    store: Weak<dyn Store>,
+    inner: ManuallyDrop<RwLock<Option<Arc<Inner>>>>,
+}
+
+/// What closing takes down: in this order, so that each part outlives those that use it.
+#[derive(Debug)]
+struct Inner {
+    committer: Option<Committer>,
+    workers: Option<Workers>,
+    saving: Mutex<Saving>,
+    core: Arc<Core>,
+}
+
+/// What one save leaves for the next.
+#[derive(Debug, Default)]
+struct Saving {
+    arena: Option<Arc<BufferPool>>,
+    last: Option<SaveHandle>,
+    plan: Option<save::CachedPlan>,
+}
+
+/// Parts that are injected rather than configured.
+#[derive(Clone, Debug)]
+pub struct Components {
+    /// The way to the device.
+    pub io: Arc<dyn Io>,
+    /// Clocks and randomness.
+    pub environment: Arc<dyn Environment>,
+}
+
+impl Engine {
+    /// Opens the store that `config` names, on this machine's devices and clocks.
+    pub fn open(config: Config) -> Result<Self> {
+        config.validate()?;
+        let io = open_backend(config.io_backend, config.direct_io)?;
+        Self::open_with(config, Components { io, environment: Arc::new(System::default()) })
+    }
+
+    /// Opens the store that `config` names, on the given parts.
+    pub fn open_with(config: Config, components: Components) -> Result<Self> {
+        config.validate()?;
+        let Components { io, environment } = components;
+        let io_name = io.name();
+        let access = if config.read_only { Access::Read } else { Access::Write };
+        let store = LocalStore::open(&config.path, access, io, config.in_flight_bytes)?;
+        let store: Arc<dyn Store> = Arc::new(store);
+        let core = Arc::new(Core::new(config.clone(), store, environment, io_name)?);
+        let (workers, committer) = if config.read_only {
+            (None, None)
+        } else {
+            let count = memory::worker_count(config.workers);
+            let workers = Workers::start(count, &core.encode_pool, &core.environment)?;
+            (Some(workers), Some(Committer::start(&core)?))
+        };
+        let store = Arc::downgrade(&core.store);
+        let inner = Inner { committer, workers, saving: Mutex::default(), core };
+        Ok(Self {
+            config,
+            pid: std::process::id(),
+            io_name,
+            store,
+            inner: ManuallyDrop::new(RwLock::new(Some(Arc::new(inner)))),
+        })
+    }
+
+    /// The settings it was opened with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The way to the device that was chosen: `uring` or `threads`.
+    pub fn io_backend(&self) -> &'static str {
+        self.io_name
+    }
+
+    /// Takes a snapshot of the request's storages and returns; the checkpoint is written behind.
+    /// Waits for a save in flight first. Raises the error of an earlier save that nobody looked at.
+    pub fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
+        let what = format!("saving step {}", request.step);
+        let inner = self.writer(&what)?;
+        inner.core.check_healthy(&what)?;
+        inner.save(request)
+    }
+
+    /// Allocates and populates the staging arena for a state of `raw_bytes`, ahead of the first
+    /// save, whose stall then is that of any other.
+    pub fn prewarm(&self, raw_bytes: u64) -> Result<()> {
+        self.writer("prewarming the staging arena")?.prewarm(raw_bytes)
+    }
+
+    /// The committed steps, ascending.
+    pub fn steps(&self) -> Result<Vec<u64>> {
+        Ok(self.survey()?.committed_steps())
+    }
+
+    /// Everything that lies in the store, and what it means.
+    pub fn survey(&self) -> Result<Survey> {
+        self.inner("listing checkpoints")?.core.survey()
+    }
+
+    /// Opens this rank's shard of a committed step: manifest, footer, header and index are read and
+    /// checked, chunks are not.
+    pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
+        self.checkpoint_of_rank(step, self.config.rank)
+    }
+
+    /// [`Engine::checkpoint`] of another rank.
+    pub fn checkpoint_of_rank(&self, step: u64, rank: u32) -> Result<Checkpoint> {
+        let inner = self.inner(&format!("opening step {step}"))?;
+        inner.core.check_exists(step)?;
+        let store = inner.core.store.as_ref();
+        match Checkpoint::open(store, step, rank) {
+            // The writer replaced or removed it under our feet: what stands there now counts.
+            Err(error) if is_gone(&error) => Checkpoint::open(store, step, rank),
+            opened => opened,
+        }
+    }
+
+    /// Reads and checks every chunk of every shard of a step.
+    pub fn verify(&self, step: u64, observer: &dyn VerifyObserver) -> Result<VerifyReport> {
+        let inner = self.inner(&format!("verifying step {step}"))?;
+        inner.core.check_exists(step)?;
+        let options = ReadOptions { workers: self.config.workers, ..ReadOptions::default() };
+        verify_step(inner.core.store.as_ref(), step, options, observer)
+    }
+
+    /// Deletes a checkpoint, manifest first. Returns the bytes freed.
+    pub fn delete(&self, step: u64) -> Result<u64> {
+        let inner = self.writer(&format!("deleting step {step}"))?;
+        inner.wait_for_last(None)?;
+        inner.core.delete(step)
+    }
+
+    /// Deletes what no checkpoint needs: files of abandoned attempts whose lock is free and which
+    /// are older than the grace period, and retired checkpoints.
+    pub fn gc(&self, options: GcOptions) -> Result<GcReport> {
+        let what = "cleaning up";
+        let inner = if options.dry_run { self.inner(what)? } else { self.writer(what)? };
+        inner.wait_for_last(None)?;
+        inner.core.gc(options)
+    }
+
+    /// Keeps a step from retention: the one that the training was restored from.
+    pub fn protect(&self, step: u64) -> Result<()> {
+        self.inner("protecting a step")?.core.protect(step);
+        Ok(())
+    }
+
+    /// Waits for the save in flight, at most `timeout`; true if none is left. Raises the error of a
+    /// save that nobody looked at.
+    pub fn wait_until_finished(&self, timeout: Option<Duration>) -> Result<bool> {
+        self.inner("waiting for the save in flight")?.wait_for_last(timeout)
+    }
+
+    /// Finishes the save in flight, then gives back threads, memory and the store's lock. Raises
+    /// the error of a save that nobody looked at. Closing twice is fine.
+    pub fn close(&self) -> Result<()> {
+        if self.is_forked() {
+            return Ok(());
+        }
+        let inner = self.inner.write().unwrap_or_else(PoisonError::into_inner).take();
+        inner.map_or(Ok(()), |inner| inner.wait_for_last(None).map(|_| ()))
+    }
+
+    /// In a forked child: closes the descriptors that hold the parent's locks alive. Takes no lock
+    /// of its own, so it may run right after `fork`.
+    pub fn close_after_fork(&self) {
+        if let Some(store) = self.store.upgrade().filter(|_| self.is_forked()) {
+            store.close_after_fork();
+            // Whether this is the last reference is the parent's business.
+            std::mem::forget(store);
+        }
+    }
+
+    fn is_forked(&self) -> bool {
+        std::process::id() != self.pid
+    }
+
+    fn inner(&self, what: &str) -> Result<Arc<Inner>> {
+        if self.is_forked() {
+            return Err(EngineError::Closed {
+                what: what.into(),
+                why: "this process was forked from the one that opened the store".into(),
+                hint: "open the store again in this process, with `read_only=True` while the \
+                       parent saves"
+                    .into(),
+            });
+        }
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.clone().ok_or_else(|| EngineError::Closed {
+            what: what.into(),
+            why: "the store was closed".into(),
+            hint: "open it again".into(),
+        })
+    }
+
+    fn writer(&self, what: &str) -> Result<Arc<Inner>> {
+        if self.config.read_only {
+            return Err(EngineError::invalid(
+                format!("{what} in `{}`", self.config.path.display()),
+                "the store was opened read-only",
+                "open it without `read_only=True`",
+            ));
+        }
+        self.inner(what)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if self.is_forked() {
+            // Threads do not survive a fork, and locks and memory are the parent's.
+            return;
+        }
+        // What is left in the lock is `None`, which needs no drop.
+        drop(self.inner.write().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+impl Inner {
+    /// Waits for the save in flight; true if it has ended. Raises its error if nobody has seen it.
+    fn wait_for_last(&self, timeout: Option<Duration>) -> Result<bool> {
+        let last = self.saving.lock().unwrap_or_else(PoisonError::into_inner).last.clone();
+        let Some(last) = last else { return Ok(true) };
+        if !last.wait(timeout) {
+            return Ok(false);
+        }
+        last.take_unseen_error().map_or(Ok(true), Err)
+    }
+}
+
+/// Whether an error says that a file vanished.
+fn is_gone(error: &EngineError) -> bool {
+    match error {
+        EngineError::NotFound { .. } => true,
+        EngineError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
+}
+
+impl Core {
+    /// A step that a rewind retired, or that was never committed, cannot be opened, whatever files
+    /// are left of it.
+    fn check_exists(&self, step: u64) -> Result<()> {
+        let survey = self.survey()?;
+        let why = match survey.step(step).map(|step| &step.state) {
+            None => "there is no checkpoint of this step".into(),
+            Some(StepState::Incomplete) => "an attempt was begun and never committed".into(),
+            Some(StepState::Retired { by }) => format!("it was retired by the rewind to step {by}"),
+            Some(StepState::Committed | StepState::Damaged { .. } | StepState::Newer { .. }) => {
+                return Ok(());
+            }
+        };
+        let steps = survey.committed_steps();
+        let hint = match (steps.first(), steps.last()) {
+            (Some(first), Some(last)) => {
+                format!("{} checkpoints exist, from step {first} to step {last}", steps.len())
+            }
+            _ => "no checkpoint exists in this store".into(),
+        };
+        Err(EngineError::NotFound {
+            what: format!("opening step {step} in `{}`", self.store.location()),
+            why,
+            hint,
+        })
+    }
+}

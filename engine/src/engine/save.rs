@@ -1,0 +1,209 @@
+//! Starting a save: everything that happens in the caller's thread.
+//!
+//! Always holds: every check that can refuse the save is made before anything is written.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use super::{Inner, Saving, memory};
+use crate::error::IoContext;
+use crate::format::layout::{Layout, StorageSpec};
+use crate::format::manifest::{FORMAT_VERSION, Manifest};
+use crate::io::buffer::BufferPool;
+use crate::recovery::check_save;
+use crate::save::capture::{capture, fits};
+use crate::save::commit::CommitTask;
+use crate::save::job::Job;
+use crate::save::write::IndexDraft;
+use crate::save::{SaveHandle, SaveRequest, StorageInput};
+use crate::store::ShardId;
+use crate::{EngineError, Result};
+
+/// Room for header, footer and a small index, when free space is checked.
+const CONTROL_BYTES: u64 = 1 << 20;
+
+/// The layout of the save before, good for as long as the storages stay the same.
+#[derive(Debug)]
+pub(super) struct CachedPlan {
+    storages: Vec<StorageSpec>,
+    layout: Arc<Layout>,
+}
+
+impl Inner {
+    pub(super) fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
+        let started = self.core.environment.monotonic();
+        // Held until the snapshot is taken: callers on several threads take turns.
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = &saving.last {
+            last.wait(None);
+            last.take_unseen_error().map_or(Ok(()), Err)?;
+        }
+        let waited = self.core.environment.monotonic() - started;
+        let survey = self.core.known_survey()?;
+        let plan = check_save(&survey, request.step, request.rewind)?;
+        let layout = saving.layout(&request.storages, self.core.config.chunk_bytes)?;
+        let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
+        let arena = self.arena(&mut saving, layout.raw_bytes())?;
+
+        let attempt = self.core.environment.attempt_id()?;
+        let shard = ShardId { step: request.step, rank: self.core.config.rank, attempt };
+        let workers = memory::worker_count(self.core.config.workers);
+        let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
+        let compression = self.core.config.compression;
+        let job = Arc::new(Job::new(shard, layout, compression, to_committer));
+        job.update_stats(|stats| {
+            stats.wait_seconds = waited.as_secs_f64();
+            stats.staging_bytes = (arena.buffer_bytes() * arena.count()) as u64;
+            stats.streamed = !fits(&job, &arena);
+            stats.io_backend = self.core.io_name.into();
+        });
+        let handle = SaveHandle::new(Arc::clone(&job));
+        let manifest = Manifest {
+            attempt: attempt.to_string(),
+            created_unix_ms: self.core.environment.unix_ms(),
+            dataset_positions: request.dataset_positions,
+            engine_version: env!("CARGO_PKG_VERSION").into(),
+            format_version: FORMAT_VERSION,
+            job: self.core.config.job.clone(),
+            metadata: request.metadata,
+            retired: plan.retired,
+            shards: Vec::new(),
+            step: request.step,
+            world_size: self.core.config.world_size,
+        };
+        let index = IndexDraft::new(&job.layout, request.nodes, request.tensors)?;
+        self.submit(CommitTask {
+            job: Arc::clone(&job),
+            encoded,
+            index,
+            manifest,
+            replaces: plan.replaces,
+            reserve_bytes,
+            handle: handle.clone(),
+            started,
+        })?;
+        saving.last = Some(handle.clone());
+        self.capture(&job, &request.storages, &arena, &handle, started)?;
+        Ok(handle)
+    }
+
+    /// Takes the snapshot. If that fails, the handle's error is the one that is returned here.
+    fn capture(
+        &self,
+        job: &Arc<Job>,
+        storages: &[StorageInput<'_>],
+        arena: &Arc<BufferPool>,
+        handle: &SaveHandle,
+        started: Duration,
+    ) -> Result<()> {
+        let environment = &self.core.environment;
+        let capture_start = environment.monotonic();
+        let workers = self.workers.as_ref().ok_or_else(no_writer)?.queue()?;
+        let failed = FailUnlessDone { job };
+        let captured = capture(job, storages, arena, workers);
+        let now = environment.monotonic();
+        job.update_stats(|stats| {
+            stats.capture_seconds = (now - capture_start).as_secs_f64();
+            stats.stall_seconds = (now - started).as_secs_f64();
+        });
+        match captured {
+            Ok(()) => {
+                std::mem::forget(failed);
+                Ok(())
+            }
+            Err(error) => {
+                job.fail(error.duplicate());
+                drop(failed);
+                // The attempt's files are gone when this returns, and the caller has seen why.
+                handle.wait(None);
+                let _seen = handle.take_unseen_error();
+                Err(error)
+            }
+        }
+    }
+
+    fn submit(&self, task: CommitTask) -> Result<()> {
+        self.committer.as_ref().ok_or_else(no_writer)?.submit(task)
+    }
+
+    /// Refuses a save that the store has no room for; returns the length to reserve.
+    fn check_space(&self, step: u64, raw_bytes: u64) -> Result<u64> {
+        let expected = self.core.expected_stored_bytes(raw_bytes);
+        let needed = expected.saturating_add(CONTROL_BYTES);
+        match self.core.store.free_bytes()? {
+            Some(free) if free < needed => Err(EngineError::NoSpace {
+                what: format!("saving step {step} in `{}`", self.core.store.location()),
+                why: format!("about {needed} bytes are needed, {free} are free"),
+                hint: "free space, lower `keep_last_n`, or run `ckpt-tool gc`, then save again; \
+                       nothing was written"
+                    .into(),
+            }),
+            _ => Ok(needed),
+        }
+    }
+
+    pub(super) fn prewarm(&self, raw_bytes: u64) -> Result<()> {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = &saving.last {
+            last.wait(None);
+        }
+        let arena = self.arena(&mut saving, raw_bytes)?;
+        arena
+            .prewarm(memory::worker_count(self.core.config.workers))
+            .context("populating the staging arena for", self.core.store.location())
+    }
+
+    /// The staging arena, grown if this state wants more than it has. No save is in flight.
+    fn arena(&self, saving: &mut Saving, raw_bytes: u64) -> Result<Arc<BufferPool>> {
+        let config = &self.core.config;
+        let wanted = memory::arena_chunks(config, raw_bytes, memory::memory_bytes());
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        match &saving.arena {
+            Some(arena) if wanted <= arena.count() => Ok(Arc::clone(arena)),
+            _ => {
+                // The old one goes first, so that both never count at once.
+                saving.arena = None;
+                let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
+                    .context("allocating the staging arena for", self.core.store.location())?;
+                saving.arena = Some(Arc::clone(&arena));
+                Ok(arena)
+            }
+        }
+    }
+}
+
+impl Saving {
+    fn layout(&mut self, storages: &[StorageInput<'_>], chunk_bytes: u32) -> Result<Arc<Layout>> {
+        let specs: Vec<StorageSpec> = storages
+            .iter()
+            .map(|storage| StorageSpec { bytes: storage.bytes, element: storage.element })
+            .collect();
+        if let Some(plan) = self.plan.as_ref().filter(|plan| plan.storages == specs) {
+            return Ok(Arc::clone(&plan.layout));
+        }
+        let layout = Arc::new(Layout::plan(&specs, chunk_bytes).map_err(|error| {
+            EngineError::invalid(
+                "planning a save",
+                error.to_string(),
+                "save a smaller state, or raise `chunk_bytes`",
+            )
+        })?);
+        self.plan = Some(CachedPlan { storages: specs, layout: Arc::clone(&layout) });
+        Ok(layout)
+    }
+}
+
+/// A panic of a storage's source must end the save, not leave it waiting for chunks.
+struct FailUnlessDone<'a> {
+    job: &'a Job,
+}
+
+impl Drop for FailUnlessDone<'_> {
+    fn drop(&mut self) {
+        self.job.fail(EngineError::internal("capturing a storage", "the copy panicked"));
+    }
+}
+
+fn no_writer() -> EngineError {
+    EngineError::internal("starting a save", "the engine was opened read-only")
+}

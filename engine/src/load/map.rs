@@ -1,0 +1,104 @@
+//! Mapping a shard: storages that are stored raw are used where they lie, without a copy.
+//!
+//! Always holds: a range is given out only for a storage whose chunks are all uncompressed and lie
+//! one after the other in the file, and, unless the caller waived it, only after their checksums
+//! matched in the mapping itself. The mapping is private: writing to it changes no file.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use memmap2::MmapMut;
+
+use super::Checkpoint;
+use crate::codec::Codec;
+use crate::format::checksum::crc32c;
+use crate::io::ALIGNMENT;
+use crate::{EngineError, Result};
+
+/// A shard in memory, with the ranges of the storages that can be used in place.
+#[derive(Debug)]
+pub struct MappedShard {
+    map: MmapMut,
+    ranges: BTreeMap<u32, Range<usize>>,
+}
+
+impl Checkpoint {
+    /// Maps the shard and finds the ranges of `storages`; see [`MappedShard::range_of`].
+    pub fn map(&self, storages: &[u32], verify: bool) -> Result<MappedShard> {
+        let map = self.source.map()?;
+        let mut checked = vec![!verify; self.index.chunks.len()];
+        let mut ranges = BTreeMap::new();
+        for &storage in storages {
+            let Some(range) = self.contiguous(storage)? else { continue };
+            let record = self.index.storages[storage as usize];
+            for chunk in self.chunks_of(record.raw_offset, record.bytes) {
+                if !std::mem::replace(&mut checked[chunk], true) {
+                    self.check_mapped(chunk, &map)?;
+                }
+            }
+            ranges.insert(storage, range);
+        }
+        Ok(MappedShard { map, ranges })
+    }
+
+    /// Where a storage lies in the file if it lies there in one raw piece.
+    fn contiguous(&self, storage: u32) -> Result<Option<Range<usize>>> {
+        let record = *self.index.storages.get(storage as usize).ok_or_else(|| {
+            EngineError::invalid(
+                format!("mapping storage {storage} of `{}`", self.shard_name()),
+                format!("the shard has {}", self.index.storages.len()),
+                "ask for storages that the index lists",
+            )
+        })?;
+        let chunks = self.chunks_of(record.raw_offset, record.bytes);
+        let Some(first) = self.index.chunks.get(chunks.start).filter(|_| !chunks.is_empty()) else {
+            return Ok(Some(0..0));
+        };
+        let mut expected = first.offset;
+        for chunk in &self.index.chunks[chunks] {
+            if chunk.codec != Codec::None || chunk.offset != expected {
+                return Ok(None);
+            }
+            expected += u64::from(chunk.stored_bytes);
+        }
+        let start = first.offset + record.raw_offset % u64::from(self.header.chunk_bytes);
+        let in_memory = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        Ok(Some(in_memory(start)..in_memory(start + record.bytes)))
+    }
+
+    fn check_mapped(&self, chunk: usize, map: &MmapMut) -> Result<()> {
+        let record = self.record(chunk);
+        let start = usize::try_from(record.offset).unwrap_or(usize::MAX);
+        let raw = &map[start..start + record.raw_bytes as usize];
+        let padded = (record.stored_bytes as usize).next_multiple_of(ALIGNMENT);
+        let whole = &map[start..start + padded];
+        if crc32c(raw) == record.raw_crc32c && crc32c(whole) == record.stored_crc32c {
+            return Ok(());
+        }
+        Err(EngineError::corrupt(
+            self.shard_name(),
+            format!(
+                "chunk {chunk} at offset {}: its checksum is not the index's; tensors hit: {}",
+                record.offset,
+                self.tensors_in(chunk).join(", ")
+            ),
+        ))
+    }
+}
+
+impl MappedShard {
+    /// Where a storage lies in [`MappedShard::bytes`]; `None` if it must be read instead.
+    pub fn range_of(&self, storage: u32) -> Option<Range<usize>> {
+        self.ranges.get(&storage).cloned()
+    }
+
+    /// The whole file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// The whole file; writes stay in this process.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.map
+    }
+}

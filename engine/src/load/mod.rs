@@ -1,0 +1,278 @@
+//! The load pipeline: from a committed checkpoint to memory.
+//!
+//! ```text
+//! manifest -> footer -> header, index      each checked by the digest that its parent holds
+//!                          |
+//!   reads in flight at device depth -> worker per core: stored crc32c -> decode -> raw crc32c -> memory
+//! ```
+//!
+//! Always holds: memory is `Ok` only if every chunk that touches it matched both its checksums; a
+//! length read from the medium is bounded by the file before memory is allocated for it; only the
+//! chunks that a request touches are read.
+
+use std::ops::Range;
+
+use crate::error::EngineError;
+use crate::format::FormatError;
+use crate::format::checksum::crc32c;
+use crate::format::index::{IndexContext, ShardIndex};
+use crate::format::manifest::{Manifest, ShardEntry};
+use crate::format::names::parse_shard_file;
+use crate::format::shard::{BLOCK_BYTES, Footer, Header};
+use crate::io::ALIGNMENT;
+use crate::io::buffer::BufferPool;
+use crate::store::{ShardId, ShardSource, Store};
+use crate::{Result, error::IoContext};
+
+mod map;
+mod read;
+mod verify;
+
+pub use map::MappedShard;
+pub use read::{ReadOptions, ReadStats, Target};
+pub use verify::{Damage, VerifyObserver, VerifyReport};
+
+pub(crate) use verify::verify_step;
+
+/// Bytes of a buffer for reading footer, header and index.
+const CONTROL_BUFFER_BYTES: usize = 1 << 20;
+
+/// One rank's shard of a committed checkpoint, its manifest and index read and checked.
+#[derive(Debug)]
+pub struct Checkpoint {
+    manifest: Manifest,
+    header: Header,
+    index: ShardIndex,
+    source: Box<dyn ShardSource>,
+}
+
+impl Checkpoint {
+    /// Reads and checks manifest, footer, header and index of `rank`'s shard of `step`.
+    pub fn open(store: &dyn Store, step: u64, rank: u32) -> Result<Self> {
+        let manifest = read_manifest(store, step)?;
+        Self::open_shard(store, manifest, rank)
+    }
+
+    pub(crate) fn open_shard(store: &dyn Store, manifest: Manifest, rank: u32) -> Result<Self> {
+        let entry = manifest.shards.iter().find(|entry| entry.rank == rank).ok_or_else(|| {
+            EngineError::NotFound {
+                what: format!("opening rank {rank} of step {}", manifest.step),
+                why: format!("the checkpoint was saved by {} ranks", manifest.world_size),
+                hint: "a state saved per rank is read by the same number of ranks; to change it, \
+                       reshard with torch.distributed.checkpoint"
+                    .into(),
+            }
+        })?;
+        let (_, attempt) = parse_shard_file(&entry.file).ok_or_else(|| {
+            EngineError::corrupt(store.location(), format!("`{}` is no shard's name", entry.file))
+        })?;
+        let source = store.open_shard(ShardId { step: manifest.step, rank, attempt })?;
+        let control = Control::new(source.as_ref())?;
+        let footer = control.footer(entry)?;
+        let header = control.header(&footer)?;
+        control.compare(&header, &footer, &manifest, entry)?;
+        let index = control.index(&footer, &header)?;
+        Ok(Self { manifest, header, index, source })
+    }
+
+    /// The training step.
+    pub fn step(&self) -> u64 {
+        self.manifest.step
+    }
+
+    /// The checkpoint's manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The shard's header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The shard's index.
+    pub fn index(&self) -> &ShardIndex {
+        &self.index
+    }
+
+    /// The shard's name, for messages.
+    pub fn shard_name(&self) -> String {
+        self.source.name()
+    }
+
+    /// Length of the shard.
+    pub fn file_bytes(&self) -> u64 {
+        self.source.file_bytes()
+    }
+
+    /// The chunks that hold `bytes` bytes from `raw_offset` of the raw layout.
+    fn chunks_of(&self, raw_offset: u64, bytes: u64) -> Range<usize> {
+        if bytes == 0 {
+            return 0..0;
+        }
+        let chunk_bytes = u64::from(self.header.chunk_bytes);
+        let index = |offset: u64| usize::try_from(offset / chunk_bytes).unwrap_or(usize::MAX);
+        index(raw_offset)..index(raw_offset + bytes - 1) + 1
+    }
+}
+
+pub(crate) fn read_manifest(store: &dyn Store, step: u64) -> Result<Manifest> {
+    let file = format!("{}, manifest of step {step}", store.location());
+    let bytes = store.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
+        what: format!("opening step {step} in `{}`", store.location()),
+        why: "there is no committed checkpoint of this step".into(),
+        hint: "`all_steps()` or `ckpt-tool ls` lists those that exist".into(),
+    })?;
+    let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
+    if manifest.step == step {
+        Ok(manifest)
+    } else {
+        Err(EngineError::corrupt(file, format!("it is the manifest of step {}", manifest.step)))
+    }
+}
+
+/// Gives a format error the name of the file that it was found in.
+pub(crate) fn from_format(file: &str, error: FormatError) -> EngineError {
+    match error {
+        FormatError::Damaged(why) => EngineError::corrupt(file, why),
+        FormatError::Newer(why) => EngineError::UnsupportedFormat {
+            what: format!("reading `{file}`"),
+            why,
+            hint: "upgrade dtruntime to the version that wrote this checkpoint".into(),
+        },
+    }
+}
+
+/// Reads the parts of a shard that are not chunks.
+struct Control<'a> {
+    source: &'a dyn ShardSource,
+    pool: std::sync::Arc<BufferPool>,
+}
+
+impl<'a> Control<'a> {
+    fn new(source: &'a dyn ShardSource) -> Result<Self> {
+        let pool = BufferPool::new(CONTROL_BUFFER_BYTES, 2)
+            .context("allocating a buffer to read", source.name())?;
+        Ok(Self { source, pool })
+    }
+
+    fn footer(&self, entry: &ShardEntry) -> Result<Footer> {
+        let file_bytes = self.source.file_bytes();
+        if file_bytes != entry.bytes || file_bytes < 2 * BLOCK_BYTES as u64 {
+            return Err(self.corrupt(format!(
+                "the file has {file_bytes} bytes, its manifest says {}",
+                entry.bytes
+            )));
+        }
+        let block = self.read(file_bytes - BLOCK_BYTES as u64, BLOCK_BYTES as u64)?;
+        let actual = format!("{:08x}", crc32c(&block));
+        if actual != entry.footer_crc32c {
+            return Err(self.corrupt(format!(
+                "the footer's checksum is {actual}, the manifest says {}",
+                entry.footer_crc32c
+            )));
+        }
+        let footer = Footer::decode(&block).map_err(|error| self.format(error))?;
+        if footer.file_bytes != file_bytes {
+            return Err(self.corrupt(format!(
+                "the file has {file_bytes} bytes, its footer says {}",
+                footer.file_bytes
+            )));
+        }
+        Ok(footer)
+    }
+
+    fn header(&self, footer: &Footer) -> Result<Header> {
+        let block = self.read(0, BLOCK_BYTES as u64)?;
+        let actual = crc32c(&block);
+        if actual != footer.header_crc32c {
+            return Err(self.corrupt(format!(
+                "the header's checksum is {actual:08x}, the footer says {:08x}",
+                footer.header_crc32c
+            )));
+        }
+        Header::decode(&block).map_err(|error| self.format(error))
+    }
+
+    /// The identity that header, footer and manifest state must be one.
+    fn compare(
+        &self,
+        header: &Header,
+        footer: &Footer,
+        manifest: &Manifest,
+        entry: &ShardEntry,
+    ) -> Result<()> {
+        let stated = (header.attempt.to_string(), header.step, header.rank, header.world_size);
+        let expected =
+            (manifest.attempt.clone(), manifest.step, entry.rank, manifest.world_size);
+        if stated == expected && footer.attempt == header.attempt {
+            return Ok(());
+        }
+        Err(self.corrupt(format!(
+            "the shard is of (attempt, step, rank, ranks) {stated:?}, the manifest says {expected:?}"
+        )))
+    }
+
+    fn index(&self, footer: &Footer, header: &Header) -> Result<ShardIndex> {
+        let padded = footer.index_stored_bytes.next_multiple_of(ALIGNMENT as u64);
+        let end = footer.index_offset.checked_add(padded);
+        if end != Some(footer.file_bytes - BLOCK_BYTES as u64) {
+            return Err(self.corrupt(format!(
+                "an index of {} bytes at offset {} does not end where the footer begins",
+                footer.index_stored_bytes, footer.index_offset
+            )));
+        }
+        let stored = self.read(footer.index_offset, padded)?;
+        let actual = crc32c(&stored);
+        if actual != footer.index_crc32c {
+            return Err(self.corrupt(format!(
+                "the index's checksum is {actual:08x}, the footer says {:08x}",
+                footer.index_crc32c
+            )));
+        }
+        let context = IndexContext {
+            file_bytes: footer.file_bytes,
+            chunk_bytes: header.chunk_bytes,
+            index_offset: footer.index_offset,
+        };
+        let unpadded = usize::try_from(footer.index_stored_bytes).unwrap_or(usize::MAX);
+        ShardIndex::decode(&stored[..unpadded], footer.index_raw_bytes, &context)
+            .map_err(|error| self.format(error))
+    }
+
+    /// Reads whole blocks, buffer by buffer. The range lies in the file, so the allocation is
+    /// bounded by it.
+    fn read(&self, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+        let mut collected = Vec::with_capacity(usize::try_from(bytes).unwrap_or(0));
+        let mut at = offset;
+        let end = offset + bytes;
+        while at < end {
+            let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(CONTROL_BUFFER_BYTES);
+            let (sender, receiver) = crossbeam_channel::bounded(1);
+            let done = Box::new(move |result, buffer| {
+                // The receiver waits below; it cannot be gone.
+                let _gone = sender.send((result, buffer));
+            });
+            self.source.read(at, self.pool.take(), part, done);
+            let (result, buffer): (Result<()>, crate::io::buffer::Buffer) =
+                receiver.recv().map_err(|_| {
+                    EngineError::internal(
+                        format!("reading `{}`", self.source.name()),
+                        "the store dropped a read",
+                    )
+                })?;
+            result?;
+            collected.extend_from_slice(&buffer[..part]);
+            at += part as u64;
+        }
+        Ok(collected)
+    }
+
+    fn corrupt(&self, why: String) -> EngineError {
+        EngineError::corrupt(self.source.name(), why)
+    }
+
+    fn format(&self, error: FormatError) -> EngineError {
+        from_format(&self.source.name(), error)
+    }
+}

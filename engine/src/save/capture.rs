@@ -1,0 +1,120 @@
+//! Capture: a consistent copy of every storage into the staging arena, by several threads.
+//!
+//! Always holds: when [`capture`] returns `Ok`, every chunk was handed to the workers and no source
+//! is read again. If the state fits the arena, workers get their first chunk only after the last
+//! byte was copied, so that the copy has the memory bandwidth to itself; if not, they get each
+//! chunk at once, because their buffers are needed again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crossbeam_channel::Sender;
+
+use super::StorageInput;
+use super::encode::EncodeTask;
+use super::job::Job;
+use crate::io::buffer::{Buffer, BufferPool};
+use crate::{EngineError, Result};
+
+/// Most threads that copy: two saturate the memory of a small machine, four that of a socket.
+const CAPTURE_THREADS_MAX: usize = 4;
+
+/// Copies all chunks of `job` from `storages` and hands them to `workers`.
+pub(crate) fn capture(
+    job: &Arc<Job>,
+    storages: &[StorageInput<'_>],
+    arena: &Arc<BufferPool>,
+    workers: &Sender<EncodeTask>,
+) -> Result<()> {
+    let capture = Capture { job, storages, arena, next_chunk: AtomicU32::new(0) };
+    let streamed = !fits(job, arena);
+    let threads = thread_count(job);
+    let captured = std::thread::scope(|scope| {
+        let copiers: Vec<_> = (1..threads)
+            .map(|_| scope.spawn(|| capture.copy_chunks(workers, streamed)))
+            .collect();
+        // The caller's own thread is one of the copiers.
+        let mut results = vec![capture.copy_chunks(workers, streamed)];
+        for copier in copiers {
+            results.push(copier.join().unwrap_or_else(|_| Err(copier_panicked())));
+        }
+        results
+    });
+    for held_back in captured {
+        for task in held_back? {
+            send(workers, task)?;
+        }
+    }
+    job.failure().map_or(Ok(()), Err)
+}
+
+/// Whether the whole state has room in the arena at once.
+pub(crate) fn fits(job: &Job, arena: &BufferPool) -> bool {
+    job.layout.chunk_count() as usize <= arena.count()
+}
+
+fn thread_count(job: &Job) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    cores.min(CAPTURE_THREADS_MAX).min(job.layout.chunk_count() as usize).max(1)
+}
+
+struct Capture<'a> {
+    job: &'a Arc<Job>,
+    storages: &'a [StorageInput<'a>],
+    arena: &'a Arc<BufferPool>,
+    next_chunk: AtomicU32,
+}
+
+impl Capture<'_> {
+    /// One copier: takes the next chunk until none is left. Returns the tasks held back.
+    fn copy_chunks(&self, workers: &Sender<EncodeTask>, streamed: bool) -> Result<Vec<EncodeTask>> {
+        let mut held_back = Vec::new();
+        while !self.job.has_failed() {
+            let index = self.next_chunk.fetch_add(1, Ordering::Relaxed);
+            if index >= self.job.layout.chunk_count() {
+                break;
+            }
+            let mut buffer = self.arena.take();
+            if let Err(error) = self.copy_chunk(index, &mut buffer) {
+                // Stops the other copiers too.
+                self.job.fail(error.duplicate());
+                return Err(error);
+            }
+            let raw_bytes = self.job.layout.chunk_raw_bytes(index);
+            self.job.progress.add_captured(u64::from(raw_bytes));
+            let task = EncodeTask { job: Arc::clone(self.job), index, buffer };
+            if streamed {
+                send(workers, task)?;
+            } else {
+                held_back.push(task);
+            }
+        }
+        Ok(held_back)
+    }
+
+    fn copy_chunk(&self, index: u32, buffer: &mut Buffer) -> Result<()> {
+        let raw_bytes = self.job.layout.chunk_raw_bytes(index) as usize;
+        let mut filled = 0;
+        for piece in self.job.layout.pieces(index) {
+            let start = piece.chunk_offset as usize;
+            let end = start + piece.bytes as usize;
+            // Alignment gaps are zero, whatever the buffer held before.
+            buffer[filled..start].fill(0);
+            let storage = &self.storages[piece.storage as usize];
+            storage.source.read(piece.storage_offset, &mut buffer[start..end])?;
+            filled = end;
+        }
+        buffer[filled..raw_bytes].fill(0);
+        Ok(())
+    }
+}
+
+fn send(workers: &Sender<EncodeTask>, task: EncodeTask) -> Result<()> {
+    workers.send(task).map_err(|_| {
+        EngineError::internal("handing a chunk to the workers", "all workers have ended")
+    })
+}
+
+fn copier_panicked() -> EngineError {
+    EngineError::internal("capturing a storage", "a copying thread panicked")
+}

@@ -1,0 +1,187 @@
+//! The committer: writes the shard, publishes the manifest, reads it back, applies retention.
+//!
+//! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
+//! checkpoints deleted; a save that fails before the manifest leaves nothing behind but earlier
+//! checkpoints; a panic here fails that save and poisons the engine, and waits nobody out.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender};
+
+use super::handle::{SaveHandle, SaveInfo};
+use super::job::{Job, Message};
+use super::write::{IndexDraft, WrittenShard, write_shard};
+use crate::engine::Core;
+use crate::error::IoContext;
+use crate::format::manifest::{Manifest, ShardEntry};
+use crate::format::names::{AttemptId, shard_file_name};
+use crate::format::shard::Header;
+use crate::load::Checkpoint;
+use crate::store::{Publication, ShardSink};
+use crate::{EngineError, Result};
+
+/// One save, as the committer gets it.
+#[derive(Debug)]
+pub(crate) struct CommitTask {
+    pub(crate) job: Arc<Job>,
+    pub(crate) encoded: Receiver<Message>,
+    pub(crate) index: IndexDraft,
+    /// Complete but for the shard.
+    pub(crate) manifest: Manifest,
+    pub(crate) replaces: Option<AttemptId>,
+    pub(crate) reserve_bytes: u64,
+    pub(crate) handle: SaveHandle,
+    /// When the caller called.
+    pub(crate) started: Duration,
+}
+
+/// The committer's thread and the queue towards it.
+#[derive(Debug)]
+pub(crate) struct Committer {
+    tasks: Option<Sender<CommitTask>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Committer {
+    pub(crate) fn start(core: &Arc<Core>) -> Result<Self> {
+        // One save is in flight at a time: the next one waits for this one's handle.
+        let (tasks, queue) = crossbeam_channel::bounded::<CommitTask>(1);
+        let core = Arc::clone(core);
+        let thread = std::thread::Builder::new()
+            .name("dtr-commit".into())
+            .spawn(move || queue.iter().for_each(|task| run(&core, task)))
+            .context("starting a thread for", "committing")?;
+        Ok(Self { tasks: Some(tasks), thread: Some(thread) })
+    }
+
+    pub(crate) fn submit(&self, task: CommitTask) -> Result<()> {
+        let tasks = self.tasks.as_ref();
+        tasks.and_then(|tasks| tasks.send(task).ok()).ok_or_else(|| {
+            EngineError::internal("starting a save", "the committing thread has ended")
+        })
+    }
+}
+
+impl Drop for Committer {
+    fn drop(&mut self) {
+        self.tasks = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported by the save that it failed.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+fn run(core: &Core, task: CommitTask) {
+    let handle = task.handle.clone();
+    let job = Arc::clone(&task.job);
+    let outcome = catch_unwind(AssertUnwindSafe(|| commit(core, task)));
+    let result = outcome.unwrap_or_else(|_panic| {
+        core.poison();
+        Err(EngineError::internal(
+            format!("saving step {}", job.shard.step),
+            "the committing thread panicked",
+        ))
+    });
+    if let Err(error) = &result {
+        // Copiers and workers that are still at it must stop before the handle resolves.
+        job.fail(error.duplicate());
+        tracing::error!(step = job.shard.step, %error, "save failed");
+    }
+    core.save_ended(&job, result.as_ref().ok());
+    handle.resolve(result);
+}
+
+fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
+    let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } = task;
+    let write_start = core.environment.monotonic();
+    let mut sink = core.store.create_shard(job.shard, reserve_bytes)?;
+    let header = Header {
+        attempt: job.shard.attempt,
+        step: job.shard.step,
+        rank: job.shard.rank,
+        world_size: core.config.world_size,
+        chunk_bytes: job.layout.chunk_bytes(),
+    };
+    let pool = &core.encode_pool;
+    let written = write_shard(&job, index, &header, &encoded, sink.as_mut(), pool);
+    // Frees the buffers of whatever a failed save left in the queue.
+    drop(encoded);
+    let written = match written.and_then(|written| job.failure().map_or(Ok(written), Err)) {
+        Ok(written) => written,
+        Err(error) => {
+            sink.abandon();
+            return Err(error);
+        }
+    };
+    let publish_start = core.environment.monotonic();
+    manifest.shards = vec![shard_entry(&job, written)];
+    publish(core, &job, &manifest, written, replaces, sink)?;
+    let published = core.environment.monotonic();
+    job.update_stats(|stats| {
+        stats.write_seconds = (publish_start - write_start).as_secs_f64();
+        stats.publish_seconds = (published - publish_start).as_secs_f64();
+        stats.durable_seconds = (published - started).as_secs_f64();
+        stats.stored_bytes = written.file_bytes;
+    });
+    read_back(core, &job, &manifest)?;
+    let removed_steps = core.prune(job.shard.step, &manifest.retired);
+    Ok(SaveInfo {
+        step: job.shard.step,
+        attempt: job.shard.attempt.to_string(),
+        location: core.store.location(),
+        raw_bytes: job.layout.raw_bytes(),
+        stored_bytes: written.file_bytes,
+        removed_steps,
+        stats: job.stats(),
+    })
+}
+
+fn shard_entry(job: &Job, written: WrittenShard) -> ShardEntry {
+    ShardEntry {
+        bytes: written.file_bytes,
+        file: shard_file_name(job.shard.rank, job.shard.attempt),
+        footer_crc32c: format!("{:08x}", written.footer_crc32c),
+        rank: job.shard.rank,
+        raw_bytes: job.layout.raw_bytes(),
+        replicated: Vec::new(),
+    }
+}
+
+fn publish(
+    core: &Core,
+    job: &Job,
+    manifest: &Manifest,
+    written: WrittenShard,
+    replaces: Option<AttemptId>,
+    sink: Box<dyn ShardSink>,
+) -> Result<()> {
+    let bytes = manifest.encode();
+    let published = core.store.publish(Publication {
+        step: job.shard.step,
+        attempt: job.shard.attempt,
+        manifest: &bytes,
+        replaces,
+        shards: &[(job.shard, written.file_bytes)],
+    });
+    if published.is_err() {
+        // The store keeps the shard if the manifest may have become visible all the same.
+        sink.abandon();
+    }
+    published
+}
+
+/// Reads manifest, header, footer, index and lengths of what was just committed.
+fn read_back(core: &Core, job: &Job, manifest: &Manifest) -> Result<()> {
+    let checkpoint = Checkpoint::open(core.store.as_ref(), job.shard.step, job.shard.rank)?;
+    if checkpoint.manifest() != manifest {
+        return Err(EngineError::corrupt(
+            format!("{}, step {}", core.store.location(), job.shard.step),
+            "the manifest read back after the commit is not the one that was written",
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! What the stages of one save share.
+//!
+//! Always holds: the first failure wins and stays; once failed, every stage drops what it is given,
+//! so that buffers flow back and nobody waits for ever.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+
+use crate::EngineError;
+use crate::codec::Codec;
+use crate::config::Compression;
+use crate::format::layout::Layout;
+use crate::io::buffer::Buffer;
+use crate::progress::{Progress, SaveStats};
+use crate::store::ShardId;
+
+/// State shared by capture, workers and committer.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) shard: ShardId,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) compression: Compression,
+    pub(crate) progress: Progress,
+    /// Towards the committer.
+    pub(crate) encoded: Sender<Message>,
+    pub(crate) encode_nanos: AtomicU64,
+    pub(crate) chunks_encoded: AtomicU64,
+    stats: Mutex<SaveStats>,
+    failed: AtomicBool,
+    failure: Mutex<Option<EngineError>>,
+}
+
+/// What the committer receives.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// A chunk ready to be written.
+    Chunk(EncodedChunk),
+    /// Look at [`Job::failure`].
+    Failed,
+}
+
+/// A chunk's stored bytes, padded.
+#[derive(Debug)]
+pub(crate) struct EncodedChunk {
+    pub(crate) index: u32,
+    pub(crate) buffer: Buffer,
+    pub(crate) codec: Codec,
+    pub(crate) raw_bytes: u32,
+    pub(crate) stored_bytes: u32,
+    pub(crate) stored_crc32c: u32,
+    pub(crate) raw_crc32c: u32,
+}
+
+impl Job {
+    pub(crate) fn new(
+        shard: ShardId,
+        layout: Arc<Layout>,
+        compression: Compression,
+        encoded: Sender<Message>,
+    ) -> Self {
+        Self {
+            progress: Progress::new(layout.raw_bytes()),
+            shard,
+            layout,
+            compression,
+            encoded,
+            encode_nanos: AtomicU64::new(0),
+            chunks_encoded: AtomicU64::new(0),
+            stats: Mutex::default(),
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        }
+    }
+
+    /// Ends the save with `error`, unless it failed before, and wakes the committer.
+    pub(crate) fn fail(&self, error: EngineError) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert(error);
+        self.failed.store(true, Ordering::Release);
+        drop(failure);
+        // A full queue wakes the committer as well, which then finds the flag; a closed one means
+        // that it is gone already.
+        let _full_or_closed = self.encoded.try_send(Message::Failed);
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// The error that ended the save, if one did.
+    pub(crate) fn failure(&self) -> Option<EngineError> {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.as_ref().map(EngineError::duplicate)
+    }
+
+    /// Whether the device cannot keep up: encoded chunks wait for it.
+    pub(crate) fn device_is_bottleneck(&self) -> bool {
+        !self.encoded.is_empty()
+    }
+
+    pub(crate) fn update_stats(&self, update: impl FnOnce(&mut SaveStats)) {
+        update(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn stats(&self) -> SaveStats {
+        let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        stats.raw_bytes = self.layout.raw_bytes();
+        stats.chunks = u64::from(self.layout.chunk_count());
+        stats.chunks_encoded = self.chunks_encoded.load(Ordering::Relaxed);
+        stats.encode_seconds =
+            Duration::from_nanos(self.encode_nanos.load(Ordering::Relaxed)).as_secs_f64();
+        stats
+    }
+}

@@ -1,0 +1,106 @@
+//! The save pipeline: from live storages to a committed checkpoint.
+//!
+//! ```text
+//!  caller's thread        worker per core           committer (one thread)
+//!  capture ----chunk----> crc32c, encode, ----------> sink.write -> index, footer
+//!  (staging arena)        pad, crc32c       encoded   sink.finish -> publish -> handle
+//!        ^                     |                          |
+//!        +---- buffers come back as chunks are encoded or written ----+
+//! ```
+//!
+//! Always holds:
+//! - [`crate::Engine::save`] returns only after every byte was copied: what the caller does to its
+//!   storages afterwards cannot change the checkpoint.
+//! - Memory is bounded by the arena and the encode pool; each stage waits only for stages after it,
+//!   so nothing deadlocks.
+//! - Workers start when the capture is complete, unless the state is larger than the arena: while
+//!   the training loop waits, both cores copy.
+//! - The handle resolves with success only after the manifest is durable and was read back; any
+//!   failure before that abandons the attempt and leaves earlier checkpoints untouched.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::Result;
+use crate::format::index::TensorRecord;
+use crate::format::layout::ElementType;
+use crate::format::tree::Node;
+
+pub(crate) mod capture;
+pub(crate) mod commit;
+pub(crate) mod encode;
+mod handle;
+pub(crate) mod job;
+pub(crate) mod write;
+
+pub use handle::{SaveHandle, SaveInfo};
+
+/// What to save.
+#[derive(Debug)]
+pub struct SaveRequest<'a> {
+    /// The training step.
+    pub step: u64,
+    /// Allows a step at or below the newest committed one; later checkpoints are retired.
+    pub rewind: bool,
+    /// The state tree, in preorder.
+    pub nodes: Vec<Node>,
+    /// Views of `storages`, whose order `TensorRecord::storage` refers to.
+    pub tensors: Vec<TensorRecord>,
+    /// The memory to save, each storage once.
+    pub storages: Vec<StorageInput<'a>>,
+    /// Attached to the manifest.
+    pub metadata: BTreeMap<String, serde_json::Value>,
+    /// Positions of datasets, attached to the manifest.
+    pub dataset_positions: BTreeMap<String, serde_json::Value>,
+}
+
+/// One storage to save.
+#[derive(Clone, Copy)]
+pub struct StorageInput<'a> {
+    /// Its length.
+    pub bytes: u64,
+    /// What its bytes are.
+    pub element: ElementType,
+    /// Where they come from.
+    pub source: &'a dyn StorageSource,
+}
+
+impl fmt::Debug for StorageInput<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("StorageInput")
+            .field("bytes", &self.bytes)
+            .field("element", &self.element)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Gives the bytes of one storage. Called from several threads at once, only while
+/// [`crate::Engine::save`] runs.
+pub trait StorageSource: Sync {
+    /// Fills `destination` from `offset` bytes into the storage.
+    fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()>;
+}
+
+/// Memory that is at hand already.
+impl StorageSource for [u8] {
+    fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()> {
+        let bytes = usize::try_from(offset)
+            .ok()
+            .and_then(|start| self.get(start..)?.get(..destination.len()))
+            .ok_or_else(|| {
+                crate::EngineError::internal(
+                    format!("capturing {} bytes at offset {offset}", destination.len()),
+                    format!("the storage has {} bytes", self.len()),
+                )
+            })?;
+        destination.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+impl StorageSource for Vec<u8> {
+    fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()> {
+        self.as_slice().read(offset, destination)
+    }
+}

@@ -1,0 +1,180 @@
+//! Writing one shard: places chunks in the file, remembers where, then closes it with index and
+//! footer.
+//!
+//! Always holds: header, chunks, index and footer tile the file exactly; with codec `none` chunk
+//! `i` lies at `4096 + i * chunk_bytes`, so that a tensor is contiguous in the file.
+
+use std::sync::Arc;
+
+use super::job::{EncodedChunk, Job, Message};
+use crate::codec::Codec;
+use crate::format::checksum::crc32c;
+use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, TensorRecord};
+use crate::format::layout::Layout;
+use crate::format::shard::{BLOCK_BYTES, Footer, Header};
+use crate::format::tree::Node;
+use crate::io::ALIGNMENT;
+use crate::io::buffer::BufferPool;
+use crate::store::ShardSink;
+use crate::{EngineError, Result};
+
+/// What the manifest says of a shard that was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WrittenShard {
+    pub(crate) file_bytes: u64,
+    pub(crate) footer_crc32c: u32,
+}
+
+/// The part of a shard's index that is known before its chunks are.
+#[derive(Debug)]
+pub(crate) struct IndexDraft {
+    nodes: Vec<Node>,
+    tensors: Vec<TensorRecord>,
+    storages: Vec<StorageRecord>,
+}
+
+impl IndexDraft {
+    /// Storages of a request are in the caller's order; an index has them by raw offset.
+    pub(crate) fn new(layout: &Layout, nodes: Vec<Node>, mut tensors: Vec<TensorRecord>) -> Result<Self> {
+        let records = layout.storage_records();
+        let mut order: Vec<usize> = (0..records.len()).collect();
+        // Empty storages share their offset with the next one and come before it.
+        order.sort_by_key(|&input| (records[input].raw_offset, records[input].bytes));
+        let mut position = vec![0; records.len()];
+        for (sorted, &input) in order.iter().enumerate() {
+            position[input] = u32::try_from(sorted).unwrap_or(u32::MAX);
+        }
+        for tensor in &mut tensors {
+            tensor.storage = *position.get(tensor.storage as usize).ok_or_else(|| {
+                EngineError::internal(
+                    "planning a save",
+                    format!("a tensor names storage {} of {}", tensor.storage, records.len()),
+                )
+            })?;
+        }
+        let storages = order.into_iter().map(|input| records[input]).collect();
+        Ok(Self { nodes, tensors, storages })
+    }
+}
+
+/// Writes the shard of `job` through `sink` and makes it durable.
+pub(crate) fn write_shard(
+    job: &Arc<Job>,
+    draft: IndexDraft,
+    header: &Header,
+    encoded: &crossbeam_channel::Receiver<Message>,
+    sink: &mut dyn ShardSink,
+    pool: &Arc<BufferPool>,
+) -> Result<WrittenShard> {
+    let header = header.encode();
+    let mut writer = ShardWriter { job, sink, pool, next_offset: BLOCK_BYTES as u64 };
+    writer.write_at(0, &header)?;
+    let chunks = writer.write_chunks(encoded)?;
+    let index = ShardIndex {
+        nodes: draft.nodes,
+        storages: draft.storages,
+        tensors: draft.tensors,
+        chunks,
+    };
+    writer.close(&index, crc32c(&header))
+}
+
+struct ShardWriter<'a> {
+    job: &'a Arc<Job>,
+    sink: &'a mut dyn ShardSink,
+    pool: &'a Arc<BufferPool>,
+    next_offset: u64,
+}
+
+impl ShardWriter<'_> {
+    fn write_chunks(
+        &mut self,
+        encoded: &crossbeam_channel::Receiver<Message>,
+    ) -> Result<Vec<ChunkRecord>> {
+        let mut records = vec![None; self.job.layout.chunk_count() as usize];
+        let mut missing = records.len();
+        while missing > 0 {
+            let message = encoded.recv().map_err(|_| {
+                EngineError::internal("writing a shard", "the workers ended before the last chunk")
+            })?;
+            if let Some(error) = self.job.failure() {
+                return Err(error);
+            }
+            let Message::Chunk(chunk) = message else { continue };
+            let slot = &mut records[chunk.index as usize];
+            assert!(slot.is_none(), "a chunk is encoded once");
+            *slot = Some(self.write_chunk(chunk)?);
+            missing -= 1;
+        }
+        Ok(records.into_iter().flatten().collect())
+    }
+
+    fn write_chunk(&mut self, chunk: EncodedChunk) -> Result<ChunkRecord> {
+        let padded = (chunk.stored_bytes as usize).next_multiple_of(ALIGNMENT);
+        let offset = self.place(chunk.index, padded as u64);
+        let record = ChunkRecord {
+            offset,
+            stored_bytes: chunk.stored_bytes,
+            raw_bytes: chunk.raw_bytes,
+            codec: chunk.codec,
+            stored_crc32c: chunk.stored_crc32c,
+            raw_crc32c: chunk.raw_crc32c,
+        };
+        self.sink.write(offset, chunk.buffer, padded)?;
+        self.job.progress.add_written(padded as u64);
+        Ok(record)
+    }
+
+    /// Where a chunk goes: its raw place if no chunk of this save is encoded, else the next free.
+    fn place(&mut self, index: u32, padded_bytes: u64) -> u64 {
+        let offset = if self.job.compression.fixed_codec() == Some(Codec::None) {
+            BLOCK_BYTES as u64 + u64::from(index) * u64::from(self.job.layout.chunk_bytes())
+        } else {
+            self.next_offset
+        };
+        self.next_offset = self.next_offset.max(offset + padded_bytes);
+        offset
+    }
+
+    /// Index, footer, durability.
+    fn close(mut self, index: &ShardIndex, header_crc32c: u32) -> Result<WrittenShard> {
+        let encoded = index.encode().map_err(|error| {
+            EngineError::invalid(
+                format!("writing the index of step {}", self.job.shard.step),
+                error.to_string(),
+                "save fewer or smaller plain values: large data belongs into tensors or arrays",
+            )
+        })?;
+        let mut stored = encoded.stored;
+        let index_stored_bytes = stored.len() as u64;
+        stored.resize(stored.len().next_multiple_of(ALIGNMENT), 0);
+        let index_offset = self.next_offset;
+        let footer_offset = index_offset + stored.len() as u64;
+        let footer = Footer {
+            index_offset,
+            index_stored_bytes,
+            index_raw_bytes: encoded.raw_bytes,
+            index_crc32c: crc32c(&stored),
+            header_crc32c,
+            file_bytes: footer_offset + BLOCK_BYTES as u64,
+            attempt: self.job.shard.attempt,
+        };
+        let block = footer.encode();
+        self.write_at(index_offset, &stored)?;
+        self.write_at(footer_offset, &block)?;
+        self.sink.finish(footer.file_bytes)?;
+        Ok(WrittenShard { file_bytes: footer.file_bytes, footer_crc32c: crc32c(&block) })
+    }
+
+    /// Writes whole blocks from memory that is not a pool's, buffer by buffer.
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut at = offset;
+        for part in bytes.chunks(self.pool.buffer_bytes()) {
+            let mut buffer = self.pool.take();
+            buffer[..part.len()].copy_from_slice(part);
+            self.sink.write(at, buffer, part.len())?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+}

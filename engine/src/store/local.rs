@@ -1,1 +1,0 @@
-//! Checkpoints in a directory of a local or network filesystem.

@@ -1,0 +1,401 @@
+//! Checkpoints in a directory of a local or network filesystem.
+//!
+//! ```text
+//! <store>/writer.lock                          held by the one writer
+//! <store>/step-000000001000/manifest.json      its existence commits the checkpoint
+//!                           rank-00000.<attempt>.shard
+//!                           manifest.json.<attempt>.tmp    while it is being published
+//! ```
+//!
+//! Always holds:
+//! - Only names that our own rules make are listed, read, or deleted; a symbolic link in a place of
+//!   ours is not followed.
+//! - A reader creates, writes, locks and deletes nothing.
+//! - A name is durable before anything relies on it: each directory created is synced in its
+//!   parent, each shard in its step's directory, before the manifest that names it is published.
+//! - In a forked child every call is refused, and dropping anything leaves the files and locks of
+//!   the parent as they are.
+//!
+//! `docs/durability.md` tells the protocol and every way in which it can be cut short.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use super::{FileListing, Publication, ShardId, ShardSink, ShardSource, StepListing, Store};
+use crate::error::IoContext;
+use crate::format::manifest::MANIFEST_BYTES_MAX;
+use crate::format::names;
+use crate::io::{EntryOp, EntryReply, Io};
+use crate::{EngineError, Result};
+
+mod lock;
+mod map;
+mod publish;
+mod record;
+mod remove;
+mod sink;
+mod source;
+#[cfg(test)]
+mod tests;
+
+use lock::{Locks, WriterLock};
+
+/// What a process may do with a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// List and read.
+    Read,
+    /// Everything; one process at a time.
+    Write,
+}
+
+/// A store in a directory.
+#[derive(Debug)]
+pub struct LocalStore {
+    shared: Arc<Shared>,
+    /// Held by a writer.
+    writer: Option<WriterLock>,
+}
+
+/// What the store and its sinks have in common.
+#[derive(Debug)]
+struct Shared {
+    /// Absolute, so that a later change of the working directory changes nothing.
+    path: PathBuf,
+    io: Arc<dyn Io>,
+    in_flight_bytes_max: u64,
+    locks: Arc<Locks>,
+    /// Held while names are made and unmade, so that what was just looked up still is so: by a
+    /// publication, and by a cleaner between taking a file's lock and trusting it.
+    changes: Mutex<()>,
+}
+
+impl LocalStore {
+    /// Opens a store. A writer creates the directory, with its parents, and takes the writer lock; a
+    /// reader needs the directory to be there.
+    pub fn open(
+        path: &Path,
+        access: Access,
+        io: Arc<dyn Io>,
+        in_flight_bytes: u64,
+    ) -> Result<Self> {
+        let path = std::path::absolute(path).context("resolving", path)?;
+        let locks = Locks::new();
+        let writer = match access {
+            Access::Read => {
+                check_directory(&path)?;
+                None
+            }
+            Access::Write => {
+                create_directories(&*io, &path)?;
+                Some(WriterLock::acquire(&locks, &path)?)
+            }
+        };
+        let shared = Shared {
+            path,
+            io,
+            in_flight_bytes_max: in_flight_bytes,
+            locks,
+            changes: Mutex::default(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            writer,
+        })
+    }
+
+    fn writer(&self, what: &str) -> Result<&WriterLock> {
+        self.shared.check_process(what)?;
+        self.writer.as_ref().ok_or_else(|| {
+            EngineError::invalid(
+                format!("{what} in store `{}`", self.location()),
+                "it was opened read-only",
+                "open it for writing, without `read_only=True`",
+            )
+        })
+    }
+}
+
+impl Store for LocalStore {
+    fn close_after_fork(&self) {
+        self.shared.locks.close_after_fork();
+    }
+
+    fn location(&self) -> String {
+        self.shared.path.display().to_string()
+    }
+
+    fn list(&self) -> Result<Vec<StepListing>> {
+        let names = match self
+            .shared
+            .io
+            .entry(&EntryOp::List(self.shared.path.clone()))
+        {
+            Ok(reply) => names_in(reply)?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(missing_store(&self.shared.path));
+            }
+            Err(error) => return Err(EngineError::from_io("listing", &self.shared.path, error)),
+        };
+        let mut steps: Vec<u64> = names
+            .iter()
+            .filter_map(|name| names::parse_step_dir(name))
+            .collect();
+        steps.sort_unstable();
+        // A step that vanishes meanwhile is one that the writer deleted.
+        steps
+            .into_iter()
+            .filter_map(|step| self.shared.list_step(step).transpose())
+            .collect()
+    }
+
+    fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        let directory = self.shared.step_directory(step);
+        if !is_directory(&*self.shared.io, &directory)? {
+            return Ok(None);
+        }
+        record::read(
+            &self.shared.io,
+            &directory.join(names::MANIFEST_FILE),
+            MANIFEST_BYTES_MAX,
+        )
+    }
+
+    fn create_shard(&self, shard: ShardId, reserve_bytes: u64) -> Result<Box<dyn ShardSink>> {
+        self.writer("creating a shard")?;
+        Ok(Box::new(sink::LocalShardSink::create(
+            &self.shared,
+            shard,
+            reserve_bytes,
+        )?))
+    }
+
+    fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>> {
+        Ok(Box::new(source::LocalShardSource::open(
+            &self.shared,
+            shard,
+        )?))
+    }
+
+    fn publish(&self, publication: Publication<'_>) -> Result<()> {
+        self.writer("publishing a checkpoint")?;
+        publish::publish(&self.shared, publication)
+    }
+
+    fn remove_checkpoint(&self, step: u64) -> Result<u64> {
+        self.writer("deleting a checkpoint")?;
+        remove::remove_checkpoint(&self.shared, step)
+    }
+
+    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
+        self.writer("deleting a file")?;
+        remove::remove_orphan(&self.shared, step, file)
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        let space = EntryOp::Space(self.shared.path.clone());
+        match self
+            .shared
+            .io
+            .entry(&space)
+            .context("asking the free space of", &self.shared.path)?
+        {
+            EntryReply::Space { free_bytes, .. } => Ok(Some(free_bytes)),
+            reply => Err(unexpected_reply(&reply)),
+        }
+    }
+
+    fn now(&self) -> Result<SystemTime> {
+        match &self.writer {
+            Some(writer) => {
+                self.shared.check_process("asking the time")?;
+                writer.touch()
+            }
+            None => Ok(SystemTime::now()),
+        }
+    }
+}
+
+impl Shared {
+    fn step_directory(&self, step: u64) -> PathBuf {
+        self.path.join(names::step_dir_name(step))
+    }
+
+    fn shard_path(&self, shard: ShardId) -> PathBuf {
+        self.step_directory(shard.step)
+            .join(names::shard_file_name(shard.rank, shard.attempt))
+    }
+
+    fn changes(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses work in a fork of the process that opened the store.
+    fn check_process(&self, what: &str) -> Result<()> {
+        if self.locks.in_owner() {
+            return Ok(());
+        }
+        Err(EngineError::Closed {
+            what: format!("{what} in store `{}`", self.path.display()),
+            why: format!(
+                "it was opened by process {}, and this is a fork of it, process {}",
+                self.locks.process(),
+                std::process::id()
+            ),
+            hint: "open the store anew in this process, with `read_only=True` while the other one \
+                   writes to it"
+                .into(),
+        })
+    }
+
+    fn sync_directory(&self, path: &Path) -> Result<()> {
+        self.io
+            .entry(&EntryOp::SyncDir(path.into()))
+            .context("syncing directory", path)?;
+        Ok(())
+    }
+
+    /// One step's files of ours; `None` if it is no directory, or is gone.
+    fn list_step(&self, step: u64) -> Result<Option<StepListing>> {
+        let directory = self.step_directory(step);
+        let Some(names) = list_own_names(&*self.io, &directory)? else {
+            return Ok(None);
+        };
+        let mut files = Vec::with_capacity(names.len());
+        for name in names {
+            if let Some(metadata) = stat_file(&*self.io, &directory.join(&name))? {
+                let modified = metadata
+                    .modified()
+                    .context("asking the age of", &directory)?;
+                files.push(FileListing {
+                    name,
+                    bytes: metadata.len(),
+                    modified,
+                });
+            }
+        }
+        files.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(Some(StepListing { step, files }))
+    }
+}
+
+/// Names of ours in a step's directory; `None` if it is no directory, or is gone.
+fn list_own_names(io: &dyn Io, directory: &Path) -> Result<Option<Vec<String>>> {
+    if !is_directory(io, directory)? {
+        return Ok(None);
+    }
+    match io.entry(&EntryOp::List(directory.into())) {
+        Ok(reply) => {
+            let mut names = names_in(reply)?;
+            names.retain(|name| is_own_name(name));
+            Ok(Some(names))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(EngineError::from_io("listing", directory, error)),
+    }
+}
+
+/// Whether a writer of ours gives files in a step's directory this name.
+fn is_own_name(name: &str) -> bool {
+    name == names::MANIFEST_FILE
+        || names::parse_shard_file(name).is_some()
+        || names::parse_manifest_temporary(name).is_some()
+}
+
+/// Metadata of a regular file; `None` if there is none. Symbolic links are not followed.
+fn stat_file(io: &dyn Io, path: &Path) -> Result<Option<std::fs::Metadata>> {
+    Ok(stat(io, path)?.filter(std::fs::Metadata::is_file))
+}
+
+/// Whether this is a directory, and no symbolic link to one.
+fn is_directory(io: &dyn Io, path: &Path) -> Result<bool> {
+    Ok(stat(io, path)?.is_some_and(|metadata| metadata.is_dir()))
+}
+
+fn stat(io: &dyn Io, path: &Path) -> Result<Option<std::fs::Metadata>> {
+    match io.entry(&EntryOp::Stat(path.into())) {
+        Ok(EntryReply::Metadata(metadata)) => Ok(Some(metadata)),
+        Ok(reply) => Err(unexpected_reply(&reply)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(EngineError::from_io("looking at", path, error)),
+    }
+}
+
+/// Names that are text: others are none of ours.
+fn names_in(reply: EntryReply) -> Result<Vec<String>> {
+    match reply {
+        EntryReply::Names(names) => Ok(names
+            .into_iter()
+            .filter_map(|name| name.into_string().ok())
+            .collect()),
+        reply => Err(unexpected_reply(&reply)),
+    }
+}
+
+fn unexpected_reply(reply: &EntryReply) -> EngineError {
+    EngineError::internal(
+        "an operation on directory entries",
+        format!("it replied {reply:?}"),
+    )
+}
+
+/// Creates a directory with its parents, each durable in its own parent.
+fn create_directories(io: &dyn Io, path: &Path) -> Result<()> {
+    let mut missing: Vec<&Path> = Vec::new();
+    for ancestor in path.ancestors() {
+        match io.entry(&EntryOp::CreateDir(ancestor.into())) {
+            Ok(_) => {
+                sync_parent(io, ancestor)?;
+                break;
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                check_directory(ancestor)?;
+                break;
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => missing.push(ancestor),
+            Err(error) => return Err(EngineError::from_io("creating directory", ancestor, error)),
+        }
+    }
+    for directory in missing.into_iter().rev() {
+        match io.entry(&EntryOp::CreateDir(directory.into())) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                return Err(EngineError::from_io("creating directory", directory, error));
+            }
+            _ => sync_parent(io, directory)?,
+        }
+    }
+    Ok(())
+}
+
+fn sync_parent(io: &dyn Io, path: &Path) -> Result<()> {
+    let Some(parent) = path.parent() else {
+        return Ok(());
+    };
+    io.entry(&EntryOp::SyncDir(parent.into()))
+        .context("syncing directory", parent)?;
+    Ok(())
+}
+
+/// That a store is there. Here, and only here, symbolic links are followed: the user chose the path.
+fn check_directory(path: &Path) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(EngineError::invalid(
+            format!("opening store `{}`", path.display()),
+            "it is a file, and a store is a directory",
+            "choose another path",
+        )),
+        Err(error) if error.kind() == ErrorKind::NotFound => Err(missing_store(path)),
+        Err(error) => Err(EngineError::from_io("opening store", path, error)),
+    }
+}
+
+fn missing_store(path: &Path) -> EngineError {
+    EngineError::NotFound {
+        what: format!("opening store `{}`", path.display()),
+        why: "there is no such directory".into(),
+        hint: "check the path, or open it for writing once, which creates it".into(),
+    }
+}

@@ -1,0 +1,121 @@
+//! Deleting checkpoints and what dead attempts left.
+//!
+//! Always holds:
+//! - A checkpoint's manifest is gone, durably, before the first of its shards goes: none is ever
+//!   seen with shards missing because it is being deleted.
+//! - A shard goes only under its own lock, and an orphan only if no manifest that stands names it.
+//! - Files with names of others stay, and so does the directory that holds them.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use super::lock::{LockFile, lock_error};
+use super::{Shared, is_own_name, list_own_names, publish, stat_file};
+use crate::format::names;
+use crate::io::EntryOp;
+use crate::{EngineError, Result};
+
+/// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`].
+pub(super) fn remove_checkpoint(shared: &Shared, step: u64) -> Result<u64> {
+    let directory = shared.step_directory(step);
+    let Some(names) = list_own_names(&*shared.io, &directory)? else {
+        return Ok(0);
+    };
+    let mut freed_bytes = {
+        let _changes = shared.changes();
+        remove_file(shared, &directory.join(names::MANIFEST_FILE))?
+    };
+    // Even if there was none: whoever deleted it may have died before this.
+    shared.sync_directory(&directory)?;
+    for name in names.iter().filter(|name| *name != names::MANIFEST_FILE) {
+        // One that is locked belongs to an attempt that runs: it goes or is committed by itself.
+        freed_bytes += remove_unlocked(shared, &directory.join(name), || Ok(true))?.unwrap_or(0);
+    }
+    remove_empty_step(shared, step)?;
+    Ok(freed_bytes)
+}
+
+/// Deletes a file that no manifest names; see [`crate::store::Store::remove_orphan`].
+pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Option<u64>> {
+    if !is_own_name(file) || file == names::MANIFEST_FILE {
+        return Err(EngineError::invalid(
+            format!("deleting file `{file}` of step {step}"),
+            "it is neither a shard nor a temporary manifest by its name",
+            "delete it by hand if it is not needed",
+        ));
+    }
+    let directory = shared.step_directory(step);
+    if !super::is_directory(&*shared.io, &directory)? {
+        return Ok(Some(0));
+    }
+    let path = directory.join(file);
+    let freed_bytes = match names::parse_shard_file(file) {
+        // Asked under the lock: an attempt publishes before it lets go of its shard.
+        Some((_, attempt)) => remove_unlocked(shared, &path, || {
+            Ok(!publish::standing(shared, step, attempt)?.may_be_ours())
+        })?,
+        None => {
+            let _changes = shared.changes();
+            Some(remove_file(shared, &path)?)
+        }
+    };
+    if freed_bytes.is_some() {
+        remove_empty_step(shared, step)?;
+    }
+    Ok(freed_bytes)
+}
+
+/// Deletes a step's directory if nothing is in it.
+pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<()> {
+    let directory = shared.step_directory(step);
+    match shared.io.entry(&EntryOp::RemoveDir(directory.clone())) {
+        Ok(_) => shared.sync_directory(&shared.path),
+        Err(error) => match error.kind() {
+            ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound => Ok(()),
+            _ => Err(EngineError::from_io(
+                "deleting directory",
+                &directory,
+                error,
+            )),
+        },
+    }
+}
+
+/// Deletes a file if nobody holds its lock and, asked under the lock, `allowed` says so. Returns the
+/// bytes freed; `None` if it stays.
+fn remove_unlocked(
+    shared: &Shared,
+    path: &Path,
+    allowed: impl FnOnce() -> Result<bool>,
+) -> Result<Option<u64>> {
+    if stat_file(&*shared.io, path)?.is_none() {
+        return Ok(Some(0));
+    }
+    let lock = {
+        let _changes = shared.changes();
+        match shared.locks.try_lock(path, LockFile::Existing) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Some(0)),
+            Err(error) => return Err(lock_error("locking", path, error)),
+        }
+    };
+    if !allowed()? {
+        return Ok(None);
+    }
+    let freed_bytes = remove_file(shared, path)?;
+    drop(lock);
+    Ok(Some(freed_bytes))
+}
+
+/// Deletes a file of ours. Returns its bytes, 0 if it was not there.
+fn remove_file(shared: &Shared, path: &Path) -> Result<u64> {
+    let Some(metadata) = stat_file(&*shared.io, path)? else {
+        return Ok(0);
+    };
+    match shared.io.entry(&EntryOp::RemoveFile(path.into())) {
+        Ok(_) => Ok(metadata.len()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(EngineError::from_io("deleting", path, error)),
+    }
+}

@@ -1,0 +1,146 @@
+//! The life of a store: order of steps, retention, rewind, locks, damage, closing.
+
+use std::time::Duration;
+
+use dtr_engine::engine::GcOptions;
+use dtr_engine::{Config, Engine, EngineError};
+
+use super::support::{State, config, finish, scratch};
+
+#[test]
+fn steps_only_go_forward_unless_rewound() {
+    let directory = scratch();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    let state = State::training(1, 0);
+    for step in [10, 20, 30] {
+        state.save(&engine, step).unwrap();
+    }
+    for step in [5, 20, 30] {
+        let error = engine.save(state.request(step)).unwrap_err();
+        assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
+        assert!(error.to_string().contains("rewind"), "{error}");
+    }
+    let other = State::training(2, 0);
+    let mut request = other.request(20);
+    request.rewind = true;
+    let info = finish(&engine.save(request).unwrap()).unwrap();
+    assert_eq!(info.removed_steps, [30]);
+    assert_eq!(engine.steps().unwrap(), [10, 20]);
+    other.assert_equals(&engine.checkpoint(20).unwrap());
+    state.save(&engine, 21).unwrap();
+}
+
+#[test]
+fn retention_keeps_the_newest_the_multiples_and_the_step_restored_from() {
+    let directory = scratch();
+    let config = Config { keep_last_n: Some(2), keep_every: Some(100), ..config(directory.path()) };
+    let engine = Engine::open(config).unwrap();
+    let state = State::training(1, 0);
+    state.save(&engine, 50).unwrap();
+    engine.protect(50).unwrap();
+    for step in [100, 150, 200, 250, 300] {
+        state.save(&engine, step).unwrap();
+    }
+    assert_eq!(engine.steps().unwrap(), [50, 100, 200, 250, 300]);
+}
+
+#[test]
+fn a_second_writer_is_refused_and_a_reader_is_not() {
+    let directory = scratch();
+    let writer = Engine::open(config(directory.path())).unwrap();
+    let error = Engine::open(config(directory.path())).unwrap_err();
+    assert!(matches!(error, EngineError::StoreBusy { .. }), "{error}");
+    let reader = Engine::open(Config { read_only: true, ..config(directory.path()) }).unwrap();
+    let state = State::training(1, 1);
+    // In the middle of a save the reader sees what is committed, and no more.
+    let handle = writer.save(state.request(1)).unwrap();
+    assert!(reader.steps().unwrap().len() <= 1);
+    finish(&handle).unwrap();
+    state.assert_equals(&reader.checkpoint(1).unwrap());
+    assert!(matches!(reader.delete(1).unwrap_err(), EngineError::InvalidArgument { .. }));
+    writer.close().unwrap();
+    drop(Engine::open(config(directory.path())).unwrap());
+}
+
+#[test]
+fn closing_waits_for_the_save_in_flight() {
+    let directory = scratch();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    let state = State::training(1, 2);
+    let handle = engine.save(state.request(3)).unwrap();
+    engine.close().unwrap();
+    assert!(handle.is_done());
+    assert!(matches!(engine.steps().unwrap_err(), EngineError::Closed { .. }));
+    engine.close().unwrap();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    state.assert_equals(&engine.checkpoint(3).unwrap());
+}
+
+#[test]
+fn a_cancelled_save_leaves_nothing_and_its_error_is_not_swallowed() {
+    let directory = scratch();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    let state = State::training(1, 4);
+    state.save(&engine, 1).unwrap();
+    let handle = engine.save(state.request(2)).unwrap();
+    handle.cancel("the test says so");
+    handle.wait(None);
+    // Cancelled in time or not, the store holds whole checkpoints only.
+    let steps = engine.steps().unwrap();
+    match engine.wait_until_finished(None) {
+        Ok(_) => assert_eq!(steps, [1, 2]),
+        Err(error) => {
+            assert!(error.to_string().contains("the test says so"), "{error}");
+            assert_eq!(steps, [1]);
+        }
+    }
+    engine.wait_until_finished(None).unwrap();
+}
+
+#[test]
+fn deleting_and_cleaning() {
+    let directory = scratch();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    let state = State::training(1, 0);
+    for step in 1..=3 {
+        state.save(&engine, step).unwrap();
+    }
+    assert!(engine.delete(2).unwrap() > 0);
+    assert_eq!(engine.steps().unwrap(), [1, 3]);
+    let error = engine.delete(2).unwrap_err();
+    assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
+
+    let mut request = state.request(3);
+    request.rewind = true;
+    finish(&engine.save(request).unwrap()).unwrap();
+    // The replaced attempt's shard is kept for readers until the grace period is over.
+    let young = engine.gc(GcOptions::default()).unwrap();
+    assert_eq!((young.removed.len(), young.kept.len()), (0, 1), "{young:?}");
+    let dry = GcOptions { dry_run: true, grace: Some(Duration::ZERO) };
+    assert_eq!(engine.gc(dry).unwrap().removed.len(), 1);
+    let now = GcOptions { dry_run: false, grace: Some(Duration::ZERO) };
+    let report = engine.gc(now).unwrap();
+    assert_eq!(report.removed.len(), 1, "{report:?}");
+    assert!(report.freed_bytes > 0);
+    state.assert_equals(&engine.checkpoint(3).unwrap());
+}
+
+#[test]
+fn a_full_store_is_noticed_before_anything_is_written() {
+    let directory = scratch();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    let mut request = State(Vec::new()).request(1);
+    let source: Vec<u8> = Vec::new();
+    request.storages = vec![dtr_engine::save::StorageInput {
+        bytes: 1 << 50,
+        element: dtr_engine::format::layout::ElementType::Bytes,
+        source: &source,
+    }];
+    // Larger chunks, or the number of chunks is what is refused.
+    let error = engine.save(request).unwrap_err();
+    assert!(
+        matches!(error, EngineError::NoSpace { .. } | EngineError::InvalidArgument { .. }),
+        "{error}"
+    );
+    assert_eq!(engine.survey().unwrap().steps.len(), 0);
+}
