@@ -87,7 +87,7 @@ def run_trainer(store: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Train in a process of its own; returns its exit status and its report."""
     report = store.with_suffix(".json")
     report.unlink(missing_ok=True)
-    command = [sys.executable, TRAINER, "--store", store, "--losses-out", report]
+    command = [sys.executable, str(TRAINER), "--store", str(store), "--losses-out", str(report)]
     command += ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY), *arguments]
     status = subprocess.run(command, check=False).returncode
     if status not in (0, -signal.SIGKILL):

@@ -66,7 +66,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
-        return x + self.feed_forward(x)
+        out: torch.Tensor = x + self.feed_forward(x)
+        return out
 
 
 class GPT(nn.Module):
@@ -84,7 +85,9 @@ class GPT(nn.Module):
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         """Score every next byte."""
-        return self.output(self.norm(self.blocks(self.embedding(text) + self.position)))
+        x = self.blocks(self.embedding(text) + self.position)
+        scores: torch.Tensor = self.output(self.norm(x))
+        return scores
 
 
 class Progress:
@@ -173,7 +176,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             if progress.step % options.save_every == 0:
                 handle = manager.save_async(state, step=progress.step)
                 if progress.step == options.kill_during_save:
-                    kill_before_it_is_durable(handle)
+                    kill_in_mid_save(handle)
                 saves.append((progress.step, handle))
         return {
             "resumed_at": resumed_at,
@@ -189,12 +192,12 @@ def finished(handle: Any) -> dict[str, Any]:
     return dict(handle.stats())
 
 
-def kill_before_it_is_durable(handle: Any) -> None:
+def kill_in_mid_save(handle: Any) -> None:
     """End this process as a power cut would: no handler, no flush, no goodbye."""
-    time.sleep(0.01)
-    if handle.done():
-        sys.exit("error: the save was faster than the kill: nothing was interrupted")
-    os.kill(os.getpid(), signal.SIGKILL)
+    while not handle.done():
+        if handle.progress()["written_bytes"] > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit("error: the save was faster than the kill: nothing was interrupted")
 
 
 def digest(model: nn.Module) -> str:
