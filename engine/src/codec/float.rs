@@ -46,7 +46,7 @@ const KIND_FRAME: u8 = 2;
 
 /// Why encoding ends early.
 enum Stop {
-    /// The stored bytes would not be fewer enough.
+    /// The stored bytes would not be few enough.
     DoesNotFit,
     Failed(CodecError),
 }
@@ -522,7 +522,18 @@ mod tests {
     fn a_constant_chunk_needs_a_record_for_each_plane_of_each_block() {
         let raw = 1.0_f32.to_le_bytes().repeat(3 << 16);
         let stored = encode(4, &raw);
-        assert_eq!(stored.len(), HEADER_BYTES + 2 * 4 * RECORD_BYTES);
+        // 1.0 is 3f800000, rotated 7f000000; the bytes are the format and must not change.
+        let block = [
+            [0x10, 0, 0, 0],
+            [0x11, 0, 0, 0],
+            [0x12, 0, 0, 0],
+            [0x13, 0x7f, 0, 0],
+        ];
+        let expected = [[1, 4, 1, 17], [0, 0, 0x0c, 0]]
+            .into_iter()
+            .chain(block)
+            .chain(block);
+        assert_eq!(stored, expected.flatten().collect::<Vec<u8>>());
         let mut back = vec![1; raw.len()];
         assert_eq!(Decoder::new().unwrap().decode(&stored, &mut back), Ok(()));
         assert!(back == raw);

@@ -47,6 +47,9 @@ impl Compressor {
             .compress(raw, body, FlushCompress::Finish)
             .map_err(|error| CodecError::Library(format!("deflate refused to work: {error}")))?;
         if status != Status::StreamEnd {
+            // Resetting a stream that has not ended keeps its place in the output not yet taken
+            // (zlib-rs 0.6), and later streams then panic for want of room.
+            *self = Self::new();
             return Ok(None);
         }
 
@@ -164,6 +167,25 @@ mod tests {
             Ok(Some(fitting_bytes))
         );
         assert_eq!(again[..fitting_bytes], member(&raw));
+    }
+
+    #[test]
+    fn a_stream_that_ran_out_of_room_does_not_break_the_next() {
+        let mut state = 1_u32;
+        let mut noise = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state.to_le_bytes()[3]
+        };
+        let mut compressor = Compressor::new();
+        for raw_bytes in (1000..60_000).step_by(1111) {
+            let raw: Vec<u8> = (0..raw_bytes).map(|_| noise()).collect();
+            let mut room = vec![0; raw_bytes * 97 / 100];
+            assert_eq!(
+                compressor.compress(&raw, &mut room),
+                Ok(None),
+                "{raw_bytes} bytes"
+            );
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::format::checksum::crc32c;
 use crate::format::index::{IndexContext, ShardIndex};
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::parse_shard_file;
-use crate::format::shard::{BLOCK_BYTES, Footer, Header};
+use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
 use crate::io::ALIGNMENT;
 use crate::io::buffer::BufferPool;
 use crate::store::{ShardId, ShardSource, Store};
@@ -164,27 +164,20 @@ impl<'a> Control<'a> {
                 entry.bytes
             )));
         }
-        let block = self.read(file_bytes - BLOCK_BYTES as u64, BLOCK_BYTES as u64)?;
-        let actual = format!("{:08x}", crc32c(&block));
+        let block = self.block(file_bytes - BLOCK_BYTES as u64)?;
+        let actual = format!("{:08x}", block_crc32c(&block));
         if actual != entry.footer_crc32c {
             return Err(self.corrupt(format!(
                 "the footer's checksum is {actual}, the manifest says {}",
                 entry.footer_crc32c
             )));
         }
-        let footer = Footer::decode(&block).map_err(|error| self.format(error))?;
-        if footer.file_bytes != file_bytes {
-            return Err(self.corrupt(format!(
-                "the file has {file_bytes} bytes, its footer says {}",
-                footer.file_bytes
-            )));
-        }
-        Ok(footer)
+        Footer::decode(&block, file_bytes).map_err(|error| self.format(error))
     }
 
     fn header(&self, footer: &Footer) -> Result<Header> {
-        let block = self.read(0, BLOCK_BYTES as u64)?;
-        let actual = crc32c(&block);
+        let block = self.block(0)?;
+        let actual = block_crc32c(&block);
         if actual != footer.header_crc32c {
             return Err(self.corrupt(format!(
                 "the header's checksum is {actual:08x}, the footer says {:08x}",
@@ -238,6 +231,11 @@ impl<'a> Control<'a> {
         let unpadded = usize::try_from(footer.index_stored_bytes).unwrap_or(usize::MAX);
         ShardIndex::decode(&stored[..unpadded], footer.index_raw_bytes, &context)
             .map_err(|error| self.format(error))
+    }
+
+    fn block(&self, offset: u64) -> Result<[u8; BLOCK_BYTES]> {
+        let bytes = self.read(offset, BLOCK_BYTES as u64)?;
+        Ok(bytes.try_into().expect("exactly one block was read"))
     }
 
     /// Reads whole blocks, buffer by buffer. The range lies in the file, so the allocation is

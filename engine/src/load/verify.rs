@@ -160,8 +160,8 @@ impl Checkpoint {
         let start = chunk as u64 * u64::from(self.header.chunk_bytes);
         let raw = start..start + u64::from(self.index.chunks[chunk].raw_bytes);
         tree::tensor_paths(&self.index.nodes)
-            .filter(|(_, tensor)| overlaps(&self.tensor_range(*tensor), &raw))
-            .map(|(path, _)| path)
+            .filter(|(tensor, _)| overlaps(&self.tensor_range(*tensor), &raw))
+            .map(|(_, path)| path.to_string())
             .collect()
     }
 

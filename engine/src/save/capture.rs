@@ -6,7 +6,7 @@
 //! chunk at once, because their buffers are needed again.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam_channel::Sender;
 
@@ -26,7 +26,7 @@ pub(crate) fn capture(
     arena: &Arc<BufferPool>,
     workers: &Sender<EncodeTask>,
 ) -> Result<()> {
-    let capture = Capture { job, storages, arena, next_chunk: AtomicU32::new(0) };
+    let capture = Capture { job, storages, arena, next_chunk: AtomicUsize::new(0) };
     let streamed = !fits(job, arena);
     let threads = thread_count(job);
     let captured = std::thread::scope(|scope| {
@@ -50,19 +50,19 @@ pub(crate) fn capture(
 
 /// Whether the whole state has room in the arena at once.
 pub(crate) fn fits(job: &Job, arena: &BufferPool) -> bool {
-    job.layout.chunk_count() as usize <= arena.count()
+    job.layout.chunk_count() <= arena.count()
 }
 
 fn thread_count(job: &Job) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    cores.min(CAPTURE_THREADS_MAX).min(job.layout.chunk_count() as usize).max(1)
+    cores.min(CAPTURE_THREADS_MAX).min(job.layout.chunk_count()).max(1)
 }
 
 struct Capture<'a> {
     job: &'a Arc<Job>,
     storages: &'a [StorageInput<'a>],
     arena: &'a Arc<BufferPool>,
-    next_chunk: AtomicU32,
+    next_chunk: AtomicUsize,
 }
 
 impl Capture<'_> {
@@ -81,7 +81,7 @@ impl Capture<'_> {
                 return Err(error);
             }
             let raw_bytes = self.job.layout.chunk_raw_bytes(index);
-            self.job.progress.add_captured(u64::from(raw_bytes));
+            self.job.progress.add_captured(raw_bytes as u64);
             let task = EncodeTask { job: Arc::clone(self.job), index, buffer };
             if streamed {
                 send(workers, task)?;
@@ -92,19 +92,17 @@ impl Capture<'_> {
         Ok(held_back)
     }
 
-    fn copy_chunk(&self, index: u32, buffer: &mut Buffer) -> Result<()> {
-        let raw_bytes = self.job.layout.chunk_raw_bytes(index) as usize;
-        let mut filled = 0;
+    fn copy_chunk(&self, index: usize, buffer: &mut Buffer) -> Result<()> {
         for piece in self.job.layout.pieces(index) {
-            let start = piece.chunk_offset as usize;
-            let end = start + piece.bytes as usize;
-            // Alignment gaps are zero, whatever the buffer held before.
-            buffer[filled..start].fill(0);
-            let storage = &self.storages[piece.storage as usize];
-            storage.source.read(piece.storage_offset, &mut buffer[start..end])?;
-            filled = end;
+            let destination = &mut buffer[piece.chunk_offset..piece.chunk_offset + piece.length];
+            match piece.storage {
+                Some(storage) => {
+                    self.storages[storage].source.read(piece.storage_offset, destination)?;
+                }
+                // Whatever the buffer held before.
+                None => destination.fill(0),
+            }
         }
-        buffer[filled..raw_bytes].fill(0);
         Ok(())
     }
 }

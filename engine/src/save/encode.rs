@@ -26,7 +26,7 @@ use crate::{EngineError, Result};
 #[derive(Debug)]
 pub(crate) struct EncodeTask {
     pub(crate) job: Arc<Job>,
-    pub(crate) index: u32,
+    pub(crate) index: usize,
     pub(crate) buffer: Buffer,
 }
 
@@ -115,15 +115,15 @@ impl Worker {
     fn encode(&mut self, task: EncodeTask) -> Result<EncodedChunk> {
         let EncodeTask { job, index, buffer } = task;
         let raw_bytes = job.layout.chunk_raw_bytes(index);
-        let raw_crc32c = crc32c(&buffer[..raw_bytes as usize]);
+        let raw_crc32c = crc32c(&buffer[..raw_bytes]);
         let element = job.layout.chunk_element(index);
         let codec = choose(job.compression, element, job.device_is_bottleneck());
         let chunk = EncodedChunk {
             index,
             buffer,
             codec: Codec::None,
-            raw_bytes,
-            stored_bytes: raw_bytes,
+            raw_bytes: narrow(raw_bytes),
+            stored_bytes: narrow(raw_bytes),
             stored_crc32c: raw_crc32c,
             raw_crc32c,
         };
@@ -133,17 +133,20 @@ impl Worker {
         let mut stored = self.pool.take();
         let encoded = self
             .encoder
-            .encode(codec, element, &chunk.buffer[..raw_bytes as usize], &mut stored)
+            .encode(codec, element, &chunk.buffer[..raw_bytes], &mut stored)
             .map_err(|error| EngineError::internal("encoding a chunk", error.to_string()))?;
         Ok(match encoded {
             Encoded::Raw => pad(chunk),
             Encoded::Stored(bytes) => {
                 job.chunks_encoded.fetch_add(1, Ordering::Relaxed);
-                let stored_bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-                pad(EncodedChunk { buffer: stored, codec, stored_bytes, ..chunk })
+                pad(EncodedChunk { buffer: stored, codec, stored_bytes: narrow(bytes), ..chunk })
             }
         })
     }
+}
+
+fn narrow(chunk_bytes: usize) -> u32 {
+    u32::try_from(chunk_bytes).expect("CHUNK_BYTES_MAX fits 32 bits")
 }
 
 /// The codec for one chunk. `auto` compresses floating-point chunks for as long as that costs no

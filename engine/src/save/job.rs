@@ -45,7 +45,7 @@ pub(crate) enum Message {
 /// A chunk's stored bytes, padded.
 #[derive(Debug)]
 pub(crate) struct EncodedChunk {
-    pub(crate) index: u32,
+    pub(crate) index: usize,
     pub(crate) buffer: Buffer,
     pub(crate) codec: Codec,
     pub(crate) raw_bytes: u32,
@@ -108,7 +108,7 @@ impl Job {
     pub(crate) fn stats(&self) -> SaveStats {
         let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
         stats.raw_bytes = self.layout.raw_bytes();
-        stats.chunks = u64::from(self.layout.chunk_count());
+        stats.chunks = self.layout.chunk_count() as u64;
         stats.chunks_encoded = self.chunks_encoded.load(Ordering::Relaxed);
         stats.encode_seconds =
             Duration::from_nanos(self.encode_nanos.load(Ordering::Relaxed)).as_secs_f64();

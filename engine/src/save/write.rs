@@ -11,7 +11,7 @@ use crate::codec::Codec;
 use crate::format::checksum::crc32c;
 use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, TensorRecord};
 use crate::format::layout::Layout;
-use crate::format::shard::{BLOCK_BYTES, Footer, Header};
+use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
 use crate::format::tree::Node;
 use crate::io::ALIGNMENT;
 use crate::io::buffer::BufferPool;
@@ -35,24 +35,23 @@ pub(crate) struct IndexDraft {
 
 impl IndexDraft {
     /// Storages of a request are in the caller's order; an index has them by raw offset.
-    pub(crate) fn new(layout: &Layout, nodes: Vec<Node>, mut tensors: Vec<TensorRecord>) -> Result<Self> {
-        let records = layout.storage_records();
-        let mut order: Vec<usize> = (0..records.len()).collect();
-        // Empty storages share their offset with the next one and come before it.
-        order.sort_by_key(|&input| (records[input].raw_offset, records[input].bytes));
-        let mut position = vec![0; records.len()];
-        for (sorted, &input) in order.iter().enumerate() {
-            position[input] = u32::try_from(sorted).unwrap_or(u32::MAX);
-        }
+    pub(crate) fn new(
+        layout: &Layout,
+        nodes: Vec<Node>,
+        mut tensors: Vec<TensorRecord>,
+    ) -> Result<Self> {
+        let storages: Vec<StorageRecord> = layout.records().collect();
         for tensor in &mut tensors {
-            tensor.storage = *position.get(tensor.storage as usize).ok_or_else(|| {
-                EngineError::internal(
+            let named = tensor.storage as usize;
+            if named >= storages.len() {
+                return Err(EngineError::internal(
                     "planning a save",
-                    format!("a tensor names storage {} of {}", tensor.storage, records.len()),
-                )
-            })?;
+                    format!("a tensor names storage {named} of {}", storages.len()),
+                ));
+            }
+            let position = layout.record_index(named);
+            tensor.storage = u32::try_from(position).expect("STORAGES_MAX fits 32 bits");
         }
-        let storages = order.into_iter().map(|input| records[input]).collect();
         Ok(Self { nodes, tensors, storages })
     }
 }
@@ -76,7 +75,7 @@ pub(crate) fn write_shard(
         tensors: draft.tensors,
         chunks,
     };
-    writer.close(&index, crc32c(&header))
+    writer.close(&index, block_crc32c(&header))
 }
 
 struct ShardWriter<'a> {
@@ -91,7 +90,7 @@ impl ShardWriter<'_> {
         &mut self,
         encoded: &crossbeam_channel::Receiver<Message>,
     ) -> Result<Vec<ChunkRecord>> {
-        let mut records = vec![None; self.job.layout.chunk_count() as usize];
+        let mut records = vec![None; self.job.layout.chunk_count()];
         let mut missing = records.len();
         while missing > 0 {
             let message = encoded.recv().map_err(|_| {
@@ -101,7 +100,7 @@ impl ShardWriter<'_> {
                 return Err(error);
             }
             let Message::Chunk(chunk) = message else { continue };
-            let slot = &mut records[chunk.index as usize];
+            let slot = &mut records[chunk.index];
             assert!(slot.is_none(), "a chunk is encoded once");
             *slot = Some(self.write_chunk(chunk)?);
             missing -= 1;
@@ -126,9 +125,9 @@ impl ShardWriter<'_> {
     }
 
     /// Where a chunk goes: its raw place if no chunk of this save is encoded, else the next free.
-    fn place(&mut self, index: u32, padded_bytes: u64) -> u64 {
+    fn place(&mut self, index: usize, padded_bytes: u64) -> u64 {
         let offset = if self.job.compression.fixed_codec() == Some(Codec::None) {
-            BLOCK_BYTES as u64 + u64::from(index) * u64::from(self.job.layout.chunk_bytes())
+            BLOCK_BYTES as u64 + index as u64 * u64::from(self.job.layout.chunk_bytes())
         } else {
             self.next_offset
         };
@@ -163,7 +162,7 @@ impl ShardWriter<'_> {
         self.write_at(index_offset, &stored)?;
         self.write_at(footer_offset, &block)?;
         self.sink.finish(footer.file_bytes)?;
-        Ok(WrittenShard { file_bytes: footer.file_bytes, footer_crc32c: crc32c(&block) })
+        Ok(WrittenShard { file_bytes: footer.file_bytes, footer_crc32c: block_crc32c(&block) })
     }
 
     /// Writes whole blocks from memory that is not a pool's, buffer by buffer.
