@@ -164,7 +164,8 @@ fn a_source_that_fails_fails_the_save_and_leaves_no_trace() {
     let good = State::training(7, 0);
     good.save(&engine, 1).unwrap();
     let broken = Broken { bytes: 1 << 20, panics: false, reads: Mutex::new(0) };
-    let mut request = State(Vec::new()).request(2);
+    let empty = State(Vec::new());
+    let mut request = empty.request(2);
     request.storages = vec![StorageInput {
         bytes: broken.bytes,
         element: dtr_engine::format::layout::ElementType::Bytes,
@@ -185,7 +186,8 @@ fn a_source_that_panics_ends_the_save() {
     let directory = scratch();
     let engine = Engine::open(config(directory.path())).unwrap();
     let broken = Broken { bytes: 1 << 20, panics: true, reads: Mutex::new(0) };
-    let mut request = State(Vec::new()).request(1);
+    let empty = State(Vec::new());
+    let mut request = empty.request(1);
     request.storages = vec![StorageInput {
         bytes: broken.bytes,
         element: dtr_engine::format::layout::ElementType::Bytes,

@@ -41,7 +41,10 @@ impl Inner {
             last.take_unseen_error().map_or(Ok(()), Err)?;
         }
         let waited = self.core.environment.monotonic() - started;
-        let survey = self.core.known_survey()?;
+        let survey = match request.rewind {
+            true => self.core.survey_for_rewind()?,
+            false => self.core.known_survey()?,
+        };
         let plan = check_save(&survey, request.step, request.rewind)?;
         let layout = saving.layout(&request.storages, self.core.config.chunk_bytes)?;
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
