@@ -43,7 +43,9 @@ impl Environment for System {
         getrandom::fill(&mut bytes).map_err(|error| EngineError::Io {
             what: "drawing an attempt id".into(),
             source: std::io::Error::other(error.to_string()),
-            hint: "the kernel's random source is unavailable: check the sandbox's system-call filter".into(),
+            hint:
+                "the kernel's random source is unavailable: check the sandbox's system-call filter"
+                    .into(),
         })?;
         Ok(AttemptId(bytes))
     }

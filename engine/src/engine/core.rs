@@ -88,7 +88,10 @@ impl Core {
 
     pub(super) fn check_healthy(&self, what: &str) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
-            return Err(EngineError::internal(what, "an earlier save panicked: close and reopen the store"));
+            return Err(EngineError::internal(
+                what,
+                "an earlier save panicked: close and reopen the store",
+            ));
         }
         Ok(())
     }
@@ -128,8 +131,7 @@ impl Core {
                 manifests.insert(step.step, (file.clone(), state));
             }
         }
-        let states =
-            manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
+        let states = manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
         let survey = recovery::survey(&listing, &states);
         let mut book = self.book();
         book.manifests = manifests;

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use super::{Inner, Saving, memory};
 use crate::error::IoContext;
-use crate::format::layout::{Layout, StorageSpec};
 use crate::format::checksum;
+use crate::format::layout::{Layout, StorageSpec};
 use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::shard_file_name;
+use crate::format::shard::BLOCK_BYTES;
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
 use crate::save::capture::{capture, fits};
@@ -182,7 +183,8 @@ impl Inner {
 /// is refused here or never.
 fn check_manifest(manifest: &Manifest, shard: ShardId) -> Result<()> {
     let entry = ShardEntry {
-        bytes: 0,
+        // The smallest shard: header, index, footer.
+        bytes: 3 * BLOCK_BYTES as u64,
         file: shard_file_name(shard.rank, shard.attempt),
         footer_crc32c: checksum::to_hex(0),
         rank: shard.rank,

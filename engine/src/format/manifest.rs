@@ -139,10 +139,7 @@ impl Manifest {
             self.shards.len(),
             self.world_size
         );
-        self.shards
-            .iter()
-            .zip(0..)
-            .try_for_each(|(shard, rank)| shard.validate(rank, attempt))
+        self.shards.iter().zip(0..).try_for_each(|(shard, rank)| shard.validate(rank, attempt))
     }
 }
 
@@ -209,17 +206,12 @@ fn check_crc(bytes: &[u8]) -> Result<(), FormatError> {
         )));
     };
     let actual = crc32c(body);
-    ensure!(
-        actual == expected,
-        "the manifest's checksum is {actual:08x}, expected {expected:08x}"
-    );
+    ensure!(actual == expected, "the manifest's checksum is {actual:08x}, expected {expected:08x}");
     Ok(())
 }
 
 fn split_prefix(bytes: &[u8]) -> Option<(u32, &[u8])> {
-    let (crc, body) = bytes
-        .strip_prefix(PREFIX_START.as_bytes())?
-        .split_at_checked(8)?;
+    let (crc, body) = bytes.strip_prefix(PREFIX_START.as_bytes())?.split_at_checked(8)?;
     let crc = from_hex(str::from_utf8(crc).ok()?)?;
     Some((crc, body.strip_prefix(PREFIX_END.as_bytes())?))
 }

@@ -97,7 +97,8 @@ fn run(core: &Core, task: CommitTask) {
 }
 
 fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
-    let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } = task;
+    let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } =
+        task;
     let write_start = core.environment.monotonic();
     let mut sink = core.store.create_shard(job.shard, reserve_bytes)?;
     let header = Header {

@@ -63,9 +63,9 @@ impl Workers {
     }
 
     pub(crate) fn queue(&self) -> Result<&Sender<EncodeTask>> {
-        self.tasks
-            .as_ref()
-            .ok_or_else(|| EngineError::internal("handing a chunk to the workers", "they were stopped"))
+        self.tasks.as_ref().ok_or_else(|| {
+            EngineError::internal("handing a chunk to the workers", "they were stopped")
+        })
     }
 }
 
