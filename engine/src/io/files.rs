@@ -341,6 +341,12 @@ pub(super) fn advise_write_behind(file: &File, advice: &[(u64, u64)]) {
     }
 }
 
+/// Drops what the page cache holds of a synced file, so that reading it meets the device.
+pub(super) fn drop_cached(file: &File) {
+    // Advice only, as above. No length: to the end.
+    let _ = rustix::fs::fadvise(&file.descriptor, 0, None, Advice::DontNeed);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
