@@ -294,6 +294,15 @@ impl Ring {
                 .offset(offset)
                 .build(),
         };
+        // Copying to or from the page cache is work: the kernel's threads share it, instead of
+        // doing it one after the other on this one.
+        let copies = !transfer.file.direct && range.len() >= files::BULK_BYTES_MIN;
+        let flags = if copies {
+            squeue::Flags::ASYNC
+        } else {
+            squeue::Flags::empty()
+        };
+        let entry = entry.flags(flags);
         let index = self.slots.insert(Slot::Transfer(transfer));
         // SAFETY: `start..start + bytes` lies in the transfer's buffer (the inbox checked the
         // range), which, like the file, the slot owns until the completion is reaped; nobody else
