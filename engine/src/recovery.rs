@@ -122,7 +122,7 @@ pub fn survey(listing: &[StepListing], manifests: &BTreeMap<u64, ManifestState>)
             let state = step_state(directory, manifests.get(&directory.step), manifest, by);
             StepSurvey {
                 step: directory.step,
-                attempt: manifest.and_then(|manifest| names::parse_attempt(&manifest.attempt)),
+                attempt: manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)),
                 bytes: directory.files.iter().map(|file| file.bytes).sum(),
                 orphans: orphans(directory, manifest, &state),
                 state,

@@ -159,7 +159,13 @@ fn publish(
     replaces: Option<AttemptId>,
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
-    let bytes = manifest.encode();
+    let bytes = manifest.encode().map_err(|error| {
+        EngineError::invalid(
+            format!("writing the manifest of step {}", job.shard.step),
+            error.to_string(),
+            "attach less metadata: large data belongs into the state",
+        )
+    })?;
     let published = core.store.publish(Publication {
         step: job.shard.step,
         attempt: job.shard.attempt,
