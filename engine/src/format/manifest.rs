@@ -114,9 +114,8 @@ impl Manifest {
         parse_attempt(&self.attempt)
     }
 
-    /// Checks what a save knows before it writes anything: all but the shards. Fails on what
-    /// [`Manifest::decode`] would refuse.
-    pub fn validate_draft(&self) -> Result<(), FormatError> {
+    /// Checks the fields that say nothing of the shards.
+    fn validate_identity(&self) -> Result<(), FormatError> {
         check_version(self.format_version, "manifest")?;
         self.attempt_id()?;
         ensure!(
@@ -134,7 +133,7 @@ impl Manifest {
     }
 
     fn validate(&self) -> Result<(), FormatError> {
-        self.validate_draft()?;
+        self.validate_identity()?;
         let attempt = self.attempt_id()?;
         ensure!(
             self.world_size > 0 && self.shards.len() as u64 == u64::from(self.world_size),
@@ -178,7 +177,7 @@ impl ShardEntry {
         );
         // What a shard of this length must hold is for its footer to say.
         ensure!(
-            self.bytes > 0 && self.bytes.is_multiple_of(REGION_ALIGNMENT),
+            self.bytes.is_multiple_of(REGION_ALIGNMENT),
             "the manifest gives shard {rank} {} bytes, expected a multiple of {REGION_ALIGNMENT}",
             self.bytes
         );

@@ -58,8 +58,9 @@ const BLOCK_CRC32C_AT: usize = BLOCK_BYTES - 4;
 
 const _: () = assert!(HEADER_END <= BLOCK_CRC32C_AT && FOOTER_END <= BLOCK_CRC32C_AT);
 
-/// CRC-32C of a header or footer block, as its parent knows it: over all but the block's own
-/// checksum. With that included every intact block would have the same CRC, a constant.
+/// What the parent of a block holds of it: the CRC-32C of all but its own checksum field. With the
+/// field included it would be the same number for every block, since a CRC over bytes that end
+/// with their own CRC is a constant.
 pub fn block_crc32c(block: &[u8; BLOCK_BYTES]) -> u32 {
     crc32c(&block[..BLOCK_CRC32C_AT])
 }

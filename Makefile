@@ -1,0 +1,60 @@
+# The only commands a person must know. Each makes what it needs first; `.ci/env` says where that is kept.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+export PYTHON ?= python3
+
+env := .ci/env
+cargo := $(env) cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check wheel docs clean native fmt
+
+help: ## list these commands
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+setup: native ## make the Python environment and build the native module and ckpt-tool
+
+demo: native ## train a small GPT, kill it in the middle of a save, resume it, and compare the loss curves
+	@$(env) python python/examples/demo.py
+
+test: native ## run every test
+	$(cargo) test --locked --workspace
+	$(env) pytest tests/python
+
+check: native ## formatting, lints, types, documentation and house rules, as CI runs them
+	$(cargo) fmt --all --check
+	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(cargo) doc --locked --workspace --no-deps
+	$(cargo) test --locked -p integration-tests --test tidy
+	$(env) ruff format --check
+	$(env) ruff check
+	$(env) mypy
+	$(env) python -m mypy.stubtest dtruntime._native
+
+fmt: ## format every source file
+	$(cargo) fmt --all
+	$(env) ruff format
+	$(env) ruff check --fix
+
+wheel: ## build the wheel into dist/, install it into a new environment and import it there
+	rm -rf dist
+	$(env) maturin build --release --locked --out dist
+	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	$(PYTHON) -m venv "$$scratch"; \
+	"$$scratch/bin/pip" install --quiet --disable-pip-version-check dist/*.whl; \
+	cd "$$scratch"; \
+	bin/python -c 'import dtruntime; print("imported", dtruntime.__file__)'
+	@ls -l dist
+
+docs: ## build the documentation of every crate
+	$(cargo) doc --locked --workspace --no-deps
+	@$(env) bash -c 'echo "$$CARGO_TARGET_DIR/doc/dtr_engine/index.html"'
+
+clean: ## remove what was built for this clone
+	$(env) bash -c 'rm -rf "$$CARGO_TARGET_DIR"'
+	rm -rf dist python/dtruntime/_native*.so
+
+# The module is put into the source tree by rename: a Python that has the old one loaded keeps it.
+native:
+	@$(cargo) build --locked --release -p dtr-python -p ckpt-tool
+	@$(env) bash -c 'cp "$$CARGO_TARGET_DIR/release/lib_native.so" python/dtruntime/.native.new && mv python/dtruntime/.native.new python/dtruntime/_native.abi3.so'

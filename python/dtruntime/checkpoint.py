@@ -1,0 +1,680 @@
+"""The checkpoint manager: one store as a training loop sees it.
+
+Always holds: a checkpoint exists exactly when its save said so; what is loaded was checked; nothing
+is written before a state was found to be storable as a whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dtruntime import _native, lifecycle, settings
+from dtruntime.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    Closed,
+    Corrupt,
+    InvalidArgument,
+    RestoreIncomplete,
+    StorageError,
+)
+from dtruntime.handle import SaveHandle, SaveInfo, Watcher
+from dtruntime.loading import Reader, device_of, select
+from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
+from dtruntime.state_tree import flatten, raw_bytes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+_T = TypeVar("_T")
+_logger = logging.getLogger("dtruntime")
+
+_MEMINFO = Path("/proc/meminfo")
+_MEMORY_SHARE = 0.8
+"""Share of the available memory that a restore may fill to check everything first."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What the last ``load`` or ``restore`` read.
+
+    Attributes:
+        step: The checkpoint's step.
+        fell_back_from: Newer steps that could not be read, each with the reason.
+        metadata: What was attached to the checkpoint.
+        dataset_positions: Positions of datasets that were attached to it.
+
+    """
+
+    step: int
+    fell_back_from: tuple[tuple[int, str], ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    dataset_positions: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One damaged place of a checkpoint.
+
+    Attributes:
+        shard: The file.
+        chunk: The chunk; None where the manifest, header, footer or index is hit.
+        why: Expected against actual.
+        tensors: Paths of the tensors whose bytes the chunk holds.
+
+    """
+
+    shard: str
+    chunk: int | None
+    why: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verification found: every chunk of every shard was read.
+
+    Attributes:
+        step: The step.
+        shards: Shards that were read.
+        chunks: Chunks that were read.
+        raw_bytes: Their bytes as the state has them.
+        stored_bytes: Their bytes as stored.
+        seconds: How long it took.
+        damage: Everything that is not as it was written.
+
+    """
+
+    step: int
+    shards: int
+    chunks: int
+    raw_bytes: int
+    stored_bytes: int
+    seconds: float
+    damage: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was written."""
+        return not self.damage
+
+
+class CheckpointManager:
+    """Saves and loads training states in one store.
+
+    A context manager: leaving the block waits for the save in flight and closes the store.
+
+    Args:
+        path: Directory of the store; made, with its parents, if it is not there. Default: the
+            environment's ``CHECKPOINT_DIR``.
+        keep_last_n: Newest checkpoints to keep; None keeps all.
+        keep_every: Keep every checkpoint whose step is a multiple of this, besides.
+        compression: ``auto``, ``none``, ``float`` (made for weights), ``zstd`` or ``gzip``.
+        staging_bytes: Memory that snapshots are copied into: bytes, or text such as ``"2GiB"``.
+            Default: the state's size, at most a quarter of the machine's memory. A larger state
+            streams through it, and the training loop waits longer.
+        chunk_bytes: Unit of encoding, checksums and I/O: a power of two from 64 KiB to 64 MiB.
+            Default 4 MiB.
+        direct_io: Whether the page cache is bypassed; ``auto`` where the filesystem takes it.
+        io_backend: ``auto``, ``uring`` or ``threads``.
+        verify_on_load: Whether every chunk is checked on loading. Manifests and indexes always are.
+        progress: Whether saves show a bar on standard error.
+        read_only: For evaluators: writes, locks and deletes nothing.
+        async_write: False makes ``save_async`` wait until the checkpoint is durable.
+        save_interval_steps: What ``should_save`` goes by; None means every step.
+        rank: This process's rank. Default: the environment's ``RANK``, else 0.
+        world_size: Default: the environment's ``WORLD_SIZE``, else 1.
+        job: Name of the training run, written into manifests.
+        sigterm: What SIGTERM does to a save in flight: ``finish`` it by the deadline, or ``drop``
+            it. Default None: no handler is installed.
+        sigterm_deadline_seconds: How long ``finish`` may take.
+        storage_path: Another name for ``path``.
+        backend: ``local``, the only one in this version.
+        remote: Not in this version.
+
+    Raises:
+        InvalidArgument: A setting is out of its range.
+        StoreBusy: Another writer holds the store.
+
+    >>> with CheckpointManager("runs/gpt", keep_last_n=5) as manager:
+    ...     for step in range(1000):
+    ...         train(step)
+    ...         if manager.should_save(step):
+    ...             manager.save_async({"model": model, "optimizer": optimizer}, step=step)
+
+    """
+
+    def __init__(  # noqa: D417  (all are described with the class)
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        keep_last_n: int | None = None,
+        keep_every: int | None = None,
+        compression: str = "auto",
+        staging_bytes: int | str | None = None,
+        chunk_bytes: int | str | None = None,
+        direct_io: bool | str = "auto",
+        io_backend: str = "auto",
+        verify_on_load: bool = True,
+        progress: bool = False,
+        read_only: bool = False,
+        async_write: bool = True,
+        save_interval_steps: int | None = None,
+        rank: int | str | None = None,
+        world_size: int | str | None = None,
+        job: str = "default",
+        sigterm: str | None = None,
+        sigterm_deadline_seconds: float = 30.0,
+        storage_path: str | os.PathLike[str] | None = None,
+        backend: str | None = None,
+        remote: str | None = None,
+    ) -> None:
+        self._path = settings.store_path(
+            path, storage_path=storage_path, backend=backend, remote=remote
+        )
+        rank_number, ranks = settings.rank_and_world_size(rank, world_size)
+        engine_settings: dict[str, Any] = {
+            "job": job,
+            "rank": rank_number,
+            "world_size": ranks,
+            "read_only": bool(read_only),
+            "compression": settings.choice("compression", compression, settings.COMPRESSIONS),
+            "direct_io": settings.direct_io(direct_io),
+            "io_backend": settings.choice("io_backend", io_backend, settings.IO_BACKENDS),
+            "verify_on_load": bool(verify_on_load),
+        }
+        for name, value in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
+            if value is not None:
+                engine_settings[name] = settings.parse_bytes(name, value)
+        for name, value in (("keep_last_n", keep_last_n), ("keep_every", keep_every)):
+            if value is not None:
+                engine_settings[name] = settings.integer(name, value)
+        self._interval = settings.interval("save_interval_steps", save_interval_steps)
+        if sigterm is not None:
+            settings.choice("sigterm", sigterm, ("finish", "drop"))
+        self._verify_on_load = bool(verify_on_load)
+        self._read_only = bool(read_only)
+        self._async_write = bool(async_write)
+        self._pid = os.getpid()
+        self._save_lock = threading.Lock()
+        self._incomplete: RestoreIncomplete | None = None
+        self._last: SaveHandle | None = None
+        self._is_closed = False
+        self.last_load: LoadReport | None = None
+        """What the last ``load`` or ``restore`` read; None before the first."""
+        self._native = _native.Manager(self._path, json.dumps(engine_settings))
+        self._watcher = None if self._read_only else Watcher(shows_progress=progress)
+        lifecycle.register(self, self._native, self._watcher)
+        if sigterm is not None:
+            lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)
+
+    @property
+    def path(self) -> os.PathLike[str]:
+        """Directory of the store."""
+        return self._path
+
+    @property
+    def io_backend(self) -> str:
+        """The way to the device that was chosen: ``uring`` or ``threads``."""
+        return self._native.io_backend
+
+    def save_async(
+        self,
+        state: Any,
+        step: int,
+        *,
+        rewind: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        dataset_positions: Mapping[str, Any] | None = None,
+    ) -> SaveHandle:
+        """Take a snapshot of ``state`` and write it as the checkpoint of ``step`` in the background.
+
+        Returns once the snapshot is taken: the state may change from then on. Waits for a save in
+        flight first. Until it returns, other threads must not change the state.
+
+        Args:
+            state: Tensors, arrays and plain values in nested dicts, lists and tuples; objects with
+                ``state_dict()`` stand for what that returns. Tensors outside the host's memory are
+                copied there before the snapshot.
+            step: The training step: later than every committed one, or see ``rewind``.
+            rewind: The training went back to before ``step``: checkpoints of later steps cease to
+                exist when this one is committed, and one of the same step is replaced.
+            metadata: Attached to the checkpoint, as JSON.
+            dataset_positions: Attached to the checkpoint, as JSON.
+
+        Returns:
+            A handle: await it, or ask for its ``result()``.
+
+        Raises:
+            UnsupportedValue: Something in the state cannot be stored. Nothing was written.
+            StepConflict: The step is not after the newest committed one.
+            NoSpace: The store has no room. Nothing was written.
+            CheckpointError: The previous save failed, and nobody has looked at its error.
+
+        >>> handle = manager.save_async({"model": model, "epoch": 3}, step=1000)
+        >>> handle.result().step
+        1000
+
+        """
+        number = settings.step_of(step, "save_async(state, step=...)")
+        annotations = (
+            settings.json_object("metadata", metadata),
+            settings.json_object("dataset_positions", dataset_positions),
+        )
+        self._check_can_save(number)
+        with self._save_lock:
+            # First, so that copies of tensors outside the host's memory are not made beside it.
+            self._native.wait_until_finished()
+            flat = flatten(state)
+            parts = (flat.nodes, flat.tensors, flat.storages)
+            native = self._native.save(number, bool(rewind), parts, annotations)
+            assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
+            handle = self._last = SaveHandle(native, self._watcher)
+            self._watcher.watch(handle, self._native)
+        if not self._async_write:
+            handle.result()
+        return handle
+
+    def save(
+        self,
+        state: Any,
+        step: int,
+        *,
+        rewind: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        dataset_positions: Mapping[str, Any] | None = None,
+    ) -> SaveInfo:
+        """Save like ``save_async`` and wait until the checkpoint is durable.
+
+        Raises:
+            CheckpointError: As ``save_async`` does, or the save failed.
+
+        >>> manager.save({"model": model}, step=2000).step
+        2000
+
+        """
+        handle = self.save_async(
+            state,
+            step,
+            rewind=rewind,
+            metadata=metadata,
+            dataset_positions=dataset_positions,
+        )
+        return handle.result()
+
+    def load(
+        self,
+        step: int | None = None,
+        keys: Sequence[str] | str | None = None,
+        map_location: Any = None,
+        *,
+        strict: bool = True,
+        mmap: bool = False,
+    ) -> Any:
+        """Load a state into fresh memory.
+
+        Args:
+            step: The checkpoint. Default: the newest that verifies; if newer ones do not, that is
+                logged, and told by ``last_load``. A step that is named is loaded or fails.
+            keys: Globs over paths written with dots, such as ``model.layers.*``: only what matches,
+                or lies in a container that does, is read and returned, in the containers around it.
+                Lists and tuples keep their length, with None in the other places.
+            map_location: Device for torch tensors. Default: the host's memory.
+            strict: Whether a glob that matches nothing is an error.
+            mmap: Map uncompressed tensors instead of reading them; they are writable, and changes
+                stay private. The rest is read.
+
+        Returns:
+            What was saved, with its types. Tensors that shared memory share memory.
+
+        Raises:
+            CheckpointNotFound: There is none, or not of this step.
+            Corrupt: The step that was named, or every one there is, is damaged.
+
+        >>> state = manager.load()
+        >>> weights = manager.load(step=1000, keys=["model.*"])["model"]
+
+        """
+        device = device_of(map_location)
+        globs = [keys] if isinstance(keys, str) else keys
+
+        def read(checkpoint: _native.Checkpoint) -> Any:
+            reader = Reader(checkpoint, verify=self._verify_on_load, mmap=mmap, device=device)
+            keep = None if globs is None else self._select(reader, globs, strict=strict)
+            return reader.load(keep)
+
+        state, _ = self._read(step, read)
+        return state
+
+    def restore(self, state: Any, step: int | None = None, *, strict: bool = True) -> RestoreReport:
+        """Load a checkpoint into the live objects of ``state``.
+
+        Tensors and arrays are copied into; objects get ``load_state_dict``; plain values are
+        replaced in their dict or list. Where memory allows, everything is read and checked before
+        anything is changed.
+
+        Args:
+            state: Live objects under the keys that they were saved under. Other top-level entries
+                of the checkpoint are not read; the report lists them as skipped.
+            step: The checkpoint. Default: the newest that verifies, as for ``load``.
+            strict: Whether everything must fit: nothing missing, unexpected, or of another shape or
+                type. If not, what fits is restored, and the report says what did not.
+
+        Raises:
+            InvalidArgument: The state does not fit. Nothing was changed.
+            CheckpointNotFound: There is no checkpoint.
+            Corrupt: The checkpoint is damaged. Nothing was changed.
+            RestoreIncomplete: It failed half-way: the live state is a mixture, and this manager
+                refuses to save until a restore succeeds.
+
+        >>> manager.restore({"model": model, "optimizer": optimizer}).step
+        1000
+
+        """
+
+        def read(checkpoint: _native.Checkpoint) -> RestorePlan:
+            reader = Reader(checkpoint, verify=self._verify_on_load)
+            plan = plan_restore(state, reader, strict=strict)
+            if strict:
+                plan.check()
+            self._apply(plan, reader)
+            return plan
+
+        plan, report = self._read(step, read)
+        self._incomplete = None
+        return plan.report(report.fell_back_from)
+
+    def latest_step(self) -> int | None:
+        """Give the newest committed step; None if there is none.
+
+        >>> manager.latest_step()
+        2000
+        """
+        steps = self._native.steps()
+        return steps[-1] if steps else None
+
+    def all_steps(self) -> list[int]:
+        """Give the committed steps, ascending.
+
+        >>> manager.all_steps()
+        [1000, 2000]
+        """
+        return self._native.steps()
+
+    def should_save(self, step: int) -> bool:
+        """Tell whether ``step`` is due: a multiple of ``save_interval_steps`` not yet saved.
+
+        >>> manager.should_save(2000)
+        False
+        """
+        number = settings.step_of(step, "should_save(step)")
+        if self._read_only or number % self._interval:
+            return False
+        saving = self._last.step if self._last is not None else -1
+        return number > saving and number > (-1 if (latest := self.latest_step()) is None else latest)
+
+    def verify(self, step: int | None = None) -> VerifyReport:
+        """Read and check every byte of a checkpoint. Damage is reported, not raised.
+
+        Args:
+            step: The checkpoint. Default: the newest.
+
+        Raises:
+            CheckpointNotFound: There is no such checkpoint.
+
+        >>> manager.verify(step=1000).ok
+        True
+
+        """
+        number = self._newest() if step is None else settings.step_of(step, "verify(step=...)")
+        report = self._native.verify(number)
+        damage = [Damage(**d | {"tensors": tuple(d["tensors"])}) for d in report.pop("damage")]
+        return VerifyReport(**report, damage=tuple(damage))
+
+    def delete(self, step: int) -> int:
+        """Delete a checkpoint and give the bytes freed. Waits for the save in flight.
+
+        Raises:
+            CheckpointNotFound: There is no such checkpoint.
+
+        >>> manager.delete(1000) > 0
+        True
+
+        """
+        return self._native.delete(settings.step_of(step, "delete(step)"))
+
+    def prewarm(self, state: Any) -> None:
+        """Allocate the staging memory that saving ``state`` needs, ahead of the first save.
+
+        >>> manager.prewarm({"model": model, "optimizer": optimizer})
+        """
+        self._native.prewarm(raw_bytes_of(state))
+
+    def wait_until_finished(self, timeout: float | None = None) -> bool:
+        """Wait for the save in flight, at most ``timeout`` seconds; tell whether none is left.
+
+        Raises:
+            CheckpointError: A save failed, and nobody has looked at its error.
+
+        >>> manager.wait_until_finished()
+        True
+
+        """
+        return self._native.wait_until_finished(timeout)
+
+    def close(self) -> None:
+        """Finish the save in flight, then give back threads, memory and the store's lock.
+
+        Closing twice is fine.
+
+        Raises:
+            CheckpointError: A save failed, and nobody has looked at its error. The store is closed
+                all the same.
+
+        >>> manager.close()
+
+        """
+        if self._is_closed:
+            return
+        if os.getpid() != self._pid:
+            self._is_closed = True
+            return
+        try:
+            self._native.wait_until_finished()
+        finally:
+            # Not before: a signal may end the wait above, and the store is then still open.
+            self._is_closed = True
+            if self._watcher is not None:
+                self._watcher.stop()
+            lifecycle.unregister(self, self._watcher)
+            self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as unseen:
+            # The block's own exception goes on; this one must not take its place, nor be lost.
+            _logger.error("closing `%s`: %s", self._path, unseen)  # noqa: TRY400
+
+    def __repr__(self) -> str:
+        mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
+        return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
+
+    def _check_can_save(self, step: int) -> None:
+        what = f"saving step {step}"
+        if self._is_closed:
+            raise Closed(what, "the manager was closed", "make a new CheckpointManager")
+        if self._read_only:
+            raise InvalidArgument(
+                f"{what} in `{self._path}`",
+                "the store was opened read-only",
+                "open it without `read_only=True`",
+            )
+        if self._incomplete is not None:
+            raise RestoreIncomplete(
+                what,
+                f"the live state is a mixture, since {self._incomplete.what} failed",
+                "restore again, from this step or another, before saving",
+            ) from self._incomplete
+
+    def _newest(self) -> int:
+        latest = self.latest_step()
+        if latest is None:
+            raise self._no_checkpoint()
+        return latest
+
+    def _no_checkpoint(self) -> CheckpointNotFound:
+        return CheckpointNotFound(
+            f"looking for the newest checkpoint in `{self._path}`",
+            "there is none",
+            "save one first, or check the path",
+        )
+
+    def _select(self, reader: Reader, globs: Sequence[str], *, strict: bool) -> list[bool]:
+        paths = reader.checkpoint.paths()
+        keep, unmatched = select(reader.tree, paths, globs)
+        if unmatched and strict:
+            top = [paths[child] for _, child in reader.tree.children(0)] if paths else []
+            raise InvalidArgument(
+                f"loading `keys` = {list(globs)!r} of step {reader.checkpoint.step}",
+                f"nothing matches {', '.join(map(repr, unmatched))}",
+                f"the checkpoint's top-level entries are {', '.join(top) or '(none)'}; "
+                "`strict=False` ignores globs that match nothing",
+            )
+        return keep
+
+    def _read(
+        self, step: int | None, read: Callable[[_native.Checkpoint], _T]
+    ) -> tuple[_T, LoadReport]:
+        """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
+        if step is not None:
+            number = settings.step_of(step, "load(step=...)")
+            checkpoint, result = self._read_step(number, read)
+            failed: dict[int, str] = {}
+        else:
+            checkpoint, result, failed = self._read_newest(read)
+        manifest = checkpoint.manifest()
+        fell_back_from = tuple(sorted(failed.items(), reverse=True))
+        report = LoadReport(
+            checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
+        )
+        self._native.protect(checkpoint.step)
+        self.last_load = report
+        return result, report
+
+    def _read_newest(
+        self, read: Callable[[_native.Checkpoint], _T]
+    ) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
+        failed: dict[int, str] = {}
+        errors: list[CheckpointError] = []
+        vanished: set[int] = set()
+        while True:
+            # Listed anew each time: the writer may have replaced what vanished by something newer.
+            left = [
+                step
+                for step, _ in self._native.candidates()
+                if step not in failed and step not in vanished
+            ]
+            if not left:
+                raise self._nothing_readable(failed, errors)
+            step = left[-1]
+            try:
+                checkpoint, result = self._read_step(step, read)
+            except CheckpointNotFound as error:
+                vanished.add(step)
+                errors.append(error)
+            except (Corrupt, StorageError) as error:
+                if isinstance(error, StorageError) and error.errno not in (errno.EIO, errno.ENOENT):
+                    raise
+                failed[step] = f"{error.what}: {error.why}"
+                errors.append(error)
+                _logger.warning("step %d does not verify, trying an older one: %s", step, error)
+            else:
+                if failed:
+                    _logger.warning(
+                        "fell back to step %d from %s", step, ", ".join(map(str, sorted(failed)))
+                    )
+                return checkpoint, result, failed
+
+    def _nothing_readable(
+        self, failed: dict[int, str], errors: list[CheckpointError]
+    ) -> CheckpointError:
+        if not failed:
+            return self._no_checkpoint()
+        error = Corrupt(
+            f"looking for a checkpoint that verifies in `{self._path}`",
+            f"all {len(failed)} are damaged; "
+            + "; ".join(f"step {step}: {why}" for step, why in sorted(failed.items())),
+            "run `ckpt-tool verify --all` to see what is damaged, and look at the device",
+        )
+        error.__cause__ = errors[0]
+        return error
+
+    def _read_step(
+        self, step: int, read: Callable[[_native.Checkpoint], _T]
+    ) -> tuple[_native.Checkpoint, _T]:
+        """Read one step; once more if its writer replaced it under our feet."""
+        checkpoint = self._native.checkpoint(step)
+        try:
+            return checkpoint, read(checkpoint)
+        except (Corrupt, CheckpointNotFound, StorageError):
+            again = self._native.checkpoint(step)
+            if again.attempt == checkpoint.attempt:
+                raise
+        return again, read(again)
+
+    def _apply(self, plan: RestorePlan, reader: Reader) -> None:
+        """Carry a plan out, all at once where memory allows, else by top-level items."""
+        everything = [number for action in plan.actions for number in action.tensors]
+        fits = reader.bytes_of(everything) <= _MEMORY_SHARE * _available_memory_bytes()
+        has_begun = False
+        for actions in [plan.actions] if fits else plan.items():
+            try:
+                numbers = [number for action in actions for number in action.tensors]
+                tensors = reader.tensors(numbers)
+                for action in actions:
+                    has_begun = True
+                    action.act(tensors)
+            except BaseException as error:
+                if not has_begun:
+                    raise
+                self._incomplete = RestoreIncomplete(
+                    f"restoring step {plan.step}",
+                    f"the live state was changed in part when this failed: {error}",
+                    "restore again, from this step or another, before using or saving the state",
+                )
+                if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
+                    raise
+                raise self._incomplete from error
+
+
+def _available_memory_bytes() -> int:
+    """Give the memory that can be had without swapping; everything, where it is not told."""
+    try:
+        for line in _MEMINFO.read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return 1 << 62

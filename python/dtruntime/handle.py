@@ -1,0 +1,270 @@
+"""What a caller holds while its save goes on, and the thread that tells it of the end.
+
+Always holds: a handle that says success stands for a checkpoint that is durable and published;
+completion is decided in the engine, whose threads never call Python: one Python thread per manager
+waits for it, resolves futures and runs callbacks, in the order of the saves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import queue
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dtruntime.errors import CheckpointError
+from dtruntime.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from dtruntime import _native
+
+_logger = logging.getLogger("dtruntime")
+
+
+@dataclass(frozen=True)
+class SaveProgress:
+    """How far a save is, in bytes. All but ``written_bytes`` grow to ``raw_bytes``.
+
+    Attributes:
+        raw_bytes: Bytes of the state.
+        captured_bytes: Bytes copied into the staging arena.
+        encoded_bytes: Bytes checksummed and encoded.
+        written_bytes: Stored bytes handed to the device; fewer where compression helps.
+
+    """
+
+    raw_bytes: int
+    captured_bytes: int
+    encoded_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class SaveStats:
+    """Where the time and the bytes of a save went.
+
+    Attributes:
+        stall_seconds: What the training loop lost: from the call to its return.
+        wait_seconds: Of these, waiting for the previous save.
+        capture_seconds: Of these, copying into the staging arena.
+        durable_seconds: From the call until everything was durable and published.
+        encode_seconds: Core-seconds of checksums and encoding, over all workers.
+        write_seconds: From the first chunk at the writer until the shard was durable.
+        publish_seconds: Making the manifest visible, with its syncs.
+        raw_bytes: Bytes of the state.
+        stored_bytes: Bytes of the shard file.
+        chunks: Chunks in all.
+        chunks_encoded: Chunks that compression shrank.
+        staging_bytes: Bytes of the staging arena.
+        streamed: Whether the state was larger than the arena and streamed through it.
+        io_backend: ``uring`` or ``threads``.
+
+    """
+
+    stall_seconds: float
+    wait_seconds: float
+    capture_seconds: float
+    durable_seconds: float
+    encode_seconds: float
+    write_seconds: float
+    publish_seconds: float
+    raw_bytes: int
+    stored_bytes: int
+    chunks: int
+    chunks_encoded: int
+    staging_bytes: int
+    streamed: bool
+    io_backend: str
+
+
+@dataclass(frozen=True)
+class SaveInfo:
+    """A durable, complete, published checkpoint.
+
+    Attributes:
+        step: Its step.
+        attempt: The attempt that wrote it: 32 hex digits.
+        location: The store.
+        raw_bytes: Bytes of the state.
+        stored_bytes: Bytes of the shard file.
+        removed_steps: Steps that retention, or a rewind, removed after the commit.
+        stats: Where the time went.
+
+    """
+
+    step: int
+    attempt: str
+    location: str
+    raw_bytes: int
+    stored_bytes: int
+    removed_steps: tuple[int, ...]
+    stats: SaveStats
+
+
+class SaveHandle:
+    """A save in flight, or ended. Made by ``CheckpointManager.save_async``.
+
+    Await it, wait for it with ``result``, or leave it: an error that nobody looked at is raised by
+    the manager's next ``save_async``, ``wait_until_finished`` or ``close``. Cancelling an
+    ``await`` cancels the wait, never the save.
+
+    Attributes:
+        staged: A future that is done once the snapshot is taken: the state may change from then on.
+
+    """
+
+    def __init__(self, native: _native.SaveHandle, watcher: Watcher) -> None:
+        self._native = native
+        self._watcher = watcher
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[SaveHandle], object]] = []
+        self._is_announced = False
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        # A running future cannot be cancelled, so neither can the save, through any await of it.
+        self._ended.set_running_or_notify_cancel()
+        self.staged: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.staged.set_result(None)
+
+    @property
+    def step(self) -> int:
+        """The step being saved."""
+        return self._native.step
+
+    def done(self) -> bool:
+        """Tell whether the save has ended, well or not."""
+        return self._native.done()
+
+    def result(self, timeout: float | None = None) -> SaveInfo:
+        """Wait until the checkpoint is durable and published, at most ``timeout`` seconds.
+
+        Raises:
+            TimeoutError: It has not ended yet; it goes on.
+            CheckpointError: It failed; earlier checkpoints are untouched.
+
+        >>> manager.save_async({"epoch": 1}, step=10).result().step
+        10
+
+        """
+        self._native.wait(timeout)
+        outcome = self._native.outcome()
+        if outcome is None:
+            raise TimeoutError(
+                f"saving step {self.step}: it has not ended within {timeout} s\n"
+                "hint: it goes on; wait again, or look at `handle.progress()`"
+            )
+        stats = SaveStats(**outcome.pop("stats"))
+        removed_steps = tuple(outcome.pop("removed_steps"))
+        return SaveInfo(**outcome, removed_steps=removed_steps, stats=stats)
+
+    def exception(self, timeout: float | None = None) -> CheckpointError | None:
+        """Wait like ``result`` and give the error of a failed save; None for one that succeeded.
+
+        Raises:
+            TimeoutError: It has not ended within ``timeout`` seconds; it goes on.
+
+        """
+        try:
+            self.result(timeout)
+        except CheckpointError as error:
+            return error
+        return None
+
+    def progress(self) -> SaveProgress:
+        """Give the bytes captured, encoded and written so far."""
+        return SaveProgress(**self._native.progress())
+
+    def stats(self) -> SaveStats:
+        """Give seconds and bytes per phase, so far; complete once the save has ended."""
+        return SaveStats(**self._native.stats())
+
+    def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
+        """Call ``callback(handle)`` once the save has ended, on the manager's callback thread.
+
+        What it raises is logged. One added after the end is called soon.
+        """
+        with self._lock:
+            if not self._is_announced:
+                self._callbacks.append(callback)
+                return
+        self._watcher.submit(lambda: self._run(callback))
+
+    async def wait(self) -> SaveInfo:
+        """Wait without blocking the event loop; ``await handle`` does the same."""
+        if not self.done():
+            await asyncio.wrap_future(self._ended)
+        return self.result(0)
+
+    def __await__(self) -> Generator[Any, None, SaveInfo]:
+        return self.wait().__await__()
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended.done() else "in flight"
+        return f"<SaveHandle step={self.step} {state}>"
+
+    def _announce(self) -> None:
+        """Resolve the future and run the callbacks; called once, by the watcher."""
+        with self._lock:
+            self._is_announced = True
+            callbacks, self._callbacks = self._callbacks, []
+        self._ended.set_result(None)
+        for callback in callbacks:
+            self._run(callback)
+
+    def _run(self, callback: Callable[[SaveHandle], object]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            _logger.exception("a done callback of the save of step %d failed", self.step)
+
+
+class Watcher:
+    """The one Python thread of a manager that waits for the ends of saves.
+
+    It keeps what it watches alive, so a save ends well even if manager and handle were dropped.
+    """
+
+    def __init__(self, *, shows_progress: bool) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._bar = ProgressBar() if shows_progress else None
+        # Started now: a Python that is shutting down starts no threads.
+        self._thread = threading.Thread(target=self._work, name="dtruntime-watcher", daemon=True)
+        self._thread.start()
+
+    def watch(self, handle: SaveHandle, manager: _native.Manager) -> None:
+        """Announce the end of ``handle`` when it comes. ``manager`` is kept alive until then."""
+        self._queue.put(lambda: self._follow(handle, manager))
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Run ``work`` on the thread."""
+        self._queue.put(work)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End the thread after everything submitted; tell whether it has ended in time."""
+        self.request_stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def request_stop(self) -> None:
+        """End the thread after everything submitted, without waiting."""
+        self._queue.put(None)
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            work()
+
+    def _follow(self, handle: SaveHandle, manager: _native.Manager) -> None:
+        del manager  # the closure of `watch` keeps it alive
+        native = handle._native  # noqa: SLF001  (the two halves of one mechanism)
+        if self._bar is None:
+            native.wait()
+        else:
+            while not native.wait(0.1):
+                self._bar.show(handle.step, handle.progress())
+            self._bar.finish(handle.step, handle.progress())
+        handle._announce()  # noqa: SLF001

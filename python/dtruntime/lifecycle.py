@@ -1,0 +1,196 @@
+"""What outlives a call: fork, interpreter exit and SIGTERM, for all managers of the process.
+
+Always holds: a forked child keeps none of the parent's locks alive; the interpreter does not exit
+before a save in flight has ended, and says what it waits for; SIGTERM is handled only for managers
+that asked for it, and the handler that was there before still runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dtruntime.errors import CheckpointError, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from dtruntime import _native
+    from dtruntime.checkpoint import CheckpointManager
+    from dtruntime.handle import SaveHandle, Watcher
+
+_logger = logging.getLogger("dtruntime")
+
+_QUIET_SECONDS = 1.0
+"""A wait at exit that takes longer says what it waits for."""
+
+_managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
+_watchers: set[Watcher] = set()
+
+
+def register(
+    manager: CheckpointManager, native: _native.Manager, watcher: Watcher | None
+) -> None:
+    """Look after a manager until it is closed or dropped."""
+    _managers.add(manager)
+    if watcher is not None:
+        _watchers.add(watcher)
+        weakref.finalize(manager, _let_go, native, watcher).atexit = False
+
+
+def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
+    """Stop looking after a manager that was closed."""
+    _managers.discard(manager)
+    _watchers.discard(watcher)  # type: ignore[arg-type]
+    _terminations.forget(manager)
+
+
+def _let_go(native: _native.Manager, watcher: Watcher) -> None:
+    """End what a dropped manager left, on its own thread and once its saves have ended."""
+
+    def close() -> None:
+        try:
+            native.close()
+        except CheckpointError as error:
+            _log_unseen(error)
+        _watchers.discard(watcher)
+
+    watcher.submit(close)
+    watcher.request_stop()
+
+
+def _log_unseen(error: CheckpointError) -> None:
+    _logger.error("a save failed, and nobody looked at its error: %s", error)
+
+
+def _close_locks_in_child() -> None:
+    for manager in list(_managers):
+        manager._native.close_after_fork()  # noqa: SLF001
+    _watchers.clear()  # their threads stayed in the parent
+
+
+def _finish_saves() -> None:
+    """Run before the interpreter stops threads: wait for every save, then end the watchers."""
+    for watcher in list(_watchers):
+        if not watcher.stop(_QUIET_SECONDS):
+            steps = sorted(handle.step for handle in _in_flight())
+            _logger.warning("exit waits for the save of step %s", ", ".join(map(str, steps)))
+            watcher.stop()
+    _watchers.clear()
+
+
+def _close_managers() -> None:
+    """Run last: finish what exit handlers started, and say what failed unseen."""
+    for manager in list(_managers):
+        try:
+            manager.close()
+        except CheckpointError as error:
+            _log_unseen(error)
+
+
+def _in_flight() -> list[SaveHandle]:
+    handles = [manager._last for manager in list(_managers)]  # noqa: SLF001
+    return [handle for handle in handles if handle is not None and not handle.done()]
+
+
+class _Policy(NamedTuple):
+    finishes: bool
+    deadline_seconds: float
+
+
+class _Terminations:
+    """The process's SIGTERM handler and the managers that asked for it."""
+
+    def __init__(self) -> None:
+        self._policies: weakref.WeakKeyDictionary[CheckpointManager, _Policy] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._previous: Callable[[int, FrameType | None], Any] | int | None = None
+        self._is_installed = False
+        self._is_handling = False
+
+    def add(self, manager: CheckpointManager, policy: _Policy) -> None:
+        if not self._is_installed:
+            if threading.current_thread() is not threading.main_thread():
+                raise InvalidArgument(
+                    f"setting `sigterm` = {'finish' if policy.finishes else 'drop'!r}",
+                    "Python installs signal handlers only from the main thread",
+                    "make the manager in the main thread, or leave `sigterm` unset",
+                )
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
+            self._is_installed = True
+        self._policies[manager] = policy
+
+    def forget(self, manager: CheckpointManager) -> None:
+        self._policies.pop(manager, None)
+        is_ours = self._is_installed and signal.getsignal(signal.SIGTERM) == self._handle
+        if not self._policies and is_ours and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+            self._is_installed = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_handling:  # asked a second time: no more waiting
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._is_handling = True
+        try:
+            for manager, policy in list(self._policies.items()):
+                handle = manager._last  # noqa: SLF001
+                if manager._pid == os.getpid() and handle is not None and not handle.done():  # noqa: SLF001
+                    _end(handle, policy)
+        finally:
+            self._is_handling = False
+        self._pass_on(number, frame)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if callable(self._previous):
+            self._previous(number, frame)
+        elif self._previous != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def _end(handle: SaveHandle, policy: _Policy) -> None:
+    """Finish or drop the save of a process that was told to end."""
+    native = handle._native  # noqa: SLF001
+    if policy.finishes:
+        _logger.warning(
+            "SIGTERM: finishing the save of step %d, for at most %g s",
+            handle.step,
+            policy.deadline_seconds,
+        )
+        started = time.monotonic()
+        if native.wait(policy.deadline_seconds):
+            seconds = time.monotonic() - started
+            try:
+                native.outcome()
+            except CheckpointError as error:
+                _logger.error("SIGTERM: the save of step %d failed: %s", handle.step, error)  # noqa: TRY400
+            else:
+                _logger.warning("SIGTERM: step %d is durable, after %.1f s", handle.step, seconds)
+            return
+    _logger.warning("SIGTERM: dropped the save of step %d", handle.step)
+    native.cancel("the process was told to end (SIGTERM)")
+    native.wait(_QUIET_SECONDS)  # so that the attempt's file is removed
+
+
+_terminations = _Terminations()
+
+
+def handle_termination(manager: CheckpointManager, mode: str, deadline_seconds: float) -> None:
+    """Finish or drop this manager's save in flight when the process is told to end."""
+    _terminations.add(manager, _Policy(mode == "finish", deadline_seconds))
+
+
+os.register_at_fork(after_in_child=_close_locks_in_child)
+# Before Python joins its threads; `atexit` alone runs after that, when nothing can be started.
+threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]  # noqa: SLF001
+atexit.register(_close_managers)

@@ -1,0 +1,220 @@
+"""Tensors of a checkpoint in fresh memory: what is read for a request, and how views are made.
+
+Always holds: only the byte spans that the asked-for tensors touch are read; tensors that shared
+memory when saved share memory here; nothing is handed out unless every chunk that it came from
+matched its checksums (or the caller waived that).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dtruntime.errors import InvalidArgument
+from dtruntime.state_tree import TAG_DICT, Tree
+from dtruntime.tensors import (
+    NUMPY,
+    TORCH_PARAMETER,
+    Span,
+    TensorRecord,
+    hull_of,
+    import_torch,
+    lay_spans,
+    numpy_dtype,
+    rebase,
+    spans_bytes,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dtruntime import _native
+
+
+class _Memory(NamedTuple):
+    """Fresh memory for spans of one storage, and the tensors that view it."""
+
+    holder: Any  # a torch.UntypedStorage or an array of bytes
+    views: dict[int, TensorRecord]
+
+
+class Reader:
+    """Reads one checkpoint, in whole or in part.
+
+    Args:
+        checkpoint: The checkpoint.
+        verify: Whether chunks are checked against their checksums.
+        mmap: Whether storages that are stored raw are mapped instead of read.
+        device: Where torch tensors go; None for the host's memory.
+
+    """
+
+    def __init__(
+        self,
+        checkpoint: _native.Checkpoint,
+        *,
+        verify: bool = True,
+        mmap: bool = False,
+        device: Any = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.tree = Tree(checkpoint.nodes())
+        self.records = [TensorRecord(*record) for record in checkpoint.tensors()]
+        self._storage_bytes = checkpoint.storages()
+        self._verify = verify
+        self._mmap = mmap
+        self._device = device
+
+    def load(self, keep: Sequence[bool] | None = None) -> Any:
+        """Read and build the whole state, or the kept part of it."""
+        tensors = self.tensors(self.tree.tensors_below(0, keep))
+        return self.tree.build(0, tensors.__getitem__, keep)
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """Give the bytes of memory that ``tensors(numbers)`` needs."""
+        groups = self._group(numbers).items()
+        return sum(spans_bytes(self._spans(storage, group)) for (storage, _), group in groups)
+
+    def tensors(self, numbers: Iterable[int]) -> dict[int, Any]:
+        """Read tensors, by number, into fresh memory."""
+        groups = self._group(numbers)
+        made: dict[int, Any] = {}
+        if self._mmap:
+            for key, memory in self._map(groups).items():
+                del groups[key]
+                made |= self._views(key[1], memory)
+        fresh: dict[tuple[int, bool], _Memory] = {}
+        targets: list[Any] = []
+        for (storage, is_numpy), group in groups.items():
+            spans = self._spans(storage, group)
+            holder = _allocate(spans_bytes(spans), is_numpy=is_numpy)
+            records = self.records
+            views = {n: rebase(records[n], hull_of(records[n]), spans, storage) for n in group}
+            fresh[storage, is_numpy] = _Memory(holder, views)
+            targets += _targets(storage, spans, holder, is_numpy=is_numpy)
+        if targets:
+            self.checkpoint.read(targets, self._verify)
+        for (_, is_numpy), memory in fresh.items():
+            made |= self._views(is_numpy, memory)
+        return made
+
+    def _group(self, numbers: Iterable[int]) -> dict[tuple[int, bool], list[int]]:
+        """Sort tensors by the memory they will view: a storage, for torch or for numpy."""
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for number in dict.fromkeys(numbers):
+            record = self.records[number]
+            groups.setdefault((record.storage, record.kind == NUMPY), []).append(number)
+        return groups
+
+    def _spans(self, storage: int, group: Iterable[int]) -> list[Span]:
+        hulls = (hull_of(self.records[number]) for number in group)
+        return lay_spans((h for h in hulls if h is not None), self._storage_bytes[storage])
+
+    def _map(self, groups: dict[tuple[int, bool], list[int]]) -> dict[tuple[int, bool], _Memory]:
+        """Map the storages that are stored raw and in one piece."""
+        wanted = sorted({storage for storage, _ in groups if self._storage_bytes[storage]})
+        if not wanted:
+            return {}
+        array, ranges = self.checkpoint.map(wanted, self._verify)
+        mapped = {}
+        for (storage, is_numpy), group in groups.items():
+            if storage not in ranges:
+                continue
+            start, end = ranges[storage]
+            holder: Any = array[start:end]
+            if not is_numpy:
+                holder = import_torch("loading a tensor").from_numpy(holder).untyped_storage()
+            views = {number: self.records[number] for number in group}
+            mapped[storage, is_numpy] = _Memory(holder, views)
+        return mapped
+
+    def _views(self, is_numpy: bool, memory: _Memory) -> dict[int, Any]:  # noqa: FBT001
+        if is_numpy:
+            return {n: _array(memory.holder, record) for n, record in memory.views.items()}
+        storage = memory.holder
+        if self._device is not None:
+            moved = type(storage)(storage.nbytes(), device=self._device)
+            storage = moved.copy_(storage)
+        return {n: _tensor(storage, record) for n, record in memory.views.items()}
+
+
+def _allocate(count: int, *, is_numpy: bool) -> Any:
+    if is_numpy:
+        return np.empty(count, np.uint8)
+    return import_torch("loading a tensor").UntypedStorage(count)
+
+
+def _targets(storage: int, spans: Iterable[Span], holder: Any, *, is_numpy: bool) -> list[Any]:
+    if is_numpy:
+        return [(storage, start, holder[at : at + end - start]) for start, end, at in spans]
+    address = holder.data_ptr()
+    return [(storage, start, (address + at, end - start)) for start, end, at in spans]
+
+
+def _tensor(storage: Any, record: TensorRecord) -> Any:
+    torch = sys.modules["torch"]
+    dtype = torch_dtype(record.dtype, record.item_bytes)
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    tensor.set_(storage, record.offset, record.shape, record.strides)
+    if record.kind == TORCH_PARAMETER:
+        return torch.nn.Parameter(tensor, requires_grad=record.requires_grad)
+    return tensor.requires_grad_() if record.requires_grad else tensor
+
+
+def _array(memory: np.ndarray[Any, Any], record: TensorRecord) -> np.ndarray[Any, Any]:
+    dtype = numpy_dtype(record.dtype, record.item_bytes)
+    strides = tuple(stride * record.item_bytes for stride in record.strides)
+    offset = record.offset * record.item_bytes
+    return np.ndarray(record.shape, dtype, memory, offset, strides)
+
+
+def device_of(map_location: Any) -> Any:
+    """Give the torch device to load to; None for the host's memory."""
+    if map_location is None:
+        return None
+    torch = import_torch("loading with `map_location`")
+    try:
+        device = torch.device(map_location)
+    except (TypeError, RuntimeError) as error:
+        raise InvalidArgument(
+            f"`map_location` = {map_location!r}",
+            "a device is expected, as a str or a `torch.device`",
+            'pass for example "cpu" or "cuda:0"; move single tensors after loading',
+        ) from error
+    return None if device.type == "cpu" else device
+
+
+def select(tree: Tree, paths: Sequence[str], globs: Sequence[str]) -> tuple[list[bool], list[str]]:
+    """Give which nodes the globs ask for, and the globs that match nothing.
+
+    A node is kept if its path, or that of a container around it, matches; and so are the
+    containers around it, with a dict's ``_metadata``.
+    """
+    patterns = [re.compile(fnmatch.translate(glob)) for glob in globs]
+    keep = [False] * len(tree.nodes)
+    matched = [False] * len(globs)
+
+    def mark(index: int, *, inherited: bool) -> bool:
+        hit = inherited
+        if index or not tree.is_container(index):
+            for number, pattern in enumerate(patterns):
+                if pattern.match(paths[index]):
+                    hit = matched[number] = True
+        below = False
+        if tree.is_container(index):
+            for _, child in tree.children(index):
+                below |= mark(child, inherited=hit)
+        keep[index] = hit or below
+        tag, payload = tree.nodes[index][:2]
+        if keep[index] and tag == TAG_DICT and payload[2]:
+            metadata = range(index + 1, tree.ends[index + 1])
+            keep[metadata.start : metadata.stop] = [True] * len(metadata)
+        return keep[index]
+
+    mark(0, inherited=False)
+    return keep, [glob for glob, hit in zip(globs, matched, strict=True) if not hit]

@@ -1,0 +1,372 @@
+"""Restoring in place: which live object takes which part of a checkpoint.
+
+Deciding is apart from acting: ``plan_restore`` compares the live state with the checkpoint's tree
+and changes nothing; ``RestorePlan.apply`` then carries its actions out.
+
+The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part.
+A dict, list or tuple that holds any of these is walked; one that holds plain data only becomes
+exactly what was saved. A plain value is replaced in its dict or list; in a tuple, or as the root,
+it cannot be, and is only reported.
+
+Always holds: what does not fit is found before anything is changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtruntime.errors import InvalidArgument
+from dtruntime.state_tree import TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
+from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dtruntime.loading import Reader
+
+_LISTED_MAX = 10
+"""Entries of each kind that an error names."""
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did. Paths are written with dots: ``model.layers.0.weight``.
+
+    Attributes:
+        step: The checkpoint's step.
+        missing: Live entries that the checkpoint does not have; they are unchanged.
+        unexpected: Entries of the checkpoint that the live object beside them does not have.
+        skipped: Entries that were left alone, each with the reason.
+        values: Plain values that were restored.
+        fell_back_from: Newer steps that could not be read, each with the reason.
+
+    """
+
+    step: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    fell_back_from: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Action:
+    """One change to the live state.
+
+    Attributes:
+        item: The top-level key that it belongs to.
+        tensors: Numbers of the tensors it needs.
+        act: Makes the change, given those tensors by number.
+
+    """
+
+    item: Any
+    tensors: Sequence[int]
+    act: Callable[[Mapping[int, Any]], None]
+
+
+@dataclass
+class RestorePlan:
+    """Everything a restore will do, and what it found that does not fit."""
+
+    step: int
+    actions: list[Action] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misfits: dict[str, str] = field(default_factory=dict)
+    not_asked_for: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse a plan that does not fit entirely.
+
+        Raises:
+            InvalidArgument: Something is missing, unexpected, or of another shape or type.
+
+        """
+        found = [
+            *(f"missing in the checkpoint: `{path}`" for path in self.missing[:_LISTED_MAX]),
+            *(f"unexpected in the checkpoint: `{path}`" for path in self.unexpected[:_LISTED_MAX]),
+            *(f"`{path}`: {why}" for path, why in list(self.misfits.items())[:_LISTED_MAX]),
+        ]
+        count = len(self.missing) + len(self.unexpected) + len(self.misfits)
+        if not count:
+            return
+        if count > len(found):
+            found.append(f"and {count - len(found)} more")
+        raise InvalidArgument(
+            f"restoring step {self.step}",
+            "the live state does not fit the checkpoint: " + "; ".join(found),
+            "nothing was changed; pass `strict=False` to restore what fits",
+        )
+
+    def items(self) -> Iterable[list[Action]]:
+        """Give the actions, one list per top-level item."""
+        groups: dict[Any, list[Action]] = {}
+        for action in self.actions:
+            groups.setdefault(action.item, []).append(action)
+        return groups.values()
+
+    def report(self, fell_back_from: tuple[tuple[int, str], ...]) -> RestoreReport:
+        """Give what the caller is told once every action is done."""
+        skipped = self.misfits | dict.fromkeys(self.not_asked_for, "not asked for")
+        return RestoreReport(
+            self.step,
+            tuple(self.missing),
+            tuple(self.unexpected),
+            skipped,
+            self.values,
+            fell_back_from,
+        )
+
+
+def plan_restore(live: Any, reader: Reader, *, strict: bool) -> RestorePlan:
+    """Compare a live state with a checkpoint and plan what to change."""
+    planner = _Planner(reader, strict=strict)
+    if not _holds_live(live) and not isinstance(live, (dict, list)):
+        raise InvalidArgument(
+            f"restoring into a `{type(live).__name__}`",
+            "it cannot be changed in place",
+            "pass a dict of models, optimizers and tensors, or use `load()`",
+        )
+    planner.visit(live, 0, None)
+    return planner.plan
+
+
+_Slot = Callable[[Any], None]
+
+
+class _Planner:
+    """One walk over a live state beside a checkpoint's tree."""
+
+    def __init__(self, reader: Reader, *, strict: bool) -> None:
+        self.plan = RestorePlan(reader.checkpoint.step)
+        self._reader = reader
+        self._tree = reader.tree
+        self._paths = reader.checkpoint.paths()
+        self._strict = strict
+        self._item: Any = None
+
+    def visit(self, live: Any, index: int, slot: _Slot | None) -> None:
+        """Plan for ``live``, which takes the node ``index``; ``slot`` replaces it in its parent."""
+        if _is_tensor(live):
+            self._tensor(live, index)
+        elif isinstance(live, np.ndarray):
+            self._array(live, index)
+        elif callable(getattr(live, "load_state_dict", None)) and not isinstance(live, type):
+            self._stateful(live, index)
+        elif type(live) in (dict, OrderedDict) and (index == 0 or _holds_live(live)):
+            self._dict(live, index)
+        elif type(live) in (list, tuple) and _holds_live(live):
+            self._sequence(live, index)
+        elif type(live) in (dict, OrderedDict, list):
+            self._replace_contents(live, index)
+        else:
+            self._plain(live, index, slot)
+
+    def _misfit(self, index: int, why: str) -> None:
+        self.plan.misfits[self._paths[index] or "the root"] = why
+
+    def _do(self, index: int, act: Callable[[Any], None]) -> None:
+        """Plan ``act(value)`` with the value at ``index``."""
+        tree = self._tree
+        self.plan.actions.append(
+            Action(
+                self._item,
+                tree.tensors_below(index),
+                lambda tensors: act(tree.build(index, tensors.__getitem__)),
+            )
+        )
+
+    def _tensor(self, live: Any, index: int) -> None:
+        torch = sys.modules["torch"]
+        if type(live) not in (torch.Tensor, torch.nn.Parameter) or live.is_meta:
+            kind = "a tensor without values" if live.is_meta else f"a `{type(live).__name__}`"
+            self._misfit(index, f"{kind} cannot be restored in place")
+            return
+        why = self._tensor_misfit(live, index)
+        if why is None:
+            self._do(index, lambda value: _copy_tensor(live, value))
+        else:
+            self._misfit(index, why)
+
+    def _tensor_misfit(self, live: Any, index: int) -> str | None:
+        tag, number = self._tree.nodes[index][:2]
+        if tag != TAG_TENSOR or self._reader.records[number].kind == NUMPY:
+            return "a tensor is live, and the checkpoint has another kind of value"
+        record = self._reader.records[number]
+        if tuple(live.shape) != record.shape:
+            return f"the live shape is {tuple(live.shape)}, the saved one {record.shape}"
+        if live.dtype != torch_dtype(record.dtype, record.item_bytes):
+            return f"the live dtype is {live.dtype}, the saved one torch.{record.dtype}"
+        return None
+
+    def _array(self, live: np.ndarray[Any, Any], index: int) -> None:
+        tag, number = self._tree.nodes[index][:2]
+        if tag != TAG_TENSOR or self._reader.records[number].kind != NUMPY:
+            self._misfit(index, "an array is live, and the checkpoint has another kind of value")
+            return
+        record = self._reader.records[number]
+        if live.shape != record.shape:
+            self._misfit(index, f"the live shape is {live.shape}, the saved one {record.shape}")
+        elif live.dtype != numpy_dtype(record.dtype):
+            self._misfit(index, f"the live dtype is {live.dtype}, the saved one {record.dtype}")
+        elif not live.flags.writeable:
+            self._misfit(index, "the live array is read-only")
+        else:
+            self._do(index, lambda value: np.copyto(live, value))
+
+    def _stateful(self, live: Any, index: int) -> None:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(live, torch.nn.Module):
+            self._do(index, live.load_state_dict)
+            return
+        if self._tree.nodes[index][0] != TAG_DICT:
+            self._misfit(index, "a module is live, and the checkpoint has no dict")
+            return
+        drop = self._compare_module(live, index)
+
+        def act(value: dict[str, Any]) -> None:
+            for key in drop:
+                del value[key]
+            live.load_state_dict(value, strict=self._strict)
+
+        self._do(index, act)
+
+    def _compare_module(self, live: Any, index: int) -> list[Any]:
+        """Note what differs between a module and its saved state dict; give the keys not to load."""
+        expected = live.state_dict(keep_vars=True)
+        saved = dict(self._tree.children(index))
+        prefix = self._prefix(index)
+        self.plan.missing += [f"{prefix}{key}" for key in expected if key not in saved]
+        drop = []
+        for key, child in saved.items():
+            if key not in expected:
+                self.plan.unexpected.append(self._paths[child])
+            elif _is_tensor(expected[key]) and not _is_uninitialized(expected[key]):
+                why = self._tensor_misfit(expected[key], child)
+                if why is not None:
+                    self._misfit(child, why)
+                    drop.append(key)
+        return drop
+
+    def _dict(self, live: dict[Any, Any], index: int) -> None:
+        if self._tree.nodes[index][0] != TAG_DICT:
+            self._misfit(index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict")
+            return
+        # Typed: True and 1 are equal in Python, and not the same key here.
+        saved = {(type(key), key): child for key, child in self._tree.children(index)}
+        prefix = self._prefix(index)
+        for key, value in live.items():
+            if index == 0:
+                self._item = key
+            child = saved.pop((type(key), key), None)
+            if child is None:
+                self.plan.missing.append(f"{prefix}{key}")
+            else:
+                self.visit(value, child, _slot_of(live, key))
+        extra = self.plan.not_asked_for if index == 0 else self.plan.unexpected
+        extra += [self._paths[child] for child in saved.values()]
+
+    def _sequence(self, live: list[Any] | tuple[Any, ...], index: int) -> None:
+        tag, count = self._tree.nodes[index][:2]
+        if tag != (TAG_LIST if type(live) is list else TAG_TUPLE):
+            name = type(live).__name__
+            self._misfit(index, f"a {name} is live, and the checkpoint has another kind of value")
+        elif count != len(live):
+            self._misfit(index, f"the live length is {len(live)}, the saved one {count}")
+        else:
+            for position, child in self._tree.children(index):
+                if index == 0:
+                    self._item = position
+                slot = _slot_of(live, position) if type(live) is list else None
+                self.visit(live[position], child, slot)
+
+    def _replace_contents(self, live: dict[Any, Any] | list[Any], index: int) -> None:
+        """Plain data becomes exactly what was saved; the container stays the same object."""
+        expected = TAG_LIST if type(live) is list else TAG_DICT
+        if self._tree.nodes[index][0] != expected:
+            name = type(live).__name__
+            self._misfit(index, f"a {name} is live, and the checkpoint has another kind of value")
+            return
+
+        def act(value: Any) -> None:
+            live.clear()
+            if isinstance(live, list):
+                live.extend(value)
+            else:
+                live.update(value)
+            self.plan.values[self._paths[index]] = live
+
+        self._do(index, act)
+
+    def _plain(self, live: Any, index: int, slot: _Slot | None) -> None:
+        tag = self._tree.nodes[index][0]
+        is_plain = not self._tree.is_container(index) and tag != TAG_TENSOR
+        if live is not None and not is_plain and type(live) is not tuple:
+            kind = type(live).__name__
+            self._misfit(index, f"a {kind} is live, and the checkpoint has another kind of value")
+            return
+
+        def act(value: Any) -> None:
+            if slot is not None:
+                slot(value)
+            self.plan.values[self._paths[index]] = value
+
+        self._do(index, act)
+
+    def _prefix(self, index: int) -> str:
+        return f"{self._paths[index]}." if index else ""
+
+
+def _slot_of(container: Any, key: Any) -> _Slot:
+    def replace(value: Any) -> None:
+        container[key] = value
+
+    return replace
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_uninitialized(tensor: Any) -> bool:
+    torch = sys.modules["torch"]
+    return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+
+
+def _holds_live(value: Any) -> bool:
+    """Tell whether there is anything in ``value`` that keeps its identity when restored."""
+    if type(value) in (dict, OrderedDict):
+        return any(_holds_live(child) for child in value.values())
+    if type(value) in (list, tuple):
+        return any(_holds_live(child) for child in value)
+    return (
+        _is_tensor(value)
+        or isinstance(value, np.ndarray)
+        or (callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type))
+    )
+
+
+def _copy_tensor(live: Any, value: Any) -> None:
+    """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel."""
+    torch = sys.modules["torch"]
+    with torch.no_grad():
+        source, destination = value.detach(), live.detach()
+        for dimension, (size, stride) in enumerate(
+            zip(destination.shape, destination.stride(), strict=True)
+        ):
+            if stride == 0 and size > 1:  # expanded: one item stands for all
+                destination = destination.narrow(dimension, 0, 1)
+                source = source.narrow(dimension, 0, 1)
+        if destination.dtype.itemsize == 1:
+            destination, source = destination.view(torch.uint8), source.view(torch.uint8)
+        destination.copy_(source)

@@ -1,0 +1,198 @@
+"""Arguments of a manager, checked one by one: what each accepts and how it reaches the engine.
+
+Always holds: a wrong argument is an ``InvalidArgument`` that shows the value given, what is
+accepted, and the nearest accepted spelling. Ranges that the engine checks are left to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import operator
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtruntime.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+COMPRESSIONS = ("auto", "none", "float", "zstd", "gzip")
+IO_BACKENDS = ("auto", "uring", "threads")
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": (1024 if suffix == "iB" else 1000) ** power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix in ("B", "iB")
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_ORDINAL = re.compile(r"(?:.*-)?(\d+)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_DIRECTORIES_ONLY = "this version stores checkpoints in directories"
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Give a number of bytes from an integer or from text such as ``2GiB``.
+
+    >>> parse_bytes("staging_bytes", "1.5 KiB")
+    1536
+    """
+    if not isinstance(value, str):
+        return integer(name, value)
+    match = _SIZE.fullmatch(value)
+    unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise InvalidArgument(
+            f"setting `{name}` = {value!r}",
+            "a number of bytes is expected",
+            'use an integer, or text such as "512MiB" or "2GiB"',
+        )
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def integer(name: str, value: Any) -> int:
+    """Give a whole number that is not negative; numpy's integers count, booleans do not."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 63:
+        raise InvalidArgument(
+            f"`{name}` = {value!r}",
+            f"a whole number from 0 to 2**63-1 is expected, got `{type(value).__name__}`",
+            "pass an int that is not negative",
+        )
+    return number
+
+
+def step_of(value: Any, verb: str) -> int:
+    """Give the step of a call of ``verb``."""
+    try:
+        return integer("step", value)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            error.what, error.why, f"call `{verb}` with the training step, a whole number"
+        ) from None
+
+
+def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
+    """Give ``value`` if it is one of ``accepted``."""
+    if isinstance(value, str) and value in accepted:
+        return value
+    near = difflib.get_close_matches(str(value), accepted, n=1)
+    raise InvalidArgument(
+        f"setting `{name}` = {value!r}",
+        "expected one of " + ", ".join(f"`{text}`" for text in accepted),
+        f"did you mean `{near[0]}`?" if near else f"leave it at its default, `{accepted[0]}`",
+    )
+
+
+def interval(name: str, value: Any) -> int:
+    """Give a number of steps, at least 1; None means every step."""
+    number = 1 if value is None else integer(name, value)
+    if number == 0:
+        raise InvalidArgument(
+            f"setting `{name}` = 0", "at least 1 is expected", "leave it unset to save every step"
+        )
+    return number
+
+
+def direct_io(value: bool | str) -> str:  # noqa: FBT001  (the setting itself is a boolean)
+    """Give the engine's word for the setting ``direct_io``."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return choice("direct_io", value, ("auto", "on", "off"))
+
+
+def store_path(
+    path: str | os.PathLike[str] | None,
+    *,
+    storage_path: str | os.PathLike[str] | None,
+    backend: str | None,
+    remote: str | None,
+    environment: Mapping[str, str] = os.environ,
+) -> Path:
+    """Give the directory of the store, from the arguments or from ``CHECKPOINT_DIR``."""
+    if path is not None and storage_path is not None:
+        raise InvalidArgument(
+            f"settings `path` = {os.fspath(path)!r}, `storage_path` = {os.fspath(storage_path)!r}",
+            "both name the store",
+            "pass one of them",
+        )
+    if backend not in (None, "local"):
+        raise InvalidArgument(
+            f"setting `backend` = {backend!r}", _DIRECTORIES_ONLY, 'use `backend="local"`'
+        )
+    if remote is not None:
+        raise InvalidArgument(
+            f"setting `remote` = {remote!r}", _DIRECTORIES_ONLY, "leave `remote` unset"
+        )
+    chosen = path if path is not None else storage_path
+    if chosen is None:
+        chosen = environment.get("CHECKPOINT_DIR") or None
+    if chosen is None:
+        raise InvalidArgument(
+            "setting `path`",
+            "it is not given, and the environment has no CHECKPOINT_DIR",
+            'name the directory of the store: `CheckpointManager("runs/gpt")`',
+        )
+    try:
+        text = os.fspath(chosen)
+    except TypeError:
+        text = b""  # type: ignore[assignment]
+    if not isinstance(text, str):
+        raise InvalidArgument(
+            f"setting `path` = {chosen!r}", "a str or a path is expected", "pass `str` or `Path`"
+        )
+    if _SCHEME.match(text):
+        raise InvalidArgument(
+            f"setting `path` = {text!r}", _DIRECTORIES_ONLY, "name a directory on this machine"
+        )
+    return Path(text)
+
+
+def rank_and_world_size(
+    rank: int | str | None,
+    world_size: int | str | None,
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[int, int]:
+    """Give both, from the arguments, else from ``RANK`` and ``WORLD_SIZE``, else 0 and 1.
+
+    >>> rank_and_world_size(None, None, {"RANK": "worker-3", "WORLD_SIZE": "8"})
+    (3, 8)
+    """
+    return (
+        _ordinal("rank", rank if rank is not None else environment.get("RANK", 0)),
+        _ordinal("world_size", world_size if world_size is not None else environment.get("WORLD_SIZE", 1)),
+    )
+
+
+def _ordinal(name: str, value: int | str) -> int:
+    if not isinstance(value, str):
+        return integer(name, value)
+    match = _ORDINAL.fullmatch(value.strip())
+    if match is None:
+        raise InvalidArgument(
+            f"setting `{name}` = {value!r}",
+            "a whole number is expected, or a name that ends in one",
+            f"pass `{name}=`, or set {name.upper()} to a number or a pod name such as `worker-3`",
+        )
+    return int(match[1])
+
+
+def json_object(name: str, value: Mapping[str, Any] | None) -> str:
+    """Give what the user attaches to a checkpoint as JSON."""
+    if value is None:
+        return "{}"
+    try:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY004, TRY301
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(
+            f"`{name}`",
+            f"it is stored as JSON, and {error}",
+            "use str keys and plain values; put anything else into the state",
+        ) from None

@@ -1,0 +1,138 @@
+//! A committed checkpoint as Python reads it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use dtr_engine::format::tree::Walk;
+use dtr_engine::load::{self, ReadOptions, Target};
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use crate::errors::json_to_python;
+use crate::guard::Guard;
+use crate::tensor::{FreshMemory, array_of_mapping};
+use crate::tree;
+
+/// Bytes that are read without looking for signals.
+const READ_BATCH_BYTES: usize = 1 << 30;
+
+/// One rank's shard of a checkpoint, its manifest and index read and checked.
+#[pyclass(frozen, module = "dtruntime._native")]
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    inner: Arc<load::Checkpoint>,
+    guard: Guard,
+}
+
+impl Checkpoint {
+    pub(crate) fn new(inner: load::Checkpoint, guard: Guard) -> Self {
+        Self { inner: Arc::new(inner), guard }
+    }
+
+    fn what(&self) -> String {
+        format!("reading `{}`", self.inner.shard_name())
+    }
+}
+
+#[pymethods]
+impl Checkpoint {
+    /// The training step.
+    #[getter]
+    fn step(&self) -> u64 {
+        self.inner.step()
+    }
+
+    /// The attempt that wrote it: another attempt at the same step is another checkpoint.
+    #[getter]
+    fn attempt(&self) -> &str {
+        &self.inner.manifest().attempt
+    }
+
+    /// The manifest as a dict.
+    fn manifest<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        json_to_python(py, self.inner.manifest())
+    }
+
+    /// The state tree in preorder: `(tag, payload)` or `(tag, payload, key)`.
+    fn nodes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        tree::nodes_to_python(py, &self.inner.index().nodes)
+    }
+
+    /// Display path of each node, in the order of `nodes`.
+    fn paths(&self) -> Vec<String> {
+        let mut walk = Walk::new(&self.inner.index().nodes);
+        let mut paths = Vec::with_capacity(self.inner.index().nodes.len());
+        while walk.advance().is_some() {
+            paths.push(walk.path().to_string());
+        }
+        paths
+    }
+
+    /// The tensors: `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad)`.
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        tree::tensors_to_python(py, &self.inner.index().tensors)
+    }
+
+    /// Bytes of each storage.
+    fn storages(&self) -> Vec<u64> {
+        self.inner.index().storages.iter().map(|storage| storage.bytes).collect()
+    }
+
+    /// Fills memory: each target is `(storage, offset, array)` or `(storage, offset, (address,
+    /// bytes))`. Returns the stored bytes read. After an error, targets hold unspecified bytes.
+    fn read(&self, py: Python<'_>, targets: &Bound<'_, PyList>, verify: bool) -> PyResult<u64> {
+        let mut memory =
+            targets.iter().map(|item| FreshMemory::extract(&item)).collect::<PyResult<Vec<_>>>()?;
+        let mut stored_bytes = 0;
+        for batch in batches(&mut memory) {
+            stored_bytes += self.guard.call(py, &self.what(), || {
+                for target in batch.iter() {
+                    target.advise_huge_pages();
+                }
+                let targets: Vec<Target<'_>> = batch.iter_mut().map(FreshMemory::target).collect();
+                let options = ReadOptions { verify, ..ReadOptions::default() };
+                Ok(self.inner.read(targets, options)?.stored_bytes)
+            })?;
+            py.check_signals()?;
+        }
+        Ok(stored_bytes)
+    }
+
+    /// Maps the shard: an array of all its bytes, and where in it each of `storages` lies that is
+    /// stored raw and in one piece, as `{storage: (start, end)}`.
+    #[expect(clippy::type_complexity, reason = "a pair, spelled out once")]
+    fn map<'py>(
+        &self,
+        py: Python<'py>,
+        storages: Vec<u32>,
+        verify: bool,
+    ) -> PyResult<(Bound<'py, PyArray1<u8>>, BTreeMap<u32, (usize, usize)>)> {
+        let mapped = self.guard.call(py, &self.what(), || self.inner.map(&storages, verify))?;
+        let ranges = storages
+            .iter()
+            .filter_map(|&storage| {
+                mapped.range_of(storage).map(|range| (storage, (range.start, range.end)))
+            })
+            .collect();
+        Ok((array_of_mapping(py, mapped)?, ranges))
+    }
+}
+
+/// Cuts targets into runs of about [`READ_BATCH_BYTES`].
+fn batches(mut memory: &mut [FreshMemory]) -> impl Iterator<Item = &mut [FreshMemory]> {
+    std::iter::from_fn(move || {
+        if memory.is_empty() {
+            return None;
+        }
+        let mut bytes = 0_usize;
+        let full = memory.iter().position(|target| {
+            bytes = bytes.saturating_add(target.bytes());
+            bytes >= READ_BATCH_BYTES
+        });
+        let count = full.map_or(memory.len(), |position| position + 1);
+        let (batch, rest) = std::mem::take(&mut memory).split_at_mut(count);
+        memory = rest;
+        Some(batch)
+    })
+}

@@ -1,0 +1,81 @@
+//! Engine errors as Python exceptions: one class per variant, defined in `dtruntime/errors.py`.
+
+use dtr_engine::EngineError;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyAnyMethods, PyString, PyType};
+
+/// The exception for an engine error. If even the class cannot be had (the interpreter is being
+/// torn down), a `RuntimeError` with the same message.
+pub(crate) fn to_python(py: Python<'_>, error: &EngineError) -> PyErr {
+    exception(py, error).unwrap_or_else(|_| PyRuntimeError::new_err(error.to_string()))
+}
+
+fn exception(py: Python<'_>, error: &EngineError) -> PyResult<PyErr> {
+    let module = py.import("dtruntime.errors")?;
+    let class = module.getattr(class_name(error))?.cast_into::<PyType>()?;
+    let (what, why, hint, errno) = parts(error);
+    let instance = match errno {
+        Some(errno) => class.call1((what, why, hint, errno))?,
+        None => class.call1((what, why, hint))?,
+    };
+    Ok(PyErr::from_value(instance))
+}
+
+fn class_name(error: &EngineError) -> &'static str {
+    match error {
+        EngineError::InvalidArgument { .. } => "InvalidArgument",
+        EngineError::NotFound { .. } => "CheckpointNotFound",
+        EngineError::StepConflict { .. } => "StepConflict",
+        EngineError::StoreBusy { .. } => "StoreBusy",
+        EngineError::Corrupt { .. } => "Corrupt",
+        EngineError::UnsupportedFormat { .. } => "UnsupportedFormat",
+        EngineError::NoSpace { .. } => "NoSpace",
+        EngineError::Io { .. } => "StorageError",
+        EngineError::RestoreIncomplete { .. } => "RestoreIncomplete",
+        EngineError::Closed { .. } => "Closed",
+        // `Internal`, and whatever a later engine adds: this file then lacks an arm, which is a bug.
+        _ => "Internal",
+    }
+}
+
+fn parts(error: &EngineError) -> (String, String, String, Option<i32>) {
+    if let EngineError::Io { what, source, hint } = error {
+        return (what.clone(), source.to_string(), hint.clone(), source.raw_os_error());
+    }
+    let message = error.to_string();
+    let hint = error.hint().to_owned();
+    let text = message.strip_suffix(&format!("\nhint: {hint}")).unwrap_or(&message);
+    let (what, why) = match what_of(error) {
+        Some(what) => (what.to_owned(), text.get(what.len() + 2..).unwrap_or_default().to_owned()),
+        None => (text.to_owned(), String::new()),
+    };
+    (what, why, hint, None)
+}
+
+fn what_of(error: &EngineError) -> Option<&str> {
+    match error {
+        EngineError::InvalidArgument { what, .. }
+        | EngineError::NotFound { what, .. }
+        | EngineError::StepConflict { what, .. }
+        | EngineError::StoreBusy { what, .. }
+        | EngineError::Corrupt { what, .. }
+        | EngineError::UnsupportedFormat { what, .. }
+        | EngineError::NoSpace { what, .. }
+        | EngineError::RestoreIncomplete { what, .. }
+        | EngineError::Closed { what, .. }
+        | EngineError::Internal { what, .. } => Some(what),
+        _ => None,
+    }
+}
+
+/// A serialisable value as Python's dicts, lists and scalars.
+pub(crate) fn json_to_python<'py>(
+    py: Python<'py>,
+    value: &impl serde::Serialize,
+) -> PyResult<Bound<'py, PyAny>> {
+    let text = serde_json::to_string(value).map_err(|error| {
+        to_python(py, &EngineError::internal("handing a value to Python", error.to_string()))
+    })?;
+    py.import("json")?.call_method1("loads", (PyString::new(py, &text),))
+}

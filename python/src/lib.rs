@@ -1,0 +1,29 @@
+//! `dtruntime._native`: thin classes over the engine's verbs. Registers them and nothing else.
+//!
+//! Always holds: the GIL is released around everything that can block, and waits look for signals
+//! at least ten times a second; the engine's threads never take the GIL; an engine error becomes
+//! the exception of the same name in `dtruntime.errors`; a panic becomes `Internal`, and the store
+//! refuses further work.
+
+use pyo3::prelude::*;
+
+mod checkpoint;
+mod errors;
+mod guard;
+mod handle;
+mod manager;
+mod tensor;
+mod tree;
+
+/// The native half of `dtruntime`.
+#[pymodule(gil_used = false, name = "_native")]
+mod native {
+    #[pymodule_export]
+    use crate::checkpoint::Checkpoint;
+    #[pymodule_export]
+    use crate::handle::SaveHandle;
+    #[pymodule_export]
+    use crate::manager::Manager;
+    #[pymodule_export]
+    use crate::tensor::MappedMemory;
+}

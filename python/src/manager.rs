@@ -1,0 +1,182 @@
+//! One store as Python holds it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dtr_engine::config::Config;
+use dtr_engine::engine::Engine;
+use dtr_engine::load::VerifyObserver;
+use dtr_engine::recovery::StepState;
+use dtr_engine::save::{SaveRequest, StorageInput};
+use dtr_engine::{EngineError, Result};
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use crate::checkpoint::Checkpoint;
+use crate::errors::{json_to_python, to_python};
+use crate::guard::{Guard, timeout_of};
+use crate::handle::SaveHandle;
+use crate::tensor::Source;
+use crate::tree;
+
+/// The engine, opened on one store.
+#[pyclass(frozen, module = "dtruntime._native")]
+#[derive(Debug)]
+pub(crate) struct Manager {
+    engine: Arc<Engine>,
+    guard: Guard,
+}
+
+#[pymethods]
+impl Manager {
+    /// Opens the store at `path` with `settings`, a JSON object of the engine's settings.
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf, settings: &str) -> PyResult<Self> {
+        let guard = Guard::new();
+        let engine = guard.call(py, "opening the store", || {
+            let config: Config = serde_json::from_str(settings)
+                .map_err(|error| not_json("the settings", &error))?;
+            Engine::open(Config { path, ..config })
+        })?;
+        Ok(Self { engine: Arc::new(engine), guard })
+    }
+
+    /// `uring` or `threads`.
+    #[getter]
+    fn io_backend(&self) -> &'static str {
+        self.engine.io_backend()
+    }
+
+    /// Takes a snapshot of `state`, which is `(nodes, tensors, storages)`, and returns. The memory
+    /// that `storages` names must stay valid and unchanged until then. `annotations` are the user's
+    /// metadata and the datasets' positions, each a JSON object.
+    fn save(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        rewind: bool,
+        state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>),
+        annotations: (&str, &str),
+    ) -> PyResult<SaveHandle> {
+        let (nodes, tensors, storages) = &state;
+        let nodes = tree::nodes_from_python(nodes)?;
+        let tensors = tree::tensors_from_python(tensors)?;
+        let sources = storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
+        let handle = self.guard.call(py, &format!("saving step {step}"), || {
+            self.engine.save(SaveRequest {
+                step,
+                rewind,
+                nodes,
+                tensors,
+                storages: sources.iter().map(input_of).collect(),
+                metadata: json_object("`metadata`", annotations.0)?,
+                dataset_positions: json_object("`dataset_positions`", annotations.1)?,
+            })
+        })?;
+        Ok(SaveHandle::new(handle, self.guard.clone()))
+    }
+
+    /// Populates the staging arena for a state of `raw_bytes`.
+    fn prewarm(&self, py: Python<'_>, raw_bytes: u64) -> PyResult<()> {
+        self.guard.call(py, "prewarming the staging arena", || self.engine.prewarm(raw_bytes))
+    }
+
+    /// The committed steps, ascending.
+    fn steps(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        self.guard.call(py, "listing checkpoints", || self.engine.steps())
+    }
+
+    /// `(step, why)` of every step that was committed and stands, ascending: `why` is None for one
+    /// that looks sound, else what is wrong with it.
+    fn candidates(&self, py: Python<'_>) -> PyResult<Vec<(u64, Option<String>)>> {
+        let survey = self.guard.call(py, "listing checkpoints", || self.engine.survey())?;
+        let candidates = survey.steps.into_iter().filter_map(|step| match step.state {
+            StepState::Committed => Some((step.step, None)),
+            StepState::Damaged { why } | StepState::Newer { why } => Some((step.step, Some(why))),
+            StepState::Retired { .. } | StepState::Incomplete => None,
+        });
+        Ok(candidates.collect())
+    }
+
+    /// Opens this rank's shard of a step: manifest and index are read and checked.
+    fn checkpoint(&self, py: Python<'_>, step: u64) -> PyResult<Checkpoint> {
+        let checkpoint =
+            self.guard.call(py, &format!("opening step {step}"), || self.engine.checkpoint(step))?;
+        Ok(Checkpoint::new(checkpoint, self.guard.clone()))
+    }
+
+    /// Reads and checks every chunk of every shard; the report is a dict.
+    fn verify<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Bound<'py, PyAny>> {
+        let engine = Arc::clone(&self.engine);
+        let observer = Arc::new(Cancellation::default());
+        let cancelled = Arc::clone(&observer);
+        let report = self.guard.call_interruptibly(
+            py,
+            "verifying a checkpoint",
+            move || engine.verify(step, observer.as_ref()),
+            || cancelled.0.store(true, Ordering::Relaxed),
+        )?;
+        json_to_python(py, &report)
+    }
+
+    /// Deletes a checkpoint; the bytes freed.
+    fn delete(&self, py: Python<'_>, step: u64) -> PyResult<u64> {
+        self.wait_until_finished(py, None)?;
+        self.guard.call(py, &format!("deleting step {step}"), || self.engine.delete(step))
+    }
+
+    /// Keeps a step from retention.
+    fn protect(&self, py: Python<'_>, step: u64) -> PyResult<()> {
+        self.guard.call(py, "protecting a step", || self.engine.protect(step))
+    }
+
+    /// Waits for the save in flight, at most `timeout` seconds; true if none is left. Raises the
+    /// error of a save that nobody looked at.
+    #[pyo3(signature = (timeout=None))]
+    fn wait_until_finished(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        let wait = |slice| self.engine.wait_until_finished(Some(slice));
+        self.guard.wait(py, "waiting for the save in flight", timeout_of(timeout), wait)
+    }
+
+    /// Finishes the save in flight and gives everything back. Raises the error of a save that
+    /// nobody looked at.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.guard.call(py, "closing the store", || self.engine.close())
+    }
+
+    /// In a forked child: closes inherited descriptors raw, so that the parent's locks end with it.
+    fn close_after_fork(&self) {
+        self.engine.close_after_fork();
+    }
+}
+
+/// Lets Ctrl-C end a verification.
+#[derive(Debug, Default)]
+struct Cancellation(AtomicBool);
+
+impl VerifyObserver for Cancellation {
+    fn advanced(&self, _stored_bytes: u64) {}
+
+    fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+fn input_of(source: &Source) -> StorageInput<'_> {
+    StorageInput { bytes: source.bytes(), element: source.element(), source }
+}
+
+fn json_object(what: &str, text: &str) -> Result<BTreeMap<String, serde_json::Value>> {
+    serde_json::from_str(text).map_err(|error| not_json(what, &error))
+}
+
+fn not_json(what: &str, error: &serde_json::Error) -> EngineError {
+    EngineError::invalid(what, error.to_string(), "give a JSON object of the documented shape")
+}
+
+/// An argument that this package's own Python half got wrong.
+pub(crate) fn misuse(py: Python<'_>, what: &str, why: impl Into<String>) -> PyErr {
+    to_python(py, &EngineError::internal(what, why))
+}

@@ -1,0 +1,222 @@
+//! Python's memory as the engine reads and fills it: torch storages by address, numpy arrays
+//! through their C interface, mapped shards as arrays.
+//!
+//! Why safe code is not enough: torch hands out addresses, not buffers (`memoryview(tensor)` is a
+//! `TypeError`, and DLPack refuses some dtypes), and copying through Python objects would double
+//! the memory and the time. Always holds: a [`Source`] or a target is used only while the call that
+//! got it runs, during which Python's arguments keep the memory's owner alive; every access is
+//! checked against the length that came with the address.
+#![expect(unsafe_code, reason = "torch's and numpy's memory is reached by address")]
+
+use dtr_engine::format::layout::ElementType;
+use dtr_engine::load::{MappedShard, Target};
+use dtr_engine::save::StorageSource;
+use dtr_engine::{EngineError, Result};
+use numpy::ndarray::ArrayView1;
+use numpy::npyffi::NPY_ARRAY_WRITEABLE;
+use numpy::{PyArray1, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::manager::misuse;
+
+/// Huge pages pay from here on: two of them fit whatever the alignment.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Contiguous memory at `address` that stands at byte `at` of a storage.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    address: usize,
+    bytes: usize,
+    at: u64,
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.at + self.bytes as u64
+    }
+}
+
+/// A storage to save: pieces laid end to end.
+#[derive(Debug)]
+pub(crate) struct Source {
+    element: ElementType,
+    bytes: u64,
+    pieces: Vec<Piece>,
+}
+
+impl Source {
+    /// From `(element, bytes, memory)`, where memory is a contiguous array or a list of
+    /// `(address, bytes, at)`.
+    pub(crate) fn extract(item: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (element, bytes, memory): (u8, u64, Bound<'_, PyAny>) = item.extract()?;
+        let py = item.py();
+        let element = element_of(element)
+            .ok_or_else(|| misuse(py, "reading a storage", format!("unknown element {element}")))?;
+        let pieces = match memory.cast::<PyUntypedArray>() {
+            Ok(array) => {
+                let (address, bytes) = contiguous_memory(array)?;
+                vec![Piece { address, bytes, at: 0 }]
+            }
+            Err(_) => memory
+                .extract::<Vec<(usize, usize, u64)>>()?
+                .into_iter()
+                .map(|(address, bytes, at)| Piece { address, bytes, at })
+                .collect(),
+        };
+        let laid_end_to_end =
+            pieces.iter().try_fold(0, |end, piece| (piece.at == end).then(|| piece.end()));
+        if laid_end_to_end != Some(bytes) {
+            return Err(misuse(py, "reading a storage", format!("its pieces are not {bytes} bytes")));
+        }
+        Ok(Self { element, bytes, pieces })
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn element(&self) -> ElementType {
+        self.element
+    }
+}
+
+impl StorageSource for Source {
+    fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()> {
+        let mut next = self.pieces.partition_point(|piece| piece.end() <= offset);
+        let mut at = offset;
+        let mut rest = destination;
+        while !rest.is_empty() {
+            let Some(piece) = self.pieces.get(next) else {
+                return Err(EngineError::internal(
+                    format!("capturing a storage at offset {offset}"),
+                    format!("it has {} bytes", self.bytes),
+                ));
+            };
+            let skip = usize::try_from(at - piece.at).unwrap_or(piece.bytes);
+            let count = rest.len().min(piece.bytes - skip);
+            let (part, after) = rest.split_at_mut(count);
+            // SAFETY: `skip + count` is at most `piece.bytes`, and the caller of `save` keeps the
+            // memory valid while the engine captures; `part` is the arena's, so they are apart.
+            // Another Python thread may write to a tensor meanwhile, as it may under any copy: the
+            // bytes are then unspecified, and only bytes.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    std::ptr::with_exposed_provenance::<u8>(piece.address + skip),
+                    part.as_mut_ptr(),
+                    count,
+                );
+            }
+            at += count as u64;
+            next += 1;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+fn element_of(number: u8) -> Option<ElementType> {
+    [ElementType::Bytes, ElementType::F16, ElementType::Bf16, ElementType::F32, ElementType::F64]
+        .into_iter()
+        .find(|element| *element as u8 == number)
+}
+
+/// Memory to fill with a part of a storage.
+#[derive(Debug)]
+pub(crate) struct FreshMemory {
+    storage: u32,
+    offset: u64,
+    address: usize,
+    bytes: usize,
+}
+
+impl FreshMemory {
+    /// From `(storage, offset, array)` or `(storage, offset, (address, bytes))`. Whoever gives an
+    /// address vouches that nothing else uses the memory until the read returns.
+    pub(crate) fn extract(item: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (storage, offset, memory): (u32, u64, Bound<'_, PyAny>) = item.extract()?;
+        let (address, bytes) = match memory.cast::<PyUntypedArray>() {
+            Ok(array) => writable_memory(array)?,
+            Err(_) => memory.cast::<PyTuple>()?.extract()?,
+        };
+        Ok(Self { storage, offset, address, bytes })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Asks for huge pages on the interior of fresh memory: first-touch faults of small pages cost
+    /// more than reading the bytes.
+    pub(crate) fn advise_huge_pages(&self) {
+        let start = self.address.next_multiple_of(HUGE_PAGE_BYTES);
+        let end = (self.address + self.bytes) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        if end <= start {
+            return;
+        }
+        // SAFETY: the range lies in mapped memory of ours; this advice changes no contents.
+        let advised = unsafe {
+            rustix::mm::madvise(
+                std::ptr::with_exposed_provenance_mut(start),
+                end - start,
+                rustix::mm::Advice::LinuxHugepage,
+            )
+        };
+        if let Err(error) = advised {
+            tracing::debug!(%error, "huge pages were refused for loaded memory");
+        }
+    }
+
+    /// The memory as the engine fills it.
+    pub(crate) fn target(&mut self) -> Target<'_> {
+        let memory: &mut [u8] = if self.bytes == 0 {
+            &mut []
+        } else {
+            let start = std::ptr::with_exposed_provenance_mut::<u8>(self.address);
+            // SAFETY: the address and length come from one allocation, which the caller keeps alive
+            // and to itself until the read returns; any byte pattern is a valid `u8`.
+            unsafe { std::slice::from_raw_parts_mut(start, self.bytes) }
+        };
+        Target { storage: self.storage, offset: self.offset, memory }
+    }
+}
+
+/// Address and length of a contiguous array.
+fn contiguous_memory(array: &Bound<'_, PyUntypedArray>) -> PyResult<(usize, usize)> {
+    if !array.is_c_contiguous() && !array.is_fortran_contiguous() {
+        return Err(misuse(array.py(), "reading an array", "it is not contiguous"));
+    }
+    let bytes = array.len() * array.dtype().itemsize();
+    // SAFETY: the pointer is to the live array object that `array` refers to.
+    let data = unsafe { (*array.as_array_ptr()).data };
+    Ok((data.expose_provenance(), bytes))
+}
+
+fn writable_memory(array: &Bound<'_, PyUntypedArray>) -> PyResult<(usize, usize)> {
+    // SAFETY: the pointer is to the live array object that `array` refers to.
+    let flags = unsafe { (*array.as_array_ptr()).flags };
+    if flags & NPY_ARRAY_WRITEABLE == 0 {
+        return Err(misuse(array.py(), "filling an array", "it is read-only"));
+    }
+    contiguous_memory(array)
+}
+
+/// A mapped shard, kept alive by the arrays that view it.
+#[pyclass(frozen, module = "dtruntime._native")]
+#[derive(Debug)]
+pub(crate) struct MappedMemory {
+    shard: MappedShard,
+}
+
+/// The whole mapping as an array of bytes, writable and private to this process.
+pub(crate) fn array_of_mapping(
+    py: Python<'_>,
+    shard: MappedShard,
+) -> PyResult<Bound<'_, PyArray1<u8>>> {
+    let owner = Bound::new(py, MappedMemory { shard })?;
+    let bytes = owner.get().shard.bytes();
+    let view = ArrayView1::from(bytes);
+    // SAFETY: the mapping lives as long as `owner`, which the array holds, and never moves. It is
+    // private and writable, and nothing in Rust reads it after this.
+    Ok(unsafe { PyArray1::borrow_from_array(&view, owner.clone().into_any()) })
+}
