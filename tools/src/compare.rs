@@ -14,7 +14,8 @@ pub(crate) struct Difference {
     pub(crate) items_changed: u64,
     /// Largest absolute difference of two numbers; `None` where the dtype is no float that is
     /// decoded here, or where a NaN or an infinity came or went.
-    pub(crate) difference_max: Option<f64>,
+    #[serde(rename = "difference_max")]
+    pub(crate) largest: Option<f64>,
     /// Changed items of which one is not finite.
     pub(crate) items_not_finite: u64,
 }
@@ -23,8 +24,10 @@ pub(crate) struct Difference {
 type Decode = fn(&[u8]) -> Option<f64>;
 
 impl Difference {
-    /// Takes the next items of both tensors, which begin and end between two items, into account.
-    pub(crate) fn add(&mut self, dtype: &str, item_bytes: usize, a: &[u8], b: &[u8]) {
+    /// Takes the next items of both tensors, cut between two items, into account. Of long items,
+    /// which are cut anywhere, the bytes count as items.
+    pub(crate) fn add(&mut self, dtype: &str, item_bytes: u64, a: &[u8], b: &[u8]) {
+        let item_bytes = usize::try_from(item_bytes).expect("items are short");
         self.items += (a.len() / item_bytes) as u64;
         if a == b {
             return;
@@ -41,15 +44,10 @@ impl Difference {
         }
     }
 
-    /// Items that are cut between parts are counted as bytes.
-    pub(crate) fn add_bytes(&mut self, a: &[u8], b: &[u8]) {
-        self.add("", 1, a, b);
-    }
-
     fn add_numbers(&mut self, a: f64, b: f64) {
         let apart = (a - b).abs();
         if apart.is_finite() {
-            self.difference_max = Some(self.difference_max.unwrap_or(0.0).max(apart));
+            self.largest = Some(self.largest.unwrap_or(0.0).max(apart));
         } else {
             self.items_not_finite += 1;
         }
@@ -87,7 +85,7 @@ fn half(bits: u16) -> f64 {
 mod tests {
     use super::*;
 
-    fn of(dtype: &str, item_bytes: usize, a: &[u8], b: &[u8]) -> Difference {
+    fn of(dtype: &str, item_bytes: u64, a: &[u8], b: &[u8]) -> Difference {
         let mut difference = Difference::default();
         difference.add(dtype, item_bytes, a, b);
         difference
@@ -101,12 +99,8 @@ mod tests {
     fn the_largest_difference_is_found() {
         let found =
             of("float32", 4, &singles(&[1.0, 2.0, -3.0, 0.0]), &singles(&[1.0, 2.5, -5.0, -0.0]));
-        let expected = Difference {
-            items: 4,
-            items_changed: 3,
-            difference_max: Some(2.0),
-            items_not_finite: 0,
-        };
+        let expected =
+            Difference { items: 4, items_changed: 3, largest: Some(2.0), items_not_finite: 0 };
         assert_eq!(found, expected);
     }
 
@@ -114,13 +108,13 @@ mod tests {
     fn what_is_not_finite_is_counted_apart() {
         let found = of("float32", 4, &singles(&[1.0, f32::NAN]), &singles(&[f32::INFINITY, 1.0]));
         assert_eq!((found.items_changed, found.items_not_finite), (2, 2));
-        assert_eq!(found.difference_max, None);
+        assert_eq!(found.largest, None);
     }
 
     #[test]
     fn other_dtypes_are_compared_as_bytes() {
         let found = of("int32", 4, &[1, 0, 0, 0, 2, 0, 0, 0], &[1, 0, 0, 0, 3, 0, 0, 0]);
-        assert_eq!((found.items, found.items_changed, found.difference_max), (2, 1, None));
+        assert_eq!((found.items, found.items_changed, found.largest), (2, 1, None));
     }
 
     #[test]
@@ -138,6 +132,6 @@ mod tests {
         }
         assert!(half(0x7e00).is_nan());
         let brain = of("bfloat16", 2, &0x3f80_u16.to_le_bytes(), &0x4000_u16.to_le_bytes());
-        assert_eq!(brain.difference_max, Some(1.0));
+        assert_eq!(brain.largest, Some(1.0));
     }
 }

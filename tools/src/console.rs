@@ -102,9 +102,11 @@ pub(crate) fn note(text: &str) {
 
 /// Writes `value` as JSON, indented, with a line end.
 pub(crate) fn write_json(out: &mut dyn Write, value: &impl Serialize) -> Result<(), Failure> {
-    serde_json::to_writer_pretty(&mut *out, value).map_err(|error| match error.io_error_kind() {
-        Some(kind) => Failure::Stdout(kind.into()),
-        None => EngineError::internal("writing JSON", error.to_string()).into(),
+    serde_json::to_writer_pretty(&mut *out, value).map_err(|error| {
+        match error.io_error_kind() {
+            Some(kind) => Failure::Stdout(kind.into()),
+            None => EngineError::internal("writing JSON", error.to_string()).into(),
+        }
     })?;
     Ok(writeln!(out)?)
 }

@@ -92,7 +92,8 @@ fn machine() -> Check {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let memory = std::fs::read_to_string("/proc/meminfo").ok();
     let memory = memory.as_deref().and_then(memory_bytes);
-    let memory = memory.map_or("memory unknown".into(), |bytes| format!("{} memory", text::bytes(bytes)));
+    let memory =
+        memory.map_or("memory unknown".into(), |bytes| format!("{} memory", text::bytes(bytes)));
     Check::new("machine", format!("{}, {memory}", text::count(cores, "core")), None)
 }
 

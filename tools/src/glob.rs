@@ -69,9 +69,9 @@ mod tests {
             ['*', rest @ ..] => {
                 (0..=path.len()).any(|skipped| by_definition(rest, &path[skipped..]))
             }
-            [first, rest @ ..] => path
-                .split_first()
-                .is_some_and(|(head, tail)| (*first == '?' || first == head) && by_definition(rest, tail)),
+            [first, rest @ ..] => path.split_first().is_some_and(|(head, tail)| {
+                (*first == '?' || first == head) && by_definition(rest, tail)
+            }),
         }
     }
 

@@ -333,8 +333,7 @@ fn notes(tensor: &Tensor) -> String {
 }
 
 fn write_tied(out: &mut dyn Write, storages: &[Storage], limit: u64) -> std::io::Result<()> {
-    let tied: Vec<&Storage> =
-        storages.iter().filter(|storage| storage.tensors.len() > 1).collect();
+    let tied: Vec<&Storage> = storages.iter().filter(|storage| storage.tensors.len() > 1).collect();
     if tied.is_empty() {
         return Ok(());
     }
@@ -360,8 +359,12 @@ fn write_codecs(out: &mut dyn Write, inspected: &Inspected) -> std::io::Result<(
     if total == 0 {
         return Ok(());
     }
-    let mut table =
-        Table::new().words("CODEC").numbers("CHUNKS").numbers("STORED").numbers("RAW").numbers("RATIO");
+    let mut table = Table::new()
+        .words("CODEC")
+        .numbers("CHUNKS")
+        .numbers("STORED")
+        .numbers("RAW")
+        .numbers("RATIO");
     for used in &inspected.codecs {
         table.row([
             used.codec.into(),

@@ -21,11 +21,6 @@ pub(crate) struct StoreArgument {
 }
 
 impl StoreArgument {
-    /// Its path as typed.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Its path for messages.
     pub(crate) fn display(&self) -> String {
         self.path.display().to_string()

@@ -50,7 +50,7 @@ pub(crate) fn plan(
             }) else {
                 break;
             };
-            let unit = if item_bytes > ITEM_BYTES_MAX { 1 } else { item_bytes };
+            let unit = uncut_bytes(item_bytes);
             let room = (part_bytes - used) as u64;
             let taken = (bytes - done).min(room - room % unit);
             if taken > 0 {
@@ -64,6 +64,11 @@ pub(crate) fn plan(
         }
         (!part.is_empty()).then_some(part)
     })
+}
+
+/// Bytes that no part is cut within, for items of `item_bytes`.
+pub(crate) fn uncut_bytes(item_bytes: u64) -> u64 {
+    if item_bytes > ITEM_BYTES_MAX { 1 } else { item_bytes }
 }
 
 /// Bytes of a part.

@@ -45,7 +45,7 @@ impl Table {
     /// Adds a row with a cell per column.
     pub(crate) fn row<const CELLS: usize>(&mut self, cells: [String; CELLS]) {
         assert_eq!(CELLS, self.columns.len(), "a cell for each column");
-        self.rows.push(cells.iter().map(|cell| text::one_line(cell)).collect());
+        self.rows.push(cells.into_iter().map(text::into_one_line).collect());
     }
 
     /// Writes it, each line after `indent`.

@@ -117,6 +117,14 @@ pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
     escaped.into()
 }
 
+/// [`one_line`] of text that is owned.
+pub(crate) fn into_one_line(text: String) -> String {
+    match one_line(&text) {
+        Cow::Owned(escaped) => escaped,
+        Cow::Borrowed(_) => text,
+    }
+}
+
 /// The first `characters_max` characters of `text`, with an ellipsis if there are more.
 pub(crate) fn cut(text: &str, characters_max: usize) -> Cow<'_, str> {
     match text.char_indices().nth(characters_max) {

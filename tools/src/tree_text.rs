@@ -154,7 +154,9 @@ mod tests {
         let expected = "OrderedDict, 3 entries\n  a: list, 3 items\n    [0]: 1\n    … 2 more\n  … 2 \
                         more\n";
         assert_eq!(written(1, None), expected);
-        assert!(written(9, Some(1)).starts_with("OrderedDict, 3 entries\n  a: list, 3 items\n  b: "));
+        assert!(
+            written(9, Some(1)).starts_with("OrderedDict, 3 entries\n  a: list, 3 items\n  b: ")
+        );
         assert_eq!(written(9, Some(0)), "OrderedDict, 3 entries\n");
     }
 }

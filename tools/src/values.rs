@@ -3,6 +3,8 @@
 //! Always holds: equal text means equal type and bits, so text may stand for a value when two are
 //! compared; JSON keeps numbers as numbers where JSON can say them.
 
+use std::fmt::Write as _;
+
 use dtr_engine::format::tree::Value;
 use serde_json::json;
 
@@ -110,7 +112,10 @@ fn numpy_scalar(dtype: &str, bytes: &[u8]) -> String {
 }
 
 fn hex<'a>(bytes: impl Iterator<Item = &'a u8>) -> String {
-    bytes.map(|byte| format!("{byte:02x}")).collect()
+    bytes.fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("strings grow");
+        text
+    })
 }
 
 #[cfg(test)]
@@ -119,8 +124,10 @@ mod tests {
 
     #[test]
     fn values_read_as_in_python() {
-        let scalar =
-            |dtype: &str, bytes: &[u8]| Value::NumpyScalar { dtype: dtype.into(), bytes: bytes.into() };
+        let scalar = |dtype: &str, bytes: &[u8]| Value::NumpyScalar {
+            dtype: dtype.into(),
+            bytes: bytes.into(),
+        };
         for (value, expected) in [
             (Value::None, "None"),
             (Value::Bool(true), "True"),

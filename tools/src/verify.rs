@@ -80,9 +80,8 @@ fn chosen_steps(options: &Options, survey: &Survey) -> Result<Vec<u64>, EngineEr
     if !options.all {
         return newest_existing(survey).map(|step| vec![step]).ok_or_else(nothing);
     }
-    let exists = |state: &StepState| {
-        !matches!(state, StepState::Incomplete | StepState::Retired { .. })
-    };
+    let exists =
+        |state: &StepState| !matches!(state, StepState::Incomplete | StepState::Retired { .. });
     let steps = survey.steps.iter().filter(|step| exists(&step.state));
     let steps: Vec<u64> = steps.map(|step| step.step).collect();
     if steps.is_empty() { Err(nothing()) } else { Ok(steps) }

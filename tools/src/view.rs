@@ -91,11 +91,6 @@ impl View {
         self.dimensions.is_empty()
     }
 
-    /// First byte in the storage.
-    pub(crate) fn start(&self) -> u64 {
-        self.start
-    }
-
     /// Bytes of the storage between which all of the row-major `range`, not empty, lies.
     pub(crate) fn hull(&self, range: &Range<u64>) -> Range<u64> {
         let mut source = self.start;

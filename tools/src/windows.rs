@@ -53,7 +53,7 @@ impl<'c> Windows<'c> {
         mut visit: impl FnMut(u64, &[u8]),
     ) -> Result<()> {
         for window in start / self.bytes..end.div_ceil(self.bytes) {
-            visit(window * self.bytes, &*self.get(window)?);
+            visit(window * self.bytes, &self.get(window)?);
         }
         Ok(())
     }

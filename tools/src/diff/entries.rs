@@ -103,9 +103,7 @@ fn entries(index: &ShardIndex) -> Vec<(String, Located)> {
                 number: *number,
                 description: describe(&index.tensors[*number as usize]),
             },
-            value => {
-                Entry::Plain { text: values::text(value), is_container: value.is_container() }
-            }
+            value => Entry::Plain { text: values::text(value), is_container: value.is_container() },
         };
         let located = Located {
             path: walk.path().to_string(),

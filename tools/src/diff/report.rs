@@ -1,5 +1,7 @@
 //! What two checkpoints have in common and what not, as text and as JSON.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -12,6 +14,8 @@ use crate::text;
 
 /// Characters of a value that are shown.
 const VALUE_CHARACTERS_MAX: usize = 60;
+/// A state with more parts than this is flat: nothing is said about each.
+const PARTS_MAX: usize = 16;
 
 /// The outcome of a comparison.
 #[derive(Debug, Serialize)]
@@ -87,35 +91,35 @@ impl Report {
             changes: Vec::new(),
             consecutive,
         };
+        let mut positions = BTreeMap::new();
         for entry in &pairing.entries {
-            report.count(entry);
+            report.count(entry, &mut positions);
         }
-        report.changes =
-            pairing.entries.into_iter().filter(|entry| entry.change != Change::Equal).map(row).collect();
+        report.changes = pairing
+            .entries
+            .into_iter()
+            .filter(|entry| entry.change != Change::Equal)
+            .map(row)
+            .collect();
         report.identical = report.changes.is_empty();
         report
     }
 
-    fn count(&mut self, entry: &Paired) {
+    /// Counts an entry in its part, which `positions` finds.
+    fn count(&mut self, entry: &Paired, positions: &mut BTreeMap<String, usize>) {
         // A container that stays is no value: its entries are.
         if entry.is_container && entry.change == Change::Equal {
             return;
         }
-        if self.parts.last().is_none_or(|part| part.name != entry.part) {
-            match self.parts.iter().position(|part| part.name == entry.part) {
-                // What was removed comes last: its part is moved to where it is counted.
-                Some(position) => {
-                    let part = self.parts.remove(position);
-                    self.parts.push(part);
-                }
-                None => self.parts.push(Part {
-                    name: entry.part.clone(),
-                    tensors: Counts::default(),
-                    values: Counts::default(),
-                }),
-            }
-        }
-        let Some(part) = self.parts.last_mut() else { return };
+        let position = *positions.entry(entry.part.clone()).or_insert_with(|| {
+            self.parts.push(Part {
+                name: entry.part.clone(),
+                tensors: Counts::default(),
+                values: Counts::default(),
+            });
+            self.parts.len() - 1
+        });
+        let part = &mut self.parts[position];
         let (all, of_part) = if entry.is_tensor {
             (&mut self.tensors, &mut part.tensors)
         } else {
@@ -134,8 +138,10 @@ impl Report {
             return self.write_totals(out);
         }
         writeln!(out, "step {b} against step {a}{previous}\n")?;
-        self.write_parts(out)?;
-        writeln!(out)?;
+        if self.parts.len() <= PARTS_MAX {
+            self.write_parts(out)?;
+            writeln!(out)?;
+        }
         self.write_changes(out, limit)?;
         self.write_totals(out)?;
         self.write_suspicion(out)
@@ -204,7 +210,7 @@ impl Report {
                 "every tensor of step {b} is identical to step {a}: only plain values differ"
             );
         }
-        for part in &self.parts {
+        for part in self.parts.iter().take_while(|_| self.parts.len() <= PARTS_MAX) {
             if part.tensors.equal > 0 && part.tensors.all_equal() {
                 writeln!(
                     out,
@@ -240,13 +246,13 @@ impl Row {
             return format!("{} -> {}", cut(before), cut(after));
         }
         let Some(difference) = self.difference else { return self.kind.into() };
-        let Difference { items, items_changed, difference_max, items_not_finite } = difference;
+        let Difference { items, items_changed, largest, items_not_finite } = difference;
         let mut what = format!("{items_changed} of {}", text::count(items, "item"));
-        if let Some(largest) = difference_max {
-            what += &format!(", largest difference {largest:.3e}");
+        if let Some(largest) = largest {
+            write!(what, ", largest difference {largest:.3e}").expect("strings grow");
         }
         if items_not_finite > 0 {
-            what += &format!(", {items_not_finite} not finite");
+            write!(what, ", {items_not_finite} not finite").expect("strings grow");
         }
         what
     }

@@ -90,7 +90,8 @@ fn compare(
     let a_windows = windows(a, &a_views);
     let b_windows = windows(b, &b_views);
     let records = pairs.iter().map(|pair| &a.index().tensors[pair.a as usize]);
-    let lengths = a_views.iter().zip(records).map(|(view, record)| (view.bytes(), record.item_bytes));
+    let lengths =
+        a_views.iter().zip(records).map(|(view, record)| (view.bytes(), record.item_bytes));
     let bar = Bar::new(a_views.iter().map(View::bytes).sum(), "comparing");
     let mut found: Vec<Difference> = vec![Difference::default(); pairs.len()];
     let mut a_memory = vec![0; PART_BYTES];
@@ -101,7 +102,8 @@ fn compare(
         for segment in &part {
             let record = &a.index().tensors[pairs[segment.tensor].a as usize];
             let (a_bytes, b_bytes) = (&a_memory[segment.place()], &b_memory[segment.place()]);
-            found[segment.tensor].add(&record.dtype, record.item_bytes as usize, a_bytes, b_bytes);
+            let item_bytes = stream::uncut_bytes(record.item_bytes.into());
+            found[segment.tensor].add(&record.dtype, item_bytes, a_bytes, b_bytes);
         }
         bar.advance(stream::part_bytes(&part) as u64);
     }
