@@ -153,8 +153,8 @@ fn speed(directory: &std::path::Path) -> Check {
         Err(error) => {
             let hint = error.hint().to_owned();
             let message = error.to_string();
-            let found = message.split("\nhint: ").next().unwrap_or_default().to_owned();
-            Check::new("speed", format!("not measured: {found}"), Some(hint))
+            let found = format!("not measured: {}", text::without_hint(&message));
+            Check::new("speed", found, Some(hint))
         }
     }
 }

@@ -259,7 +259,7 @@ fn facts(inspected: &Inspected) -> Vec<(&'static str, String)> {
         "{} on disk, {} raw (ratio {})",
         text::bytes(inspected.disk_bytes),
         text::bytes(inspected.raw_bytes),
-        text::ratio(inspected.stored_bytes, inspected.raw_bytes)
+        text::ratio(inspected.disk_bytes, inspected.raw_bytes)
     );
     let tensors = format!(
         "{} in {}",

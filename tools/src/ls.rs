@@ -69,8 +69,8 @@ fn list(engine: &Engine, store: &StoreArgument) -> Result<Listing> {
         .map(|step| {
             // A manifest that cannot be read leaves blanks: the state says why.
             let manifest = match step.state {
-                StepState::Committed | StepState::Retired { .. } => engine.manifest(step.step).ok(),
-                _ => None,
+                StepState::Incomplete | StepState::Newer { .. } => None,
+                _ => engine.manifest(step.step).ok(),
             };
             entry(step, manifest.as_ref())
         })

@@ -83,7 +83,7 @@ pub(crate) fn newest_existing(survey: &Survey) -> Option<u64> {
 /// There is nothing to look at.
 pub(crate) fn no_checkpoint(doing: &str, store: &StoreArgument) -> EngineError {
     EngineError::NotFound {
-        what: format!("{doing} in `{}`", store.display()),
+        what: format!("{doing} `{}`", store.display()),
         why: "it holds no committed checkpoint".into(),
         hint: "check the path: `ckpt-tool ls` shows what a store holds".into(),
     }
@@ -104,7 +104,7 @@ pub(crate) fn checkpoint(
     let ranks = checkpoint.manifest().world_size;
     if ranks != 1 {
         return Err(EngineError::UnsupportedFormat {
-            what: format!("{doing}, step {step} in `{}`", store.display()),
+            what: format!("{doing} `{}`, step {step}", store.display()),
             why: format!("it was saved by {ranks} ranks, and this version reads those of one"),
             hint: "use the version of ckpt-tool that belongs to the dtruntime that saved it".into(),
         });

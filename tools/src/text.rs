@@ -101,6 +101,11 @@ pub(crate) fn path(path: &str) -> &str {
     if path.is_empty() { "(root)" } else { path }
 }
 
+/// An error's message without its hint.
+pub(crate) fn without_hint(message: &str) -> &str {
+    message.split_once("\nhint: ").map_or(message, |(before, _)| before)
+}
+
 /// `text` with control characters escaped.
 pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
     if !text.chars().any(char::is_control) {

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use clap::Args;
-use dtr_engine::load::VerifyReport;
+use dtr_engine::load::{Damage, VerifyReport};
 use dtr_engine::recovery::{StepState, Survey};
 use dtr_engine::{Engine, EngineError};
 use serde::Serialize;
@@ -128,11 +128,7 @@ fn write_text(out: &mut dyn Write, verified: &Verified) -> std::io::Result<()> {
         text::rate(report.stored_bytes, report.seconds)
     )?;
     for damage in &report.damage {
-        let place = match damage.chunk {
-            Some(chunk) => format!("{}, chunk {chunk}", damage.shard),
-            None => damage.shard.clone(),
-        };
-        writeln!(out, "  {}: {}", text::one_line(&place), text::one_line(&damage.why))?;
+        writeln!(out, "  {}: {}", text::one_line(&damage.shard), text::one_line(&what(damage)))?;
         write_tensors(out, &damage.tensors)?;
     }
     if !report.damage.is_empty() {
@@ -142,6 +138,15 @@ fn write_text(out: &mut dyn Write, verified: &Verified) -> std::io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// What is damaged, without a hint that was meant for one file.
+fn what(damage: &Damage) -> String {
+    let why = text::without_hint(&damage.why);
+    match damage.chunk {
+        Some(chunk) if !why.starts_with("chunk ") => format!("chunk {chunk}: {why}"),
+        _ => why.to_owned(),
+    }
 }
 
 fn write_tensors(out: &mut dyn Write, tensors: &[String]) -> std::io::Result<()> {

@@ -54,7 +54,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let engine = options.store.open()?;
     let open =
-        |step| opened::checkpoint(&engine, &options.store, Some(step), "comparing checkpoints");
+        |step| opened::checkpoint(&engine, &options.store, Some(step), "comparing checkpoints of");
     let (a, b) = (open(options.a)?, open(options.b)?);
     let mut pairing = Pairing::of(a.index(), b.index());
     let differences = compare(&a, &b, &pairing.tensor_pairs())?;

@@ -75,7 +75,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let to_file = is_file_name(&options.output);
     check_options(options, to_file)?;
     let engine = options.store.open()?;
-    let checkpoint = opened::checkpoint(&engine, &options.store, options.step, "restoring")?;
+    let checkpoint = opened::checkpoint(&engine, &options.store, options.step, "restoring from")?;
     let restored = if to_file {
         file::restore(&checkpoint, options)?
     } else {

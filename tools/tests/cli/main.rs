@@ -1,5 +1,6 @@
 //! `ckpt-tool` as people and scripts run it: what it prints, where, and its exit status.
 #![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
 
 mod damage;
 mod doctor;

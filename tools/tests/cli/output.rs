@@ -15,7 +15,7 @@ fn abandon(store: &Store) {
     let name = format!("rank-00000.{}.shard", "ab".repeat(16));
     let file = File::create(directory.join(name)).unwrap();
     file.set_len(5000).unwrap();
-    file.set_modified(SystemTime::now() - Duration::from_secs(74 * 3600)).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_hours(74)).unwrap();
 }
 
 /// Runs a command, expects success, and compares what it prints.

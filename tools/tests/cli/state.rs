@@ -24,7 +24,7 @@ use crate::golden::redact;
 use crate::tool::{self, Run};
 
 /// How old checkpoints are.
-const AGE: Duration = Duration::from_secs(80 * 3600);
+const AGE: Duration = Duration::from_hours(80);
 
 /// A store in a directory that goes with it.
 pub(crate) struct Store {
