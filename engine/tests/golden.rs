@@ -68,7 +68,7 @@ fn index() {
         chunk_bytes: CHUNK_BYTES,
         index_offset: INDEX_OFFSET,
     };
-    let decoded = ShardIndex::decode(&golden, encoded.raw_bytes, context);
+    let decoded = ShardIndex::decode(&golden, encoded.raw_bytes, &context);
     assert_eq!(decoded.as_ref(), Ok(&index));
     assert_text("index.txt", &decoded);
 }

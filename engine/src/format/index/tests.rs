@@ -105,13 +105,13 @@ fn reread_in(
     let encoded = store_wire(&wire::encode(index));
     let mut context = context(index, &encoded.stored);
     change(&mut context);
-    ShardIndex::decode(&encoded.stored, encoded.raw_bytes, context)
+    ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context)
 }
 
 fn decode_wire(wire: &[u8]) -> Result<ShardIndex, FormatError> {
     let EncodedIndex { stored, raw_bytes } = store_wire(wire);
     let context = context(&ShardIndex::default(), &stored);
-    ShardIndex::decode(&stored, raw_bytes, context)
+    ShardIndex::decode(&stored, raw_bytes, &context)
 }
 
 #[track_caller]
@@ -145,7 +145,7 @@ fn an_index_round_trips() {
     let index = sample();
     let encoded = index.encode().unwrap();
     let context = context(&index, &encoded.stored);
-    assert_eq!(ShardIndex::decode(&encoded.stored, encoded.raw_bytes, context), Ok(index));
+    assert_eq!(ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context), Ok(index));
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn unknown_fields_are_skipped() {
     prost::encoding::string::encode(1000, &"from the future".to_owned(), &mut wire);
     let encoded = store_wire(&wire);
     let context = context(&sample(), &encoded.stored);
-    let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, context);
+    let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context);
     assert_eq!(decoded, Ok(sample()));
 }
 
@@ -298,7 +298,7 @@ fn columns_that_disagree_are_refused() {
         change(message.chunks.as_mut().unwrap());
         let encoded = store_wire(&message.encode_to_vec());
         let context = context(&sample(), &encoded.stored);
-        let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, context);
+        let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context);
         if expected.is_empty() {
             assert_eq!(decoded, Ok(sample()));
         } else {
@@ -355,7 +355,7 @@ fn hostile_wires_are_refused_before_they_take_memory() {
 fn hostile_frames_are_refused_before_they_take_memory() {
     let EncodedIndex { stored, raw_bytes } = sample().encode().unwrap();
     let context = context(&sample(), &stored);
-    let decode = |stored: &[u8], raw_bytes| ShardIndex::decode(stored, raw_bytes, context);
+    let decode = |stored: &[u8], raw_bytes| ShardIndex::decode(stored, raw_bytes, &context);
     assert_refused(decode(&stored, INDEX_BYTES_MAX + 1), "claims");
     assert_refused(decode(&stored[..8], 8 * ZSTD_RATIO_MAX + 1), "claims");
     assert_refused(decode(&stored, raw_bytes + 1), "expected");
@@ -453,7 +453,7 @@ proptest! {
         let index = ShardIndex { nodes, ..sample() };
         let encoded = index.encode().unwrap();
         let context = context(&index, &encoded.stored);
-        let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, context).unwrap();
+        let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context).unwrap();
         // By bytes: NaN does not equal itself.
         prop_assert_eq!(wire::encode(&decoded), wire::encode(&index));
         prop_assert_eq!(format!("{decoded:?}"), format!("{index:?}"));
@@ -463,7 +463,7 @@ proptest! {
     fn garbage_is_refused(bytes: Vec<u8>) {
         prop_assert!(decode_wire(&bytes).is_err());
         let context = context(&sample(), &bytes);
-        prop_assert!(ShardIndex::decode(&bytes, 100, context).is_err());
+        prop_assert!(ShardIndex::decode(&bytes, 100, &context).is_err());
     }
 
     #[test]
@@ -480,5 +480,5 @@ proptest! {
 fn decode_in_sample(wire: &[u8]) -> Result<ShardIndex, FormatError> {
     let encoded = store_wire(wire);
     let context = context(&sample(), &encoded.stored);
-    ShardIndex::decode(&encoded.stored, encoded.raw_bytes, context)
+    ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context)
 }
