@@ -274,6 +274,15 @@ impl Ring {
             Direction::Read => opcode::Read::new(descriptor, start, bytes).offset(offset).build(),
             Direction::Write => opcode::Write::new(descriptor, start, bytes).offset(offset).build(),
         };
+        // Copying to or from the page cache is work: the kernel's threads share it, instead of
+        // doing it one after the other on this one.
+        let copies = !transfer.file.direct && range.len() >= files::BULK_BYTES_MIN;
+        let flags = if copies {
+            squeue::Flags::ASYNC
+        } else {
+            squeue::Flags::empty()
+        };
+        let entry = entry.flags(flags);
         let index = self.slots.insert(Slot::Transfer(transfer));
         // SAFETY: `start..start + bytes` lies in the transfer's buffer (the inbox checked the
         // range), which, like the file, the slot owns until the completion is reaped; nobody else
@@ -469,5 +478,178 @@ impl Slots {
     fn take_all(&mut self) -> Vec<Slot> {
         let slots = std::mem::replace(self, Self::new()).slots;
         slots.into_iter().flatten().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::super::Done;
+    use super::super::buffer::{Buffer, BufferPool};
+    use super::super::threads::{self, Threads};
+    use super::*;
+
+    fn open(name: &str) -> Option<Box<dyn Io>> {
+        if name == "threads" {
+            return Some(Box::new(Threads::new(threads::Options::default()).unwrap()));
+        }
+        match Uring::new(Options::default()) {
+            Ok(uring) => Some(Box::new(uring)),
+            Err(error) => {
+                println!("skipped: io_uring is refused here: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn slots_are_reused_and_wrong_numbers_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = files::open(
+            &directory.path().join("file"),
+            OpenMode::Create,
+            DirectIo::Off,
+        );
+        let file = file.unwrap();
+        let mut slots = Slots::new();
+        for _ in 0..2 {
+            for expected in 0..SLOTS_MAX {
+                assert_eq!(
+                    slots.insert(Slot::Advice {
+                        _file: Arc::clone(&file)
+                    }),
+                    expected
+                );
+            }
+            assert_eq!(slots.in_use(), SLOTS_MAX);
+            assert!(!slots.has_transfers());
+            for index in (0..SLOTS_MAX).rev() {
+                slots.remove(index as u64).unwrap();
+            }
+            assert!(slots.is_empty());
+        }
+        for wrong in [0, SLOTS_MAX as u64, WAKE] {
+            assert!(slots.remove(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn after_a_failure_every_transfer_ends_with_the_reason() {
+        let Some(_) = open("uring") else { return };
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = files::open(&path, OpenMode::Create, DirectIo::Auto).unwrap();
+        let pool = BufferPool::new(4096, 3).unwrap();
+        let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let shared = Arc::new(Shared {
+            inbox: Inbox::new(),
+            wake,
+        });
+        let (sender, outcomes) = crossbeam_channel::unbounded();
+        let transfer = || {
+            let sender = sender.clone();
+            Transfer {
+                file: Arc::clone(&file),
+                offset: 0,
+                buffer: pool.take(),
+                range: 0..4096,
+                direction: Direction::Write,
+                done: Box::new(move |outcome, buffer| sender.send((outcome, buffer)).unwrap()),
+            }
+        };
+        let mut ring = Ring::new(Arc::clone(&shared)).unwrap();
+        ring.begin(transfer()).unwrap();
+        shared.inbox.push(transfer());
+        // A completion that names no slot: what the loop calls a failure.
+        // SAFETY: a no-op refers to nothing.
+        unsafe { ring.push(&opcode::Nop::new().build().user_data(200)) }.unwrap();
+        run(ring);
+        shared.inbox.push(transfer());
+
+        // The first was in the kernel, and its completion was waited for.
+        let outcomes: Vec<_> = outcomes.try_iter().collect();
+        assert_eq!(outcomes.len(), 3);
+        let errors: Vec<_> = outcomes
+            .iter()
+            .filter_map(|(o, _)| o.as_ref().err())
+            .collect();
+        assert!(!errors.is_empty());
+        for error in errors {
+            assert!(
+                error.to_string().contains("the io_uring backend failed"),
+                "{error}"
+            );
+        }
+        drop(outcomes);
+        assert_eq!(pool.free(), 3, "no memory was given up");
+    }
+
+    #[test]
+    fn a_forked_child_lets_go_and_the_parent_goes_on() {
+        const TRANSFERS: usize = 32;
+        const BYTES: usize = 1 << 20;
+        for name in ["uring", "threads"] {
+            let Some(io) = open(name) else { continue };
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("file");
+            let file = io.open(&path, OpenMode::Create).unwrap();
+            let pool = BufferPool::new(BYTES, TRANSFERS + 1).unwrap();
+            let transfer = {
+                let file = Arc::clone(&file);
+                move |index: usize, buffer: Buffer, done: Done| Transfer {
+                    file: Arc::clone(&file),
+                    offset: (index * BYTES) as u64,
+                    buffer,
+                    range: 0..BYTES,
+                    direction: Direction::Write,
+                    done,
+                }
+            };
+            let (sender, outcomes) = crossbeam_channel::unbounded();
+            for index in 0..TRANSFERS {
+                let mut buffer = pool.take();
+                buffer.fill(0xa5);
+                let sender = sender.clone();
+                let done: Done = Box::new(move |outcome, _| sender.send(outcome.is_ok()).unwrap());
+                io.submit(transfer(index, buffer, done));
+            }
+            drop(sender);
+            let mut child = Command::new("true");
+            // What the child drops is its copy; the parent's is dropped with `child`.
+            let held = Mutex::new(Some((io, pool.take())));
+            let in_child = move || {
+                let (io, buffer) = held.lock().unwrap().take().expect("runs once");
+                assert!(!buffer.is_accessible());
+                let refused = Arc::new(AtomicBool::new(false));
+                let done: Done = Box::new({
+                    let refused = Arc::clone(&refused);
+                    move |outcome, _| refused.store(outcome.is_err(), Ordering::Relaxed)
+                });
+                io.submit(transfer(0, buffer, done));
+                assert!(refused.load(Ordering::Relaxed));
+                drop(io);
+                Ok(())
+            };
+            // SAFETY: the closure runs in the forked child before `exec`. It allocates, which the
+            // C library allows after a fork, and takes only a lock that no other thread knows.
+            unsafe { child.pre_exec(in_child) };
+            assert!(
+                child.status().unwrap().success(),
+                "{name}: the child neither hung nor died"
+            );
+            drop(child);
+            let outcomes: Vec<_> = outcomes.iter().collect();
+            assert_eq!(
+                outcomes, [true; TRANSFERS],
+                "{name}: the parent's transfers all arrived"
+            );
+            let bytes = std::fs::read(&path).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 0xa5) && bytes.len() == TRANSFERS * BYTES);
+            assert_eq!(pool.free(), TRANSFERS + 1);
+        }
     }
 }
