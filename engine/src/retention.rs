@@ -36,6 +36,7 @@ pub fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec
     let retiring = survey.retiring_steps();
     let kept: Vec<u64> = protected.iter().chain(&retiring).copied().collect();
     let mut plan = survey.retired_steps();
+    plan.retain(|step| !protected.contains(step));
     plan.reverse();
     plan.extend(plan_deletions(&survey.committed_steps(), policy, &kept));
     plan
@@ -75,4 +76,147 @@ pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Grace) -> Vec<Orpha
         .filter(old)
         .cloned()
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::recovery::{StepState, StepSurvey};
+
+    fn step(step: u64, state: StepState) -> StepSurvey {
+        StepSurvey {
+            step,
+            state,
+            attempt: None,
+            bytes: 0,
+            orphans: Vec::new(),
+        }
+    }
+
+    fn policy(keep_last_n: Option<u32>, keep_every: Option<u64>) -> Policy {
+        Policy {
+            keep_last_n,
+            keep_every,
+        }
+    }
+
+    #[test]
+    fn the_newest_and_the_milestones_stay() {
+        let committed = [100, 200, 300, 400, 500];
+        assert_eq!(
+            plan_deletions(&committed, policy(None, Some(200)), &[]),
+            [0; 0]
+        );
+        assert_eq!(
+            plan_deletions(&committed, policy(Some(2), None), &[]),
+            [100, 200, 300]
+        );
+        assert_eq!(
+            plan_deletions(&committed, policy(Some(2), Some(200)), &[]),
+            [100, 300]
+        );
+        assert_eq!(
+            plan_deletions(&committed, policy(Some(2), None), &[100]),
+            [200, 300]
+        );
+        assert_eq!(
+            plan_deletions(&committed, policy(Some(9), None), &[]),
+            [0; 0]
+        );
+        assert_eq!(
+            plan_deletions(&committed, policy(Some(0), None), &[]),
+            [100, 200, 300, 400]
+        );
+    }
+
+    #[test]
+    fn a_step_stays_while_one_that_it_retired_is_there() {
+        let steps = vec![
+            step(10, StepState::Committed),
+            step(20, StepState::Retired { by: 10 }),
+            step(25, StepState::Retired { by: 10 }),
+            step(30, StepState::Committed),
+            step(35, StepState::Damaged { why: String::new() }),
+            step(40, StepState::Committed),
+        ];
+        let survey = Survey { steps };
+        assert_eq!(
+            plan_retention(&survey, policy(Some(1), None), &[]),
+            [25, 20, 30]
+        );
+        assert_eq!(
+            plan_retention(&survey, policy(Some(1), None), &[20, 30]),
+            [25]
+        );
+        assert_eq!(plan_retention(&survey, Policy::default(), &[]), [25, 20]);
+    }
+
+    #[test]
+    fn only_what_was_left_alone_for_the_grace_period_is_cleaned() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let orphan = |name: &str, age_seconds: i64| OrphanFile {
+            step: 1,
+            file: name.into(),
+            bytes: 1,
+            idle_since: SystemTime::UNIX_EPOCH
+                + Duration::from_secs(u64::try_from(1000 - age_seconds).unwrap()),
+        };
+        let orphans = vec![
+            orphan("old", 100),
+            orphan("just", 60),
+            orphan("young", 59),
+            orphan("future", -1),
+        ];
+        let survey = Survey {
+            steps: vec![StepSurvey {
+                orphans,
+                ..step(1, StepState::Incomplete)
+            }],
+        };
+        let names = |grace_seconds| {
+            let plan = plan_cleanup(&survey, now, Duration::from_secs(grace_seconds));
+            plan.into_iter()
+                .map(|orphan| orphan.file)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(60), ["old", "just"]);
+        assert_eq!(names(0), ["old", "just", "young"]);
+    }
+
+    proptest! {
+        #[test]
+        fn deletions_obey_policy_and_protection_and_are_complete(
+            committed in prop::collection::btree_set(0u64..60, 0..40),
+            protected in prop::collection::vec(0u64..60, 0..4),
+            keep_last_n in prop::option::of(1u32..10),
+            keep_every in prop::option::of(1u64..10),
+        ) {
+            let policy = Policy { keep_last_n, keep_every };
+            let steps: Vec<u64> = committed.iter().copied().collect();
+            let plan = plan_deletions(&steps, policy, &protected);
+            let gone: BTreeSet<u64> = plan.iter().copied().collect();
+            prop_assert_eq!(gone.len(), plan.len());
+            prop_assert!(gone.is_subset(&committed));
+            prop_assert!(protected.iter().all(|step| !gone.contains(step)));
+            let newest: BTreeSet<u64> = match keep_last_n {
+                None => committed.clone(),
+                Some(count) => committed.iter().rev().take(count as usize).copied().collect(),
+            };
+            prop_assert!(newest.is_disjoint(&gone));
+            prop_assert!(gone.iter().all(|step| keep_every.is_none_or(|every| step % every != 0)));
+            let left: Vec<u64> = committed.difference(&gone).copied().collect();
+            for step in &left {
+                let has_reason = newest.contains(step)
+                    || protected.contains(step)
+                    || keep_every.is_some_and(|every| step % every == 0);
+                prop_assert!(has_reason, "{} stays without a reason", step);
+            }
+            prop_assert_eq!(plan_deletions(&left, policy, &protected), Vec::<u64>::new());
+        }
+    }
 }

@@ -9,10 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-engine", &["dtr-proto"]),
     ("dtr-python", &["dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
-    (
-        "integration-tests",
-        &["ckpt-tool", "dtr-engine", "dtr-proto"],
-    ),
+    ("integration-tests", &["ckpt-tool", "dtr-engine", "dtr-proto"]),
 ];
 
 /// What a crate must never learn about, whoever wrote it.
@@ -23,11 +20,7 @@ const BARRED_FROM: &[(&str, &[&str], &str)] = &[
         &["pyo3", "numpy", "cudarc", "tonic"],
         "the engine sees bytes, not who sent them",
     ),
-    (
-        "ckpt-tool",
-        &["pyo3", "cudarc"],
-        "the tool runs where neither Python nor a GPU is",
-    ),
+    ("ckpt-tool", &["pyo3", "cudarc"], "the tool runs where neither Python nor a GPU is"),
 ];
 
 pub(crate) const ARROWS: Rule = Rule {
@@ -38,10 +31,7 @@ pub(crate) const ARROWS: Rule = Rule {
             let (_, allowed) = MAY_USE.iter().find(|(name, _)| *name == member.name)?;
             let fits = !is_member(dependency) || allowed.contains(&dependency);
             (!fits).then(|| {
-                format!(
-                    "move what `{}` needs below both crates, or pass it in",
-                    member.name
-                )
+                format!("move what `{}` needs below both crates, or pass it in", member.name)
             })
         })
     },
@@ -92,11 +82,7 @@ fn dependencies_where(
         for dependency in &member.dependencies {
             if let Some(fix) = objection(member, dependency) {
                 let line = tree.line_of(&manifest, dependency);
-                findings.push(Finding::new(
-                    &manifest,
-                    line,
-                    format!("`{dependency}`: {fix}"),
-                ));
+                findings.push(Finding::new(&manifest, line, format!("`{dependency}`: {fix}")));
             }
         }
     }

@@ -14,20 +14,13 @@ pub(crate) const ONE_TITLE: Rule = Rule {
                 findings.push(Finding::new(path, 1, "open it with `# ` and its title"));
             }
             findings.extend(titles.map(|line| {
-                Finding::new(
-                    path,
-                    line.number,
-                    "make it a section (`## `), or another document",
-                )
+                Finding::new(path, line.number, "make it a section (`## `), or another document")
             }));
         }
         findings
     },
     counterexample: || {
-        Tree::of(&[
-            ("a.md", "# A\n```\n# a comment\n```\n"),
-            ("b.md", "# B\n\n## C\n\n# D\n"),
-        ])
+        Tree::of(&[("a.md", "# A\n```\n# a comment\n```\n"), ("b.md", "# B\n\n## C\n\n# D\n")])
     },
     found_at: ("b.md", 5),
 };
@@ -55,14 +48,59 @@ pub(crate) const MAKE_TARGETS_EXIST: Rule = Rule {
     counterexample: || {
         Tree::of(&[
             ("Makefile", "test: native\n\tcargo test\n"),
-            (
-                "README.md",
-                "# A\n\nmake sure: `make test`\n\n    make bake  # a cake\n",
-            ),
+            ("README.md", "# A\n\nmake sure: `make test`\n\n    make bake  # a cake\n"),
         ])
     },
     found_at: ("README.md", 5),
 };
+
+pub(crate) const LINKS_RESOLVE: Rule = Rule {
+    says: "a relative link leads to a file or folder of the tree",
+    check: |tree| {
+        let mut findings = Vec::new();
+        for (path, text) in tree.written(&[".md"]) {
+            let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+            for line in lines(text).filter(|line| !line.is_code) {
+                let broken = links(line.text).filter(|link| !exists(tree, &join(folder, link)));
+                findings.extend(broken.map(|link| {
+                    let fix = format!("`{link}` is not there: correct the link");
+                    Finding::new(path, line.number, fix)
+                }));
+            }
+        }
+        findings
+    },
+    counterexample: || {
+        let good = "[b](../b.md#part) [c](.) [d](https://d) [e](#e) [f](crate::f)";
+        let text = format!("# A\n\n{good}\n[g](g.md)\n");
+        Tree::of(&[("docs/a.md", &text), ("b.md", "# B\n")])
+    },
+    found_at: ("docs/a.md", 4),
+};
+
+/// Targets of the links in a line that mean a path.
+fn links(line: &str) -> impl Iterator<Item = &str> {
+    let targets = line.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+    targets.filter(|target| !target.is_empty() && !target.contains(':'))
+}
+
+/// `link`, as written in a file of `folder`, from the root.
+fn join(folder: &str, link: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in folder.split('/').chain(link.split('/')) {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    parts.join("/")
+}
+
+fn exists(tree: &Tree, path: &str) -> bool {
+    let folder = format!("{path}/");
+    tree.files.keys().any(|file| file == path || file.starts_with(&folder))
+}
 
 /// A line of a document.
 struct Line<'a> {
@@ -77,28 +115,16 @@ fn lines(text: &str) -> impl Iterator<Item = Line<'_>> {
     let mut fenced = false;
     text.lines().enumerate().map(move |(index, text)| {
         fenced ^= text.starts_with("```");
-        Line {
-            number: index + 1,
-            text,
-            is_code: fenced || text.starts_with("    "),
-        }
+        Line { number: index + 1, text, is_code: fenced || text.starts_with("    ") }
     })
 }
 
 /// Targets of the `make` commands in a line: all of it where it is code, else between backticks.
 fn make_targets<'a>(line: &Line<'a>) -> impl Iterator<Item = &'a str> {
     let first = usize::from(!line.is_code);
-    let commands = line
-        .text
-        .split('`')
-        .skip(first)
-        .step_by(2)
-        .map(str::trim_start);
+    let commands = line.text.split('`').skip(first).step_by(2).map(str::trim_start);
     commands.filter_map(|command| {
         let target = command.strip_prefix("make ")?.split_whitespace().next()?;
-        target
-            .bytes()
-            .all(|byte| byte.is_ascii_lowercase() || byte == b'-')
-            .then_some(target)
+        target.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-').then_some(target)
     })
 }

@@ -13,24 +13,15 @@ pub(crate) const NO_DEAD_FILES: Rule = Rule {
     says: "every Rust file is part of a crate",
     check: |tree| {
         let reached = reached_files(tree);
-        let dead = tree
-            .ending(&[".rs"])
-            .filter(|(path, _)| !reached.contains(*path));
-        dead.map(|(path, _)| Finding::new(path, 1, "declare it with `mod`, or delete it"))
-            .collect()
+        let dead = tree.ending(&[".rs"]).filter(|(path, _)| !reached.contains(*path));
+        dead.map(|(path, _)| Finding::new(path, 1, "declare it with `mod`, or delete it")).collect()
     },
     counterexample: || {
         let mut tree = Tree::of(&[
-            (
-                "engine/src/lib.rs",
-                "mod io;\n// mod dead;\ninclude!(\"made.rs\");\n",
-            ),
+            ("engine/src/lib.rs", "mod io;\n// mod dead;\ninclude!(\"made.rs\");\n"),
             ("engine/src/io/mod.rs", "pub(crate) mod ring;\n"),
             ("engine/src/io/ring.rs", "mod slot;\n"),
-            (
-                "engine/src/io/ring/slot.rs",
-                "#[path = \"far.rs\"]\nmod near;\n",
-            ),
+            ("engine/src/io/ring/slot.rs", "#[path = \"far.rs\"]\nmod near;\n"),
             ("engine/src/io/ring/far.rs", ""),
             ("engine/src/made.rs", ""),
             ("engine/src/dead.rs", ""),
@@ -47,11 +38,8 @@ pub(crate) const NO_DEAD_FILES: Rule = Rule {
 };
 
 fn reached_files(tree: &Tree) -> BTreeSet<String> {
-    let roots: BTreeSet<String> = tree
-        .members
-        .iter()
-        .flat_map(|member| member.roots.iter().cloned())
-        .collect();
+    let roots: BTreeSet<String> =
+        tree.members.iter().flat_map(|member| member.roots.iter().cloned()).collect();
     let mut reached = BTreeSet::new();
     let mut waiting: Vec<String> = roots.iter().cloned().collect();
     while let Some(path) = waiting.pop() {
@@ -70,22 +58,14 @@ fn named_by(path: &str, text: &str, is_root: bool) -> Vec<String> {
     let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
     let owns_folder = is_root || name == "mod.rs";
     let stem = name.trim_end_matches(".rs");
-    let inner = if owns_folder {
-        folder.to_owned()
-    } else {
-        format!("{folder}/{stem}")
-    };
+    let inner = if owns_folder { folder.to_owned() } else { format!("{folder}/{stem}") };
     let mut named = Vec::new();
     for (line, code) in text.lines().zip(code_of(text).lines()) {
         if let Some(module) = module_declared(code) {
             named.push(format!("{inner}/{module}.rs"));
             named.push(format!("{inner}/{module}/mod.rs"));
         } else if code.contains("#[path =") || code.contains("include!(") {
-            named.extend(
-                line.split('"')
-                    .nth(1)
-                    .map(|file| format!("{folder}/{file}")),
-            );
+            named.extend(line.split('"').nth(1).map(|file| format!("{folder}/{file}")));
         }
     }
     named

@@ -16,11 +16,7 @@ pub(crate) fn code_of(source: &str) -> String {
             code.push(rest[0]);
             at += 1;
         } else {
-            code.extend(
-                rest[..length]
-                    .iter()
-                    .map(|&c| if c == '\n' { '\n' } else { ' ' }),
-            );
+            code.extend(rest[..length].iter().map(|&c| if c == '\n' { '\n' } else { ' ' }));
             at += length;
         }
     }
@@ -83,10 +79,7 @@ fn character(rest: &[char]) -> usize {
 
 /// `r"…"`, `r#"…"#`, `b"…"`, `br#"…"#`, `c"…"`, `b'…'`; anything else that begins so is code.
 fn prefixed_string(rest: &[char]) -> usize {
-    let letters = rest
-        .iter()
-        .take_while(|c| matches!(c, 'r' | 'b' | 'c'))
-        .count();
+    let letters = rest.iter().take_while(|c| matches!(c, 'r' | 'b' | 'c')).count();
     let raw = rest[..letters].contains(&'r');
     let body = &rest[letters..];
     match body {

@@ -7,19 +7,13 @@ use crate::tree::{Finding, Tree};
 const COLUMNS_MAX: usize = 100;
 
 /// Put together here so that this file does not find itself.
-const LEFT_UNDONE: [&str; 4] = [
-    concat!("TO", "DO"),
-    concat!("FIX", "ME"),
-    concat!("X", "XX"),
-    concat!("db", "g!("),
-];
+const LEFT_UNDONE: [&str; 4] =
+    [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("X", "XX"), concat!("db", "g!(")];
 
 pub(crate) const RUST_OPENS_WITH_ITS_MODEL: Rule = Rule {
     says: "a Rust file opens with `//!`: what it models and what always holds",
     check: |tree| {
-        let silent = tree
-            .written(&[".rs"])
-            .filter(|(_, text)| !text.starts_with("//! "));
+        let silent = tree.written(&[".rs"]).filter(|(_, text)| !text.starts_with("//! "));
         silent
             .map(|(path, _)| Finding::new(path, 1, "open the file with a `//!` comment"))
             .collect()
@@ -32,20 +26,13 @@ pub(crate) const PYTHON_OPENS_WITH_A_DOCSTRING: Rule = Rule {
     says: "a Python file opens with a docstring",
     check: |tree| {
         let silent = tree.written(&[".py"]).filter(|(_, text)| {
-            let first = text
-                .lines()
-                .find(|line| !line.is_empty() && !line.starts_with('#'));
+            let first = text.lines().find(|line| !line.is_empty() && !line.starts_with('#'));
             !first.is_some_and(|line| line.trim_start_matches('r').starts_with("\"\"\""))
         });
-        silent
-            .map(|(path, _)| Finding::new(path, 1, "say what the file is for"))
-            .collect()
+        silent.map(|(path, _)| Finding::new(path, 1, "say what the file is for")).collect()
     },
     counterexample: || {
-        Tree::of(&[
-            ("a.py", "#!/usr/bin/env python3\n\n\"\"\"A.\"\"\"\n"),
-            ("b.py", "import os\n"),
-        ])
+        Tree::of(&[("a.py", "#!/usr/bin/env python3\n\n\"\"\"A.\"\"\"\n"), ("b.py", "import os\n")])
     },
     found_at: ("b.py", 1),
 };
@@ -59,11 +46,7 @@ pub(crate) const LINES_FIT: Rule = Rule {
         })
     },
     counterexample: || {
-        let text = format!(
-            "{}\n{}\n",
-            "é".repeat(COLUMNS_MAX),
-            "e".repeat(COLUMNS_MAX + 1)
-        );
+        let text = format!("{}\n{}\n", "é".repeat(COLUMNS_MAX), "e".repeat(COLUMNS_MAX + 1));
         Tree::of(&[("a.py", &text)])
     },
     found_at: ("a.py", 2),
@@ -72,14 +55,9 @@ pub(crate) const LINES_FIT: Rule = Rule {
 pub(crate) const NO_TABS: Rule = Rule {
     says: "only the Makefile holds tabs",
     check: |tree| {
-        lines_where(
-            tree,
-            &[".rs", ".py", ".pyi", ".toml", ".md", ".proto", ".sh"],
-            |line| {
-                line.contains('\t')
-                    .then(|| "write spaces, or `\\t` in a literal".to_owned())
-            },
-        )
+        lines_where(tree, &[".rs", ".py", ".pyi", ".toml", ".md", ".proto", ".sh"], |line| {
+            line.contains('\t').then(|| "write spaces, or `\\t` in a literal".to_owned())
+        })
     },
     counterexample: || Tree::of(&[("Makefile", "a:\n\tb\n"), ("a.toml", "[a]\n\tb = 1\n")]),
     found_at: ("a.toml", 2),
@@ -89,12 +67,10 @@ pub(crate) const NOTHING_LEFT_UNDONE: Rule = Rule {
     says: "what is left to do is an issue, not a comment",
     check: |tree| {
         lines_where(tree, &[""], |line| {
-            let word = LEFT_UNDONE
-                .iter()
-                .find(|word| match word.strip_suffix("!(") {
-                    Some(_) => line.contains(**word),
-                    None => has_word(line, word),
-                })?;
+            let word = LEFT_UNDONE.iter().find(|word| match word.strip_suffix("!(") {
+                Some(_) => line.contains(**word),
+                None => has_word(line, word),
+            })?;
             Some(format!("do it now, or file it, and take `{word}` out"))
         })
     },

@@ -39,38 +39,23 @@ pub(crate) struct Finding {
 
 impl Finding {
     pub(crate) fn new(file: &str, line: usize, fix: impl Into<String>) -> Self {
-        Self {
-            file: file.to_owned(),
-            line,
-            fix: fix.into(),
-        }
+        Self { file: file.to_owned(), line, fix: fix.into() }
     }
 }
 
 impl Tree {
     /// The tree that this test was built from.
     pub(crate) fn read() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .parent()
-            .expect("tests/ has a parent");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent");
         let mut files = BTreeMap::new();
         read_folder(root, "", &mut files);
-        Self {
-            files,
-            members: read_members(root),
-        }
+        Self { files, members: read_members(root) }
     }
 
     /// A tree made of a few files and no crates, for counterexamples.
     pub(crate) fn of(files: &[(&str, &str)]) -> Self {
-        let files = files
-            .iter()
-            .map(|&(path, text)| (path.to_owned(), text.to_owned()))
-            .collect();
-        Self {
-            files,
-            members: Vec::new(),
-        }
+        let files = files.iter().map(|&(path, text)| (path.to_owned(), text.to_owned())).collect();
+        Self { files, members: Vec::new() }
     }
 
     /// Files whose name ends in one of `endings`.
@@ -83,16 +68,13 @@ impl Tree {
 
     /// The same, without generated ones.
     pub(crate) fn written(&self, endings: &[&str]) -> impl Iterator<Item = (&str, &str)> {
-        self.ending(endings)
-            .filter(|(path, _)| !path.contains("/gen/"))
+        self.ending(endings).filter(|(path, _)| !path.contains("/gen/"))
     }
 
     /// The number of the first line of `file` that begins with `start`, or 1.
     pub(crate) fn line_of(&self, file: &str, start: &str) -> usize {
         let text = self.files.get(file).map_or("", String::as_str);
-        text.lines()
-            .position(|line| line.starts_with(start))
-            .map_or(1, |index| index + 1)
+        text.lines().position(|line| line.starts_with(start)).map_or(1, |index| index + 1)
     }
 }
 
@@ -100,10 +82,7 @@ fn read_folder(folder: &Path, prefix: &str, files: &mut BTreeMap<String, String>
     for entry in fs::read_dir(folder).expect("the tree can be listed") {
         let entry = entry.expect("the tree can be listed");
         let name = entry.file_name().into_string().expect("names are UTF-8");
-        let (path, kind) = (
-            entry.path(),
-            entry.file_type().expect("entries have a type"),
-        );
+        let (path, kind) = (entry.path(), entry.file_type().expect("entries have a type"));
         if kind.is_dir() && belongs(&path, &name) {
             read_folder(&path, &format!("{prefix}{name}/"), files);
         } else if kind.is_file() && is_text(&name, prefix) {
@@ -120,41 +99,27 @@ fn belongs(folder: &Path, name: &str) -> bool {
 }
 
 fn is_text(name: &str, prefix: &str) -> bool {
-    const ENDINGS: [&str; 9] = [
-        ".rs", ".py", ".pyi", ".md", ".toml", ".proto", ".sh", ".yml", ".yaml",
-    ];
-    name == "Makefile" || prefix == ".ci/" || ENDINGS.iter().any(|ending| name.ends_with(ending))
+    const ENDINGS: [&str; 9] =
+        [".rs", ".py", ".pyi", ".md", ".toml", ".proto", ".sh", ".yml", ".yaml"];
+    ["Makefile", "LICENSE"].contains(&name)
+        || prefix == ".ci/"
+        || ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
 fn read_members(root: &Path) -> Vec<Member> {
     let output = Command::new(env!("CARGO"))
-        .args([
-            "metadata",
-            "--no-deps",
-            "--offline",
-            "--format-version",
-            "1",
-        ])
+        .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
         .current_dir(root)
         .output()
         .expect("cargo runs");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: Value = serde_json::from_slice(&output.stdout).expect("metadata is JSON");
-    list(&metadata, "packages")
-        .iter()
-        .map(|package| member_of(root, package))
-        .collect()
+    list(&metadata, "packages").iter().map(|package| member_of(root, package)).collect()
 }
 
 fn member_of(root: &Path, package: &Value) -> Member {
     let manifest = relative(root, text(package, "manifest_path"));
-    let folder = manifest
-        .strip_suffix("/Cargo.toml")
-        .expect("the root is no package");
+    let folder = manifest.strip_suffix("/Cargo.toml").expect("the root is no package");
     Member {
         name: text(package, "name").to_owned(),
         folder: folder.to_owned(),
@@ -170,20 +135,14 @@ fn member_of(root: &Path, package: &Value) -> Member {
 }
 
 fn relative(root: &Path, path: &str) -> String {
-    let path = Path::new(path)
-        .strip_prefix(root)
-        .expect("members live in the tree");
+    let path = Path::new(path).strip_prefix(root).expect("members live in the tree");
     path.to_str().expect("names are UTF-8").to_owned()
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
-    value[key]
-        .as_str()
-        .expect("cargo's metadata keeps its shape")
+    value[key].as_str().expect("cargo's metadata keeps its shape")
 }
 
 fn list<'a>(value: &'a Value, key: &str) -> &'a [Value] {
-    value[key]
-        .as_array()
-        .expect("cargo's metadata keeps its shape")
+    value[key].as_array().expect("cargo's metadata keeps its shape")
 }

@@ -8,7 +8,9 @@ use std::time::Duration;
 use super::{Inner, Saving, memory};
 use crate::error::IoContext;
 use crate::format::layout::{Layout, StorageSpec};
-use crate::format::manifest::{FORMAT_VERSION, Manifest};
+use crate::format::checksum;
+use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
+use crate::format::names::shard_file_name;
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
 use crate::save::capture::{capture, fits};
@@ -71,6 +73,7 @@ impl Inner {
             step: request.step,
             world_size: self.core.config.world_size,
         };
+        check_manifest(&manifest, shard)?;
         let index = IndexDraft::new(&job.layout, request.nodes, request.tensors)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
@@ -170,6 +173,27 @@ impl Inner {
             }
         }
     }
+}
+
+/// Whether the manifest can be written, whatever its shard turns out to be: what the user attached
+/// is refused here or never.
+fn check_manifest(manifest: &Manifest, shard: ShardId) -> Result<()> {
+    let entry = ShardEntry {
+        bytes: 0,
+        file: shard_file_name(shard.rank, shard.attempt),
+        footer_crc32c: checksum::to_hex(0),
+        rank: shard.rank,
+        raw_bytes: 0,
+        replicated: Vec::new(),
+    };
+    let complete = Manifest { shards: vec![entry], ..manifest.clone() };
+    complete.encode().map(drop).map_err(|error| {
+        EngineError::invalid(
+            format!("saving step {}", manifest.step),
+            error.to_string(),
+            "attach less as `metadata`: what is large or nested belongs into the state",
+        )
+    })
 }
 
 impl Saving {

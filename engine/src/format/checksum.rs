@@ -4,3 +4,63 @@
 pub fn crc32c(bytes: &[u8]) -> u32 {
     ::crc32c::crc32c(bytes)
 }
+
+/// CRC-32C of A followed by B, from the checksums of both and the length of B.
+pub fn combine(crc_a: u32, crc_b: u32, bytes_b: usize) -> u32 {
+    ::crc32c::crc32c_combine(crc_a, crc_b, bytes_b)
+}
+
+/// A checksum as manifests show it: 8 lower-case hex digits.
+pub fn to_hex(crc: u32) -> String {
+    format!("{crc:08x}")
+}
+
+/// Reads what [`to_hex`] writes, and nothing else.
+pub fn from_hex(text: &str) -> Option<u32> {
+    let crc = u32::from_str_radix(text, 16).ok()?;
+    (to_hex(crc) == text).then_some(crc)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn known_answers() {
+        // RFC 3720, appendix B.4.
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c(b""), 0);
+    }
+
+    #[test]
+    fn only_canonical_hex_is_read() {
+        assert_eq!(from_hex("0000beef"), Some(0xbeef));
+        for text in [
+            "",
+            "beef",
+            "0000BEEF",
+            "+000beef",
+            "00000beef",
+            "0x00beef",
+            "0000bee\u{e9}",
+        ] {
+            assert_eq!(from_hex(text), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn combining_equals_concatenating(a: Vec<u8>, b: Vec<u8>) {
+            let whole: Vec<u8> = a.iter().chain(&b).copied().collect();
+            prop_assert_eq!(combine(crc32c(&a), crc32c(&b), b.len()), crc32c(&whole));
+        }
+
+        #[test]
+        fn hex_round_trips(crc: u32) {
+            prop_assert_eq!(from_hex(&to_hex(crc)), Some(crc));
+        }
+    }
+}

@@ -1,13 +1,39 @@
 //! The manifest: the record whose existence commits a checkpoint.
+//!
+//! ```text
+//! {"crc32c":"89abcdef",      the checksum covers every byte after this comma
+//!   "attempt": "...",
+//!   ...
+//! }
+//! ```
+//!
+//! Always holds: one manifest has one encoding (keys sorted, fixed layout); nothing is parsed
+//! before its checksum is right; a manifest that was decoded names exactly one shard per rank, by
+//! the one file name that our own rules give it.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::FormatError;
+use super::checksum::{crc32c, from_hex, to_hex};
+use super::names::{AttemptId, shard_file_name};
+use super::shard::{REGION_ALIGNMENT, check_version};
 
 /// Version of the format that this engine writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// Most bytes of a manifest.
 pub const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+/// Deepest nesting of arrays and objects within one entry of the metadata or dataset positions.
+pub const METADATA_DEPTH_MAX: usize = 64;
+/// Most bytes of a job's name.
+pub const JOB_BYTES_MAX: usize = 255;
+
+const PREFIX_START: &str = "{\"crc32c\":\"";
+const PREFIX_END: &str = "\",";
+/// Fewest bytes of a shard: header, index and footer.
+const SHARD_BYTES_MIN: u64 = 3 * REGION_ALIGNMENT;
 
 /// Everything a manifest says. Fixed when the attempt begins, so any rank publishes the same bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,7 +43,7 @@ pub struct Manifest {
     /// Milliseconds since 1970, UTC, when the attempt began.
     pub created_unix_ms: u64,
     /// Positions of datasets, by name.
-    pub dataset_positions: BTreeMap<String, serde_json::Value>,
+    pub dataset_positions: BTreeMap<String, Value>,
     /// Version of the engine that wrote it.
     pub engine_version: String,
     /// [`FORMAT_VERSION`] of the writer.
@@ -25,7 +51,7 @@ pub struct Manifest {
     /// The training run.
     pub job: String,
     /// What the user attached.
-    pub metadata: BTreeMap<String, serde_json::Value>,
+    pub metadata: BTreeMap<String, Value>,
     /// Later checkpoints that this one retires (a rewind): they do not exist any more.
     pub retired: Vec<Retired>,
     /// One per rank, by rank.
@@ -60,4 +86,164 @@ pub struct ShardEntry {
     pub raw_bytes: u64,
     /// Display paths of the entries that this shard holds for every rank.
     pub replicated: Vec<String>,
+}
+
+impl Manifest {
+    /// The file's bytes. Fails on what [`Manifest::decode`] would refuse.
+    pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
+        self.validate()?;
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|error| FormatError::Damaged(format!("the manifest is no JSON: {error}")))?;
+        let body = format!("{}\n", text.strip_prefix('{').unwrap_or(&text));
+        let crc = to_hex(crc32c(body.as_bytes()));
+        let bytes = format!("{PREFIX_START}{crc}{PREFIX_END}{body}").into_bytes();
+        check_bytes(&bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads a file's bytes: size, checksum, version, then everything else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        check_bytes(bytes)?;
+        check_crc(bytes)?;
+        check_version(parse::<Version>(bytes)?.format_version, "manifest")?;
+        let manifest: Self = parse(bytes)?;
+        manifest.validate()?;
+        Ok(manifest)
+    }
+
+    /// The attempt that wrote the checkpoint.
+    pub fn attempt_id(&self) -> Result<AttemptId, FormatError> {
+        parse_attempt(&self.attempt)
+    }
+
+    fn validate(&self) -> Result<(), FormatError> {
+        check_version(self.format_version, "manifest")?;
+        let attempt = self.attempt_id()?;
+        ensure!(
+            (1..=JOB_BYTES_MAX).contains(&self.job.len()),
+            "the manifest's job has a name of {} bytes, expected 1 to {JOB_BYTES_MAX}",
+            self.job.len()
+        );
+        for (name, value) in self.metadata.iter().chain(&self.dataset_positions) {
+            ensure!(
+                !nests_deeper(value, METADATA_DEPTH_MAX),
+                "the manifest's metadata `{name}` nests deeper than {METADATA_DEPTH_MAX}"
+            );
+        }
+        for retired in &self.retired {
+            retired.attempt_id()?;
+        }
+        ensure!(
+            self.world_size > 0 && self.shards.len() as u64 == u64::from(self.world_size),
+            "the manifest names {} shards, expected one for each of {} ranks",
+            self.shards.len(),
+            self.world_size
+        );
+        self.shards
+            .iter()
+            .zip(0..)
+            .try_for_each(|(shard, rank)| shard.validate(rank, attempt))
+    }
+}
+
+impl Retired {
+    /// The attempt that is retired.
+    pub fn attempt_id(&self) -> Result<AttemptId, FormatError> {
+        parse_attempt(&self.attempt)
+    }
+}
+
+impl ShardEntry {
+    /// [`ShardEntry::footer_crc32c`] as a number.
+    pub fn footer_crc(&self) -> Result<u32, FormatError> {
+        from_hex(&self.footer_crc32c).ok_or_else(|| {
+            FormatError::Damaged(format!(
+                "the manifest has a footer checksum `{}`, expected 8 lower-case hex digits",
+                self.footer_crc32c
+            ))
+        })
+    }
+
+    fn validate(&self, rank: u32, attempt: AttemptId) -> Result<(), FormatError> {
+        ensure!(
+            self.rank == rank,
+            "the manifest names rank {} where rank {rank} is expected",
+            self.rank
+        );
+        let expected = shard_file_name(rank, attempt);
+        ensure!(
+            self.file == expected,
+            "the manifest names shard file `{}`, expected `{expected}`",
+            self.file
+        );
+        ensure!(
+            self.bytes >= SHARD_BYTES_MIN && self.bytes.is_multiple_of(REGION_ALIGNMENT),
+            "the manifest gives shard {rank} {} bytes, expected a multiple of {REGION_ALIGNMENT} \
+             from {SHARD_BYTES_MIN}",
+            self.bytes
+        );
+        self.footer_crc().map(|_| ())
+    }
+}
+
+/// The one field that every version has.
+#[derive(Deserialize)]
+struct Version {
+    format_version: u32,
+}
+
+fn check_bytes(bytes: &[u8]) -> Result<(), FormatError> {
+    ensure!(
+        bytes.len() as u64 <= MANIFEST_BYTES_MAX,
+        "the manifest has {} bytes, at most {MANIFEST_BYTES_MAX}",
+        bytes.len()
+    );
+    Ok(())
+}
+
+/// Checks the checksum in the prefix against the bytes after it.
+fn check_crc(bytes: &[u8]) -> Result<(), FormatError> {
+    let Some((expected, body)) = split_prefix(bytes) else {
+        return Err(FormatError::Damaged(format!(
+            "the manifest does not begin with `{PREFIX_START}xxxxxxxx{PREFIX_END}`"
+        )));
+    };
+    let actual = crc32c(body);
+    ensure!(
+        actual == expected,
+        "the manifest's checksum is {actual:08x}, expected {expected:08x}"
+    );
+    Ok(())
+}
+
+fn split_prefix(bytes: &[u8]) -> Option<(u32, &[u8])> {
+    let (crc, body) = bytes
+        .strip_prefix(PREFIX_START.as_bytes())?
+        .split_at_checked(8)?;
+    let crc = from_hex(str::from_utf8(crc).ok()?)?;
+    Some((crc, body.strip_prefix(PREFIX_END.as_bytes())?))
+}
+
+/// The parser bounds nesting itself, at 128.
+fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, FormatError> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| FormatError::Damaged(format!("the manifest is malformed: {error}")))
+}
+
+fn parse_attempt(text: &str) -> Result<AttemptId, FormatError> {
+    AttemptId::parse(text).ok_or_else(|| {
+        FormatError::Damaged(format!(
+            "the manifest has an attempt `{text}`, expected 32 lower-case hex digits"
+        ))
+    })
+}
+
+/// Whether arrays and objects nest deeper than `depth_max`. The recursion ends there.
+fn nests_deeper(value: &Value, depth_max: usize) -> bool {
+    let below = |child: &Value| nests_deeper(child, depth_max - 1);
+    match value {
+        Value::Array(items) => depth_max == 0 || items.iter().any(below),
+        Value::Object(entries) => depth_max == 0 || entries.values().any(below),
+        _ => false,
+    }
 }

@@ -1,8 +1,21 @@
+#![doc = include_str!("../../docs/format.md")]
+//!
+//! # This module
+//!
 //! Bytes <-> types, pure: what a shard, an index and a manifest are.
 //!
 //! Always holds: a reader never trusts a length (each is bounded by the bytes at hand and by a
-//! named limit before memory is allocated); what one version wrote, every later one reads.
-//! `docs/format.md` draws the bytes.
+//! named limit before memory is allocated); what one version wrote, every later one reads; a
+//! writer checks the same rules that a reader does, so nothing is written that cannot be read.
+
+/// Fails with [`FormatError::Damaged`] unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err($crate::format::FormatError::Damaged(format!($($message)+)));
+        }
+    };
+}
 
 pub mod checksum;
 pub mod index;

@@ -1,10 +1,17 @@
 //! The state tree: nested containers with tensors at the leaves, as a flat list in preorder.
 //!
 //! Always holds after decoding: the list is exactly one tree, no deeper than [`DEPTH_MAX`]; every
-//! child of a dict has a key, no other node has one; tensor indexes are in range.
+//! child of a dict has a key, no other node has one; tensor indexes are in range. Nothing here
+//! recurses, so no tree, however deep, overflows a stack.
+
+use std::fmt;
+
+use super::FormatError;
 
 /// Deepest nesting of containers.
 pub const DEPTH_MAX: usize = 128;
+/// Most nodes in one tree.
+pub const NODES_MAX: usize = 1 << 24;
 
 /// One node. Children follow their parent directly, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,4 +97,301 @@ pub enum Value {
         /// Items.
         len: u32,
     },
+}
+
+impl Value {
+    /// Whether children follow.
+    pub fn is_container(&self) -> bool {
+        self.children().is_some()
+    }
+
+    /// How many children follow, and how they are named; `None` for a leaf.
+    fn children(&self) -> Option<Open> {
+        let (left, naming) = match *self {
+            Self::Dict { len, metadata, .. } => (
+                len as usize + usize::from(metadata),
+                Naming::Keys { metadata },
+            ),
+            Self::List { len } | Self::Tuple { len } => (len as usize, Naming::Positions),
+            _ => return None,
+        };
+        Some(Open {
+            left,
+            position: 0,
+            naming,
+        })
+    }
+}
+
+/// One step of a path.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Segment<'a> {
+    /// An entry of a dict.
+    Key(&'a Key),
+    /// An item of a list or tuple.
+    Index(usize),
+    /// The `_metadata` attribute of a dict.
+    Metadata,
+}
+
+/// Where a node stands, from the root. Typed; for people, [`fmt::Display`] joins the segments with
+/// `.`: strings as they are, integers and positions in decimal (so the integer 3, the string `3`
+/// and position 3 look the same), other keys as Python writes them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TreePath<'a> {
+    /// The steps; none for the root.
+    pub segments: Vec<Segment<'a>>,
+}
+
+impl fmt::Display for TreePath<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, segment) in self.segments.iter().enumerate() {
+            if position > 0 {
+                formatter.write_str(".")?;
+            }
+            segment.fmt(formatter)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Segment<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(key) => key.fmt(formatter),
+            Self::Index(index) => index.fmt(formatter),
+            Self::Metadata => formatter.write_str("_metadata"),
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Str(text) => formatter.write_str(text),
+            Self::Int(value) => value.fmt(formatter),
+            // Decimal would cost the square of a length that a file chose.
+            Self::BigInt(bytes) => {
+                formatter.write_str("int(0x")?;
+                bytes
+                    .iter()
+                    .rev()
+                    .try_for_each(|byte| write!(formatter, "{byte:02x}"))?;
+                formatter.write_str(")")
+            }
+            Self::Bool(true) => formatter.write_str("True"),
+            Self::Bool(false) => formatter.write_str("False"),
+            Self::Float(value) => write!(formatter, "{value:?}"),
+            Self::Bytes(bytes) => write!(formatter, "b\"{}\"", bytes.escape_ascii()),
+            Self::None => formatter.write_str("None"),
+        }
+    }
+}
+
+/// Visits a tree's nodes in order, knowing the path of each.
+///
+/// A list that is no tree is walked as far as it is one: [`validate`] tells.
+#[derive(Clone, Debug)]
+pub struct Walk<'a> {
+    nodes: &'a [Node],
+    /// Index of the next node.
+    next: usize,
+    /// The containers around the node last visited, outermost first; itself last if it is one.
+    open: Vec<Open>,
+    /// Path of the node last visited.
+    path: TreePath<'a>,
+}
+
+/// A container whose children are being visited.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    /// Children not yet visited.
+    left: usize,
+    /// Children already visited.
+    position: usize,
+    naming: Naming,
+}
+
+/// How a container names its children.
+#[derive(Clone, Copy, Debug)]
+enum Naming {
+    /// Lists and tuples.
+    Positions,
+    /// Dicts; with metadata, all but the first.
+    Keys { metadata: bool },
+}
+
+impl Open {
+    /// Whether the next child has a key.
+    fn next_has_key(&self) -> bool {
+        match self.naming {
+            Naming::Positions => false,
+            Naming::Keys { metadata } => !metadata || self.position > 0,
+        }
+    }
+
+    /// The path segment of the next child.
+    fn next_segment<'a>(&self, node: &'a Node) -> Segment<'a> {
+        match (&node.key, self.naming) {
+            (Some(key), _) => Segment::Key(key),
+            (None, Naming::Keys { .. }) => Segment::Metadata,
+            (None, Naming::Positions) => Segment::Index(self.position),
+        }
+    }
+}
+
+impl<'a> Walk<'a> {
+    /// Starts before the root.
+    pub fn new(nodes: &'a [Node]) -> Self {
+        Self {
+            nodes,
+            next: 0,
+            open: Vec::new(),
+            path: TreePath::default(),
+        }
+    }
+
+    /// Goes to the next node in preorder; `None` after the last.
+    pub fn advance(&mut self) -> Option<&'a Node> {
+        self.leave_finished();
+        let node = self.nodes.get(self.next)?;
+        match self.open.last_mut() {
+            Some(parent) => {
+                self.path.segments.push(parent.next_segment(node));
+                parent.position += 1;
+                parent.left -= 1;
+            }
+            None if self.next > 0 => return None,
+            None => {}
+        }
+        self.next += 1;
+        self.open.extend(node.value.children());
+        Some(node)
+    }
+
+    /// Path of the node that [`Walk::advance`] returned last.
+    pub fn path(&self) -> &TreePath<'a> {
+        &self.path
+    }
+
+    /// Closes the node last visited, if it is a leaf, and every container that has no child left.
+    fn leave_finished(&mut self) {
+        // A path is as long as the containers around its node; one that is itself open adds one.
+        self.path
+            .segments
+            .truncate(self.open.len().saturating_sub(1));
+        while self
+            .open
+            .last()
+            .is_some_and(|container| container.left == 0)
+        {
+            self.open.pop();
+            self.path
+                .segments
+                .truncate(self.open.len().saturating_sub(1));
+        }
+    }
+}
+
+/// Every tensor node in order: the tensor's index and the node's path.
+pub fn tensor_paths(nodes: &[Node]) -> impl Iterator<Item = (u32, TreePath<'_>)> {
+    let mut walk = Walk::new(nodes);
+    std::iter::from_fn(move || {
+        loop {
+            if let Value::Tensor(tensor) = walk.advance()?.value {
+                return Some((tensor, walk.path().clone()));
+            }
+        }
+    })
+}
+
+/// Checks that `nodes` are exactly one tree over `tensors` tensors, and that each value has its one
+/// right form.
+pub fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {
+    ensure!(
+        !nodes.is_empty(),
+        "the tree is empty, expected at least a root"
+    );
+    ensure!(
+        nodes.len() <= NODES_MAX,
+        "the tree has {} nodes, at most {NODES_MAX}",
+        nodes.len()
+    );
+    let mut walk = Walk::new(nodes);
+    loop {
+        walk.leave_finished();
+        let index = walk.next;
+        let has_key = walk.open.last().is_some_and(Open::next_has_key);
+        let Some(node) = walk.advance() else { break };
+        ensure!(
+            node.key.is_some() == has_key,
+            "node {index} at `{}` {}",
+            walk.path(),
+            if has_key {
+                "of a dict has no key"
+            } else {
+                "has a key but is no entry of a dict"
+            }
+        );
+        ensure!(
+            walk.open.len() <= DEPTH_MAX,
+            "node {index} nests containers deeper than {DEPTH_MAX}"
+        );
+        let left = nodes.len() - walk.next;
+        if let Some(children) = node.value.children() {
+            ensure!(
+                children.left <= left,
+                "node {index} at `{}` claims {} children, and only {left} nodes follow",
+                walk.path(),
+                children.left
+            );
+        }
+        validate_node(node, tensors).map_err(|why| {
+            FormatError::Damaged(format!("node {index} at `{}` {why}", walk.path()))
+        })?;
+    }
+    ensure!(
+        walk.open.is_empty(),
+        "the tree ends early: {} containers lack children",
+        walk.open.len()
+    );
+    ensure!(
+        walk.next == nodes.len(),
+        "the tree ends after {} nodes, and {} are there",
+        walk.next,
+        nodes.len()
+    );
+    Ok(())
+}
+
+/// Checks one node by itself. The error continues a sentence that begins with the node.
+fn validate_node(node: &Node, tensors: usize) -> Result<(), String> {
+    if let Some(Key::BigInt(bytes)) = &node.key
+        && !is_canonical_big_int(bytes)
+    {
+        return Err("has an integer key that is not in its shortest form".into());
+    }
+    match &node.value {
+        Value::BigInt(bytes) if !is_canonical_big_int(bytes) => {
+            Err("is an integer that is not in its shortest form".into())
+        }
+        Value::Tensor(tensor) if *tensor as usize >= tensors => {
+            Err(format!("names tensor {tensor} of {tensors}"))
+        }
+        Value::Dict {
+            ordered: false,
+            metadata: true,
+            ..
+        } => Err("is a plain dict with metadata, which only ordered ones have".into()),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an integer needs more than 64 bits and every byte that it has.
+fn is_canonical_big_int(bytes: &[u8]) -> bool {
+    let [.., below, top] = bytes else {
+        return false;
+    };
+    let negative = below & 0x80 != 0;
+    bytes.len() > 8 && *top != if negative { 0xff } else { 0x00 }
 }

@@ -16,6 +16,7 @@ use super::job::{Job, Message};
 use super::write::{IndexDraft, WrittenShard, write_shard};
 use crate::engine::Core;
 use crate::error::IoContext;
+use crate::format::checksum::to_hex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
@@ -144,7 +145,7 @@ fn shard_entry(job: &Job, written: WrittenShard) -> ShardEntry {
     ShardEntry {
         bytes: written.file_bytes,
         file: shard_file_name(job.shard.rank, job.shard.attempt),
-        footer_crc32c: format!("{:08x}", written.footer_crc32c),
+        footer_crc32c: to_hex(written.footer_crc32c),
         rank: job.shard.rank,
         raw_bytes: job.layout.raw_bytes(),
         replicated: Vec::new(),
@@ -159,7 +160,16 @@ fn publish(
     replaces: Option<AttemptId>,
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
-    let bytes = manifest.encode();
+    let encoded = manifest.encode().map_err(|error| {
+        EngineError::internal(format!("publishing step {}", job.shard.step), error.to_string())
+    });
+    let bytes = match encoded {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            sink.abandon();
+            return Err(error);
+        }
+    };
     let published = core.store.publish(Publication {
         step: job.shard.step,
         attempt: job.shard.attempt,

@@ -56,8 +56,12 @@ pub(super) enum LockFile {
 
 impl Locks {
     pub(super) fn new() -> Arc<Self> {
+        Self::of_process(std::process::id())
+    }
+
+    pub(super) fn of_process(process: u32) -> Arc<Self> {
         Arc::new(Self {
-            process: std::process::id(),
+            process,
             held: Mutex::default(),
             next_key: AtomicU64::new(0),
         })
@@ -115,7 +119,7 @@ impl Locks {
         }
     }
 
-    fn lock_table(&self) -> MutexGuard<'_, BTreeMap<u64, Option<OwnedFd>>> {
+    pub(super) fn lock_table(&self) -> MutexGuard<'_, BTreeMap<u64, Option<OwnedFd>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -184,7 +188,7 @@ impl WriterLock {
             tv_nsec: UTIME_NOW,
         };
         let times = Timestamps {
-            last_access: now.clone(),
+            last_access: now,
             last_modification: now,
         };
         self.with_descriptor(|descriptor| {

@@ -13,8 +13,8 @@
 //! - A reader creates, writes, locks and deletes nothing.
 //! - A name is durable before anything relies on it: each directory created is synced in its
 //!   parent, each shard in its step's directory, before the manifest that names it is published.
-//! - In a forked child every call is refused, and dropping anything leaves the files and locks of
-//!   the parent as they are.
+//! - In a forked child every call that would change something, or wait for a transfer, is refused,
+//!   and dropping anything leaves the files and locks of the parent as they are.
 //!
 //! `docs/durability.md` tells the protocol and every way in which it can be cut short.
 
@@ -35,6 +35,7 @@ mod map;
 mod publish;
 mod record;
 mod remove;
+mod root;
 mod sink;
 mod source;
 #[cfg(test)]
@@ -85,11 +86,11 @@ impl LocalStore {
         let locks = Locks::new();
         let writer = match access {
             Access::Read => {
-                check_directory(&path)?;
+                root::check_directory(&path)?;
                 None
             }
             Access::Write => {
-                create_directories(&*io, &path)?;
+                root::create_directories(&*io, &path)?;
                 Some(WriterLock::acquire(&locks, &path)?)
             }
         };
@@ -135,7 +136,7 @@ impl Store for LocalStore {
         {
             Ok(reply) => names_in(reply)?,
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(missing_store(&self.shared.path));
+                return Err(root::missing_store(&self.shared.path));
             }
             Err(error) => return Err(EngineError::from_io("listing", &self.shared.path, error)),
         };
@@ -152,6 +153,7 @@ impl Store for LocalStore {
     }
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        self.shared.check_process("reading a manifest")?;
         let directory = self.shared.step_directory(step);
         if !is_directory(&*self.shared.io, &directory)? {
             return Ok(None);
@@ -339,63 +341,4 @@ fn unexpected_reply(reply: &EntryReply) -> EngineError {
         "an operation on directory entries",
         format!("it replied {reply:?}"),
     )
-}
-
-/// Creates a directory with its parents, each durable in its own parent.
-fn create_directories(io: &dyn Io, path: &Path) -> Result<()> {
-    let mut missing: Vec<&Path> = Vec::new();
-    for ancestor in path.ancestors() {
-        match io.entry(&EntryOp::CreateDir(ancestor.into())) {
-            Ok(_) => {
-                sync_parent(io, ancestor)?;
-                break;
-            }
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                check_directory(ancestor)?;
-                break;
-            }
-            Err(error) if error.kind() == ErrorKind::NotFound => missing.push(ancestor),
-            Err(error) => return Err(EngineError::from_io("creating directory", ancestor, error)),
-        }
-    }
-    for directory in missing.into_iter().rev() {
-        match io.entry(&EntryOp::CreateDir(directory.into())) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-                return Err(EngineError::from_io("creating directory", directory, error));
-            }
-            _ => sync_parent(io, directory)?,
-        }
-    }
-    Ok(())
-}
-
-fn sync_parent(io: &dyn Io, path: &Path) -> Result<()> {
-    let Some(parent) = path.parent() else {
-        return Ok(());
-    };
-    io.entry(&EntryOp::SyncDir(parent.into()))
-        .context("syncing directory", parent)?;
-    Ok(())
-}
-
-/// That a store is there. Here, and only here, symbolic links are followed: the user chose the path.
-fn check_directory(path: &Path) -> Result<()> {
-    match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => Ok(()),
-        Ok(_) => Err(EngineError::invalid(
-            format!("opening store `{}`", path.display()),
-            "it is a file, and a store is a directory",
-            "choose another path",
-        )),
-        Err(error) if error.kind() == ErrorKind::NotFound => Err(missing_store(path)),
-        Err(error) => Err(EngineError::from_io("opening store", path, error)),
-    }
-}
-
-fn missing_store(path: &Path) -> EngineError {
-    EngineError::NotFound {
-        what: format!("opening store `{}`", path.display()),
-        why: "there is no such directory".into(),
-        hint: "check the path, or open it for writing once, which creates it".into(),
-    }
 }

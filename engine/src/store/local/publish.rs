@@ -6,8 +6,8 @@
 //!                                                         the checkpoint exists from here on
 //! ```
 //!
-//! Always holds: `manifest.json` is whole whenever it is visible; one that decodes is replaced only
-//! by a publication that names its attempt; whatever the rename says, what stands afterwards
+//! Always holds: `manifest.json` is whole whenever it is visible; one that makes a checkpoint is
+//! replaced only by a publication that names its attempt; whatever the rename says, what stands afterwards
 //! decides.
 
 use std::io::ErrorKind;
@@ -58,7 +58,7 @@ pub(super) enum Standing {
     Ours,
     /// A manifest of another attempt.
     Other(String),
-    /// A manifest that does not decode: no checkpoint.
+    /// A manifest that does not decode, or of another step: no checkpoint.
     Damaged(String),
     /// A manifest by a newer version.
     Newer(String),
@@ -81,6 +81,9 @@ pub(super) fn standing(shared: &Shared, step: u64, attempt: AttemptId) -> Result
         return Ok(Standing::Nothing);
     };
     Ok(match Manifest::decode(&bytes) {
+        Ok(manifest) if manifest.step != step => {
+            Standing::Damaged(format!("it is the manifest of step {}", manifest.step))
+        }
         Ok(manifest) if manifest.attempt == attempt.to_string() => Standing::Ours,
         Ok(manifest) => Standing::Other(manifest.attempt),
         Err(FormatError::Damaged(why)) => Standing::Damaged(why),
@@ -107,7 +110,7 @@ fn decide(standing: &Standing, publication: Publication<'_>) -> Result<Action> {
         (Standing::Other(other), Some(replaces)) if *other == replaces.to_string() => {
             Ok(Action::Replace)
         }
-        // Its checksum fails, so it is no checkpoint, and nothing that exists is lost.
+        // It makes no checkpoint, so nothing that exists is lost.
         (Standing::Damaged(why), _) => {
             tracing::warn!(step, why, "a damaged manifest is replaced");
             Ok(Action::Replace)

@@ -5,11 +5,11 @@
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use crate::error::IoContext;
 use crate::io::buffer::{Buffer, BufferPool};
-use crate::io::{ALIGNMENT, Direction, EntryOp, File, Io, OpenMode, Transfer, transfer};
+use crate::io::{ALIGNMENT, EntryOp, File, Io, OpenMode, transfer};
 use crate::{EngineError, Result};
 
 /// Most bytes in flight: most manifests fit.
@@ -69,7 +69,9 @@ fn write_all(io: &Arc<dyn Io>, file: &Arc<File>, bytes: &[u8]) -> io::Result<()>
     let mut offset = 0;
     for piece in bytes.chunks(buffer.len()) {
         buffer[..piece.len()].copy_from_slice(piece);
-        buffer = move_bytes(io, file, offset, buffer, piece.len(), Direction::Write)?;
+        let outcome;
+        (outcome, buffer) = transfer::write_fully(io, file, offset, buffer, 0..piece.len());
+        outcome?;
         offset += piece.len() as u64;
     }
     Ok(())
@@ -81,7 +83,9 @@ fn read_all(io: &Arc<dyn Io>, file: &Arc<File>, file_bytes: usize) -> io::Result
     while bytes.len() < file_bytes {
         let piece_bytes = buffer.len().min(file_bytes - bytes.len());
         let offset = bytes.len() as u64;
-        buffer = move_bytes(io, file, offset, buffer, piece_bytes, Direction::Read)?;
+        let outcome;
+        (outcome, buffer) = transfer::read_fully(io, file, offset, buffer, 0..piece_bytes);
+        outcome?;
         bytes.extend_from_slice(&buffer[..piece_bytes]);
     }
     Ok(bytes)
@@ -92,33 +96,4 @@ fn take_buffer(record_bytes: usize) -> io::Result<Buffer> {
         .clamp(1, BUFFER_BYTES_MAX)
         .next_multiple_of(ALIGNMENT);
     Ok(BufferPool::new(buffer_bytes, 1)?.take())
-}
-
-/// Moves the first `bytes` of `buffer` and waits.
-fn move_bytes(
-    io: &Arc<dyn Io>,
-    file: &Arc<File>,
-    offset: u64,
-    buffer: Buffer,
-    bytes: usize,
-    direction: Direction,
-) -> io::Result<Buffer> {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let done = move |outcome, buffer| {
-        // The receiver waits below; without it nobody needs the answer.
-        let _ = sender.send((outcome, buffer));
-    };
-    let transfer = Transfer {
-        file: Arc::clone(file),
-        offset,
-        buffer,
-        range: 0..bytes,
-        direction,
-        done: Box::new(done),
-    };
-    transfer::submit_whole(io, transfer);
-    let (outcome, buffer): (io::Result<usize>, Buffer) = receiver
-        .recv()
-        .map_err(|_| io::Error::other("a transfer ended without an outcome"))?;
-    outcome.map(|_| buffer)
 }

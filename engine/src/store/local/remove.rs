@@ -49,15 +49,14 @@ pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Op
         return Ok(Some(0));
     }
     let path = directory.join(file);
-    let freed_bytes = match names::parse_shard_file(file) {
+    let freed_bytes = if let Some((_, attempt)) = names::parse_shard_file(file) {
         // Asked under the lock: an attempt publishes before it lets go of its shard.
-        Some((_, attempt)) => remove_unlocked(shared, &path, || {
+        remove_unlocked(shared, &path, || {
             Ok(!publish::standing(shared, step, attempt)?.may_be_ours())
-        })?,
-        None => {
-            let _changes = shared.changes();
-            Some(remove_file(shared, &path)?)
-        }
+        })?
+    } else {
+        let _changes = shared.changes();
+        Some(remove_file(shared, &path)?)
     };
     if freed_bytes.is_some() {
         remove_empty_step(shared, step)?;

@@ -34,7 +34,7 @@ const CREATE_ATTEMPTS_MAX: u32 = 8;
 #[derive(Debug)]
 pub(super) struct LocalShardSink {
     shared: Arc<Shared>,
-    shard: ShardId,
+    id: ShardId,
     path: PathBuf,
     file: Arc<File>,
     flight: Arc<Flight>,
@@ -54,12 +54,12 @@ enum Phase {
 }
 
 impl LocalShardSink {
-    pub(super) fn create(shared: &Arc<Shared>, shard: ShardId, reserve_bytes: u64) -> Result<Self> {
-        let path = shared.shard_path(shard);
-        let (file, lock) = create_locked(shared, shard.step, &path)?;
+    pub(super) fn create(shared: &Arc<Shared>, id: ShardId, reserve_bytes: u64) -> Result<Self> {
+        let path = shared.shard_path(id);
+        let (file, lock) = create_locked(shared, id.step, &path)?;
         let sink = Self {
             shared: Arc::clone(shared),
-            shard,
+            id,
             path,
             file,
             flight: Arc::new(Flight::new(shared.in_flight_bytes_max)),
@@ -114,7 +114,7 @@ impl LocalShardSink {
             .sync(&self.file)
             .context("syncing", &self.path)?;
         self.shared
-            .sync_directory(&self.shared.step_directory(self.shard.step))
+            .sync_directory(&self.shared.step_directory(self.id.step))
     }
 
     /// Deletes the file, and the step's directory if that leaves it empty.
@@ -133,15 +133,15 @@ impl LocalShardSink {
                 return;
             }
         }
-        if let Err(error) = remove::remove_empty_step(&self.shared, self.shard.step) {
-            tracing::warn!(step = self.shard.step, %error, "an empty step directory stays behind");
+        if let Err(error) = remove::remove_empty_step(&self.shared, self.id.step) {
+            tracing::warn!(step = self.id.step, %error, "an empty step directory stays behind");
         }
     }
 
     /// Whether a published manifest may name this file: a publication can fail after its manifest
     /// became visible, and then the file is part of a checkpoint.
     fn may_be_published(&self) -> bool {
-        match publish::standing(&self.shared, self.shard.step, self.shard.attempt) {
+        match publish::standing(&self.shared, self.id.step, self.id.attempt) {
             Ok(standing) => standing.may_be_ours(),
             Err(_) => true,
         }
@@ -161,7 +161,7 @@ impl ShardSink for LocalShardSink {
         self.flight.start(in_flight_bytes)?;
         let flight = Arc::clone(&self.flight);
         let path = self.path.clone();
-        transfer::submit_whole(
+        transfer::transfer_fully(
             &self.shared.io,
             Transfer {
                 file: Arc::clone(&self.file),
@@ -230,7 +230,7 @@ impl Drop for LocalShardSink {
 /// Creates the step's directory, durable, and in it a new file with its lock.
 fn create_locked(shared: &Shared, step: u64, path: &Path) -> Result<(Arc<File>, Lock)> {
     let directory = shared.step_directory(step);
-    for _ in 1..CREATE_ATTEMPTS_MAX {
+    for _ in 0..CREATE_ATTEMPTS_MAX {
         create_step_directory(shared, &directory)?;
         // A cleaner takes locks under this mutex, so it meets no file that is not locked yet.
         let _changes = shared.changes();
@@ -308,13 +308,11 @@ impl Flight {
             .landed
             .wait_while(self.lock(), full)
             .unwrap_or_else(PoisonError::into_inner);
-        match &state.failure {
-            Some(failure) => Err(failure.duplicate()),
-            None => {
-                state.bytes += bytes;
-                Ok(())
-            }
+        if let Some(failure) = &state.failure {
+            return Err(failure.duplicate());
         }
+        state.bytes += bytes;
+        Ok(())
     }
 
     fn land(&self, bytes: u64, outcome: Result<()>) {

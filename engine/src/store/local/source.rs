@@ -21,8 +21,8 @@ pub(super) struct LocalShardSource {
 }
 
 impl LocalShardSource {
-    pub(super) fn open(shared: &Arc<Shared>, shard: ShardId) -> Result<Self> {
-        let path = shared.shard_path(shard);
+    pub(super) fn open(shared: &Arc<Shared>, id: ShardId) -> Result<Self> {
+        let path = shared.shard_path(id);
         let missing = || EngineError::NotFound {
             what: format!("opening shard `{}`", path.display()),
             why: "there is no such file".into(),
@@ -61,7 +61,7 @@ impl ShardSource for LocalShardSource {
         }
         let file = Arc::clone(&self.file);
         let path = self.file.path.clone();
-        transfer::submit_whole(
+        transfer::transfer_fully(
             &self.shared.io,
             Transfer {
                 file,

@@ -1,0 +1,224 @@
+//! The shard index: the tree, and where each storage, tensor and chunk lies.
+//!
+//! ```text
+//! ShardIndex --check--> wire --zstd--> stored bytes       stored bytes --zstd--> wire --check--> ShardIndex
+//! ```
+//!
+//! Always holds: an index that was decoded describes its file exactly (header, chunks, index and
+//! footer tile it; storages and tensors stay within what the chunks hold), so its users check
+//! nothing again; decoding takes memory in proportion to [`INDEX_BYTES_MAX`] at most, whatever the
+//! bytes claim.
+
+use super::FormatError;
+use super::layout::ElementType;
+use super::tree::{self, Node};
+use crate::codec::Codec;
+
+mod check;
+mod wire;
+
+/// Most tensors in one shard.
+pub const TENSORS_MAX: usize = 1 << 22;
+/// Most storages in one shard: each is there for a tensor.
+pub const STORAGES_MAX: usize = TENSORS_MAX;
+/// Most dimensions of a tensor: what torch and numpy allow.
+pub const DIMENSIONS_MAX: usize = 64;
+/// Most bytes of a tensor's dtype name.
+pub const DTYPE_BYTES_MAX: usize = 255;
+/// Most bytes of an index, encoded and before its compression.
+pub const INDEX_BYTES_MAX: u64 = 1 << 30;
+
+/// The level that indexes are compressed with: a few milliseconds per MiB, a tenth of the size.
+const ZSTD_LEVEL: i32 = 3;
+/// Most bytes that one stored byte of a zstd frame can stand for: a block of 128 KiB takes four.
+const ZSTD_RATIO_MAX: u64 = 128 * 1024 / 4;
+
+/// Everything a shard says about its chunks.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ShardIndex {
+    /// The state tree in preorder; never empty.
+    pub nodes: Vec<Node>,
+    /// Storages by ascending raw offset.
+    pub storages: Vec<StorageRecord>,
+    /// Tensors, in order of first appearance in the tree.
+    pub tensors: Vec<TensorRecord>,
+    /// Chunks, in order of raw offset.
+    pub chunks: Vec<ChunkRecord>,
+}
+
+/// Where a storage lies in the raw layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StorageRecord {
+    /// Bytes from the start of the raw layout; a multiple of 64.
+    pub raw_offset: u64,
+    /// Length.
+    pub bytes: u64,
+    /// What the bytes are.
+    pub element: ElementType,
+}
+
+/// Which library a tensor belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TensorKind {
+    /// `torch.Tensor`.
+    Torch,
+    /// `torch.nn.Parameter`.
+    TorchParameter,
+    /// `numpy.ndarray`.
+    Numpy,
+}
+
+/// A view of a storage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorRecord {
+    /// Index into [`ShardIndex::storages`].
+    pub storage: u32,
+    /// Which library.
+    pub kind: TensorKind,
+    /// torch's dtype name without `torch.`, or numpy's `dtype.str`.
+    pub dtype: String,
+    /// Bytes of one item, at least 1.
+    pub item_bytes: u32,
+    /// Items per dimension.
+    pub shape: Vec<u64>,
+    /// Items to skip per dimension; as long as `shape`.
+    pub strides: Vec<u64>,
+    /// Items from the storage's start to the first one.
+    pub offset: u64,
+    /// `requires_grad`.
+    pub requires_grad: bool,
+    /// Set when this is a slice of a larger tensor.
+    pub slice: Option<GlobalSlice>,
+}
+
+/// Where a slice stands in the tensor it was cut from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GlobalSlice {
+    /// Shape of the whole tensor.
+    pub shape: Vec<u64>,
+    /// Position of the slice's first item, per dimension.
+    pub offsets: Vec<u64>,
+}
+
+/// Where a chunk's stored bytes lie and how they are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkRecord {
+    /// Bytes from the file's start; a multiple of 4096.
+    pub offset: u64,
+    /// Stored bytes without padding.
+    pub stored_bytes: u32,
+    /// Raw bytes: `chunk_bytes`, less for the last chunk.
+    pub raw_bytes: u32,
+    /// How the stored bytes were made.
+    pub codec: Codec,
+    /// CRC-32C of the stored bytes with their zero padding to 4096.
+    pub stored_crc32c: u32,
+    /// CRC-32C of the raw bytes.
+    pub raw_crc32c: u32,
+}
+
+/// An index as its shard stores it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedIndex {
+    /// One zstd frame, without padding.
+    pub stored: Vec<u8>,
+    /// Bytes once decompressed.
+    pub raw_bytes: u64,
+}
+
+/// What the header and footer say about the file that an index is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexContext {
+    /// Length of the file.
+    pub file_bytes: u64,
+    /// Raw bytes per chunk.
+    pub chunk_bytes: u32,
+    /// Where the index starts.
+    pub index_offset: u64,
+}
+
+impl ShardIndex {
+    /// The bytes to store. Fails on what [`ShardIndex::decode`] would refuse in any file.
+    pub fn encode(&self) -> Result<EncodedIndex, FormatError> {
+        self.validate()?;
+        let raw = wire::encode(self);
+        let raw_bytes = raw.len() as u64;
+        ensure!(
+            raw_bytes <= INDEX_BYTES_MAX,
+            "the index takes {raw_bytes} bytes, at most {INDEX_BYTES_MAX}"
+        );
+        let mut stored = Vec::with_capacity(zstd_safe::compress_bound(raw.len()));
+        zstd_safe::compress(&mut stored, &raw, ZSTD_LEVEL)
+            .map_err(|code| zstd_error("compressing the index", code))?;
+        stored.shrink_to_fit();
+        Ok(EncodedIndex { stored, raw_bytes })
+    }
+
+    /// Reads stored bytes, already checked against the footer's checksum, that are `raw_bytes` long
+    /// once decompressed.
+    pub fn decode(
+        stored: &[u8],
+        raw_bytes: u64,
+        context: IndexContext,
+    ) -> Result<Self, FormatError> {
+        let raw = decompress(stored, raw_bytes)?;
+        // The file cannot hold more chunks than pages.
+        let chunks_max = context.file_bytes / super::shard::REGION_ALIGNMENT;
+        let index = wire::decode(&raw, chunks_max)?;
+        drop(raw);
+        index.validate()?;
+        check::chunk_lengths(&index.chunks, index.raw_bytes(), context.chunk_bytes)?;
+        check::tiling(&index.chunks, stored.len() as u64, context)?;
+        Ok(index)
+    }
+
+    /// Bytes of the raw layout: where its last storage ends.
+    pub fn raw_bytes(&self) -> u64 {
+        self.storages
+            .last()
+            .map_or(0, |storage| storage.raw_offset + storage.bytes)
+    }
+
+    /// Checks everything that does not depend on the file.
+    fn validate(&self) -> Result<(), FormatError> {
+        tree::validate(&self.nodes, self.tensors.len())?;
+        check::storages(&self.storages)?;
+        check::tensors(&self.tensors, &self.storages)?;
+        check::chunks(&self.chunks)
+    }
+}
+
+/// Decompresses exactly one frame of exactly `raw_bytes`. The allocation is bounded by the limit
+/// and by what a frame of this length can hold.
+fn decompress(stored: &[u8], raw_bytes: u64) -> Result<Vec<u8>, FormatError> {
+    let stored_bytes = stored.len() as u64;
+    ensure!(
+        raw_bytes <= INDEX_BYTES_MAX && raw_bytes <= stored_bytes.saturating_mul(ZSTD_RATIO_MAX),
+        "an index of {stored_bytes} stored bytes claims {raw_bytes} once decompressed"
+    );
+    let frame_bytes = zstd_safe::find_frame_compressed_size(stored)
+        .map_err(|code| zstd_error("finding the index's frame", code))?;
+    ensure!(
+        frame_bytes == stored.len(),
+        "the index's frame ends after {frame_bytes} of {stored_bytes} bytes"
+    );
+    let capacity = usize::try_from(raw_bytes)
+        .map_err(|_| FormatError::Damaged(format!("an index of {raw_bytes} bytes")))?;
+    let mut raw = Vec::new();
+    raw.try_reserve_exact(capacity)
+        .map_err(|error| FormatError::Damaged(format!("an index of {raw_bytes} bytes: {error}")))?;
+    let actual = zstd_safe::decompress(&mut raw, stored)
+        .map_err(|code| zstd_error("decompressing the index", code))?;
+    ensure!(
+        actual == capacity,
+        "the index has {actual} bytes once decompressed, expected {raw_bytes}"
+    );
+    Ok(raw)
+}
+
+fn zstd_error(what: &str, code: usize) -> FormatError {
+    FormatError::Damaged(format!("{what}: {}", zstd_safe::get_error_name(code)))
+}
+
+#[cfg(test)]
+mod tests;
