@@ -49,9 +49,9 @@ impl SaveHandle {
     /// The outcome as a dict, once it has come; None before. Raises the save's error, which then
     /// counts as seen.
     fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let outcome = self.guard.call(py, &self.what(), || {
-            self.inner.result(Some(Duration::ZERO)).transpose()
-        })?;
+        let outcome = self
+            .guard
+            .call(py, &self.what(), || self.inner.result(Some(Duration::ZERO)).transpose())?;
         outcome.map(|info| json_to_python(py, &info)).transpose()
     }
 

@@ -36,8 +36,8 @@ impl Manager {
     fn new(py: Python<'_>, path: PathBuf, settings: &str) -> PyResult<Self> {
         let guard = Guard::new();
         let engine = guard.call(py, "opening the store", || {
-            let config: Config = serde_json::from_str(settings)
-                .map_err(|error| not_json("the settings", &error))?;
+            let config: Config =
+                serde_json::from_str(settings).map_err(|error| not_json("the settings", &error))?;
             Engine::open(Config { path, ..config })
         })?;
         Ok(Self { engine: Arc::new(engine), guard })
@@ -64,7 +64,8 @@ impl Manager {
         let (nodes, tensors, storages) = state;
         let nodes = tree::nodes_from_python(&nodes)?;
         let tensors = tree::tensors_from_python(&tensors)?;
-        let sources = storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
+        let sources =
+            storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
         let handle = self.guard.call(py, &format!("saving step {step}"), || {
             self.engine.save(SaveRequest {
                 step,
@@ -103,8 +104,9 @@ impl Manager {
 
     /// Opens this rank's shard of a step: manifest and index are read and checked.
     fn checkpoint(&self, py: Python<'_>, step: u64) -> PyResult<Checkpoint> {
-        let checkpoint =
-            self.guard.call(py, &format!("opening step {step}"), || self.engine.checkpoint(step))?;
+        let checkpoint = self
+            .guard
+            .call(py, &format!("opening step {step}"), || self.engine.checkpoint(step))?;
         Ok(Checkpoint::new(checkpoint, self.guard.clone()))
     }
 

@@ -67,7 +67,11 @@ impl Source {
         let laid_end_to_end =
             pieces.iter().try_fold(0, |end, piece| (piece.at == end).then(|| piece.end()));
         if laid_end_to_end != Some(bytes) {
-            return Err(misuse(py, "reading a storage", format!("its pieces are not {bytes} bytes")));
+            return Err(misuse(
+                py,
+                "reading a storage",
+                format!("its pieces are not {bytes} bytes"),
+            ));
         }
         Ok(Self { element, bytes, pieces })
     }

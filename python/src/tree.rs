@@ -72,7 +72,9 @@ fn value_from_python(tag: u8, payload: &Bound<'_, PyAny>) -> PyResult<Value> {
         }
         LIST => Value::List { len: payload.extract()? },
         TUPLE => Value::Tuple { len: payload.extract()? },
-        _ => return Err(misuse(payload.py(), "reading a state tree", format!("unknown tag {tag}"))),
+        _ => {
+            return Err(misuse(payload.py(), "reading a state tree", format!("unknown tag {tag}")));
+        }
     })
 }
 
@@ -127,7 +129,10 @@ fn big_integer<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>
 }
 
 /// A list of tuples from nodes in preorder.
-pub(crate) fn nodes_to_python<'py>(py: Python<'py>, nodes: &[Node]) -> PyResult<Bound<'py, PyList>> {
+pub(crate) fn nodes_to_python<'py>(
+    py: Python<'py>,
+    nodes: &[Node],
+) -> PyResult<Bound<'py, PyList>> {
     let items = nodes.iter().map(|node| node_to_python(py, node)).collect::<PyResult<Vec<_>>>()?;
     PyList::new(py, items)
 }
@@ -223,10 +228,7 @@ pub(crate) fn tensors_to_python<'py>(
     PyList::new(py, items)
 }
 
-fn tensor_to_python<'py>(
-    py: Python<'py>,
-    tensor: &TensorRecord,
-) -> PyResult<Bound<'py, PyTuple>> {
+fn tensor_to_python<'py>(py: Python<'py>, tensor: &TensorRecord) -> PyResult<Bound<'py, PyTuple>> {
     let kind: u8 = match tensor.kind {
         TensorKind::Torch => 0,
         TensorKind::TorchParameter => 1,
