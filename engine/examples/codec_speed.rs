@@ -19,43 +19,16 @@ const PASSES: usize = 7;
 
 fn main() -> Result<(), CodecError> {
     let data = [
-        (
-            "bytes, 6 bits",
-            ElementType::Bytes,
-            chunks(|random| vec![random.byte() & 0x3f]),
-        ),
-        (
-            "f16 weights",
-            ElementType::F16,
-            chunks(|random| f16(random.weight()).to_vec()),
-        ),
-        (
-            "bf16 weights",
-            ElementType::Bf16,
-            chunks(|random| bf16(random.weight()).to_vec()),
-        ),
-        (
-            "f32 weights",
-            ElementType::F32,
-            chunks(|random| random.weight().to_le_bytes().to_vec()),
-        ),
-        (
-            "f64 weights",
-            ElementType::F64,
-            chunks(|random| random.weight_f64().to_vec()),
-        ),
+        ("bytes, 6 bits", ElementType::Bytes, chunks(|random| vec![random.byte() & 0x3f])),
+        ("f16 weights", ElementType::F16, chunks(|random| f16(random.weight()).to_vec())),
+        ("bf16 weights", ElementType::Bf16, chunks(|random| bf16(random.weight()).to_vec())),
+        ("f32 weights", ElementType::F32, chunks(|random| random.weight().to_le_bytes().to_vec())),
+        ("f64 weights", ElementType::F64, chunks(|random| random.weight_f64().to_vec())),
         ("f32 zeros", ElementType::F32, chunks(|_| vec![0; 4])),
-        (
-            "f32 noise",
-            ElementType::F32,
-            chunks(|random| vec![random.byte(); 1]),
-        ),
+        ("f32 noise", ElementType::F32, chunks(|random| vec![random.byte(); 1])),
     ];
 
-    println!(
-        "{:<14} {:<6} {:>10} {:>10} {:>8}",
-        "data", "codec", "encode", "decode", "stored"
-    );
+    println!("{:<14} {:<6} {:>10} {:>10} {:>8}", "data", "codec", "encode", "decode", "stored");
     for (name, element, chunks) in &data {
         for codec in [Codec::Float, Codec::Zstd, Codec::Gzip] {
             measure_codec(name, codec, *element, chunks)?;
@@ -63,10 +36,7 @@ fn main() -> Result<(), CodecError> {
     }
 
     println!();
-    println!(
-        "{:<14} {:<6} {:>10} {:>10}",
-        "planes", "width", "split", "join"
-    );
+    println!("{:<14} {:<6} {:>10} {:>10}", "planes", "width", "split", "join");
     for kernels in Kernels::available() {
         for width in [2, 4, 8] {
             measure_planes(kernels, width, &data[3].2);
@@ -82,11 +52,7 @@ fn measure_codec(
     chunks: &[Vec<u8>],
 ) -> Result<(), CodecError> {
     // gzip is so slow that a chunk a pass tells enough.
-    let (chunks, passes) = if codec == Codec::Gzip {
-        (&chunks[..1], 1)
-    } else {
-        (chunks, PASSES)
-    };
+    let (chunks, passes) = if codec == Codec::Gzip { (&chunks[..1], 1) } else { (chunks, PASSES) };
     let (mut encoder, mut decoder) = (Encoder::new(), Decoder::new());
     let mut stored = vec![vec![0; CHUNK_BYTES]; chunks.len()];
     let mut results = vec![Encoded::Raw; chunks.len()];
@@ -119,11 +85,7 @@ fn measure_codec(
         "{name:<14} {:<6} {:>10} {:>10} {:>7}%",
         codec.name(),
         gib_per_second(raw_bytes, encode_time),
-        if stored_bytes == raw_bytes {
-            "-".into()
-        } else {
-            gib_per_second(raw_bytes, decode_time)
-        },
+        if stored_bytes == raw_bytes { "-".into() } else { gib_per_second(raw_bytes, decode_time) },
         stored_bytes * 100 / raw_bytes,
     );
     Ok(())
@@ -134,10 +96,7 @@ fn measure_codec(
 fn measure_planes(kernels: Kernels, width: usize, chunks: &[Vec<u8>]) {
     let mut buffer = vec![0; width << 17];
     let split_time = best_of(PASSES, || {
-        for block in chunks
-            .iter()
-            .flat_map(|chunk| chunk.chunks_exact(width << 17))
-        {
+        for block in chunks.iter().flat_map(|chunk| chunk.chunks_exact(width << 17)) {
             let mut planes: Vec<&mut [u8]> = buffer.chunks_exact_mut(1 << 17).collect();
             kernels.split(black_box(block), &mut planes);
         }
@@ -146,10 +105,7 @@ fn measure_planes(kernels: Kernels, width: usize, chunks: &[Vec<u8>]) {
     let planes: Vec<&[u8]> = buffer.chunks_exact(1 << 17).collect();
     let mut back = chunks.to_vec();
     let join_time = best_of(PASSES, || {
-        for block in back
-            .iter_mut()
-            .flat_map(|chunk| chunk.chunks_exact_mut(width << 17))
-        {
+        for block in back.iter_mut().flat_map(|chunk| chunk.chunks_exact_mut(width << 17)) {
             kernels.join(black_box(&planes), block);
         }
         Ok(())

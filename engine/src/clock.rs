@@ -16,6 +16,11 @@ pub trait Environment: Send + Sync + fmt::Debug {
     fn attempt_id(&self) -> Result<AttemptId>;
 }
 
+/// Time since `start`, by the same environment's monotonic clock.
+pub(crate) fn elapsed(environment: &dyn Environment, start: Duration) -> Duration {
+    environment.monotonic().saturating_sub(start)
+}
+
 /// The machine's own clocks and random source.
 #[derive(Debug)]
 pub struct System {
@@ -43,7 +48,9 @@ impl Environment for System {
         getrandom::fill(&mut bytes).map_err(|error| EngineError::Io {
             what: "drawing an attempt id".into(),
             source: std::io::Error::other(error.to_string()),
-            hint: "the kernel's random source is unavailable: check the sandbox's system-call filter".into(),
+            hint:
+                "the kernel's random source is unavailable: check the sandbox's system-call filter"
+                    .into(),
         })?;
         Ok(AttemptId(bytes))
     }

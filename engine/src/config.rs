@@ -199,14 +199,19 @@ impl Config {
         if let Some(staging_bytes) = self.staging_bytes.filter(|bytes| *bytes < staging_bytes_min) {
             return Err(EngineError::invalid(
                 format!("setting `staging_bytes` = {staging_bytes}"),
-                format!("at least {STAGING_CHUNKS_MIN} chunks, {staging_bytes_min} bytes, are needed"),
+                format!(
+                    "at least {STAGING_CHUNKS_MIN} chunks, {staging_bytes_min} bytes, are needed"
+                ),
                 "raise `staging_bytes` or lower `chunk_bytes`",
             ));
         }
         if !(u64::from(self.chunk_bytes)..=IN_FLIGHT_BYTES_MAX).contains(&self.in_flight_bytes) {
             return Err(EngineError::invalid(
                 format!("setting `in_flight_bytes` = {}", self.in_flight_bytes),
-                format!("from one chunk, {}, to {IN_FLIGHT_BYTES_MAX} is expected", self.chunk_bytes),
+                format!(
+                    "from one chunk, {}, to {IN_FLIGHT_BYTES_MAX} is expected",
+                    self.chunk_bytes
+                ),
                 "leave it at its default, 33554432",
             ));
         }

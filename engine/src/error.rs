@@ -170,17 +170,24 @@ impl EngineError {
                 return Self::NoSpace {
                     what,
                     why: source.to_string(),
-                    hint: "free space, lower `keep_last_n`, or run `ckpt-tool gc`, then save again; \
+                    hint:
+                        "free space, lower `keep_last_n`, or run `ckpt-tool gc`, then save again; \
                            earlier checkpoints are untouched"
-                        .into(),
+                            .into(),
                 };
             }
             Kind::PermissionDenied => "check the owner and mode of the path and of its parents",
-            Kind::ReadOnlyFilesystem => "the filesystem is mounted read-only: remount it or choose another path",
+            Kind::ReadOnlyFilesystem => {
+                "the filesystem is mounted read-only: remount it or choose another path"
+            }
             Kind::NotADirectory => "a parent of the path is a file: choose another path",
-            Kind::InvalidFilename => "the path is too long or holds a character that the filesystem refuses: choose another path",
+            Kind::InvalidFilename => {
+                "the path is too long or holds a character that the filesystem refuses: choose another path"
+            }
             Kind::NotFound => "the file or directory is gone: was it deleted while in use?",
-            _ => "look at the kernel log (`dmesg`) and the device; earlier checkpoints are untouched",
+            _ => {
+                "look at the kernel log (`dmesg`) and the device; earlier checkpoints are untouched"
+            }
         };
         Self::Io { what, source, hint: hint.into() }
     }
@@ -206,7 +213,11 @@ impl EngineError {
     }
 
     /// An argument out of range.
-    pub fn invalid(what: impl Into<String>, why: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub fn invalid(
+        what: impl Into<String>,
+        why: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
         Self::InvalidArgument { what: what.into(), why: why.into(), hint: hint.into() }
     }
 
@@ -231,8 +242,16 @@ impl EngineError {
             };
         }
         same!(
-            InvalidArgument, NotFound, StepConflict, StoreBusy, Corrupt, UnsupportedFormat, NoSpace,
-            RestoreIncomplete, Closed, Internal
+            InvalidArgument,
+            NotFound,
+            StepConflict,
+            StoreBusy,
+            Corrupt,
+            UnsupportedFormat,
+            NoSpace,
+            RestoreIncomplete,
+            Closed,
+            Internal
         )
     }
 }

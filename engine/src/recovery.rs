@@ -136,10 +136,7 @@ pub fn survey(listing: &[StepListing], manifests: &BTreeMap<u64, ManifestState>)
 /// Decides whether `step` may be saved and what its manifest must say. Without `rewind`, a step is
 /// saved only after the newest; with it, every later checkpoint is retired at the commit.
 pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> {
-    if let Some(newest) = survey
-        .newest_in_the_way()
-        .filter(|newest| step <= *newest && !rewind)
-    {
+    if let Some(newest) = survey.newest_in_the_way().filter(|newest| step <= *newest && !rewind) {
         return Err(EngineError::StepConflict {
             what: format!("saving step {step}"),
             why: format!("step {newest} is committed, and a step is saved only after the newest"),
@@ -165,10 +162,7 @@ pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> 
         .filter(|later| later.step > step && (rewind || later.is_retired()))
         .filter_map(|later| {
             let attempt = later.attempt?.to_string();
-            Some(Retired {
-                attempt,
-                step: later.step,
-            })
+            Some(Retired { attempt, step: later.step })
         })
         .collect();
     Ok(SavePlan { replaces, retired })
@@ -177,22 +171,17 @@ pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> 
 impl Survey {
     /// Steps that exist, ascending.
     pub fn committed_steps(&self) -> Vec<u64> {
-        self.steps_where(|step| step.state == StepState::Committed)
-            .collect()
+        self.steps_where(|step| step.state == StepState::Committed).collect()
     }
 
     /// The newest step that exists.
     pub fn newest(&self) -> Option<u64> {
-        self.steps_where(|step| step.state == StepState::Committed)
-            .next_back()
+        self.steps_where(|step| step.state == StepState::Committed).next_back()
     }
 
     /// What one step's directory holds; `None` if there is no such directory.
     pub fn step(&self, step: u64) -> Option<&StepSurvey> {
-        let position = self
-            .steps
-            .binary_search_by_key(&step, |survey| survey.step)
-            .ok()?;
+        let position = self.steps.binary_search_by_key(&step, |survey| survey.step).ok()?;
         self.steps.get(position)
     }
 
@@ -230,10 +219,7 @@ impl Survey {
         &self,
         mut keep: impl FnMut(&StepSurvey) -> bool,
     ) -> impl DoubleEndedIterator<Item = u64> {
-        self.steps
-            .iter()
-            .filter(move |step| keep(step))
-            .map(|step| step.step)
+        self.steps.iter().filter(move |step| keep(step)).map(|step| step.step)
     }
 }
 
@@ -269,10 +255,7 @@ fn retirements(legible: &BTreeMap<u64, &Manifest>) -> BTreeMap<u64, u64> {
             continue;
         }
         for entry in manifest.retired.iter().filter(|entry| entry.step > step) {
-            if legible
-                .get(&entry.step)
-                .is_some_and(|later| later.attempt == entry.attempt)
-            {
+            if legible.get(&entry.step).is_some_and(|later| later.attempt == entry.attempt) {
                 retired.entry(entry.step).or_insert(step);
             }
         }
@@ -357,10 +340,7 @@ fn orphans(
 }
 
 fn has_manifest(directory: &StepListing) -> bool {
-    directory
-        .files
-        .iter()
-        .any(|file| file.name == names::MANIFEST_FILE)
+    directory.files.iter().any(|file| file.name == names::MANIFEST_FILE)
 }
 
 #[cfg(test)]
@@ -384,11 +364,7 @@ mod tests {
     }
 
     fn file(name: &str, bytes: u64, seconds: u64) -> FileListing {
-        FileListing {
-            name: name.into(),
-            bytes,
-            modified: at(seconds),
-        }
+        FileListing { name: name.into(), bytes, modified: at(seconds) }
     }
 
     fn manifest(step: u64, id: u8, retired: &[(u64, u8)]) -> Manifest {
@@ -402,10 +378,7 @@ mod tests {
             metadata: BTreeMap::new(),
             retired: retired
                 .iter()
-                .map(|(step, id)| Retired {
-                    attempt: attempt(*id).to_string(),
-                    step: *step,
-                })
+                .map(|(step, id)| Retired { attempt: attempt(*id).to_string(), step: *step })
                 .collect(),
             shards: vec![ShardEntry {
                 bytes: SHARD_BYTES,
@@ -436,8 +409,7 @@ mod tests {
             ];
             self.listing.push(StepListing { step, files });
             let manifest = manifest(step, id, retired);
-            self.manifests
-                .insert(step, ManifestState::Valid(Box::new(manifest)));
+            self.manifests.insert(step, ManifestState::Valid(Box::new(manifest)));
             self
         }
 
@@ -451,10 +423,7 @@ mod tests {
         }
 
         fn files(&mut self, step: u64) -> &mut Vec<FileListing> {
-            let directory = self
-                .listing
-                .iter_mut()
-                .find(|directory| directory.step == step);
+            let directory = self.listing.iter_mut().find(|directory| directory.step == step);
             &mut directory.unwrap().files
         }
 
@@ -469,9 +438,7 @@ mod tests {
 
     #[test]
     fn a_complete_checkpoint_exists() {
-        let scene = Scene::default()
-            .checkpoint(20, 1, &[])
-            .checkpoint(10, 2, &[]);
+        let scene = Scene::default().checkpoint(20, 1, &[]).checkpoint(10, 2, &[]);
         let survey = scene.survey();
         assert_eq!(survey.committed_steps(), [10, 20]);
         assert_eq!(survey.newest(), Some(20));
@@ -498,15 +465,11 @@ mod tests {
         let states = [
             (
                 ManifestState::Damaged("bad crc".into()),
-                StepState::Damaged {
-                    why: "bad crc".into(),
-                },
+                StepState::Damaged { why: "bad crc".into() },
             ),
             (
                 ManifestState::Newer("version 9".into()),
-                StepState::Newer {
-                    why: "version 9".into(),
-                },
+                StepState::Newer { why: "version 9".into() },
             ),
         ];
         for (read, expected) in states {
@@ -526,24 +489,13 @@ mod tests {
     fn a_directory_without_a_manifest_never_existed() {
         let shard = names::shard_file_name(0, attempt(1));
         let files = vec![file(&shard, 5, 30)];
-        let scene = Scene {
-            listing: vec![StepListing { step: 1, files }],
-            ..Scene::default()
-        };
+        let scene = Scene { listing: vec![StepListing { step: 1, files }], ..Scene::default() };
         assert_eq!(scene.state(1), StepState::Incomplete);
-        let orphan = OrphanFile {
-            step: 1,
-            file: shard,
-            bytes: 5,
-            idle_since: at(30),
-        };
+        let orphan = OrphanFile { step: 1, file: shard, bytes: 5, idle_since: at(30) };
         assert_eq!(scene.survey().steps[0].orphans, [orphan]);
         // Published between the listing and the reading: not seen yet, and takes part in nothing.
         let later = ManifestState::Valid(Box::new(manifest(1, 1, &[(2, 2)])));
-        let scene = Scene {
-            manifests: BTreeMap::from([(1, later)]),
-            ..scene
-        };
+        let scene = Scene { manifests: BTreeMap::from([(1, later)]), ..scene };
         let scene = scene.checkpoint(2, 2, &[]);
         assert_eq!(scene.state(1), StepState::Incomplete);
         assert_eq!(scene.state(2), StepState::Committed);
@@ -561,10 +513,8 @@ mod tests {
         scene.files(10).push(file(&replaced, 1, 10));
         scene.files(10).push(file(&temporary, 2, 90));
         let orphans = scene.survey().steps[0].orphans.clone();
-        let ages: Vec<_> = orphans
-            .iter()
-            .map(|orphan| (&*orphan.file, orphan.idle_since))
-            .collect();
+        let ages: Vec<_> =
+            orphans.iter().map(|orphan| (&*orphan.file, orphan.idle_since)).collect();
         assert_eq!(ages, [(&*replaced, at(50)), (&*temporary, at(90))]);
     }
 
@@ -598,9 +548,7 @@ mod tests {
 
     #[test]
     fn losing_a_shard_does_not_bring_back_what_it_retired() {
-        let mut scene = Scene::default()
-            .checkpoint(10, 1, &[(20, 2)])
-            .checkpoint(20, 2, &[]);
+        let mut scene = Scene::default().checkpoint(10, 1, &[(20, 2)]).checkpoint(20, 2, &[]);
         scene.files(10).pop();
         assert!(matches!(scene.state(10), StepState::Damaged { .. }));
         assert_eq!(scene.state(20), StepState::Retired { by: 10 });
@@ -608,10 +556,7 @@ mod tests {
 
     #[test]
     fn a_step_is_saved_after_the_newest_or_with_rewind() {
-        let survey = Scene::default()
-            .checkpoint(10, 1, &[])
-            .checkpoint(20, 2, &[])
-            .survey();
+        let survey = Scene::default().checkpoint(10, 1, &[]).checkpoint(20, 2, &[]).survey();
         assert_eq!(check_save(&survey, 21, false).unwrap(), SavePlan::default());
         assert_eq!(check_save(&survey, 21, true).unwrap(), SavePlan::default());
         for step in [5, 10, 20] {
@@ -622,13 +567,7 @@ mod tests {
         }
         let plan = check_save(&survey, 10, true).unwrap();
         assert_eq!(plan.replaces, Some(attempt(1)));
-        assert_eq!(
-            plan.retired,
-            [Retired {
-                attempt: attempt(2).to_string(),
-                step: 20
-            }]
-        );
+        assert_eq!(plan.retired, [Retired { attempt: attempt(2).to_string(), step: 20 }]);
         let plan = check_save(&survey, 5, true).unwrap();
         assert_eq!((plan.replaces, plan.retired.len()), (None, 2));
     }
@@ -643,13 +582,7 @@ mod tests {
         scene.files(30).pop();
         let survey = scene.survey();
         let plan = check_save(&survey, 15, false).unwrap();
-        assert_eq!(
-            plan.retired,
-            [Retired {
-                attempt: attempt(2).to_string(),
-                step: 20
-            }]
-        );
+        assert_eq!(plan.retired, [Retired { attempt: attempt(2).to_string(), step: 20 }]);
         let plan = check_save(&survey, 20, false).unwrap();
         assert_eq!((plan.replaces, plan.retired.len()), (Some(attempt(2)), 0));
         // Replacing the manifest that retires 20 must go on retiring it.
@@ -661,19 +594,13 @@ mod tests {
     #[test]
     fn a_newer_version_is_never_overwritten() {
         let newer = ManifestState::Newer("version 9".into());
-        let survey = Scene::default()
-            .checkpoint(10, 1, &[])
-            .with(20, newer)
-            .survey();
+        let survey = Scene::default().checkpoint(10, 1, &[]).with(20, newer).survey();
         assert!(check_save(&survey, 21, false).is_ok());
         let error = check_save(&survey, 15, false).unwrap_err();
         assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
         for step in [10, 20] {
             let error = check_save(&survey, step, true).unwrap_err();
-            assert!(
-                matches!(error, EngineError::UnsupportedFormat { .. }),
-                "{error}"
-            );
+            assert!(matches!(error, EngineError::UnsupportedFormat { .. }), "{error}");
         }
     }
 

@@ -21,10 +21,7 @@ pub struct Policy {
 
 impl From<&Config> for Policy {
     fn from(config: &Config) -> Self {
-        Self {
-            keep_last_n: config.keep_last_n,
-            keep_every: config.keep_every,
-        }
+        Self { keep_last_n: config.keep_last_n, keep_every: config.keep_every }
     }
 }
 
@@ -53,9 +50,7 @@ pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> V
     let kept = usize::try_from(keep_last_n.max(1)).unwrap_or(usize::MAX);
     steps.truncate(steps.len().saturating_sub(kept));
     steps.retain(|step| {
-        let milestone = policy
-            .keep_every
-            .is_some_and(|every| every != 0 && step % every == 0);
+        let milestone = policy.keep_every.is_some_and(|every| every != 0 && step % every == 0);
         !milestone && !protected.contains(step)
     });
     steps
@@ -65,17 +60,9 @@ pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> V
 /// live attempt holds the lock of one is asked when it is deleted.
 pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Grace) -> Vec<OrphanFile> {
     // A file from the future has no age: it stays.
-    let old = |orphan: &&OrphanFile| {
-        now.duration_since(orphan.idle_since)
-            .is_ok_and(|age| age >= grace)
-    };
-    survey
-        .steps
-        .iter()
-        .flat_map(|step| &step.orphans)
-        .filter(old)
-        .cloned()
-        .collect()
+    let old =
+        |orphan: &&OrphanFile| now.duration_since(orphan.idle_since).is_ok_and(|age| age >= grace);
+    survey.steps.iter().flat_map(|step| &step.orphans).filter(old).cloned().collect()
 }
 
 #[cfg(test)]
@@ -89,49 +76,22 @@ mod tests {
     use crate::recovery::{StepState, StepSurvey};
 
     fn step(step: u64, state: StepState) -> StepSurvey {
-        StepSurvey {
-            step,
-            state,
-            attempt: None,
-            bytes: 0,
-            orphans: Vec::new(),
-        }
+        StepSurvey { step, state, attempt: None, bytes: 0, orphans: Vec::new() }
     }
 
     fn policy(keep_last_n: Option<u32>, keep_every: Option<u64>) -> Policy {
-        Policy {
-            keep_last_n,
-            keep_every,
-        }
+        Policy { keep_last_n, keep_every }
     }
 
     #[test]
     fn the_newest_and_the_milestones_stay() {
         let committed = [100, 200, 300, 400, 500];
-        assert_eq!(
-            plan_deletions(&committed, policy(None, Some(200)), &[]),
-            [0; 0]
-        );
-        assert_eq!(
-            plan_deletions(&committed, policy(Some(2), None), &[]),
-            [100, 200, 300]
-        );
-        assert_eq!(
-            plan_deletions(&committed, policy(Some(2), Some(200)), &[]),
-            [100, 300]
-        );
-        assert_eq!(
-            plan_deletions(&committed, policy(Some(2), None), &[100]),
-            [200, 300]
-        );
-        assert_eq!(
-            plan_deletions(&committed, policy(Some(9), None), &[]),
-            [0; 0]
-        );
-        assert_eq!(
-            plan_deletions(&committed, policy(Some(0), None), &[]),
-            [100, 200, 300, 400]
-        );
+        assert_eq!(plan_deletions(&committed, policy(None, Some(200)), &[]), [0; 0]);
+        assert_eq!(plan_deletions(&committed, policy(Some(2), None), &[]), [100, 200, 300]);
+        assert_eq!(plan_deletions(&committed, policy(Some(2), Some(200)), &[]), [100, 300]);
+        assert_eq!(plan_deletions(&committed, policy(Some(2), None), &[100]), [200, 300]);
+        assert_eq!(plan_deletions(&committed, policy(Some(9), None), &[]), [0; 0]);
+        assert_eq!(plan_deletions(&committed, policy(Some(0), None), &[]), [100, 200, 300, 400]);
     }
 
     #[test]
@@ -145,14 +105,8 @@ mod tests {
             step(40, StepState::Committed),
         ];
         let survey = Survey { steps };
-        assert_eq!(
-            plan_retention(&survey, policy(Some(1), None), &[]),
-            [25, 20, 30]
-        );
-        assert_eq!(
-            plan_retention(&survey, policy(Some(1), None), &[20, 30]),
-            [25]
-        );
+        assert_eq!(plan_retention(&survey, policy(Some(1), None), &[]), [25, 20, 30]);
+        assert_eq!(plan_retention(&survey, policy(Some(1), None), &[20, 30]), [25]);
         assert_eq!(plan_retention(&survey, Policy::default(), &[]), [25, 20]);
     }
 
@@ -166,23 +120,13 @@ mod tests {
             idle_since: SystemTime::UNIX_EPOCH
                 + Duration::from_secs(u64::try_from(1000 - age_seconds).unwrap()),
         };
-        let orphans = vec![
-            orphan("old", 100),
-            orphan("just", 60),
-            orphan("young", 59),
-            orphan("future", -1),
-        ];
-        let survey = Survey {
-            steps: vec![StepSurvey {
-                orphans,
-                ..step(1, StepState::Incomplete)
-            }],
-        };
+        let orphans =
+            vec![orphan("old", 100), orphan("just", 60), orphan("young", 59), orphan("future", -1)];
+        let survey =
+            Survey { steps: vec![StepSurvey { orphans, ..step(1, StepState::Incomplete) }] };
         let names = |grace_seconds| {
             let plan = plan_cleanup(&survey, now, Duration::from_secs(grace_seconds));
-            plan.into_iter()
-                .map(|orphan| orphan.file)
-                .collect::<Vec<_>>()
+            plan.into_iter().map(|orphan| orphan.file).collect::<Vec<_>>()
         };
         assert_eq!(names(60), ["old", "just"]);
         assert_eq!(names(0), ["old", "just", "young"]);

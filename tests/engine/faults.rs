@@ -122,7 +122,8 @@ fn a_failed_sync_is_never_repeated_on_its_file() {
     let directory = scratch();
     let Some(sim) = device(IoBackend::Threads, Plan::default()) else { return };
     let engine = open(config(directory.path()), &sim).unwrap();
-    let is_sync = |operation: &dtr_engine::io::sim::LoggedOp| matches!(operation.kind, OpKind::Sync);
+    let is_sync =
+        |operation: &dtr_engine::io::sim::LoggedOp| matches!(operation.kind, OpKind::Sync);
     let trigger = Trigger::Matching(Box::new(is_sync));
     sim.set_plan(Plan::single(trigger, Times::Once, FaultKind::Error(EIO)));
     let state = State::training(1, 0);
@@ -130,8 +131,12 @@ fn a_failed_sync_is_never_repeated_on_its_file() {
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
     sim.set_plan(Plan::default());
     state.save(&engine, 1).unwrap();
-    let mut synced: Vec<_> =
-        sim.log().iter().filter(|operation| is_sync(operation)).map(|operation| operation.path.clone()).collect();
+    let mut synced: Vec<_> = sim
+        .log()
+        .iter()
+        .filter(|operation| is_sync(operation))
+        .map(|operation| operation.path.clone())
+        .collect();
     let all = synced.len();
     synced.sort();
     synced.dedup();

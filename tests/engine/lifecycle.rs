@@ -129,7 +129,8 @@ fn deleting_and_cleaning() {
 fn a_full_store_is_noticed_before_anything_is_written() {
     let directory = scratch();
     let engine = Engine::open(config(directory.path())).unwrap();
-    let mut request = State(Vec::new()).request(1);
+    let empty = State(Vec::new());
+    let mut request = empty.request(1);
     let source: Vec<u8> = Vec::new();
     request.storages = vec![dtr_engine::save::StorageInput {
         bytes: 1 << 50,

@@ -9,8 +9,13 @@ use dtr_engine::{Config, Engine, EngineError, Result};
 
 use super::support::{State, config, finish, scratch};
 
-const CODECS: [Compression; 5] =
-    [Compression::Auto, Compression::None, Compression::Float, Compression::Zstd, Compression::Gzip];
+const CODECS: [Compression; 5] = [
+    Compression::Auto,
+    Compression::None,
+    Compression::Float,
+    Compression::Zstd,
+    Compression::Gzip,
+];
 
 fn backends() -> Vec<IoBackend> {
     let directory = scratch();
@@ -31,7 +36,8 @@ fn every_codec_on_every_backend() {
         for direct_io in [DirectIo::Auto, DirectIo::Off] {
             for compression in CODECS {
                 let directory = scratch();
-                let config = Config { io_backend, direct_io, compression, ..config(directory.path()) };
+                let config =
+                    Config { io_backend, direct_io, compression, ..config(directory.path()) };
                 let engine = Engine::open(config.clone()).unwrap();
                 let info = state.save(&engine, 7).unwrap();
                 let checkpoint = engine.checkpoint(7).unwrap();
@@ -63,7 +69,8 @@ fn a_state_larger_than_the_arena_streams_through_it() {
     let state = State::training(3, 2);
     for compression in CODECS {
         let directory = scratch();
-        let small = Config { staging_bytes: Some(4 * (64 << 10)), compression, ..config(directory.path()) };
+        let small =
+            Config { staging_bytes: Some(4 * (64 << 10)), compression, ..config(directory.path()) };
         let engine = Engine::open(small).unwrap();
         let info = state.save(&engine, 1).unwrap();
         assert!(info.stats.streamed);
@@ -117,10 +124,13 @@ fn the_largest_step_is_a_step() {
 fn a_part_is_read_alone_and_raw_storages_can_be_mapped() {
     let directory = scratch();
     let state = State::training(6, 1);
-    let engine = Engine::open(Config { compression: Compression::None, ..config(directory.path()) }).unwrap();
+    let engine =
+        Engine::open(Config { compression: Compression::None, ..config(directory.path()) })
+            .unwrap();
     state.save(&engine, 1).unwrap();
     let checkpoint = engine.checkpoint(1).unwrap();
-    let storages: Vec<u32> = checkpoint.index().tensors.iter().map(|tensor| tensor.storage).collect();
+    let storages: Vec<u32> =
+        checkpoint.index().tensors.iter().map(|tensor| tensor.storage).collect();
     let mut mapped = checkpoint.map(&storages, true).unwrap();
     for (tensor, storage) in state.0.iter().enumerate() {
         let range = mapped.range_of(storages[tensor]).expect("raw storages can be mapped");
@@ -132,7 +142,8 @@ fn a_part_is_read_alone_and_raw_storages_can_be_mapped() {
     state.assert_equals(&checkpoint);
 
     let mut middle = vec![0; 100_000];
-    let target = dtr_engine::load::Target { storage: storages[1], offset: 65_000, memory: &mut middle };
+    let target =
+        dtr_engine::load::Target { storage: storages[1], offset: 65_000, memory: &mut middle };
     let stats = checkpoint.read(vec![target], Default::default()).unwrap();
     assert!(middle == state.0[1].bytes[65_000..165_000]);
     assert!(stats.chunks <= 3, "{stats:?} for 100 kB of 64 KiB chunks");
@@ -164,7 +175,8 @@ fn a_source_that_fails_fails_the_save_and_leaves_no_trace() {
     let good = State::training(7, 0);
     good.save(&engine, 1).unwrap();
     let broken = Broken { bytes: 1 << 20, panics: false, reads: Mutex::new(0) };
-    let mut request = State(Vec::new()).request(2);
+    let empty = State(Vec::new());
+    let mut request = empty.request(2);
     request.storages = vec![StorageInput {
         bytes: broken.bytes,
         element: dtr_engine::format::layout::ElementType::Bytes,
@@ -185,7 +197,8 @@ fn a_source_that_panics_ends_the_save() {
     let directory = scratch();
     let engine = Engine::open(config(directory.path())).unwrap();
     let broken = Broken { bytes: 1 << 20, panics: true, reads: Mutex::new(0) };
-    let mut request = State(Vec::new()).request(1);
+    let empty = State(Vec::new());
+    let mut request = empty.request(1);
     request.storages = vec![StorageInput {
         bytes: broken.bytes,
         element: dtr_engine::format::layout::ElementType::Bytes,

@@ -13,14 +13,14 @@ use dtr_engine::save::{SaveHandle, SaveInfo, SaveRequest, StorageInput};
 use dtr_engine::{Config, Engine, Result};
 
 /// Numbers without a pattern, from a seed (splitmix64, Steele, Lea and Flood 2014).
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -38,22 +38,24 @@ impl Random {
 
 /// One storage of a [`State`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Storage {
-    pub element: ElementType,
-    pub bytes: Vec<u8>,
+pub(crate) struct Storage {
+    pub(crate) element: ElementType,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// Storages, each with one tensor over all of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct State(pub Vec<Storage>);
+pub(crate) struct State(pub(crate) Vec<Storage>);
 
 impl State {
     /// Weights, moments, indexes and odd ends: about `scale` times 6 MiB, sizes that cross chunk
     /// borders, and storages of 0, 1 and 63 bytes.
-    pub fn training(seed: u64, scale: usize) -> Self {
+    pub(crate) fn training(seed: u64, scale: usize) -> Self {
         let mut random = Random::new(seed);
-        let mut floats = |count: usize| -> Vec<f32> { (0..count).map(|_| random.weight()).collect() };
-        let f32_bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let mut floats =
+            |count: usize| -> Vec<f32> { (0..count).map(|_| random.weight()).collect() };
+        let f32_bytes =
+            |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let bf16_bytes = |values: &[f32]| -> Vec<u8> {
             values.iter().flat_map(|value| ((value.to_bits() >> 16) as u16).to_le_bytes()).collect()
         };
@@ -66,24 +68,38 @@ impl State {
             Storage { element: ElementType::Bytes, bytes: vec![42] },
             Storage { element: ElementType::F16, bytes: bf16_bytes(&floats(7)) },
             Storage { element: ElementType::F64, bytes: vec![0; 63] },
-            Storage { element: ElementType::Bytes, bytes: (0..scale * 70_001).map(|i| (i % 251) as u8).collect() },
+            Storage {
+                element: ElementType::Bytes,
+                bytes: (0..scale * 70_001).map(|i| (i % 251) as u8).collect(),
+            },
         ])
     }
 
     /// The request that saves this state.
-    pub fn request(&self, step: u64) -> SaveRequest<'_> {
+    pub(crate) fn request(&self, step: u64) -> SaveRequest<'_> {
         let len = u32::try_from(self.0.len()).unwrap();
-        let mut nodes = vec![Node { key: None, value: Value::Dict { len: len + 1, ordered: false, metadata: false } }];
+        let mut nodes = vec![Node {
+            key: None,
+            value: Value::Dict { len: len + 1, ordered: false, metadata: false },
+        }];
         nodes.extend((0..len).map(|index| Node {
             key: Some(Key::Str(format!("tensor{index}"))),
             value: Value::Tensor(index),
         }));
-        nodes.push(Node { key: Some(Key::Str("step".into())), value: Value::Int(i64::try_from(step).unwrap()) });
+        nodes.push(Node {
+            key: Some(Key::Str("step".into())),
+            value: Value::Int(i64::try_from(step).unwrap()),
+        });
         SaveRequest {
             step,
             rewind: false,
             nodes,
-            tensors: self.0.iter().enumerate().map(|(index, storage)| bytes_tensor(index, storage)).collect(),
+            tensors: self
+                .0
+                .iter()
+                .enumerate()
+                .map(|(index, storage)| bytes_tensor(index, storage))
+                .collect(),
             storages: self
                 .0
                 .iter()
@@ -99,14 +115,15 @@ impl State {
     }
 
     /// Saves it and waits.
-    pub fn save(&self, engine: &Engine, step: u64) -> Result<SaveInfo> {
+    pub(crate) fn save(&self, engine: &Engine, step: u64) -> Result<SaveInfo> {
         finish(&engine.save(self.request(step))?)
     }
 
     /// Whether the checkpoint holds exactly this state.
-    pub fn assert_equals(&self, checkpoint: &Checkpoint) {
+    pub(crate) fn assert_equals(&self, checkpoint: &Checkpoint) {
         assert_eq!(self.0.len(), checkpoint.index().tensors.len());
-        let mut memories: Vec<Vec<u8>> = self.0.iter().map(|storage| vec![0xAA; storage.bytes.len()]).collect();
+        let mut memories: Vec<Vec<u8>> =
+            self.0.iter().map(|storage| vec![0xAA; storage.bytes.len()]).collect();
         let targets = memories
             .iter_mut()
             .enumerate()
@@ -138,16 +155,16 @@ fn bytes_tensor(index: usize, storage: &Storage) -> TensorRecord {
 }
 
 /// The outcome of a save.
-pub fn finish(handle: &SaveHandle) -> Result<SaveInfo> {
+pub(crate) fn finish(handle: &SaveHandle) -> Result<SaveInfo> {
     handle.result(None).expect("no time limit was given")
 }
 
 /// Small chunks, so that little data makes many.
-pub fn config(path: &Path) -> Config {
+pub(crate) fn config(path: &Path) -> Config {
     Config { chunk_bytes: 64 << 10, in_flight_bytes: 1 << 20, ..Config::new(path) }
 }
 
 /// A scratch directory on the disk that holds the build, where direct I/O works.
-pub fn scratch() -> tempfile::TempDir {
+pub(crate) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }

@@ -86,10 +86,7 @@ impl Encoder {
         raw: &[u8],
         stored: &mut [u8],
     ) -> Result<Option<usize>, CodecError> {
-        let mut cursor = Cursor {
-            room: stored,
-            used_bytes: 0,
-        };
+        let mut cursor = Cursor { room: stored, used_bytes: 0 };
         match self.encode_all(width, raw, &mut cursor) {
             Ok(()) => Ok(Some(cursor.used_bytes)),
             Err(Stop::DoesNotFit) => Ok(None),
@@ -110,9 +107,7 @@ impl Encoder {
             return Err(Stop::DoesNotFit);
         }
 
-        cursor
-            .take(HEADER_BYTES)?
-            .copy_from_slice(&header(width, raw.len())?);
+        cursor.take(HEADER_BYTES)?.copy_from_slice(&header(width, raw.len())?);
         for (index, block) in elements.chunks(block_bytes).enumerate() {
             let mut guesses = [Guess::Noise; WIDTH_MAX];
             guesses[..width].copy_from_slice(&self.guesses[index * width..][..width]);
@@ -124,8 +119,7 @@ impl Encoder {
 
     fn guess(&mut self, width: usize, elements: &[u8], block_bytes: usize) {
         self.guesses.clear();
-        self.guesses
-            .resize(elements.len().div_ceil(block_bytes) * width, Guess::Noise);
+        self.guesses.resize(elements.len().div_ceil(block_bytes) * width, Guess::Noise);
         let guesses = self.guesses.chunks_exact_mut(width);
         for (block, guesses) in elements.chunks(block_bytes).zip(guesses) {
             self.sampler.guess(block, guesses);
@@ -136,17 +130,10 @@ impl Encoder {
     fn noise_bytes(&self, width: usize, elements: &[u8], block_bytes: usize) -> usize {
         let guesses = self.guesses.chunks_exact(width);
         let noise_bytes = |(block, guesses): (&[u8], &[Guess])| {
-            let planes = guesses
-                .iter()
-                .filter(|guess| **guess == Guess::Noise)
-                .count();
+            let planes = guesses.iter().filter(|guess| **guess == Guess::Noise).count();
             planes * (block.len() / width)
         };
-        elements
-            .chunks(block_bytes)
-            .zip(guesses)
-            .map(noise_bytes)
-            .sum()
+        elements.chunks(block_bytes).zip(guesses).map(noise_bytes).sum()
     }
 
     fn encode_block(
@@ -169,9 +156,9 @@ impl Encoder {
                     cursor.record(index, KIND_RAW, count)?;
                     cursor.take(count)?
                 }
-                Guess::Constant | Guess::Compressible => scratch
-                    .next()
-                    .expect("scratch holds a plane for each of the block's bytes"),
+                Guess::Constant | Guess::Compressible => {
+                    scratch.next().expect("scratch holds a plane for each of the block's bytes")
+                }
             };
         }
         self.kernels.split(block, &mut planes[..width]);
@@ -219,8 +206,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn record(&mut self, plane: usize, kind: u8, value: usize) -> Result<(), Stop> {
-        self.take(RECORD_BYTES)?
-            .copy_from_slice(&record(plane, kind, value));
+        self.take(RECORD_BYTES)?.copy_from_slice(&record(plane, kind, value));
         Ok(())
     }
 
@@ -246,22 +232,10 @@ impl<'a> Cursor<'a> {
 
 fn header(width: usize, raw_bytes: usize) -> Result<[u8; HEADER_BYTES], CodecError> {
     let raw_bytes = u32::try_from(raw_bytes).map_err(|_| {
-        CodecError::Library(format!(
-            "a chunk has at most {} bytes, not {raw_bytes}",
-            u32::MAX
-        ))
+        CodecError::Library(format!("a chunk has at most {} bytes, not {raw_bytes}", u32::MAX))
     })?;
     let width = u8::try_from(width).expect("an element has at most 8 bytes");
-    let mut header = [
-        VERSION,
-        width,
-        rotation_bits(width),
-        BLOCK_ELEMENTS_LOG2,
-        0,
-        0,
-        0,
-        0,
-    ];
+    let mut header = [VERSION, width, rotation_bits(width), BLOCK_ELEMENTS_LOG2, 0, 0, 0, 0];
     header[4..].copy_from_slice(&raw_bytes.to_le_bytes());
     Ok(header)
 }
@@ -312,10 +286,7 @@ impl Decoder {
         }
         tail.copy_from_slice(take(&mut stored, tail.len())?);
         if !stored.is_empty() {
-            return Err(damaged(format!(
-                "{} bytes follow the last block",
-                stored.len()
-            )));
+            return Err(damaged(format!("{} bytes follow the last block", stored.len())));
         }
         Ok(())
     }
@@ -337,9 +308,7 @@ impl Decoder {
             *view = match plane {
                 Plane::Raw(bytes) => bytes,
                 other => {
-                    let room = scratch
-                        .next()
-                        .expect("scratch holds every plane of the block");
+                    let room = scratch.next().expect("scratch holds every plane of the block");
                     unpack(&mut self.decompressor, *other, room)?;
                     room
                 }
@@ -372,9 +341,7 @@ fn parse_header(
     let [version, width, rotation, log2, raw_bytes @ ..] = header;
     let raw_bytes = u32::from_le_bytes(raw_bytes);
     if version != VERSION {
-        return Err(damaged(format!(
-            "version {VERSION} is expected, its header says {version}"
-        )));
+        return Err(damaged(format!("version {VERSION} is expected, its header says {version}")));
     }
     if !matches!(width, 1 | 2 | 4 | 8) || rotation != rotation_bits(width) {
         return Err(damaged(format!(
@@ -421,9 +388,7 @@ fn parse_record<'a>(stored: &mut &'a [u8], count: usize) -> Result<(usize, Plane
     let plane = match tag >> 4 {
         KIND_RAW if length == count => Plane::Raw(take(stored, length)?),
         KIND_RAW => {
-            return Err(damaged(format!(
-                "a plane of {count} bytes is expected, not {length}"
-            )));
+            return Err(damaged(format!("a plane of {count} bytes is expected, not {length}")));
         }
         KIND_CONSTANT if [middle, high] == [0, 0] => Plane::Constant(low),
         KIND_FRAME => Plane::Frame(take(stored, length)?),
@@ -435,24 +400,18 @@ fn parse_record<'a>(stored: &mut &'a [u8], count: usize) -> Result<(usize, Plane
 /// The next `bytes` of `stored`.
 fn take<'a>(stored: &mut &'a [u8], bytes: usize) -> Result<&'a [u8], CodecError> {
     let left_bytes = stored.len();
-    stored
-        .split_off(..bytes)
-        .ok_or_else(|| cut_short(bytes, left_bytes))
+    stored.split_off(..bytes).ok_or_else(|| cut_short(bytes, left_bytes))
 }
 
 /// The next `BYTES` bytes of `stored`.
 fn take_array<const BYTES: usize>(stored: &mut &[u8]) -> Result<[u8; BYTES], CodecError> {
-    let (array, rest) = stored
-        .split_first_chunk()
-        .ok_or_else(|| cut_short(BYTES, stored.len()))?;
+    let (array, rest) = stored.split_first_chunk().ok_or_else(|| cut_short(BYTES, stored.len()))?;
     *stored = rest;
     Ok(*array)
 }
 
 fn cut_short(bytes: usize, left_bytes: usize) -> CodecError {
-    damaged(format!(
-        "{bytes} more bytes are expected, {left_bytes} are left"
-    ))
+    damaged(format!("{bytes} more bytes are expected, {left_bytes} are left"))
 }
 
 fn damaged(why: impl Display) -> CodecError {
@@ -470,29 +429,19 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             state.to_le_bytes()[3]
         };
-        (0..count)
-            .flat_map(|_| [next(), 0x3c | (next() & 0x81)])
-            .collect()
+        (0..count).flat_map(|_| [next(), 0x3c | (next() & 0x81)]).collect()
     }
 
     fn encode(width: usize, raw: &[u8]) -> Vec<u8> {
         let mut stored = vec![0; raw.len()];
-        let bytes = Encoder::new()
-            .unwrap()
-            .encode(width, raw, &mut stored)
-            .unwrap()
-            .unwrap();
+        let bytes = Encoder::new().unwrap().encode(width, raw, &mut stored).unwrap().unwrap();
         stored.truncate(bytes);
         stored
     }
 
     fn refusal(stored: &[u8], raw_bytes: usize) -> String {
         let mut raw = vec![0; raw_bytes];
-        Decoder::new()
-            .unwrap()
-            .decode(stored, &mut raw)
-            .unwrap_err()
-            .to_string()
+        Decoder::new().unwrap().decode(stored, &mut raw).unwrap_err().to_string()
     }
 
     #[test]
@@ -507,10 +456,7 @@ mod tests {
             panic!("mantissas are noise and exponents are not");
         };
         let mut exponents = vec![0; 1 << 17];
-        assert_eq!(
-            zstd_safe::decompress(&mut exponents[..], frame),
-            Ok(1 << 17)
-        );
+        assert_eq!(zstd_safe::decompress(&mut exponents[..], frame), Ok(1 << 17));
         assert!(frame.len() < exponents.len() / 3);
         for (index, element) in raw.as_chunks::<2>().0.iter().enumerate() {
             let rotated = u16::from_le_bytes(*element).rotate_left(1).to_le_bytes();
@@ -523,16 +469,8 @@ mod tests {
         let raw = 1.0_f32.to_le_bytes().repeat(3 << 16);
         let stored = encode(4, &raw);
         // 1.0 is 3f800000, rotated 7f000000; the bytes are the format and must not change.
-        let block = [
-            [0x10, 0, 0, 0],
-            [0x11, 0, 0, 0],
-            [0x12, 0, 0, 0],
-            [0x13, 0x7f, 0, 0],
-        ];
-        let expected = [[1, 4, 1, 17], [0, 0, 0x0c, 0]]
-            .into_iter()
-            .chain(block)
-            .chain(block);
+        let block = [[0x10, 0, 0, 0], [0x11, 0, 0, 0], [0x12, 0, 0, 0], [0x13, 0x7f, 0, 0]];
+        let expected = [[1, 4, 1, 17], [0, 0, 0x0c, 0]].into_iter().chain(block).chain(block);
         assert_eq!(stored, expected.flatten().collect::<Vec<u8>>());
         let mut back = vec![1; raw.len()];
         assert_eq!(Decoder::new().unwrap().decode(&stored, &mut back), Ok(()));
@@ -551,16 +489,9 @@ mod tests {
         }
         for raw in [spike, mostly_noise] {
             let mut stored = vec![0; raw.len() + 64];
-            let bytes = Encoder::new()
-                .unwrap()
-                .encode(1, &raw, &mut stored)
-                .unwrap()
-                .unwrap();
+            let bytes = Encoder::new().unwrap().encode(1, &raw, &mut stored).unwrap().unwrap();
             let mut back = vec![1; raw.len()];
-            assert_eq!(
-                Decoder::new().unwrap().decode(&stored[..bytes], &mut back),
-                Ok(())
-            );
+            assert_eq!(Decoder::new().unwrap().decode(&stored[..bytes], &mut back), Ok(()));
             assert!(back == raw);
         }
     }
@@ -569,10 +500,7 @@ mod tests {
     fn noise_is_given_up_before_anything_is_written() {
         let raw: Vec<u8> = elements(1 << 18).into_iter().step_by(2).collect();
         let mut stored = vec![0xaa; raw.len() - 1];
-        assert_eq!(
-            Encoder::new().unwrap().encode(1, &raw, &mut stored),
-            Ok(None)
-        );
+        assert_eq!(Encoder::new().unwrap().encode(1, &raw, &mut stored), Ok(None));
         assert!(stored.iter().all(|byte| *byte == 0xaa));
     }
 

@@ -75,10 +75,7 @@ impl Decompressor {
             .ok_or_else(|| damaged("its header is not the one that is written"))?;
 
         self.0.reset(false);
-        let status = self
-            .0
-            .decompress(body, raw, FlushDecompress::Finish)
-            .map_err(damaged)?;
+        let status = self.0.decompress(body, raw, FlushDecompress::Finish).map_err(damaged)?;
         let (body_bytes, raw_bytes) = (index(self.0.total_in()), index(self.0.total_out()));
         if status != Status::StreamEnd || raw_bytes != raw.len() {
             return Err(damaged(format!(
@@ -125,10 +122,7 @@ mod tests {
 
     fn member(raw: &[u8]) -> Vec<u8> {
         let mut member = vec![0; raw.len() + 64];
-        let bytes = Compressor::new()
-            .compress(raw, &mut member)
-            .unwrap()
-            .unwrap();
+        let bytes = Compressor::new().compress(raw, &mut member).unwrap().unwrap();
         member.truncate(bytes);
         member
     }
@@ -137,15 +131,10 @@ mod tests {
     fn another_decoder_reads_a_member() {
         for raw in [Vec::new(), b"abcd".repeat(1000)] {
             let mut back = Vec::new();
-            flate2::read::GzDecoder::new(&member(&raw)[..])
-                .read_to_end(&mut back)
-                .unwrap();
+            flate2::read::GzDecoder::new(&member(&raw)[..]).read_to_end(&mut back).unwrap();
             assert_eq!(back, raw);
             let mut back = vec![1; raw.len()];
-            assert_eq!(
-                Decompressor::new().decompress(&member(&raw), &mut back),
-                Ok(())
-            );
+            assert_eq!(Decompressor::new().decompress(&member(&raw), &mut back), Ok(()));
             assert_eq!(back, raw);
         }
     }
@@ -156,16 +145,10 @@ mod tests {
         let fitting_bytes = member(&raw).len();
         let mut compressor = Compressor::new();
         for room_bytes in 0..fitting_bytes {
-            assert_eq!(
-                compressor.compress(&raw, &mut vec![0; room_bytes]),
-                Ok(None)
-            );
+            assert_eq!(compressor.compress(&raw, &mut vec![0; room_bytes]), Ok(None));
         }
         let mut again = vec![0; raw.len()];
-        assert_eq!(
-            compressor.compress(&raw, &mut again),
-            Ok(Some(fitting_bytes))
-        );
+        assert_eq!(compressor.compress(&raw, &mut again), Ok(Some(fitting_bytes)));
         assert_eq!(again[..fitting_bytes], member(&raw));
     }
 
@@ -180,11 +163,7 @@ mod tests {
         for raw_bytes in (1000..60_000).step_by(1111) {
             let raw: Vec<u8> = (0..raw_bytes).map(|_| noise()).collect();
             let mut room = vec![0; raw_bytes * 97 / 100];
-            assert_eq!(
-                compressor.compress(&raw, &mut room),
-                Ok(None),
-                "{raw_bytes} bytes"
-            );
+            assert_eq!(compressor.compress(&raw, &mut room), Ok(None), "{raw_bytes} bytes");
         }
     }
 
@@ -194,10 +173,7 @@ mod tests {
         let whole = member(&raw);
         let mut decompressor = Decompressor::new();
         let mut refuses = |stored: &[u8], raw_bytes: usize| {
-            decompressor
-                .decompress(stored, &mut vec![0; raw_bytes])
-                .unwrap_err()
-                .to_string()
+            decompressor.decompress(stored, &mut vec![0; raw_bytes]).unwrap_err().to_string()
         };
         assert!(refuses(&whole.repeat(2), 8000).contains("were decoded when it stopped"));
         assert!(refuses(&whole.repeat(2), 4000).contains("it ends after"));

@@ -39,11 +39,7 @@ impl Sampler {
             count => count * count.log2(),
         };
         let counts = 0..=u16::try_from(SAMPLE_ELEMENTS).expect("a sample has some thousand bytes");
-        Self {
-            kernels,
-            planes: Vec::new(),
-            count_log2_counts: counts.map(product).collect(),
-        }
+        Self { kernels, planes: Vec::new(), count_log2_counts: counts.map(product).collect() }
     }
 
     /// A guess for each plane of `elements`, lowest first.
@@ -77,16 +73,9 @@ impl Sampler {
         if counts.contains(&total) {
             return Guess::Constant;
         }
-        let sum: f32 = counts
-            .iter()
-            .map(|count| self.count_log2_counts[usize::from(*count)])
-            .sum();
+        let sum: f32 = counts.iter().map(|count| self.count_log2_counts[usize::from(*count)]).sum();
         let entropy_bits = f32::from(total).log2() - sum / f32::from(total);
-        if entropy_bits > ENTROPY_BITS_MAX {
-            Guess::Noise
-        } else {
-            Guess::Compressible
-        }
+        if entropy_bits > ENTROPY_BITS_MAX { Guess::Noise } else { Guess::Compressible }
     }
 }
 
@@ -150,13 +139,7 @@ mod tests {
     fn a_histogram_counts_every_byte() {
         let bytes: Vec<u8> = (0..=255).chain(0..=6).chain([255; 4]).collect();
         let counts = histogram(&bytes);
-        assert_eq!(
-            counts
-                .iter()
-                .map(|count| usize::from(*count))
-                .sum::<usize>(),
-            bytes.len()
-        );
+        assert_eq!(counts.iter().map(|count| usize::from(*count)).sum::<usize>(), bytes.len());
         assert_eq!((counts[0], counts[6], counts[7], counts[255]), (2, 2, 1, 5));
     }
 
@@ -171,9 +154,8 @@ mod tests {
         // Little-endian pairs: noise below, a constant or one of four bytes above; the rotation
         // moves bit 7 of the upper byte, which is clear, into the lower one.
         for (mask, expected) in [(0, Guess::Constant), (3, Guess::Compressible)] {
-            let elements: Vec<u8> = (0..100_000)
-                .flat_map(|_| [noise() | 0x80, noise() & mask])
-                .collect();
+            let elements: Vec<u8> =
+                (0..100_000).flat_map(|_| [noise() | 0x80, noise() & mask]).collect();
             let mut guesses = [Guess::Constant; 2];
             sampler.guess(&elements, &mut guesses);
             assert_eq!(guesses[1], expected);

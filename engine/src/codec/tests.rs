@@ -5,13 +5,8 @@ use proptest::prelude::*;
 use super::*;
 
 const CODECS: [Codec; 4] = [Codec::None, Codec::Float, Codec::Zstd, Codec::Gzip];
-const ELEMENTS: [ElementType; 5] = [
-    ElementType::Bytes,
-    ElementType::F16,
-    ElementType::Bf16,
-    ElementType::F32,
-    ElementType::F64,
-];
+const ELEMENTS: [ElementType; 5] =
+    [ElementType::Bytes, ElementType::F16, ElementType::Bf16, ElementType::F32, ElementType::F64];
 
 /// What the bytes of a generated chunk are like.
 #[derive(Clone, Copy, Debug)]
@@ -103,10 +98,7 @@ fn chunk_bytes() -> impl Strategy<Value = usize> {
 /// The stored bytes, or `None` for raw.
 fn encode(codec: Codec, element: ElementType, raw: &[u8]) -> Option<Vec<u8>> {
     let mut stored = vec![0; raw.len()];
-    match Encoder::new()
-        .encode(codec, element, raw, &mut stored)
-        .unwrap()
-    {
+    match Encoder::new().encode(codec, element, raw, &mut stored).unwrap() {
         Encoded::Raw => None,
         Encoded::Stored(bytes) => {
             stored.truncate(bytes);
@@ -242,21 +234,13 @@ fn a_chunk_counts_as_shrunk_only_below_the_fraction() {
 fn ids_and_names_are_fixed_forever() {
     let fixed = [(0, "none"), (1, "float"), (2, "zstd"), (3, "gzip")];
     for (codec, (id, name)) in CODECS.into_iter().zip(fixed) {
-        assert_eq!(
-            (codec.id(), codec.name(), Codec::from_id(id)),
-            (id, name, Some(codec))
-        );
+        assert_eq!((codec.id(), codec.name(), Codec::from_id(id)), (id, name, Some(codec)));
     }
     assert!((4..=255).all(|id| Codec::from_id(id).is_none()));
 }
 
 #[test]
 fn a_raw_chunk_of_another_length_is_refused() {
-    let error = Decoder::new()
-        .decode(Codec::None, &[1, 2], &mut [0; 3])
-        .unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "a raw chunk of 3 bytes is expected, 2 bytes are stored"
-    );
+    let error = Decoder::new().decode(Codec::None, &[1, 2], &mut [0; 3]).unwrap_err();
+    assert_eq!(error.to_string(), "a raw chunk of 3 bytes is expected, 2 bytes are stored");
 }

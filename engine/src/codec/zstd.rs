@@ -35,14 +35,9 @@ impl Compressor {
                 CParameter::LiteralCompressionMode(ParamSwitch::Enable),
             ],
         };
-        let common = [
-            CParameter::ContentSizeFlag(true),
-            CParameter::ChecksumFlag(false),
-        ];
+        let common = [CParameter::ContentSizeFlag(true), CParameter::ChecksumFlag(false)];
         for parameter in parameters.iter().chain(&common) {
-            context
-                .set_parameter(*parameter)
-                .map_err(|code| refused("set a parameter", code))?;
+            context.set_parameter(*parameter).map_err(|code| refused("set a parameter", code))?;
         }
         Ok(Self(context))
     }
@@ -84,10 +79,8 @@ impl Decompressor {
             )));
         }
         // Writes into `raw` alone: a frame that holds more is refused by zstd itself.
-        let raw_bytes = self
-            .0
-            .decompress(raw, frame)
-            .map_err(|code| damaged("cannot be decoded", code))?;
+        let raw_bytes =
+            self.0.decompress(raw, frame).map_err(|code| damaged("cannot be decoded", code))?;
         if raw_bytes != raw.len() {
             return Err(CodecError::Damaged(format!(
                 "{} bytes are expected, the zstd frame holds {raw_bytes}",
@@ -103,17 +96,11 @@ fn no_memory() -> CodecError {
 }
 
 fn refused(act: &str, code: usize) -> CodecError {
-    CodecError::Library(format!(
-        "zstd refused to {act}: {}",
-        zstd_safe::get_error_name(code)
-    ))
+    CodecError::Library(format!("zstd refused to {act}: {}", zstd_safe::get_error_name(code)))
 }
 
 fn damaged(what: &str, code: usize) -> CodecError {
-    CodecError::Damaged(format!(
-        "a zstd frame {what}: {}",
-        zstd_safe::get_error_name(code)
-    ))
+    CodecError::Damaged(format!("a zstd frame {what}: {}", zstd_safe::get_error_name(code)))
 }
 
 #[cfg(test)]
@@ -127,10 +114,7 @@ mod tests {
         for mode in [Mode::Fast, Mode::Huffman] {
             let mut compressor = Compressor::new(mode).unwrap();
             let bytes = compressor.compress(&raw, &mut frame).unwrap().unwrap();
-            assert_eq!(
-                zstd_safe::get_frame_content_size(&frame[..bytes]).ok(),
-                Some(Some(4000))
-            );
+            assert_eq!(zstd_safe::get_frame_content_size(&frame[..bytes]).ok(), Some(Some(4000)));
             // Bit 2 of the frame header descriptor, after the four bytes of the magic number.
             assert_eq!(frame[4] & 0b100, 0);
         }
@@ -141,10 +125,7 @@ mod tests {
         let raw = b"abcd".repeat(1000);
         let mut compressor = Compressor::new(Mode::Fast).unwrap();
         for room_bytes in 0..10 {
-            assert_eq!(
-                compressor.compress(&raw, &mut vec![0; room_bytes]),
-                Ok(None)
-            );
+            assert_eq!(compressor.compress(&raw, &mut vec![0; room_bytes]), Ok(None));
         }
         assert!(compressor.compress(&raw, &mut [0; 100]).unwrap().is_some());
     }
@@ -153,22 +134,14 @@ mod tests {
     fn a_second_frame_is_refused() {
         let raw = b"abcd".repeat(1000);
         let mut frame = vec![0; 4000];
-        let bytes = Compressor::new(Mode::Fast)
-            .unwrap()
-            .compress(&raw, &mut frame);
+        let bytes = Compressor::new(Mode::Fast).unwrap().compress(&raw, &mut frame);
         let frame = &frame[..bytes.unwrap().unwrap()];
         let mut decompressor = Decompressor::new().unwrap();
         assert_eq!(decompressor.decompress(frame, &mut vec![0; 4000]), Ok(()));
-        let error = decompressor
-            .decompress(&frame.repeat(2), &mut vec![0; 8000])
-            .unwrap_err();
+        let error = decompressor.decompress(&frame.repeat(2), &mut vec![0; 8000]).unwrap_err();
         assert!(error.to_string().contains("it ends after"), "{error}");
         for raw_bytes in [0, 3999, 4001] {
-            assert!(
-                decompressor
-                    .decompress(frame, &mut vec![0; raw_bytes])
-                    .is_err()
-            );
+            assert!(decompressor.decompress(frame, &mut vec![0; raw_bytes]).is_err());
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::format::FormatError;
 use crate::format::manifest::{Manifest, Retired};
 use crate::format::names::MANIFEST_FILE;
 use crate::io::buffer::BufferPool;
-use crate::recovery::{self, ManifestState, Survey};
+use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
 use crate::retention::{Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
 use crate::save::job::Job;
@@ -49,6 +49,13 @@ struct Book {
     verified: Option<u64>,
 }
 
+/// What a manifest means that the device does not give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unreadable {
+    IsDamaged,
+    IsAnError,
+}
+
 impl Core {
     pub(super) fn new(
         config: Config,
@@ -81,7 +88,10 @@ impl Core {
 
     pub(super) fn check_healthy(&self, what: &str) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
-            return Err(EngineError::internal(what, "an earlier save panicked: close and reopen the store"));
+            return Err(EngineError::internal(
+                what,
+                "an earlier save panicked: close and reopen the store",
+            ));
         }
         Ok(())
     }
@@ -90,8 +100,25 @@ impl Core {
         self.book().protected = Some(step);
     }
 
-    /// What lies in the store now.
+    /// What lies in the store now. A manifest that cannot be read counts as damaged, so that it
+    /// hides no other checkpoint.
     pub(super) fn survey(&self) -> Result<Survey> {
+        let survey = self.survey_once(Unreadable::IsDamaged)?;
+        let damaged = |step: &StepSurvey| matches!(step.state, StepState::Damaged { .. });
+        if self.config.read_only && survey.steps.iter().any(damaged) {
+            // The writer may have been deleting it while we looked: what is found now counts.
+            return self.survey_once(Unreadable::IsDamaged);
+        }
+        Ok(survey)
+    }
+
+    /// The survey that a rewind needs: a later checkpoint that cannot be read at this moment cannot
+    /// be retired, and would come back.
+    pub(super) fn survey_for_rewind(&self) -> Result<Survey> {
+        self.survey_once(Unreadable::IsAnError)
+    }
+
+    fn survey_once(&self, unreadable: Unreadable) -> Result<Survey> {
         let listing = self.store.list()?;
         let mut known = std::mem::take(&mut self.book().manifests);
         let mut manifests = BTreeMap::new();
@@ -99,13 +126,12 @@ impl Core {
             if let Some(file) = step.files.iter().find(|file| file.name == MANIFEST_FILE) {
                 let state = match known.remove(&step.step) {
                     Some((seen, state)) if seen == *file => state,
-                    _ => self.read_manifest(step)?,
+                    _ => self.read_manifest(step, unreadable)?,
                 };
                 manifests.insert(step.step, (file.clone(), state));
             }
         }
-        let states =
-            manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
+        let states = manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
         let survey = recovery::survey(&listing, &states);
         let mut book = self.book();
         book.manifests = manifests;
@@ -124,7 +150,7 @@ impl Core {
         known.map_or_else(|| self.survey(), Ok)
     }
 
-    fn read_manifest(&self, step: &StepListing) -> Result<ManifestState> {
+    fn read_manifest(&self, step: &StepListing, unreadable: Unreadable) -> Result<ManifestState> {
         Ok(match self.store.read_manifest(step.step) {
             Ok(None) => ManifestState::Absent,
             Ok(Some(bytes)) => match Manifest::decode(&bytes) {
@@ -132,8 +158,8 @@ impl Core {
                 Err(FormatError::Damaged(why)) => ManifestState::Damaged(why),
                 Err(FormatError::Newer(why)) => ManifestState::Newer(why),
             },
-            // One unreadable or oversized manifest must not hide the other checkpoints.
-            Err(error @ (EngineError::Io { .. } | EngineError::Corrupt { .. })) => {
+            Err(error @ EngineError::Corrupt { .. }) => ManifestState::Damaged(error.to_string()),
+            Err(error @ EngineError::Io { .. }) if unreadable == Unreadable::IsDamaged => {
                 ManifestState::Damaged(error.to_string())
             }
             Err(other) => return Err(other),

@@ -6,11 +6,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::{Inner, Saving, memory};
+use crate::clock::elapsed;
 use crate::error::IoContext;
-use crate::format::layout::{Layout, StorageSpec};
 use crate::format::checksum;
+use crate::format::layout::{Layout, StorageSpec};
 use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::shard_file_name;
+use crate::format::shard::BLOCK_BYTES;
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
 use crate::save::capture::{capture, fits};
@@ -40,8 +42,12 @@ impl Inner {
             last.wait(None);
             last.take_unseen_error().map_or(Ok(()), Err)?;
         }
-        let waited = self.core.environment.monotonic() - started;
-        let survey = self.core.known_survey()?;
+        let waited = elapsed(&*self.core.environment, started);
+        let survey = if request.rewind {
+            self.core.survey_for_rewind()?
+        } else {
+            self.core.known_survey()?
+        };
         let plan = check_save(&survey, request.step, request.rewind)?;
         let layout = saving.layout(&request.storages, self.core.config.chunk_bytes)?;
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
@@ -104,10 +110,9 @@ impl Inner {
         let workers = self.workers.as_ref().ok_or_else(no_writer)?.queue()?;
         let failed = FailUnlessDone { job };
         let captured = capture(job, storages, arena, workers);
-        let now = environment.monotonic();
         job.update_stats(|stats| {
-            stats.capture_seconds = (now - capture_start).as_secs_f64();
-            stats.stall_seconds = (now - started).as_secs_f64();
+            stats.capture_seconds = elapsed(&**environment, capture_start).as_secs_f64();
+            stats.stall_seconds = elapsed(&**environment, started).as_secs_f64();
         });
         match captured {
             Ok(()) => {
@@ -179,7 +184,8 @@ impl Inner {
 /// is refused here or never.
 fn check_manifest(manifest: &Manifest, shard: ShardId) -> Result<()> {
     let entry = ShardEntry {
-        bytes: 0,
+        // The smallest shard: header, index, footer.
+        bytes: 3 * BLOCK_BYTES as u64,
         file: shard_file_name(shard.rank, shard.attempt),
         footer_crc32c: checksum::to_hex(0),
         rank: shard.rank,

@@ -38,15 +38,7 @@ mod tests {
     #[test]
     fn only_canonical_hex_is_read() {
         assert_eq!(from_hex("0000beef"), Some(0xbeef));
-        for text in [
-            "",
-            "beef",
-            "0000BEEF",
-            "+000beef",
-            "00000beef",
-            "0x00beef",
-            "0000bee\u{e9}",
-        ] {
+        for text in ["", "beef", "0000BEEF", "+000beef", "00000beef", "0x00beef", "0000bee\u{e9}"] {
             assert_eq!(from_hex(text), None, "{text}");
         }
     }

@@ -81,10 +81,7 @@ impl Layout {
     /// Lays storages out: wider element types first, input order within one type.
     pub fn plan(storages: &[StorageSpec], chunk_bytes: u32) -> Result<Self> {
         if storages.len() > STORAGES_MAX {
-            return Err(too_large(&format!(
-                "{} storages, at most {STORAGES_MAX}",
-                storages.len()
-            )));
+            return Err(too_large(&format!("{} storages, at most {STORAGES_MAX}", storages.len())));
         }
         let mut order: Vec<usize> = (0..storages.len()).collect();
         order.sort_by_key(|&storage| Reverse(storages[storage].element));
@@ -93,17 +90,11 @@ impl Layout {
         for &storage in &order {
             let StorageSpec { bytes, element } = storages[storage];
             let raw_offset = raw_bytes.next_multiple_of(STORAGE_ALIGNMENT);
-            raw_bytes = raw_offset
-                .checked_add(bytes)
-                .filter(|end| *end <= RAW_BYTES_MAX)
-                .ok_or_else(|| {
-                    too_large(&format!("storages of more than {RAW_BYTES_MAX} bytes"))
-                })?;
-            records.push(StorageRecord {
-                raw_offset,
-                bytes,
-                element,
-            });
+            raw_bytes =
+                raw_offset.checked_add(bytes).filter(|end| *end <= RAW_BYTES_MAX).ok_or_else(
+                    || too_large(&format!("storages of more than {RAW_BYTES_MAX} bytes")),
+                )?;
+            records.push(StorageRecord { raw_offset, bytes, element });
         }
         Ok(Self::new(&records, &order, chunk_bytes))
     }
@@ -125,18 +116,10 @@ impl Layout {
         let spans: Vec<Span> = records
             .iter()
             .zip(order)
-            .map(|(&record, &storage)| Span {
-                record,
-                storage: narrow(storage),
-            })
+            .map(|(&record, &storage)| Span { record, storage: narrow(storage) })
             .collect();
         let raw_bytes = spans.last().map_or(0, Span::end);
-        Self {
-            spans,
-            positions,
-            chunk_bytes,
-            raw_bytes,
-        }
+        Self { spans, positions, chunk_bytes, raw_bytes }
     }
 
     /// Bytes from the start of the raw layout to an input storage.
@@ -178,11 +161,7 @@ impl Layout {
 
     /// Where a chunk lies in the raw layout.
     pub fn chunk_range(&self, chunk: usize) -> Range<u64> {
-        assert!(
-            chunk < self.chunk_count(),
-            "chunk {chunk} of {}",
-            self.chunk_count()
-        );
+        assert!(chunk < self.chunk_count(), "chunk {chunk} of {}", self.chunk_count());
         let start = chunk as u64 * u64::from(self.chunk_bytes);
         start..(start + u64::from(self.chunk_bytes)).min(self.raw_bytes)
     }
@@ -192,11 +171,7 @@ impl Layout {
         let chunk_bytes = u64::from(self.chunk_bytes);
         let index = |chunk: u64| usize::try_from(chunk).expect("RAW_BYTES_MAX bounds the chunks");
         let start = index(raw.start / chunk_bytes);
-        if raw.is_empty() {
-            start..start
-        } else {
-            start..index(raw.end.div_ceil(chunk_bytes))
-        }
+        if raw.is_empty() { start..start } else { start..index(raw.end.div_ceil(chunk_bytes)) }
     }
 
     /// The element type that holds most of a chunk's bytes; the wider one of equals.
@@ -218,12 +193,7 @@ impl Layout {
     pub fn pieces(&self, chunk: usize) -> Pieces<'_> {
         let Range { start, end } = self.chunk_range(chunk);
         let first = self.spans.partition_point(|span| span.end() <= start);
-        Pieces {
-            spans: &self.spans[first..],
-            start,
-            cursor: start,
-            end,
-        }
+        Pieces { spans: &self.spans[first..], start, cursor: start, end }
     }
 }
 
@@ -274,11 +244,7 @@ impl Iterator for Pieces<'_> {
         }
         Some(Piece {
             storage: (!gap).then_some(span.storage as usize),
-            storage_offset: if gap {
-                0
-            } else {
-                from - span.record.raw_offset
-            },
+            storage_offset: if gap { 0 } else { from - span.record.raw_offset },
             chunk_offset: narrow(from - self.start),
             length: narrow(self.cursor - from),
         })
@@ -310,14 +276,8 @@ mod tests {
     #[test]
     fn wider_types_come_first_in_input_order() {
         use ElementType::{Bf16, Bytes, F16, F32, F64};
-        let storages = [
-            spec(1, Bytes),
-            spec(2, F16),
-            spec(4, F32),
-            spec(8, F32),
-            spec(8, F64),
-            spec(2, Bf16),
-        ];
+        let storages =
+            [spec(1, Bytes), spec(2, F16), spec(4, F32), spec(8, F32), spec(8, F64), spec(2, Bf16)];
         let layout = Layout::plan(&storages, 1 << 16).unwrap();
         let offsets: Vec<u64> = (0..storages.len()).map(|i| layout.raw_offset(i)).collect();
         assert_eq!(offsets, [320, 256, 64, 128, 0, 192]);

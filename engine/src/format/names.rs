@@ -28,21 +28,14 @@ impl AttemptId {
     /// Reads what `Display` writes, and nothing else.
     pub fn parse(text: &str) -> Option<Self> {
         // A sign or a capital would parse as hex too; writing it back tells them apart.
-        let id = Self(
-            u128::from_str_radix(text, 16)
-                .ok()?
-                .swap_bytes()
-                .to_le_bytes(),
-        );
+        let id = Self(u128::from_str_radix(text, 16).ok()?.swap_bytes().to_le_bytes());
         (id.to_string() == text).then_some(id)
     }
 }
 
 impl fmt::Display for AttemptId {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0
-            .iter()
-            .try_for_each(|byte| write!(formatter, "{byte:02x}"))
+        self.0.iter().try_for_each(|byte| write!(formatter, "{byte:02x}"))
     }
 }
 
@@ -71,10 +64,7 @@ pub fn shard_file_name(rank: u32, attempt: AttemptId) -> String {
 
 /// The rank and attempt of a file that [`shard_file_name`] named.
 pub fn parse_shard_file(name: &str) -> Option<(u32, AttemptId)> {
-    let (rank, attempt) = name
-        .strip_prefix("rank-")?
-        .strip_suffix(".shard")?
-        .split_once('.')?;
+    let (rank, attempt) = name.strip_prefix("rank-")?.strip_suffix(".shard")?.split_once('.')?;
     let (rank, attempt) = (rank.parse().ok()?, AttemptId::parse(attempt)?);
     (shard_file_name(rank, attempt) == name).then_some((rank, attempt))
 }
@@ -86,10 +76,7 @@ pub fn manifest_temporary_name(attempt: AttemptId) -> String {
 
 /// The attempt of a file that [`manifest_temporary_name`] named.
 pub fn parse_manifest_temporary(name: &str) -> Option<AttemptId> {
-    let attempt = name
-        .strip_prefix(MANIFEST_FILE)?
-        .strip_prefix('.')?
-        .strip_suffix(".tmp")?;
+    let attempt = name.strip_prefix(MANIFEST_FILE)?.strip_prefix('.')?.strip_suffix(".tmp")?;
     AttemptId::parse(attempt)
 }
 
@@ -106,18 +93,9 @@ mod tests {
         assert_eq!(attempt.0[..3], [0x00, 0x11, 0x22]);
         assert_eq!(step_dir_name(1000), "step-000000001000");
         assert_eq!(step_dir_name(u64::MAX), "step-18446744073709551615");
-        assert_eq!(
-            shard_file_name(7, attempt),
-            format!("rank-00007.{HEX}.shard")
-        );
-        assert_eq!(
-            shard_file_name(u32::MAX, attempt),
-            format!("rank-4294967295.{HEX}.shard")
-        );
-        assert_eq!(
-            manifest_temporary_name(attempt),
-            format!("manifest.json.{HEX}.tmp")
-        );
+        assert_eq!(shard_file_name(7, attempt), format!("rank-00007.{HEX}.shard"));
+        assert_eq!(shard_file_name(u32::MAX, attempt), format!("rank-4294967295.{HEX}.shard"));
+        assert_eq!(manifest_temporary_name(attempt), format!("manifest.json.{HEX}.tmp"));
     }
 
     #[test]
@@ -161,12 +139,9 @@ mod tests {
 
     #[test]
     fn temporaries_that_no_writer_wrote_are_refused() {
-        for name in [
-            "manifest.json",
-            "manifest.json.tmp",
-            "manifest.json..tmp",
-            "manifest.json.0.tmp",
-        ] {
+        for name in
+            ["manifest.json", "manifest.json.tmp", "manifest.json..tmp", "manifest.json.0.tmp"]
+        {
             assert_eq!(parse_manifest_temporary(name), None, "{name}");
         }
     }

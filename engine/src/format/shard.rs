@@ -107,12 +107,7 @@ impl Header {
     }
 
     fn validate(&self) -> Result<(), FormatError> {
-        let Self {
-            rank,
-            world_size,
-            chunk_bytes,
-            ..
-        } = self;
+        let Self { rank, world_size, chunk_bytes, .. } = self;
         ensure!(
             rank < world_size,
             "the header names rank {rank}, expected one less than its world size {world_size}"
@@ -138,7 +133,7 @@ pub struct Footer {
     pub index_raw_bytes: u64,
     /// CRC-32C of the compressed index with its padding.
     pub index_crc32c: u32,
-    /// CRC-32C of the header block.
+    /// [`block_crc32c`] of the header.
     pub header_crc32c: u32,
     /// Length of the whole file, this block included.
     pub file_bytes: u64,
@@ -152,22 +147,10 @@ impl Footer {
         let mut block = begin(FOOTER_MAGIC);
         put(&mut block, FOOTER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, INDEX_OFFSET_AT, self.index_offset.to_le_bytes());
-        put(
-            &mut block,
-            INDEX_STORED_BYTES_AT,
-            self.index_stored_bytes.to_le_bytes(),
-        );
-        put(
-            &mut block,
-            INDEX_RAW_BYTES_AT,
-            self.index_raw_bytes.to_le_bytes(),
-        );
+        put(&mut block, INDEX_STORED_BYTES_AT, self.index_stored_bytes.to_le_bytes());
+        put(&mut block, INDEX_RAW_BYTES_AT, self.index_raw_bytes.to_le_bytes());
         put(&mut block, INDEX_CRC32C_AT, self.index_crc32c.to_le_bytes());
-        put(
-            &mut block,
-            HEADER_CRC32C_AT,
-            self.header_crc32c.to_le_bytes(),
-        );
+        put(&mut block, HEADER_CRC32C_AT, self.header_crc32c.to_le_bytes());
         put(&mut block, FILE_BYTES_AT, self.file_bytes.to_le_bytes());
         finish(block)
     }
@@ -238,7 +221,7 @@ fn begin(magic: [u8; 8]) -> [u8; BLOCK_BYTES] {
 
 /// The block with its checksum.
 fn finish(mut block: [u8; BLOCK_BYTES]) -> [u8; BLOCK_BYTES] {
-    let crc = crc32c(&block[..BLOCK_CRC32C_AT]);
+    let crc = block_crc32c(&block);
     put(&mut block, BLOCK_CRC32C_AT, crc.to_le_bytes());
     block
 }
@@ -254,11 +237,8 @@ fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<(), Fo
         magic.escape_ascii()
     );
     let expected = u32::from_le_bytes(take(block, BLOCK_CRC32C_AT));
-    let actual = crc32c(&block[..BLOCK_CRC32C_AT]);
-    ensure!(
-        actual == expected,
-        "the {name}'s checksum is {actual:08x}, expected {expected:08x}"
-    );
+    let actual = block_crc32c(block);
+    ensure!(actual == expected, "the {name}'s checksum is {actual:08x}, expected {expected:08x}");
     let version = u32::from_le_bytes(take(block, VERSION_AT));
     check_version(version, name)?;
     let unknown = u64::from_le_bytes(take(block, INCOMPATIBLE_AT)) & !INCOMPATIBLE_KNOWN;
@@ -274,10 +254,7 @@ fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<(), Fo
 
 /// Refuses a version that this engine does not read.
 pub(super) fn check_version(version: u32, name: &str) -> Result<(), FormatError> {
-    ensure!(
-        version != 0,
-        "the {name} has format version 0, expected 1 to {FORMAT_VERSION}"
-    );
+    ensure!(version != 0, "the {name} has format version 0, expected 1 to {FORMAT_VERSION}");
     if version > FORMAT_VERSION {
         return Err(FormatError::Newer(format!(
             "the {name} has format version {version}, and this engine of version {} reads up to \
@@ -339,14 +316,8 @@ mod tests {
                 block
             };
             let refused = |result| matches!(result, Some(FormatError::Damaged(_)));
-            assert!(
-                refused(Header::decode(&flip(&header)).err()),
-                "header, bit {bit}"
-            );
-            assert!(
-                refused(Footer::decode(&flip(&footer), file_bytes).err()),
-                "footer, bit {bit}"
-            );
+            assert!(refused(Header::decode(&flip(&header)).err()), "header, bit {bit}");
+            assert!(refused(Footer::decode(&flip(&footer), file_bytes).err()), "footer, bit {bit}");
         }
     }
 
@@ -362,20 +333,14 @@ mod tests {
         let FormatError::Newer(why) = Header::decode(&newer).unwrap_err() else {
             panic!("version 2 was taken for damage")
         };
-        assert!(
-            why.contains("format version 2") && why.contains("up to version 1"),
-            "{why}"
-        );
+        assert!(why.contains("format version 2") && why.contains("up to version 1"), "{why}");
         let feature = resealed(header().encode(), INCOMPATIBLE_AT, 4_u32.to_le_bytes());
         let FormatError::Newer(why) = Header::decode(&feature).unwrap_err() else {
             panic!("an unknown feature was taken for damage")
         };
         assert!(why.contains("features 0x4"), "{why}");
         let zero = resealed(header().encode(), VERSION_AT, 0_u32.to_le_bytes());
-        assert!(matches!(
-            Header::decode(&zero),
-            Err(FormatError::Damaged(_))
-        ));
+        assert!(matches!(Header::decode(&zero), Err(FormatError::Damaged(_))));
     }
 
     #[test]
@@ -387,72 +352,26 @@ mod tests {
     #[test]
     fn fields_that_disagree_are_refused() {
         for wrong in [
-            Header {
-                rank: 8,
-                ..header()
-            },
-            Header {
-                world_size: 0,
-                rank: 0,
-                ..header()
-            },
-            Header {
-                chunk_bytes: 0,
-                ..header()
-            },
-            Header {
-                chunk_bytes: (4 << 20) + 1,
-                ..header()
-            },
-            Header {
-                chunk_bytes: 128 << 20,
-                ..header()
-            },
+            Header { rank: 8, ..header() },
+            Header { world_size: 0, rank: 0, ..header() },
+            Header { chunk_bytes: 0, ..header() },
+            Header { chunk_bytes: (4 << 20) + 1, ..header() },
+            Header { chunk_bytes: 128 << 20, ..header() },
         ] {
             assert!(Header::decode(&wrong.encode()).is_err(), "{wrong:?}");
         }
         for wrong in [
-            Footer {
-                index_offset: 8191,
-                ..footer()
-            },
-            Footer {
-                index_offset: 0,
-                ..footer()
-            },
-            Footer {
-                index_offset: u64::MAX - 4095,
-                ..footer()
-            },
-            Footer {
-                index_stored_bytes: 0,
-                ..footer()
-            },
-            Footer {
-                index_stored_bytes: 9000,
-                ..footer()
-            },
-            Footer {
-                index_stored_bytes: u64::MAX,
-                ..footer()
-            },
-            Footer {
-                index_raw_bytes: 0,
-                ..footer()
-            },
-            Footer {
-                index_raw_bytes: INDEX_BYTES_MAX + 1,
-                ..footer()
-            },
-            Footer {
-                file_bytes: 4096,
-                ..footer()
-            },
+            Footer { index_offset: 8191, ..footer() },
+            Footer { index_offset: 0, ..footer() },
+            Footer { index_offset: u64::MAX - 4095, ..footer() },
+            Footer { index_stored_bytes: 0, ..footer() },
+            Footer { index_stored_bytes: 9000, ..footer() },
+            Footer { index_stored_bytes: u64::MAX, ..footer() },
+            Footer { index_raw_bytes: 0, ..footer() },
+            Footer { index_raw_bytes: INDEX_BYTES_MAX + 1, ..footer() },
+            Footer { file_bytes: 4096, ..footer() },
         ] {
-            assert!(
-                Footer::decode(&wrong.encode(), footer().file_bytes).is_err(),
-                "{wrong:?}"
-            );
+            assert!(Footer::decode(&wrong.encode(), footer().file_bytes).is_err(), "{wrong:?}");
         }
         assert!(Footer::decode(&footer().encode(), footer().file_bytes - 4096).is_err());
     }

@@ -108,18 +108,13 @@ impl Value {
     /// How many children follow, and how they are named; `None` for a leaf.
     fn children(&self) -> Option<Open> {
         let (left, naming) = match *self {
-            Self::Dict { len, metadata, .. } => (
-                len as usize + usize::from(metadata),
-                Naming::Keys { metadata },
-            ),
+            Self::Dict { len, metadata, .. } => {
+                (len as usize + usize::from(metadata), Naming::Keys { metadata })
+            }
             Self::List { len } | Self::Tuple { len } => (len as usize, Naming::Positions),
             _ => return None,
         };
-        Some(Open {
-            left,
-            position: 0,
-            naming,
-        })
+        Some(Open { left, position: 0, naming })
     }
 }
 
@@ -173,10 +168,7 @@ impl fmt::Display for Key {
             // Decimal would cost the square of a length that a file chose.
             Self::BigInt(bytes) => {
                 formatter.write_str("int(0x")?;
-                bytes
-                    .iter()
-                    .rev()
-                    .try_for_each(|byte| write!(formatter, "{byte:02x}"))?;
+                bytes.iter().rev().try_for_each(|byte| write!(formatter, "{byte:02x}"))?;
                 formatter.write_str(")")
             }
             Self::Bool(true) => formatter.write_str("True"),
@@ -243,12 +235,7 @@ impl Open {
 impl<'a> Walk<'a> {
     /// Starts before the root.
     pub fn new(nodes: &'a [Node]) -> Self {
-        Self {
-            nodes,
-            next: 0,
-            open: Vec::new(),
-            path: TreePath::default(),
-        }
+        Self { nodes, next: 0, open: Vec::new(), path: TreePath::default() }
     }
 
     /// Goes to the next node in preorder; `None` after the last.
@@ -277,18 +264,10 @@ impl<'a> Walk<'a> {
     /// Closes the node last visited, if it is a leaf, and every container that has no child left.
     fn leave_finished(&mut self) {
         // A path is as long as the containers around its node; one that is itself open adds one.
-        self.path
-            .segments
-            .truncate(self.open.len().saturating_sub(1));
-        while self
-            .open
-            .last()
-            .is_some_and(|container| container.left == 0)
-        {
+        self.path.segments.truncate(self.open.len().saturating_sub(1));
+        while self.open.last().is_some_and(|container| container.left == 0) {
             self.open.pop();
-            self.path
-                .segments
-                .truncate(self.open.len().saturating_sub(1));
+            self.path.segments.truncate(self.open.len().saturating_sub(1));
         }
     }
 }
@@ -308,15 +287,8 @@ pub fn tensor_paths(nodes: &[Node]) -> impl Iterator<Item = (u32, TreePath<'_>)>
 /// Checks that `nodes` are exactly one tree over `tensors` tensors, and that each value has its one
 /// right form.
 pub fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {
-    ensure!(
-        !nodes.is_empty(),
-        "the tree is empty, expected at least a root"
-    );
-    ensure!(
-        nodes.len() <= NODES_MAX,
-        "the tree has {} nodes, at most {NODES_MAX}",
-        nodes.len()
-    );
+    ensure!(!nodes.is_empty(), "the tree is empty, expected at least a root");
+    ensure!(nodes.len() <= NODES_MAX, "the tree has {} nodes, at most {NODES_MAX}", nodes.len());
     let mut walk = Walk::new(nodes);
     loop {
         walk.leave_finished();
@@ -327,11 +299,7 @@ pub fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {
             node.key.is_some() == has_key,
             "node {index} at `{}` {}",
             walk.path(),
-            if has_key {
-                "of a dict has no key"
-            } else {
-                "has a key but is no entry of a dict"
-            }
+            if has_key { "of a dict has no key" } else { "has a key but is no entry of a dict" }
         );
         ensure!(
             walk.open.len() <= DEPTH_MAX,
@@ -378,11 +346,9 @@ fn validate_node(node: &Node, tensors: usize) -> Result<(), String> {
         Value::Tensor(tensor) if *tensor as usize >= tensors => {
             Err(format!("names tensor {tensor} of {tensors}"))
         }
-        Value::Dict {
-            ordered: false,
-            metadata: true,
-            ..
-        } => Err("is a plain dict with metadata, which only ordered ones have".into()),
+        Value::Dict { ordered: false, metadata: true, .. } => {
+            Err("is a plain dict with metadata, which only ordered ones have".into())
+        }
         _ => Ok(()),
     }
 }

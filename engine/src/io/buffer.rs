@@ -17,10 +17,7 @@
 //!
 //! Why `unsafe`: safe collections give neither huge pages nor `MADV_DONTFORK`, and parts of one
 //! mapping handed out at run time are beyond what the borrow checker can follow.
-#![expect(
-    unsafe_code,
-    reason = "hands out disjoint parts of one anonymous mapping"
-)]
+#![expect(unsafe_code, reason = "hands out disjoint parts of one anonymous mapping")]
 
 use std::fmt;
 use std::io;
@@ -83,10 +80,7 @@ impl BufferPool {
             count,
             // Reversed: the first to be taken is the first in memory, so a little-used pool stays
             // within few huge pages.
-            state: Mutex::new(State {
-                free: (0..count).rev().collect(),
-                lost: 0,
-            }),
+            state: Mutex::new(State { free: (0..count).rev().collect(), lost: 0 }),
             returned: Condvar::new(),
             owner: getpid(),
         }))
@@ -115,20 +109,14 @@ impl BufferPool {
         let mut state = self.lock();
         loop {
             if let Some(index) = state.free.pop() {
-                return Buffer {
-                    pool: Arc::clone(self),
-                    index,
-                };
+                return Buffer { pool: Arc::clone(self), index };
             }
             assert!(
                 state.lost < self.count,
                 "all {} buffers of the pool were lost to a failed io backend",
                 self.count
             );
-            state = self
-                .returned
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -138,10 +126,7 @@ impl BufferPool {
             return None;
         }
         let index = self.lock().free.pop()?;
-        Some(Buffer {
-            pool: Arc::clone(self),
-            index,
-        })
+        Some(Buffer { pool: Arc::clone(self), index })
     }
 
     /// Bytes of each buffer.
@@ -156,11 +141,7 @@ impl BufferPool {
 
     /// Number of buffers that nobody holds at this moment.
     pub fn free(&self) -> usize {
-        if self.is_owner() {
-            self.lock().free.len()
-        } else {
-            0
-        }
+        if self.is_owner() { self.lock().free.len() } else { 0 }
     }
 
     fn populate(&self, threads: usize) -> Result<(), Errno> {
@@ -172,18 +153,16 @@ impl BufferPool {
                 if piece >= pieces {
                     return Ok(());
                 }
-                self.mapping
-                    .populate(piece * POPULATE_PIECE_BYTES, POPULATE_PIECE_BYTES)?;
+                self.mapping.populate(piece * POPULATE_PIECE_BYTES, POPULATE_PIECE_BYTES)?;
             }
         };
         std::thread::scope(|scope| {
-            let helpers: Vec<_> = (1..threads.clamp(1, pieces))
-                .map(|_| scope.spawn(work))
-                .collect();
+            let helpers: Vec<_> =
+                (1..threads.clamp(1, pieces)).map(|_| scope.spawn(work)).collect();
             let own = work();
-            helpers.into_iter().fold(own, |result, helper| {
-                result.and(helper.join().unwrap_or(Err(Errno::FAULT)))
-            })
+            helpers
+                .into_iter()
+                .fold(own, |result, helper| result.and(helper.join().unwrap_or(Err(Errno::FAULT))))
         })
     }
 
@@ -205,15 +184,9 @@ impl BufferPool {
     }
 
     fn start_of(&self, index: usize) -> *mut u8 {
-        assert!(
-            index < self.count,
-            "a buffer's index is below the pool's count"
-        );
+        assert!(index < self.count, "a buffer's index is below the pool's count");
         // Within the mapping, whose length is count * buffer_bytes.
-        self.mapping
-            .base
-            .as_ptr()
-            .wrapping_add(index * self.buffer_bytes)
+        self.mapping.base.as_ptr().wrapping_add(index * self.buffer_bytes)
     }
 
     fn is_owner(&self) -> bool {
@@ -283,11 +256,7 @@ impl Buffer {
 
     /// Bytes of the memory behind this buffer: none if it was left to the kernel.
     fn bytes(&self) -> usize {
-        if self.index == LOST {
-            0
-        } else {
-            self.pool.buffer_bytes
-        }
+        if self.index == LOST { 0 } else { self.pool.buffer_bytes }
     }
 
     /// Where the bytes are. Takes no reference to them: the kernel may be writing there.
@@ -369,12 +338,7 @@ impl Mapping {
         let skip = mapped.as_ptr().align_offset(HUGE_PAGE_BYTES);
         // At most HUGE_PAGE_BYTES - 1, which `mapped_bytes` has over and above `bytes`.
         let base = NonNull::new(mapped.as_ptr().wrapping_add(skip)).ok_or(Errno::NOMEM)?;
-        let mut mapping = Self {
-            mapped,
-            mapped_bytes,
-            base,
-            bytes,
-        };
+        let mut mapping = Self { mapped, mapped_bytes, base, bytes };
         if let Err(error) = mapping.advise() {
             mapping.unmap();
             return Err(error.into());
@@ -400,10 +364,7 @@ impl Mapping {
     }
 
     fn advise_part(&self, offset: usize, bytes: usize, advice: Advice) -> Result<(), Errno> {
-        assert!(
-            offset + bytes <= self.bytes,
-            "advice stays within the mapping"
-        );
+        assert!(offset + bytes <= self.bytes, "advice stays within the mapping");
         let start = self.base.as_ptr().wrapping_add(offset).cast();
         // SAFETY: the range lies in this mapping, and none of the advices given here changes what
         // its memory holds.
@@ -416,10 +377,7 @@ impl Mapping {
         // a count of it, so nothing refers to the memory.
         let unmapped =
             unsafe { rustix::mm::munmap(self.mapped.as_ptr().cast(), self.mapped_bytes) };
-        debug_assert!(
-            unmapped.is_ok(),
-            "a mapping is unmapped whole: {unmapped:?}"
-        );
+        debug_assert!(unmapped.is_ok(), "a mapping is unmapped whole: {unmapped:?}");
     }
 }
 
@@ -430,10 +388,7 @@ mod tests {
     #[test]
     fn sizes_are_checked() {
         for (buffer_bytes, count) in [(0, 1), (100, 1), (4096, 0), (usize::MAX - 4095, 2)] {
-            assert!(
-                BufferPool::new(buffer_bytes, count).is_err(),
-                "{buffer_bytes} x {count}"
-            );
+            assert!(BufferPool::new(buffer_bytes, count).is_err(), "{buffer_bytes} x {count}");
         }
     }
 

@@ -36,11 +36,7 @@ pub(super) fn open(path: &Path, mode: OpenMode, rule: DirectIo) -> io::Result<Ar
     let creates = matches!(mode, OpenMode::Create | OpenMode::CreateSmall);
     let descriptor = open_descriptor(path, creates)?;
     match finish_open(&descriptor, path, mode, rule) {
-        Ok(direct) => Ok(Arc::new(File {
-            descriptor,
-            path: path.to_owned(),
-            direct,
-        })),
+        Ok(direct) => Ok(Arc::new(File { descriptor, path: path.to_owned(), direct })),
         Err(error) => {
             if creates {
                 // Ours and empty. If it cannot be removed, the error to tell is the first one.
@@ -60,9 +56,7 @@ fn open_descriptor(path: &Path, creates: bool) -> io::Result<OwnedFd> {
         common | OFlags::RDONLY
     };
     let permissions = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
-    Ok(retry_on_intr(|| {
-        rustix::fs::openat(CWD, path, flags, permissions)
-    })?)
+    Ok(retry_on_intr(|| rustix::fs::openat(CWD, path, flags, permissions))?)
 }
 
 /// Checks the kind of the file and sets its final flags; returns whether it is direct.
@@ -272,10 +266,7 @@ fn rename_new_by_link(from: &Path, to: &Path) -> io::Result<()> {
 
 fn is_same_file(from: &Path, to: &Path) -> bool {
     let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
-    match (
-        std::fs::symlink_metadata(from),
-        std::fs::symlink_metadata(to),
-    ) {
+    match (std::fs::symlink_metadata(from), std::fs::symlink_metadata(to)) {
         (Ok(from), Ok(to)) => from.nlink() >= 2 && identity(from) == identity(to),
         _ => false,
     }
@@ -309,11 +300,7 @@ pub(super) fn attempt(transfer: &mut Transfer) -> io::Result<usize> {
 /// The part of the buffer that one attempt moves.
 pub(super) fn attempt_range(transfer: &Transfer) -> std::ops::Range<usize> {
     let start = transfer.range.start;
-    start
-        ..transfer
-            .range
-            .end
-            .min(start.saturating_add(ATTEMPT_BYTES_MAX))
+    start..transfer.range.end.min(start.saturating_add(ATTEMPT_BYTES_MAX))
 }
 
 /// The advice to give after `moved_bytes` of `transfer` were moved, as (offset, length) pairs: keeps
@@ -357,11 +344,7 @@ mod tests {
         std::fs::write(&from, b"other").unwrap();
         let error = rename_new_by_link(&from, &to).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(
-            std::fs::read(&to).unwrap(),
-            b"new",
-            "the target is untouched"
-        );
+        assert_eq!(std::fs::read(&to).unwrap(), b"new", "the target is untouched");
         assert!(from.exists(), "and so is the source");
     }
 
@@ -394,15 +377,7 @@ mod tests {
     fn small_files_are_never_direct() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("small");
-        assert!(
-            !open(&path, OpenMode::CreateSmall, DirectIo::On)
-                .unwrap()
-                .direct
-        );
-        assert!(
-            !open(&path, OpenMode::ReadSmall, DirectIo::On)
-                .unwrap()
-                .direct
-        );
+        assert!(!open(&path, OpenMode::CreateSmall, DirectIo::On).unwrap().direct);
+        assert!(!open(&path, OpenMode::ReadSmall, DirectIo::On).unwrap().direct);
     }
 }

@@ -46,11 +46,7 @@ pub(super) enum Next {
 
 impl Inbox {
     pub(super) fn new() -> Self {
-        Self {
-            state: Mutex::default(),
-            arrived: Condvar::new(),
-            owner: getpid(),
-        }
+        Self { state: Mutex::default(), arrived: Condvar::new(), owner: getpid() }
     }
 
     /// Accepts a transfer, or ends it at once where it is malformed or the backend is dead.
@@ -98,10 +94,7 @@ impl Inbox {
             if state.closed {
                 return None;
             }
-            state = self
-                .arrived
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -148,9 +141,7 @@ impl Inbox {
 /// Calls `done` with the outcome. A panic in it is logged and goes no further: it must not take the
 /// thread, and with it everyone else's transfers, along.
 pub(super) fn complete(transfer: Transfer, outcome: io::Result<usize>) {
-    let Transfer {
-        file, buffer, done, ..
-    } = transfer;
+    let Transfer { file, buffer, done, .. } = transfer;
     if catch_unwind(AssertUnwindSafe(|| done(outcome, buffer))).is_err() {
         tracing::error!(
             path = %file.path.display(),

@@ -24,10 +24,7 @@ pub struct Options {
 impl Default for Options {
     /// Eight threads: as many as chunks of 4 MiB are in flight by default.
     fn default() -> Self {
-        Self {
-            threads: 8,
-            direct_io: DirectIo::Auto,
-        }
+        Self { threads: 8, direct_io: DirectIo::Auto }
     }
 }
 

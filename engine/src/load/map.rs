@@ -26,6 +26,12 @@ impl Checkpoint {
     /// Maps the shard and finds the ranges of `storages`; see [`MappedShard::range_of`].
     pub fn map(&self, storages: &[u32], verify: bool) -> Result<MappedShard> {
         let map = self.source.map()?;
+        if map.len() as u64 != self.file_bytes() {
+            return Err(EngineError::corrupt(
+                self.shard_name(),
+                format!("it has {} bytes now, it had {}", map.len(), self.file_bytes()),
+            ));
+        }
         let mut checked = vec![!verify; self.index.chunks.len()];
         let mut ranges = BTreeMap::new();
         for &storage in storages {

@@ -196,8 +196,7 @@ impl<'a> Control<'a> {
         entry: &ShardEntry,
     ) -> Result<()> {
         let stated = (header.attempt.to_string(), header.step, header.rank, header.world_size);
-        let expected =
-            (manifest.attempt.clone(), manifest.step, entry.rank, manifest.world_size);
+        let expected = (manifest.attempt.clone(), manifest.step, entry.rank, manifest.world_size);
         if stated == expected && footer.attempt == header.attempt {
             return Ok(());
         }

@@ -157,11 +157,7 @@ fn locate(checkpoint: &Checkpoint, target: &Target<'_>) -> Result<u64> {
     inside.ok_or_else(|| {
         EngineError::invalid(
             format!("reading storage {} of `{}`", target.storage, checkpoint.shard_name()),
-            format!(
-                "{} bytes at offset {} are outside it",
-                target.memory.len(),
-                target.offset
-            ),
+            format!("{} bytes at offset {} are outside it", target.memory.len(), target.offset),
             "ask for ranges within the storages that the index lists",
         )
     })
@@ -205,7 +201,9 @@ pub(super) fn run(
             })
             .collect();
         drop(arrivals);
-        submit_all(checkpoint, &waiting, &pool, arrived, &stopped);
+        submit_all(checkpoint, &waiting, &pool, &arrived, &stopped);
+        // Workers end when the last read has arrived.
+        drop(arrived);
         let panicked = handles.into_iter().any(|handle| handle.join().is_err());
         if panicked {
             return Err(EngineError::internal(
@@ -235,7 +233,7 @@ fn submit_all(
     checkpoint: &Checkpoint,
     waiting: &[Mutex<Option<ChunkJob<'_>>>],
     pool: &Arc<BufferPool>,
-    arrived: Sender<(usize, Result<()>, Buffer)>,
+    arrived: &Sender<(usize, Result<()>, Buffer)>,
     stopped: &AtomicBool,
 ) {
     for (number, job) in waiting.iter().enumerate() {
@@ -243,7 +241,8 @@ fn submit_all(
         if stopped.load(Ordering::Relaxed) {
             return;
         }
-        let chunk = job.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|job| job.chunk);
+        let chunk =
+            job.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|job| job.chunk);
         let record = checkpoint.record(chunk.expect("jobs are taken only after their read"));
         let padded = (record.stored_bytes as usize).next_multiple_of(ALIGNMENT);
         let arrived = arrived.clone();
@@ -263,7 +262,8 @@ fn work(
     stopped: &AtomicBool,
     report: Report<'_>,
 ) {
-    let mut delivery = Delivery { checkpoint, options, decoder: Decoder::new(), scratch: Vec::new() };
+    let mut delivery =
+        Delivery { checkpoint, options, decoder: Decoder::new(), scratch: Vec::new() };
     // Buffers of stopped reads are still received, so that the submitter is never left waiting.
     while let Ok((number, result, buffer)) = arrivals.recv() {
         if stopped.load(Ordering::Relaxed) {
@@ -319,7 +319,8 @@ impl Delivery<'_> {
         }
         if record.codec == Codec::None {
             self.check_raw(chunk, stored, record)?;
-            return Ok(scatter(pieces, stored));
+            scatter(pieces, stored);
+            return Ok(());
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.resize(raw_bytes, 0);
@@ -338,7 +339,10 @@ impl Delivery<'_> {
         raw: &mut [u8],
     ) -> Result<()> {
         self.decoder.decode(record.codec, stored, raw).map_err(|error| {
-            self.damaged(chunk, &format!("its {} bytes do not decode: {error}", record.codec.name()))
+            self.damaged(
+                chunk,
+                &format!("its {} bytes do not decode: {error}", record.codec.name()),
+            )
         })
     }
 

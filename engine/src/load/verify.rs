@@ -174,8 +174,12 @@ impl Checkpoint {
         if tensor.shape.contains(&0) {
             return start..start;
         }
-        let last: u64 =
-            tensor.shape.iter().zip(&tensor.strides).map(|(items, stride)| (items - 1) * stride).sum();
+        let last: u64 = tensor
+            .shape
+            .iter()
+            .zip(&tensor.strides)
+            .map(|(items, stride)| (items - 1) * stride)
+            .sum();
         start..start + (last + 1) * item_bytes
     }
 }

@@ -30,9 +30,8 @@ pub(crate) fn capture(
     let streamed = !fits(job, arena);
     let threads = thread_count(job);
     let captured = std::thread::scope(|scope| {
-        let copiers: Vec<_> = (1..threads)
-            .map(|_| scope.spawn(|| capture.copy_chunks(workers, streamed)))
-            .collect();
+        let copiers: Vec<_> =
+            (1..threads).map(|_| scope.spawn(|| capture.copy_chunks(workers, streamed))).collect();
         // The caller's own thread is one of the copiers.
         let mut results = vec![capture.copy_chunks(workers, streamed)];
         for copier in copiers {

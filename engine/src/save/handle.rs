@@ -76,8 +76,10 @@ impl SaveHandle {
                 ended.unwrap_or_else(PoisonError::into_inner).is_some()
             }
             Some(timeout) => {
-                let ended =
-                    self.shared.ended.wait_timeout_while(guard, timeout, |outcome| outcome.is_none());
+                let ended = self
+                    .shared
+                    .ended
+                    .wait_timeout_while(guard, timeout, |outcome| outcome.is_none());
                 ended.unwrap_or_else(PoisonError::into_inner).0.is_some()
             }
         }

@@ -69,12 +69,8 @@ pub(crate) fn write_shard(
     let mut writer = ShardWriter { job, sink, pool, next_offset: BLOCK_BYTES as u64 };
     writer.write_at(0, &header)?;
     let chunks = writer.write_chunks(encoded)?;
-    let index = ShardIndex {
-        nodes: draft.nodes,
-        storages: draft.storages,
-        tensors: draft.tensors,
-        chunks,
-    };
+    let index =
+        ShardIndex { nodes: draft.nodes, storages: draft.storages, tensors: draft.tensors, chunks };
     writer.close(&index, block_crc32c(&header))
 }
 

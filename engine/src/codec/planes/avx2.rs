@@ -1,8 +1,5 @@
 //! Vectors of two lanes: processors since about 2013.
-#![expect(
-    clippy::wildcard_imports,
-    reason = "twenty intrinsics, each with a prefix of its own"
-)]
+#![expect(clippy::wildcard_imports, reason = "twenty intrinsics, each with a prefix of its own")]
 
 use std::arch::x86_64::*;
 
@@ -36,28 +33,16 @@ fn load_lanes(lanes: &[[u8; LANE_BYTES]], first: usize, stride: usize) -> Regist
 #[target_feature(enable = "avx2")]
 fn store_lanes(lanes: &mut [[u8; LANE_BYTES]], first: usize, stride: usize, vector: Register) {
     store(&mut lanes[first], _mm256_castsi256_si128(vector));
-    store(
-        &mut lanes[first + stride],
-        _mm256_extracti128_si256::<1>(vector),
-    );
+    store(&mut lanes[first + stride], _mm256_extracti128_si256::<1>(vector));
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
 fn rotate_left<const WIDTH: usize>(vector: Register) -> Register {
     match WIDTH {
-        2 => _mm256_or_si256(
-            _mm256_slli_epi16::<1>(vector),
-            _mm256_srli_epi16::<15>(vector),
-        ),
-        4 => _mm256_or_si256(
-            _mm256_slli_epi32::<1>(vector),
-            _mm256_srli_epi32::<31>(vector),
-        ),
-        _ => _mm256_or_si256(
-            _mm256_slli_epi64::<1>(vector),
-            _mm256_srli_epi64::<63>(vector),
-        ),
+        2 => _mm256_or_si256(_mm256_slli_epi16::<1>(vector), _mm256_srli_epi16::<15>(vector)),
+        4 => _mm256_or_si256(_mm256_slli_epi32::<1>(vector), _mm256_srli_epi32::<31>(vector)),
+        _ => _mm256_or_si256(_mm256_slli_epi64::<1>(vector), _mm256_srli_epi64::<63>(vector)),
     }
 }
 
@@ -65,18 +50,9 @@ fn rotate_left<const WIDTH: usize>(vector: Register) -> Register {
 #[target_feature(enable = "avx2")]
 fn rotate_right<const WIDTH: usize>(vector: Register) -> Register {
     match WIDTH {
-        2 => _mm256_or_si256(
-            _mm256_srli_epi16::<1>(vector),
-            _mm256_slli_epi16::<15>(vector),
-        ),
-        4 => _mm256_or_si256(
-            _mm256_srli_epi32::<1>(vector),
-            _mm256_slli_epi32::<31>(vector),
-        ),
-        _ => _mm256_or_si256(
-            _mm256_srli_epi64::<1>(vector),
-            _mm256_slli_epi64::<63>(vector),
-        ),
+        2 => _mm256_or_si256(_mm256_srli_epi16::<1>(vector), _mm256_slli_epi16::<15>(vector)),
+        4 => _mm256_or_si256(_mm256_srli_epi32::<1>(vector), _mm256_slli_epi32::<31>(vector)),
+        _ => _mm256_or_si256(_mm256_srli_epi64::<1>(vector), _mm256_slli_epi64::<63>(vector)),
     }
 }
 

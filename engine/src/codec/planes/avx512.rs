@@ -1,8 +1,5 @@
 //! Vectors of four lanes: servers since about 2017. Bytes and 16-bit words need the extension BW.
-#![expect(
-    clippy::wildcard_imports,
-    reason = "twenty intrinsics, each with a prefix of its own"
-)]
+#![expect(clippy::wildcard_imports, reason = "twenty intrinsics, each with a prefix of its own")]
 
 use std::arch::x86_64::*;
 
@@ -39,28 +36,16 @@ fn load_lanes(lanes: &[[u8; LANE_BYTES]], first: usize, stride: usize) -> Regist
 #[target_feature(enable = "avx512f")]
 fn store_lanes(lanes: &mut [[u8; LANE_BYTES]], first: usize, stride: usize, vector: Register) {
     store(&mut lanes[first], _mm512_castsi512_si128(vector));
-    store(
-        &mut lanes[first + stride],
-        _mm512_extracti32x4_epi32::<1>(vector),
-    );
-    store(
-        &mut lanes[first + 2 * stride],
-        _mm512_extracti32x4_epi32::<2>(vector),
-    );
-    store(
-        &mut lanes[first + 3 * stride],
-        _mm512_extracti32x4_epi32::<3>(vector),
-    );
+    store(&mut lanes[first + stride], _mm512_extracti32x4_epi32::<1>(vector));
+    store(&mut lanes[first + 2 * stride], _mm512_extracti32x4_epi32::<2>(vector));
+    store(&mut lanes[first + 3 * stride], _mm512_extracti32x4_epi32::<3>(vector));
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn rotate_left<const WIDTH: usize>(vector: Register) -> Register {
     match WIDTH {
-        2 => _mm512_or_si512(
-            _mm512_slli_epi16::<1>(vector),
-            _mm512_srli_epi16::<15>(vector),
-        ),
+        2 => _mm512_or_si512(_mm512_slli_epi16::<1>(vector), _mm512_srli_epi16::<15>(vector)),
         4 => _mm512_rol_epi32::<1>(vector),
         _ => _mm512_rol_epi64::<1>(vector),
     }
@@ -70,10 +55,7 @@ fn rotate_left<const WIDTH: usize>(vector: Register) -> Register {
 #[target_feature(enable = "avx512f,avx512bw")]
 fn rotate_right<const WIDTH: usize>(vector: Register) -> Register {
     match WIDTH {
-        2 => _mm512_or_si512(
-            _mm512_srli_epi16::<1>(vector),
-            _mm512_slli_epi16::<15>(vector),
-        ),
+        2 => _mm512_or_si512(_mm512_srli_epi16::<1>(vector), _mm512_slli_epi16::<15>(vector)),
         4 => _mm512_ror_epi32::<1>(vector),
         _ => _mm512_ror_epi64::<1>(vector),
     }

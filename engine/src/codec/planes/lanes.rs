@@ -46,9 +46,7 @@ macro_rules! lane_kernels {
         ) -> usize {
             let order = broadcast(const { &grouping(WIDTH) });
             let (lanes, _) = elements.as_chunks::<LANE_BYTES>();
-            let mut planes = planes
-                .each_mut()
-                .map(|plane| plane.as_chunks_mut::<VECTOR_BYTES>().0);
+            let mut planes = planes.each_mut().map(|plane| plane.as_chunks_mut::<VECTOR_BYTES>().0);
             let batches = lanes.chunks_exact(WIDTH * LANES);
             let done = batches.len() * VECTOR_BYTES;
             for (batch, lanes) in batches.enumerate() {

@@ -20,10 +20,7 @@
 //! the split, not the device, the speed of a save. Safe code can neither call a function compiled
 //! for a feature that only some processors have nor load a vector; nothing else here is unsafe, and
 //! the files of the instruction sets are safe code.
-#![expect(
-    unsafe_code,
-    reason = "vector loads, stores, and calls that need a processor feature"
-)]
+#![expect(unsafe_code, reason = "vector loads, stores, and calls that need a processor feature")]
 
 #[deny(unsafe_code)]
 mod scalar;
@@ -62,9 +59,7 @@ enum Isa {
 impl Kernels {
     /// The fastest ones.
     pub fn detect() -> Self {
-        *Self::available()
-            .last()
-            .expect("the scalar kernels run on every processor")
+        *Self::available().last().expect("the scalar kernels run on every processor")
     }
 
     /// All that this processor can run, slowest first.
@@ -129,11 +124,7 @@ impl Kernels {
 
     fn split_to<const WIDTH: usize>(self, elements: &[u8], planes: &mut [&mut [u8]; WIDTH]) {
         for plane in planes.iter() {
-            assert_eq!(
-                plane.len() * WIDTH,
-                elements.len(),
-                "planes hold every element's bytes"
-            );
+            assert_eq!(plane.len() * WIDTH, elements.len(), "planes hold every element's bytes");
         }
         let done = match self.0 {
             Isa::Scalar => 0,
@@ -152,11 +143,7 @@ impl Kernels {
 
     fn join_from<const WIDTH: usize>(self, planes: &[&[u8]; WIDTH], elements: &mut [u8]) {
         for plane in planes {
-            assert_eq!(
-                plane.len() * WIDTH,
-                elements.len(),
-                "planes hold every element's bytes"
-            );
+            assert_eq!(plane.len() * WIDTH, elements.len(), "planes hold every element's bytes");
         }
         let done = match self.0 {
             Isa::Scalar => 0,
@@ -175,17 +162,13 @@ impl Kernels {
 }
 
 fn sized<'a, 'b, const WIDTH: usize>(planes: &'a [&'b [u8]]) -> &'a [&'b [u8]; WIDTH] {
-    planes
-        .try_into()
-        .expect("the caller matched the number of planes")
+    planes.try_into().expect("the caller matched the number of planes")
 }
 
 fn sized_mut<'a, 'b, const WIDTH: usize>(
     planes: &'a mut [&'b mut [u8]],
 ) -> &'a mut [&'b mut [u8]; WIDTH] {
-    planes
-        .try_into()
-        .expect("the caller matched the number of planes")
+    planes.try_into().expect("the caller matched the number of planes")
 }
 
 /// Reads a vector. The vector type is the caller's processor's own, of `BYTES` bytes.
@@ -242,23 +225,13 @@ mod tests {
     fn split(kernels: Kernels, width: usize, elements: &[u8], skew: usize) -> Vec<Vec<u8>> {
         let count = elements.len() / width;
         let mut buffers = vec![vec![0xaa_u8; count + skew + 1]; width];
-        let mut planes: Vec<&mut [u8]> = buffers
-            .iter_mut()
-            .map(|buffer| &mut buffer[skew..skew + count])
-            .collect();
+        let mut planes: Vec<&mut [u8]> =
+            buffers.iter_mut().map(|buffer| &mut buffer[skew..skew + count]).collect();
         kernels.split(elements, &mut planes);
         for buffer in &buffers {
-            assert!(
-                buffer[..skew]
-                    .iter()
-                    .chain(&buffer[skew + count..])
-                    .all(|b| *b == 0xaa)
-            );
+            assert!(buffer[..skew].iter().chain(&buffer[skew + count..]).all(|b| *b == 0xaa));
         }
-        buffers
-            .iter()
-            .map(|buffer| buffer[skew..skew + count].to_vec())
-            .collect()
+        buffers.iter().map(|buffer| buffer[skew..skew + count].to_vec()).collect()
     }
 
     #[test]
@@ -277,10 +250,7 @@ mod tests {
         let planes = split(Kernels(Isa::Scalar), 8, &elements, 0);
         for (index, element) in elements.as_chunks::<8>().0.iter().enumerate() {
             let rotated = u64::from_le_bytes(*element).rotate_left(1).to_le_bytes();
-            assert_eq!(
-                planes.iter().map(|plane| plane[index]).collect::<Vec<_>>(),
-                rotated
-            );
+            assert_eq!(planes.iter().map(|plane| plane[index]).collect::<Vec<_>>(), rotated);
         }
     }
 
@@ -294,10 +264,7 @@ mod tests {
                     let elements = &source[skew % 64..][..count * width];
                     let planes = split(kernels, width, elements, skew);
                     let context = format!("{} width {width} count {count}", kernels.name());
-                    assert!(
-                        planes == split(Kernels(Isa::Scalar), width, elements, 0),
-                        "{context}"
-                    );
+                    assert!(planes == split(Kernels(Isa::Scalar), width, elements, 0), "{context}");
 
                     let mut back = vec![0; elements.len() + skew];
                     let views: Vec<&[u8]> = planes.iter().map(Vec::as_slice).collect();

@@ -1,8 +1,5 @@
 //! Vectors of one lane: every 64-bit Arm processor.
-#![expect(
-    clippy::wildcard_imports,
-    reason = "twenty intrinsics, each with a prefix of its own"
-)]
+#![expect(clippy::wildcard_imports, reason = "twenty intrinsics, each with a prefix of its own")]
 
 use std::arch::aarch64::*;
 
@@ -86,28 +83,19 @@ fn shuffle(vector: Register, order: Register) -> Register {
 #[target_feature(enable = "neon")]
 fn zip16(a: Register, b: Register) -> [Register; 2] {
     let (a, b) = (vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b));
-    [
-        vreinterpretq_u8_u16(vzip1q_u16(a, b)),
-        vreinterpretq_u8_u16(vzip2q_u16(a, b)),
-    ]
+    [vreinterpretq_u8_u16(vzip1q_u16(a, b)), vreinterpretq_u8_u16(vzip2q_u16(a, b))]
 }
 
 #[inline]
 #[target_feature(enable = "neon")]
 fn zip32(a: Register, b: Register) -> [Register; 2] {
     let (a, b) = (vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b));
-    [
-        vreinterpretq_u8_u32(vzip1q_u32(a, b)),
-        vreinterpretq_u8_u32(vzip2q_u32(a, b)),
-    ]
+    [vreinterpretq_u8_u32(vzip1q_u32(a, b)), vreinterpretq_u8_u32(vzip2q_u32(a, b))]
 }
 
 #[inline]
 #[target_feature(enable = "neon")]
 fn zip64(a: Register, b: Register) -> [Register; 2] {
     let (a, b) = (vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b));
-    [
-        vreinterpretq_u8_u64(vzip1q_u64(a, b)),
-        vreinterpretq_u8_u64(vzip2q_u64(a, b)),
-    ]
+    [vreinterpretq_u8_u64(vzip1q_u64(a, b)), vreinterpretq_u8_u64(vzip2q_u64(a, b))]
 }

@@ -19,10 +19,7 @@ pub(super) fn split<const WIDTH: usize>(
 pub(super) fn join<const WIDTH: usize>(planes: &[&[u8]; WIDTH], elements: &mut [u8], first: usize) {
     let (elements, _) = elements[first * WIDTH..].as_chunks_mut::<WIDTH>();
     for index in 0..WIDTH {
-        let (plane, above) = (
-            &planes[index][first..],
-            &planes[(index + 1) % WIDTH][first..],
-        );
+        let (plane, above) = (&planes[index][first..], &planes[(index + 1) % WIDTH][first..]);
         for ((element, byte), above) in elements.iter_mut().zip(plane).zip(above) {
             element[index] = (byte >> 1) | (above << 7);
         }

@@ -22,13 +22,7 @@ pub(super) fn storages(storages: &[StorageRecord]) -> Result<(), FormatError> {
         storages.len()
     );
     let mut end = 0;
-    for (
-        index,
-        StorageRecord {
-            raw_offset, bytes, ..
-        },
-    ) in storages.iter().enumerate()
-    {
+    for (index, StorageRecord { raw_offset, bytes, .. }) in storages.iter().enumerate() {
         ensure!(
             raw_offset.is_multiple_of(STORAGE_ALIGNMENT),
             "storage {index} starts at raw byte {raw_offset}, expected a multiple of \
@@ -71,11 +65,7 @@ pub(super) fn tensors(
 /// Checks one tensor. The error continues a sentence that begins with the tensor.
 fn check_tensor(tensor: &TensorRecord, storages: &[StorageRecord]) -> Result<(), String> {
     let Some(storage) = storages.get(tensor.storage as usize) else {
-        return Err(format!(
-            "views storage {} of {}",
-            tensor.storage,
-            storages.len()
-        ));
+        return Err(format!("views storage {} of {}", tensor.storage, storages.len()));
     };
     let dimensions = tensor.shape.len();
     if dimensions > DIMENSIONS_MAX || tensor.strides.len() != dimensions {
@@ -94,15 +84,9 @@ fn check_tensor(tensor: &TensorRecord, storages: &[StorageRecord]) -> Result<(),
     if tensor.item_bytes == 0 {
         return Err("has items of 0 bytes, expected at least 1".into());
     }
-    let numbers = tensor
-        .shape
-        .iter()
-        .chain(&tensor.strides)
-        .chain([&tensor.offset]);
+    let numbers = tensor.shape.iter().chain(&tensor.strides).chain([&tensor.offset]);
     if let Some(number) = numbers.copied().find(|number| *number > ITEMS_MAX) {
-        return Err(format!(
-            "has a shape, stride or offset of {number}, at most {ITEMS_MAX}"
-        ));
+        return Err(format!("has a shape, stride or offset of {number}, at most {ITEMS_MAX}"));
     }
     match extent_bytes(tensor) {
         Some(bytes) if bytes <= storage.bytes => {}
@@ -114,10 +98,7 @@ fn check_tensor(tensor: &TensorRecord, storages: &[StorageRecord]) -> Result<(),
             ));
         }
     }
-    tensor
-        .slice
-        .as_ref()
-        .map_or(Ok(()), |slice| check_slice(slice, &tensor.shape))
+    tensor.slice.as_ref().map_or(Ok(()), |slice| check_slice(slice, &tensor.shape))
 }
 
 /// Bytes from the storage's start to the end of the tensor's last item, 0 when there is no item;
@@ -130,12 +111,9 @@ fn extent_bytes(tensor: &TensorRecord) -> Option<u64> {
     let mut total_bytes = u64::from(tensor.item_bytes);
     for (items, stride) in tensor.shape.iter().zip(&tensor.strides) {
         last = last.checked_add((items - 1).checked_mul(*stride)?)?;
-        total_bytes = total_bytes
-            .checked_mul(*items)
-            .filter(|bytes| *bytes <= ITEMS_MAX)?;
+        total_bytes = total_bytes.checked_mul(*items).filter(|bytes| *bytes <= ITEMS_MAX)?;
     }
-    last.checked_add(1)?
-        .checked_mul(u64::from(tensor.item_bytes))
+    last.checked_add(1)?.checked_mul(u64::from(tensor.item_bytes))
 }
 
 fn check_slice(slice: &GlobalSlice, shape: &[u64]) -> Result<(), String> {
@@ -160,12 +138,7 @@ fn check_slice(slice: &GlobalSlice, shape: &[u64]) -> Result<(), String> {
 /// No chunk is empty or grew, and raw ones are as long stored.
 pub(super) fn chunks(chunks: &[ChunkRecord]) -> Result<(), FormatError> {
     for (index, chunk) in chunks.iter().enumerate() {
-        let ChunkRecord {
-            stored_bytes,
-            raw_bytes,
-            codec,
-            ..
-        } = chunk;
+        let ChunkRecord { stored_bytes, raw_bytes, codec, .. } = chunk;
         ensure!(
             (1..=*raw_bytes).contains(stored_bytes)
                 && (*codec != Codec::None || stored_bytes == raw_bytes),
@@ -204,12 +177,10 @@ pub(super) fn chunk_lengths(
 pub(super) fn tiling(
     chunks: &[ChunkRecord],
     index_stored_bytes: u64,
-    context: IndexContext,
+    context: &IndexContext,
 ) -> Result<(), FormatError> {
-    let mut regions: Vec<(u64, u64)> = chunks
-        .iter()
-        .map(|chunk| (chunk.offset, u64::from(chunk.stored_bytes)))
-        .collect();
+    let mut regions: Vec<(u64, u64)> =
+        chunks.iter().map(|chunk| (chunk.offset, u64::from(chunk.stored_bytes))).collect();
     regions.sort_unstable();
     regions.push((context.index_offset, index_stored_bytes));
     let mut end = REGION_ALIGNMENT;

@@ -159,7 +159,7 @@ impl ShardIndex {
     pub fn decode(
         stored: &[u8],
         raw_bytes: u64,
-        context: IndexContext,
+        context: &IndexContext,
     ) -> Result<Self, FormatError> {
         let raw = decompress(stored, raw_bytes)?;
         // The file cannot hold more chunks than pages.
@@ -174,9 +174,7 @@ impl ShardIndex {
 
     /// Bytes of the raw layout: where its last storage ends.
     pub fn raw_bytes(&self) -> u64 {
-        self.storages
-            .last()
-            .map_or(0, |storage| storage.raw_offset + storage.bytes)
+        self.storages.last().map_or(0, |storage| storage.raw_offset + storage.bytes)
     }
 
     /// Checks everything that does not depend on the file.

@@ -59,30 +59,12 @@ pub(super) fn decode(mut wire: &[u8], chunks_max: u64) -> Result<ShardIndex, For
         let (field, wire_type) =
             encoding::decode_key(&mut wire).map_err(|error| malformed(&error))?;
         match field {
-            NODES => push(
-                &mut index.nodes,
-                NODES_MAX,
-                &mut wire,
-                wire_type,
-                node_from_proto,
-            )?,
+            NODES => push(&mut index.nodes, NODES_MAX, &mut wire, wire_type, node_from_proto)?,
             STORAGES => {
-                push(
-                    &mut index.storages,
-                    STORAGES_MAX,
-                    &mut wire,
-                    wire_type,
-                    storage_from_proto,
-                )?;
+                push(&mut index.storages, STORAGES_MAX, &mut wire, wire_type, storage_from_proto)?;
             }
             TENSORS => {
-                push(
-                    &mut index.tensors,
-                    TENSORS_MAX,
-                    &mut wire,
-                    wire_type,
-                    tensor_from_proto,
-                )?;
+                push(&mut index.tensors, TENSORS_MAX, &mut wire, wire_type, tensor_from_proto)?;
             }
             CHUNKS => {
                 let message = split_message(&mut wire, wire_type)?;
@@ -105,15 +87,9 @@ fn push<M: Message + Default, R>(
     wire_type: WireType,
     convert: impl Fn(M) -> Result<R, String>,
 ) -> Result<(), FormatError> {
-    let name = std::any::type_name::<M>()
-        .rsplit(':')
-        .next()
-        .unwrap_or_default();
+    let name = std::any::type_name::<M>().rsplit(':').next().unwrap_or_default();
     let number = records.len();
-    ensure!(
-        number < records_max,
-        "the index has more than {records_max} `{name}` messages"
-    );
+    ensure!(number < records_max, "the index has more than {records_max} `{name}` messages");
     let message = M::decode(split_message(wire, wire_type)?).map_err(|error| malformed(&error))?;
     let record = convert(message)
         .map_err(|why| FormatError::Damaged(format!("`{name}` message {number} {why}")))?;
@@ -128,9 +104,7 @@ fn split_message<'a>(wire: &mut &'a [u8], wire_type: WireType) -> Result<&'a [u8
         "the index has a field of wire type {wire_type:?}, expected a message"
     );
     let length = encoding::decode_varint(wire).map_err(|error| malformed(&error))?;
-    let split = usize::try_from(length)
-        .ok()
-        .and_then(|length| wire.split_at_checked(length));
+    let split = usize::try_from(length).ok().and_then(|length| wire.split_at_checked(length));
     let Some((message, rest)) = split else {
         return Err(FormatError::Damaged(format!(
             "the index has a message of {length} bytes, and {} are left",
@@ -142,9 +116,7 @@ fn split_message<'a>(wire: &mut &'a [u8], wire_type: WireType) -> Result<&'a [u8
 }
 
 fn decode_chunks(message: &[u8], chunks_max: u64) -> Result<Vec<ChunkRecord>, FormatError> {
-    let bytes_max = chunks_max
-        .saturating_mul(CHUNK_WIRE_BYTES)
-        .saturating_add(COLUMNS_WIRE_BYTES);
+    let bytes_max = chunks_max.saturating_mul(CHUNK_WIRE_BYTES).saturating_add(COLUMNS_WIRE_BYTES);
     ensure!(
         message.len() as u64 <= bytes_max,
         "the chunk columns take {} bytes, and a file with room for {chunks_max} chunks has at most \
@@ -168,10 +140,7 @@ fn node_to_proto(node: &Node) -> proto::Node {
 
 fn node_from_proto(node: proto::Node) -> Result<Node, String> {
     let value = node.value.ok_or("has no value that this version knows")?;
-    Ok(Node {
-        key: node.key.map(key_from_proto),
-        value: value_from_proto(value)?,
-    })
+    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value)? })
 }
 
 fn key_to_proto(key: &Key) -> ProtoKey {
@@ -205,10 +174,9 @@ fn value_to_proto(value: &Value) -> ProtoValue {
         Value::Int(value) => ProtoValue::Int(*value),
         Value::BigInt(bytes) => ProtoValue::BigInt(bytes.clone()),
         Value::Float(value) => ProtoValue::Float(*value),
-        Value::Complex(real, imaginary) => ProtoValue::Complex(proto::Complex {
-            real: *real,
-            imaginary: *imaginary,
-        }),
+        Value::Complex(real, imaginary) => {
+            ProtoValue::Complex(proto::Complex { real: *real, imaginary: *imaginary })
+        }
         Value::Str(text) => ProtoValue::Str(text.clone()),
         Value::Bytes(bytes) => ProtoValue::Bytes(bytes.clone()),
         Value::Tensor(tensor) => ProtoValue::Tensor(*tensor),
@@ -218,19 +186,11 @@ fn value_to_proto(value: &Value) -> ProtoValue {
         }),
         Value::TorchDtype(name) => ProtoValue::TorchDtype(name.clone()),
         Value::TorchDevice(name) => ProtoValue::TorchDevice(name.clone()),
-        Value::TorchSize(items) => ProtoValue::TorchSize(proto::Int64List {
-            items: items.clone(),
-        }),
+        Value::TorchSize(items) => ProtoValue::TorchSize(proto::Int64List { items: items.clone() }),
         Value::NumpyDtype(name) => ProtoValue::NumpyDtype(name.clone()),
-        Value::Dict {
-            len,
-            ordered,
-            metadata,
-        } => ProtoValue::Dict(proto::Dict {
-            len: *len,
-            ordered: *ordered,
-            metadata: *metadata,
-        }),
+        Value::Dict { len, ordered, metadata } => {
+            ProtoValue::Dict(proto::Dict { len: *len, ordered: *ordered, metadata: *metadata })
+        }
         Value::List { len } => ProtoValue::List(*len),
         Value::Tuple { len } => ProtoValue::Tuple(*len),
     }
@@ -254,15 +214,9 @@ fn value_from_proto(value: ProtoValue) -> Result<Value, String> {
         ProtoValue::TorchDevice(name) => Value::TorchDevice(name),
         ProtoValue::TorchSize(proto::Int64List { items }) => Value::TorchSize(items),
         ProtoValue::NumpyDtype(name) => Value::NumpyDtype(name),
-        ProtoValue::Dict(proto::Dict {
-            len,
-            ordered,
-            metadata,
-        }) => Value::Dict {
-            len,
-            ordered,
-            metadata,
-        },
+        ProtoValue::Dict(proto::Dict { len, ordered, metadata }) => {
+            Value::Dict { len, ordered, metadata }
+        }
         ProtoValue::List(len) => Value::List { len },
         ProtoValue::Tuple(len) => Value::Tuple { len },
     })
@@ -346,10 +300,7 @@ fn tensor_from_proto(tensor: proto::Tensor) -> Result<TensorRecord, String> {
         strides: tensor.strides,
         offset: tensor.offset,
         requires_grad: tensor.requires_grad,
-        slice: tensor.slice.map(|slice| GlobalSlice {
-            shape: slice.shape,
-            offsets: slice.offsets,
-        }),
+        slice: tensor.slice.map(|slice| GlobalSlice { shape: slice.shape, offsets: slice.offsets }),
     })
 }
 
@@ -374,10 +325,7 @@ fn chunks_from_proto(columns: &proto::ChunkColumns) -> Result<Vec<ChunkRecord>, 
         ("stored_crc32c", columns.stored_crc32c.len()),
         ("raw_crc32c", columns.raw_crc32c.len()),
     ] {
-        ensure!(
-            other == length,
-            "the chunk column `{name}` has {other} items, expected {length}"
-        );
+        ensure!(other == length, "the chunk column `{name}` has {other} items, expected {length}");
     }
     ensure!(
         columns.segment.is_empty()

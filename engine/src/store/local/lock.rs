@@ -60,11 +60,7 @@ impl Locks {
     }
 
     pub(super) fn of_process(process: u32) -> Arc<Self> {
-        Arc::new(Self {
-            process,
-            held: Mutex::default(),
-            next_key: AtomicU64::new(0),
-        })
+        Arc::new(Self { process, held: Mutex::default(), next_key: AtomicU64::new(0) })
     }
 
     /// The process that may use these locks.
@@ -97,10 +93,7 @@ impl Locks {
         }
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         self.lock_table().insert(key, Some(descriptor));
-        Ok(Some(Lock {
-            locks: Arc::clone(self),
-            key,
-        }))
+        Ok(Some(Lock { locks: Arc::clone(self), key }))
     }
 
     /// Closes, in a forked child, every lock that the parent held at the fork, so that the child
@@ -127,10 +120,7 @@ impl Locks {
 impl fmt::Debug for Locks {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         // No table: a debug print in a forked child must not wait for its mutex.
-        formatter
-            .debug_struct("Locks")
-            .field("process", &self.process)
-            .finish_non_exhaustive()
+        formatter.debug_struct("Locks").field("process", &self.process).finish_non_exhaustive()
     }
 }
 
@@ -150,10 +140,7 @@ impl Drop for Lock {
 
 impl fmt::Debug for Lock {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("Lock")
-            .field("key", &self.key)
-            .finish_non_exhaustive()
+        formatter.debug_struct("Lock").field("key", &self.key).finish_non_exhaustive()
     }
 }
 
@@ -171,9 +158,7 @@ impl WriterLock {
         match locks.try_lock(&path, LockFile::Create) {
             Ok(Some(lock)) => {
                 let writer = Self { lock, path };
-                writer
-                    .sign()
-                    .context("signing the writer lock", &writer.path)?;
+                writer.sign().context("signing the writer lock", &writer.path)?;
                 Ok(writer)
             }
             Ok(None) => Err(busy(store, &path)),
@@ -183,14 +168,8 @@ impl WriterLock {
 
     /// The present by the clock of the filesystem.
     pub(super) fn touch(&self) -> Result<SystemTime> {
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: UTIME_NOW,
-        };
-        let times = Timestamps {
-            last_access: now,
-            last_modification: now,
-        };
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        let times = Timestamps { last_access: now, last_modification: now };
         self.with_descriptor(|descriptor| {
             rustix::fs::futimens(descriptor, &times)?;
             let stat = rustix::fs::fstat(descriptor)?;
@@ -203,9 +182,7 @@ impl WriterLock {
 
     /// Writes who holds the lock, for the message that the next writer gets.
     fn sign(&self) -> io::Result<()> {
-        let since = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let holder = Holder {
             process: std::process::id(),
             host: host_name(),
@@ -221,24 +198,18 @@ impl WriterLock {
     fn with_descriptor<T>(&self, work: impl FnOnce(&OwnedFd) -> io::Result<T>) -> io::Result<T> {
         match self.lock.locks.lock_table().get(&self.lock.key) {
             Some(Some(descriptor)) => work(descriptor),
-            None | Some(None) => Err(io::Error::other(
-                "the writer lock was closed in this process",
-            )),
+            None | Some(None) => {
+                Err(io::Error::other("the writer lock was closed in this process"))
+            }
         }
     }
 }
 
 /// An error of locking, with the hint for filesystems that have no locks.
 pub(super) fn lock_error(operation: &str, path: &Path, error: io::Error) -> EngineError {
-    let no_locks = [
-        rustix::io::Errno::NOLCK,
-        rustix::io::Errno::OPNOTSUPP,
-        rustix::io::Errno::NOSYS,
-    ];
-    if no_locks
-        .iter()
-        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
-    {
+    let no_locks =
+        [rustix::io::Errno::NOLCK, rustix::io::Errno::OPNOTSUPP, rustix::io::Errno::NOSYS];
+    if no_locks.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) {
         return EngineError::Io {
             what: format!("{operation} `{}`", path.display()),
             source: error,
@@ -253,10 +224,9 @@ pub(super) fn lock_error(operation: &str, path: &Path, error: io::Error) -> Engi
 fn busy(store: &Path, lock: &Path) -> EngineError {
     let holder = Holder::read(lock);
     let (why, go_on) = match holder {
-        None => (
-            "another process holds its writer lock".to_owned(),
-            "wait for that process or stop it",
-        ),
+        None => {
+            ("another process holds its writer lock".to_owned(), "wait for that process or stop it")
+        }
         Some(holder) if holder.is_this_process() => (
             "this process has it open for writing already".to_owned(),
             "close the other manager of this store first",
@@ -295,19 +265,13 @@ struct Holder {
 impl Holder {
     fn read(lock: &Path) -> Option<Self> {
         let mut text = String::new();
-        std::fs::File::open(lock)
-            .ok()?
-            .take(HOLDER_BYTES_MAX)
-            .read_to_string(&mut text)
-            .ok()?;
+        std::fs::File::open(lock).ok()?.take(HOLDER_BYTES_MAX).read_to_string(&mut text).ok()?;
         Self::parse(&text)
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let field = |name: &str| {
-            text.lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
-        };
+        let field =
+            |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         Some(Self {
             process: field("process")?.parse().ok()?,
             host: field("host")?.to_owned(),
@@ -316,9 +280,7 @@ impl Holder {
     }
 
     fn describe(&self) -> String {
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let minutes = now.as_secs().saturating_sub(self.since_unix_seconds) / 60;
         let Self { process, host, .. } = self;
         format!("process {process} on host `{host}` (writer for {minutes} min)")
@@ -346,8 +308,5 @@ impl fmt::Display for Holder {
 }
 
 fn host_name() -> String {
-    rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned()
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -101,10 +101,7 @@ impl LocalStore {
             locks,
             changes: Mutex::default(),
         };
-        Ok(Self {
-            shared: Arc::new(shared),
-            writer,
-        })
+        Ok(Self { shared: Arc::new(shared), writer })
     }
 
     fn writer(&self, what: &str) -> Result<&WriterLock> {
@@ -129,27 +126,18 @@ impl Store for LocalStore {
     }
 
     fn list(&self) -> Result<Vec<StepListing>> {
-        let names = match self
-            .shared
-            .io
-            .entry(&EntryOp::List(self.shared.path.clone()))
-        {
+        let names = match self.shared.io.entry(&EntryOp::List(self.shared.path.clone())) {
             Ok(reply) => names_in(reply)?,
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(root::missing_store(&self.shared.path));
             }
             Err(error) => return Err(EngineError::from_io("listing", &self.shared.path, error)),
         };
-        let mut steps: Vec<u64> = names
-            .iter()
-            .filter_map(|name| names::parse_step_dir(name))
-            .collect();
+        let mut steps: Vec<u64> =
+            names.iter().filter_map(|name| names::parse_step_dir(name)).collect();
         steps.sort_unstable();
         // A step that vanishes meanwhile is one that the writer deleted.
-        steps
-            .into_iter()
-            .filter_map(|step| self.shared.list_step(step).transpose())
-            .collect()
+        steps.into_iter().filter_map(|step| self.shared.list_step(step).transpose()).collect()
     }
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
@@ -158,27 +146,16 @@ impl Store for LocalStore {
         if !is_directory(&*self.shared.io, &directory)? {
             return Ok(None);
         }
-        record::read(
-            &self.shared.io,
-            &directory.join(names::MANIFEST_FILE),
-            MANIFEST_BYTES_MAX,
-        )
+        record::read(&self.shared.io, &directory.join(names::MANIFEST_FILE), MANIFEST_BYTES_MAX)
     }
 
     fn create_shard(&self, shard: ShardId, reserve_bytes: u64) -> Result<Box<dyn ShardSink>> {
         self.writer("creating a shard")?;
-        Ok(Box::new(sink::LocalShardSink::create(
-            &self.shared,
-            shard,
-            reserve_bytes,
-        )?))
+        Ok(Box::new(sink::LocalShardSink::create(&self.shared, shard, reserve_bytes)?))
     }
 
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>> {
-        Ok(Box::new(source::LocalShardSource::open(
-            &self.shared,
-            shard,
-        )?))
+        Ok(Box::new(source::LocalShardSource::open(&self.shared, shard)?))
     }
 
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
@@ -198,12 +175,7 @@ impl Store for LocalStore {
 
     fn free_bytes(&self) -> Result<Option<u64>> {
         let space = EntryOp::Space(self.shared.path.clone());
-        match self
-            .shared
-            .io
-            .entry(&space)
-            .context("asking the free space of", &self.shared.path)?
-        {
+        match self.shared.io.entry(&space).context("asking the free space of", &self.shared.path)? {
             EntryReply::Space { free_bytes, .. } => Ok(Some(free_bytes)),
             reply => Err(unexpected_reply(&reply)),
         }
@@ -226,8 +198,7 @@ impl Shared {
     }
 
     fn shard_path(&self, shard: ShardId) -> PathBuf {
-        self.step_directory(shard.step)
-            .join(names::shard_file_name(shard.rank, shard.attempt))
+        self.step_directory(shard.step).join(names::shard_file_name(shard.rank, shard.attempt))
     }
 
     fn changes(&self) -> MutexGuard<'_, ()> {
@@ -253,9 +224,7 @@ impl Shared {
     }
 
     fn sync_directory(&self, path: &Path) -> Result<()> {
-        self.io
-            .entry(&EntryOp::SyncDir(path.into()))
-            .context("syncing directory", path)?;
+        self.io.entry(&EntryOp::SyncDir(path.into())).context("syncing directory", path)?;
         Ok(())
     }
 
@@ -268,14 +237,8 @@ impl Shared {
         let mut files = Vec::with_capacity(names.len());
         for name in names {
             if let Some(metadata) = stat_file(&*self.io, &directory.join(&name))? {
-                let modified = metadata
-                    .modified()
-                    .context("asking the age of", &directory)?;
-                files.push(FileListing {
-                    name,
-                    bytes: metadata.len(),
-                    modified,
-                });
+                let modified = metadata.modified().context("asking the age of", &directory)?;
+                files.push(FileListing { name, bytes: metadata.len(), modified });
             }
         }
         files.sort_by(|one, other| one.name.cmp(&other.name));
@@ -328,17 +291,13 @@ fn stat(io: &dyn Io, path: &Path) -> Result<Option<std::fs::Metadata>> {
 /// Names that are text: others are none of ours.
 fn names_in(reply: EntryReply) -> Result<Vec<String>> {
     match reply {
-        EntryReply::Names(names) => Ok(names
-            .into_iter()
-            .filter_map(|name| name.into_string().ok())
-            .collect()),
+        EntryReply::Names(names) => {
+            Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
+        }
         reply => Err(unexpected_reply(&reply)),
     }
 }
 
 fn unexpected_reply(reply: &EntryReply) -> EngineError {
-    EngineError::internal(
-        "an operation on directory entries",
-        format!("it replied {reply:?}"),
-    )
+    EngineError::internal("an operation on directory entries", format!("it replied {reply:?}"))
 }

@@ -115,14 +115,12 @@ fn decide(standing: &Standing, publication: Publication<'_>) -> Result<Action> {
             tracing::warn!(step, why, "a damaged manifest is replaced");
             Ok(Action::Replace)
         }
-        (Standing::Nothing, Some(replaces)) => Err(conflict(
-            step,
-            format!("attempt {replaces}, which it was to replace, is gone"),
-        )),
-        (Standing::Other(other), _) => Err(conflict(
-            step,
-            format!("attempt {other} committed it first"),
-        )),
+        (Standing::Nothing, Some(replaces)) => {
+            Err(conflict(step, format!("attempt {replaces}, which it was to replace, is gone")))
+        }
+        (Standing::Other(other), _) => {
+            Err(conflict(step, format!("attempt {other} committed it first")))
+        }
         (Standing::Newer(why), _) => Err(EngineError::UnsupportedFormat {
             what: format!("publishing step {step}"),
             why: format!("a newer version committed it: {why}"),
@@ -144,11 +142,7 @@ fn check_shards(shared: &Shared, publication: Publication<'_>) -> Result<()> {
         let path = shared.shard_path(*shard);
         let Some(metadata) = stat_file(&*shared.io, &path)? else {
             let gone = std::io::Error::from(ErrorKind::NotFound);
-            return Err(EngineError::from_io(
-                "publishing a manifest that names",
-                &path,
-                gone,
-            ));
+            return Err(EngineError::from_io("publishing a manifest that names", &path, gone));
         };
         if metadata.len() != *expected_bytes {
             return Err(EngineError::corrupt(

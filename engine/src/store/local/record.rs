@@ -39,9 +39,7 @@ pub(super) fn read(io: &Arc<dyn Io>, path: &Path, bytes_max: u64) -> Result<Opti
     }
     let file_bytes = usize::try_from(file_bytes)
         .map_err(|_| EngineError::internal("reading a record", "it exceeds the address space"))?;
-    read_all(io, &file, file_bytes)
-        .context("reading", path)
-        .map(Some)
+    read_all(io, &file, file_bytes).context("reading", path).map(Some)
 }
 
 /// Writes a new file and makes its bytes durable; its name is not durable yet. A file of this name
@@ -92,8 +90,6 @@ fn read_all(io: &Arc<dyn Io>, file: &Arc<File>, file_bytes: usize) -> io::Result
 }
 
 fn take_buffer(record_bytes: usize) -> io::Result<Buffer> {
-    let buffer_bytes = record_bytes
-        .clamp(1, BUFFER_BYTES_MAX)
-        .next_multiple_of(ALIGNMENT);
+    let buffer_bytes = record_bytes.clamp(1, BUFFER_BYTES_MAX).next_multiple_of(ALIGNMENT);
     Ok(BufferPool::new(buffer_bytes, 1)?.take())
 }

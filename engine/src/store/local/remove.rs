@@ -71,11 +71,7 @@ pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<()> {
         Ok(_) => shared.sync_directory(&shared.path),
         Err(error) => match error.kind() {
             ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound => Ok(()),
-            _ => Err(EngineError::from_io(
-                "deleting directory",
-                &directory,
-                error,
-            )),
+            _ => Err(EngineError::from_io("deleting directory", &directory, error)),
         },
     }
 }

@@ -43,8 +43,7 @@ fn sync_parent(io: &dyn Io, path: &Path) -> Result<()> {
     let Some(parent) = path.parent() else {
         return Ok(());
     };
-    io.entry(&EntryOp::SyncDir(parent.into()))
-        .context("syncing directory", parent)?;
+    io.entry(&EntryOp::SyncDir(parent.into())).context("syncing directory", parent)?;
     Ok(())
 }
 

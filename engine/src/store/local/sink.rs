@@ -72,25 +72,15 @@ impl LocalShardSink {
     }
 
     fn reserve(&self, reserve_bytes: u64) -> Result<()> {
-        let Err(error) = self
-            .shared
-            .io
-            .set_length(&self.file, Length::Reserve(reserve_bytes))
+        let Err(error) = self.shared.io.set_length(&self.file, Length::Reserve(reserve_bytes))
         else {
             return Ok(());
         };
-        let free_bytes = match self
-            .shared
-            .io
-            .entry(&EntryOp::Space(self.shared.path.clone()))
-        {
+        let free_bytes = match self.shared.io.entry(&EntryOp::Space(self.shared.path.clone())) {
             Ok(crate::io::EntryReply::Space { free_bytes, .. }) => Some(free_bytes),
             _ => None,
         };
-        match (
-            EngineError::from_io("reserving space for", &self.path, error),
-            free_bytes,
-        ) {
+        match (EngineError::from_io("reserving space for", &self.path, error), free_bytes) {
             (EngineError::NoSpace { what, why, hint }, Some(free_bytes)) => {
                 Err(EngineError::NoSpace {
                     what,
@@ -109,23 +99,15 @@ impl LocalShardSink {
             .io
             .set_length(&self.file, Length::Exact(file_bytes))
             .context("setting the length of", &self.path)?;
-        self.shared
-            .io
-            .sync(&self.file)
-            .context("syncing", &self.path)?;
-        self.shared
-            .sync_directory(&self.shared.step_directory(self.id.step))
+        self.shared.io.sync(&self.file).context("syncing", &self.path)?;
+        self.shared.sync_directory(&self.shared.step_directory(self.id.step))
     }
 
     /// Deletes the file, and the step's directory if that leaves it empty.
     fn discard(&mut self) {
         self.flight.wait_until_landed();
         self.phase = Phase::Settled;
-        match self
-            .shared
-            .io
-            .entry(&EntryOp::RemoveFile(self.path.clone()))
-        {
+        match self.shared.io.entry(&EntryOp::RemoveFile(self.path.clone())) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => {
@@ -152,10 +134,7 @@ impl ShardSink for LocalShardSink {
     fn write(&mut self, offset: u64, buffer: Buffer, bytes: usize) -> Result<()> {
         self.shared.check_process("writing a shard")?;
         if self.phase != Phase::Writing {
-            return Err(EngineError::internal(
-                "writing a shard",
-                "it is finished already",
-            ));
+            return Err(EngineError::internal("writing a shard", "it is finished already"));
         }
         let in_flight_bytes = bytes as u64;
         self.flight.start(in_flight_bytes)?;
@@ -190,10 +169,7 @@ impl ShardSink for LocalShardSink {
     fn finish(&mut self, file_bytes: u64) -> Result<()> {
         self.shared.check_process("finishing a shard")?;
         if self.phase != Phase::Writing {
-            return Err(EngineError::internal(
-                "finishing a shard",
-                "it is finished already",
-            ));
+            return Err(EngineError::internal("finishing a shard", "it is finished already"));
         }
         self.flight.wait_until_landed();
         self.flight.check()?;
@@ -290,11 +266,7 @@ struct FlightState {
 
 impl Flight {
     fn new(bytes_max: u64) -> Self {
-        Self {
-            bytes_max,
-            state: Mutex::default(),
-            landed: Condvar::new(),
-        }
+        Self { bytes_max, state: Mutex::default(), landed: Condvar::new() }
     }
 
     /// Waits until `bytes` more may be on their way. One write always may.
@@ -304,10 +276,8 @@ impl Flight {
                 && state.bytes > 0
                 && state.bytes.saturating_add(bytes) > self.bytes_max
         };
-        let mut state = self
-            .landed
-            .wait_while(self.lock(), full)
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut state =
+            self.landed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = &state.failure {
             return Err(failure.duplicate());
         }

@@ -31,18 +31,11 @@ impl LocalShardSource {
         let Some(metadata) = super::stat_file(&*shared.io, &path)? else {
             return Err(missing());
         };
-        let file = shared
-            .io
-            .open(&path, OpenMode::Read)
-            .map_err(|error| match error.kind() {
-                std::io::ErrorKind::NotFound => missing(),
-                _ => EngineError::from_io("opening shard", &path, error),
-            })?;
-        Ok(Self {
-            shared: Arc::clone(shared),
-            file,
-            file_bytes: metadata.len(),
-        })
+        let file = shared.io.open(&path, OpenMode::Read).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => missing(),
+            _ => EngineError::from_io("opening shard", &path, error),
+        })?;
+        Ok(Self { shared: Arc::clone(shared), file, file_bytes: metadata.len() })
     }
 }
 

@@ -33,26 +33,16 @@ struct Fault {
 
 impl Watched {
     fn new(fault: Option<Fault>) -> Arc<Self> {
-        let state = Mutex::new(Watch {
-            fault,
-            ..Watch::default()
-        });
-        Arc::new(Self {
-            inner: threads(),
-            state,
-        })
+        let state = Mutex::new(Watch { fault, ..Watch::default() });
+        Arc::new(Self { inner: threads(), state })
     }
 
     /// Writes an operation down; says whether it is to fail, and whether it is done first.
     fn enter(&self, operation: &str, path: &Path) -> Option<Fault> {
         let mut state = self.state.lock().unwrap();
         let position = state.log.len();
-        let name = path
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned());
-        state
-            .log
-            .push(format!("{operation} {}", name.unwrap_or_default()));
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        state.log.push(format!("{operation} {}", name.unwrap_or_default()));
         let fault = state
             .fault
             .filter(|fault| position == fault.at || (fault.forever && position > fault.at));
@@ -84,9 +74,7 @@ impl Io for Watched {
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<File>> {
-        self.run(&format!("open {mode:?}"), path, || {
-            self.inner.open(path, mode)
-        })
+        self.run(&format!("open {mode:?}"), path, || self.inner.open(path, mode))
     }
 
     fn submit(&self, transfer: Transfer) {
@@ -105,9 +93,7 @@ impl Io for Watched {
             Length::Reserve(_) => "reserve",
             Length::Exact(_) => "length",
         };
-        self.run(operation, &file.path, || {
-            self.inner.set_length(file, length)
-        })
+        self.run(operation, &file.path, || self.inner.set_length(file, length))
     }
 
     fn sync(&self, file: &File) -> io::Result<()> {
@@ -152,7 +138,7 @@ fn a_commit_makes_each_thing_durable_before_what_names_it() {
     let step = names::step_dir_name(2);
 
     let log = log_of(&root, |store| {
-        save(store, shard(2, A), None, &pattern(ALIGNMENT)).unwrap();
+        save(store, shard(2, A), None, &pattern(SHARD_BYTES)).unwrap();
     });
     let expected = [
         format!("mkdir {step}"),
@@ -178,14 +164,11 @@ fn a_commit_makes_each_thing_durable_before_what_names_it() {
 fn a_deletion_makes_the_loss_of_the_manifest_durable_first() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("store");
-    save(&writer(&root), shard(2, A), None, &pattern(ALIGNMENT)).unwrap();
+    save(&writer(&root), shard(2, A), None, &pattern(SHARD_BYTES)).unwrap();
     let log = log_of(&root, |store| {
         store.remove_checkpoint(2).unwrap();
     });
-    let changes: Vec<&String> = log
-        .iter()
-        .filter(|line| !line.starts_with("stat"))
-        .collect();
+    let changes: Vec<&String> = log.iter().filter(|line| !line.starts_with("stat")).collect();
     let (step, shard_name) = (names::step_dir_name(2), names::shard_file_name(0, A));
     let expected = [
         format!("list {step}"),
@@ -204,19 +187,8 @@ fn every_new_directory_is_durable_in_its_parent() {
     let io = Watched::new(None);
     open(&directory.path().join("a/b"), &io).unwrap();
     let log = io.state.lock().unwrap().log.clone();
-    let parent = directory
-        .path()
-        .file_name()
-        .unwrap()
-        .to_string_lossy()
-        .into_owned();
-    let expected = [
-        "mkdir b",
-        "mkdir a",
-        &format!("syncdir {parent}"),
-        "mkdir b",
-        "syncdir a",
-    ];
+    let parent = directory.path().file_name().unwrap().to_string_lossy().into_owned();
+    let expected = ["mkdir b", "mkdir a", &format!("syncdir {parent}"), "mkdir b", "syncdir a"];
     assert_eq!(log, expected);
 }
 
@@ -227,39 +199,26 @@ fn save_under_fault(fault: Fault, overwrite: bool) -> bool {
     let bytes = pattern(12 * ALIGNMENT);
     save(&writer(&path), shard(1, A), None, &bytes).unwrap();
 
-    let (id, replaces) = if overwrite {
-        (shard(1, B), Some(A))
-    } else {
-        (shard(2, B), None)
-    };
+    let (id, replaces) = if overwrite { (shard(1, B), Some(A)) } else { (shard(2, B), None) };
     let io = Watched::new(Some(fault));
     let saved = open(&path, &io).and_then(|store| save(&store, id, replaces, &bytes));
     let struck = io.state.lock().unwrap().struck;
     let log = io.state.lock().unwrap().log.clone();
     let case = format!("{fault:?}, overwrite {overwrite}, {saved:?}, {log:#?}");
     if let Err(error) = &saved {
-        assert!(
-            matches!(error, EngineError::Io { .. } | EngineError::NoSpace { .. }),
-            "{case}"
-        );
+        assert!(matches!(error, EngineError::Io { .. } | EngineError::NoSpace { .. }), "{case}");
         assert!(!error.hint().is_empty(), "{case}");
         assert!(struck, "{case}");
     }
     assert!(!log.is_empty());
-    let syncs: Vec<&String> = log
-        .iter()
-        .filter(|line| line.starts_with("sync rank"))
-        .collect();
+    let syncs: Vec<&String> = log.iter().filter(|line| line.starts_with("sync rank")).collect();
     assert!(syncs.len() <= 1, "never synced again: {case}");
 
     // As the next process finds it.
     let store = writer(&path);
     let survey = survey_of(&store);
     let committed = survey.committed_steps();
-    let damaged = survey
-        .steps
-        .iter()
-        .any(|step| matches!(step.state, StepState::Damaged { .. }));
+    let damaged = survey.steps.iter().any(|step| matches!(step.state, StepState::Damaged { .. }));
     assert!(!damaged, "{case}, {survey:#?}");
     assert!(committed.contains(&1), "{case}, {survey:#?}");
     let new_stands = survey
@@ -274,19 +233,10 @@ fn save_under_fault(fault: Fault, overwrite: bool) -> bool {
     }
     // Whatever is left goes, and the step can be saved.
     for orphan in survey.steps.iter().flat_map(|step| &step.orphans) {
-        assert!(
-            store
-                .remove_orphan(orphan.step, &orphan.file)
-                .unwrap()
-                .is_some(),
-            "{case}"
-        );
+        assert!(store.remove_orphan(orphan.step, &orphan.file).unwrap().is_some(), "{case}");
     }
     let standing = survey.step(id.step).and_then(|step| step.attempt);
-    let third = ShardId {
-        attempt: AttemptId([0xcc; 16]),
-        ..id
-    };
+    let third = ShardId { attempt: AttemptId([0xcc; 16]), ..id };
     save(&store, third, standing, &bytes).unwrap();
     struck
 }
@@ -300,15 +250,7 @@ fn any_one_failure_leaves_the_checkpoint_before_and_nothing_half_visible() {
             (0..8).map(|bits| (bits & 1 > 0, bits & 2 > 0, bits & 4 > 0))
         {
             for at in 0.. {
-                if !save_under_fault(
-                    Fault {
-                        at,
-                        forever,
-                        done,
-                        kind,
-                    },
-                    overwrite,
-                ) {
+                if !save_under_fault(Fault { at, forever, done, kind }, overwrite) {
                     cases.insert(at);
                     break;
                 }
@@ -326,12 +268,8 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     let store = open(&path, &io).unwrap();
     let mut sink = store.create_shard(shard(1, A), 0).unwrap();
     let at = io.state.lock().unwrap().log.len() + 1;
-    io.state.lock().unwrap().fault = Some(Fault {
-        at,
-        forever: false,
-        done: false,
-        kind: rustix::io::Errno::IO,
-    });
+    io.state.lock().unwrap().fault =
+        Some(Fault { at, forever: false, done: false, kind: rustix::io::Errno::IO });
     let mut failure = None;
     for index in 0..100 {
         let written = sink.write(index * 32768, filled(&pattern(32768)), 32768);
@@ -341,19 +279,9 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
             break;
         }
     }
-    let failure = failure
-        .expect("the failure is told before all is written")
-        .to_string();
-    assert!(
-        failure.contains("writing 32768 bytes at offset 32768 of"),
-        "{failure}"
-    );
-    assert_eq!(
-        sink.write(0, filled(&[1; 4096]), 4096)
-            .unwrap_err()
-            .to_string(),
-        failure
-    );
+    let failure = failure.expect("the failure is told before all is written").to_string();
+    assert!(failure.contains("writing 32768 bytes at offset 32768 of"), "{failure}");
+    assert_eq!(sink.write(0, filled(&[1; 4096]), 4096).unwrap_err().to_string(), failure);
     assert_eq!(sink.finish(32768).unwrap_err().to_string(), failure);
     sink.abandon();
     assert_eq!(store.list().unwrap(), []);

@@ -18,27 +18,20 @@ use crate::recovery::{ManifestState, StepState, Survey, check_save, survey};
 mod faults;
 
 const IN_FLIGHT_BYTES: u64 = 64 << 10;
+/// The shortest shard that a manifest may name: header, index, footer.
+const SHARD_BYTES: usize = 3 * ALIGNMENT;
 const A: AttemptId = AttemptId([0xaa; 16]);
 const B: AttemptId = AttemptId([0xbb; 16]);
 
 fn threads() -> Arc<dyn Io> {
-    let options = crate::io::threads::Options {
-        threads: 2,
-        direct_io: DirectIo::Auto,
-    };
+    let options = crate::io::threads::Options { threads: 2, direct_io: DirectIo::Auto };
     Arc::new(Threads::new(options).unwrap())
 }
 
 /// Every backend that this kernel allows.
 fn backends() -> Vec<Arc<dyn Io>> {
-    let uring = Uring::new(crate::io::uring::Options {
-        direct_io: DirectIo::Auto,
-    });
-    uring
-        .into_iter()
-        .map(|uring| Arc::new(uring) as Arc<dyn Io>)
-        .chain([threads()])
-        .collect()
+    let uring = Uring::new(crate::io::uring::Options { direct_io: DirectIo::Auto });
+    uring.into_iter().map(|uring| Arc::new(uring) as Arc<dyn Io>).chain([threads()]).collect()
 }
 
 fn writer(path: &Path) -> LocalStore {
@@ -46,18 +39,12 @@ fn writer(path: &Path) -> LocalStore {
 }
 
 fn shard(step: u64, attempt: AttemptId) -> ShardId {
-    ShardId {
-        step,
-        rank: 0,
-        attempt,
-    }
+    ShardId { step, rank: 0, attempt }
 }
 
 /// Bytes that tell where they stand.
 fn pattern(bytes: usize) -> Vec<u8> {
-    (0..bytes)
-        .map(|index| u8::try_from(index / 7 % 251).unwrap())
-        .collect()
+    (0..bytes).map(|index| u8::try_from(index / 7 % 251).unwrap()).collect()
 }
 
 fn filled(bytes: &[u8]) -> Buffer {
@@ -111,7 +98,7 @@ fn publish(store: &dyn Store, id: ShardId, bytes: u64, replaces: Option<AttemptI
     store.publish(Publication {
         step: id.step,
         attempt: id.attempt,
-        manifest: &manifest(id, bytes).encode(),
+        manifest: &manifest(id, bytes).encode().unwrap(),
         replaces,
         shards: &[(id, bytes)],
     })
@@ -183,10 +170,7 @@ fn a_checkpoint_is_written_listed_read_and_deleted() {
         assert_eq!(listing[0].files[1].bytes, bytes.len() as u64);
         assert_eq!(survey_of(&store).committed_steps(), [1000]);
         let stored = store.read_manifest(1000).unwrap().unwrap();
-        assert_eq!(
-            Manifest::decode(&stored).unwrap(),
-            manifest(id, bytes.len() as u64)
-        );
+        assert_eq!(Manifest::decode(&stored).unwrap(), manifest(id, bytes.len() as u64));
         assert!(read_shard(&store, id) == bytes);
         let mut mapped = store.open_shard(id).unwrap().map().unwrap();
         assert!(mapped[..] == bytes[..]);
@@ -206,20 +190,13 @@ fn a_manifest_larger_than_a_buffer_is_whole() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     let id = shard(1, A);
-    let sink = write_shard(&store, id, &pattern(ALIGNMENT)).unwrap();
-    let mut manifest = manifest(id, ALIGNMENT as u64);
-    manifest
-        .metadata
-        .insert("note".into(), "x".repeat(1_000_003).into());
-    let manifest = manifest.encode();
-    let shards = [(id, ALIGNMENT as u64)];
-    let publication = Publication {
-        step: 1,
-        attempt: A,
-        manifest: &manifest,
-        replaces: None,
-        shards: &shards,
-    };
+    let sink = write_shard(&store, id, &pattern(SHARD_BYTES)).unwrap();
+    let mut manifest = manifest(id, SHARD_BYTES as u64);
+    manifest.metadata.insert("note".into(), "x".repeat(1_000_003).into());
+    let manifest = manifest.encode().unwrap();
+    let shards = [(id, SHARD_BYTES as u64)];
+    let publication =
+        Publication { step: 1, attempt: A, manifest: &manifest, replaces: None, shards: &shards };
     store.publish(publication).unwrap();
     drop(sink);
     assert!(store.read_manifest(1).unwrap().unwrap() == manifest);
@@ -229,7 +206,7 @@ fn a_manifest_larger_than_a_buffer_is_whole() {
 fn publishing_twice_succeeds_and_another_attempt_conflicts() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    let bytes = pattern(ALIGNMENT);
+    let bytes = pattern(SHARD_BYTES);
     save(&store, shard(5, A), None, &bytes).unwrap();
     publish(&store, shard(5, A), bytes.len() as u64, None).unwrap();
     publish(&store, shard(5, A), bytes.len() as u64, Some(B)).unwrap();
@@ -243,10 +220,7 @@ fn publishing_twice_succeeds_and_another_attempt_conflicts() {
     assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
     // Losers leave nothing behind, and the winner stands.
     assert_eq!(survey_of(&store).committed_steps(), [5]);
-    assert_eq!(
-        names_under(&directory.path().join(names::step_dir_name(5))).len(),
-        2
-    );
+    assert_eq!(names_under(&directory.path().join(names::step_dir_name(5))).len(), 2);
     assert_eq!(names_under(directory.path()).len(), 2);
 }
 
@@ -254,20 +228,17 @@ fn publishing_twice_succeeds_and_another_attempt_conflicts() {
 fn an_overwritten_checkpoint_leaves_its_shard_as_an_orphan() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    save(&store, shard(5, A), None, &pattern(ALIGNMENT)).unwrap();
+    save(&store, shard(5, A), None, &pattern(SHARD_BYTES)).unwrap();
     let reader = store.open_shard(shard(5, A)).unwrap();
-    save(&store, shard(5, B), Some(A), &pattern(2 * ALIGNMENT)).unwrap();
+    save(&store, shard(5, B), Some(A), &pattern(SHARD_BYTES + ALIGNMENT)).unwrap();
 
     let survey = survey_of(&store);
     assert_eq!(survey.committed_steps(), [5]);
     assert_eq!(survey.steps[0].attempt, Some(B));
     let orphan = &survey.steps[0].orphans[0];
     assert_eq!(orphan.file, names::shard_file_name(0, A));
-    assert_eq!(
-        store.remove_orphan(5, &orphan.file).unwrap(),
-        Some(ALIGNMENT as u64)
-    );
-    assert_eq!(reader.file_bytes(), ALIGNMENT as u64);
+    assert_eq!(store.remove_orphan(5, &orphan.file).unwrap(), Some(SHARD_BYTES as u64));
+    assert_eq!(reader.file_bytes(), SHARD_BYTES as u64);
     let error = store.open_shard(shard(5, A)).unwrap_err();
     assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
     assert_eq!(survey_of(&store).committed_steps(), [5]);
@@ -277,25 +248,14 @@ fn an_overwritten_checkpoint_leaves_its_shard_as_an_orphan() {
 fn a_damaged_manifest_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    save(&store, shard(5, A), None, &pattern(ALIGNMENT)).unwrap();
-    let path = directory
-        .path()
-        .join(names::step_dir_name(5))
-        .join(names::MANIFEST_FILE);
+    save(&store, shard(5, A), None, &pattern(SHARD_BYTES)).unwrap();
+    let path = directory.path().join(names::step_dir_name(5)).join(names::MANIFEST_FILE);
     std::fs::write(&path, b"{}").unwrap();
-    assert!(matches!(
-        survey_of(&store).steps[0].state,
-        StepState::Damaged { .. }
-    ));
+    assert!(matches!(survey_of(&store).steps[0].state, StepState::Damaged { .. }));
     // Nobody knows what it named: nothing of that step is up for cleaning.
     assert_eq!(survey_of(&store).steps[0].orphans, []);
-    assert_eq!(
-        store
-            .remove_orphan(5, &names::shard_file_name(0, A))
-            .unwrap(),
-        None
-    );
-    save(&store, shard(5, B), None, &pattern(ALIGNMENT)).unwrap();
+    assert_eq!(store.remove_orphan(5, &names::shard_file_name(0, A)).unwrap(), None);
+    save(&store, shard(5, B), None, &pattern(SHARD_BYTES)).unwrap();
     assert_eq!(survey_of(&store).committed_steps(), [5]);
 }
 
@@ -303,13 +263,13 @@ fn a_damaged_manifest_is_replaced() {
 fn a_manifest_in_a_foreign_directory_is_no_checkpoint_and_in_no_ones_way() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    save(&store, shard(5, A), None, &pattern(ALIGNMENT)).unwrap();
+    save(&store, shard(5, A), None, &pattern(SHARD_BYTES)).unwrap();
     let step = |step| directory.path().join(names::step_dir_name(step));
     std::fs::rename(step(5), step(6)).unwrap();
     let survey = survey_of(&store);
     assert!(matches!(survey.steps[0].state, StepState::Damaged { .. }));
     let replaces = check_save(&survey, 6, false).unwrap().replaces;
-    save(&store, shard(6, B), replaces, &pattern(ALIGNMENT)).unwrap();
+    save(&store, shard(6, B), replaces, &pattern(SHARD_BYTES)).unwrap();
     assert_eq!(survey_of(&store).committed_steps(), [6]);
 }
 
@@ -317,10 +277,10 @@ fn a_manifest_in_a_foreign_directory_is_no_checkpoint_and_in_no_ones_way() {
 fn a_manifest_is_published_only_over_complete_shards() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    let error = publish(&store, shard(1, A), 4096, None).unwrap_err();
+    let error = publish(&store, shard(1, A), SHARD_BYTES as u64, None).unwrap_err();
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
-    let sink = write_shard(&store, shard(1, A), &pattern(ALIGNMENT)).unwrap();
-    let error = publish(&store, shard(1, A), 8192, None).unwrap_err();
+    let sink = write_shard(&store, shard(1, A), &pattern(SHARD_BYTES)).unwrap();
+    let error = publish(&store, shard(1, A), 2 * SHARD_BYTES as u64, None).unwrap_err();
     assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
     sink.abandon();
     assert_eq!(store.list().unwrap(), []);
@@ -335,7 +295,7 @@ fn an_abandoned_or_dropped_shard_is_gone_and_a_published_one_stays() {
     store.create_shard(shard(1, A), 1 << 20).unwrap().abandon();
     assert_eq!(store.list().unwrap(), []);
 
-    let bytes = pattern(ALIGNMENT);
+    let bytes = pattern(SHARD_BYTES);
     let sink = write_shard(&store, shard(1, A), &bytes).unwrap();
     publish(&store, shard(1, A), bytes.len() as u64, None).unwrap();
     sink.abandon();
@@ -370,13 +330,8 @@ fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
 fn a_shard_that_was_published_after_the_survey_is_not_removed() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    save(&store, shard(7, A), None, &pattern(ALIGNMENT)).unwrap();
-    assert_eq!(
-        store
-            .remove_orphan(7, &names::shard_file_name(0, A))
-            .unwrap(),
-        None
-    );
+    save(&store, shard(7, A), None, &pattern(SHARD_BYTES)).unwrap();
+    assert_eq!(store.remove_orphan(7, &names::shard_file_name(0, A)).unwrap(), None);
     assert_eq!(survey_of(&store).committed_steps(), [7]);
 }
 
@@ -385,41 +340,26 @@ fn foreign_names_and_links_are_neither_listed_nor_deleted() {
     let directory = tempfile::tempdir().unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    save(&store, shard(3, A), None, &pattern(ALIGNMENT)).unwrap();
+    save(&store, shard(3, A), None, &pattern(SHARD_BYTES)).unwrap();
     let step = directory.path().join(names::step_dir_name(3));
     std::fs::write(step.join("notes.txt"), "mine").unwrap();
     std::fs::create_dir(step.join(names::shard_file_name(1, A))).unwrap();
     let precious = elsewhere.path().join("precious");
     std::fs::write(&precious, "keep").unwrap();
     symlink(&precious, step.join(names::shard_file_name(2, A))).unwrap();
-    symlink(
-        elsewhere.path(),
-        directory.path().join(names::step_dir_name(4)),
-    )
-    .unwrap();
+    symlink(elsewhere.path(), directory.path().join(names::step_dir_name(4))).unwrap();
     std::fs::write(directory.path().join(names::step_dir_name(5)), "a file").unwrap();
     std::fs::create_dir(directory.path().join("step-7")).unwrap();
 
     let listing = store.list().unwrap();
-    assert_eq!(
-        listing.iter().map(|step| step.step).collect::<Vec<_>>(),
-        [3]
-    );
+    assert_eq!(listing.iter().map(|step| step.step).collect::<Vec<_>>(), [3]);
     assert_eq!(listing[0].files.len(), 2);
     assert_eq!(store.read_manifest(4).unwrap(), None);
     for name in ["notes.txt", names::MANIFEST_FILE, "../x", "/etc/passwd"] {
         let error = store.remove_orphan(3, name).unwrap_err();
-        assert!(
-            matches!(error, EngineError::InvalidArgument { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error}");
     }
-    assert_eq!(
-        store
-            .remove_orphan(3, &names::shard_file_name(2, A))
-            .unwrap(),
-        Some(0)
-    );
+    assert_eq!(store.remove_orphan(3, &names::shard_file_name(2, A)).unwrap(), Some(0));
     assert_eq!(store.remove_checkpoint(4).unwrap(), 0);
     let error = store.create_shard(shard(4, A), 4096).unwrap_err();
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
@@ -435,13 +375,10 @@ fn a_second_writer_is_refused_and_a_reader_is_not() {
     let open = |access| LocalStore::open(directory.path(), access, threads(), IN_FLIGHT_BYTES);
     let error = open(Access::Write).unwrap_err();
     assert!(matches!(error, EngineError::StoreBusy { .. }), "{error}");
-    assert!(
-        error.to_string().contains("this process has it open"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("this process has it open"), "{error}");
     assert!(error.hint().contains("read_only=True"), "{error}");
 
-    save(&first, shard(1, A), None, &pattern(ALIGNMENT)).unwrap();
+    save(&first, shard(1, A), None, &pattern(SHARD_BYTES)).unwrap();
     let reader = open(Access::Read).unwrap();
     assert_eq!(survey_of(&reader).committed_steps(), [1]);
     assert!(reader.now().is_ok());
@@ -471,19 +408,11 @@ fn a_writer_in_another_process_is_named_and_its_lock_ends_with_it() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(
-        lines.any(|line| line.unwrap().ends_with("held")),
-        "the other process did not open it"
-    );
+    assert!(lines.any(|line| line.unwrap().ends_with("held")), "the other process did not open it");
     let open = || LocalStore::open(directory.path(), Access::Write, threads(), IN_FLIGHT_BYTES);
     let error = open().unwrap_err();
     assert!(matches!(error, EngineError::StoreBusy { .. }), "{error}");
-    assert!(
-        error
-            .to_string()
-            .contains(&format!("process {}", child.id())),
-        "{error}"
-    );
+    assert!(error.to_string().contains(&format!("process {}", child.id())), "{error}");
     child.kill().unwrap();
     child.wait().unwrap();
     open().unwrap();
@@ -502,18 +431,13 @@ fn a_reader_creates_and_changes_nothing() {
     assert_eq!(reader.list().unwrap(), []);
     let refused = [
         reader.create_shard(shard(1, A), 0).map(drop),
-        publish(&reader, shard(1, A), 0, None),
+        publish(&reader, shard(1, A), SHARD_BYTES as u64, None),
         reader.remove_checkpoint(1).map(drop),
-        reader
-            .remove_orphan(1, &names::shard_file_name(0, A))
-            .map(drop),
+        reader.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
     ];
     for outcome in refused {
         let error = outcome.unwrap_err();
-        assert!(
-            matches!(error, EngineError::InvalidArgument { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error}");
     }
     assert_eq!(names_under(directory.path()), [""; 0]);
 }
@@ -527,16 +451,10 @@ fn a_path_that_cannot_be_a_store_is_one_clear_error() {
         let open =
             |path: &Path| LocalStore::open(path, access, threads(), IN_FLIGHT_BYTES).unwrap_err();
         let error = open(&file);
-        assert!(
-            matches!(error, EngineError::InvalidArgument { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error}");
         let error = open(&file.join("below"));
         assert!(matches!(error, EngineError::Io { .. }), "{error}");
-        assert!(
-            error.hint().contains("a parent of the path is a file"),
-            "{error}"
-        );
+        assert!(error.hint().contains("a parent of the path is a file"), "{error}");
         let error = open(&directory.path().join("n".repeat(300)));
         assert!(error.hint().contains("too long"), "{error}");
         let error = open(Path::new("/proc/self/nowhere"));
@@ -583,10 +501,7 @@ fn forked(path: &Path) -> LocalStore {
         locks,
         changes: Mutex::default(),
     };
-    LocalStore {
-        shared: Arc::new(shared),
-        writer,
-    }
+    LocalStore { shared: Arc::new(shared), writer }
 }
 
 #[test]
@@ -595,11 +510,9 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     let child = forked(directory.path());
     let refused = [
         child.create_shard(shard(1, A), 0).map(drop),
-        publish(&child, shard(1, A), 0, None),
+        publish(&child, shard(1, A), SHARD_BYTES as u64, None),
         child.remove_checkpoint(1).map(drop),
-        child
-            .remove_orphan(1, &names::shard_file_name(0, A))
-            .map(drop),
+        child.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
         child.now().map(drop),
         child.read_manifest(1).map(drop),
     ];
@@ -610,9 +523,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
 
     let sink = sink::LocalShardSink::create(&child.shared, shard(1, A), 0).unwrap();
     let mut sink: Box<dyn ShardSink> = Box::new(sink);
-    let error = sink
-        .write(0, filled(&[0; ALIGNMENT]), ALIGNMENT)
-        .unwrap_err();
+    let error = sink.write(0, filled(&[0; ALIGNMENT]), ALIGNMENT).unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");
     let error = sink.finish(0).unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");
@@ -626,12 +537,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     let path = child.shared.shard_path(shard(1, A));
     assert!(path.exists());
     let other = Locks::new();
-    let is_locked = |path: &Path| {
-        other
-            .try_lock(path, lock::LockFile::Existing)
-            .unwrap()
-            .is_none()
-    };
+    let is_locked = |path: &Path| other.try_lock(path, lock::LockFile::Existing).unwrap().is_none();
     let writer_lock = directory.path().join(lock::WRITER_LOCK_FILE);
     assert!(is_locked(&path) && is_locked(&writer_lock));
     child.close_after_fork();
@@ -658,9 +564,5 @@ fn thousands_of_checkpoints_list_quickly() {
     let store = writer(directory.path());
     let started = std::time::Instant::now();
     assert_eq!(store.list().unwrap().len(), 3000);
-    assert!(
-        started.elapsed() < Duration::from_secs(10),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
 }
