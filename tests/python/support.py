@@ -22,7 +22,7 @@ def bits_of(tensor: torch.Tensor) -> bytes:
     plain = tensor.detach().resolve_conj().resolve_neg()
     size = plain.dtype.itemsize
     storage = plain.untyped_storage()
-    raw = np.frombuffer(bytes(storage), np.uint8) if storage.nbytes() else np.empty(0, np.uint8)
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     items = np.lib.stride_tricks.as_strided(
         raw[plain.storage_offset() * size :],
         (*plain.shape, size),
