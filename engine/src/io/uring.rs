@@ -20,10 +20,7 @@
 //!
 //! Why `unsafe`: the kernel reads and writes memory through raw pointers, after the call that told
 //! it to returned; no safe interface exists that keeps several such operations in flight.
-#![expect(
-    unsafe_code,
-    reason = "gives the kernel raw pointers to memory that a slot owns"
-)]
+#![expect(unsafe_code, reason = "gives the kernel raw pointers to memory that a slot owns")]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -94,39 +91,26 @@ impl Uring {
     /// Starts the ring and its thread, and tries one operation. The error is the kernel's.
     pub fn new(options: Options) -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared {
-            inbox: Inbox::new(),
-            wake,
-        });
+        let shared = Arc::new(Shared { inbox: Inbox::new(), wake });
         // The ring is made by the thread that will use it: the kernel binds it to that one.
         let (sender, receiver) = crossbeam_channel::bounded(1);
-        let thread = std::thread::Builder::new()
-            .name("dtr-io-uring".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || match Ring::new(shared) {
-                    Ok(ring) => {
-                        // The receiver waits below.
-                        let _ = sender.send(Ok((ring.setup, ring.kernel.as_raw_fd())));
-                        run(ring);
-                    }
-                    Err(error) => {
-                        let _ = sender.send(Err(error));
-                    }
+        let thread = std::thread::Builder::new().name("dtr-io-uring".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || match Ring::new(shared) {
+                Ok(ring) => {
+                    // The receiver waits below.
+                    let _ = sender.send(Ok((ring.setup, ring.kernel.as_raw_fd())));
+                    run(ring);
                 }
-            })?;
-        let started = receiver
-            .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+                Err(error) => {
+                    let _ = sender.send(Err(error));
+                }
+            }
+        })?;
+        let started = receiver.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
         let (setup, ring_descriptor) = started?;
         let thread = Some(thread);
-        Ok(Self {
-            shared,
-            thread,
-            setup,
-            ring_descriptor,
-            direct_io: options.direct_io,
-        })
+        Ok(Self { shared, thread, setup, ring_descriptor, direct_io: options.direct_io })
     }
 
     /// The flags that the ring was set up with.
@@ -287,12 +271,8 @@ impl Ring {
         let descriptor = Fd(transfer.file.descriptor.as_raw_fd());
         let offset = transfer.offset;
         let entry = match transfer.direction {
-            Direction::Read => opcode::Read::new(descriptor, start, bytes)
-                .offset(offset)
-                .build(),
-            Direction::Write => opcode::Write::new(descriptor, start, bytes)
-                .offset(offset)
-                .build(),
+            Direction::Read => opcode::Read::new(descriptor, start, bytes).offset(offset).build(),
+            Direction::Write => opcode::Write::new(descriptor, start, bytes).offset(offset).build(),
         };
         let index = self.slots.insert(Slot::Transfer(transfer));
         // SAFETY: `start..start + bytes` lies in the transfer's buffer (the inbox checked the
@@ -312,11 +292,7 @@ impl Ring {
 
     fn reap(&mut self) -> io::Result<()> {
         let mut reaped = std::mem::take(&mut self.reaped);
-        reaped.extend(
-            self.kernel
-                .completion()
-                .map(|entry| (entry.user_data(), entry.result())),
-        );
+        reaped.extend(self.kernel.completion().map(|entry| (entry.user_data(), entry.result())));
         for (user_data, result) in reaped.drain(..) {
             if user_data == WAKE {
                 self.wake_is_armed = false;
@@ -334,9 +310,7 @@ impl Ring {
         let advice = files::write_behind(&transfer, moved_bytes);
         let file = Arc::clone(&transfer.file);
         complete(transfer, outcome);
-        advice
-            .into_iter()
-            .try_for_each(|advice| self.advise(&file, advice))
+        advice.into_iter().try_for_each(|advice| self.advise(&file, advice))
     }
 
     /// Advises the kernel about a part of a buffered file, without waiting. Left out when busy.
@@ -349,12 +323,8 @@ impl Ring {
         }
         let descriptor = Fd(file.descriptor.as_raw_fd());
         let advice = rustix::fs::Advice::DontNeed as i32;
-        let entry = opcode::Fadvise::new(descriptor, length, advice)
-            .offset(offset)
-            .build();
-        let index = self.slots.insert(Slot::Advice {
-            _file: Arc::clone(file),
-        });
+        let entry = opcode::Fadvise::new(descriptor, length, advice).offset(offset).build();
+        let index = self.slots.insert(Slot::Advice { _file: Arc::clone(file) });
         // SAFETY: the entry refers to a descriptor only, which the slot keeps open.
         unsafe { self.push(&entry.user_data(index as u64)) }
     }
@@ -413,10 +383,7 @@ fn submitted(result: io::Result<usize>) -> io::Result<Submitted> {
 pub(super) fn set_up() -> io::Result<(IoUring, &'static str)> {
     let mut builder = IoUring::builder();
     // Linux 6.1: completions are processed only when the thread asks for them.
-    builder
-        .dontfork()
-        .setup_single_issuer()
-        .setup_defer_taskrun();
+    builder.dontfork().setup_single_issuer().setup_defer_taskrun();
     match builder.build(RING_ENTRIES) {
         Err(error) if is_unknown_flag(&error) => {}
         built => return Ok((built?, "SINGLE_ISSUER | DEFER_TASKRUN")),
@@ -428,10 +395,7 @@ pub(super) fn set_up() -> io::Result<(IoUring, &'static str)> {
         Err(error) if is_unknown_flag(&error) => {}
         built => return Ok((built?, "COOP_TASKRUN")),
     }
-    Ok((
-        IoUring::builder().dontfork().build(RING_ENTRIES)?,
-        "no flags",
-    ))
+    Ok((IoUring::builder().dontfork().build(RING_ENTRIES)?, "no flags"))
 }
 
 fn is_unknown_flag(error: &io::Error) -> bool {
@@ -451,10 +415,7 @@ fn check_operations(ring: &IoUring) -> io::Result<()> {
     if needed.into_iter().all(|code| probe.is_supported(code)) {
         return Ok(());
     }
-    Err(io::Error::new(
-        io::ErrorKind::Unsupported,
-        "the kernel's io_uring lacks an operation",
-    ))
+    Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel's io_uring lacks an operation"))
 }
 
 /// An operation in flight and what it keeps alive.
@@ -486,17 +447,12 @@ impl Slots {
     }
 
     fn has_transfers(&self) -> bool {
-        self.slots
-            .iter()
-            .any(|slot| matches!(slot, Some(Slot::Transfer(_))))
+        self.slots.iter().any(|slot| matches!(slot, Some(Slot::Transfer(_))))
     }
 
     /// There must be room.
     fn insert(&mut self, slot: Slot) -> usize {
-        let index = self
-            .free
-            .pop()
-            .expect("callers compare `in_use` to the bound first");
+        let index = self.free.pop().expect("callers compare `in_use` to the bound first");
         self.slots[index] = Some(slot);
         index
     }
