@@ -302,7 +302,10 @@ def _why_unsupported(value: Any) -> tuple[str, str]:
     name = _name_of(type(value))
     if isinstance(value, type) or callable(value):
         what = "a class" if isinstance(value, type) else f"a `{name}`"
-        return f"{what} is code, not data", "save the plain values it needs, and rebuild it from them"
+        return (
+            f"{what} is code, not data",
+            "save the plain values it needs, and rebuild it from them",
+        )
     why = f"a value of type `{name}` cannot be stored"
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -330,7 +333,7 @@ def _tensor_subclass_hint(torch: Any, tensor: Any) -> str:
     return "subclasses of tensors are not converted silently: `tensor.as_subclass(torch.Tensor)`"
 
 
-def _conversion_hint(value: Any) -> str:  # noqa: PLR0911  (a table with isinstance for keys)
+def _conversion_hint(value: Any) -> str:  # noqa: C901, PLR0911  (a table with isinstance for keys)
     if isinstance(value, enum.Enum):
         return "save `value.value` or `value.name`"
     if isinstance(value, np.ndarray):

@@ -77,7 +77,9 @@ def script_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def run_script(source: str, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_script(
+    source: str, *arguments: object, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
     """Run Python source in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],

@@ -44,7 +44,9 @@ def test_verbs_on_an_empty_store(manager):
 
 
 def test_saving_listing_and_deleting(manager, store):
-    info = manager.save(state_of(10), step=10, metadata={"loss": 0.5}, dataset_positions={"train": {"epoch": 1}})
+    info = manager.save(
+        state_of(10), step=10, metadata={"loss": 0.5}, dataset_positions={"train": {"epoch": 1}}
+    )
     assert (info.step, info.removed_steps) == (10, ())
     assert info.raw_bytes == 120_000
     assert info.stored_bytes == shard_of(store, 10).stat().st_size
@@ -201,7 +203,12 @@ def test_any_flipped_byte_is_noticed(manager, store):
 def test_loading_a_part(manager):
     model = torch.nn.Sequential(torch.nn.Linear(200, 300), torch.nn.Linear(300, 10))
     optimizer = torch.optim.AdamW(model.parameters())
-    state = {"model": model, "optimizer": optimizer, "history": [torch.ones(3), torch.zeros(2)], "epoch": 3}
+    state = {
+        "model": model,
+        "optimizer": optimizer,
+        "history": [torch.ones(3), torch.zeros(2)],
+        "epoch": 3,
+    }
     manager.save(state, step=1)
     expected = model.state_dict()
     part = manager.load(keys=["model.0.*"])
@@ -210,13 +217,15 @@ def test_loading_a_part(manager):
     assert part["model"]._metadata == expected._metadata
     assert torch.equal(part["model"]["0.weight"], expected["0.weight"])
     assert_same(manager.load(keys="model"), {"model": expected}), "a container stands for all in it"
-    assert_same(manager.load(keys=["history.1", "epoch"]), {"history": [None, torch.zeros(2)], "epoch": 3})
+    assert_same(
+        manager.load(keys=["history.1", "epoch"]), {"history": [None, torch.zeros(2)], "epoch": 3}
+    )
     with pytest.raises(InvalidArgument, match="nothing matches 'modle"):
         manager.load(keys=["modle.*"])
     assert manager.load(keys=["modle.*"], strict=False) == {}
 
 
-def test_one_slice_of_a_storage_is_read_alone(manager, monkeypatch):
+def test_one_slice_of_a_storage_is_read_alone(manager):
     base = torch.randn(1_000_000)
     manager.save({"whole": base, "part": base[500_000:500_010]}, step=1)
     part = manager.load(keys=["part"])["part"]
@@ -366,7 +375,9 @@ def test_threads_and_descriptors_stay_flat(manager):
     from pathlib import Path
 
     def count() -> tuple[int, int]:
-        return len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))
+        return len(list(Path("/proc/self/fd").iterdir())), len(
+            list(Path("/proc/self/task").iterdir())
+        )
 
     manager.save(state_of(1), step=1)
     manager.load()

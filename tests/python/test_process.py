@@ -111,7 +111,13 @@ def test_data_loader_workers_beside_a_save(manager):
 
 @pytest.mark.parametrize(
     "ending",
-    ["", "del manager", "sys.exit(0)", "raise SystemExit(0)", "import atexit; atexit.register(print, 'bye')"],
+    [
+        "",
+        "del manager",
+        "sys.exit(0)",
+        "raise SystemExit(0)",
+        "import atexit; atexit.register(print, 'bye')",
+    ],
     ids=["end", "dropped", "exit", "system exit", "exit handlers"],
 )
 def test_exit_finishes_the_save_in_flight(store, ending):
@@ -148,7 +154,10 @@ TERMINATION = """
 import signal
 signal.signal(signal.SIGTERM, lambda *_: print("previous handler ran", flush=True) or sys.exit(5))
 manager.close()
-manager = CheckpointManager(store, compression="gzip", sigterm=sys.argv[2], sigterm_deadline_seconds=float(sys.argv[3]))
+deadline = float(sys.argv[3])
+manager = CheckpointManager(
+    store, compression="gzip", sigterm=sys.argv[2], sigterm_deadline_seconds=deadline
+)
 handle = manager.save_async(state, step=1)
 os.kill(os.getpid(), signal.SIGTERM)
 print("not reached")
@@ -169,7 +178,9 @@ def test_sigterm(store, mode, deadline, steps, message):
     assert done.stdout == "previous handler ran\n"
     assert message in done.stderr
     assert steps_of(store) == steps
-    assert not [path for path in store.rglob("*.shard") if not steps], "a dropped save leaves no file"
+    assert not [path for path in store.rglob("*.shard") if not steps], (
+        "a dropped save leaves no file"
+    )
 
 
 def test_sigterm_without_a_previous_handler_kills(store):

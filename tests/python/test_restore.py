@@ -1,4 +1,4 @@
-"""Restoring in place: what changes, what is reported, and what is refused before anything changes."""
+"""Restoring in place: what changes, what is reported, and what is refused beforehand."""
 
 from __future__ import annotations
 
@@ -105,11 +105,17 @@ def test_only_what_is_asked_for_is_touched(manager):
 
 MISFITS = {
     "shape": ({"w": torch.zeros(3)}, r"`w`: the live shape is \(3,\), the saved one \(4, 2\)"),
-    "dtype": ({"w": torch.zeros(4, 2).half()}, "dtype is torch.float16, the saved one torch.float32"),
+    "dtype": (
+        {"w": torch.zeros(4, 2).half()},
+        "dtype is torch.float16, the saved one torch.float32",
+    ),
     "kind": ({"w": np.zeros((4, 2), np.float32)}, "an array is live"),
     "plain": ({"w": 5}, "a int is live"),
     "tensor for plain": ({"n": torch.zeros(1)}, "a tensor is live"),
-    "missing": ({"w": torch.zeros(4, 2), "new": torch.zeros(1)}, "missing in the checkpoint: `new`"),
+    "missing": (
+        {"w": torch.zeros(4, 2), "new": torch.zeros(1)},
+        "missing in the checkpoint: `new`",
+    ),
     "list length": ({"l": [torch.zeros(1)]}, "the live length is 1, the saved one 2"),
     "list kind": ({"l": (torch.zeros(1),)}, "a tuple is live"),
     "dict kind": ({"w": {"x": torch.zeros(1)}}, "a `dict` is live"),
@@ -120,7 +126,10 @@ MISFITS = {
     "array shape": ({"a": np.zeros(4)}, r"`a`: the live shape is \(4,\)"),
     "array dtype": ({"a": np.zeros(3, np.int8)}, "live dtype is int8"),
     "meta": ({"w": torch.zeros(4, 2, device="meta")}, "without values"),
-    "nested": ({"d": {"x": torch.zeros(1), "z": torch.zeros(1)}}, "missing.*`d.z`; unexpected.*`d.y`"),
+    "nested": (
+        {"d": {"x": torch.zeros(1), "z": torch.zeros(1)}},
+        "missing.*`d.z`; unexpected.*`d.y`",
+    ),
 }
 
 
@@ -197,7 +206,7 @@ class Stubborn:
     def state_dict(self):
         return {"a": 1}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, _state):
         raise RuntimeError("I will not")
 
 

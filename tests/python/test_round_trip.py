@@ -89,15 +89,45 @@ def test_plain_values(manager):
     state = {
         "none": None,
         "flags": [True, False],
-        "ints": [0, -1, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 10**40, -(10**40), 255, 256, -128],
-        "big": [sign * 2**bits + delta for bits in (64, 71, 72, 79, 80) for sign in (1, -1) for delta in (-1, 0, 1)],
-        "floats": [0.0, -0.0, float("inf"), float("-inf"), 1e-320, float.fromhex("0x1.fffffffffffffp1023")],
+        "ints": [
+            0,
+            -1,
+            2**63 - 1,
+            -(2**63),
+            2**63,
+            -(2**63) - 1,
+            10**40,
+            -(10**40),
+            255,
+            256,
+            -128,
+        ],
+        "big": [
+            sign * 2**bits + delta
+            for bits in (64, 71, 72, 79, 80)
+            for sign in (1, -1)
+            for delta in (-1, 0, 1)
+        ],
+        "floats": [
+            0.0,
+            -0.0,
+            float("inf"),
+            float("-inf"),
+            1e-320,
+            float.fromhex("0x1.fffffffffffffp1023"),
+        ],
         "nan": float("nan"),
         "complex": [1 + 2j, complex(-0.0, float("inf"))],
         "text": ["", "ascii", "naïve ☃ 𝄞", "nul\0inside"],
         "bytes": [b"", b"\0\xff"],
         "nested": {"tuple": (1, (2, [3, {}]), ()), "empty": [[], {}, ()]},
-        "torch": [torch.float32, torch.device("cpu"), torch.device("cuda:1"), torch.Size([2, 3]), torch.Size([])],
+        "torch": [
+            torch.float32,
+            torch.device("cpu"),
+            torch.device("cuda:1"),
+            torch.Size([2, 3]),
+            torch.Size([]),
+        ],
         "numpy dtypes": [np.dtype("<f4"), np.dtype(">i8"), np.dtype("M8[ns]"), np.dtype("U7")],
     }
     assert_same(save_and_load(manager, state), state)
@@ -297,7 +327,7 @@ def test_objects_stand_for_their_state_dict(manager):
         lambda p: torch.optim.AdamW(p, lr=1e-3),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         lambda p: torch.optim.Adam(p, amsgrad=True, lr=torch.tensor(0.1)),
-        lambda p: torch.optim.Adagrad(p),
+        torch.optim.Adagrad,
     ],
     ids=["AdamW", "SGD", "Adam", "Adagrad"],
 )
@@ -332,7 +362,9 @@ def test_random_number_generators_resume(manager):
 
 
 def test_many_small_tensors(manager):
-    state = {f"tensor{number}": torch.full((number % 5, 3), float(number)) for number in range(3000)}
+    state = {
+        f"tensor{number}": torch.full((number % 5, 3), float(number)) for number in range(3000)
+    }
     assert_same(save_and_load(manager, state), state)
 
 
@@ -340,7 +372,12 @@ def test_many_small_tensors(manager):
 def test_mapped_loads_are_private_and_outlive_their_manager(open_manager, compression):
     manager = open_manager(compression=compression)
     base = torch.randn(50_000)
-    state = {"base": base, "view": base[100:200], "array": np.arange(30_000), "empty": torch.empty(0)}
+    state = {
+        "base": base,
+        "view": base[100:200],
+        "array": np.arange(30_000),
+        "empty": torch.empty(0),
+    }
     manager.save(state, step=1)
     loaded = manager.load(mmap=True)
     assert_same(loaded, state)
@@ -353,7 +390,9 @@ def test_mapped_loads_are_private_and_outlive_their_manager(open_manager, compre
 
 
 def test_map_location(manager):
-    loaded = save_and_load(manager, {"weight": torch.nn.Parameter(torch.ones(2))}, map_location="meta")
+    loaded = save_and_load(
+        manager, {"weight": torch.nn.Parameter(torch.ones(2))}, map_location="meta"
+    )
     assert loaded["weight"].device.type == "meta"
     assert type(loaded["weight"]) is torch.nn.Parameter
     assert manager.load(map_location="cpu")["weight"].device.type == "cpu"

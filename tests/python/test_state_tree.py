@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import itertools
 import pathlib
 import random
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -51,10 +53,12 @@ LEAVES = (
 )
 STATES = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.lists(inner, max_size=4).map(tuple)
-    | st.dictionaries(KEYS, inner, max_size=4)
-    | st.dictionaries(KEYS, inner, max_size=4).map(collections.OrderedDict),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(KEYS, inner, max_size=4)
+        | st.dictionaries(KEYS, inner, max_size=4).map(collections.OrderedDict)
+    ),
     max_leaves=20,
 )
 
@@ -92,7 +96,9 @@ class _MemoryCheckpoint:
         assert verify
         for storage, offset, memory in targets:
             if isinstance(memory, np.ndarray):
-                memory[:] = np.frombuffer(self._bytes[storage], np.uint8)[offset : offset + memory.size]
+                memory[:] = np.frombuffer(self._bytes[storage], np.uint8)[
+                    offset : offset + memory.size
+                ]
             else:
                 address, count = memory
                 ctypes.memmove(address, self._bytes[storage][offset : offset + count], count)
@@ -122,7 +128,7 @@ def test_spans_cover_hulls_once_and_keep_alignment(ranges):
     spans = lay_spans(hulls, 1000)
     for hull in hulls:
         assert any(span.start <= hull.start and hull.end <= span.end for span in spans)
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         assert before.end < after.start, "merged where they touch"
         assert after.at == before.at + before.end - before.start
     assert all(span.start % 64 == span.at % 64 == 0 and span.end <= 1000 for span in spans)
@@ -137,7 +143,9 @@ class Text(str):
     __slots__ = ()
 
 
-Point = collections.namedtuple("Point", "x y")
+class Point(NamedTuple):
+    x: int
+    y: int
 
 
 @dataclasses.dataclass
@@ -194,7 +202,9 @@ UNSUPPORTED = {
     "string array": np.array(["a"], np.dtypes.StringDType()),
     "meta tensor": torch.empty(2, device="meta"),
     "sparse tensor": torch.eye(3).to_sparse(),
-    "nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "nested tensor": torch.nested.nested_tensor(
+        [torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
     "tensor subclass": torch.ones(2).as_subclass(type("Mine", (torch.Tensor,), {})),
     "uninitialized": torch.nn.LazyLinear(3).weight,
     "storage": torch.ones(2).untyped_storage(),
