@@ -16,6 +16,11 @@ pub trait Environment: Send + Sync + fmt::Debug {
     fn attempt_id(&self) -> Result<AttemptId>;
 }
 
+/// Time since `start`, by the same environment's monotonic clock.
+pub(crate) fn elapsed(environment: &dyn Environment, start: Duration) -> Duration {
+    environment.monotonic().saturating_sub(start)
+}
+
 /// The machine's own clocks and random source.
 #[derive(Debug)]
 pub struct System {

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
-/// Live counters of one save.
+/// Live counters of one save, in bytes.
 #[derive(Debug, Default)]
 pub struct Progress {
-    raw_bytes: AtomicU64,
-    captured_bytes: AtomicU64,
-    encoded_bytes: AtomicU64,
-    written_bytes: AtomicU64,
+    raw: u64,
+    captured: AtomicU64,
+    encoded: AtomicU64,
+    written: AtomicU64,
 }
 
 /// A reading of [`Progress`].
@@ -31,31 +31,31 @@ pub struct ProgressReading {
 impl Progress {
     /// Counters for a raw layout of `raw_bytes`.
     pub fn new(raw_bytes: u64) -> Self {
-        Self { raw_bytes: AtomicU64::new(raw_bytes), ..Self::default() }
+        Self { raw: raw_bytes, ..Self::default() }
     }
 
     /// Counts captured raw bytes.
     pub fn add_captured(&self, bytes: u64) {
-        self.captured_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.captured.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts encoded raw bytes.
     pub fn add_encoded(&self, bytes: u64) {
-        self.encoded_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.encoded.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts stored bytes handed to the device.
     pub fn add_written(&self, bytes: u64) {
-        self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.written.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// The counters now; each is read on its own.
     pub fn read(&self) -> ProgressReading {
         ProgressReading {
-            raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
-            captured_bytes: self.captured_bytes.load(Ordering::Relaxed),
-            encoded_bytes: self.encoded_bytes.load(Ordering::Relaxed),
-            written_bytes: self.written_bytes.load(Ordering::Relaxed),
+            raw_bytes: self.raw,
+            captured_bytes: self.captured.load(Ordering::Relaxed),
+            encoded_bytes: self.encoded.load(Ordering::Relaxed),
+            written_bytes: self.written.load(Ordering::Relaxed),
         }
     }
 }

@@ -93,12 +93,11 @@ impl Core {
             let age = now.duration_since(orphan.idle_since).unwrap_or_default();
             let item = |why: &str| item(orphan, age, why);
             if !old.contains(orphan) {
-                report
-                    .kept
-                    .push(item(&format!("younger than the grace period of {} s", grace.as_secs())));
-            } else if options.dry_run {
-                report.remove(item("of an attempt that was never committed, or was replaced"));
-            } else if self.store.remove_orphan(orphan.step, &orphan.file)?.is_some() {
+                let grace = grace.as_secs();
+                report.kept.push(item(&format!("younger than the grace period of {grace} s")));
+            } else if options.dry_run
+                || self.store.remove_orphan(orphan.step, &orphan.file)?.is_some()
+            {
                 report.remove(item("of an attempt that was never committed, or was replaced"));
             } else {
                 report.kept.push(item("an attempt in progress holds its lock"));

@@ -27,7 +27,7 @@ pub(super) fn arena_chunks(config: &Config, raw_bytes: u64, memory_bytes: u64) -
 /// Memory that this process may use: the machine's, or its control group's if that is less.
 pub(super) fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
-    let machine = u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit));
+    let machine = info.totalram.saturating_mul(u64::from(info.mem_unit));
     // Version 2 and version 1 of the interface, as a container sees it.
     let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     limits

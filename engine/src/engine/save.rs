@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::{Inner, Saving, memory};
+use crate::clock::elapsed;
 use crate::error::IoContext;
 use crate::format::checksum;
 use crate::format::layout::{Layout, StorageSpec};
@@ -41,10 +42,11 @@ impl Inner {
             last.wait(None);
             last.take_unseen_error().map_or(Ok(()), Err)?;
         }
-        let waited = self.core.environment.monotonic() - started;
-        let survey = match request.rewind {
-            true => self.core.survey_for_rewind()?,
-            false => self.core.known_survey()?,
+        let waited = elapsed(&*self.core.environment, started);
+        let survey = if request.rewind {
+            self.core.survey_for_rewind()?
+        } else {
+            self.core.known_survey()?
         };
         let plan = check_save(&survey, request.step, request.rewind)?;
         let layout = saving.layout(&request.storages, self.core.config.chunk_bytes)?;
@@ -108,10 +110,9 @@ impl Inner {
         let workers = self.workers.as_ref().ok_or_else(no_writer)?.queue()?;
         let failed = FailUnlessDone { job };
         let captured = capture(job, storages, arena, workers);
-        let now = environment.monotonic();
         job.update_stats(|stats| {
-            stats.capture_seconds = (now - capture_start).as_secs_f64();
-            stats.stall_seconds = (now - started).as_secs_f64();
+            stats.capture_seconds = elapsed(&**environment, capture_start).as_secs_f64();
+            stats.stall_seconds = elapsed(&**environment, started).as_secs_f64();
         });
         match captured {
             Ok(()) => {

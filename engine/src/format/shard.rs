@@ -133,7 +133,7 @@ pub struct Footer {
     pub index_raw_bytes: u64,
     /// CRC-32C of the compressed index with its padding.
     pub index_crc32c: u32,
-    /// CRC-32C of the header block.
+    /// [`block_crc32c`] of the header.
     pub header_crc32c: u32,
     /// Length of the whole file, this block included.
     pub file_bytes: u64,
@@ -221,7 +221,7 @@ fn begin(magic: [u8; 8]) -> [u8; BLOCK_BYTES] {
 
 /// The block with its checksum.
 fn finish(mut block: [u8; BLOCK_BYTES]) -> [u8; BLOCK_BYTES] {
-    let crc = crc32c(&block[..BLOCK_CRC32C_AT]);
+    let crc = block_crc32c(&block);
     put(&mut block, BLOCK_CRC32C_AT, crc.to_le_bytes());
     block
 }
@@ -237,7 +237,7 @@ fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<(), Fo
         magic.escape_ascii()
     );
     let expected = u32::from_le_bytes(take(block, BLOCK_CRC32C_AT));
-    let actual = crc32c(&block[..BLOCK_CRC32C_AT]);
+    let actual = block_crc32c(block);
     ensure!(actual == expected, "the {name}'s checksum is {actual:08x}, expected {expected:08x}");
     let version = u32::from_le_bytes(take(block, VERSION_AT));
     check_version(version, name)?;

@@ -21,11 +21,19 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+mod backend;
 pub mod buffer;
+#[cfg(test)]
+mod conformance;
 mod files;
 mod inbox;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod threads;
+pub mod transfer;
+pub mod uring;
 
+pub use backend::open_backend;
 use buffer::Buffer;
 
 /// Alignment, in bytes, of memory, offset and length that every direct transfer obeys, and to

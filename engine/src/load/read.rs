@@ -201,7 +201,9 @@ pub(super) fn run(
             })
             .collect();
         drop(arrivals);
-        submit_all(checkpoint, &waiting, &pool, arrived, &stopped);
+        submit_all(checkpoint, &waiting, &pool, &arrived, &stopped);
+        // Workers end when the last read has arrived.
+        drop(arrived);
         let panicked = handles.into_iter().any(|handle| handle.join().is_err());
         if panicked {
             return Err(EngineError::internal(
@@ -231,7 +233,7 @@ fn submit_all(
     checkpoint: &Checkpoint,
     waiting: &[Mutex<Option<ChunkJob<'_>>>],
     pool: &Arc<BufferPool>,
-    arrived: Sender<(usize, Result<()>, Buffer)>,
+    arrived: &Sender<(usize, Result<()>, Buffer)>,
     stopped: &AtomicBool,
 ) {
     for (number, job) in waiting.iter().enumerate() {
@@ -317,7 +319,8 @@ impl Delivery<'_> {
         }
         if record.codec == Codec::None {
             self.check_raw(chunk, stored, record)?;
-            return Ok(scatter(pieces, stored));
+            scatter(pieces, stored);
+            return Ok(());
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.resize(raw_bytes, 0);

@@ -124,9 +124,9 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     publish(core, &job, &manifest, written, replaces, sink)?;
     let published = core.environment.monotonic();
     job.update_stats(|stats| {
-        stats.write_seconds = (publish_start - write_start).as_secs_f64();
-        stats.publish_seconds = (published - publish_start).as_secs_f64();
-        stats.durable_seconds = (published - started).as_secs_f64();
+        stats.write_seconds = publish_start.saturating_sub(write_start).as_secs_f64();
+        stats.publish_seconds = published.saturating_sub(publish_start).as_secs_f64();
+        stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
         stats.stored_bytes = written.file_bytes;
     });
     read_back(core, &job, &manifest)?;

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::job::{EncodedChunk, Job, Message};
-use crate::clock::Environment;
+use crate::clock::{Environment, elapsed};
 use crate::codec::{Codec, Encoded, Encoder};
 use crate::config::Compression;
 use crate::error::IoContext;
@@ -96,7 +96,7 @@ impl Worker {
             let start = self.environment.monotonic();
             match catch_unwind(AssertUnwindSafe(|| self.encode(task))) {
                 Ok(Ok(chunk)) => {
-                    let nanos = (self.environment.monotonic() - start).as_nanos();
+                    let nanos = elapsed(&*self.environment, start).as_nanos();
                     let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
                     job.encode_nanos.fetch_add(nanos, Ordering::Relaxed);
                     job.progress.add_encoded(u64::from(chunk.raw_bytes));

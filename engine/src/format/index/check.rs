@@ -177,7 +177,7 @@ pub(super) fn chunk_lengths(
 pub(super) fn tiling(
     chunks: &[ChunkRecord],
     index_stored_bytes: u64,
-    context: IndexContext,
+    context: &IndexContext,
 ) -> Result<(), FormatError> {
     let mut regions: Vec<(u64, u64)> =
         chunks.iter().map(|chunk| (chunk.offset, u64::from(chunk.stored_bytes))).collect();

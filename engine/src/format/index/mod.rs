@@ -159,7 +159,7 @@ impl ShardIndex {
     pub fn decode(
         stored: &[u8],
         raw_bytes: u64,
-        context: IndexContext,
+        context: &IndexContext,
     ) -> Result<Self, FormatError> {
         let raw = decompress(stored, raw_bytes)?;
         // The file cannot hold more chunks than pages.
