@@ -14,9 +14,12 @@ use std::time::Duration;
 
 use crate::clock::{Environment, System};
 use crate::config::Config;
+use crate::format::manifest::Manifest;
 use crate::io::buffer::BufferPool;
 use crate::io::{Io, open_backend};
-use crate::load::{Checkpoint, ReadOptions, VerifyObserver, VerifyReport, verify_step};
+use crate::load::{
+    Checkpoint, ReadOptions, VerifyObserver, VerifyReport, read_manifest, verify_step,
+};
 use crate::recovery::{StepState, Survey};
 use crate::save::commit::Committer;
 use crate::save::encode::Workers;
@@ -162,6 +165,12 @@ impl Engine {
     /// Everything that lies in the store, and what it means.
     pub fn survey(&self) -> Result<Survey> {
         self.inner("listing checkpoints")?.core.survey()
+    }
+
+    /// The manifest that lies at `step`, checked; that of a retired checkpoint too. No shard is opened.
+    pub fn manifest(&self, step: u64) -> Result<Manifest> {
+        let inner = self.inner(&format!("reading the manifest of step {step}"))?;
+        read_manifest(inner.core.store.as_ref(), step)
     }
 
     /// Opens this rank's shard of a committed step: manifest, footer, header and index are read and

@@ -33,10 +33,7 @@ pub fn open_backend(backend: IoBackend, direct_io: DirectIo) -> Result<Arc<dyn I
 }
 
 fn open_threads(direct_io: DirectIo) -> Result<Arc<dyn Io>> {
-    let options = threads::Options {
-        direct_io,
-        ..threads::Options::default()
-    };
+    let options = threads::Options { direct_io, ..threads::Options::default() };
     match threads::Threads::new(options) {
         Ok(threads) => Ok(Arc::new(threads)),
         Err(source) => Err(EngineError::Io {
@@ -84,23 +81,12 @@ mod tests {
             let io = open_backend(IoBackend::Auto, direct_io).unwrap();
             assert!(["uring", "threads"].contains(&io.name()), "{}", io.name());
         }
-        assert_eq!(
-            open_backend(IoBackend::Threads, DirectIo::Auto)
-                .unwrap()
-                .name(),
-            "threads"
-        );
+        assert_eq!(open_backend(IoBackend::Threads, DirectIo::Auto).unwrap().name(), "threads");
     }
 
     #[test]
     fn every_refusal_has_a_hint_of_its_own() {
-        let refusals = [
-            Errno::PERM,
-            Errno::NOSYS,
-            Errno::NOMEM,
-            Errno::MFILE,
-            Errno::IO,
-        ];
+        let refusals = [Errno::PERM, Errno::NOSYS, Errno::NOMEM, Errno::MFILE, Errno::IO];
         let mut hints = refusals.map(|errno| uring_hint(&errno.into())).to_vec();
         hints.sort_unstable();
         hints.dedup();

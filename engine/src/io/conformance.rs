@@ -26,10 +26,7 @@ type Open = fn(DirectIo) -> Option<Arc<dyn Io>>;
 
 #[expect(clippy::unnecessary_wraps, reason = "the shape of `Open`")]
 fn open_threads(direct_io: DirectIo) -> Option<Arc<dyn Io>> {
-    let options = threads::Options {
-        threads: 4,
-        direct_io,
-    };
+    let options = threads::Options { threads: 4, direct_io };
     Some(Arc::new(threads::Threads::new(options).unwrap()))
 }
 
@@ -44,30 +41,20 @@ fn open_uring(direct_io: DirectIo) -> Option<Arc<dyn Io>> {
 }
 
 fn open_sim_of_threads(direct_io: DirectIo) -> Option<Arc<dyn Io>> {
-    let plan = sim::Plan {
-        reorder_seed: Some(7),
-        ..sim::Plan::default()
-    };
+    let plan = sim::Plan { reorder_seed: Some(7), ..sim::Plan::default() };
     open_threads(direct_io).map(|inner| Arc::new(sim::Sim::new(inner, plan)) as Arc<dyn Io>)
 }
 
 fn open_sim_of_uring(direct_io: DirectIo) -> Option<Arc<dyn Io>> {
-    let plan = sim::Plan {
-        reorder_seed: Some(7),
-        ..sim::Plan::default()
-    };
+    let plan = sim::Plan { reorder_seed: Some(7), ..sim::Plan::default() };
     open_uring(direct_io).map(|inner| Arc::new(sim::Sim::new(inner, plan)) as Arc<dyn Io>)
 }
 
 /// Where the suite runs: a directory on a disk, and one on tmpfs if there is any.
 fn places() -> Vec<tempfile::TempDir> {
     let build = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let on_disk = tempfile::tempdir_in(build)
-        .or_else(|_| tempfile::tempdir())
-        .unwrap();
-    std::iter::once(on_disk)
-        .chain(tempfile::tempdir_in("/dev/shm").ok())
-        .collect()
+    let on_disk = tempfile::tempdir_in(build).or_else(|_| tempfile::tempdir()).unwrap();
+    std::iter::once(on_disk).chain(tempfile::tempdir_in("/dev/shm").ok()).collect()
 }
 
 fn run(open: Open) {
@@ -75,11 +62,7 @@ fn run(open: Open) {
         for place in places() {
             let Some(io) = open(direct_io) else { return };
             let directory = place.path();
-            println!(
-                "{} with direct_io {direct_io:?} in {}",
-                io.name(),
-                directory.display()
-            );
+            println!("{} with direct_io {direct_io:?} in {}", io.name(), directory.display());
             creating_takes_a_new_name(&io, directory);
             blocks_come_back_whatever_the_order(&io, directory);
             the_end_of_a_file_is_an_error(&io, directory);
@@ -125,24 +108,15 @@ fn creating_takes_a_new_name(io: &Arc<dyn Io>, directory: &Path) {
     for mode in [OpenMode::Create, OpenMode::CreateSmall] {
         assert_eq!(kind(io.open(&path, mode)), ErrorKind::AlreadyExists);
     }
-    assert_eq!(
-        stat(io, &path).unwrap().len(),
-        0,
-        "a probe leaves nothing behind"
-    );
-    assert_eq!(
-        stat(io, &path).unwrap().mode() & 0o7133,
-        0,
-        "at most rw-r--r--"
-    );
+    assert_eq!(stat(io, &path).unwrap().len(), 0, "a probe leaves nothing behind");
+    assert_eq!(stat(io, &path).unwrap().mode() & 0o7133, 0, "at most rw-r--r--");
 }
 
 fn blocks_come_back_whatever_the_order(io: &Arc<dyn Io>, directory: &Path) {
     let pool = BufferPool::new(BLOCK_BYTES, DEPTH).unwrap();
     let path = directory.join("blocks");
     let file = io.open(&path, OpenMode::Create).unwrap();
-    io.set_length(&file, Length::Reserve((BLOCKS * BLOCK_BYTES) as u64))
-        .unwrap();
+    io.set_length(&file, Length::Reserve((BLOCKS * BLOCK_BYTES) as u64)).unwrap();
     let (sender, outcomes) = unbounded();
     // 7 and BLOCKS have no common divisor: every block once, out of order.
     for block in (0..BLOCKS).map(|index| index * 7 % BLOCKS) {
@@ -157,10 +131,7 @@ fn blocks_come_back_whatever_the_order(io: &Arc<dyn Io>, directory: &Path) {
         );
     }
     drop(sender);
-    assert_eq!(
-        outcomes.iter().map(Result::unwrap).sum::<usize>(),
-        BLOCKS * BLOCK_BYTES
-    );
+    assert_eq!(outcomes.iter().map(Result::unwrap).sum::<usize>(), BLOCKS * BLOCK_BYTES);
     io.sync(&file).unwrap();
 
     let reader = io.open(&path, OpenMode::Read).unwrap();
@@ -172,17 +143,11 @@ fn blocks_come_back_whatever_the_order(io: &Arc<dyn Io>, directory: &Path) {
         let sender = sender.clone();
         transfer_fully(
             io,
-            whole_block(
-                &reader,
-                block,
-                buffer,
-                Direction::Read,
-                move |outcome, buffer| {
-                    let is_right = is_filled(&buffer, block);
-                    drop(buffer);
-                    sender.send((block, outcome, is_right)).unwrap();
-                },
-            ),
+            whole_block(&reader, block, buffer, Direction::Read, move |outcome, buffer| {
+                let is_right = is_filled(&buffer, block);
+                drop(buffer);
+                sender.send((block, outcome, is_right)).unwrap();
+            }),
         );
     }
     drop(sender);
@@ -201,17 +166,12 @@ fn the_end_of_a_file_is_an_error(io: &Arc<dyn Io>, directory: &Path) {
     let file = io.open(&path, OpenMode::Create).unwrap();
     let (outcome, _) = write_fully(io, &file, 0, pool.take(), 0..2 * ALIGNMENT);
     outcome.unwrap();
-    io.set_length(&file, Length::Exact(ALIGNMENT as u64 + 904))
-        .unwrap();
+    io.set_length(&file, Length::Exact(ALIGNMENT as u64 + 904)).unwrap();
     let reader = io.open(&path, OpenMode::Read).unwrap();
     for (offset, bytes) in [(0, 2), (0, 4), (1, 1), (2, 1), (100, 1)] {
         let offset = offset * ALIGNMENT as u64;
         let (outcome, buffer) = read_fully(io, &reader, offset, pool.take(), 0..bytes * ALIGNMENT);
-        assert_eq!(
-            kind(outcome),
-            ErrorKind::UnexpectedEof,
-            "{bytes} blocks at {offset}"
-        );
+        assert_eq!(kind(outcome), ErrorKind::UnexpectedEof, "{bytes} blocks at {offset}");
         assert_eq!(buffer.len(), 4 * ALIGNMENT, "the buffer comes back");
     }
 }
@@ -245,67 +205,43 @@ fn lengths_are_reserved_and_set(io: &Arc<dyn Io>, directory: &Path) {
         io.set_length(&file, Length::Exact(bytes)).unwrap();
         assert_eq!(stat(io, &path).unwrap().len(), bytes);
     }
-    assert!(
-        io.set_length(&file, Length::Reserve(1 << 62)).is_err(),
-        "no disk is that large"
-    );
+    assert!(io.set_length(&file, Length::Reserve(1 << 62)).is_err(), "no disk is that large");
 }
 
 fn entries_do_what_they_say(io: &Arc<dyn Io>, directory: &Path) {
     let inner = directory.join("entries");
     let in_inner = |name: &str| inner.join(name);
     act(io, &EntryOp::CreateDir(inner.clone())).unwrap();
-    assert_eq!(
-        kind(act(io, &EntryOp::CreateDir(inner.clone()))),
-        ErrorKind::AlreadyExists
-    );
+    assert_eq!(kind(act(io, &EntryOp::CreateDir(inner.clone()))), ErrorKind::AlreadyExists);
     for name in ["a", "b", "c"] {
         std::fs::write(in_inner(name), name).unwrap();
     }
     act(io, &EntryOp::SyncDir(inner.clone())).unwrap();
 
-    let rename = |from, to| EntryOp::RenameNew {
-        from: in_inner(from),
-        to: in_inner(to),
-    };
+    let rename = |from, to| EntryOp::RenameNew { from: in_inner(from), to: in_inner(to) };
     assert_eq!(kind(act(io, &rename("a", "b"))), ErrorKind::AlreadyExists);
     assert_eq!(std::fs::read(in_inner("b")).unwrap(), b"b");
     act(io, &rename("a", "d")).unwrap();
-    let replace = EntryOp::RenameReplace {
-        from: in_inner("d"),
-        to: in_inner("b"),
-    };
+    let replace = EntryOp::RenameReplace { from: in_inner("d"), to: in_inner("b") };
     act(io, &replace).unwrap();
     assert_eq!(std::fs::read(in_inner("b")).unwrap(), b"a");
     assert_eq!(names(io, &inner), ["b", "c"]);
 
     assert!(stat(io, &inner).unwrap().is_dir());
     std::os::unix::fs::symlink("nowhere", in_inner("link")).unwrap();
-    assert!(
-        stat(io, &in_inner("link")).unwrap().is_symlink(),
-        "links are not followed"
-    );
+    assert!(stat(io, &in_inner("link")).unwrap().is_symlink(), "links are not followed");
     assert_eq!(kind(stat(io, &in_inner("a"))), ErrorKind::NotFound);
 
-    assert_eq!(
-        kind(act(io, &EntryOp::RemoveDir(inner.clone()))),
-        ErrorKind::DirectoryNotEmpty
-    );
+    assert_eq!(kind(act(io, &EntryOp::RemoveDir(inner.clone()))), ErrorKind::DirectoryNotEmpty);
     for name in ["b", "c", "link"] {
         act(io, &EntryOp::RemoveFile(in_inner(name))).unwrap();
     }
-    assert_eq!(
-        kind(act(io, &EntryOp::RemoveFile(in_inner("b")))),
-        ErrorKind::NotFound
-    );
+    assert_eq!(kind(act(io, &EntryOp::RemoveFile(in_inner("b")))), ErrorKind::NotFound);
     act(io, &EntryOp::RemoveDir(inner.clone())).unwrap();
     assert_eq!(kind(act(io, &EntryOp::List(inner))), ErrorKind::NotFound);
 
     match act(io, &EntryOp::Space(directory.to_owned())).unwrap() {
-        EntryReply::Space {
-            free_bytes,
-            total_bytes,
-        } => {
+        EntryReply::Space { free_bytes, total_bytes } => {
             assert!(0 < free_bytes && free_bytes <= total_bytes);
         }
         other => panic!("{other:?}"),
@@ -318,10 +254,7 @@ fn mistakes_give_the_buffer_back(io: &Arc<dyn Io>, directory: &Path) {
     let file = io.open(&path, OpenMode::Create).unwrap();
     let reader = io.open(&path, OpenMode::Read).unwrap();
     let beyond = 0..3 * ALIGNMENT;
-    assert_eq!(
-        kind(write_fully(io, &file, 0, pool.take(), beyond).0),
-        ErrorKind::InvalidInput
-    );
+    assert_eq!(kind(write_fully(io, &file, 0, pool.take(), beyond).0), ErrorKind::InvalidInput);
     let (outcome, buffer) = write_fully(io, &reader, 0, pool.take(), 0..ALIGNMENT);
     assert!(outcome.is_err(), "the file was opened for reading");
     let (outcome, buffer) = write_fully(io, &file, u64::MAX - 4095, buffer, 0..ALIGNMENT);
@@ -339,9 +272,7 @@ fn mistakes_give_the_buffer_back(io: &Arc<dyn Io>, directory: &Path) {
 
 fn a_panicking_callback_harms_nobody(io: &Arc<dyn Io>, directory: &Path) {
     let pool = BufferPool::new(BLOCK_BYTES, 1).unwrap();
-    let file = io
-        .open(&directory.join("panics"), OpenMode::Create)
-        .unwrap();
+    let file = io.open(&directory.join("panics"), OpenMode::Create).unwrap();
     for _ in 0..8 {
         // Waits for the buffer that the panic before let go.
         let buffer = pool.take();
@@ -379,10 +310,7 @@ fn many_threads_submit_at_once(io: &Arc<dyn Io>, directory: &Path) {
         }
     });
     let held: Vec<_> = (0..pool.count()).map(|_| pool.take()).collect();
-    assert_eq!(
-        moved_bytes.load(Ordering::Relaxed),
-        SUBMITTERS * PER_SUBMITTER * BLOCK_BYTES
-    );
+    assert_eq!(moved_bytes.load(Ordering::Relaxed), SUBMITTERS * PER_SUBMITTER * BLOCK_BYTES);
     drop(held);
     for block in [0, 100, SUBMITTERS * PER_SUBMITTER - 1] {
         let offset = (block * BLOCK_BYTES) as u64;
@@ -396,10 +324,7 @@ fn a_submitter_may_leave(io: &Arc<dyn Io>, directory: &Path) {
     let path = directory.join("left");
     let outcomes = submit_all(io, &path);
     // File, pool and every other handle are gone: only the backend holds them.
-    assert_eq!(
-        outcomes.iter().map(Result::unwrap).sum::<usize>(),
-        DEPTH * BLOCK_BYTES
-    );
+    assert_eq!(outcomes.iter().map(Result::unwrap).sum::<usize>(), DEPTH * BLOCK_BYTES);
     assert_file_is_filled(&path);
 }
 
@@ -407,15 +332,8 @@ fn dropping_the_backend_completes_everything(io: Arc<dyn Io>, directory: &Path) 
     let path = directory.join("dropped");
     let outcomes = submit_all(&io, &path);
     drop(io);
-    assert_eq!(
-        outcomes.len(),
-        DEPTH,
-        "all were done when the drop returned"
-    );
-    assert_eq!(
-        outcomes.iter().map(Result::unwrap).sum::<usize>(),
-        DEPTH * BLOCK_BYTES
-    );
+    assert_eq!(outcomes.len(), DEPTH, "all were done when the drop returned");
+    assert_eq!(outcomes.iter().map(Result::unwrap).sum::<usize>(), DEPTH * BLOCK_BYTES);
     assert_file_is_filled(&path);
 }
 
@@ -425,17 +343,11 @@ fn the_last_owner_may_be_a_callback(io: Arc<dyn Io>, directory: &Path) {
     let (sender, receiver) = unbounded();
     let (may_end, wait_to_end) = unbounded::<()>();
     let owner = Arc::clone(&io);
-    io.submit(whole_block(
-        &file,
-        0,
-        pool.take(),
-        Direction::Write,
-        move |outcome, _| {
-            let _ = wait_to_end.recv();
-            drop(owner);
-            sender.send(outcome).unwrap();
-        },
-    ));
+    io.submit(whole_block(&file, 0, pool.take(), Direction::Write, move |outcome, _| {
+        let _ = wait_to_end.recv();
+        drop(owner);
+        sender.send(outcome).unwrap();
+    }));
     drop(io);
     may_end.send(()).unwrap();
     assert_eq!(receiver.recv().unwrap().unwrap(), BLOCK_BYTES);
@@ -450,15 +362,9 @@ fn submit_all(io: &Arc<dyn Io>, path: &Path) -> Receiver<std::io::Result<usize>>
         let mut buffer = pool.take();
         fill(&mut buffer, block);
         let sender = sender.clone();
-        io.submit(whole_block(
-            &file,
-            block,
-            buffer,
-            Direction::Write,
-            move |outcome, _| {
-                sender.send(outcome).unwrap();
-            },
-        ));
+        io.submit(whole_block(&file, block, buffer, Direction::Write, move |outcome, _| {
+            sender.send(outcome).unwrap();
+        }));
     }
     outcomes
 }

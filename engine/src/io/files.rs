@@ -26,8 +26,8 @@ use crate::config::DirectIo;
 
 /// Most bytes that one attempt moves: what the kernel takes in one call is just below 2 GiB.
 pub(super) const ATTEMPT_BYTES_MAX: usize = 1 << 30;
-/// Buffered writes below this size are left to the kernel's own writeback.
-const WRITE_BEHIND_BYTES_MIN: usize = 256 << 10;
+/// Smaller buffered transfers get no special treatment.
+pub(super) const BULK_BYTES_MIN: usize = 256 << 10;
 /// How far behind a buffered write pages are dropped: long enough for the device to have them.
 const WRITE_BEHIND_LAG_BYTES: u64 = 64 << 20;
 
@@ -307,7 +307,7 @@ pub(super) fn attempt_range(transfer: &Transfer) -> std::ops::Range<usize> {
 /// buffered bulk writes flowing to the device, so that the final sync is short, and keeps them from
 /// filling the page cache. `DONTNEED` begins writing what is dirty and drops what is clean.
 pub(super) fn write_behind(transfer: &Transfer, moved_bytes: usize) -> Vec<(u64, u64)> {
-    let is_bulk = moved_bytes >= WRITE_BEHIND_BYTES_MIN;
+    let is_bulk = moved_bytes >= BULK_BYTES_MIN;
     if transfer.file.direct || transfer.direction == Direction::Read || !is_bulk {
         return Vec::new();
     }
@@ -326,6 +326,12 @@ pub(super) fn advise_write_behind(file: &File, advice: &[(u64, u64)]) {
         // Advice only: a filesystem without it is slower at the final sync.
         let _ = rustix::fs::fadvise(&file.descriptor, offset, length, Advice::DontNeed);
     }
+}
+
+/// Drops what the page cache holds of a synced file, so that reading it meets the device.
+pub(super) fn drop_cached(file: &File) {
+    // Advice only, as above. No length: to the end.
+    let _ = rustix::fs::fadvise(&file.descriptor, 0, None, Advice::DontNeed);
 }
 
 #[cfg(test)]

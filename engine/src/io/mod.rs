@@ -27,6 +27,7 @@ pub mod buffer;
 mod conformance;
 mod files;
 mod inbox;
+pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod threads;

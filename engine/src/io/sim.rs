@@ -45,14 +45,7 @@ pub struct Plan {
 impl Plan {
     /// A plan of one fault.
     pub fn single(trigger: Trigger, times: Times, kind: FaultKind) -> Self {
-        Self {
-            faults: vec![Fault {
-                trigger,
-                times,
-                kind,
-            }],
-            reorder_seed: None,
-        }
+        Self { faults: vec![Fault { trigger, times, kind }], reorder_seed: None }
     }
 }
 
@@ -182,10 +175,7 @@ impl Sim {
             delayed: plan.reorder_seed.map(Delayed::new),
             plan,
         };
-        Self {
-            inner,
-            state: Arc::new(Mutex::new(state)),
-        }
+        Self { inner, state: Arc::new(Mutex::new(state)) }
     }
 
     /// Every operation so far, in order.
@@ -217,14 +207,7 @@ impl Sim {
         let mut state = lock(&self.state);
         let number = state.log.len() as u64;
         let path = path.to_owned();
-        let mut operation = LoggedOp {
-            number,
-            kind,
-            path,
-            offset,
-            bytes,
-            fault: None,
-        };
+        let mut operation = LoggedOp { number, kind, path, offset, bytes, fault: None };
         operation.fault = state.strike(&operation);
         let fault = operation.fault;
         state.log.push(operation);
@@ -285,8 +268,7 @@ impl Io for Sim {
             Some(FaultKind::Nothing) => (transfer.done)(Ok(0), transfer.buffer),
             Some(FaultKind::FlipBit) => self.inner.submit(with_flipped_bit(transfer)),
             Some(FaultKind::Tear) if direction == Direction::Write => {
-                self.inner
-                    .submit(with_outcome(halved(transfer), |_, _| Err(cut())));
+                self.inner.submit(with_outcome(halved(transfer), |_, _| Err(cut())));
             }
             Some(FaultKind::Cut | FaultKind::Tear) => (transfer.done)(Err(cut()), transfer.buffer),
         }
@@ -343,11 +325,7 @@ fn cut() -> io::Error {
 /// The first half, at an aligned boundary for a direct file; whole where that would be nothing.
 fn halved(mut transfer: Transfer) -> Transfer {
     let half_bytes = transfer.range.len() / 2;
-    let remainder_bytes = if transfer.file.direct {
-        half_bytes % ALIGNMENT
-    } else {
-        0
-    };
+    let remainder_bytes = if transfer.file.direct { half_bytes % ALIGNMENT } else { 0 };
     let part_bytes = half_bytes - remainder_bytes;
     if part_bytes > 0 {
         transfer.range.end = transfer.range.start + part_bytes;
@@ -390,11 +368,7 @@ struct Delayed {
 
 impl Delayed {
     fn new(seed: u64) -> Self {
-        Self {
-            random: seed,
-            in_flight: 0,
-            waiting: Vec::new(),
-        }
+        Self { random: seed, in_flight: 0, waiting: Vec::new() }
     }
 
     /// Takes the completions that are due now, in the order to deliver them.
@@ -480,13 +454,8 @@ mod tests {
 
     impl Bench {
         fn new(plan: Plan) -> Self {
-            let inner = Arc::new(
-                Threads::new(Options {
-                    threads: 2,
-                    ..Options::default()
-                })
-                .unwrap(),
-            );
+            let inner =
+                Arc::new(Threads::new(Options { threads: 2, ..Options::default() }).unwrap());
             let sim = Arc::new(Sim::new(inner, plan));
             Self {
                 io: Arc::clone(&sim) as Arc<dyn Io>,
@@ -506,10 +475,7 @@ mod tests {
             write_fully(&self.io, &file, 0, buffer, 0..BYTES).0?;
             self.io.set_length(&file, Length::Exact(BYTES as u64))?;
             self.io.sync(&file)?;
-            self.io.entry(&EntryOp::RenameNew {
-                from,
-                to: to.clone(),
-            })?;
+            self.io.entry(&EntryOp::RenameNew { from, to: to.clone() })?;
             let file = self.io.open(&to, OpenMode::Read)?;
             let (outcome, buffer) = read_fully(&self.io, &file, 0, self.pool.take(), 0..BYTES);
             outcome.map(|()| buffer)
@@ -530,11 +496,7 @@ mod tests {
                     return;
                 }
                 let error = outcome.unwrap_err();
-                assert_eq!(
-                    Errno::from_io_error(&error),
-                    Some(Errno::IO),
-                    "operation {number}"
-                );
+                assert_eq!(Errno::from_io_error(&error), Some(Errno::IO), "operation {number}");
                 assert_eq!(bench.sim.operations(), number + 1);
                 assert_eq!(bench.pool.free(), 2, "the buffer came back");
             }
@@ -548,26 +510,14 @@ mod tests {
             let is = |operation: &LoggedOp| matches!(operation.kind, OpKind::Transfer(_));
             Trigger::Matching(Box::new(is))
         };
-        let bench = Bench::new(Plan::single(
-            is_transfer(),
-            Times::Forever,
-            FaultKind::Short,
-        ));
+        let bench = Bench::new(Plan::single(is_transfer(), Times::Forever, FaultKind::Short));
         let buffer = bench.round_trip().unwrap();
         assert!(buffer.iter().all(|byte| *byte == 0x5a));
-        let struck = bench
-            .sim
-            .log()
-            .iter()
-            .filter(|operation| operation.fault.is_some())
-            .count();
+        let struck = bench.sim.log().iter().filter(|operation| operation.fault.is_some()).count();
         assert!(struck >= 4, "{struck} attempts were cut short");
 
         let bench = Bench::new(Plan::single(is_transfer(), Times::Once, FaultKind::Nothing));
-        assert_eq!(
-            bench.round_trip().unwrap_err().kind(),
-            io::ErrorKind::WriteZero
-        );
+        assert_eq!(bench.round_trip().unwrap_err().kind(), io::ErrorKind::WriteZero);
     }
 
     #[test]

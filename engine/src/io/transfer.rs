@@ -22,25 +22,11 @@ pub const RETRIES_MAX: u32 = 16;
 
 /// Submits `transfer` and goes on until all of it is moved or cannot be.
 pub fn transfer_fully(io: &Arc<dyn Io>, transfer: Transfer) {
-    let Transfer {
-        file,
-        offset,
-        buffer,
-        range,
-        direction,
-        done,
-    } = transfer;
+    let Transfer { file, offset, buffer, range, direction, done } = transfer;
     if range.is_empty() {
         return done(Ok(0), buffer);
     }
-    let whole = Whole {
-        io: Arc::clone(io),
-        file,
-        offset,
-        range,
-        direction,
-        done,
-    };
+    let whole = Whole { io: Arc::clone(io), file, offset, range, direction, done };
     whole.attempt(Progress::default(), buffer);
 }
 
@@ -79,20 +65,8 @@ fn wait(
         // The receiver is on the stack of whoever waits below, and so is there.
         let _ = sender.send((outcome, buffer));
     });
-    transfer_fully(
-        io,
-        Transfer {
-            file: Arc::clone(file),
-            offset,
-            buffer,
-            range,
-            direction,
-            done,
-        },
-    );
-    let (outcome, buffer) = receiver
-        .recv()
-        .expect("a backend calls `done` of every transfer");
+    transfer_fully(io, Transfer { file: Arc::clone(file), offset, buffer, range, direction, done });
+    let (outcome, buffer) = receiver.recv().expect("a backend calls `done` of every transfer");
     (outcome.map(|_| ()), buffer)
 }
 
@@ -141,13 +115,7 @@ impl Whole {
     }
 
     fn advance(self, progress: Progress, outcome: io::Result<usize>, buffer: Buffer) {
-        match step(
-            progress,
-            outcome,
-            self.range.len(),
-            self.direction,
-            self.file.direct,
-        ) {
+        match step(progress, outcome, self.range.len(), self.direction, self.file.direct) {
             Step::Continue(progress) => self.attempt(progress, buffer),
             Step::Finish(outcome) => (self.done)(outcome, buffer),
         }
@@ -165,10 +133,7 @@ fn step(
     let attempt_bytes = match outcome {
         Ok(bytes) => bytes,
         Err(error) if may_retry(&error) && progress.retries < RETRIES_MAX => {
-            return Step::Continue(Progress {
-                retries: progress.retries + 1,
-                ..progress
-            });
+            return Step::Continue(Progress { retries: progress.retries + 1, ..progress });
         }
         Err(error) => return Step::Finish(Err(error)),
     };
@@ -179,23 +144,12 @@ fn step(
     if moved_bytes <= progress.moved_bytes {
         return Step::Finish(Err(ended_early(moved_bytes, wanted_bytes, direction)));
     }
-    let next = if direct {
-        moved_bytes - moved_bytes % ALIGNMENT
-    } else {
-        moved_bytes
-    };
-    Step::Continue(Progress {
-        moved_bytes,
-        next,
-        retries: 0,
-    })
+    let next = if direct { moved_bytes - moved_bytes % ALIGNMENT } else { moved_bytes };
+    Step::Continue(Progress { moved_bytes, next, retries: 0 })
 }
 
 fn may_retry(error: &io::Error) -> bool {
-    matches!(
-        Errno::from_io_error(error),
-        Some(Errno::AGAIN | Errno::INTR)
-    )
+    matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::INTR))
 }
 
 fn ended_early(moved_bytes: usize, wanted_bytes: usize, direction: Direction) -> io::Error {
@@ -231,42 +185,17 @@ mod tests {
 
     #[test]
     fn a_short_direct_transfer_goes_on_from_an_aligned_boundary() {
-        let progress = next_of(step(
-            Progress::default(),
-            Ok(10_000),
-            16_384,
-            Direction::Write,
-            true,
-        ));
-        assert_eq!(
-            progress,
-            Progress {
-                moved_bytes: 10_000,
-                next: 8192,
-                retries: 0
-            }
-        );
+        let progress =
+            next_of(step(Progress::default(), Ok(10_000), 16_384, Direction::Write, true));
+        assert_eq!(progress, Progress { moved_bytes: 10_000, next: 8192, retries: 0 });
         let last = step(progress, Ok(8192), 16_384, Direction::Write, true);
         assert!(matches!(last, Step::Finish(Ok(16_384))), "{last:?}");
     }
 
     #[test]
     fn a_short_buffered_transfer_goes_on_where_it_stopped() {
-        let progress = next_of(step(
-            Progress::default(),
-            Ok(10),
-            100,
-            Direction::Read,
-            false,
-        ));
-        assert_eq!(
-            progress,
-            Progress {
-                moved_bytes: 10,
-                next: 10,
-                retries: 0
-            }
-        );
+        let progress = next_of(step(Progress::default(), Ok(10), 100, Direction::Read, false));
+        assert_eq!(progress, Progress { moved_bytes: 10, next: 10, retries: 0 });
     }
 
     #[test]
@@ -281,13 +210,7 @@ mod tests {
     #[test]
     fn repeating_the_same_bytes_up_to_the_end_of_the_file_ends() {
         // A file of 5000 bytes, read directly.
-        let progress = next_of(step(
-            Progress::default(),
-            Ok(5000),
-            8192,
-            Direction::Read,
-            true,
-        ));
+        let progress = next_of(step(Progress::default(), Ok(5000), 8192, Direction::Read, true));
         let error = error_of(step(progress, Ok(904), 8192, Direction::Read, true));
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert!(error.to_string().contains("5000 of the 8192"), "{error}");

@@ -20,10 +20,7 @@
 //!
 //! Why `unsafe`: the kernel reads and writes memory through raw pointers, after the call that told
 //! it to returned; no safe interface exists that keeps several such operations in flight.
-#![expect(
-    unsafe_code,
-    reason = "gives the kernel raw pointers to memory that a slot owns"
-)]
+#![expect(unsafe_code, reason = "gives the kernel raw pointers to memory that a slot owns")]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -94,39 +91,26 @@ impl Uring {
     /// Starts the ring and its thread, and tries one operation. The error is the kernel's.
     pub fn new(options: Options) -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared {
-            inbox: Inbox::new(),
-            wake,
-        });
+        let shared = Arc::new(Shared { inbox: Inbox::new(), wake });
         // The ring is made by the thread that will use it: the kernel binds it to that one.
         let (sender, receiver) = crossbeam_channel::bounded(1);
-        let thread = std::thread::Builder::new()
-            .name("dtr-io-uring".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || match Ring::new(shared) {
-                    Ok(ring) => {
-                        // The receiver waits below.
-                        let _ = sender.send(Ok((ring.setup, ring.kernel.as_raw_fd())));
-                        run(ring);
-                    }
-                    Err(error) => {
-                        let _ = sender.send(Err(error));
-                    }
+        let thread = std::thread::Builder::new().name("dtr-io-uring".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || match Ring::new(shared) {
+                Ok(ring) => {
+                    // The receiver waits below.
+                    let _ = sender.send(Ok((ring.setup, ring.kernel.as_raw_fd())));
+                    run(ring);
                 }
-            })?;
-        let started = receiver
-            .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+                Err(error) => {
+                    let _ = sender.send(Err(error));
+                }
+            }
+        })?;
+        let started = receiver.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
         let (setup, ring_descriptor) = started?;
         let thread = Some(thread);
-        Ok(Self {
-            shared,
-            thread,
-            setup,
-            ring_descriptor,
-            direct_io: options.direct_io,
-        })
+        Ok(Self { shared, thread, setup, ring_descriptor, direct_io: options.direct_io })
     }
 
     /// The flags that the ring was set up with.
@@ -287,13 +271,18 @@ impl Ring {
         let descriptor = Fd(transfer.file.descriptor.as_raw_fd());
         let offset = transfer.offset;
         let entry = match transfer.direction {
-            Direction::Read => opcode::Read::new(descriptor, start, bytes)
-                .offset(offset)
-                .build(),
-            Direction::Write => opcode::Write::new(descriptor, start, bytes)
-                .offset(offset)
-                .build(),
+            Direction::Read => opcode::Read::new(descriptor, start, bytes).offset(offset).build(),
+            Direction::Write => opcode::Write::new(descriptor, start, bytes).offset(offset).build(),
         };
+        // Copying to or from the page cache is work: the kernel's threads share it, instead of
+        // doing it one after the other on this one.
+        let copies = !transfer.file.direct && range.len() >= files::BULK_BYTES_MIN;
+        let flags = if copies {
+            squeue::Flags::ASYNC
+        } else {
+            squeue::Flags::empty()
+        };
+        let entry = entry.flags(flags);
         let index = self.slots.insert(Slot::Transfer(transfer));
         // SAFETY: `start..start + bytes` lies in the transfer's buffer (the inbox checked the
         // range), which, like the file, the slot owns until the completion is reaped; nobody else
@@ -312,11 +301,7 @@ impl Ring {
 
     fn reap(&mut self) -> io::Result<()> {
         let mut reaped = std::mem::take(&mut self.reaped);
-        reaped.extend(
-            self.kernel
-                .completion()
-                .map(|entry| (entry.user_data(), entry.result())),
-        );
+        reaped.extend(self.kernel.completion().map(|entry| (entry.user_data(), entry.result())));
         for (user_data, result) in reaped.drain(..) {
             if user_data == WAKE {
                 self.wake_is_armed = false;
@@ -334,9 +319,7 @@ impl Ring {
         let advice = files::write_behind(&transfer, moved_bytes);
         let file = Arc::clone(&transfer.file);
         complete(transfer, outcome);
-        advice
-            .into_iter()
-            .try_for_each(|advice| self.advise(&file, advice))
+        advice.into_iter().try_for_each(|advice| self.advise(&file, advice))
     }
 
     /// Advises the kernel about a part of a buffered file, without waiting. Left out when busy.
@@ -349,12 +332,8 @@ impl Ring {
         }
         let descriptor = Fd(file.descriptor.as_raw_fd());
         let advice = rustix::fs::Advice::DontNeed as i32;
-        let entry = opcode::Fadvise::new(descriptor, length, advice)
-            .offset(offset)
-            .build();
-        let index = self.slots.insert(Slot::Advice {
-            _file: Arc::clone(file),
-        });
+        let entry = opcode::Fadvise::new(descriptor, length, advice).offset(offset).build();
+        let index = self.slots.insert(Slot::Advice { _file: Arc::clone(file) });
         // SAFETY: the entry refers to a descriptor only, which the slot keeps open.
         unsafe { self.push(&entry.user_data(index as u64)) }
     }
@@ -413,10 +392,7 @@ fn submitted(result: io::Result<usize>) -> io::Result<Submitted> {
 pub(super) fn set_up() -> io::Result<(IoUring, &'static str)> {
     let mut builder = IoUring::builder();
     // Linux 6.1: completions are processed only when the thread asks for them.
-    builder
-        .dontfork()
-        .setup_single_issuer()
-        .setup_defer_taskrun();
+    builder.dontfork().setup_single_issuer().setup_defer_taskrun();
     match builder.build(RING_ENTRIES) {
         Err(error) if is_unknown_flag(&error) => {}
         built => return Ok((built?, "SINGLE_ISSUER | DEFER_TASKRUN")),
@@ -428,10 +404,7 @@ pub(super) fn set_up() -> io::Result<(IoUring, &'static str)> {
         Err(error) if is_unknown_flag(&error) => {}
         built => return Ok((built?, "COOP_TASKRUN")),
     }
-    Ok((
-        IoUring::builder().dontfork().build(RING_ENTRIES)?,
-        "no flags",
-    ))
+    Ok((IoUring::builder().dontfork().build(RING_ENTRIES)?, "no flags"))
 }
 
 fn is_unknown_flag(error: &io::Error) -> bool {
@@ -451,10 +424,7 @@ fn check_operations(ring: &IoUring) -> io::Result<()> {
     if needed.into_iter().all(|code| probe.is_supported(code)) {
         return Ok(());
     }
-    Err(io::Error::new(
-        io::ErrorKind::Unsupported,
-        "the kernel's io_uring lacks an operation",
-    ))
+    Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel's io_uring lacks an operation"))
 }
 
 /// An operation in flight and what it keeps alive.
@@ -486,17 +456,12 @@ impl Slots {
     }
 
     fn has_transfers(&self) -> bool {
-        self.slots
-            .iter()
-            .any(|slot| matches!(slot, Some(Slot::Transfer(_))))
+        self.slots.iter().any(|slot| matches!(slot, Some(Slot::Transfer(_))))
     }
 
     /// There must be room.
     fn insert(&mut self, slot: Slot) -> usize {
-        let index = self
-            .free
-            .pop()
-            .expect("callers compare `in_use` to the bound first");
+        let index = self.free.pop().expect("callers compare `in_use` to the bound first");
         self.slots[index] = Some(slot);
         index
     }
@@ -513,5 +478,178 @@ impl Slots {
     fn take_all(&mut self) -> Vec<Slot> {
         let slots = std::mem::replace(self, Self::new()).slots;
         slots.into_iter().flatten().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::super::Done;
+    use super::super::buffer::{Buffer, BufferPool};
+    use super::super::threads::{self, Threads};
+    use super::*;
+
+    fn open(name: &str) -> Option<Box<dyn Io>> {
+        if name == "threads" {
+            return Some(Box::new(Threads::new(threads::Options::default()).unwrap()));
+        }
+        match Uring::new(Options::default()) {
+            Ok(uring) => Some(Box::new(uring)),
+            Err(error) => {
+                println!("skipped: io_uring is refused here: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn slots_are_reused_and_wrong_numbers_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = files::open(
+            &directory.path().join("file"),
+            OpenMode::Create,
+            DirectIo::Off,
+        );
+        let file = file.unwrap();
+        let mut slots = Slots::new();
+        for _ in 0..2 {
+            for expected in 0..SLOTS_MAX {
+                assert_eq!(
+                    slots.insert(Slot::Advice {
+                        _file: Arc::clone(&file)
+                    }),
+                    expected
+                );
+            }
+            assert_eq!(slots.in_use(), SLOTS_MAX);
+            assert!(!slots.has_transfers());
+            for index in (0..SLOTS_MAX).rev() {
+                slots.remove(index as u64).unwrap();
+            }
+            assert!(slots.is_empty());
+        }
+        for wrong in [0, SLOTS_MAX as u64, WAKE] {
+            assert!(slots.remove(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn after_a_failure_every_transfer_ends_with_the_reason() {
+        let Some(_) = open("uring") else { return };
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = files::open(&path, OpenMode::Create, DirectIo::Auto).unwrap();
+        let pool = BufferPool::new(4096, 3).unwrap();
+        let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let shared = Arc::new(Shared {
+            inbox: Inbox::new(),
+            wake,
+        });
+        let (sender, outcomes) = crossbeam_channel::unbounded();
+        let transfer = || {
+            let sender = sender.clone();
+            Transfer {
+                file: Arc::clone(&file),
+                offset: 0,
+                buffer: pool.take(),
+                range: 0..4096,
+                direction: Direction::Write,
+                done: Box::new(move |outcome, buffer| sender.send((outcome, buffer)).unwrap()),
+            }
+        };
+        let mut ring = Ring::new(Arc::clone(&shared)).unwrap();
+        ring.begin(transfer()).unwrap();
+        shared.inbox.push(transfer());
+        // A completion that names no slot: what the loop calls a failure.
+        // SAFETY: a no-op refers to nothing.
+        unsafe { ring.push(&opcode::Nop::new().build().user_data(200)) }.unwrap();
+        run(ring);
+        shared.inbox.push(transfer());
+
+        // The first was in the kernel, and its completion was waited for.
+        let outcomes: Vec<_> = outcomes.try_iter().collect();
+        assert_eq!(outcomes.len(), 3);
+        let errors: Vec<_> = outcomes
+            .iter()
+            .filter_map(|(o, _)| o.as_ref().err())
+            .collect();
+        assert!(!errors.is_empty());
+        for error in errors {
+            assert!(
+                error.to_string().contains("the io_uring backend failed"),
+                "{error}"
+            );
+        }
+        drop(outcomes);
+        assert_eq!(pool.free(), 3, "no memory was given up");
+    }
+
+    #[test]
+    fn a_forked_child_lets_go_and_the_parent_goes_on() {
+        const TRANSFERS: usize = 32;
+        const BYTES: usize = 1 << 20;
+        for name in ["uring", "threads"] {
+            let Some(io) = open(name) else { continue };
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("file");
+            let file = io.open(&path, OpenMode::Create).unwrap();
+            let pool = BufferPool::new(BYTES, TRANSFERS + 1).unwrap();
+            let transfer = {
+                let file = Arc::clone(&file);
+                move |index: usize, buffer: Buffer, done: Done| Transfer {
+                    file: Arc::clone(&file),
+                    offset: (index * BYTES) as u64,
+                    buffer,
+                    range: 0..BYTES,
+                    direction: Direction::Write,
+                    done,
+                }
+            };
+            let (sender, outcomes) = crossbeam_channel::unbounded();
+            for index in 0..TRANSFERS {
+                let mut buffer = pool.take();
+                buffer.fill(0xa5);
+                let sender = sender.clone();
+                let done: Done = Box::new(move |outcome, _| sender.send(outcome.is_ok()).unwrap());
+                io.submit(transfer(index, buffer, done));
+            }
+            drop(sender);
+            let mut child = Command::new("true");
+            // What the child drops is its copy; the parent's is dropped with `child`.
+            let held = Mutex::new(Some((io, pool.take())));
+            let in_child = move || {
+                let (io, buffer) = held.lock().unwrap().take().expect("runs once");
+                assert!(!buffer.is_accessible());
+                let refused = Arc::new(AtomicBool::new(false));
+                let done: Done = Box::new({
+                    let refused = Arc::clone(&refused);
+                    move |outcome, _| refused.store(outcome.is_err(), Ordering::Relaxed)
+                });
+                io.submit(transfer(0, buffer, done));
+                assert!(refused.load(Ordering::Relaxed));
+                drop(io);
+                Ok(())
+            };
+            // SAFETY: the closure runs in the forked child before `exec`. It allocates, which the
+            // C library allows after a fork, and takes only a lock that no other thread knows.
+            unsafe { child.pre_exec(in_child) };
+            assert!(
+                child.status().unwrap().success(),
+                "{name}: the child neither hung nor died"
+            );
+            drop(child);
+            let outcomes: Vec<_> = outcomes.iter().collect();
+            assert_eq!(
+                outcomes, [true; TRANSFERS],
+                "{name}: the parent's transfers all arrived"
+            );
+            let bytes = std::fs::read(&path).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 0xa5) && bytes.len() == TRANSFERS * BYTES);
+            assert_eq!(pool.free(), TRANSFERS + 1);
+        }
     }
 }

@@ -228,7 +228,7 @@ impl<'a> Control<'a> {
             index_offset: footer.index_offset,
         };
         let unpadded = usize::try_from(footer.index_stored_bytes).unwrap_or(usize::MAX);
-        ShardIndex::decode(&stored[..unpadded], footer.index_raw_bytes, context)
+        ShardIndex::decode(&stored[..unpadded], footer.index_raw_bytes, &context)
             .map_err(|error| self.format(error))
     }
 

@@ -12,6 +12,8 @@ use serde::Serialize;
 
 use super::read::{ChunkJob, ReadOptions, run};
 use super::{Checkpoint, read_manifest};
+use crate::format::manifest::Manifest;
+use crate::format::names::shard_file_name;
 use crate::format::tree;
 use crate::store::Store;
 use crate::{EngineError, Result};
@@ -38,7 +40,7 @@ pub struct VerifyReport {
 /// One damaged place.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Damage {
-    /// The file.
+    /// The file's name in the step's directory.
     pub shard: String,
     /// The chunk; `None` where the manifest, header, footer or index is hit.
     pub chunk: Option<u64>,
@@ -76,7 +78,9 @@ pub(crate) fn verify_step(
             for entry in &manifest.shards {
                 match Checkpoint::open_shard(store, manifest.clone(), entry.rank) {
                     Ok(checkpoint) => verify_shard(&checkpoint, options, observer, &mut report)?,
-                    Err(error) => report.damage.push(whole_file(&entry.file, error)?),
+                    Err(error) => {
+                        report.damage.push(whole_shard(store, &manifest, &entry.file, error)?);
+                    }
                 }
             }
         }
@@ -87,13 +91,32 @@ pub(crate) fn verify_step(
     Ok(report)
 }
 
+/// Damage of a shard as a whole. One that is gone is damage while the manifest still names it; else
+/// the checkpoint was deleted meanwhile, and that is no damage.
+fn whole_shard(
+    store: &dyn Store,
+    manifest: &Manifest,
+    file: &str,
+    error: EngineError,
+) -> Result<Damage> {
+    match error {
+        EngineError::NotFound { why, .. }
+            if read_manifest(store, manifest.step)
+                .is_ok_and(|now| now.attempt == manifest.attempt) =>
+        {
+            Ok(Damage { shard: file.into(), chunk: None, why, tensors: Vec::new() })
+        }
+        other => whole_file(file, other),
+    }
+}
+
 /// Damage of a file as a whole; errors that say nothing about the data stay errors.
 fn whole_file(file: &str, error: EngineError) -> Result<Damage> {
     match error {
         EngineError::Corrupt { why, .. } => {
             Ok(Damage { shard: file.into(), chunk: None, why, tensors: Vec::new() })
         }
-        // A shard that its manifest names and that is gone, or that cannot be read, is damage.
+        // What cannot be read cannot be restored.
         EngineError::Io { what, source, .. } => Ok(Damage {
             shard: file.into(),
             chunk: None,
@@ -148,7 +171,7 @@ impl Checkpoint {
             other => other.to_string(),
         };
         Damage {
-            shard: self.shard_name(),
+            shard: shard_file_name(self.header.rank, self.header.attempt),
             chunk: Some(chunk as u64),
             why,
             tensors: self.tensors_in(chunk),

@@ -140,7 +140,7 @@ fn node_to_proto(node: &Node) -> proto::Node {
 
 fn node_from_proto(node: proto::Node) -> Result<Node, String> {
     let value = node.value.ok_or("has no value that this version knows")?;
-    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value)? })
+    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value) })
 }
 
 fn key_to_proto(key: &Key) -> ProtoKey {
@@ -196,8 +196,8 @@ fn value_to_proto(value: &Value) -> ProtoValue {
     }
 }
 
-fn value_from_proto(value: ProtoValue) -> Result<Value, String> {
-    Ok(match value {
+fn value_from_proto(value: ProtoValue) -> Value {
+    match value {
         ProtoValue::None(proto::Unit {}) => Value::None,
         ProtoValue::Bool(value) => Value::Bool(value),
         ProtoValue::Int(value) => Value::Int(value),
@@ -219,7 +219,7 @@ fn value_from_proto(value: ProtoValue) -> Result<Value, String> {
         }
         ProtoValue::List(len) => Value::List { len },
         ProtoValue::Tuple(len) => Value::Tuple { len },
-    })
+    }
 }
 
 fn storage_to_proto(storage: &StorageRecord) -> proto::Storage {

@@ -1,0 +1,113 @@
+//! The command line: which commands there are, and how wrong usage is told.
+//!
+//! Always holds: every message about wrong usage ends with a `hint: ` line, as every other error
+//! does.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use crate::console::{self, Outcome, WRONG_USAGE};
+use crate::{diff, doctor, gc, inspect, ls, restore, verify};
+
+const AFTER_HELP: &str = "\
+Exit status: 0 when all is well; 1 when something is wrong with the data: it is damaged, missing, or \
+could not be read; 2 when the command is wrong, or names a store that is not there.
+
+RUST_LOG sets how much of the engine's log is shown on stderr; the default is `warn`.";
+
+/// Lists, inspects, verifies, restores and compares the checkpoints of a training run.
+#[derive(Debug, Parser)]
+#[command(name = "ckpt-tool", version, after_help = AFTER_HELP, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What to do. Each command is a file.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the checkpoints of a store.
+    Ls(ls::Options),
+    /// Show what a checkpoint holds: its facts, state tree, tensors and chunks.
+    Inspect(inspect::Options),
+    /// Read every byte of a checkpoint and check it against its checksums.
+    Verify(verify::Options),
+    /// Write a checkpoint's tensors to a safetensors file, or copy it into another store.
+    Restore(restore::Options),
+    /// Compare two checkpoints: tensors byte by byte, and plain values.
+    Diff(diff::Options),
+    /// Delete files that no checkpoint needs: of aborted saves, and what a rewind retired.
+    Gc(gc::Options),
+    /// Look at what this machine offers for fast checkpoints.
+    Doctor(doctor::Options),
+}
+
+impl Command {
+    /// Does it; data goes to `out`.
+    pub(crate) fn run(self, out: &mut dyn Write) -> Outcome {
+        match self {
+            Self::Ls(options) => ls::run(&options, out),
+            Self::Inspect(options) => inspect::run(&options, out),
+            Self::Verify(options) => verify::run(&options, out),
+            Self::Restore(options) => restore::run(&options, out),
+            Self::Diff(options) => diff::run(&options, out),
+            Self::Gc(options) => gc::run(&options, out),
+            Self::Doctor(options) => doctor::run(&options, out),
+        }
+    }
+}
+
+/// The command that was typed, or the exit status when there is nothing to run: help was asked for,
+/// or the command is wrong, and that was said.
+pub(crate) fn parse() -> Result<Command, ExitCode> {
+    Cli::try_parse().map(|cli| cli.command).map_err(|error| {
+        if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+            // A reader that closed its end has read enough.
+            let _closed = error.print();
+            return ExitCode::SUCCESS;
+        }
+        console::print_error(&with_hint(&error));
+        ExitCode::from(WRONG_USAGE)
+    })
+}
+
+fn with_hint(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let text = text.trim_end();
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return format!("{text}\n\nhint: name a command, for example `ckpt-tool ls STORE`");
+    }
+    let text = text.strip_suffix("For more information, try '--help'.").unwrap_or(text).trim_end();
+    format!("{text}\nhint: `ckpt-tool --help` and `ckpt-tool COMMAND --help` say what is expected")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_usage_ends_with_a_hint() {
+        for arguments in [
+            &["ckpt-tool"][..],
+            &["ckpt-tool", "lst"],
+            &["ckpt-tool", "ls"],
+            &["ckpt-tool", "verify", "store", "--step", "newest"],
+            &["ckpt-tool", "verify", "store", "--step", "1", "--all"],
+        ] {
+            let text = with_hint(&Cli::try_parse_from(arguments).unwrap_err());
+            let last = text.lines().next_back().unwrap();
+            assert!(last.starts_with("hint: "), "{text}");
+            assert!(!text.contains("For more information"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! `ckpt-tool restore`: a checkpoint's tensors to a safetensors file, or all of it to another store.
+//!
+//! Always holds: every byte that is written was checked against its checksums; what stands at the
+//! output's name is whole; memory is bounded, however large the checkpoint.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use dtr_engine::{EngineError, Result};
+use serde::Serialize;
+
+use crate::console::{Outcome, Verdict, write_json};
+use crate::opened::{self, StoreArgument};
+use crate::text;
+
+mod copy;
+mod file;
+mod header;
+mod selection;
+
+/// What a name ends with that means a file.
+const FILE_SUFFIX: &str = "safetensors";
+
+const AFTER_HELP: &str = "\
+An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the state; \
+plain values are not in it, and tensors that share memory are written once per name. Any other \
+OUTPUT is the directory of a store, created if need be: the checkpoint is copied into it whole, \
+under its own step.
+
+In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
+
+/// Arguments of `restore`.
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    store: StoreArgument,
+    /// The step to restore [default: the newest]
+    #[arg(long, value_name = "N")]
+    step: Option<u64>,
+    /// Write only tensors whose path fits; may be given several times. For files only.
+    #[arg(long, value_name = "GLOB")]
+    tensors: Vec<String>,
+    /// Leave out tensors whose path fits; may be given several times. For files only.
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// A file `NAME.safetensors`, or the directory of a store.
+    #[arg(long, short, value_name = "OUTPUT")]
+    output: PathBuf,
+    /// Replace a file that exists.
+    #[arg(long)]
+    force: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed.
+#[derive(Debug, Serialize)]
+struct Restored {
+    step: u64,
+    output: PathBuf,
+    /// `file` or `store`.
+    kind: &'static str,
+    tensors: u64,
+    /// Raw bytes of the tensors or storages that were written.
+    raw_bytes: u64,
+    /// Bytes of what was written, as it lies there.
+    disk_bytes: u64,
+    seconds: f64,
+}
+
+pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
+    let to_file = is_file_name(&options.output);
+    check_options(options, to_file)?;
+    let engine = options.store.open()?;
+    let checkpoint = opened::checkpoint(&engine, &options.store, options.step, "restoring from")?;
+    let restored = if to_file {
+        file::restore(&checkpoint, options)?
+    } else {
+        copy::restore(&checkpoint, &options.output)?
+    };
+    if options.json {
+        write_json(out, &restored)?;
+    } else {
+        write_text(out, &restored)?;
+    }
+    Ok(Verdict::Fine)
+}
+
+fn is_file_name(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == FILE_SUFFIX)
+}
+
+/// Refuses what cannot work before anything is read.
+fn check_options(options: &Options, to_file: bool) -> Result<()> {
+    let output = options.output.display();
+    let refused = |why: &str, hint: &str| {
+        Err(EngineError::invalid(format!("restoring to `{output}`"), why, hint))
+    };
+    let found = std::fs::metadata(&options.output).ok();
+    if to_file {
+        return match found {
+            Some(found) if found.is_dir() => {
+                refused("it is a directory", "name a file, or a store without `.safetensors`")
+            }
+            Some(_) if !options.force => {
+                refused("it exists", "choose another name, or replace it with `--force`")
+            }
+            _ => Ok(()),
+        };
+    }
+    if found.is_some_and(|found| !found.is_dir()) {
+        return refused(
+            "it is a file, and does not end with `.safetensors`",
+            "name a file that does, or the directory of a store",
+        );
+    }
+    if !options.tensors.is_empty() || !options.exclude.is_empty() {
+        return refused(
+            "it is a store, and a checkpoint is copied into one whole",
+            "name a file that ends with `.safetensors`, or leave out `--tensors` and `--exclude`",
+        );
+    }
+    if options.force {
+        return refused(
+            "it is a store, and nothing in a store is replaced",
+            "leave out `--force`, and choose a store without this step",
+        );
+    }
+    Ok(())
+}
+
+fn write_text(out: &mut dyn Write, restored: &Restored) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "step {}: {}, {} written to {} `{}` in {:.2} s, {}",
+        restored.step,
+        text::count(restored.tensors, "tensor"),
+        text::bytes(restored.disk_bytes),
+        restored.kind,
+        restored.output.display(),
+        restored.seconds,
+        text::rate(restored.raw_bytes, restored.seconds)
+    )
+}

@@ -1,0 +1,113 @@
+//! Which tensors go into a file, and under which names.
+//!
+//! Always holds: names are unique, and everything that is selected can be written.
+
+use std::collections::BTreeMap;
+
+use dtr_engine::format::index::{ShardIndex, TensorRecord};
+use dtr_engine::format::tree::tensor_paths;
+use dtr_engine::{EngineError, Result};
+
+use super::header::{METADATA_NAME, file_dtype};
+use crate::{glob, text};
+
+/// Names that a message shows.
+const NAMES_SHOWN_MAX: usize = 5;
+/// What a state is called that is one tensor and nothing else.
+const ROOT_NAME: &str = "tensor";
+
+/// A tensor to write.
+#[derive(Clone, Debug)]
+pub(super) struct Selected<'c> {
+    pub(super) name: String,
+    pub(super) record: &'c TensorRecord,
+    /// As the file calls it.
+    pub(super) dtype: &'static str,
+    /// As the file counts it.
+    pub(super) shape: Vec<u64>,
+}
+
+/// The tensors that fit `wanted` (all, if it is empty) and not `unwanted`: by falling item size, so
+/// that each starts aligned, then as they lie in the checkpoint, so that it is read once.
+pub(super) fn select<'c>(
+    index: &'c ShardIndex,
+    wanted: &[String],
+    unwanted: &[String],
+) -> Result<Vec<Selected<'c>>> {
+    let mut selected: BTreeMap<String, u32> = BTreeMap::new();
+    for (tensor, path) in tensor_paths(&index.nodes) {
+        let path = path.to_string();
+        let name = if path.is_empty() { ROOT_NAME.into() } else { path };
+        let fits = wanted.is_empty() || glob::matches_any(wanted, &name);
+        if !fits || glob::matches_any(unwanted, &name) {
+            continue;
+        }
+        if name == METADATA_NAME {
+            return Err(cannot(&name, "the file format keeps this name for itself"));
+        }
+        if selected.insert(name.clone(), tensor).is_some() {
+            return Err(cannot(
+                &name,
+                "two tensors are called this, as integer and string keys can be",
+            ));
+        }
+    }
+    if selected.is_empty() {
+        return Err(none_selected(index, wanted));
+    }
+    let mut tensors = selected
+        .into_iter()
+        .map(|(name, tensor)| describe(name, &index.tensors[tensor as usize]))
+        .collect::<Result<Vec<_>>>()?;
+    tensors.sort_by_key(|tensor| {
+        let record = tensor.record;
+        let start = index.storages[record.storage as usize].raw_offset;
+        (std::cmp::Reverse(record.item_bytes), start, record.offset)
+    });
+    Ok(tensors)
+}
+
+fn describe(name: String, record: &TensorRecord) -> Result<Selected<'_>> {
+    let known = file_dtype(&record.dtype).filter(|known| known.item_bytes == record.item_bytes);
+    let Some(known) = known else {
+        let why = format!("the file format has no dtype like `{}`", record.dtype);
+        return Err(cannot(&name, &why));
+    };
+    let mut shape = record.shape.clone();
+    if known.values_per_item > 1 {
+        let Some(last) = shape.last_mut() else {
+            return Err(cannot(
+                &name,
+                "it packs two values into one and has no dimension for them",
+            ));
+        };
+        *last *= known.values_per_item;
+    }
+    Ok(Selected { name, record, dtype: known.name, shape })
+}
+
+fn cannot(name: &str, why: &str) -> EngineError {
+    let name = text::one_line(name);
+    EngineError::invalid(
+        format!("writing tensor `{name}` to a safetensors file"),
+        why,
+        format!("leave it out with `--exclude '{name}'`, or restore to a store, which takes all"),
+    )
+}
+
+fn none_selected(index: &ShardIndex, wanted: &[String]) -> EngineError {
+    let names: Vec<String> = tensor_paths(&index.nodes)
+        .take(NAMES_SHOWN_MAX)
+        .map(|(_, path)| format!("`{}`", text::one_line(text::path(&path.to_string()))))
+        .collect();
+    let hint = if names.is_empty() {
+        "the checkpoint holds no tensor: restore it to a store".into()
+    } else {
+        format!("the checkpoint's tensors are called like {}", names.join(", "))
+    };
+    let what = match wanted {
+        [] => "selecting tensors".into(),
+        _ => format!("selecting tensors that fit `{}`", wanted.join("`, `")),
+    };
+    EngineError::invalid(what, "there is none", hint)
+}

@@ -1,0 +1,176 @@
+//! `ckpt-tool verify`: reads every byte and says what is damaged.
+
+use std::io::Write;
+
+use clap::Args;
+use dtr_engine::load::{Damage, VerifyReport};
+use dtr_engine::recovery::{StepState, Survey};
+use dtr_engine::{Engine, EngineError};
+use serde::Serialize;
+
+use crate::console::{Failure, Outcome, Verdict, write_json};
+use crate::opened::{StoreArgument, newest_existing, no_checkpoint};
+use crate::progress::Bar;
+use crate::text;
+
+/// Tensors that are named for one damaged chunk.
+const TENSORS_SHOWN_MAX: usize = 8;
+
+/// Arguments of `verify`.
+#[derive(Args, Debug)]
+#[command(after_help = "Exit status 1 if anything is damaged.")]
+pub(crate) struct Options {
+    #[command(flatten)]
+    store: StoreArgument,
+    /// The step to verify [default: the newest]
+    #[arg(long, value_name = "N", conflicts_with = "all")]
+    step: Option<u64>,
+    /// Verify every checkpoint.
+    #[arg(long)]
+    all: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed about one checkpoint.
+#[derive(Debug, Serialize)]
+struct Verified {
+    #[serde(flatten)]
+    report: VerifyReport,
+    /// Why it could not be verified at all.
+    error: Option<String>,
+}
+
+impl Verified {
+    fn is_fine(&self) -> bool {
+        self.report.damage.is_empty() && self.error.is_none()
+    }
+}
+
+pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
+    let engine = options.store.open()?;
+    let survey = engine.survey()?;
+    let steps = chosen_steps(options, &survey)?;
+    let bar = Bar::new(steps.iter().map(|step| stored_bytes(&survey, *step)).sum(), "verifying");
+    let mut verified = Vec::new();
+    for step in steps {
+        bar.doing(&format!("verifying step {step}"));
+        let result = verify(&engine, step, options.all, &bar)?;
+        if !options.json {
+            write_text(out, &result)?;
+            out.flush()?;
+        }
+        verified.push(result);
+    }
+    drop(bar);
+    if options.json {
+        write_json(out, &verified)?;
+    } else if options.all {
+        write_summary(out, &verified)?;
+    }
+    Ok(Verdict::fine_if(verified.iter().all(Verified::is_fine)))
+}
+
+fn chosen_steps(options: &Options, survey: &Survey) -> Result<Vec<u64>, EngineError> {
+    let nothing = || no_checkpoint("verifying", &options.store);
+    if let Some(step) = options.step {
+        return Ok(vec![step]);
+    }
+    if !options.all {
+        return newest_existing(survey).map(|step| vec![step]).ok_or_else(nothing);
+    }
+    let exists =
+        |state: &StepState| !matches!(state, StepState::Incomplete | StepState::Retired { .. });
+    let steps = survey.steps.iter().filter(|step| exists(&step.state));
+    let steps: Vec<u64> = steps.map(|step| step.step).collect();
+    if steps.is_empty() { Err(nothing()) } else { Ok(steps) }
+}
+
+/// Nearly what will be read: the files of a step that a manifest names.
+fn stored_bytes(survey: &Survey, step: u64) -> u64 {
+    survey.step(step).map_or(0, |step| {
+        let orphans: u64 = step.orphans.iter().map(|orphan| orphan.bytes).sum();
+        step.bytes.saturating_sub(orphans)
+    })
+}
+
+/// Verifies one step. Of several, one that cannot be verified does not keep the others from it.
+fn verify(engine: &Engine, step: u64, of_several: bool, bar: &Bar) -> Result<Verified, Failure> {
+    match engine.verify(step, bar) {
+        Ok(report) => Ok(Verified { report, error: None }),
+        Err(error) if of_several => Ok(Verified {
+            report: VerifyReport { step, ..VerifyReport::default() },
+            error: Some(error.to_string()),
+        }),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn write_text(out: &mut dyn Write, verified: &Verified) -> std::io::Result<()> {
+    let Verified { report, error } = verified;
+    if let Some(error) = error {
+        return writeln!(out, "step {}: not verified: {error}", report.step);
+    }
+    let verdict = match report.damage.len() {
+        0 => "fine".into(),
+        places => format!("DAMAGED in {}", text::count(places, "place")),
+    };
+    writeln!(
+        out,
+        "step {}: {verdict}: {}, {}, {} stored ({} raw) read in {:.2} s, {}",
+        report.step,
+        text::count(report.shards, "shard"),
+        text::count(report.chunks, "chunk"),
+        text::bytes(report.stored_bytes),
+        text::bytes(report.raw_bytes),
+        report.seconds,
+        text::rate(report.stored_bytes, report.seconds)
+    )?;
+    for damage in &report.damage {
+        writeln!(out, "  {}: {}", text::one_line(&damage.shard), text::one_line(&what(damage)))?;
+        write_tensors(out, &damage.tensors)?;
+    }
+    if !report.damage.is_empty() {
+        writeln!(
+            out,
+            "  hint: restore another step; `ckpt-tool verify --all` shows which ones are whole"
+        )?;
+    }
+    Ok(())
+}
+
+/// What is damaged, without a hint that was meant for one file.
+fn what(damage: &Damage) -> String {
+    let why = text::without_hint(&damage.why);
+    match damage.chunk {
+        Some(chunk) if !why.starts_with("chunk ") => format!("chunk {chunk}: {why}"),
+        _ => why.to_owned(),
+    }
+}
+
+fn write_tensors(out: &mut dyn Write, tensors: &[String]) -> std::io::Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let shown: Vec<&str> =
+        tensors.iter().take(TENSORS_SHOWN_MAX).map(|path| text::path(path)).collect();
+    let more = match tensors.len() - shown.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    writeln!(out, "    tensors hit: {}{more}", text::one_line(&shown.join(", ")))
+}
+
+fn write_summary(out: &mut dyn Write, verified: &[Verified]) -> std::io::Result<()> {
+    let bad: Vec<String> = verified
+        .iter()
+        .filter(|verified| !verified.is_fine())
+        .map(|verified| verified.report.step.to_string())
+        .collect();
+    let all = text::count(verified.len(), "checkpoint");
+    if bad.is_empty() {
+        return writeln!(out, "{all} verified, all fine");
+    }
+    writeln!(out, "{all} verified; not fine: {}", bad.join(", "))
+}

@@ -1,0 +1,12 @@
+//! `ckpt-tool` as people and scripts run it: what it prints, where, and its exit status.
+#![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
+
+mod damage;
+mod doctor;
+mod errors;
+mod golden;
+mod output;
+mod restore;
+mod state;
+mod tool;
