@@ -21,6 +21,7 @@ import signal
 import sys
 import sysconfig
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dtruntime import CheckpointManager
+from dtruntime import CheckpointManager, SaveHandle
 
 VOCABULARY = 256  # bytes
 CONTEXT = 64
@@ -152,6 +153,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Run the whole training, or what is left of it; returns what happened."""
     torch.manual_seed(1234)
     torch.use_deterministic_algorithms(mode=True)
+    torch.set_num_threads(1)  # sums in one order everywhere; and a busy machine stalls no barrier
     model = GPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -164,7 +166,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "scheduler": scheduler,
         "progress": progress,
     }
-    saves = []
+    saves: list[SaveHandle] = []
     with CheckpointManager(options.store, keep_last_n=options.keep_last_n) as manager:
         if options.resume:
             manager.restore(state)
@@ -177,25 +179,19 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                 handle = manager.save_async(state, step=progress.step)
                 if progress.step == options.kill_during_save:
                     kill_in_mid_save(handle)
-                saves.append((progress.step, handle))
+                saves.append(handle)
         return {
             "resumed_at": resumed_at,
             "losses": progress.losses,
             "weights_sha256": digest(model),
-            "saves": [{"step": step, **finished(handle)} for step, handle in saves],
+            "saves": [{"step": handle.step, **asdict(handle.result().stats)} for handle in saves],
         }
 
 
-def finished(handle: Any) -> dict[str, Any]:
-    """Wait until a save is durable, and return its figures."""
-    handle.result()
-    return dict(handle.stats())
-
-
-def kill_in_mid_save(handle: Any) -> None:
+def kill_in_mid_save(handle: SaveHandle) -> None:
     """End this process as a power cut would: no handler, no flush, no goodbye."""
     while not handle.done():
-        if handle.progress()["written_bytes"] > 0:
+        if handle.progress().written_bytes > 0:
             os.kill(os.getpid(), signal.SIGKILL)
     sys.exit("error: the save was faster than the kill: nothing was interrupted")
 

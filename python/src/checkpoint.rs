@@ -110,8 +110,8 @@ impl Checkpoint {
     ) -> PyResult<(Bound<'py, PyArray1<u8>>, BTreeMap<u32, (usize, usize)>)> {
         let mapped = self.guard.call(py, &self.what(), || self.inner.map(&storages, verify))?;
         let ranges = storages
-            .iter()
-            .filter_map(|&storage| {
+            .into_iter()
+            .filter_map(|storage| {
                 mapped.range_of(storage).map(|range| (storage, (range.start, range.end)))
             })
             .collect();

@@ -60,9 +60,10 @@ impl Manager {
         state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>),
         annotations: (&str, &str),
     ) -> PyResult<SaveHandle> {
-        let (nodes, tensors, storages) = &state;
-        let nodes = tree::nodes_from_python(nodes)?;
-        let tensors = tree::tensors_from_python(tensors)?;
+        // Held until this returns: these lists keep arrays alive, the caller's table the rest.
+        let (nodes, tensors, storages) = state;
+        let nodes = tree::nodes_from_python(&nodes)?;
+        let tensors = tree::tensors_from_python(&tensors)?;
         let sources =
             storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
         let handle = self.guard.call(py, &format!("saving step {step}"), || {

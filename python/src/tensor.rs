@@ -192,13 +192,13 @@ fn contiguous_memory(array: &Bound<'_, PyUntypedArray>) -> PyResult<(usize, usiz
     }
     let bytes = array.len() * array.dtype().itemsize();
     // SAFETY: the pointer is to the live array object that `array` refers to.
-    let data = unsafe { (*array.as_array_ptr()).data };
+    let data = unsafe { (*array.as_array_ptr()).fields.data };
     Ok((data.expose_provenance(), bytes))
 }
 
 fn writable_memory(array: &Bound<'_, PyUntypedArray>) -> PyResult<(usize, usize)> {
     // SAFETY: the pointer is to the live array object that `array` refers to.
-    let flags = unsafe { (*array.as_array_ptr()).flags };
+    let flags = unsafe { (*array.as_array_ptr()).fields.flags };
     if flags & NPY_ARRAY_WRITEABLE == 0 {
         return Err(misuse(array.py(), "filling an array", "it is read-only"));
     }

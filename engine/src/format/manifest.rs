@@ -241,3 +241,216 @@ fn nests_deeper(value: &Value, depth_max: usize) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    const ATTEMPT: &str = "00112233445566778899aabbccddeeff";
+
+    fn shard(rank: u32) -> ShardEntry {
+        ShardEntry {
+            bytes: 12_288,
+            file: shard_file_name(rank, AttemptId::parse(ATTEMPT).unwrap()),
+            footer_crc32c: "0123abcd".into(),
+            rank,
+            raw_bytes: 100,
+            replicated: vec!["model.*".into()],
+        }
+    }
+
+    fn sample() -> Manifest {
+        Manifest {
+            attempt: ATTEMPT.into(),
+            created_unix_ms: 1_700_000_000_000,
+            dataset_positions: BTreeMap::from([("text".into(), json!({"epoch": 1, "next": 7}))]),
+            engine_version: "0.1.0".into(),
+            format_version: FORMAT_VERSION,
+            job: "gpt".into(),
+            metadata: BTreeMap::from([("loss".into(), json!(0.1)), ("b".into(), json!([1, null]))]),
+            retired: vec![Retired { attempt: ATTEMPT.into(), step: 2000 }],
+            shards: vec![shard(0), shard(1)],
+            step: u64::MAX,
+            world_size: 2,
+        }
+    }
+
+    /// Bytes with a right checksum, whatever the body.
+    fn seal(body: &str) -> Vec<u8> {
+        let crc = to_hex(crc32c(body.as_bytes()));
+        format!("{PREFIX_START}{crc}{PREFIX_END}{body}").into_bytes()
+    }
+
+    /// The manifest's bytes without the writer's checks.
+    fn encode_unchecked(manifest: &Manifest) -> Vec<u8> {
+        seal(serde_json::to_string(manifest).unwrap().strip_prefix('{').unwrap())
+    }
+
+    #[track_caller]
+    fn assert_damaged(bytes: &[u8], expected: &str) {
+        match Manifest::decode(bytes) {
+            Err(FormatError::Damaged(why)) if why.contains(expected) => {}
+            other => panic!("expected an error with `{expected}`, got {other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn assert_change_refused(change: impl Fn(&mut Manifest), expected: &str) {
+        let mut manifest = sample();
+        change(&mut manifest);
+        assert_damaged(&encode_unchecked(&manifest), expected);
+        let why = manifest.encode().expect_err("the writer accepts it").to_string();
+        assert!(why.contains(expected), "{why}");
+    }
+
+    #[test]
+    fn a_manifest_round_trips() {
+        let bytes = sample().encode().unwrap();
+        assert_eq!(Manifest::decode(&bytes), Ok(sample()));
+        assert_eq!(Manifest::decode(&bytes).unwrap().encode().unwrap(), bytes);
+    }
+
+    #[test]
+    fn keys_are_sorted_at_every_level() {
+        let mut manifest = sample();
+        manifest.metadata.insert("nested".into(), json!({"z": 1, "a": {"y": 1, "b": 2}, "m": 3}));
+        let text = String::from_utf8(manifest.encode().unwrap()).unwrap();
+        let compact: String = text.split_whitespace().collect();
+        assert!(compact.contains(r#""nested":{"a":{"b":2,"y":1},"m":3,"z":1}"#), "{text}");
+        let top: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("  \""))
+            .filter_map(|line| line.split('"').next())
+            .collect();
+        assert!(top.len() == 11 && top.is_sorted(), "{top:?}");
+    }
+
+    #[test]
+    fn every_flipped_bit_is_refused() {
+        let bytes = sample().encode().unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let result = Manifest::decode(&flipped);
+            assert!(matches!(result, Err(FormatError::Damaged(_))), "bit {bit}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let bytes = sample().encode().unwrap();
+        for length in 0..bytes.len() {
+            assert!(Manifest::decode(&bytes[..length]).is_err(), "cut to {length} bytes");
+        }
+        assert_damaged(&[&bytes[..], b"\n"].concat(), "checksum");
+    }
+
+    #[test]
+    fn checksums_come_before_parsing() {
+        assert_damaged(b"", "does not begin with");
+        assert_damaged(b"{}", "does not begin with");
+        assert_damaged(br#"{"crc32c":"0000000G","a":1}"#, "does not begin with");
+        assert_damaged(br#"{"crc32c":"00000000",not json"#, "checksum");
+        assert_damaged(&seal("not json"), "malformed");
+        assert_damaged(&seal("}"), "malformed");
+        let deep = format!("\"format_version\":1,\"metadata\":{{\"a\":{}", "[".repeat(1_000_000));
+        assert_damaged(&seal(&deep), "malformed");
+        assert_damaged(&seal(&format!("{deep}{}}}}}", "]".repeat(1_000_000))), "recursion");
+        let too_large = usize::try_from(MANIFEST_BYTES_MAX).unwrap() + 1;
+        assert_damaged(&vec![b' '; too_large], "at most 67108864");
+    }
+
+    #[test]
+    fn a_newer_version_says_so_whatever_else_it_holds() {
+        let bytes = seal("\"format_version\":2,\"shards\":\"elsewhere\"}");
+        let Err(FormatError::Newer(why)) = Manifest::decode(&bytes) else {
+            panic!("version 2 was taken for damage")
+        };
+        assert!(why.contains("format version 2"), "{why}");
+        assert_change_refused(|manifest| manifest.format_version = 0, "format version 0");
+    }
+
+    #[test]
+    fn fields_that_no_writer_wrote_are_refused() {
+        assert_change_refused(|manifest| manifest.attempt = ATTEMPT.to_uppercase(), "an attempt");
+        assert_change_refused(|manifest| manifest.attempt.clear(), "an attempt");
+        assert_change_refused(|manifest| manifest.job.clear(), "name of 0 bytes");
+        assert_change_refused(|manifest| manifest.job = "j".repeat(256), "name of 256 bytes");
+        assert_change_refused(|manifest| manifest.retired[0].attempt = "0".into(), "an attempt");
+        assert_change_refused(|manifest| manifest.world_size = 3, "2 shards");
+        assert_change_refused(|manifest| manifest.shards.clear(), "0 shards");
+        assert_change_refused(
+            |manifest| {
+                manifest.shards.clear();
+                manifest.world_size = 0;
+            },
+            "0 shards",
+        );
+        assert_change_refused(|manifest| manifest.shards.swap(0, 1), "rank 1 where rank 0");
+        assert_change_refused(|manifest| manifest.shards[1] = shard(0), "rank 0 where rank 1");
+        let change_shard = |change: fn(&mut ShardEntry), expected: &str| {
+            assert_change_refused(|manifest| change(&mut manifest.shards[1]), expected);
+        };
+        change_shard(|shard| shard.file = "../../etc/passwd".into(), "shard file");
+        change_shard(|shard| shard.file = shard.file.replace("00001", "00000"), "shard file");
+        change_shard(|shard| shard.file = shard.file.replace("00112233", "10112233"), "shard file");
+        change_shard(|shard| shard.footer_crc32c = "123abcd".into(), "footer checksum");
+        change_shard(|shard| shard.footer_crc32c = "0123ABCD".into(), "footer checksum");
+        change_shard(|shard| shard.bytes += 1, "multiple of 4096");
+    }
+
+    #[test]
+    fn metadata_nests_up_to_its_limit() {
+        let nested = |depth: usize| (0..depth).fold(json!(1), |value, _| json!([value]));
+        let mut manifest = sample();
+        manifest.metadata.insert("deep".into(), nested(METADATA_DEPTH_MAX));
+        assert_eq!(Manifest::decode(&manifest.encode().unwrap()), Ok(manifest));
+        let expected = "`deep` nests deeper than 64";
+        let deep = || ("deep".to_owned(), nested(METADATA_DEPTH_MAX + 1));
+        assert_change_refused(|manifest| manifest.metadata.extend([deep()]), expected);
+        assert_change_refused(|manifest| manifest.dataset_positions.extend([deep()]), expected);
+    }
+
+    #[test]
+    fn unknown_keys_are_ignored() {
+        let text = serde_json::to_string(&sample()).unwrap();
+        let bytes = seal(&text.replacen('{', "\"later\":[1],", 1));
+        assert_eq!(Manifest::decode(&bytes), Ok(sample()));
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_and_texts_survive_exactly(
+            step: u64,
+            created_unix_ms: u64,
+            raw_bytes: u64,
+            pages in 0..u64::MAX / REGION_ALIGNMENT,
+            footer_crc: u32,
+            job in ".{1,60}",
+            note: String,
+            number in any::<f64>().prop_filter("JSON has no infinity", |number| number.is_finite()),
+            integer: i64,
+        ) {
+            let mut manifest = sample();
+            manifest.step = step;
+            manifest.created_unix_ms = created_unix_ms;
+            manifest.job = job;
+            manifest.shards[0].raw_bytes = raw_bytes;
+            manifest.shards[0].bytes = pages * REGION_ALIGNMENT;
+            manifest.shards[0].footer_crc32c = to_hex(footer_crc);
+            manifest.metadata.insert(note.clone(), json!([note, number, integer, step]));
+            let decoded = Manifest::decode(&manifest.encode().unwrap()).unwrap();
+            prop_assert_eq!(decoded.shards[0].footer_crc(), Ok(footer_crc));
+            prop_assert_eq!(decoded.metadata[&note][1].as_f64().unwrap().to_bits(), number.to_bits());
+            prop_assert_eq!(decoded, manifest);
+        }
+
+        #[test]
+        fn garbage_is_refused(bytes: Vec<u8>, text: String) {
+            prop_assert!(Manifest::decode(&bytes).is_err());
+            prop_assert!(Manifest::decode(&seal(&text)).is_err());
+        }
+    }
+}

@@ -361,3 +361,154 @@ fn is_canonical_big_int(bytes: &[u8]) -> bool {
     let negative = below & 0x80 != 0;
     bytes.len() > 8 && *top != if negative { 0xff } else { 0x00 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keyed(key: Key, value: Value) -> Node {
+        Node { key: Some(key), value }
+    }
+
+    fn item(value: Value) -> Node {
+        Node { key: None, value }
+    }
+
+    fn dict(len: u32) -> Value {
+        Value::Dict { len, ordered: false, metadata: false }
+    }
+
+    fn text(text: &str) -> Key {
+        Key::Str(text.into())
+    }
+
+    /// `{"model": OrderedDict(_metadata=[t0], {"0.weight": t1}), 3: (None, [t2]), "end": t3}`
+    fn sample() -> Vec<Node> {
+        vec![
+            item(dict(3)),
+            keyed(text("model"), Value::Dict { len: 1, ordered: true, metadata: true }),
+            item(Value::List { len: 1 }),
+            item(Value::Tensor(0)),
+            keyed(text("0.weight"), Value::Tensor(1)),
+            keyed(Key::Int(3), Value::Tuple { len: 2 }),
+            item(Value::None),
+            item(Value::List { len: 1 }),
+            item(Value::Tensor(2)),
+            keyed(text("end"), Value::Tensor(3)),
+        ]
+    }
+
+    #[track_caller]
+    fn assert_refused(nodes: &[Node], expected: &str) {
+        let why = validate(nodes, 4).expect_err("it is accepted").to_string();
+        assert!(why.contains(expected), "{why}");
+    }
+
+    #[test]
+    fn paths_are_typed_and_shown() {
+        let nodes = sample();
+        assert_eq!(validate(&nodes, 4), Ok(()));
+        let paths: Vec<(u32, String)> =
+            tensor_paths(&nodes).map(|(tensor, path)| (tensor, path.to_string())).collect();
+        let expected = [(0, "model._metadata.0"), (1, "model.0.weight"), (2, "3.1.0"), (3, "end")];
+        assert_eq!(paths, expected.map(|(tensor, path)| (tensor, path.to_owned())));
+        let (_, path) = tensor_paths(&nodes).nth(2).unwrap();
+        let (three, expected_key) = (path.segments[0], Key::Int(3));
+        assert_eq!(three, Segment::Key(&expected_key));
+        assert_eq!(path.segments[1..], [Segment::Index(1), Segment::Index(0)]);
+    }
+
+    #[test]
+    fn a_walk_visits_every_node_in_order() {
+        let nodes = sample();
+        let mut walk = Walk::new(&nodes);
+        let mut lengths = Vec::new();
+        for node in &nodes {
+            assert!(std::ptr::eq(walk.advance().unwrap(), node));
+            lengths.push(walk.path().segments.len());
+        }
+        assert_eq!(walk.advance(), None);
+        assert_eq!(walk.advance(), None);
+        assert_eq!(lengths, [0, 1, 2, 3, 2, 1, 2, 2, 3, 1]);
+    }
+
+    #[test]
+    fn keys_are_shown_as_python_writes_them() {
+        let shown = |key: Key| key.to_string();
+        assert_eq!(shown(Key::Int(-3)), "-3");
+        assert_eq!(
+            shown(Key::BigInt(vec![0, 0, 0, 0, 0, 0, 0, 0, 1])),
+            "int(0x010000000000000000)"
+        );
+        assert_eq!(shown(Key::Bool(true)), "True");
+        assert_eq!(shown(Key::Bool(false)), "False");
+        assert_eq!(shown(Key::Float(0.5)), "0.5");
+        assert_eq!(shown(Key::Bytes(vec![b'a', 0])), "b\"a\\x00\"");
+        assert_eq!(shown(Key::None), "None");
+    }
+
+    #[test]
+    fn what_is_not_exactly_one_tree_is_refused() {
+        assert_refused(&[], "empty");
+        assert_refused(
+            &[item(Value::None), item(Value::None)],
+            "ends after 1 nodes, and 2 are there",
+        );
+        assert_refused(&sample()[..9], "ends early: 1 containers");
+        assert_refused(&sample()[..2], "claims 3 children, and only 1 nodes follow");
+        assert_refused(
+            &[item(Value::List { len: 2 }), item(Value::List { len: 1 }), item(Value::None)],
+            "ends early: 1 containers",
+        );
+        assert_refused(&[item(Value::List { len: u32::MAX })], "claims 4294967295 children");
+        let metadata = Value::Dict { len: u32::MAX, ordered: true, metadata: true };
+        assert_refused(&[item(metadata)], "claims 4294967296 children");
+    }
+
+    #[test]
+    fn keys_stand_in_dicts_and_nowhere_else() {
+        assert_refused(&[item(dict(1)), item(Value::None)], "of a dict has no key");
+        let keyed_none = || keyed(text("a"), Value::None);
+        assert_refused(&[keyed_none()], "is no entry of a dict");
+        assert_refused(&[item(Value::List { len: 1 }), keyed_none()], "is no entry of a dict");
+        assert_refused(&[item(Value::Tuple { len: 1 }), keyed_none()], "is no entry of a dict");
+        let with_metadata = |ordered| item(Value::Dict { len: 0, ordered, metadata: true });
+        assert_refused(&[with_metadata(true), keyed_none()], "is no entry of a dict");
+        assert_refused(&[with_metadata(false), item(Value::None)], "only ordered ones have");
+    }
+
+    #[test]
+    fn values_have_their_one_right_form() {
+        assert_refused(&[item(Value::Tensor(4))], "names tensor 4 of 4");
+        for bytes in [vec![], vec![1], vec![1; 8], vec![1, 1, 1, 1, 1, 1, 1, 1, 0], vec![0xff; 9]] {
+            assert_refused(&[item(Value::BigInt(bytes.clone()))], "shortest form");
+            assert_refused(
+                &[item(dict(1)), keyed(Key::BigInt(bytes), Value::None)],
+                "shortest form",
+            );
+        }
+        for bytes in [
+            vec![0, 0, 0, 0, 0, 0, 0, 0x80, 0],
+            vec![0, 0, 0, 0, 0, 0, 0, 0x7f, 0xff],
+            vec![0, 0, 0, 0, 0, 0, 0, 0, 1],
+        ] {
+            assert_eq!(validate(&[item(Value::BigInt(bytes))], 0), Ok(()));
+        }
+    }
+
+    #[test]
+    fn depth_is_bounded() {
+        let nested = |containers: usize| {
+            let mut nodes = vec![item(Value::List { len: 1 }); containers];
+            nodes.push(item(Value::None));
+            nodes
+        };
+        assert_eq!(validate(&nested(DEPTH_MAX), 0), Ok(()));
+        assert_refused(&nested(DEPTH_MAX + 1), "deeper than 128");
+        // Far deeper than any stack: walking it takes none.
+        assert_refused(&nested(1_000_000), "deeper than 128");
+        let nodes = nested(100_000);
+        let mut walk = Walk::new(&nodes);
+        assert_eq!(std::iter::from_fn(|| walk.advance()).count(), nodes.len());
+    }
+}

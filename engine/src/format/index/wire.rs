@@ -140,7 +140,7 @@ fn node_to_proto(node: &Node) -> proto::Node {
 
 fn node_from_proto(node: proto::Node) -> Result<Node, String> {
     let value = node.value.ok_or("has no value that this version knows")?;
-    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value)? })
+    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value) })
 }
 
 fn key_to_proto(key: &Key) -> ProtoKey {
@@ -175,7 +175,8 @@ fn value_to_proto(value: &Value) -> ProtoValue {
         Value::BigInt(bytes) => ProtoValue::BigInt(bytes.clone()),
         Value::Float(value) => ProtoValue::Float(*value),
         Value::Complex(real, imaginary) => {
-            ProtoValue::Complex(proto::Complex { real: *real, imaginary: *imaginary })
+            let (real_bits, imaginary_bits) = (real.to_bits(), imaginary.to_bits());
+            ProtoValue::Complex(proto::Complex { real_bits, imaginary_bits })
         }
         Value::Str(text) => ProtoValue::Str(text.clone()),
         Value::Bytes(bytes) => ProtoValue::Bytes(bytes.clone()),
@@ -196,14 +197,16 @@ fn value_to_proto(value: &Value) -> ProtoValue {
     }
 }
 
-fn value_from_proto(value: ProtoValue) -> Result<Value, String> {
-    Ok(match value {
+fn value_from_proto(value: ProtoValue) -> Value {
+    match value {
         ProtoValue::None(proto::Unit {}) => Value::None,
         ProtoValue::Bool(value) => Value::Bool(value),
         ProtoValue::Int(value) => Value::Int(value),
         ProtoValue::BigInt(bytes) => Value::BigInt(bytes),
         ProtoValue::Float(value) => Value::Float(value),
-        ProtoValue::Complex(proto::Complex { real, imaginary }) => Value::Complex(real, imaginary),
+        ProtoValue::Complex(proto::Complex { real_bits, imaginary_bits }) => {
+            Value::Complex(f64::from_bits(real_bits), f64::from_bits(imaginary_bits))
+        }
         ProtoValue::Str(text) => Value::Str(text),
         ProtoValue::Bytes(bytes) => Value::Bytes(bytes),
         ProtoValue::Tensor(tensor) => Value::Tensor(tensor),
@@ -219,7 +222,7 @@ fn value_from_proto(value: ProtoValue) -> Result<Value, String> {
         }
         ProtoValue::List(len) => Value::List { len },
         ProtoValue::Tuple(len) => Value::Tuple { len },
-    })
+    }
 }
 
 fn storage_to_proto(storage: &StorageRecord) -> proto::Storage {
