@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # A hang shows where every thread stands instead of a silent time limit.
-faulthandler.dump_traceback_later(300, exit=True)
+faulthandler.dump_traceback_later(900, exit=True)
 
 
 @pytest.fixture
