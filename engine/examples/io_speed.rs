@@ -13,17 +13,9 @@ use dtr_engine::io::open_backend;
 use dtr_engine::io::probe::{Speed, SpeedOptions, measure_speed};
 
 fn main() -> dtr_engine::Result<()> {
-    let directory = std::env::args_os()
-        .nth(1)
-        .map_or_else(std::env::temp_dir, PathBuf::from);
-    let options = SpeedOptions {
-        file_bytes: 1 << 30,
-        ..SpeedOptions::default()
-    };
-    println!(
-        "{:<8} {:<9} {:>12} {:>12}",
-        "backend", "path", "write MiB/s", "read MiB/s"
-    );
+    let directory = std::env::args_os().nth(1).map_or_else(std::env::temp_dir, PathBuf::from);
+    let options = SpeedOptions { file_bytes: 1 << 30, ..SpeedOptions::default() };
+    println!("{:<8} {:<9} {:>12} {:>12}", "backend", "path", "write MiB/s", "read MiB/s");
     for backend in [IoBackend::Uring, IoBackend::Threads] {
         for direct_io in [DirectIo::Auto, DirectIo::Off] {
             match open_backend(backend, direct_io) {

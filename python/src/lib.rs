@@ -32,6 +32,7 @@ mod native {
 
     /// Runs once, when the module is imported.
     #[pymodule_init]
+    #[expect(clippy::unnecessary_wraps, reason = "the signature that pyo3 asks for")]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::log::start();
         Ok(())

@@ -10,6 +10,7 @@ use dtr_engine::config::{Config, DirectIo, IoBackend};
 use dtr_engine::engine::Components;
 use dtr_engine::io::open_backend;
 use dtr_engine::io::sim::{FaultKind, OpKind, Plan, Sim, Times, Trigger};
+use dtr_engine::load::{ReadOptions, Target};
 use dtr_engine::{Engine, EngineError};
 
 use super::support::{State, config, finish, scratch};
@@ -160,8 +161,8 @@ fn every_read_of_a_load_may_fail_or_lie() {
             let loaded = engine.checkpoint(1).and_then(|checkpoint| {
                 let mut memory = vec![0; state.0[1].bytes.len()];
                 let storage = checkpoint.index().tensors[1].storage;
-                let target = dtr_engine::load::Target { storage, offset: 0, memory: &mut memory };
-                checkpoint.read(vec![target], Default::default())?;
+                let target = Target { storage, offset: 0, memory: &mut memory };
+                checkpoint.read(vec![target], ReadOptions::default())?;
                 assert!(memory == state.0[1].bytes, "{fault:?} at {number}: wrong bytes returned");
                 Ok(())
             });

@@ -4,6 +4,7 @@
 use std::sync::Mutex;
 
 use dtr_engine::config::{Compression, DirectIo, IoBackend};
+use dtr_engine::load::{ReadOptions, Target};
 use dtr_engine::save::{StorageInput, StorageSource};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
@@ -142,11 +143,10 @@ fn a_part_is_read_alone_and_raw_storages_can_be_mapped() {
     state.assert_equals(&checkpoint);
 
     let mut middle = vec![0; 100_000];
-    let target =
-        dtr_engine::load::Target { storage: storages[1], offset: 65_000, memory: &mut middle };
-    let stats = checkpoint.read(vec![target], Default::default()).unwrap();
+    let target = Target { storage: storages[1], offset: 65_000, memory: &mut middle };
+    let read = checkpoint.read(vec![target], ReadOptions::default()).unwrap();
     assert!(middle == state.0[1].bytes[65_000..165_000]);
-    assert!(stats.chunks <= 3, "{stats:?} for 100 kB of 64 KiB chunks");
+    assert!(read.chunks <= 3, "{read:?} for 100 kB of 64 KiB chunks");
 }
 
 /// A source that fails, or panics, part of the way.

@@ -70,7 +70,7 @@ impl State {
             Storage { element: ElementType::F64, bytes: vec![0; 63] },
             Storage {
                 element: ElementType::Bytes,
-                bytes: (0..scale * 70_001).map(|i| (i % 251) as u8).collect(),
+                bytes: (0..251).cycle().take(scale * 70_001).collect(),
             },
         ])
     }

@@ -14,9 +14,9 @@ use crate::table::Table;
 use crate::text;
 
 const AFTER_HELP: &str = "\
-Looks at PATH as a place for a store. The speed is measured by writing, reading and deleting a file \
-of 256 MiB there; --no-probe leaves that out. What could be better is marked `warn` and is no error: \
-the exit status is 0.";
+Looks at PATH as a place for a store. The speed is measured by writing, reading and deleting a \
+file of 256 MiB there; --no-probe leaves that out. What could be better is marked `warn` and is no \
+error: the exit status is 0.";
 
 /// Arguments of `doctor`.
 #[derive(Args, Debug)]

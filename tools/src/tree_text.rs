@@ -151,8 +151,8 @@ mod tests {
 
     #[test]
     fn what_is_left_out_is_counted() {
-        let expected = "OrderedDict, 3 entries\n  a: list, 3 items\n    [0]: 1\n    … 2 more\n  … 2 \
-                        more\n";
+        let expected = "OrderedDict, 3 entries\n  a: list, 3 items\n    [0]: 1\n    … 2 more\n  \
+                        … 2 more\n";
         assert_eq!(written(1, None), expected);
         assert!(
             written(9, Some(1)).starts_with("OrderedDict, 3 entries\n  a: list, 3 items\n  b: ")

@@ -41,10 +41,7 @@ impl<T> Fact<T> {
     }
 
     fn improvable(found: T, hint: impl Into<String>) -> Self {
-        Self {
-            found,
-            hint: Some(hint.into()),
-        }
+        Self { found, hint: Some(hint.into()) }
     }
 }
 
@@ -81,12 +78,7 @@ pub fn facts(directory: &Path) -> Result<Facts> {
     let statistics = rustix::fs::statfs(directory).map_err(io::Error::from);
     let filesystem = files::filesystem_name(&statistics.context("examining", directory)?);
     Ok(Facts {
-        kernel: Fact::fine(
-            rustix::system::uname()
-                .release()
-                .to_string_lossy()
-                .into_owned(),
-        ),
+        kernel: Fact::fine(rustix::system::uname().release().to_string_lossy().into_owned()),
         space: space(directory)?,
         uring: uring_fact(),
         direct_io: direct_io_fact(directory, &filesystem),
@@ -115,20 +107,12 @@ fn filesystem_fact(name: String) -> Fact<String> {
 
 fn space(directory: &Path) -> Result<Fact<Space>> {
     let reply = files::entry(&EntryOp::Space(directory.to_owned()));
-    let EntryReply::Space {
-        free_bytes,
-        total_bytes,
-    } = reply.context("asking for the free space of", directory)?
+    let EntryReply::Space { free_bytes, total_bytes } =
+        reply.context("asking for the free space of", directory)?
     else {
-        return Err(EngineError::internal(
-            "asking for free space",
-            "another reply came",
-        ));
+        return Err(EngineError::internal("asking for free space", "another reply came"));
     };
-    let found = Space {
-        free_bytes,
-        total_bytes,
-    };
+    let found = Space { free_bytes, total_bytes };
     Ok(if free_bytes < SPEED_FREE_BYTES_MIN {
         Fact::improvable(found, "free space, or choose another filesystem")
     } else {
@@ -160,16 +144,11 @@ fn direct_io_fact(directory: &Path, filesystem: &str) -> Fact<std::result::Resul
     };
     let hint = "buffered writes are slower and end in a long sync: ext4 (not `data=journal`) and \
                 xfs on a local disk take direct I/O";
-    match (
-        scratch.file.direct,
-        files::direct_support(scratch.file.descriptor.as_fd()),
-    ) {
-        (true, DirectSupport::Aligned { memory, offset }) => Fact::fine(Ok(format!(
-            "memory aligned to {memory}, offsets to {offset} bytes"
-        ))),
-        (true, _) => Fact::fine(Ok(
-            "alignment not told; a probe with 4096 bytes passed".into()
-        )),
+    match (scratch.file.direct, files::direct_support(scratch.file.descriptor.as_fd())) {
+        (true, DirectSupport::Aligned { memory, offset }) => {
+            Fact::fine(Ok(format!("memory aligned to {memory}, offsets to {offset} bytes")))
+        }
+        (true, _) => Fact::fine(Ok("alignment not told; a probe with 4096 bytes passed".into())),
         (false, DirectSupport::Aligned { memory, offset }) => {
             let why = format!("{filesystem} wants alignments of {memory} and {offset} bytes");
             Fact::improvable(Err(why), hint)
@@ -224,11 +203,7 @@ pub struct SpeedOptions {
 impl Default for SpeedOptions {
     /// 256 MiB in transfers of 4 MiB, 32 MiB in flight: as a save writes.
     fn default() -> Self {
-        Self {
-            file_bytes: 256 << 20,
-            transfer_bytes: 4 << 20,
-            depth: 8,
-        }
+        Self { file_bytes: 256 << 20, transfer_bytes: 4 << 20, depth: 8 }
     }
 }
 
@@ -258,8 +233,7 @@ pub fn measure_speed(io: &Arc<dyn Io>, directory: &Path, options: SpeedOptions) 
     }
     let pool = BufferPool::new(options.transfer_bytes, options.depth);
     let pool = pool.context("allocating buffers to measure the speed of", directory)?;
-    pool.prewarm(1)
-        .context("allocating buffers to measure the speed of", directory)?;
+    pool.prewarm(1).context("allocating buffers to measure the speed of", directory)?;
     fill_with_noise(&pool);
 
     let write_began = Instant::now();
@@ -304,12 +278,7 @@ fn transfer_all(
     direction: Direction,
 ) -> io::Result<()> {
     let failure = Arc::new(Mutex::new(None));
-    let first_failure = || {
-        failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-    };
+    let first_failure = || failure.lock().unwrap_or_else(PoisonError::into_inner).take();
     let mut offset = 0;
     while offset < options.file_bytes {
         let buffer = pool.take();
@@ -326,17 +295,7 @@ fn transfer_all(
             drop(buffer);
         });
         let file = Arc::clone(file);
-        transfer_fully(
-            io,
-            Transfer {
-                file,
-                offset,
-                buffer,
-                range,
-                direction,
-                done,
-            },
-        );
+        transfer_fully(io, Transfer { file, offset, buffer, range, direction, done });
         offset += options.transfer_bytes as u64;
     }
     // All buffers back means that all transfers are done.
@@ -349,10 +308,7 @@ fn transfer_all(
 fn fill_with_noise(pool: &Arc<BufferPool>) {
     let mut buffers: Vec<_> = (0..pool.count()).map(|_| pool.take()).collect();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for word in buffers
-        .iter_mut()
-        .flat_map(|buffer| buffer.chunks_exact_mut(8))
-    {
+    for word in buffers.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(8)) {
         // xorshift64
         state ^= state << 13;
         state ^= state >> 7;
@@ -376,9 +332,7 @@ impl Scratch {
         directory: &Path,
         open: impl FnOnce(&Path) -> io::Result<Arc<File>>,
     ) -> io::Result<Self> {
-        Ok(Self {
-            file: open(&Self::path(directory))?,
-        })
+        Ok(Self { file: open(&Self::path(directory))? })
     }
 
     /// A name of its own for each process and probe.
@@ -406,18 +360,10 @@ mod tests {
     fn facts_are_found_and_leave_nothing_behind() {
         let directory = tempfile::tempdir().unwrap();
         let found = facts(directory.path()).unwrap();
-        assert!(
-            found
-                .kernel
-                .found
-                .starts_with(|first: char| first.is_ascii_digit())
-        );
+        assert!(found.kernel.found.starts_with(|first: char| first.is_ascii_digit()));
         assert!(found.space.found.free_bytes <= found.space.found.total_bytes);
         assert_eq!(found.uring.found.is_err(), found.uring.hint.is_some());
-        assert_eq!(
-            found.direct_io.found.is_err(),
-            found.direct_io.hint.is_some()
-        );
+        assert_eq!(found.direct_io.found.is_err(), found.direct_io.hint.is_some());
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
@@ -445,11 +391,7 @@ mod tests {
     fn speed_is_measured_and_the_file_removed() {
         let directory = tempfile::tempdir().unwrap();
         let io = super::super::open_backend(IoBackend::Auto, DirectIo::Auto).unwrap();
-        let options = SpeedOptions {
-            file_bytes: 8 << 20,
-            transfer_bytes: 1 << 20,
-            depth: 4,
-        };
+        let options = SpeedOptions { file_bytes: 8 << 20, transfer_bytes: 1 << 20, depth: 4 };
         match measure_speed(&io, directory.path(), options) {
             Ok(speed) => {
                 assert!(speed.write_bytes_per_second > 0 && speed.read_bytes_per_second > 0);

@@ -277,11 +277,7 @@ impl Ring {
         // Copying to or from the page cache is work: the kernel's threads share it, instead of
         // doing it one after the other on this one.
         let copies = !transfer.file.direct && range.len() >= files::BULK_BYTES_MIN;
-        let flags = if copies {
-            squeue::Flags::ASYNC
-        } else {
-            squeue::Flags::empty()
-        };
+        let flags = if copies { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = entry.flags(flags);
         let index = self.slots.insert(Slot::Transfer(transfer));
         // SAFETY: `start..start + bytes` lies in the transfer's buffer (the inbox checked the
@@ -509,21 +505,12 @@ mod tests {
     #[test]
     fn slots_are_reused_and_wrong_numbers_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let file = files::open(
-            &directory.path().join("file"),
-            OpenMode::Create,
-            DirectIo::Off,
-        );
+        let file = files::open(&directory.path().join("file"), OpenMode::Create, DirectIo::Off);
         let file = file.unwrap();
         let mut slots = Slots::new();
         for _ in 0..2 {
             for expected in 0..SLOTS_MAX {
-                assert_eq!(
-                    slots.insert(Slot::Advice {
-                        _file: Arc::clone(&file)
-                    }),
-                    expected
-                );
+                assert_eq!(slots.insert(Slot::Advice { _file: Arc::clone(&file) }), expected);
             }
             assert_eq!(slots.in_use(), SLOTS_MAX);
             assert!(!slots.has_transfers());
@@ -545,10 +532,7 @@ mod tests {
         let file = files::open(&path, OpenMode::Create, DirectIo::Auto).unwrap();
         let pool = BufferPool::new(4096, 3).unwrap();
         let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-        let shared = Arc::new(Shared {
-            inbox: Inbox::new(),
-            wake,
-        });
+        let shared = Arc::new(Shared { inbox: Inbox::new(), wake });
         let (sender, outcomes) = crossbeam_channel::unbounded();
         let transfer = || {
             let sender = sender.clone();
@@ -573,16 +557,10 @@ mod tests {
         // The first was in the kernel, and its completion was waited for.
         let outcomes: Vec<_> = outcomes.try_iter().collect();
         assert_eq!(outcomes.len(), 3);
-        let errors: Vec<_> = outcomes
-            .iter()
-            .filter_map(|(o, _)| o.as_ref().err())
-            .collect();
+        let errors: Vec<_> = outcomes.iter().filter_map(|(o, _)| o.as_ref().err()).collect();
         assert!(!errors.is_empty());
         for error in errors {
-            assert!(
-                error.to_string().contains("the io_uring backend failed"),
-                "{error}"
-            );
+            assert!(error.to_string().contains("the io_uring backend failed"), "{error}");
         }
         drop(outcomes);
         assert_eq!(pool.free(), 3, "no memory was given up");
@@ -637,16 +615,10 @@ mod tests {
             // SAFETY: the closure runs in the forked child before `exec`. It allocates, which the
             // C library allows after a fork, and takes only a lock that no other thread knows.
             unsafe { child.pre_exec(in_child) };
-            assert!(
-                child.status().unwrap().success(),
-                "{name}: the child neither hung nor died"
-            );
+            assert!(child.status().unwrap().success(), "{name}: the child neither hung nor died");
             drop(child);
             let outcomes: Vec<_> = outcomes.iter().collect();
-            assert_eq!(
-                outcomes, [true; TRANSFERS],
-                "{name}: the parent's transfers all arrived"
-            );
+            assert_eq!(outcomes, [true; TRANSFERS], "{name}: the parent's transfers all arrived");
             let bytes = std::fs::read(&path).unwrap();
             assert!(bytes.iter().all(|byte| *byte == 0xa5) && bytes.len() == TRANSFERS * BYTES);
             assert_eq!(pool.free(), TRANSFERS + 1);

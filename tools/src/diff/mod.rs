@@ -27,8 +27,8 @@ use entries::{Entry, Pairing, TensorPair};
 use report::Report;
 
 const AFTER_HELP: &str = "\
-Compares every byte of every tensor that both checkpoints hold, and every plain value. Exit status 0 \
-whether or not they differ: a difference is no damage. With --exit-code, 1 if they differ.";
+Compares every byte of every tensor that both checkpoints hold, and every plain value. Exit status \
+0 whether or not they differ: a difference is no damage. With --exit-code, 1 if they differ.";
 
 /// Arguments of `diff`.
 #[derive(Args, Debug)]

@@ -4,8 +4,8 @@
 //! checkpoint -> windows -> parts (this thread) -> write (a thread) -> sync -> rename
 //! ```
 //!
-//! Always holds: the file gets its name only when it is whole and durable; what fails leaves nothing
-//! behind.
+//! Always holds: the file gets its name only when it is whole and durable; what fails leaves
+//! nothing behind.
 
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! `ckpt-tool restore`: a checkpoint's tensors to a safetensors file, or all of it to another store.
+//! `ckpt-tool restore`: a checkpoint's tensors to a safetensors file, or all of it to a store.
 //!
 //! Always holds: every byte that is written was checked against its checksums; what stands at the
 //! output's name is whole; memory is bounded, however large the checkpoint.
@@ -23,10 +23,10 @@ mod selection;
 const FILE_SUFFIX: &str = "safetensors";
 
 const AFTER_HELP: &str = "\
-An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the state; \
-plain values are not in it, and tensors that share memory are written once per name. Any other \
-OUTPUT is the directory of a store, created if need be: the checkpoint is copied into it whole, \
-under its own step.
+An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the \
+state; plain values are not in it, and tensors that share memory are written once per name. Any \
+other OUTPUT is the directory of a store, created if need be: the checkpoint is copied into it \
+whole, under its own step.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
 
