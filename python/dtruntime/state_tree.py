@@ -12,8 +12,10 @@ array that stands at several places comes back as one object; containers come ba
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import gc
 import os
 import random
 import sys
@@ -84,16 +86,33 @@ def flatten(state: Any) -> FlatState:
 
     """
     flattener = _Flattener()
-    flattener.add(state, None, is_keyed=False)
-    tensors, storages = flattener.table.finish()
+    with _collector_paused():
+        flattener.add(state, None, is_keyed=False)
+        tensors, storages = flattener.table.finish()
     return FlatState(flattener.nodes, tensors, storages, flattener.table)
 
 
 def raw_bytes_of(state: Any) -> int:
     """Give the bytes of tensor memory that saving ``state`` would write; copies nothing."""
     flattener = _Flattener()
-    flattener.add(state, None, is_keyed=False)
+    with _collector_paused():
+        flattener.add(state, None, is_keyed=False)
     return flattener.table.raw_bytes()
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the cyclic collector out of a burst of records that all stay alive.
+
+    Each burst would make it search torch's whole heap, for more than the walk itself costs.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Flattener:

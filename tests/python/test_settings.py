@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from support import run_script
 
 from dtruntime import CheckpointManager, InvalidArgument, settings
 
@@ -100,8 +103,6 @@ def test_rank_from_the_environment(environment, expected):
 
 
 def test_the_engine_logs_to_standard_error(store):
-    from support import run_script
-
     done = run_script(
         """
 import os, sys
@@ -112,3 +113,5 @@ dtruntime.CheckpointManager(sys.argv[1]).save({"a": 1}, step=1)
         store,
     )
     assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stderr.splitlines()]
+    assert any(record["target"].startswith("dtr_engine") for record in records)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import gc
 import itertools
 import pathlib
 import random
@@ -272,6 +273,12 @@ def test_nothing_is_written_for_a_state_that_cannot_be_kept(manager, store):
         manager.save_async({"good": torch.ones(5), "bad": {1}}, step=1)
     assert manager.all_steps() == []
     assert not list(store.glob("step-*"))
+
+
+def test_the_collector_runs_again_afterwards():
+    with pytest.raises(UnsupportedValue):
+        flatten({1, 2})
+    assert gc.isenabled()
 
 
 def test_ten_thousand_tensors_are_taken_apart_quickly():
