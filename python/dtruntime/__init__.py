@@ -8,7 +8,7 @@
 >>> manager.restore({"model": model, "optimizer": optimizer})
 """
 
-from dtruntime.checkpoint import CheckpointManager, Damage, LoadReport, VerifyReport
+from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -25,6 +25,7 @@ from dtruntime.errors import (
     UnsupportedValue,
 )
 from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats
+from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
 
 __all__ = [

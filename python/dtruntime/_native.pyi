@@ -1,3 +1,5 @@
+__all__ = ["Checkpoint", "Manager", "MappedMemory", "SaveHandle"]
+
 import os
 from collections.abc import Sequence
 from typing import Any, final

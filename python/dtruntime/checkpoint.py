@@ -6,27 +6,23 @@ is written before a state was found to be storable as a whole.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dtruntime import _native, lifecycle, settings
+from dtruntime import _native, fallback, lifecycle, settings
 from dtruntime.errors import (
     CheckpointError,
-    CheckpointNotFound,
     Closed,
-    Corrupt,
     InvalidArgument,
     RestoreIncomplete,
-    StorageError,
 )
 from dtruntime.handle import SaveHandle, SaveInfo, Watcher
 from dtruntime.loading import Reader, device_of, select
+from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
 from dtruntime.state_tree import flatten, raw_bytes_of
 
@@ -42,71 +38,6 @@ _logger = logging.getLogger("dtruntime")
 _MEMINFO = Path("/proc/meminfo")
 _MEMORY_SHARE = 0.8
 """Share of the available memory that a restore may fill to check everything first."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What the last ``load`` or ``restore`` read.
-
-    Attributes:
-        step: The checkpoint's step.
-        fell_back_from: Newer steps that could not be read, each with the reason.
-        metadata: What was attached to the checkpoint.
-        dataset_positions: Positions of datasets that were attached to it.
-
-    """
-
-    step: int
-    fell_back_from: tuple[tuple[int, str], ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    dataset_positions: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One damaged place of a checkpoint.
-
-    Attributes:
-        shard: The file.
-        chunk: The chunk; None where the manifest, header, footer or index is hit.
-        why: Expected against actual.
-        tensors: Paths of the tensors whose bytes the chunk holds.
-
-    """
-
-    shard: str
-    chunk: int | None
-    why: str
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What verification found: every chunk of every shard was read.
-
-    Attributes:
-        step: The step.
-        shards: Shards that were read.
-        chunks: Chunks that were read.
-        raw_bytes: Their bytes as the state has them.
-        stored_bytes: Their bytes as stored.
-        seconds: How long it took.
-        damage: Everything that is not as it was written.
-
-    """
-
-    step: int
-    shards: int
-    chunks: int
-    raw_bytes: int
-    stored_bytes: int
-    seconds: float
-    damage: tuple[Damage, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every byte is as it was written."""
-        return not self.damage
 
 
 class CheckpointManager:
@@ -154,7 +85,7 @@ class CheckpointManager:
 
     """
 
-    def __init__(  # noqa: D417  (all are described with the class)
+    def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
         *,
@@ -237,7 +168,7 @@ class CheckpointManager:
         metadata: Mapping[str, Any] | None = None,
         dataset_positions: Mapping[str, Any] | None = None,
     ) -> SaveHandle:
-        """Take a snapshot of ``state`` and write it as the checkpoint of ``step`` in the background.
+        """Take a snapshot of ``state`` and write it as checkpoint ``step`` in the background.
 
         Returns once the snapshot is taken: the state may change from then on. Waits for a save in
         flight first. Until it returns, other threads must not change the state.
@@ -421,7 +352,9 @@ class CheckpointManager:
         if self._read_only or number % self._interval:
             return False
         saving = self._last.step if self._last is not None else -1
-        return number > saving and number > (-1 if (latest := self.latest_step()) is None else latest)
+        return number > saving and number > (
+            -1 if (latest := self.latest_step()) is None else latest
+        )
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Read and check every byte of a checkpoint. Damage is reported, not raised.
@@ -541,15 +474,8 @@ class CheckpointManager:
     def _newest(self) -> int:
         latest = self.latest_step()
         if latest is None:
-            raise self._no_checkpoint()
+            raise fallback.no_checkpoint(self._path)
         return latest
-
-    def _no_checkpoint(self) -> CheckpointNotFound:
-        return CheckpointNotFound(
-            f"looking for the newest checkpoint in `{self._path}`",
-            "there is none",
-            "save one first, or check the path",
-        )
 
     def _select(self, reader: Reader, globs: Sequence[str], *, strict: bool) -> list[bool]:
         paths = reader.checkpoint.paths()
@@ -570,10 +496,10 @@ class CheckpointManager:
         """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
         if step is not None:
             number = settings.step_of(step, "load(step=...)")
-            checkpoint, result = self._read_step(number, read)
+            checkpoint, result = fallback.read_step(self._native, number, read)
             failed: dict[int, str] = {}
         else:
-            checkpoint, result, failed = self._read_newest(read)
+            checkpoint, result, failed = fallback.read_newest(self._native, self._path, read)
         manifest = checkpoint.manifest()
         fell_back_from = tuple(sorted(failed.items(), reverse=True))
         report = LoadReport(
@@ -583,90 +509,29 @@ class CheckpointManager:
         self.last_load = report
         return result, report
 
-    def _read_newest(
-        self, read: Callable[[_native.Checkpoint], _T]
-    ) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
-        failed: dict[int, str] = {}
-        errors: list[CheckpointError] = []
-        vanished: set[int] = set()
-        while True:
-            # Listed anew each time: the writer may have replaced what vanished by something newer.
-            left = [
-                step
-                for step, _ in self._native.candidates()
-                if step not in failed and step not in vanished
-            ]
-            if not left:
-                raise self._nothing_readable(failed, errors)
-            step = left[-1]
-            try:
-                checkpoint, result = self._read_step(step, read)
-            except CheckpointNotFound as error:
-                vanished.add(step)
-                errors.append(error)
-            except (Corrupt, StorageError) as error:
-                if isinstance(error, StorageError) and error.errno not in (errno.EIO, errno.ENOENT):
-                    raise
-                failed[step] = f"{error.what}: {error.why}"
-                errors.append(error)
-                _logger.warning("step %d does not verify, trying an older one: %s", step, error)
-            else:
-                if failed:
-                    _logger.warning(
-                        "fell back to step %d from %s", step, ", ".join(map(str, sorted(failed)))
-                    )
-                return checkpoint, result, failed
-
-    def _nothing_readable(
-        self, failed: dict[int, str], errors: list[CheckpointError]
-    ) -> CheckpointError:
-        if not failed:
-            return self._no_checkpoint()
-        error = Corrupt(
-            f"looking for a checkpoint that verifies in `{self._path}`",
-            f"all {len(failed)} are damaged; "
-            + "; ".join(f"step {step}: {why}" for step, why in sorted(failed.items())),
-            "run `ckpt-tool verify --all` to see what is damaged, and look at the device",
-        )
-        error.__cause__ = errors[0]
-        return error
-
-    def _read_step(
-        self, step: int, read: Callable[[_native.Checkpoint], _T]
-    ) -> tuple[_native.Checkpoint, _T]:
-        """Read one step; once more if its writer replaced it under our feet."""
-        checkpoint = self._native.checkpoint(step)
-        try:
-            return checkpoint, read(checkpoint)
-        except (Corrupt, CheckpointNotFound, StorageError):
-            again = self._native.checkpoint(step)
-            if again.attempt == checkpoint.attempt:
-                raise
-        return again, read(again)
-
     def _apply(self, plan: RestorePlan, reader: Reader) -> None:
         """Carry a plan out, all at once where memory allows, else by top-level items."""
         everything = [number for action in plan.actions for number in action.tensors]
         fits = reader.bytes_of(everything) <= _MEMORY_SHARE * _available_memory_bytes()
         has_begun = False
-        for actions in [plan.actions] if fits else plan.items():
-            try:
+        try:
+            for actions in [plan.actions] if fits else plan.items():
                 numbers = [number for action in actions for number in action.tensors]
                 tensors = reader.tensors(numbers)
                 for action in actions:
                     has_begun = True
                     action.act(tensors)
-            except BaseException as error:
-                if not has_begun:
-                    raise
-                self._incomplete = RestoreIncomplete(
-                    f"restoring step {plan.step}",
-                    f"the live state was changed in part when this failed: {error}",
-                    "restore again, from this step or another, before using or saving the state",
-                )
-                if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
-                    raise
-                raise self._incomplete from error
+        except BaseException as error:
+            if not has_begun:
+                raise
+            self._incomplete = RestoreIncomplete(
+                f"restoring step {plan.step}",
+                f"the live state was changed in part when this failed: {error}",
+                "restore again, from this step or another, before using or saving the state",
+            )
+            if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
+                raise
+            raise self._incomplete from error
 
 
 def _available_memory_bytes() -> int:

@@ -8,6 +8,7 @@ that asked for it, and the handler that was there before still runs.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -35,9 +36,7 @@ _managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
 _watchers: set[Watcher] = set()
 
 
-def register(
-    manager: CheckpointManager, native: _native.Manager, watcher: Watcher | None
-) -> None:
+def register(manager: CheckpointManager, native: _native.Manager, watcher: Watcher | None) -> None:
     """Look after a manager until it is closed or dropped."""
     _managers.add(manager)
     if watcher is not None:
@@ -48,7 +47,7 @@ def register(
 def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
     """Stop looking after a manager that was closed."""
     _managers.discard(manager)
-    _watchers.discard(watcher)  # type: ignore[arg-type]
+    _watchers.discard(watcher)
     _terminations.forget(manager)
 
 
@@ -89,10 +88,15 @@ def _finish_saves() -> None:
 def _close_managers() -> None:
     """Run last: finish what exit handlers started, and say what failed unseen."""
     for manager in list(_managers):
-        try:
-            manager.close()
-        except CheckpointError as error:
-            _log_unseen(error)
+        with contextlib.suppress(Exception):  # each is closed, whatever became of another
+            _close(manager)
+
+
+def _close(manager: CheckpointManager) -> None:
+    try:
+        manager.close()
+    except CheckpointError as error:
+        _log_unseen(error)
 
 
 def _in_flight() -> list[SaveHandle]:

@@ -133,7 +133,7 @@ class Reader:
             mapped[storage, is_numpy] = _Memory(holder, views)
         return mapped
 
-    def _views(self, is_numpy: bool, memory: _Memory) -> dict[int, Any]:  # noqa: FBT001
+    def _views(self, is_numpy: bool, memory: _Memory) -> dict[int, Any]:
         if is_numpy:
             return {n: _array(memory.holder, record) for n, record in memory.views.items()}
         storage = memory.holder

@@ -30,7 +30,8 @@ def line_of(step: int, progress: SaveProgress, seconds: float) -> str:
     rate = progress.encoded_bytes / _MIB / max(seconds, 1e-3)
     return (
         f"step {step} [{'#' * filled}{'.' * (_WIDTH - filled)}] {share:4.0%}".replace("%", " %")
-        + f"  {progress.encoded_bytes // _MIB} of {progress.raw_bytes // _MIB} MiB, {rate:.1f} MiB/s"
+        + f"  {progress.encoded_bytes // _MIB} of {progress.raw_bytes // _MIB} MiB"
+        + f", {rate:.1f} MiB/s"
     )
 
 
@@ -46,14 +47,18 @@ class ProgressBar:
             self._started = time.monotonic()
         if sys.stderr is not None and sys.stderr.isatty():
             line = line_of(step, progress, time.monotonic() - self._started)
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            _write(f"\r{line}\x1b[K")
 
     def finish(self, step: int, progress: SaveProgress) -> None:
         """Leave the last line standing."""
         seconds = 0.0 if self._started is None else time.monotonic() - self._started
         self._started = None
         if sys.stderr is not None:
-            end = "\x1b[K\n" if sys.stderr.isatty() else "\n"
-            start = "\r" if sys.stderr.isatty() else ""
+            is_terminal = sys.stderr.isatty()
             line = line_of(step, progress, seconds)
-            print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+            _write(f"\r{line}\x1b[K\n" if is_terminal else f"{line}\n")
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -241,7 +241,7 @@ class _Planner:
         self._do(index, act)
 
     def _compare_module(self, live: Any, index: int) -> list[Any]:
-        """Note what differs between a module and its saved state dict; give the keys not to load."""
+        """Note what differs between a module and its saved state; give the keys not to load."""
         expected = live.state_dict(keep_vars=True)
         saved = dict(self._tree.children(index))
         prefix = self._prefix(index)
@@ -259,7 +259,9 @@ class _Planner:
 
     def _dict(self, live: dict[Any, Any], index: int) -> None:
         if self._tree.nodes[index][0] != TAG_DICT:
-            self._misfit(index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict")
+            self._misfit(
+                index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict"
+            )
             return
         # Typed: True and 1 are equal in Python, and not the same key here.
         saved = {(type(key), key): child for key, child in self._tree.children(index)}

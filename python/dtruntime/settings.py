@@ -99,7 +99,7 @@ def interval(name: str, value: Any) -> int:
     return number
 
 
-def direct_io(value: bool | str) -> str:  # noqa: FBT001  (the setting itself is a boolean)
+def direct_io(value: bool | str) -> str:
     """Give the engine's word for the setting ``direct_io``."""
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -165,7 +165,9 @@ def rank_and_world_size(
     """
     return (
         _ordinal("rank", rank if rank is not None else environment.get("RANK", 0)),
-        _ordinal("world_size", world_size if world_size is not None else environment.get("WORLD_SIZE", 1)),
+        _ordinal(
+            "world_size", world_size if world_size is not None else environment.get("WORLD_SIZE", 1)
+        ),
     )
 
 
@@ -188,7 +190,7 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
         return "{}"
     try:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY004, TRY301
+            raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(

@@ -136,8 +136,7 @@ class _Flattener:
         elif kind is list or kind is tuple:
             self._sequence(value, key, is_keyed=is_keyed)
         elif isinstance(value, np.generic):
-            name = numpy_dtype_name(value.dtype, self._where) if value.itemsize else value.dtype.str
-            payload = (name, value.tobytes())
+            payload = self._numpy_scalar(value)
             self.nodes.append(
                 (TAG_NUMPY_SCALAR, payload, key) if is_keyed else (TAG_NUMPY_SCALAR, payload)
             )
@@ -146,6 +145,11 @@ class _Flattener:
             self.nodes.append((TAG_NUMPY_DTYPE, name, key) if is_keyed else (TAG_NUMPY_DTYPE, name))
         else:
             self._stateful(value, key, is_keyed=is_keyed)
+
+    def _numpy_scalar(self, value: Any) -> tuple[str, bytes]:
+        if value.dtype.str[1:] in ("U0", "S0"):  # of which numpy would give one byte
+            return value.dtype.str, b""
+        return numpy_dtype_name(value.dtype, self._where), value.tobytes()
 
     def _stateful(self, value: Any, key: Any, *, is_keyed: bool) -> None:
         method = None if isinstance(value, type) else getattr(value, "state_dict", None)
@@ -254,6 +258,7 @@ class _Inside:
         self._open.discard(self._identity)
 
 
+_PATH_SHOWN_MAX = 16
 _KEY_TYPES = (str, int, bool, float, bytes, type(None))
 
 
@@ -263,6 +268,8 @@ def display(path: Sequence[Any]) -> str:
     >>> display(["model", "layers", 3])
     'state["model"]["layers"][3]'
     """
+    if len(path) > _PATH_SHOWN_MAX:
+        return f"{display(path[: _PATH_SHOWN_MAX - 4])}[...]{display(path[-4:])[len('state') :]}"
     return "state" + "".join(
         '["' + key.encode("utf-8", "backslashreplace").decode().replace('"', '\\"') + '"]'
         if isinstance(key, str)
@@ -295,7 +302,10 @@ def _why_unsupported(value: Any) -> tuple[str, str]:
     name = _name_of(type(value))
     if isinstance(value, type) or callable(value):
         what = "a class" if isinstance(value, type) else f"a `{name}`"
-        return f"{what} is code, not data", "save the plain values it needs, and rebuild it from them"
+        return (
+            f"{what} is code, not data",
+            "save the plain values it needs, and rebuild it from them",
+        )
     why = f"a value of type `{name}` cannot be stored"
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -316,12 +326,14 @@ def _tensor_subclass_hint(torch: Any, tensor: Any) -> str:
         return "it has a shape but no values: leave `FakeTensorMode` before making the state"
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         return "it has no values yet: run the lazy module once, then save"
+    if name == "NestedTensor":
+        return "save its parts: `tensor.unbind()`"
     if name == "MaskedTensor":
         return "save `tensor.get_data()` and `tensor.get_mask()`"
     return "subclasses of tensors are not converted silently: `tensor.as_subclass(torch.Tensor)`"
 
 
-def _conversion_hint(value: Any) -> str:  # noqa: PLR0911  (a table with isinstance for keys)
+def _conversion_hint(value: Any) -> str:  # noqa: C901, PLR0911  (a table with isinstance for keys)
     if isinstance(value, enum.Enum):
         return "save `value.value` or `value.name`"
     if isinstance(value, np.ndarray):

@@ -134,7 +134,7 @@ def spans_bytes(spans: Sequence[Span]) -> int:
 def rebase(
     record: TensorRecord, hull: Hull | None, spans: Sequence[Span], storage: int
 ) -> TensorRecord:
-    """Describe a tensor as a view of the spans laid end to end, which become storage ``storage``."""
+    """Describe a tensor as a view of ``storage``, which is the spans laid end to end."""
     if hull is None:
         return record._replace(storage=storage, offset=0)
     span = spans[bisect_right(spans, hull.start, key=lambda span: span.start) - 1]
@@ -173,7 +173,7 @@ class TensorTable:
         self._dtypes: dict[Any, tuple[str, int, int]] = {}
 
     def add_torch(self, tensor: Any, kind: int, where: Callable[[], str]) -> int:
-        """Number a ``torch.Tensor`` or ``Parameter``; ``where`` names it in errors."""
+        """Take in a ``torch.Tensor`` or ``Parameter``; ``where`` names it in errors."""
         number = self._numbers.get(id(tensor))
         if number is not None:
             return number
@@ -215,7 +215,7 @@ class TensorTable:
         return number
 
     def add_numpy(self, array: np.ndarray[Any, Any], where: Callable[[], str]) -> int:
-        """Number a ``numpy.ndarray``; ``where`` names it in errors."""
+        """Take in a ``numpy.ndarray``; ``where`` names it in errors."""
         number = self._numbers.get(id(array))
         if number is not None:
             return number
@@ -284,9 +284,7 @@ class TensorTable:
         else:
             spans = lay_spans(hulls, owner.bytes)
         for number in owner.tensors:
-            self._records[number] = rebase(
-                self._records[number], self._hulls[number], spans, index
-            )
+            self._records[number] = rebase(self._records[number], self._hulls[number], spans, index)
         if not spans:
             return StorageRecord(owner.element, 0, [])
         storage = owner.storage if owner.is_cpu else owner.storage.cpu()

@@ -11,6 +11,7 @@ mod checkpoint;
 mod errors;
 mod guard;
 mod handle;
+mod log;
 mod manager;
 mod tensor;
 mod tree;
@@ -18,6 +19,8 @@ mod tree;
 /// The native half of `dtruntime`.
 #[pymodule(gil_used = false, name = "_native")]
 mod native {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use crate::checkpoint::Checkpoint;
     #[pymodule_export]
@@ -26,4 +29,11 @@ mod native {
     use crate::manager::Manager;
     #[pymodule_export]
     use crate::tensor::MappedMemory;
+
+    /// Runs once, when the module is imported.
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::log::start();
+        Ok(())
+    }
 }

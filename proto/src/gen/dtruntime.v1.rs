@@ -116,15 +116,15 @@ pub mod node {
 /// Nothing: presence is the value.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Unit {}
-/// A complex number.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+/// A complex number. By its bits: a `double` that equals 0 is left out on the wire, and -0.0 does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Complex {
-    /// Real part.
-    #[prost(double, tag = "1")]
-    pub real: f64,
-    /// Imaginary part.
-    #[prost(double, tag = "2")]
-    pub imaginary: f64,
+    /// Real part: IEEE binary64.
+    #[prost(fixed64, tag = "1")]
+    pub real_bits: u64,
+    /// Imaginary part: IEEE binary64.
+    #[prost(fixed64, tag = "2")]
+    pub imaginary_bits: u64,
 }
 /// A numpy scalar.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

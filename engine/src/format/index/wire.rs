@@ -175,7 +175,8 @@ fn value_to_proto(value: &Value) -> ProtoValue {
         Value::BigInt(bytes) => ProtoValue::BigInt(bytes.clone()),
         Value::Float(value) => ProtoValue::Float(*value),
         Value::Complex(real, imaginary) => {
-            ProtoValue::Complex(proto::Complex { real: *real, imaginary: *imaginary })
+            let (real_bits, imaginary_bits) = (real.to_bits(), imaginary.to_bits());
+            ProtoValue::Complex(proto::Complex { real_bits, imaginary_bits })
         }
         Value::Str(text) => ProtoValue::Str(text.clone()),
         Value::Bytes(bytes) => ProtoValue::Bytes(bytes.clone()),
@@ -203,7 +204,9 @@ fn value_from_proto(value: ProtoValue) -> Value {
         ProtoValue::Int(value) => Value::Int(value),
         ProtoValue::BigInt(bytes) => Value::BigInt(bytes),
         ProtoValue::Float(value) => Value::Float(value),
-        ProtoValue::Complex(proto::Complex { real, imaginary }) => Value::Complex(real, imaginary),
+        ProtoValue::Complex(proto::Complex { real_bits, imaginary_bits }) => {
+            Value::Complex(f64::from_bits(real_bits), f64::from_bits(imaginary_bits))
+        }
         ProtoValue::Str(text) => Value::Str(text),
         ProtoValue::Bytes(bytes) => Value::Bytes(bytes),
         ProtoValue::Tensor(tensor) => Value::Tensor(tensor),

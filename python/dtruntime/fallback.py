@@ -1,0 +1,93 @@
+"""Which checkpoint is read when none is named, and what happens when it cannot be.
+
+Always holds: the newest checkpoint that verifies is taken; falling back is logged and reported; a
+checkpoint that its writer replaced or deleted meanwhile is looked up anew, not called damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+from dtruntime.errors import CheckpointError, CheckpointNotFound, Corrupt, StorageError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from dtruntime import _native
+
+_T = TypeVar("_T")
+_logger = logging.getLogger("dtruntime")
+
+
+def read_step(
+    native: _native.Manager, step: int, read: Callable[[_native.Checkpoint], _T]
+) -> tuple[_native.Checkpoint, _T]:
+    """Read one step; once more if its writer replaced it under our feet."""
+    checkpoint = native.checkpoint(step)
+    try:
+        return checkpoint, read(checkpoint)
+    except (Corrupt, CheckpointNotFound, StorageError):
+        again = native.checkpoint(step)
+        if again.attempt == checkpoint.attempt:
+            raise
+    return again, read(again)
+
+
+def read_newest(
+    native: _native.Manager,
+    store: os.PathLike[str],
+    read: Callable[[_native.Checkpoint], _T],
+) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
+    """Read the newest checkpoint that verifies; give the newer ones that do not, with reasons."""
+    failed: dict[int, str] = {}
+    vanished: set[int] = set()
+    first_error: CheckpointError | None = None
+    while True:
+        # Listed anew each time: the writer may have replaced what vanished by something newer.
+        left = [s for s, _ in native.candidates() if s not in failed and s not in vanished]
+        if not left:
+            raise _nothing_readable(store, failed) from first_error
+        step = left[-1]
+        try:
+            checkpoint, result = read_step(native, step, read)
+        except CheckpointNotFound:
+            vanished.add(step)
+        except (Corrupt, StorageError) as error:
+            if not _is_damage(error):
+                raise
+            failed[step] = f"{error.what}: {error.why}"
+            first_error = first_error or error
+            _logger.warning("step %d does not verify, trying an older one: %s", step, error)
+        else:
+            if failed:
+                newer = ", ".join(map(str, sorted(failed)))
+                _logger.warning("fell back to step %d from %s", step, newer)
+            return checkpoint, result, failed
+
+
+def no_checkpoint(store: os.PathLike[str]) -> CheckpointNotFound:
+    """Give the error of an empty store."""
+    return CheckpointNotFound(
+        f"looking for the newest checkpoint in `{store}`",
+        "there is none",
+        "save one first, or check the path",
+    )
+
+
+def _is_damage(error: Corrupt | StorageError) -> bool:
+    """Tell what this checkpoint has from what any other would have, too."""
+    return not isinstance(error, StorageError) or error.errno in (errno.EIO, errno.ENOENT)
+
+
+def _nothing_readable(store: os.PathLike[str], failed: dict[int, str]) -> CheckpointError:
+    if not failed:
+        return no_checkpoint(store)
+    return Corrupt(
+        f"looking for a checkpoint that verifies in `{store}`",
+        f"all {len(failed)} are damaged; "
+        + "; ".join(f"step {step}: {why}" for step, why in sorted(failed.items())),
+        "run `ckpt-tool verify --all` to see what is damaged, and look at the device",
+    )

@@ -1,0 +1,45 @@
+"""Shared by all tests: a store of one's own, and comparison by bits."""
+
+from __future__ import annotations
+
+import faulthandler
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dtruntime import CheckpointManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+# A hang shows where every thread stands instead of a silent time limit.
+faulthandler.dump_traceback_later(300, exit=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Give the path of a store that does not exist yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def open_manager(store: Path) -> Iterator[Callable[..., CheckpointManager]]:
+    """Open managers, on ``store`` unless told otherwise, and close them at the end."""
+    managers = []
+
+    def open_one(path: Path | None = None, **settings) -> CheckpointManager:
+        settings.setdefault("chunk_bytes", "64KiB")  # several chunks even in small tests
+        manager = CheckpointManager(path or store, **settings)
+        managers.append(manager)
+        return manager
+
+    yield open_one
+    for manager in managers:
+        manager.close()
+
+
+@pytest.fixture
+def manager(open_manager: Callable[..., CheckpointManager]) -> CheckpointManager:
+    """Give a writing manager on ``store``."""
+    return open_manager()

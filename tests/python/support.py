@@ -1,0 +1,118 @@
+"""Helpers of the tests: equality by type and bits, and scripts in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PACKAGE_ROOT = Path(__file__).parents[2] / "python"
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    """Give a tensor's items as bytes, in order of their indices, whatever the dtype and strides."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    size = plain.dtype.itemsize
+    storage = plain.untyped_storage()
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    items = np.lib.stride_tricks.as_strided(
+        raw[plain.storage_offset() * size :],
+        (*plain.shape, size),
+        (*(stride * size for stride in plain.stride()), 1),
+    )
+    return items.tobytes()
+
+
+def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
+    """Compare by type and bits, recursively."""
+    assert type(actual) is type(expected), f"{where}: {type(actual)} != {type(expected)}"
+    if isinstance(expected, (dict, OrderedDict)):
+        pairs = list(zip(actual, expected, strict=True))
+        for ours, theirs in pairs:
+            assert_same(ours, theirs, f"{where} key")
+        for (_, key), value in zip(pairs, actual.values(), strict=True):
+            assert_same(value, expected[key], f"{where}[{key!r}]")
+        assert vars_of(actual) == vars_of(expected), where
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), where
+        for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(ours, theirs, f"{where}[{index}]")
+    elif isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype, where
+        assert actual.shape == expected.shape, where
+        assert actual.requires_grad == expected.requires_grad, where
+        assert bits_of(actual) == bits_of(expected), where
+    elif isinstance(expected, np.ndarray):
+        assert actual.dtype == expected.dtype, where
+        assert actual.shape == expected.shape, where
+        assert actual.tobytes() == expected.tobytes(), where
+    elif isinstance(expected, np.generic):
+        assert actual.dtype == expected.dtype, where
+        assert actual.tobytes() == expected.tobytes(), where
+    elif isinstance(expected, float):
+        assert struct.pack("<d", actual) == struct.pack("<d", expected), where
+    elif isinstance(expected, complex):
+        assert struct.pack("<dd", actual.real, actual.imag) == struct.pack(
+            "<dd", expected.real, expected.imag
+        ), where
+    else:
+        assert actual == expected, where
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    """Give the attributes of an OrderedDict; a dict has none."""
+    return vars(value) if isinstance(value, OrderedDict) else {}
+
+
+def script_environment() -> dict[str, str]:
+    """Give the environment in which a script finds the package under test."""
+    return os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def run_script(
+    source: str, *arguments: object, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run Python source in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def start_script(source: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start Python source in a process of its own; its output is read through pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+        env=script_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def shard_of(store: Path, step: int) -> Path:
+    """Give the one shard of a step."""
+    (shard,) = (store / f"step-{step:012}").glob("*.shard")
+    return shard
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    """Damage one byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x55]))

@@ -1,0 +1,244 @@
+"""Restoring in place: what changes, what is reported, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from support import assert_same, flip_byte, shard_of
+
+from dtruntime import Corrupt, InvalidArgument, RestoreIncomplete, checkpoint
+
+
+def train(model, optimizer, scheduler, generator, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        inputs = torch.randn(16, 8, generator=generator)
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def fresh_training(seed: int):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 1)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return model, optimizer, scheduler, torch.Generator().manual_seed(seed)
+
+
+def state_of(model, optimizer, scheduler, generator):
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "generator": generator.get_state(),
+        "epoch": 3,
+    }
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(manager):
+    parts = fresh_training(1)
+    train(*parts, steps=5)
+    manager.save(state_of(*parts), step=5)
+    expected = train(*parts, steps=5)
+
+    resumed = fresh_training(2)
+    live = state_of(*resumed) | {"epoch": 0}
+    report = manager.restore(live)
+    resumed[3].set_state(live["generator"])
+    assert live["epoch"] == 3
+    assert report.values["epoch"] == 3
+    assert (report.step, report.missing, report.unexpected, report.skipped) == (5, (), (), {})
+    assert train(*resumed, steps=5) == expected
+    assert_same(resumed[0].state_dict(), parts[0].state_dict())
+
+
+def test_live_objects_keep_their_identity(manager):
+    saved = {
+        "tensor": torch.randn(4, 5),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "array": np.arange(5.0),
+        "nested": {"list": [torch.ones(2), 7], "tuple": (torch.zeros(2), "kept")},
+        "plain": {"history": [1, 2, 3]},
+        "losses": [0.5, 0.25],
+        "bits": torch.empty(3, dtype=torch.uint4),
+        "placeholder": {"any": torch.ones(1)},
+    }
+    manager.save(saved, step=1)
+    live = {
+        "tensor": torch.zeros(5, 4).t(),
+        "parameter": torch.nn.Parameter(torch.zeros(3)),
+        "array": np.zeros(5),
+        "nested": {"list": [torch.zeros(2), 0], "tuple": (torch.ones(2), "kept")},
+        "plain": {"other": 1},
+        "losses": [],
+        "bits": torch.empty(3, dtype=torch.uint4),
+        "placeholder": None,
+    }
+    before = {key: id(value) for key, value in live.items() if value is not None}
+    parts = live["nested"]["list"][0], live["nested"]["tuple"][0]
+    report = manager.restore(live)
+    assert_same(live, saved)
+    assert before == {key: id(value) for key, value in live.items() if key in before}
+    assert live["nested"]["list"][0] is parts[0]
+    assert live["nested"]["tuple"][0] is parts[1]
+    assert report.values["nested.tuple.1"] == "kept"
+
+
+def test_only_what_is_asked_for_is_touched(manager):
+    model = torch.nn.Linear(3, 2)
+    manager.save({"model": model, "optimizer": {"lr": 1}, "epoch": 3}, step=1)
+    other = torch.nn.Linear(3, 2)
+    report = manager.restore({"model": other})
+    assert report.skipped == {"optimizer": "not asked for", "epoch": "not asked for"}
+    assert_same(other.state_dict(), model.state_dict())
+
+
+MISFITS = {
+    "shape": ({"w": torch.zeros(3)}, r"`w`: the live shape is \(3,\), the saved one \(4, 2\)"),
+    "dtype": (
+        {"w": torch.zeros(4, 2).half()},
+        "dtype is torch.float16, the saved one torch.float32",
+    ),
+    "kind": ({"w": np.zeros((4, 2), np.float32)}, "an array is live"),
+    "plain": ({"w": 5}, "a int is live"),
+    "tensor for plain": ({"n": torch.zeros(1)}, "a tensor is live"),
+    "missing": (
+        {"w": torch.zeros(4, 2), "new": torch.zeros(1)},
+        "missing in the checkpoint: `new`",
+    ),
+    "list length": ({"l": [torch.zeros(1)]}, "the live length is 1, the saved one 2"),
+    "list kind": ({"l": (torch.zeros(1),)}, "a tuple is live"),
+    "dict kind": ({"w": {"x": torch.zeros(1)}}, "a `dict` is live"),
+    "contents": ({"w": []}, "a list is live"),
+    "module": ({"m": torch.nn.Linear(5, 1)}, r"`m.weight`: the live shape is \(1, 5\)"),
+    "module missing": ({"m": torch.nn.Linear(2, 1, bias=False)}, "unexpected.*`m.bias`"),
+    "no module": ({"w": torch.nn.Linear(2, 1)}, "a module is live"),
+    "array shape": ({"a": np.zeros(4)}, r"`a`: the live shape is \(4,\)"),
+    "array dtype": ({"a": np.zeros(3, np.int8)}, "live dtype is int8"),
+    "meta": ({"w": torch.zeros(4, 2, device="meta")}, "without values"),
+    "nested": (
+        {"d": {"x": torch.zeros(1), "z": torch.zeros(1)}},
+        "missing.*`d.z`; unexpected.*`d.y`",
+    ),
+}
+
+
+def misfit_state():
+    return {
+        "w": torch.ones(4, 2),
+        "n": 3,
+        "l": [torch.ones(1), 2],
+        "m": torch.nn.Linear(2, 1),
+        "a": np.ones(3),
+        "d": {"x": torch.ones(1), "y": torch.ones(1)},
+    }
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_refused_before_anything_changes(manager, name):
+    manager.save(misfit_state(), step=1)
+    live, message = MISFITS[name]
+    live = {"first": torch.zeros(1)} | live if name == "missing" else live
+    before = copy.deepcopy(live)
+    with pytest.raises(InvalidArgument, match=message):
+        manager.restore(live)
+    for key, value in live.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            assert torch.equal(value, before[key])
+    manager.save({"still": "saves"}, step=2)
+
+
+def test_lenient_restores_take_what_fits(manager):
+    manager.save(misfit_state(), step=1)
+    live = {
+        "w": torch.zeros(9),
+        "n": 0,
+        "new": torch.zeros(1),
+        "m": torch.nn.Linear(2, 3),
+        "d": {"x": torch.zeros(1)},
+    }
+    report = manager.restore(live, strict=False)
+    assert report.missing == ("new",)
+    assert report.unexpected == ("d.y",)
+    assert set(report.skipped) == {"w", "m.weight", "m.bias", "l", "a"}
+    assert live["n"] == 3
+    assert torch.equal(live["d"]["x"], torch.ones(1))
+
+
+def test_nothing_to_restore_into(manager):
+    manager.save({"a": 1}, step=1)
+    with pytest.raises(InvalidArgument, match="cannot be changed in place"):
+        manager.restore(7)
+
+
+def test_expanded_and_tied_tensors(manager):
+    manager.save({"a": torch.ones(1).expand(5), "b": torch.arange(3.0)}, step=1)
+    live = {"a": torch.zeros(1).expand(5), "b": torch.zeros(3)}
+    manager.restore(live)
+    assert torch.equal(live["a"], torch.ones(5))
+
+
+def test_damage_is_found_before_anything_changes(manager, store):
+    manager.save({"a": torch.ones(50_000), "b": torch.ones(50_000)}, step=1)
+    shard = shard_of(store, 1)
+    flip_byte(shard, 4096 + 70_000 if shard.stat().st_size > 200_000 else 4096 + 10)
+    live = {"a": torch.zeros(50_000), "b": torch.zeros(50_000)}
+    with pytest.raises(Corrupt):
+        manager.restore(live, step=1)
+    assert not live["a"].any()
+    assert not live["b"].any()
+    manager.save(live, step=2)
+
+
+class Stubborn:
+    """Refuses what it is given."""
+
+    def state_dict(self):
+        return {"a": 1}
+
+    def load_state_dict(self, _state):
+        raise RuntimeError("I will not")
+
+
+def test_a_restore_that_fails_half_way_locks_saving(manager):
+    manager.save({"w": torch.ones(3), "s": Stubborn()}, step=1)
+    live = {"w": torch.zeros(3), "s": Stubborn()}
+    with pytest.raises(RestoreIncomplete, match="I will not") as caught:
+        manager.restore(live)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RestoreIncomplete, match="mixture"):
+        manager.save_async(live, step=2)
+    manager.restore({"w": live["w"]})
+    manager.save(live, step=2)
+
+
+def test_without_memory_items_are_restored_one_by_one(open_manager, store, monkeypatch):
+    manager = open_manager(compression="none")
+    manager.save({"a": torch.ones(60_000), "b": torch.ones(60_000)}, step=1)
+    monkeypatch.setattr(checkpoint, "_available_memory_bytes", lambda: 1)
+    live = {"a": torch.zeros(60_000), "b": torch.zeros(60_000)}
+    manager.restore(live)
+    assert live["a"].all()
+    assert live["b"].all()
+
+    flip_byte(shard_of(store, 1), 4096 + 2 * 60_000 * 4 - 100)
+    live["a"].zero_()
+    with pytest.raises(RestoreIncomplete):
+        manager.restore(live, step=1)
+    assert live["a"].all(), "the first item had been restored"
+    with pytest.raises(RestoreIncomplete):
+        manager.save(live, step=2)
+
+
+def test_available_memory_is_plausible():
+    assert 1 << 26 < checkpoint._available_memory_bytes() < 1 << 62

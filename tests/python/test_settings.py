@@ -1,0 +1,114 @@
+"""Arguments: what is accepted, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtruntime import CheckpointManager, InvalidArgument, settings
+
+WRONG = {
+    "no path": ({"path": None}, "setting `path`: it is not given"),
+    "two paths": ({"storage_path": "b"}, "both name the store"),
+    "s3 backend": ({"backend": "s3"}, "this version stores checkpoints in directories"),
+    "s3 path": ({"path": "s3://bucket/run"}, "this version stores checkpoints in directories"),
+    "remote": ({"remote": "s3://bucket/run"}, "this version stores checkpoints in directories"),
+    "bytes path": ({"path": b"abc"}, "a str or a path is expected"),
+    "number path": ({"path": 5}, "a str or a path is expected"),
+    "compression": ({"compression": "gzipp"}, "hint: did you mean `gzip`?"),
+    "io backend": ({"io_backend": "aio"}, "expected one of `auto`, `uring`, `threads`"),
+    "direct io": ({"direct_io": "yes"}, "expected one of `auto`, `on`, `off`"),
+    "keep none": ({"keep_last_n": 0}, "at least the newest checkpoint is kept"),
+    "keep negative": ({"keep_last_n": -1}, "a whole number from 0"),
+    "keep bool": ({"keep_last_n": True}, "a whole number from 0"),
+    "keep every": ({"keep_every": 0}, "steps cannot be multiples of 0"),
+    "keep float": ({"keep_every": 1.5}, "got `float`"),
+    "staging text": ({"staging_bytes": "2 GiBi"}, 'such as "512MiB" or "2GiB"'),
+    "staging small": ({"staging_bytes": 1}, "at least 4 chunks"),
+    "chunk odd": ({"chunk_bytes": 100_000}, "a power of two from 65536 to 67108864"),
+    "interval": ({"save_interval_steps": 0}, "at least 1 is expected"),
+    "sigterm": ({"sigterm": "finnish"}, "did you mean `finish`?"),
+    "rank": ({"rank": 3}, "a rank is less than the world size"),
+    "rank text": ({"rank": "worker"}, "or a name that ends in one"),
+    "world size": ({"rank": 0, "world_size": 2}, "need a coordinator"),
+    "job": ({"job": ""}, "a job name has 1 to 255 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("CHECKPOINT_DIR", raising=False)
+    arguments, message = WRONG[name]
+    path = arguments.get("path", tmp_path / "store")
+    with pytest.raises(InvalidArgument) as caught:
+        CheckpointManager(**{"path": path} | arguments)
+    text = str(caught.value)
+    assert message in text
+    assert "\nhint: " in text
+    assert text[0].islower() or text[0] == "`"
+    assert not (tmp_path / "store").exists(), "nothing is made before all settings are checked"
+
+
+@pytest.mark.parametrize("step", [None, "7", -1, 1.5, True, 2**63])
+def test_wrong_steps_are_refused(manager, step):
+    for verb in (
+        lambda: manager.save_async({}, step=step),
+        lambda: manager.delete(step),
+        lambda: manager.should_save(step),
+    ):
+        with pytest.raises(InvalidArgument, match="a whole number from 0"):
+            verb()
+    with pytest.raises(InvalidArgument, match="call `save_async"):
+        manager.save_async(1000, {"model": 1})
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {"a": float("nan")}, {"a": {1, 2}}, [1], "text"])
+def test_annotations_are_json(manager, value):
+    with pytest.raises(InvalidArgument, match="it is stored as JSON"):
+        manager.save_async({}, step=1, metadata=value)
+    with pytest.raises(InvalidArgument, match="`dataset_positions`"):
+        manager.save_async({}, step=1, dataset_positions=value)
+    assert manager.all_steps() == []
+
+
+def test_a_bad_device_is_named(manager):
+    manager.save({"a": 1}, step=1)
+    for device in ("nonsense", {"cuda:0": "cpu"}, len):
+        with pytest.raises(InvalidArgument, match="a device is expected"):
+            manager.load(map_location=device)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("5B", 5), ("2 KiB", 2048), ("1kB", 1000), ("1.5MiB", 3 << 19), ("2gib", 2 << 30)],
+)
+def test_sizes_as_text(text, count):
+    assert settings.parse_bytes("staging_bytes", text) == count
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"RANK": "worker-3", "WORLD_SIZE": "8"}, (3, 8)),
+        ({"RANK": "train-job-0-worker-12", "WORLD_SIZE": "16"}, (12, 16)),
+    ],
+)
+def test_rank_from_the_environment(environment, expected):
+    assert settings.rank_and_world_size(None, None, environment) == expected
+    assert settings.rank_and_world_size(5, "9", environment) == (5, 9)
+
+
+def test_the_engine_logs_to_standard_error(store):
+    from support import run_script
+
+    done = run_script(
+        """
+import os, sys
+os.environ.update(RUST_LOG="debug", LOG_FORMAT="json")
+import dtruntime
+dtruntime.CheckpointManager(sys.argv[1]).save({"a": 1}, step=1)
+""",
+        store,
+    )
+    assert done.returncode == 0, done.stderr
