@@ -74,7 +74,7 @@ def demonstrate(folder: Path) -> int:
     claims.check("every byte verifies", holds=tool("verify", rough, "--all"))
     claims.check(
         f"steps {before} and {last} can be compared",
-        holds=tool("diff", rough, before, last),
+        holds=tool("diff", rough, before, last, "--limit", 6),
     )
 
     heading("5. what a save cost (uninterrupted run)")

@@ -1,7 +1,7 @@
 //! What the documents promise: one title each, and no command that does not exist.
 
 use crate::Rule;
-use crate::tree::{Finding, Tree};
+use crate::tree::{Finding, Tree, join};
 
 pub(crate) const ONE_TITLE: Rule = Rule {
     says: "a document has one title",
@@ -82,19 +82,6 @@ pub(crate) const LINKS_RESOLVE: Rule = Rule {
 fn links(line: &str) -> impl Iterator<Item = &str> {
     let targets = line.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
     targets.filter(|target| !target.is_empty() && !target.contains(':'))
-}
-
-/// `link`, as written in a file of `folder`, from the root.
-fn join(folder: &str, link: &str) -> String {
-    let mut parts: Vec<&str> = Vec::new();
-    for part in folder.split('/').chain(link.split('/')) {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            name => parts.push(name),
-        }
-    }
-    parts.join("/")
 }
 
 fn exists(tree: &Tree, path: &str) -> bool {

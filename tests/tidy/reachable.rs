@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use crate::Rule;
 use crate::rust_text::code_of;
-use crate::tree::{Finding, Member, Tree};
+use crate::tree::{Finding, Member, Tree, join};
 
 pub(crate) const NO_DEAD_FILES: Rule = Rule {
     says: "every Rust file is part of a crate",
@@ -21,7 +21,7 @@ pub(crate) const NO_DEAD_FILES: Rule = Rule {
             ("engine/src/lib.rs", "mod io;\n// mod dead;\ninclude!(\"made.rs\");\n"),
             ("engine/src/io/mod.rs", "pub(crate) mod ring;\n"),
             ("engine/src/io/ring.rs", "mod slot;\n"),
-            ("engine/src/io/ring/slot.rs", "#[path = \"far.rs\"]\nmod near;\n"),
+            ("engine/src/io/ring/slot.rs", "#[path = \"../ring/far.rs\"]\nmod near;\n"),
             ("engine/src/io/ring/far.rs", ""),
             ("engine/src/made.rs", ""),
             ("engine/src/dead.rs", ""),
@@ -65,7 +65,7 @@ fn named_by(path: &str, text: &str, is_root: bool) -> Vec<String> {
             named.push(format!("{inner}/{module}.rs"));
             named.push(format!("{inner}/{module}/mod.rs"));
         } else if code.contains("#[path =") || code.contains("include!(") {
-            named.extend(line.split('"').nth(1).map(|file| format!("{folder}/{file}")));
+            named.extend(line.split('"').nth(1).map(|file| join(folder, file)));
         }
     }
     named

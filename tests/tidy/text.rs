@@ -13,7 +13,9 @@ const LEFT_UNDONE: [&str; 4] =
 pub(crate) const RUST_OPENS_WITH_ITS_MODEL: Rule = Rule {
     says: "a Rust file opens with `//!`: what it models and what always holds",
     check: |tree| {
-        let silent = tree.written(&[".rs"]).filter(|(_, text)| !text.starts_with("//! "));
+        let opens =
+            |text: &str| ["//! ", "#![doc = include_str!("].iter().any(|o| text.starts_with(o));
+        let silent = tree.written(&[".rs"]).filter(|(_, text)| !opens(text));
         silent
             .map(|(path, _)| Finding::new(path, 1, "open the file with a `//!` comment"))
             .collect()

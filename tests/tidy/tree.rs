@@ -78,6 +78,19 @@ impl Tree {
     }
 }
 
+/// The path from the root of what a file in `folder` calls `link`.
+pub(crate) fn join(folder: &str, link: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in folder.split('/').chain(link.split('/')) {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    parts.join("/")
+}
+
 fn read_folder(folder: &Path, prefix: &str, files: &mut BTreeMap<String, String>) {
     for entry in fs::read_dir(folder).expect("the tree can be listed") {
         let entry = entry.expect("the tree can be listed");
