@@ -100,9 +100,11 @@ pub struct Config {
     pub keep_last_n: Option<u32>,
     /// Keep every checkpoint whose step is a multiple of this, besides. Default: none. At least 1.
     pub keep_every: Option<u64>,
-    /// Age, in seconds by the store's clock, below which nothing abandoned is deleted. Default 24 h.
+    /// Age, in seconds by the store's clock, below which nothing abandoned is deleted.
+    /// Default 24 h.
     pub gc_grace_seconds: u64,
-    /// Check every chunk's checksums on load. Default true; manifests and indexes are always checked.
+    /// Check every chunk's checksums on load. Default true; manifests and indexes are always
+    /// checked.
     pub verify_on_load: bool,
 }
 
@@ -178,8 +180,10 @@ impl Config {
         if self.world_size > 1 && !self.read_only {
             return Err(EngineError::invalid(
                 format!("setting `world_size` = {}", self.world_size),
-                "ranks that save one checkpoint together need a coordinator, and none is configured",
-                "save from one rank with `rank=0, world_size=1`, or give each rank a store of its own",
+                "ranks that save one checkpoint together need a coordinator, and none is \
+                    configured",
+                "save from one rank with `rank=0, world_size=1`, or give each rank a store of \
+                    its own",
             ));
         }
         Ok(())

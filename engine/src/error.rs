@@ -182,7 +182,8 @@ impl EngineError {
             }
             Kind::NotADirectory => "a parent of the path is a file: choose another path",
             Kind::InvalidFilename => {
-                "the path is too long or holds a character that the filesystem refuses: choose another path"
+                "the path is too long or holds a character that the filesystem refuses: choose \
+                    another path"
             }
             Kind::NotFound => "the file or directory is gone: was it deleted while in use?",
             _ => {

@@ -6,6 +6,7 @@ is written before a state was found to be storable as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -36,6 +37,14 @@ _T = TypeVar("_T")
 _logger = logging.getLogger("dtruntime")
 
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP_MEMORY = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+"""Limit and use of this process's control group, by version 2 and version 1 of the interface."""
 _MEMORY_SHARE = 0.8
 """Share of the available memory that a restore may fill to check everything first."""
 
@@ -140,6 +149,7 @@ class CheckpointManager:
         self._save_lock = threading.Lock()
         self._incomplete: RestoreIncomplete | None = None
         self._last: SaveHandle | None = None
+        self._is_capturing = False
         self._is_closed = False
         self.last_load: LoadReport | None = None
         """What the last ``load`` or ``restore`` read; None before the first."""
@@ -208,10 +218,15 @@ class CheckpointManager:
             self._native.wait_until_finished()
             flat = flatten(state)
             parts = (flat.nodes, flat.tensors, flat.storages)
-            native = self._native.save(number, bool(rewind), parts, annotations)
             assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
-            handle = self._last = SaveHandle(native, self._watcher)
-            self._watcher.watch(handle, self._native)
+            self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
+            try:
+                native = self._native.save(number, bool(rewind), parts, annotations)
+                handle = self._last = SaveHandle(native, self._watcher)
+                self._watcher.watch(handle, self._native)
+            finally:
+                self._is_capturing = False
+                lifecycle.resume_termination()
         if not self._async_write:
             handle.result()
         return handle
@@ -536,10 +551,13 @@ class CheckpointManager:
 
 def _available_memory_bytes() -> int:
     """Give the memory that can be had without swapping; everything, where it is not told."""
-    try:
+    available = 1 << 62
+    with contextlib.suppress(OSError, ValueError):
         for line in _MEMINFO.read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return 1 << 62
+                available = int(line.split()[1]) * 1024
+    for limit, used in _CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # `max`: no limit
+            room = int(limit.read_text("ascii")) - int(used.read_text("ascii"))
+            available = min(available, max(room, 0))
+    return available

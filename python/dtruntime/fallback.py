@@ -77,9 +77,23 @@ def no_checkpoint(store: os.PathLike[str]) -> CheckpointNotFound:
     )
 
 
+_MEDIUM_ERRORS = frozenset(
+    (
+        errno.EIO,
+        errno.ENOENT,
+        errno.ENODATA,  # an unreadable sector
+        errno.EILSEQ,  # a sector whose protection data do not fit
+        errno.EUCLEAN,  # a filesystem's own structures
+        errno.EBADMSG,
+        errno.EREMOTEIO,
+    )
+)
+"""What the medium says of one file, and not of the store."""
+
+
 def _is_damage(error: Corrupt | StorageError) -> bool:
     """Tell what this checkpoint has from what any other would have, too."""
-    return not isinstance(error, StorageError) or error.errno in (errno.EIO, errno.ENOENT)
+    return not isinstance(error, StorageError) or error.errno in _MEDIUM_ERRORS
 
 
 def _nothing_readable(store: os.PathLike[str], failed: dict[int, str]) -> CheckpointError:

@@ -185,13 +185,15 @@ class SaveHandle:
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Call ``callback(handle)`` once the save has ended, on the manager's callback thread.
 
-        What it raises is logged. One added after the end is called soon.
+        What it raises is logged. One added after the end is called soon; after the manager was
+        closed, at once and here.
         """
         with self._lock:
             if not self._is_announced:
                 self._callbacks.append(callback)
                 return
-        self._watcher.submit(lambda: self._run(callback))
+        if not self._watcher.submit(lambda: self._run(callback)):
+            self._run(callback)
 
     async def wait(self) -> SaveInfo:
         """Wait without blocking the event loop; ``await handle`` does the same."""
@@ -230,6 +232,8 @@ class Watcher:
 
     def __init__(self, *, shows_progress: bool) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()  # a signal handler may close the manager in between
+        self._is_stopping = False
         self._bar = ProgressBar() if shows_progress else None
         # Started now: a Python that is shutting down starts no threads.
         self._thread = threading.Thread(target=self._work, name="dtruntime-watcher", daemon=True)
@@ -239,9 +243,12 @@ class Watcher:
         """Announce the end of ``handle`` when it comes. ``manager`` is kept alive until then."""
         self._queue.put(lambda: self._follow(handle, manager))
 
-    def submit(self, work: Callable[[], object]) -> None:
-        """Run ``work`` on the thread."""
-        self._queue.put(work)
+    def submit(self, work: Callable[[], object]) -> bool:
+        """Run ``work`` on the thread; tell whether the thread is there to do so."""
+        with self._lock:
+            if not self._is_stopping:
+                self._queue.put(work)
+            return not self._is_stopping
 
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread after everything submitted; tell whether it has ended in time."""
@@ -252,7 +259,9 @@ class Watcher:
 
     def request_stop(self) -> None:
         """End the thread after everything submitted, without waiting."""
-        self._queue.put(None)
+        with self._lock:
+            self._is_stopping = True
+            self._queue.put(None)
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:

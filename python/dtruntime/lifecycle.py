@@ -119,6 +119,7 @@ class _Terminations:
         self._previous: Callable[[int, FrameType | None], Any] | int | None = None
         self._is_installed = False
         self._is_handling = False
+        self._is_deferred = False
 
     def add(self, manager: CheckpointManager, policy: _Policy) -> None:
         if not self._is_installed:
@@ -144,6 +145,9 @@ class _Terminations:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if any(manager._is_capturing for manager in list(self._policies)):  # noqa: SLF001
+            self._is_deferred = True
+            return
         self._is_handling = True
         try:
             for manager, policy in list(self._policies.items()):
@@ -153,6 +157,12 @@ class _Terminations:
         finally:
             self._is_handling = False
         self._pass_on(number, frame)
+
+    def resume(self) -> None:
+        """Handle the signal that came during a snapshot, if one did."""
+        if self._is_deferred:
+            self._is_deferred = False
+            os.kill(os.getpid(), signal.SIGTERM)  # handlers run in the main thread only
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if callable(self._previous):
@@ -192,6 +202,11 @@ _terminations = _Terminations()
 def handle_termination(manager: CheckpointManager, mode: str, deadline_seconds: float) -> None:
     """Finish or drop this manager's save in flight when the process is told to end."""
     _terminations.add(manager, _Policy(mode == "finish", deadline_seconds))
+
+
+def resume_termination() -> None:
+    """Say that a snapshot has ended: a SIGTERM that came meanwhile is handled now."""
+    _terminations.resume()
 
 
 os.register_at_fork(after_in_child=_close_locks_in_child)

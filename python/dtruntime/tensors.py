@@ -224,9 +224,8 @@ class TensorTable:
         flags = array.flags
         packed = array if flags.c_contiguous or flags.f_contiguous else np.ascontiguousarray(array)
         item_bytes = packed.itemsize
-        strides = tuple(stride // item_bytes for stride in packed.strides)
-        if packed.size == 0:
-            strides = tuple(max(stride, 0) for stride in strides)
+        # numpy calls an array contiguous whatever the strides of dimensions with one item are.
+        strides = tuple(max(stride // item_bytes, 0) for stride in packed.strides)
         record = TensorRecord(0, NUMPY, name, item_bytes, packed.shape, strides, 0, False)
         number = self._append(array, packed, record, None)
         self._numpy_storages.append((number, packed))

@@ -34,7 +34,8 @@ fn class_name(error: &EngineError) -> &'static str {
         EngineError::Io { .. } => "StorageError",
         EngineError::RestoreIncomplete { .. } => "RestoreIncomplete",
         EngineError::Closed { .. } => "Closed",
-        // `Internal`, and whatever a later engine adds: this file then lacks an arm, which is a bug.
+        // `Internal`, and whatever a later engine adds: this file then lacks an arm, which is a
+        // bug.
         _ => "Internal",
     }
 }

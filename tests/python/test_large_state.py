@@ -1,4 +1,4 @@
-"""A training state of over 1 GB survives a save, SIGKILL in the middle of the next, and a resume."""
+"""A state of over 1 GB survives a save, SIGKILL in the middle of the next, and a resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE_BYTES_MIN = 1_000_000_000
 
 
 def make_training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A transformer whose weights and moments take 1.2 GB; the same on every call."""
+    """Make a transformer whose weights and moments take 1.2 GB; the same on every call."""
     torch.manual_seed(17)
     layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, batch_first=True)
     model = torch.nn.Sequential(
@@ -36,7 +36,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: i
 
 
 def digests(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """A digest of the bytes of every tensor, by name."""
+    """Digest the bytes of every tensor, by name."""
     tensors = dict(model.state_dict())
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{number}.{name}": tensor for name, tensor in moments.items()}

@@ -233,7 +233,7 @@ VIEWS = {
     "unfold": lambda: torch.arange(10.0).unfold(0, 4, 2),
     "conjugated": lambda: torch.randn(6, dtype=torch.complex64).conj(),
     "negative": lambda: torch.randn(6, dtype=torch.complex64).conj().imag,
-    "conjugated view": lambda: torch.randn(6, 6, dtype=torch.complex128)[::2, 1].conj(),  # noqa: PLW0108  (made anew)
+    "conjugated view": lambda: torch.randn(6, 6, dtype=torch.complex128)[::2, 1].conj(),  # noqa: PLW0108
     "from numpy": lambda: torch.from_numpy(np.arange(12.0).reshape(3, 4))[1:],
     "not a leaf": lambda: torch.randn(3, requires_grad=True) * 2,
     "shared memory": lambda: torch.randn(50).share_memory_(),

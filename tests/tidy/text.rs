@@ -43,7 +43,9 @@ pub(crate) const LINES_FIT: Rule = Rule {
     says: "a line has at most 100 columns",
     check: |tree| {
         lines_where(tree, &[".rs", ".py", ".pyi"], |line| {
-            let columns = line.chars().count();
+            // Instructions to a linter stand where they must.
+            let written = line.find("  # noqa").or_else(|| line.find("  # type: "));
+            let columns = line[..written.unwrap_or(line.len())].chars().count();
             (columns > COLUMNS_MAX).then(|| format!("it has {columns}: break it"))
         })
     },

@@ -156,10 +156,12 @@ proptest! {
         let mut decoder = Decoder::new();
         for codec in CODECS {
             for stored in [&garbage, &headed] {
-                // A slice cannot change its length: an `Ok` is the right one, or a panic came first.
+                // A slice cannot change its length: an `Ok` is the right one, or a panic came
+                // first.
                 let mut raw = vec![0; raw_bytes];
                 let decoded = decoder.decode(codec, stored, &mut raw);
-                prop_assert!(codec != Codec::None || decoded.is_ok() == (stored.len() == raw_bytes));
+                let fits = stored.len() == raw_bytes;
+                prop_assert!(codec != Codec::None || decoded.is_ok() == fits);
             }
         }
     }

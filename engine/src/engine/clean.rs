@@ -63,7 +63,7 @@ impl Core {
             }
         }
         freed_bytes += self.store.remove_checkpoint(step)?;
-        self.survey()?;
+        self.note_change();
         Ok(freed_bytes)
     }
 
@@ -104,7 +104,7 @@ impl Core {
             }
         }
         if !options.dry_run {
-            self.survey()?;
+            self.note_change();
         }
         Ok(report)
     }

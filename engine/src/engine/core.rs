@@ -18,8 +18,13 @@ use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
 use crate::retention::{Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
 use crate::save::job::Job;
-use crate::store::{FileListing, StepListing, Store};
+use crate::store::{FileListing, Store};
 use crate::{EngineError, Result};
+
+/// Bytes of a piece of header, index or footer on its way to the device.
+const CONTROL_BUFFER_BYTES: usize = 1 << 20;
+/// One being filled while the other is written.
+const CONTROL_BUFFERS: usize = 2;
 
 /// Shared by the caller's threads, the workers and the committer.
 #[derive(Debug)]
@@ -27,8 +32,11 @@ pub(crate) struct Core {
     pub(crate) config: Config,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) environment: Arc<dyn Environment>,
-    /// Encoded chunks, header, index and footer.
+    /// Encoded chunks. Workers alone take from it, so that the committer, which they wait for,
+    /// never waits for them.
     pub(crate) encode_pool: Arc<BufferPool>,
+    /// Header, index and footer, piece by piece. The committer alone takes from it.
+    pub(crate) control_pool: Arc<BufferPool>,
     pub(crate) io_name: &'static str,
     poisoned: AtomicBool,
     book: Mutex<Book>,
@@ -37,6 +45,8 @@ pub(crate) struct Core {
 /// What the engine remembers.
 #[derive(Debug, Default)]
 struct Book {
+    /// Counts this engine's changes of the store: a listing taken before one is not the survey.
+    changes: u64,
     /// Of a writer, whose store nobody else changes.
     survey: Option<Survey>,
     /// Manifests by step, each with the listing that it was read under.
@@ -66,15 +76,18 @@ impl Core {
         let chunk_bytes = config.chunk_bytes as usize;
         let in_flight = usize::try_from(config.in_flight_bytes).unwrap_or(usize::MAX) / chunk_bytes;
         let workers = super::memory::worker_count(config.workers);
-        // In flight, one being filled by each worker, and two for header and index.
-        let buffers = if config.read_only { 1 } else { in_flight + workers + 2 };
+        // In flight, and one being filled by each worker.
+        let buffers = if config.read_only { 1 } else { in_flight + workers };
         let encode_pool = BufferPool::new(chunk_bytes, buffers)
+            .context("allocating buffers for", store.location())?;
+        let control_pool = BufferPool::new(CONTROL_BUFFER_BYTES, CONTROL_BUFFERS)
             .context("allocating buffers for", store.location())?;
         Ok(Self {
             config,
             store,
             environment,
             encode_pool,
+            control_pool,
             io_name,
             poisoned: AtomicBool::new(false),
             book: Mutex::default(),
@@ -119,26 +132,38 @@ impl Core {
     }
 
     fn survey_once(&self, unreadable: Unreadable) -> Result<Survey> {
+        let changes = self.book().changes;
         let listing = self.store.list()?;
         let mut known = std::mem::take(&mut self.book().manifests);
         let mut manifests = BTreeMap::new();
+        let mut unread = Vec::new();
         for step in &listing {
             if let Some(file) = step.files.iter().find(|file| file.name == MANIFEST_FILE) {
                 let state = match known.remove(&step.step) {
                     Some((seen, state)) if seen == *file => state,
-                    _ => self.read_manifest(step, unreadable)?,
+                    _ => match self.read_manifest(step.step) {
+                        Err(error @ EngineError::Io { .. })
+                            if unreadable == Unreadable::IsDamaged =>
+                        {
+                            unread.push(step.step);
+                            ManifestState::Damaged(error.to_string())
+                        }
+                        read => read?,
+                    },
                 };
                 manifests.insert(step.step, (file.clone(), state));
             }
         }
         let states = manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
         let survey = recovery::survey(&listing, &states);
+        // What the device did not give this time is asked for again.
+        manifests.retain(|step, _| !unread.contains(step));
         let mut book = self.book();
         book.manifests = manifests;
         if book.ratio.is_none() {
             book.ratio = newest_ratio(&survey, &states);
         }
-        if !self.config.read_only {
+        if !self.config.read_only && book.changes == changes {
             book.survey = Some(survey.clone());
         }
         Ok(survey)
@@ -150,8 +175,8 @@ impl Core {
         known.map_or_else(|| self.survey(), Ok)
     }
 
-    fn read_manifest(&self, step: &StepListing, unreadable: Unreadable) -> Result<ManifestState> {
-        Ok(match self.store.read_manifest(step.step) {
+    fn read_manifest(&self, step: u64) -> Result<ManifestState> {
+        Ok(match self.store.read_manifest(step) {
             Ok(None) => ManifestState::Absent,
             Ok(Some(bytes)) => match Manifest::decode(&bytes) {
                 Ok(manifest) => ManifestState::Valid(Box::new(manifest)),
@@ -159,11 +184,15 @@ impl Core {
                 Err(FormatError::Newer(why)) => ManifestState::Newer(why),
             },
             Err(error @ EngineError::Corrupt { .. }) => ManifestState::Damaged(error.to_string()),
-            Err(error @ EngineError::Io { .. }) if unreadable == Unreadable::IsDamaged => {
-                ManifestState::Damaged(error.to_string())
-            }
             Err(other) => return Err(other),
         })
+    }
+
+    /// Says that this engine changed the store: whatever was listed before is out of date.
+    pub(super) fn note_change(&self) {
+        let mut book = self.book();
+        book.changes += 1;
+        book.survey = None;
     }
 
     /// Stored bytes that a state of `raw_bytes` will take, by the ratio of the save before.
@@ -188,7 +217,7 @@ impl Core {
             book.ratio = ratio(info.stored_bytes, info.raw_bytes).or(book.ratio);
         } else {
             // Whether its manifest became visible is the store's to say.
-            self.book().survey = None;
+            self.note_change();
         }
         tracing::debug!(step = job.shard.step, committed = info.is_some(), "save ended");
     }
@@ -197,10 +226,11 @@ impl Core {
     /// The save stands whatever happens here: failures are logged and tried again after the next.
     pub(crate) fn prune(&self, step: u64, retired: &[Retired]) -> Vec<u64> {
         self.book().verified = Some(step);
+        self.note_change();
         let removed = self.try_prune(step, retired);
         if let Err(error) = &removed {
             tracing::warn!(step, %error, "retention failed; it runs again after the next save");
-            self.book().survey = None;
+            self.note_change();
         }
         removed.unwrap_or_default()
     }
@@ -223,6 +253,7 @@ impl Core {
             }
         }
         if !plan.is_empty() || !orphans.is_empty() {
+            self.note_change();
             self.survey()?;
         }
         Ok(plan)

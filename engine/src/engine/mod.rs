@@ -52,7 +52,11 @@ pub(crate) use core::Core;
 ///     rewind: false,
 ///     nodes: vec![Node { key: None, value: Value::None }],
 ///     tensors: vec![],
-///     storages: vec![StorageInput { bytes: 1 << 20, element: ElementType::Bytes, source: &weights }],
+///     storages: vec![StorageInput {
+///         bytes: 1 << 20,
+///         element: ElementType::Bytes,
+///         source: &weights,
+///     }],
 ///     metadata: Default::default(),
 ///     dataset_positions: Default::default(),
 /// })?; // the weights may change from here on
@@ -76,7 +80,10 @@ pub struct Engine {
 struct Inner {
     committer: Option<Committer>,
     workers: Option<Workers>,
+    /// Held by a caller for as long as its snapshot takes.
     saving: Mutex<Saving>,
+    /// The save in flight, or the one before; held for a moment only.
+    last: Mutex<Option<SaveHandle>>,
     core: Arc<Core>,
 }
 
@@ -84,7 +91,6 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Saving {
     arena: Option<Arc<BufferPool>>,
-    last: Option<SaveHandle>,
     plan: Option<save::CachedPlan>,
 }
 
@@ -122,7 +128,8 @@ impl Engine {
             (Some(workers), Some(Committer::start(&core)?))
         };
         let store = Arc::downgrade(&core.store);
-        let inner = Inner { committer, workers, saving: Mutex::default(), core };
+        let inner =
+            Inner { committer, workers, saving: Mutex::default(), last: Mutex::default(), core };
         Ok(Self {
             config,
             pid: std::process::id(),
@@ -167,7 +174,8 @@ impl Engine {
         self.inner("listing checkpoints")?.core.survey()
     }
 
-    /// The manifest that lies at `step`, checked; that of a retired checkpoint too. No shard is opened.
+    /// The manifest that lies at `step`, checked; that of a retired checkpoint too. No shard is
+    /// opened.
     pub fn manifest(&self, step: u64) -> Result<Manifest> {
         let inner = self.inner(&format!("reading the manifest of step {step}"))?;
         read_manifest(inner.core.store.as_ref(), step)
@@ -293,10 +301,13 @@ impl Drop for Engine {
 }
 
 impl Inner {
+    fn last(&self) -> Option<SaveHandle> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Waits for the save in flight; true if it has ended. Raises its error if nobody has seen it.
     fn wait_for_last(&self, timeout: Option<Duration>) -> Result<bool> {
-        let last = self.saving.lock().unwrap_or_else(PoisonError::into_inner).last.clone();
-        let Some(last) = last else { return Ok(true) };
+        let Some(last) = self.last() else { return Ok(true) };
         if !last.wait(timeout) {
             return Ok(false);
         }

@@ -38,10 +38,7 @@ impl Inner {
         let started = self.core.environment.monotonic();
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = &saving.last {
-            last.wait(None);
-            last.take_unseen_error().map_or(Ok(()), Err)?;
-        }
+        self.wait_for_last(None)?;
         let waited = elapsed(&*self.core.environment, started);
         let survey = if request.rewind {
             self.core.survey_for_rewind()?
@@ -91,7 +88,7 @@ impl Inner {
             handle: handle.clone(),
             started,
         })?;
-        saving.last = Some(handle.clone());
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
         self.capture(&job, &request.storages, &arena, &handle, started)?;
         Ok(handle)
     }
@@ -152,7 +149,7 @@ impl Inner {
 
     pub(super) fn prewarm(&self, raw_bytes: u64) -> Result<()> {
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = &saving.last {
+        if let Some(last) = self.last() {
             last.wait(None);
         }
         let arena = self.arena(&mut saving, raw_bytes)?;
@@ -167,7 +164,10 @@ impl Inner {
         let wanted = memory::arena_chunks(config, raw_bytes, memory::memory_bytes());
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
         match &saving.arena {
-            Some(arena) if wanted <= arena.count() => Ok(Arc::clone(arena)),
+            // A failed device may have kept buffers for good: such an arena is replaced.
+            Some(arena) if wanted <= arena.count() && arena.free() == arena.count() => {
+                Ok(Arc::clone(arena))
+            }
             _ => {
                 // The old one goes first, so that both never count at once.
                 saving.arena = None;

@@ -360,7 +360,9 @@ mod tests {
             let layout = Layout::plan(&storages, 1_u32 << log).unwrap();
             let records: Vec<StorageRecord> = layout.records().collect();
             prop_assert!(records.is_sorted_by_key(|record| Reverse(record.element)));
-            prop_assert!(records.iter().all(|record| record.raw_offset.is_multiple_of(STORAGE_ALIGNMENT)));
+            for record in &records {
+                prop_assert!(record.raw_offset.is_multiple_of(STORAGE_ALIGNMENT));
+            }
             for (storage, spec) in storages.iter().enumerate() {
                 let record = records[layout.record_index(storage)];
                 prop_assert_eq!((record.bytes, record.element), (spec.bytes, spec.element));

@@ -443,7 +443,8 @@ mod tests {
             manifest.metadata.insert(note.clone(), json!([note, number, integer, step]));
             let decoded = Manifest::decode(&manifest.encode().unwrap()).unwrap();
             prop_assert_eq!(decoded.shards[0].footer_crc(), Ok(footer_crc));
-            prop_assert_eq!(decoded.metadata[&note][1].as_f64().unwrap().to_bits(), number.to_bits());
+            let bits = decoded.metadata[&note][1].as_f64().unwrap().to_bits();
+            prop_assert_eq!(bits, number.to_bits());
             prop_assert_eq!(decoded, manifest);
         }
 

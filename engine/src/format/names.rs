@@ -152,14 +152,18 @@ mod tests {
             let attempt = AttemptId::from_bytes(bytes);
             prop_assert_eq!(AttemptId::parse(&attempt.to_string()), Some(attempt));
             prop_assert_eq!(parse_step_dir(&step_dir_name(step)), Some(step));
-            prop_assert_eq!(parse_shard_file(&shard_file_name(rank, attempt)), Some((rank, attempt)));
+            let name = shard_file_name(rank, attempt);
+            prop_assert_eq!(parse_shard_file(&name), Some((rank, attempt)));
             let temporary = manifest_temporary_name(attempt);
             prop_assert_eq!(parse_manifest_temporary(&temporary), Some(attempt));
         }
 
         #[test]
         fn what_is_accepted_is_what_would_be_written(
-            name in "(step-|rank-|manifest.json.)[-+0-9a-fA-F]{0,34}(\\.[0-9a-fA-F]{30,34})?(.shard|.tmp)?",
+            name in concat!(
+                "(step-|rank-|manifest.json.)[-+0-9a-fA-F]{0,34}",
+                "(\\.[0-9a-fA-F]{30,34})?(.shard|.tmp)?",
+            ),
         ) {
             if let Some(step) = parse_step_dir(&name) {
                 prop_assert_eq!(step_dir_name(step), name.clone());

@@ -194,7 +194,8 @@ impl Footer {
         ensure!(
             self.index_offset >= REGION_ALIGNMENT
                 && self.index_offset.is_multiple_of(REGION_ALIGNMENT),
-            "the index starts at byte {}, expected a multiple of {REGION_ALIGNMENT} after the header",
+            "the index starts at byte {}, expected a multiple of {REGION_ALIGNMENT} after the \
+                header",
             self.index_offset
         );
         let end = self
@@ -203,7 +204,8 @@ impl Footer {
             .and_then(|end| end.checked_add(REGION_ALIGNMENT));
         ensure!(
             end == Some(file_bytes),
-            "an index of {} bytes at byte {} and the footer do not end a file of {file_bytes} bytes",
+            "an index of {} bytes at byte {} and the footer do not end a file of {file_bytes} \
+                bytes",
             self.index_stored_bytes,
             self.index_offset
         );
@@ -415,7 +417,10 @@ mod tests {
         }
 
         #[test]
-        fn garbage_is_refused(bytes in proptest::collection::vec(any::<u8>(), BLOCK_BYTES), file_bytes: u64) {
+        fn garbage_is_refused(
+            bytes in proptest::collection::vec(any::<u8>(), BLOCK_BYTES),
+            file_bytes: u64,
+        ) {
             let block = <[u8; BLOCK_BYTES]>::try_from(bytes).unwrap();
             prop_assert!(Header::decode(&block).is_err());
             prop_assert!(Footer::decode(&block, file_bytes).is_err());

@@ -303,9 +303,10 @@ pub(super) fn attempt_range(transfer: &Transfer) -> std::ops::Range<usize> {
     start..transfer.range.end.min(start.saturating_add(ATTEMPT_BYTES_MAX))
 }
 
-/// The advice to give after `moved_bytes` of `transfer` were moved, as (offset, length) pairs: keeps
-/// buffered bulk writes flowing to the device, so that the final sync is short, and keeps them from
-/// filling the page cache. `DONTNEED` begins writing what is dirty and drops what is clean.
+/// The advice to give after `moved_bytes` of `transfer` were moved, as (offset, length) pairs:
+/// keeps buffered bulk writes flowing to the device, so that the final sync is short, and keeps
+/// them from filling the page cache. `DONTNEED` begins writing what is dirty and drops what is
+/// clean.
 pub(super) fn write_behind(transfer: &Transfer, moved_bytes: usize) -> Vec<(u64, u64)> {
     let is_bulk = moved_bytes >= BULK_BYTES_MIN;
     if transfer.file.direct || transfer.direction == Direction::Read || !is_bulk {

@@ -3,7 +3,8 @@
 //! ```text
 //! manifest -> footer -> header, index      each checked by the digest that its parent holds
 //!                          |
-//!   reads in flight at device depth -> worker per core: stored crc32c -> decode -> raw crc32c -> memory
+//!   reads in flight at device depth
+//!     -> worker per core: stored crc32c -> decode -> raw crc32c -> memory
 //! ```
 //!
 //! Always holds: memory is `Ok` only if every chunk that touches it matched both its checksums; a
@@ -201,7 +202,8 @@ impl<'a> Control<'a> {
             return Ok(());
         }
         Err(self.corrupt(format!(
-            "the shard is of (attempt, step, rank, ranks) {stated:?}, the manifest says {expected:?}"
+            "the shard is of (attempt, step, rank, ranks) {stated:?}, the manifest says \
+                {expected:?}"
         )))
     }
 

@@ -108,7 +108,7 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         world_size: core.config.world_size,
         chunk_bytes: job.layout.chunk_bytes(),
     };
-    let pool = &core.encode_pool;
+    let pool = &core.control_pool;
     let written = write_shard(&job, index, &header, &encoded, sink.as_mut(), pool);
     // Frees the buffers of whatever a failed save left in the queue.
     drop(encoded);

@@ -38,8 +38,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Deletes a checkpoint: the manifest first, then its directory. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64) -> Result<u64>;
 
-    /// Deletes one file of a step that no manifest names, if no live attempt holds its lock, and the step's
-    /// directory if that leaves it empty. Returns the bytes freed, `None` if it is locked.
+    /// Deletes one file of a step that no manifest names, if no live attempt holds its lock, and
+    /// the step's directory if that leaves it empty. Returns the bytes freed, `None` if it is
+    /// locked.
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>>;
 
     /// Free bytes for this user; `None` where the store has no such bound.

@@ -2,8 +2,8 @@
 //!
 //! Every element is rotated left by one bit and its bytes are dealt out, lowest first, one to each
 //! plane. The rotation puts the sign beside the mantissa, so that the top plane holds the exponent
-//! without it (of an f64 the upper bits; of an f16 some mantissa as well), which is the only part of
-//! a weight that compresses:
+//! without it (of an f64 the upper bits; of an f16 some mantissa as well), which is the only
+//! part of a weight that compresses:
 //!
 //! ```text
 //! f32       s eeeeeeee mmmmmmm mmmmmmmm mmmmmmmm

@@ -1,7 +1,8 @@
 //! The shard index: the tree, and where each storage, tensor and chunk lies.
 //!
 //! ```text
-//! ShardIndex --check--> wire --zstd--> stored bytes       stored bytes --zstd--> wire --check--> ShardIndex
+//! encode: ShardIndex --check--> wire --zstd--> stored bytes
+//! decode: stored bytes --zstd--> wire --check--> ShardIndex
 //! ```
 //!
 //! Always holds: an index that was decoded describes its file exactly (header, chunks, index and

@@ -97,8 +97,9 @@ impl Locks {
     }
 
     /// Closes, in a forked child, every lock that the parent held at the fork, so that the child
-    /// does not keep them when the parent ends. Does nothing in the parent, and waits for nothing: in
-    /// the rare case that another thread was just taking a lock at the fork, the child keeps them.
+    /// does not keep them when the parent ends. Does nothing in the parent, and waits for nothing:
+    /// in the rare case that another thread was just taking a lock at the fork, the child keeps
+    /// them.
     pub(super) fn close_after_fork(&self) {
         if self.in_owner() {
             return;
@@ -131,8 +132,8 @@ impl Drop for Lock {
         }
         let descriptor = self.locks.lock_table().remove(&self.key).flatten();
         if let Some(descriptor) = descriptor {
-            // Said aloud, because a forked child may still have the descriptor open. An error leaves
-            // the lock to the closing that follows.
+            // Said aloud, because a forked child may still have the descriptor open. An error
+            // leaves the lock to the closing that follows.
             let _ = rustix::fs::flock(&descriptor, FlockOperation::Unlock);
         }
     }

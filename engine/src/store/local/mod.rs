@@ -74,8 +74,8 @@ struct Shared {
 }
 
 impl LocalStore {
-    /// Opens a store. A writer creates the directory, with its parents, and takes the writer lock; a
-    /// reader needs the directory to be there.
+    /// Opens a store. A writer creates the directory, with its parents, and takes the writer lock;
+    /// a reader needs the directory to be there.
     pub fn open(
         path: &Path,
         access: Access,

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Always holds: `manifest.json` is whole whenever it is visible; one that makes a checkpoint is
-//! replaced only by a publication that names its attempt; whatever the rename says, what stands afterwards
-//! decides.
+//! replaced only by a publication that names its attempt; whatever the rename says, what stands
+//! afterwards decides.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -43,8 +43,9 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
         what: format!("syncing the directory of `{}`, just published", manifest.display()),
         source,
         hint: format!(
-            "step {step} is visible, and may or may not survive a power loss: look at the kernel \
-             log (`dmesg`) and the device, then save a later step; earlier checkpoints are untouched"
+            "step {step} is visible, and may or may not survive a power loss: look at the \
+             kernel log (`dmesg`) and the device, then save a later step; earlier checkpoints \
+             are untouched"
         ),
     })
 }
@@ -148,7 +149,8 @@ fn check_shards(shared: &Shared, publication: Publication<'_>) -> Result<()> {
             return Err(EngineError::corrupt(
                 path.display(),
                 format!(
-                    "it has {} bytes just before it is published, and {expected_bytes} were written",
+                    "it has {} bytes just before it is published, and {expected_bytes} were \
+                        written",
                     metadata.len()
                 ),
             ));
@@ -190,7 +192,8 @@ fn discard(shared: &Shared, temporary: &Path) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => {
-            tracing::warn!(path = %temporary.display(), %error, "a temporary manifest stays behind");
+            tracing::warn!(path = %temporary.display(), %error, "a temporary manifest stays \
+                behind");
         }
     }
 }

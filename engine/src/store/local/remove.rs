@@ -76,8 +76,8 @@ pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<()> {
     }
 }
 
-/// Deletes a file if nobody holds its lock and, asked under the lock, `allowed` says so. Returns the
-/// bytes freed; `None` if it stays.
+/// Deletes a file if nobody holds its lock and, asked under the lock, `allowed` says so. Returns
+/// the bytes freed; `None` if it stays.
 fn remove_unlocked(
     shared: &Shared,
     path: &Path,

@@ -61,7 +61,8 @@ fn sync_parent_of_existing(io: &dyn Io, path: &Path) -> Result<()> {
             | ErrorKind::ReadOnlyFilesystem
             | ErrorKind::InvalidInput
             | ErrorKind::Unsupported => {
-                tracing::debug!(path = %parent.display(), %error, "the store's parent is not synced");
+                tracing::debug!(path = %parent.display(), %error, "the store's parent is not \
+                    synced");
                 Ok(())
             }
             _ => Err(EngineError::from_io("syncing directory", parent, error)),
@@ -69,7 +70,8 @@ fn sync_parent_of_existing(io: &dyn Io, path: &Path) -> Result<()> {
     }
 }
 
-/// That a store is there. Here, and only here, symbolic links are followed: the user chose the path.
+/// That a store is there. Here, and only here, symbolic links are followed: the user chose the
+/// path.
 pub(super) fn check_directory(path: &Path) -> Result<()> {
     match std::fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => Ok(()),

@@ -111,7 +111,8 @@ impl LocalShardSink {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => {
-                tracing::warn!(path = %self.path.display(), %error, "an abandoned shard stays behind");
+                tracing::warn!(path = %self.path.display(), %error, "an abandoned shard stays \
+                    behind");
                 return;
             }
         }
@@ -186,7 +187,8 @@ impl ShardSink for LocalShardSink {
             return;
         }
         if self.phase == Phase::Finished && self.may_be_published() {
-            tracing::warn!(path = %self.path.display(), "an abandoned shard stays: a manifest may name it");
+            tracing::warn!(path = %self.path.display(), "an abandoned shard stays: a manifest \
+                may name it");
             self.phase = Phase::Settled;
             return;
         }
@@ -245,7 +247,8 @@ fn lock_new(shared: &Shared, path: &Path) -> Result<Lock> {
         Err(error) => error,
     };
     if let Err(error) = shared.io.entry(&EntryOp::RemoveFile(path.into())) {
-        tracing::warn!(path = %path.display(), %error, "a shard that could not be locked stays behind");
+        tracing::warn!(path = %path.display(), %error, "a shard that could not be locked stays \
+            behind");
     }
     Err(lock_error("locking shard", path, error))
 }
