@@ -7,5 +7,6 @@
 
 mod faults;
 mod lifecycle;
+mod pressure;
 mod round_trip;
 mod support;

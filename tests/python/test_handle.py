@@ -138,3 +138,12 @@ def test_cancelling_a_wait_does_not_cancel_the_save(manager):
     first, second = asyncio.run(main())
     assert first.step == second.step == 1
     assert manager.all_steps() == [1]
+
+
+def test_a_callback_added_after_the_manager_was_closed_runs_at_once(open_manager):
+    manager = open_manager()
+    handle = manager.save_async({"weight": torch.ones(3)}, step=1)
+    manager.close()
+    called = []
+    handle.add_done_callback(called.append)
+    assert called == [handle]

@@ -190,6 +190,30 @@ def test_sigterm_without_a_previous_handler_kills(store):
     assert steps_of(store) == [1]
 
 
+def test_sigterm_during_the_snapshot_waits_for_the_handle(store):
+    script = TERMINATION.replace(
+        "handle = manager.save_async",
+        """
+class Native:  # the signal arrives while the native half takes the snapshot
+    def __init__(self, native):
+        self.native = native
+
+    def __getattr__(self, name):
+        return getattr(self.native, name)
+
+    def save(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self.native.save(*arguments)
+
+manager._native = Native(manager._native)
+handle = manager.save_async""",
+    )
+    done = run_script(PREAMBLE + script, store, "finish", 60)
+    assert done.returncode == 5, done.stderr
+    assert "step 1 is durable" in done.stderr
+    assert steps_of(store) == [1]
+
+
 def test_sigterm_is_left_alone_unless_asked_for(open_manager):
     before = signal.getsignal(signal.SIGTERM)
     manager = open_manager()

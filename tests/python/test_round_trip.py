@@ -172,6 +172,8 @@ NUMPY_ARRAYS = {
     "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
     "strided": np.arange(20)[::3],
     "reversed": np.arange(20)[::-1],
+    "one item reversed": np.arange(1.0)[::-1],
+    "one row reversed": np.arange(6.0).reshape(2, 3)[:1][::-1],
     "transposed view": np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1),
     "broadcast": np.broadcast_to(np.arange(3), (4, 3)),
     "empty": np.empty((0, 4), np.float32),

@@ -1,0 +1,150 @@
+//! Stages that wait for each other: a slow directory, many workers, a device that comes back.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use dtr_engine::clock::System;
+use dtr_engine::config::{Compression, Config, DirectIo, IoBackend};
+use dtr_engine::engine::Components;
+use dtr_engine::io::sim::{FaultKind, LoggedOp, OpKind, Plan, Sim, Times, Trigger};
+use dtr_engine::io::{EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer, open_backend};
+use dtr_engine::{Engine, EngineError};
+
+use super::support::{State, config, finish, scratch};
+
+fn backend() -> Arc<dyn Io> {
+    open_backend(IoBackend::Threads, DirectIo::Auto).unwrap()
+}
+
+fn open(config: Config, io: Arc<dyn Io>) -> Engine {
+    Engine::open_with(config, Components { io, environment: Arc::new(System::default()) }).unwrap()
+}
+
+/// Holds the creation of step directories back until it is told to go on.
+#[derive(Debug)]
+struct Gate {
+    inner: Arc<dyn Io>,
+    is_open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *self.is_open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+}
+
+impl Io for Gate {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<File>> {
+        self.inner.open(path, mode)
+    }
+
+    fn submit(&self, transfer: Transfer) {
+        self.inner.submit(transfer);
+    }
+
+    fn set_length(&self, file: &File, length: Length) -> io::Result<()> {
+        self.inner.set_length(file, length)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        self.inner.sync(file)
+    }
+
+    fn entry(&self, operation: &EntryOp) -> io::Result<EntryReply> {
+        if let EntryOp::CreateDir(path) = operation
+            && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
+        {
+            let closed = self.opened.wait_while(self.is_open.lock().unwrap(), |open| !*open);
+            drop(closed.unwrap());
+        }
+        self.inner.entry(operation)
+    }
+}
+
+#[test]
+fn many_workers_cannot_starve_the_committer() {
+    const WORKERS: u32 = 16;
+    let directory = scratch();
+    let gate =
+        Arc::new(Gate { inner: backend(), is_open: Mutex::new(false), opened: Condvar::new() });
+    let config = Config {
+        compression: Compression::Float,
+        workers: Some(WORKERS),
+        ..config(directory.path())
+    };
+    let chunk_bytes = u64::from(config.chunk_bytes);
+    let engine = open(config, Arc::<Gate>::clone(&gate));
+    let state = State::training(1, 3);
+    let handle = engine.save(state.request(1)).unwrap();
+    // The queue towards the committer is full, and the workers hold what they encoded besides.
+    while handle.progress().encoded_bytes < u64::from(2 * WORKERS) * chunk_bytes {
+        std::thread::yield_now();
+    }
+    gate.open();
+    assert!(handle.wait(Some(Duration::from_secs(120))), "the save hangs");
+    finish(&handle).unwrap();
+    state.assert_equals(&engine.checkpoint(1).unwrap());
+}
+
+#[test]
+fn a_manifest_that_could_not_be_read_for_a_moment_is_retired_by_a_rewind_all_the_same() {
+    let directory = scratch();
+    let state = State::training(1, 0);
+    let engine = open(config(directory.path()), backend());
+    for step in [10, 20] {
+        state.save(&engine, step).unwrap();
+    }
+    drop(engine);
+
+    let sim = Arc::new(Sim::new(backend(), Plan::default()));
+    let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
+    let is_manifest_of_20 = |operation: &LoggedOp| {
+        matches!(operation.kind, OpKind::Open(_))
+            && operation.path.ends_with("step-000000000020/manifest.json")
+    };
+    let fail = |times| {
+        let trigger = Trigger::Matching(Box::new(is_manifest_of_20));
+        sim.set_plan(Plan::single(trigger, times, FaultKind::Error(5)));
+    };
+    fail(Times::Once);
+    assert_eq!(engine.steps().unwrap(), [10], "the others can be listed");
+    fail(Times::Forever);
+    let mut request = state.request(15);
+    request.rewind = true;
+    let error = engine.save(request).unwrap_err();
+    assert!(matches!(error, EngineError::Io { .. }), "{error}");
+    sim.set_plan(Plan::default());
+    assert_eq!(engine.steps().unwrap(), [10, 20], "it was never damaged");
+    let mut request = state.request(15);
+    request.rewind = true;
+    finish(&engine.save(request).unwrap()).unwrap();
+    assert_eq!(engine.steps().unwrap(), [10, 15]);
+}
+
+#[test]
+fn a_wait_with_a_time_limit_ends_while_another_thread_saves() {
+    let directory = scratch();
+    let gate =
+        Arc::new(Gate { inner: backend(), is_open: Mutex::new(false), opened: Condvar::new() });
+    let small = Config { staging_bytes: Some(4 << 16), ..config(directory.path()) };
+    let engine = open(small, Arc::<Gate>::clone(&gate));
+    let state = State::training(1, 1);
+    std::thread::scope(|scope| {
+        let saver = scope.spawn(|| state.save(&engine, 1));
+        // The snapshot cannot end before the gate opens: it is larger than the arena.
+        while engine.wait_until_finished(Some(Duration::from_millis(1))).unwrap() {
+            std::thread::yield_now();
+        }
+        gate.open();
+        saver.join().unwrap().unwrap();
+    });
+    assert_eq!(engine.steps().unwrap(), [1]);
+}
