@@ -268,3 +268,83 @@ impl<T> IoContext<T> for std::io::Result<T> {
         self.map_err(|source| EngineError::from_io(operation, &path.into(), source))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    fn rendered(errno: i32) -> String {
+        let source = io::Error::from_raw_os_error(errno);
+        EngineError::from_io("writing", Path::new("/store/x.shard"), source).to_string()
+    }
+
+    #[test]
+    fn what_the_operating_system_says_is_folded_into_what_to_do() {
+        let messages = [
+            (
+                28,
+                "No space left on device (os error 28)\nhint: free space, lower `keep_last_n`, \
+                  or run `ckpt-tool gc`, then save again; earlier checkpoints are untouched",
+            ),
+            (
+                122,
+                "Quota exceeded (os error 122)\nhint: free space, lower `keep_last_n`, \
+                  or run `ckpt-tool gc`, then save again; earlier checkpoints are untouched",
+            ),
+            (
+                13,
+                "Permission denied (os error 13)\nhint: check the owner and mode of the path and \
+                  of its parents",
+            ),
+            (
+                30,
+                "Read-only file system (os error 30)\nhint: the filesystem is mounted read-only: \
+                  remount it or choose another path",
+            ),
+            (
+                20,
+                "Not a directory (os error 20)\nhint: a parent of the path is a file: choose \
+                  another path",
+            ),
+            (
+                36,
+                "File name too long (os error 36)\nhint: the path is too long or holds a \
+                  character that the filesystem refuses: choose another path",
+            ),
+            (
+                2,
+                "No such file or directory (os error 2)\nhint: the file or directory is gone: was \
+                  it deleted while in use?",
+            ),
+            (
+                5,
+                "Input/output error (os error 5)\nhint: look at the kernel log (`dmesg`) and the \
+                  device; earlier checkpoints are untouched",
+            ),
+        ];
+        for (errno, expected) in messages {
+            let actual = rendered(errno).replace("Disk quota exceeded", "Quota exceeded");
+            assert_eq!(actual, format!("writing `/store/x.shard`: {expected}"));
+        }
+    }
+
+    #[test]
+    fn a_duplicate_says_the_same_and_keeps_the_errno() {
+        let source = io::Error::from_raw_os_error(5);
+        let error = EngineError::from_io("syncing", Path::new("/store"), source);
+        let again = error.duplicate();
+        assert_eq!(again.to_string(), error.to_string());
+        assert!(
+            matches!(again, EngineError::Io { source, .. } if source.raw_os_error() == Some(5))
+        );
+        let bug = EngineError::internal("encoding a chunk", "the worker panicked");
+        assert_eq!(
+            bug.duplicate().to_string(),
+            "encoding a chunk: the worker panicked\nhint: this is a bug in dtruntime: please \
+             report it with this message; committed checkpoints are untouched"
+        );
+        assert_eq!((error.is_retryable(), bug.is_retryable()), (true, false));
+    }
+}
