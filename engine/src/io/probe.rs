@@ -77,16 +77,18 @@ pub struct Space {
 pub fn facts(directory: &Path) -> Result<Facts> {
     let statistics = rustix::fs::statfs(directory).map_err(io::Error::from);
     let filesystem = files::filesystem_name(&statistics.context("examining", directory)?);
+    let uring = uring_fact();
     Ok(Facts {
+        locked_memory_bytes: locked_memory_fact(
+            rustix::process::getrlimit(Resource::Memlock).current,
+            uring.found.is_ok(),
+        ),
         kernel: Fact::fine(rustix::system::uname().release().to_string_lossy().into_owned()),
         space: space(directory)?,
-        uring: uring_fact(),
+        uring,
         direct_io: direct_io_fact(directory, &filesystem),
         filesystem: filesystem_fact(filesystem),
         huge_pages: huge_pages_fact(),
-        locked_memory_bytes: locked_memory_fact(
-            rustix::process::getrlimit(Resource::Memlock).current,
-        ),
     })
 }
 
@@ -178,12 +180,13 @@ fn selected(text: &str) -> Option<&str> {
     Some(rest.split_once(']')?.0)
 }
 
-fn locked_memory_fact(limit_bytes: Option<u64>) -> Fact<Option<u64>> {
+/// Only kernels before 5.12 count a ring's memory as locked, and then refuse it.
+fn locked_memory_fact(limit_bytes: Option<u64>, uring_works: bool) -> Fact<Option<u64>> {
     match limit_bytes {
-        Some(bytes) if bytes < LOCKED_BYTES_MIN => Fact::improvable(
+        Some(bytes) if bytes < LOCKED_BYTES_MIN && !uring_works => Fact::improvable(
             limit_bytes,
-            "nothing here needs locked memory; raise `ulimit -l` only where kernels before 5.12 \
-             refuse io_uring with `ENOMEM`",
+            "if io_uring is refused with `ENOMEM`, raise `ulimit -l`: kernels before 5.12 count a \
+             ring's memory as locked",
         ),
         _ => Fact::fine(limit_bytes),
     }
@@ -383,8 +386,9 @@ mod tests {
     fn memory_is_no_place_for_checkpoints() {
         assert!(filesystem_fact("tmpfs".into()).hint.is_some());
         assert!(filesystem_fact("ext4".into()).hint.is_none());
-        assert!(locked_memory_fact(Some(8 << 20)).hint.is_some());
-        assert!(locked_memory_fact(None).hint.is_none());
+        assert!(locked_memory_fact(Some(8 << 20), false).hint.is_some());
+        assert!(locked_memory_fact(Some(8 << 20), true).hint.is_none());
+        assert!(locked_memory_fact(None, false).hint.is_none());
     }
 
     #[test]
