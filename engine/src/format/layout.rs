@@ -168,10 +168,7 @@ impl Layout {
 
     /// The chunks that hold a range of the raw layout; none for an empty one.
     pub fn chunks_of(&self, raw: Range<u64>) -> Range<usize> {
-        let chunk_bytes = u64::from(self.chunk_bytes);
-        let index = |chunk: u64| usize::try_from(chunk).expect("RAW_BYTES_MAX bounds the chunks");
-        let start = index(raw.start / chunk_bytes);
-        if raw.is_empty() { start..start } else { start..index(raw.end.div_ceil(chunk_bytes)) }
+        chunks_of(raw, self.chunk_bytes)
     }
 
     /// The element type that holds most of a chunk's bytes; the wider one of equals.
@@ -195,6 +192,14 @@ impl Layout {
         let first = self.spans.partition_point(|span| span.end() <= start);
         Pieces { spans: &self.spans[first..], start, cursor: start, end }
     }
+}
+
+/// The chunks of `chunk_bytes` that hold a range of a raw layout; none for an empty one.
+pub(crate) fn chunks_of(raw: Range<u64>, chunk_bytes: u32) -> Range<usize> {
+    let chunk_bytes = u64::from(chunk_bytes);
+    let index = |chunk: u64| usize::try_from(chunk).expect("RAW_BYTES_MAX bounds the chunks");
+    let start = index(raw.start / chunk_bytes);
+    if raw.is_empty() { start..start } else { start..index(raw.end.div_ceil(chunk_bytes)) }
 }
 
 /// A run of a chunk's bytes.

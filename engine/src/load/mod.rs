@@ -17,6 +17,7 @@ use crate::error::EngineError;
 use crate::format::FormatError;
 use crate::format::checksum::crc32c;
 use crate::format::index::{IndexContext, ShardIndex};
+use crate::format::layout::chunks_of;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::parse_shard_file;
 use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
@@ -108,12 +109,7 @@ impl Checkpoint {
 
     /// The chunks that hold `bytes` bytes from `raw_offset` of the raw layout.
     fn chunks_of(&self, raw_offset: u64, bytes: u64) -> Range<usize> {
-        if bytes == 0 {
-            return 0..0;
-        }
-        let chunk_bytes = u64::from(self.header.chunk_bytes);
-        let index = |offset: u64| usize::try_from(offset / chunk_bytes).unwrap_or(usize::MAX);
-        index(raw_offset)..index(raw_offset + bytes - 1) + 1
+        chunks_of(raw_offset..raw_offset + bytes, self.header.chunk_bytes)
     }
 }
 
