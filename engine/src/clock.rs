@@ -12,6 +12,8 @@ pub trait Environment: Send + Sync + fmt::Debug {
     fn monotonic(&self) -> Duration;
     /// Milliseconds since 1970, UTC; may jump.
     fn unix_ms(&self) -> u64;
+    /// Processor time that the calling thread has used.
+    fn thread_cpu(&self) -> Duration;
     /// A fresh attempt id.
     fn attempt_id(&self) -> Result<AttemptId>;
 }
@@ -43,6 +45,11 @@ impl Environment for System {
         u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
     }
 
+    fn thread_cpu(&self) -> Duration {
+        let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::try_from(used).unwrap_or_default()
+    }
+
     fn attempt_id(&self) -> Result<AttemptId> {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).map_err(|error| EngineError::Io {
@@ -53,5 +60,40 @@ impl Environment for System {
                     .into(),
         })?;
         Ok(AttemptId(bytes))
+    }
+}
+
+/// A clock that stands still until it is told to go on.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(crate) struct Manual(std::sync::Mutex<Duration>);
+
+#[cfg(test)]
+impl Manual {
+    pub(crate) fn advance(&self, time: Duration) {
+        *self.0.lock().unwrap() += time;
+    }
+
+    pub(crate) fn set(&self, time: Duration) {
+        *self.0.lock().unwrap() = time;
+    }
+}
+
+#[cfg(test)]
+impl Environment for Manual {
+    fn monotonic(&self) -> Duration {
+        *self.0.lock().unwrap()
+    }
+
+    fn unix_ms(&self) -> u64 {
+        0
+    }
+
+    fn thread_cpu(&self) -> Duration {
+        self.monotonic()
+    }
+
+    fn attempt_id(&self) -> Result<AttemptId> {
+        Ok(AttemptId([7; 16]))
     }
 }

@@ -7,6 +7,7 @@
 pub mod clock;
 pub mod codec;
 pub mod config;
+pub mod copy;
 pub mod engine;
 pub mod error;
 pub mod format;

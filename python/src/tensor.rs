@@ -105,11 +105,8 @@ impl StorageSource for Source {
             // Another Python thread may write to a tensor meanwhile, as it may under any copy: the
             // bytes are then unspecified, and only bytes.
             unsafe {
-                std::ptr::copy_nonoverlapping(
-                    std::ptr::with_exposed_provenance::<u8>(piece.address + skip),
-                    part.as_mut_ptr(),
-                    count,
-                );
+                let source = std::ptr::with_exposed_provenance::<u8>(piece.address + skip);
+                dtr_engine::copy::copy_from(source, part);
             }
             at += count as u64;
             next += 1;

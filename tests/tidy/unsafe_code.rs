@@ -7,6 +7,7 @@ use crate::tree::{Finding, Tree};
 /// The files that may hold `unsafe`, and why safe code was not enough.
 const MAY_HOLD_UNSAFE: &[(&str, &str)] = &[
     ("engine/src/codec/planes/mod.rs", "vector instructions, chosen at run time"),
+    ("engine/src/copy.rs", "streaming stores, and memory that is known by its address"),
     ("engine/src/io/buffer.rs", "aligned memory with madvise, which no safe type gives"),
     ("engine/src/io/uring.rs", "the kernel uses buffers that the ring was told of"),
     ("engine/src/store/local/map.rs", "a mapping is safe only while no one cuts its file"),

@@ -17,7 +17,9 @@ use crate::io::buffer::BufferPool;
 use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
 use crate::retention::{Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
-use crate::save::job::Job;
+use crate::save::adapt::Adaptation;
+use crate::save::job::{Conduct, Job};
+use crate::store::flow::Flow;
 use crate::store::{FileListing, Store};
 use crate::{EngineError, Result};
 
@@ -38,6 +40,8 @@ pub(crate) struct Core {
     /// Header, index and footer, piece by piece. The committer alone takes from it.
     pub(crate) control_pool: Arc<BufferPool>,
     pub(crate) io_name: &'static str,
+    /// What encoding is known to cost and give.
+    adaptation: Arc<Adaptation>,
     poisoned: AtomicBool,
     book: Mutex<Book>,
 }
@@ -53,6 +57,8 @@ struct Book {
     manifests: BTreeMap<u64, (FileListing, ManifestState)>,
     /// Stored bytes per raw byte of the newest save.
     ratio: Option<f64>,
+    /// What the device took in the newest save, in bytes a second.
+    device_rate: Option<f64>,
     /// Restored from.
     protected: Option<u64>,
     /// Newest that was read back.
@@ -89,6 +95,7 @@ impl Core {
             encode_pool,
             control_pool,
             io_name,
+            adaptation: Arc::new(Adaptation::new()),
             poisoned: AtomicBool::new(false),
             book: Mutex::default(),
         })
@@ -210,11 +217,22 @@ impl Core {
         (raw_bytes as f64 * ratio) as u64
     }
 
+    /// What the workers of a new save go by.
+    pub(super) fn conduct(&self, workers: usize) -> Conduct {
+        let device_rate = self.book().device_rate;
+        Conduct {
+            workers,
+            flow: Arc::new(Flow::new(Arc::clone(&self.environment), device_rate)),
+            adaptation: Arc::clone(&self.adaptation),
+        }
+    }
+
     /// Books the end of a save.
     pub(crate) fn save_ended(&self, job: &Job, info: Option<&SaveInfo>) {
         if let Some(info) = info {
             let mut book = self.book();
             book.ratio = ratio(info.stored_bytes, info.raw_bytes).or(book.ratio);
+            book.device_rate = Some(job.flow.read().bytes_per_second);
         } else {
             // Whether its manifest became visible is the store's to say.
             self.note_change();

@@ -35,6 +35,7 @@ pub(super) struct CachedPlan {
 
 impl Inner {
     pub(super) fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
+        let _span = tracing::trace_span!("save", step = request.step).entered();
         let started = self.core.environment.monotonic();
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,7 +56,13 @@ impl Inner {
         let workers = memory::worker_count(self.core.config.workers);
         let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
         let compression = self.core.config.compression;
-        let job = Arc::new(Job::new(shard, layout, compression, to_committer));
+        let job = Arc::new(Job::new(
+            shard,
+            layout,
+            compression,
+            self.core.conduct(workers),
+            to_committer,
+        ));
         job.update_stats(|stats| {
             stats.wait_seconds = waited.as_secs_f64();
             stats.staging_bytes = (arena.buffer_bytes() * arena.count()) as u64;

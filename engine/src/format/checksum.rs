@@ -1,8 +1,37 @@
 //! CRC-32C (Castagnoli), plain, never seeded: the checksum of everything on disk.
 
+use crc_fast::CrcAlgorithm::Crc32Iscsi;
+
 /// CRC-32C of `bytes`.
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    ::crc32c::crc32c(bytes)
+    crc_fast::crc32_iscsi(bytes)
+}
+
+/// A CRC-32C of bytes that come in pieces.
+#[derive(Clone, Debug)]
+pub struct Digest(crc_fast::Digest);
+
+impl Digest {
+    /// Of no bytes yet.
+    pub fn new() -> Self {
+        Self(crc_fast::Digest::new(Crc32Iscsi))
+    }
+
+    /// Takes in the bytes that follow.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all bytes taken in.
+    pub fn finish(&self) -> u32 {
+        u32::try_from(self.0.finalize()).expect("the checksum has 32 bits")
+    }
+}
+
+impl Default for Digest {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// CRC-32C of A followed by B, from the checksums of both and the length of B.
@@ -44,6 +73,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn two_implementations_agree(bytes: Vec<u8>, cut: prop::sample::Index) {
+            let expected = ::crc32c::crc32c(&bytes);
+            prop_assert_eq!(crc32c(&bytes), expected);
+            let (head, tail) = bytes.split_at(cut.index(bytes.len() + 1));
+            let mut digest = Digest::new();
+            digest.update(head);
+            digest.update(tail);
+            prop_assert_eq!(digest.finish(), expected);
+        }
+
         #[test]
         fn combining_equals_concatenating(a: Vec<u8>, b: Vec<u8>) {
             let whole: Vec<u8> = a.iter().chain(&b).copied().collect();

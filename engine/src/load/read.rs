@@ -13,6 +13,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::Checkpoint;
 use crate::codec::{Codec, Decoder};
+use crate::copy::{copy, copy_with_checksum};
 use crate::error::IoContext;
 use crate::format::checksum::crc32c;
 use crate::format::index::ChunkRecord;
@@ -67,6 +68,7 @@ pub struct ReadStats {
 impl Checkpoint {
     /// Fills every target, or fails.
     pub fn read(&self, targets: Vec<Target<'_>>, options: ReadOptions) -> Result<ReadStats> {
+        let _span = tracing::trace_span!("load").entered();
         let start = Instant::now();
         let jobs = plan(self, targets)?;
         let mut stats = ReadStats { chunks: jobs.len() as u64, ..ReadStats::default() };
@@ -300,7 +302,7 @@ impl Delivery<'_> {
             if one_checksum {
                 self.expect(job.chunk, "stored", record.raw_crc32c, record.stored_crc32c)?;
             } else {
-                self.expect(job.chunk, "stored", crc32c(padded), record.stored_crc32c)?;
+                self.expect(job.chunk, "stored", checksum(padded), record.stored_crc32c)?;
             }
         }
         self.decode(&record, job, &padded[..stored_bytes])
@@ -314,6 +316,9 @@ impl Delivery<'_> {
         if let [(0, memory)] = pieces.as_mut_slice()
             && memory.len() == raw_bytes
         {
+            if record.codec == Codec::None && stored.len() == raw_bytes {
+                return self.copy_checked(chunk, stored, memory, record);
+            }
             self.decode_into(record, chunk, stored, memory)?;
             return self.check_raw(chunk, memory, record);
         }
@@ -331,6 +336,22 @@ impl Delivery<'_> {
         Ok(())
     }
 
+    /// A raw chunk to where it belongs, checked on the way.
+    fn copy_checked(
+        &self,
+        chunk: usize,
+        stored: &[u8],
+        memory: &mut [u8],
+        record: &ChunkRecord,
+    ) -> Result<()> {
+        let _span = tracing::trace_span!("copy").entered();
+        if !self.options.verify {
+            copy(stored, memory);
+            return Ok(());
+        }
+        self.expect(chunk, "raw", copy_with_checksum(stored, memory), record.raw_crc32c)
+    }
+
     fn decode_into(
         &mut self,
         record: &ChunkRecord,
@@ -338,6 +359,7 @@ impl Delivery<'_> {
         stored: &[u8],
         raw: &mut [u8],
     ) -> Result<()> {
+        let _span = tracing::trace_span!("decode").entered();
         self.decoder.decode(record.codec, stored, raw).map_err(|error| {
             self.damaged(
                 chunk,
@@ -350,7 +372,7 @@ impl Delivery<'_> {
         if !self.options.verify {
             return Ok(());
         }
-        self.expect(chunk, "raw", crc32c(raw), record.raw_crc32c)
+        self.expect(chunk, "raw", checksum(raw), record.raw_crc32c)
     }
 
     fn expect(&self, chunk: usize, which: &str, actual: u32, expected: u32) -> Result<()> {
@@ -372,8 +394,13 @@ impl Delivery<'_> {
     }
 }
 
+fn checksum(bytes: &[u8]) -> u32 {
+    tracing::trace_span!("checksum").in_scope(|| crc32c(bytes))
+}
+
 fn scatter(pieces: Vec<(usize, &mut [u8])>, raw: &[u8]) {
+    let _span = tracing::trace_span!("scatter").entered();
     for (start, memory) in pieces {
-        memory.copy_from_slice(&raw[start..start + memory.len()]);
+        copy(&raw[start..start + memory.len()], memory);
     }
 }

@@ -26,6 +26,7 @@ pub(crate) fn capture(
     arena: &Arc<BufferPool>,
     workers: &Sender<EncodeTask>,
 ) -> Result<()> {
+    let _span = tracing::trace_span!("capture").entered();
     let capture = Capture { job, storages, arena, next_chunk: AtomicUsize::new(0) };
     let streamed = !fits(job, arena);
     let threads = thread_count(job);
@@ -92,6 +93,7 @@ impl Capture<'_> {
     }
 
     fn copy_chunk(&self, index: usize, buffer: &mut Buffer) -> Result<()> {
+        let _span = tracing::trace_span!("copy").entered();
         for piece in self.job.layout.pieces(index) {
             let destination = &mut buffer[piece.chunk_offset..piece.chunk_offset + piece.length];
             match piece.storage {

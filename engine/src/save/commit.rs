@@ -100,7 +100,7 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } =
         task;
     let write_start = core.environment.monotonic();
-    let mut sink = core.store.create_shard(job.shard, reserve_bytes)?;
+    let mut sink = core.store.create_shard(job.shard, reserve_bytes, &job.flow)?;
     let header = Header {
         attempt: job.shard.attempt,
         step: job.shard.step,
@@ -129,8 +129,9 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
         stats.stored_bytes = written.file_bytes;
     });
-    read_back(core, &job, &manifest)?;
-    let removed_steps = core.prune(job.shard.step, &manifest.retired);
+    tracing::trace_span!("read_back").in_scope(|| read_back(core, &job, &manifest))?;
+    let removed_steps = tracing::trace_span!("retention")
+        .in_scope(|| core.prune(job.shard.step, &manifest.retired));
     Ok(SaveInfo {
         step: job.shard.step,
         attempt: job.shard.attempt.to_string(),
@@ -161,6 +162,7 @@ fn publish(
     replaces: Option<AttemptId>,
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
+    let _span = tracing::trace_span!("publish").entered();
     let encoded = manifest.encode().map_err(|error| {
         EngineError::internal(format!("publishing step {}", job.shard.step), error.to_string())
     });

@@ -2,25 +2,29 @@
 //!
 //! Always holds: a chunk's raw checksum is taken from the arena before anything else touches the
 //! bytes; its stored checksum covers exactly what the device is given, padding included; a worker
-//! outlives any panic of a single chunk, which fails that save alone.
+//! outlives any panic of a single chunk, which fails that save alone. Workers run at a lower priority
+//! than the threads of the training.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 
+use super::adapt::Observation;
 use super::job::{EncodedChunk, Job, Message};
 use crate::clock::{Environment, elapsed};
 use crate::codec::{Codec, Encoded, Encoder};
-use crate::config::Compression;
 use crate::error::IoContext;
 use crate::format::checksum::crc32c;
-use crate::format::layout::ElementType;
-use crate::io::ALIGNMENT;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::{EngineError, Result};
+
+/// What the scheduler is told of the workers: about a tenth of a core each while training threads
+/// want all cores, and all of it otherwise.
+const NICENESS: i32 = 10;
 
 /// A captured chunk.
 #[derive(Debug)]
@@ -88,6 +92,7 @@ struct Worker {
 
 impl Worker {
     fn run(mut self) {
+        yield_to_training();
         while let Ok(task) = self.queue.recv() {
             if task.job.has_failed() {
                 continue;
@@ -100,6 +105,7 @@ impl Worker {
                     let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
                     job.encode_nanos.fetch_add(nanos, Ordering::Relaxed);
                     job.progress.add_encoded(u64::from(chunk.raw_bytes));
+                    job.flow.expect(chunk.padded_bytes() as u64);
                     // A closed queue means that the committer gave the save up.
                     let _closed = job.encoded.send(Message::Chunk(chunk));
                 }
@@ -114,10 +120,12 @@ impl Worker {
 
     fn encode(&mut self, task: EncodeTask) -> Result<EncodedChunk> {
         let EncodeTask { job, index, buffer } = task;
+        job.begin_chunk();
+        let watch = Stopwatch::start(&*self.environment);
         let raw_bytes = job.layout.chunk_raw_bytes(index);
-        let raw_crc32c = crc32c(&buffer[..raw_bytes]);
+        let raw_crc32c = checksum(&buffer[..raw_bytes]);
         let element = job.layout.chunk_element(index);
-        let codec = choose(job.compression, element, job.device_is_bottleneck());
+        let codec = job.codec_for(element, raw_bytes);
         let chunk = EncodedChunk {
             index,
             buffer,
@@ -131,10 +139,16 @@ impl Worker {
             return Ok(pad(chunk));
         }
         let mut stored = self.pool.take();
-        let encoded = self
-            .encoder
-            .encode(codec, element, &chunk.buffer[..raw_bytes], &mut stored)
-            .map_err(|error| EngineError::internal("encoding a chunk", error.to_string()))?;
+        let encoded = tracing::trace_span!("encode").in_scope(|| {
+            self.encoder
+                .encode(codec, element, &chunk.buffer[..raw_bytes], &mut stored)
+                .map_err(|error| EngineError::internal("encoding a chunk", error.to_string()))
+        })?;
+        let stored_bytes = match encoded {
+            Encoded::Raw => raw_bytes,
+            Encoded::Stored(bytes) => bytes,
+        };
+        job.adaptation.learn(element, watch.observe(raw_bytes, stored_bytes));
         Ok(match encoded {
             Encoded::Raw => pad(chunk),
             Encoded::Stored(bytes) => {
@@ -149,37 +163,47 @@ fn narrow(chunk_bytes: usize) -> u32 {
     u32::try_from(chunk_bytes).expect("CHUNK_BYTES_MAX fits 32 bits")
 }
 
-/// The codec for one chunk. `auto` compresses floating-point chunks for as long as that costs no
-/// time: while encoded chunks wait for the device.
-fn choose(compression: Compression, element: ElementType, device_is_bottleneck: bool) -> Codec {
-    match compression.fixed_codec() {
-        Some(codec) => codec,
-        None if element != ElementType::Bytes && device_is_bottleneck => Codec::Float,
-        None => Codec::None,
+/// Makes this thread give way to those that train: what it does has time until the next save.
+fn yield_to_training() {
+    let this_thread = rustix::thread::gettid();
+    if let Err(error) = rustix::process::setpriority_process(Some(this_thread), NICENESS) {
+        tracing::debug!(%error, "encoding threads keep the process's priority");
     }
+}
+
+/// Times the work on one chunk, by the wall and by this thread's use of a core.
+struct Stopwatch<'a> {
+    environment: &'a dyn Environment,
+    wall: Duration,
+    cpu: Duration,
+}
+
+impl<'a> Stopwatch<'a> {
+    fn start(environment: &'a dyn Environment) -> Self {
+        Self { environment, wall: environment.monotonic(), cpu: environment.thread_cpu() }
+    }
+
+    fn observe(&self, raw_bytes: usize, stored_bytes: usize) -> Observation {
+        Observation {
+            raw_bytes,
+            stored_bytes,
+            wall: elapsed(self.environment, self.wall),
+            cpu: self.environment.thread_cpu().saturating_sub(self.cpu),
+        }
+    }
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    tracing::trace_span!("checksum").in_scope(|| crc32c(bytes))
 }
 
 /// Fills up to the next block with zeros and takes the checksum of all of it, unless the bytes are
 /// raw and whole blocks, whose checksum is known.
 fn pad(mut chunk: EncodedChunk) -> EncodedChunk {
-    let stored = chunk.stored_bytes as usize;
-    let padded = stored.next_multiple_of(ALIGNMENT);
+    let (stored, padded) = (chunk.stored_bytes as usize, chunk.padded_bytes());
     chunk.buffer[stored..padded].fill(0);
     if chunk.codec != Codec::None || padded != stored {
-        chunk.stored_crc32c = crc32c(&chunk.buffer[..padded]);
+        chunk.stored_crc32c = checksum(&chunk.buffer[..padded]);
     }
     chunk
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn auto_compresses_floats_only_while_the_device_is_behind() {
-        assert_eq!(choose(Compression::Auto, ElementType::Bf16, true), Codec::Float);
-        assert_eq!(choose(Compression::Auto, ElementType::Bf16, false), Codec::None);
-        assert_eq!(choose(Compression::Auto, ElementType::Bytes, true), Codec::None);
-        assert_eq!(choose(Compression::Zstd, ElementType::Bytes, false), Codec::Zstd);
-    }
 }

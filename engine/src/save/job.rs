@@ -3,19 +3,22 @@
 //! Always holds: the first failure wins and stays; once failed, every stage drops what it is given,
 //! so that buffers flow back and nobody waits for ever.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
 
+use super::adapt::{Adaptation, Outlook};
 use crate::EngineError;
 use crate::codec::Codec;
 use crate::config::Compression;
-use crate::format::layout::Layout;
+use crate::format::layout::{ElementType, Layout};
+use crate::io::ALIGNMENT;
 use crate::io::buffer::Buffer;
 use crate::progress::{Progress, SaveStats};
 use crate::store::ShardId;
+use crate::store::flow::Flow;
 
 /// State shared by capture, workers and committer.
 #[derive(Debug)]
@@ -24,6 +27,12 @@ pub(crate) struct Job {
     pub(crate) layout: Arc<Layout>,
     pub(crate) compression: Compression,
     pub(crate) progress: Progress,
+    /// What is on its way to the device.
+    pub(crate) flow: Arc<Flow>,
+    pub(crate) adaptation: Arc<Adaptation>,
+    workers: usize,
+    /// Chunks that no worker has taken up yet.
+    chunks_left: AtomicUsize,
     /// Towards the committer.
     pub(crate) encoded: Sender<Message>,
     pub(crate) encode_nanos: AtomicU64,
@@ -31,6 +40,15 @@ pub(crate) struct Job {
     stats: Mutex<SaveStats>,
     failed: AtomicBool,
     failure: Mutex<Option<EngineError>>,
+}
+
+/// What `auto` goes by.
+#[derive(Debug)]
+pub(crate) struct Conduct {
+    /// Threads that encode.
+    pub(crate) workers: usize,
+    pub(crate) flow: Arc<Flow>,
+    pub(crate) adaptation: Arc<Adaptation>,
 }
 
 /// What the committer receives.
@@ -54,18 +72,30 @@ pub(crate) struct EncodedChunk {
     pub(crate) raw_crc32c: u32,
 }
 
+impl EncodedChunk {
+    /// Bytes that it takes in the file.
+    pub(crate) fn padded_bytes(&self) -> usize {
+        (self.stored_bytes as usize).next_multiple_of(ALIGNMENT)
+    }
+}
+
 impl Job {
     pub(crate) fn new(
         shard: ShardId,
         layout: Arc<Layout>,
         compression: Compression,
+        conduct: Conduct,
         encoded: Sender<Message>,
     ) -> Self {
         Self {
             progress: Progress::new(layout.raw_bytes()),
+            chunks_left: AtomicUsize::new(layout.chunk_count()),
             shard,
             layout,
             compression,
+            flow: conduct.flow,
+            adaptation: conduct.adaptation,
+            workers: conduct.workers,
             encoded,
             encode_nanos: AtomicU64::new(0),
             chunks_encoded: AtomicU64::new(0),
@@ -96,9 +126,24 @@ impl Job {
         failure.as_ref().map(EngineError::duplicate)
     }
 
-    /// Whether the device cannot keep up: encoded chunks wait for it.
-    pub(crate) fn device_is_bottleneck(&self) -> bool {
-        !self.encoded.is_empty()
+    /// A worker takes up a chunk.
+    pub(crate) fn begin_chunk(&self) {
+        self.chunks_left.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The codec for one chunk: the fixed one, or by `auto` what gets the save done sooner.
+    #[expect(clippy::cast_precision_loss, reason = "chunks and their bytes, for a forecast")]
+    pub(crate) fn codec_for(&self, element: ElementType, raw_bytes: usize) -> Codec {
+        self.compression.fixed_codec().unwrap_or_else(|| {
+            let outlook = Outlook {
+                flow: self.flow.read(),
+                workers: self.workers as f64,
+                chunks_left: self.chunks_left.load(Ordering::Relaxed) as f64 + 1.0,
+                raw_bytes: raw_bytes as f64,
+            };
+            let pays = self.adaptation.should_encode(element, outlook);
+            if pays { Codec::Float } else { Codec::None }
+        })
     }
 
     pub(crate) fn update_stats(&self, update: impl FnOnce(&mut SaveStats)) {

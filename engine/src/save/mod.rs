@@ -26,6 +26,7 @@ use crate::format::index::TensorRecord;
 use crate::format::layout::ElementType;
 use crate::format::tree::Node;
 
+pub(crate) mod adapt;
 pub(crate) mod capture;
 pub(crate) mod commit;
 pub(crate) mod encode;
@@ -94,7 +95,7 @@ impl StorageSource for [u8] {
                     format!("the storage has {} bytes", self.len()),
                 )
             })?;
-        destination.copy_from_slice(bytes);
+        crate::copy::copy(bytes, destination);
         Ok(())
     }
 }

@@ -105,7 +105,7 @@ impl ShardWriter<'_> {
     }
 
     fn write_chunk(&mut self, chunk: EncodedChunk) -> Result<ChunkRecord> {
-        let padded = (chunk.stored_bytes as usize).next_multiple_of(ALIGNMENT);
+        let padded = chunk.padded_bytes();
         let offset = self.place(chunk.index, padded as u64);
         let record = ChunkRecord {
             offset,
@@ -115,7 +115,9 @@ impl ShardWriter<'_> {
             stored_crc32c: chunk.stored_crc32c,
             raw_crc32c: chunk.raw_crc32c,
         };
+        let _span = tracing::trace_span!("write").entered();
         self.sink.write(offset, chunk.buffer, padded)?;
+        self.job.flow.arrive(padded as u64);
         self.job.progress.add_written(padded as u64);
         Ok(record)
     }
@@ -133,6 +135,7 @@ impl ShardWriter<'_> {
 
     /// Index, footer, durability.
     fn close(mut self, index: &ShardIndex, header_crc32c: u32) -> Result<WrittenShard> {
+        let span = tracing::trace_span!("index").entered();
         let encoded = index.encode().map_err(|error| {
             EngineError::invalid(
                 format!("writing the index of step {}", self.job.shard.step),
@@ -157,7 +160,8 @@ impl ShardWriter<'_> {
         let block = footer.encode();
         self.write_at(index_offset, &stored)?;
         self.write_at(footer_offset, &block)?;
-        self.sink.finish(footer.file_bytes)?;
+        drop(span);
+        tracing::trace_span!("sync").in_scope(|| self.sink.finish(footer.file_bytes))?;
         Ok(WrittenShard { file_bytes: footer.file_bytes, footer_crc32c: block_crc32c(&block) })
     }
 

@@ -5,13 +5,17 @@
 //! [`crate::retention`]; a store only lists, reads, writes and deletes what it is told.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::Result;
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
 
+pub mod flow;
 pub mod local;
+
+use flow::Flow;
 
 /// A place for checkpoints.
 pub trait Store: Send + Sync + fmt::Debug {
@@ -26,7 +30,13 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Starts a shard file of an attempt, locked against cleaners for as long as the sink lives.
     /// `reserve_bytes` is the expected length.
-    fn create_shard(&self, shard: ShardId, reserve_bytes: u64) -> Result<Box<dyn ShardSink>>;
+    /// `flow` is told of every byte that the device is given and takes.
+    fn create_shard(
+        &self,
+        shard: ShardId,
+        reserve_bytes: u64,
+        flow: &Arc<Flow>,
+    ) -> Result<Box<dyn ShardSink>>;
 
     /// Opens a shard that a manifest names.
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>>;
@@ -105,9 +115,6 @@ pub trait ShardSink: Send + fmt::Debug {
     /// Starts writing the first `bytes` of `buffer` (a multiple of 4096) at `offset`. Waits while
     /// too much is in flight. Reports an earlier write's failure; after one, every call fails.
     fn write(&mut self, offset: u64, buffer: Buffer, bytes: usize) -> Result<()>;
-
-    /// Bytes accepted by [`ShardSink::write`] and not yet on the device.
-    fn in_flight_bytes(&self) -> u64;
 
     /// Waits for all writes, sets the file's exact length, makes file and directory durable.
     fn finish(&mut self, file_bytes: u64) -> Result<()>;

@@ -130,6 +130,10 @@ impl Environment for Counting {
         u64::try_from(since_1970.as_millis()).unwrap()
     }
 
+    fn thread_cpu(&self) -> Duration {
+        self.system.thread_cpu()
+    }
+
     fn attempt_id(&self) -> Result<AttemptId> {
         let number = self.attempts.fetch_add(1, Ordering::Relaxed);
         let mut bytes = [0; 16];

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use super::flow::Flow;
 use super::{FileListing, Publication, ShardId, ShardSink, ShardSource, StepListing, Store};
 use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
@@ -149,9 +150,14 @@ impl Store for LocalStore {
         record::read(&self.shared.io, &directory.join(names::MANIFEST_FILE), MANIFEST_BYTES_MAX)
     }
 
-    fn create_shard(&self, shard: ShardId, reserve_bytes: u64) -> Result<Box<dyn ShardSink>> {
+    fn create_shard(
+        &self,
+        shard: ShardId,
+        reserve_bytes: u64,
+        flow: &Arc<Flow>,
+    ) -> Result<Box<dyn ShardSink>> {
         self.writer("creating a shard")?;
-        Ok(Box::new(sink::LocalShardSink::create(&self.shared, shard, reserve_bytes)?))
+        Ok(Box::new(sink::LocalShardSink::create(&self.shared, shard, reserve_bytes, flow)?))
     }
 
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>> {

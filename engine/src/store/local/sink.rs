@@ -23,6 +23,7 @@ use super::{Shared, publish, remove};
 use crate::error::IoContext;
 use crate::io::buffer::Buffer;
 use crate::io::{Direction, EntryOp, File, Length, OpenMode, Transfer, transfer};
+use crate::store::flow::Flow;
 use crate::store::{ShardId, ShardSink};
 use crate::{EngineError, Result};
 
@@ -54,7 +55,12 @@ enum Phase {
 }
 
 impl LocalShardSink {
-    pub(super) fn create(shared: &Arc<Shared>, id: ShardId, reserve_bytes: u64) -> Result<Self> {
+    pub(super) fn create(
+        shared: &Arc<Shared>,
+        id: ShardId,
+        reserve_bytes: u64,
+        flow: &Arc<Flow>,
+    ) -> Result<Self> {
         let path = shared.shard_path(id);
         let (file, lock) = create_locked(shared, id.step, &path)?;
         let sink = Self {
@@ -62,7 +68,7 @@ impl LocalShardSink {
             id,
             path,
             file,
-            flight: Arc::new(Flight::new(shared.in_flight_bytes_max)),
+            flight: Arc::new(Flight::new(shared.in_flight_bytes_max, Arc::clone(flow))),
             phase: Phase::Writing,
             _lock: lock,
         };
@@ -163,10 +169,6 @@ impl ShardSink for LocalShardSink {
         Ok(())
     }
 
-    fn in_flight_bytes(&self) -> u64 {
-        self.flight.lock().bytes
-    }
-
     fn finish(&mut self, file_bytes: u64) -> Result<()> {
         self.shared.check_process("finishing a shard")?;
         if self.phase != Phase::Writing {
@@ -257,6 +259,7 @@ fn lock_new(shared: &Shared, path: &Path) -> Result<Lock> {
 #[derive(Debug)]
 struct Flight {
     bytes_max: u64,
+    flow: Arc<Flow>,
     state: Mutex<FlightState>,
     landed: Condvar,
 }
@@ -268,8 +271,8 @@ struct FlightState {
 }
 
 impl Flight {
-    fn new(bytes_max: u64) -> Self {
-        Self { bytes_max, state: Mutex::default(), landed: Condvar::new() }
+    fn new(bytes_max: u64, flow: Arc<Flow>) -> Self {
+        Self { bytes_max, flow, state: Mutex::default(), landed: Condvar::new() }
     }
 
     /// Waits until `bytes` more may be on their way. One write always may.
@@ -285,12 +288,14 @@ impl Flight {
             return Err(failure.duplicate());
         }
         state.bytes += bytes;
+        self.flow.accept(bytes);
         Ok(())
     }
 
     fn land(&self, bytes: u64, outcome: Result<()>) {
         let mut state = self.lock();
         state.bytes -= bytes;
+        self.flow.land(bytes);
         if let Err(error) = outcome {
             state.failure.get_or_insert(error);
         }

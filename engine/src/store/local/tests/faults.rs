@@ -266,14 +266,15 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     let path = directory.path().join("store");
     let io = Watched::new(None);
     let store = open(&path, &io).unwrap();
-    let mut sink = store.create_shard(shard(1, A), 0).unwrap();
+    let flow = flow();
+    let mut sink = store.create_shard(shard(1, A), 0, &flow).unwrap();
     let at = io.state.lock().unwrap().log.len() + 1;
     io.state.lock().unwrap().fault =
         Some(Fault { at, forever: false, done: false, kind: rustix::io::Errno::IO });
     let mut failure = None;
     for index in 0..100 {
         let written = sink.write(index * 32768, filled(&pattern(32768)), 32768);
-        assert!(sink.in_flight_bytes() <= IN_FLIGHT_BYTES);
+        assert!(flow.read().in_flight_bytes <= IN_FLIGHT_BYTES);
         if let Err(error) = written {
             failure = Some(error);
             break;

@@ -34,6 +34,10 @@ fn backends() -> Vec<Arc<dyn Io>> {
     uring.into_iter().map(|uring| Arc::new(uring) as Arc<dyn Io>).chain([threads()]).collect()
 }
 
+fn flow() -> Arc<Flow> {
+    Arc::new(Flow::new(Arc::new(crate::clock::System::default()), None))
+}
+
 fn writer(path: &Path) -> LocalStore {
     LocalStore::open(path, Access::Write, threads(), IN_FLIGHT_BYTES).unwrap()
 }
@@ -55,7 +59,8 @@ fn filled(bytes: &[u8]) -> Buffer {
 
 /// Writes `bytes` in pieces of 16 KiB, the last first, and finishes.
 fn write_shard(store: &dyn Store, id: ShardId, bytes: &[u8]) -> Result<Box<dyn ShardSink>> {
-    let mut sink = store.create_shard(id, bytes.len() as u64)?;
+    let flow = flow();
+    let mut sink = store.create_shard(id, bytes.len() as u64, &flow)?;
     for (index, piece) in bytes.chunks(4 * ALIGNMENT).enumerate().rev() {
         let offset = (index * 4 * ALIGNMENT) as u64;
         if let Err(error) = sink.write(offset, filled(piece), piece.len()) {
@@ -67,7 +72,7 @@ fn write_shard(store: &dyn Store, id: ShardId, bytes: &[u8]) -> Result<Box<dyn S
         sink.abandon();
         return Err(error);
     }
-    assert_eq!(sink.in_flight_bytes(), 0);
+    assert_eq!(flow.read().in_flight_bytes, 0);
     Ok(sink)
 }
 
@@ -290,9 +295,9 @@ fn a_manifest_is_published_only_over_complete_shards() {
 fn an_abandoned_or_dropped_shard_is_gone_and_a_published_one_stays() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    drop(store.create_shard(shard(1, A), 1 << 20).unwrap());
+    drop(store.create_shard(shard(1, A), 1 << 20, &flow()).unwrap());
     assert_eq!(store.list().unwrap(), []);
-    store.create_shard(shard(1, A), 1 << 20).unwrap().abandon();
+    store.create_shard(shard(1, A), 1 << 20, &flow()).unwrap().abandon();
     assert_eq!(store.list().unwrap(), []);
 
     let bytes = pattern(SHARD_BYTES);
@@ -306,7 +311,7 @@ fn an_abandoned_or_dropped_shard_is_gone_and_a_published_one_stays() {
 fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    let sink = store.create_shard(shard(7, A), 1 << 20).unwrap();
+    let sink = store.create_shard(shard(7, A), 1 << 20, &flow()).unwrap();
     let file = names::shard_file_name(0, A);
     assert_eq!(survey_of(&store).steps[0].orphans[0].file, file);
     assert_eq!(store.remove_orphan(7, &file).unwrap(), None);
@@ -361,7 +366,7 @@ fn foreign_names_and_links_are_neither_listed_nor_deleted() {
     }
     assert_eq!(store.remove_orphan(3, &names::shard_file_name(2, A)).unwrap(), Some(0));
     assert_eq!(store.remove_checkpoint(4).unwrap(), 0);
-    let error = store.create_shard(shard(4, A), 4096).unwrap_err();
+    let error = store.create_shard(shard(4, A), 4096, &flow()).unwrap_err();
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
     store.remove_checkpoint(3).unwrap();
     assert_eq!(names_under(&step).len(), 3);
@@ -430,7 +435,7 @@ fn a_reader_creates_and_changes_nothing() {
     let reader = open(directory.path()).unwrap();
     assert_eq!(reader.list().unwrap(), []);
     let refused = [
-        reader.create_shard(shard(1, A), 0).map(drop),
+        reader.create_shard(shard(1, A), 0, &flow()).map(drop),
         publish(&reader, shard(1, A), SHARD_BYTES as u64, None),
         reader.remove_checkpoint(1).map(drop),
         reader.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
@@ -467,7 +472,7 @@ fn the_clock_is_that_of_the_filesystem() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     let before = store.now().unwrap();
-    let sink = store.create_shard(shard(1, A), 0).unwrap();
+    let sink = store.create_shard(shard(1, A), 0, &flow()).unwrap();
     let modified = store.list().unwrap()[0].files[0].modified;
     let after = store.now().unwrap();
     drop(sink);
@@ -480,7 +485,7 @@ fn free_space_is_reported_and_an_absurd_reservation_refused() {
     let store = writer(directory.path());
     let free_bytes = store.free_bytes().unwrap().unwrap();
     assert!(free_bytes > 0);
-    if let Err(error) = store.create_shard(shard(1, A), 1 << 50) {
+    if let Err(error) = store.create_shard(shard(1, A), 1 << 50, &flow()) {
         assert!(
             matches!(&error, EngineError::NoSpace { why, .. } if why.contains("bytes are needed"))
                 || matches!(error, EngineError::Io { .. }),
@@ -509,7 +514,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     let directory = tempfile::tempdir().unwrap();
     let child = forked(directory.path());
     let refused = [
-        child.create_shard(shard(1, A), 0).map(drop),
+        child.create_shard(shard(1, A), 0, &flow()).map(drop),
         publish(&child, shard(1, A), SHARD_BYTES as u64, None),
         child.remove_checkpoint(1).map(drop),
         child.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
@@ -521,7 +526,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
         assert!(matches!(error, EngineError::Closed { .. }), "{error}");
     }
 
-    let sink = sink::LocalShardSink::create(&child.shared, shard(1, A), 0).unwrap();
+    let sink = sink::LocalShardSink::create(&child.shared, shard(1, A), 0, &flow()).unwrap();
     let mut sink: Box<dyn ShardSink> = Box::new(sink);
     let error = sink.write(0, filled(&[0; ALIGNMENT]), ALIGNMENT).unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");
