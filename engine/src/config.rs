@@ -14,7 +14,7 @@ use crate::{EngineError, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
-    /// `float` while the device is the bottleneck, `none` when the writers would starve.
+    /// Chunk by chunk `float` or `none`, whichever gets the save done sooner.
     #[default]
     Auto,
     /// Raw bytes.
