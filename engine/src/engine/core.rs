@@ -19,7 +19,7 @@ use crate::retention::{Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
 use crate::save::adapt::Adaptation;
 use crate::save::job::{Conduct, Job};
-use crate::store::flow::Flow;
+use crate::store::flow::{Flow, Pace};
 use crate::store::{FileListing, Store};
 use crate::{EngineError, Result};
 
@@ -57,8 +57,8 @@ struct Book {
     manifests: BTreeMap<u64, (FileListing, ManifestState)>,
     /// Stored bytes per raw byte of the newest save.
     ratio: Option<f64>,
-    /// What the device took in the newest save, in bytes a second.
-    device_rate: Option<f64>,
+    /// How fast the device was in the newest save.
+    pace: Option<Pace>,
     /// Restored from.
     protected: Option<u64>,
     /// Newest that was read back.
@@ -219,10 +219,10 @@ impl Core {
 
     /// What the workers of a new save go by.
     pub(super) fn conduct(&self, workers: usize) -> Conduct {
-        let device_rate = self.book().device_rate;
+        let pace = self.book().pace;
         Conduct {
             workers,
-            flow: Arc::new(Flow::new(Arc::clone(&self.environment), device_rate)),
+            flow: Arc::new(Flow::new(Arc::clone(&self.environment), pace)),
             adaptation: Arc::clone(&self.adaptation),
         }
     }
@@ -232,7 +232,7 @@ impl Core {
         if let Some(info) = info {
             let mut book = self.book();
             book.ratio = ratio(info.stored_bytes, info.raw_bytes).or(book.ratio);
-            book.device_rate = Some(job.flow.read().bytes_per_second);
+            book.pace = Some(job.flow.pace());
         } else {
             // Whether its manifest became visible is the store's to say.
             self.note_change();

@@ -6,26 +6,42 @@
 //!        |<----------- backlog ------------------>|
 //! ```
 //!
+//! A device may take bytes into a cache of its own and write them when it is told to sync: that time
+//! is counted apart, for it comes after everything else.
+//!
 //! Always holds: the rate counts only time in which something was in flight, so that a device that
 //! is starved does not look slow; what is recent counts most.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::clock::Environment;
+use crate::clock::{Environment, elapsed};
 
 /// What lies further back than this, in seconds of a busy device, counts for less than 1/e.
 const MEMORY_SECONDS: f64 = 0.25;
 /// How many bytes landed a rate that is known from before, or assumed, counts for.
 const PRIOR_BYTES: f64 = 8e6;
-/// What a device is assumed to take, in bytes a second, while nothing is known: a common solid-state
-/// disk.
-const ASSUMED_RATE: f64 = 1e9;
+
+/// How fast a device is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// What it takes.
+    pub bytes_per_second: f64,
+    /// What a sync takes for each byte since the one before.
+    pub sync_seconds_per_byte: f64,
+}
+
+impl Pace {
+    /// While nothing is known: a common solid-state disk.
+    const ASSUMED: Self = Self { bytes_per_second: 1e9, sync_seconds_per_byte: 0.0 };
+}
 
 /// Counts one shard's bytes on their way. Shared by workers, committer and the store.
 #[derive(Debug)]
 pub struct Flow {
     environment: Arc<dyn Environment>,
+    /// As an earlier shard found it.
+    sync_seconds_per_byte: f64,
     state: Mutex<State>,
 }
 
@@ -36,6 +52,8 @@ struct State {
     /// Up to when busy time was counted; `None` while nothing is in flight.
     busy_since: Option<Duration>,
     landed: Recent,
+    landed_bytes: u64,
+    sync: Duration,
 }
 
 /// Bytes that landed and the busy seconds that it took, with an exponentially fading memory.
@@ -60,18 +78,18 @@ pub struct FlowReading {
     pub backlog_bytes: f64,
     /// Of these, bytes that the device has been given.
     pub in_flight_bytes: u64,
-    /// What the device takes.
-    pub bytes_per_second: f64,
+    /// How fast the device is.
+    pub pace: Pace,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "bytes of one shard, for a rate")]
 impl Flow {
-    /// Nothing on its way yet. `bytes_per_second` is the device's rate as an earlier shard found
-    /// it.
-    pub fn new(environment: Arc<dyn Environment>, bytes_per_second: Option<f64>) -> Self {
-        let rate = bytes_per_second.unwrap_or(ASSUMED_RATE);
-        let landed = Recent { bytes: PRIOR_BYTES, seconds: PRIOR_BYTES / rate };
-        Self { environment, state: Mutex::new(State { landed, ..State::default() }) }
+    /// Nothing on its way yet. `pace` is the device's as an earlier shard found it.
+    pub fn new(environment: Arc<dyn Environment>, pace: Option<Pace>) -> Self {
+        let Pace { bytes_per_second, sync_seconds_per_byte } = pace.unwrap_or(Pace::ASSUMED);
+        let landed = Recent { bytes: PRIOR_BYTES, seconds: PRIOR_BYTES / bytes_per_second };
+        let state = Mutex::new(State { landed, ..State::default() });
+        Self { environment, sync_seconds_per_byte, state }
     }
 
     /// A worker has `bytes` ready for the store.
@@ -101,7 +119,24 @@ impl Flow {
         state.count_busy_time(now);
         state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
         state.landed.bytes += bytes as f64;
+        state.landed_bytes += bytes;
         state.busy_since = (state.in_flight_bytes > 0).then_some(now);
+    }
+
+    /// Times `sync`, which makes what landed durable.
+    pub fn time_sync<T>(&self, sync: impl FnOnce() -> T) -> T {
+        let start = self.environment.monotonic();
+        let synced = sync();
+        self.lock().sync = elapsed(&*self.environment, start);
+        synced
+    }
+
+    /// How fast the device was, once everything is synced.
+    pub fn pace(&self) -> Pace {
+        let Pace { bytes_per_second, .. } = self.read().pace;
+        let state = self.lock();
+        let sync_seconds_per_byte = state.sync.as_secs_f64() / state.landed_bytes.max(1) as f64;
+        Pace { bytes_per_second, sync_seconds_per_byte }
     }
 
     /// Backlog and rate now.
@@ -112,7 +147,10 @@ impl Flow {
         FlowReading {
             backlog_bytes: (state.queued_bytes + state.in_flight_bytes) as f64,
             in_flight_bytes: state.in_flight_bytes,
-            bytes_per_second: state.landed.bytes / state.landed.seconds,
+            pace: Pace {
+                bytes_per_second: state.landed.bytes / state.landed.seconds,
+                sync_seconds_per_byte: self.sync_seconds_per_byte,
+            },
         }
     }
 
@@ -139,9 +177,9 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn flow(rate: Option<f64>) -> (Arc<Manual>, Flow) {
+    fn flow(pace: Option<Pace>) -> (Arc<Manual>, Flow) {
         let clock = Arc::new(Manual::default());
-        (Arc::clone(&clock), Flow::new(clock, rate))
+        (Arc::clone(&clock), Flow::new(clock, pace))
     }
 
     #[test]
@@ -165,7 +203,7 @@ mod tests {
             clock.advance(Duration::from_secs(1));
         }
         let expected = 1000.0 * MIB as f64;
-        assert!((flow.read().bytes_per_second / expected - 1.0).abs() < 0.01);
+        assert!((flow.read().pace.bytes_per_second / expected - 1.0).abs() < 0.01);
     }
 
     #[test]
@@ -173,19 +211,31 @@ mod tests {
         let (clock, flow) = flow(None);
         flow.accept(4 * MIB);
         clock.advance(Duration::from_millis(180));
-        assert!(flow.read().bytes_per_second < 0.1 * ASSUMED_RATE);
+        assert!(flow.read().pace.bytes_per_second < 0.1 * Pace::ASSUMED.bytes_per_second);
     }
 
     #[test]
     fn a_change_of_pace_is_followed() {
-        let (clock, flow) = flow(Some(1e9));
-        assert!((flow.read().bytes_per_second / 1e9 - 1.0).abs() < 1e-9);
+        let (clock, flow) = flow(Some(Pace { bytes_per_second: 1e9, sync_seconds_per_byte: 0.0 }));
+        assert!((flow.read().pace.bytes_per_second / 1e9 - 1.0).abs() < 1e-9);
         for _ in 0..100 {
             flow.accept(MIB);
             clock.advance(Duration::from_millis(10));
             flow.land(MIB);
         }
         let expected = 100.0 * MIB as f64;
-        assert!((flow.read().bytes_per_second / expected - 1.0).abs() < 0.1);
+        assert!((flow.read().pace.bytes_per_second / expected - 1.0).abs() < 0.1);
+    }
+
+    #[test]
+    fn a_sync_is_known_to_the_next_shard() {
+        let (clock, flow) = flow(None);
+        flow.accept(MIB);
+        flow.land(MIB);
+        flow.time_sync(|| clock.advance(Duration::from_secs(1)));
+        assert!(flow.read().pace.sync_seconds_per_byte < 1e-12, "what was known before");
+        let next = Flow::new(clock, Some(flow.pace()));
+        let expected = 1.0 / MIB as f64;
+        assert!((next.read().pace.sync_seconds_per_byte / expected - 1.0).abs() < 1e-9);
     }
 }

@@ -33,6 +33,7 @@ struct Scene {
     chunks: usize,
     /// Of the device, in bytes a second.
     device_rate: f64,
+    sync_seconds_per_byte: f64,
     /// Of one worker, in raw bytes a second.
     encode_rate: f64,
     checksum_rate: f64,
@@ -64,17 +65,18 @@ struct Save<'a> {
     /// When the write at the head of the flight lands.
     lands_at: f64,
     encoded: usize,
+    landed_bytes: u64,
     random: u64,
 }
 
 impl<'a> Save<'a> {
-    fn new(scene: Scene, policy: Policy, adaptation: &'a Adaptation, rate: Option<f64>) -> Self {
+    fn new(scene: Scene, policy: Policy, adaptation: &'a Adaptation, pace: Option<Pace>) -> Self {
         let clock = Arc::new(Manual::default());
         Self {
             scene,
             policy,
             adaptation,
-            flow: Flow::new(Arc::clone(&clock) as _, rate),
+            flow: Flow::new(Arc::clone(&clock) as _, pace),
             clock,
             now: 0.0,
             chunks_left: scene.chunks,
@@ -83,12 +85,14 @@ impl<'a> Save<'a> {
             in_flight: VecDeque::new(),
             lands_at: 0.0,
             encoded: 0,
+            landed_bytes: 0,
             random: 0x9e37_79b9_7f4a_7c15,
         }
     }
 
-    /// Seconds until everything is on the device, and the rate that the device was found to have.
-    fn run(mut self) -> (f64, f64, usize) {
+    /// Seconds until everything is durable, how fast the device was found to be, and how many
+    /// chunks were encoded.
+    fn run(mut self) -> (f64, Pace, usize) {
         loop {
             self.settle();
             let busy = self.workers.iter().filter_map(|worker| match worker {
@@ -102,7 +106,9 @@ impl<'a> Save<'a> {
             self.happen();
         }
         assert_eq!((self.chunks_left, self.flow.read().in_flight_bytes), (0, 0));
-        (self.now, self.flow.read().bytes_per_second, self.encoded)
+        let sync_seconds = self.scene.sync_seconds_per_byte * self.landed_bytes as f64;
+        self.flow.time_sync(|| self.clock.advance(Duration::from_secs_f64(sync_seconds)));
+        (self.now + sync_seconds, self.flow.pace(), self.encoded)
     }
 
     /// All that needs no time: chunks are taken up, queued, given to the device.
@@ -151,6 +157,7 @@ impl<'a> Save<'a> {
         if !self.in_flight.is_empty() && self.lands_at <= self.now {
             let bytes = self.in_flight.pop_front().unwrap();
             self.flow.land(bytes);
+            self.landed_bytes += bytes;
             if let Some(next) = self.in_flight.front() {
                 self.lands_at = self.now + *next as f64 / self.scene.device_rate;
             }
@@ -211,6 +218,7 @@ const SCENE: Scene = Scene {
     workers: 2,
     chunks: 256,
     device_rate: 500.0 * MIB,
+    sync_seconds_per_byte: 0.0,
     encode_rate: 1200.0 * MIB,
     checksum_rate: 6000.0 * MIB,
     stored_fraction: 0.8,
@@ -220,8 +228,8 @@ const SCENE: Scene = Scene {
 /// Seconds of a first save by `auto`, and of the one after, which knows the device.
 fn auto_seconds(scene: Scene) -> [f64; 2] {
     let adaptation = Adaptation::new();
-    let (first, rate, _) = Save::new(scene, Policy::Auto, &adaptation, None).run();
-    let (second, _, _) = Save::new(scene, Policy::Auto, &adaptation, Some(rate)).run();
+    let (first, pace, _) = Save::new(scene, Policy::Auto, &adaptation, None).run();
+    let (second, _, _) = Save::new(scene, Policy::Auto, &adaptation, Some(pace)).run();
     [first, second]
 }
 
@@ -271,6 +279,22 @@ fn auto_is_at_most_a_twentieth_slower_than_the_better_of_none_and_float() {
 }
 
 #[test]
+fn a_device_that_takes_bytes_fast_and_syncs_slowly_gets_fewer_bytes() {
+    for sync_mib in [100.0, 300.0, 1000.0, 10_000.0] {
+        for device_mib in [500.0, 2000.0, 8000.0] {
+            let scene = Scene {
+                device_rate: device_mib * MIB,
+                sync_seconds_per_byte: 1.0 / (sync_mib * MIB),
+                ..SCENE
+            };
+            let [_, second] = auto_seconds(scene);
+            let allowed = allowed_seconds(scene);
+            assert!(second <= allowed, "{second} s, {allowed} s allowed: {scene:?}");
+        }
+    }
+}
+
+#[test]
 fn auto_beats_both_where_device_and_codec_are_equally_fast() {
     let scene = Scene { encode_rate: 600.0 * MIB, device_rate: 1200.0 * MIB, ..SCENE };
     let better = fixed_seconds(scene, Policy::None).min(fixed_seconds(scene, Policy::Float));
@@ -282,23 +306,24 @@ fn auto_beats_both_where_device_and_codec_are_equally_fast() {
 fn cores_that_others_want_are_left_to_them() {
     let scene = Scene { core_share: 0.2, ..SCENE };
     let adaptation = Adaptation::new();
-    let (_, rate, first) = Save::new(scene, Policy::Auto, &adaptation, None).run();
-    let (_, rate, second) = Save::new(scene, Policy::Auto, &adaptation, Some(rate)).run();
+    let (_, pace, first) = Save::new(scene, Policy::Auto, &adaptation, None).run();
+    let (_, pace, second) = Save::new(scene, Policy::Auto, &adaptation, Some(pace)).run();
     // A few chunks, to find out.
     assert!(first < scene.chunks / 8 && second < scene.chunks / 8, "{first}, {second}");
     // And it comes back once they are free again.
     let free = Scene { core_share: 1.0, ..SCENE };
-    let mut rate = rate;
+    let mut pace = pace;
     let mut encoded = 0;
     for _ in 0..3 {
-        (_, rate, encoded) = Save::new(free, Policy::Auto, &adaptation, Some(rate)).run();
+        (_, pace, encoded) = Save::new(free, Policy::Auto, &adaptation, Some(pace)).run();
     }
     assert!(encoded > free.chunks / 2, "{encoded}");
 }
 
 #[test]
 fn bytes_that_are_no_numbers_stay_as_they_are() {
-    let flow = FlowReading { backlog_bytes: 1e9, in_flight_bytes: 0, bytes_per_second: 1e6 };
+    let pace = Pace { bytes_per_second: 1e6, sync_seconds_per_byte: 0.0 };
+    let flow = FlowReading { backlog_bytes: 1e9, in_flight_bytes: 0, pace };
     let outlook = Outlook { flow, workers: 2.0, chunks_left: 9.0, raw_bytes: 4e6 };
     assert!(!Adaptation::new().should_encode(ElementType::Bytes, outlook));
     assert!(Adaptation::new().should_encode(ElementType::Bf16, outlook));

@@ -176,7 +176,7 @@ impl ShardSink for LocalShardSink {
         }
         self.flight.wait_until_landed();
         self.flight.check()?;
-        if let Err(error) = self.make_durable(file_bytes) {
+        if let Err(error) = self.flight.flow.time_sync(|| self.make_durable(file_bytes)) {
             self.flight.fail(error.duplicate());
             return Err(error);
         }
