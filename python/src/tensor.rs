@@ -20,7 +20,7 @@ use pyo3::types::PyTuple;
 
 use crate::manager::misuse;
 
-/// Huge pages pay from here on: two of them fit whatever the alignment.
+/// Size of a huge page where it matters.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Contiguous memory at `address` that stands at byte `at` of a storage.
@@ -147,15 +147,18 @@ impl FreshMemory {
         self.bytes
     }
 
-    /// Asks for huge pages on the interior of fresh memory: first-touch faults of small pages cost
-    /// more than reading the bytes.
+    /// Asks for huge pages for fresh memory: first-touch faults of small pages cost more than
+    /// reading the bytes. The whole pages around it are meant, for large allocations lie side by
+    /// side: a huge page that holds the end of one and the start of the next is one where both asked.
     pub(crate) fn advise_huge_pages(&self) {
-        let start = self.address.next_multiple_of(HUGE_PAGE_BYTES);
-        let end = (self.address + self.bytes) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-        if end <= start {
+        if self.bytes < HUGE_PAGE_BYTES / 2 {
             return;
         }
-        // SAFETY: the range lies in mapped memory of ours; this advice changes no contents.
+        let page_bytes = rustix::param::page_size();
+        let start = self.address / page_bytes * page_bytes;
+        let end = (self.address + self.bytes).next_multiple_of(page_bytes);
+        // SAFETY: each page of the range holds mapped memory of ours; this advice changes no contents
+        // of ours or of whatever else lies there.
         let advised = unsafe {
             rustix::mm::madvise(
                 std::ptr::with_exposed_provenance_mut(start),
