@@ -179,8 +179,12 @@ impl Saves {
 
 /// The operations of a save fail in turn, each in a way of its own.
 fn fault_of_save(number: u64) -> Plan {
-    let kinds =
-        [FaultKind::Error(EIO), FaultKind::Error(ENOSPC), FaultKind::ErrorAfter(EIO), FaultKind::Tear];
+    let kinds = [
+        FaultKind::Error(EIO),
+        FaultKind::Error(ENOSPC),
+        FaultKind::ErrorAfter(EIO),
+        FaultKind::Tear,
+    ];
     let kind = kinds[usize::try_from(number).unwrap() % kinds.len()];
     Plan::single(Trigger::Number(number), Times::Forever, kind)
 }
