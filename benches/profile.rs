@@ -1,8 +1,8 @@
 //! Where the time of a save and of a load goes, span by span, on any machine and without `perf`.
 //!
-//! For each codec: a first save, which also maps and touches the arena; a save without recording,
-//! to compare with; then the saves that are recorded, and a load. What is recorded becomes a table
-//! of CPU seconds and a timeline file.
+//! For each codec: a first save, which also maps and touches the arena; saves that are not
+//! recorded, to compare with; as many that are, and a load. What is recorded becomes a table of CPU
+//! seconds and a timeline file.
 //!
 //! Always holds: the loaded bytes are compared with the state; a profile without spans is an error,
 //! not an empty table.
@@ -12,14 +12,14 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, ValueEnum, value_parser};
 use dtr_benches::machine;
 use dtr_benches::profile::{Phase, write_timeline};
 use dtr_benches::spans::{Recorder, process_cpu};
 use dtr_benches::state::State;
 use dtr_engine::config::{Compression, IoBackend};
+use dtr_engine::save::SaveInfo;
 use dtr_engine::{Config, Engine};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -35,13 +35,15 @@ const SEED: u64 = 42;
 #[command(name = "profile", max_term_width = 100)]
 struct Options {
     /// Size of the state in MiB: bf16 weights, fp32 masters, both moments of AdamW.
-    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    #[arg(value_parser = value_parser!(u64).range(1..=1 << 20))]
     size_mib: u64,
     /// Codecs to profile, one after the other.
     #[arg(long, value_name = "CODEC", value_delimiter = ',', default_value = "auto,none,float")]
     codecs: Vec<Codec>,
     /// Saves to record for each codec; the table adds them up.
-    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    #[arg(long, value_name = "COUNT", default_value_t = 2)]
+    #[arg(value_parser = value_parser!(u64).range(1..=1000))]
     steps: u64,
     /// Which way bytes reach the device.
     #[arg(long, value_name = "BACKEND", default_value = "auto")]
@@ -120,7 +122,7 @@ fn run(options: &Options, recorder: &Recorder) -> Outcome<()> {
     println!(
         "{}; {} MiB of state, crc32c {:08x}; checkpoints in {}",
         machine::describe(),
-        state.raw_bytes() >> 20,
+        options.size_mib,
         state.crc32c(),
         directory.display()
     );
@@ -143,7 +145,6 @@ fn profile_codec(
     directory: &Path,
     recorder: &Recorder,
 ) -> Outcome<[Phase; 2]> {
-    let name = format!("{codec:?}").to_lowercase();
     let store = tempfile::tempdir_in(directory)?;
     let engine = Engine::open(Config {
         compression: codec.into(),
@@ -151,53 +152,58 @@ fn profile_codec(
         keep_last_n: Some(1),
         ..Config::new(store.path())
     })?;
-    let mut steps = 1_u64..;
-    let mut save = || -> Outcome<f64> {
-        let request = state.request(steps.next().expect("steps do not end"));
-        let info = engine.save(request)?.result(None).expect("no time limit was given")?;
-        #[expect(clippy::cast_precision_loss, reason = "a ratio, for people")]
-        Ok(info.stored_bytes as f64 / info.raw_bytes as f64)
-    };
-    save()?;
-    let plain_cpu = cpu_of(&mut save)?;
-
-    let label = format!("save, {name}, {}", engine.io_backend());
-    let (saved, outcome) = Phase::record(recorder, label, || -> Outcome<f64> {
-        (0..options.steps).try_fold(0.0, |_, _| save())
-    });
-    let ratio = outcome?;
-    print_phase(&saved)?;
-    match saved.share_of(CHECKSUM) {
-        Some(share) => println!("  checksums: {:.1} % of the save's CPU seconds", 100.0 * share),
-        None => println!("  checksums: no span is named `{CHECKSUM}`"),
-    }
-    println!("  stored: {:.1} % of the raw bytes", 100.0 * ratio);
-    println!(
-        "  CPU seconds of one save: {:.3} recorded, {:.3} not recorded\n",
-        saved.cpu.as_secs_f64() / Duration::from_secs(options.steps).as_secs_f64(),
-        plain_cpu.as_secs_f64()
-    );
-
-    let mut memory = state.memory();
-    let newest = engine.steps()?.last().copied().ok_or("no checkpoint was left")?;
-    let label = format!("load, {name}, {}", engine.io_backend());
-    let (loaded, outcome) =
-        Phase::record(recorder, label, || memory.fill_from(&engine.checkpoint(newest)?));
-    outcome?;
-    if let Some(difference) = state.difference(&memory) {
-        return Err(difference.into());
-    }
-    print_phase(&loaded)?;
-    println!("  crc32c of what came back: {:08x}\n", memory.crc32c());
+    let name = format!("{codec:?}").to_lowercase();
+    let name = format!("{name}, {}", engine.io_backend());
+    let saved = profile_saves(&engine, state, options.steps, recorder, &name)?;
+    let loaded = profile_load(&engine, state, recorder, &name)?;
     engine.close()?;
     store.close()?;
     Ok([saved, loaded])
 }
 
-fn cpu_of<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<Duration> {
-    let start = process_cpu();
-    work()?;
-    Ok(process_cpu().saturating_sub(start))
+fn profile_saves(
+    engine: &Engine,
+    state: &State,
+    count: u64,
+    recorder: &Recorder,
+    name: &str,
+) -> Outcome<Phase> {
+    let save = |step: u64| -> Outcome<SaveInfo> {
+        Ok(engine.save(state.request(step))?.result(None).expect("no time limit was given")?)
+    };
+    let warm = save(1)?;
+    let cpu_at_start = process_cpu();
+    (2..2 + count).try_for_each(|step| save(step).map(drop))?;
+    let plain_cpu = process_cpu().saturating_sub(cpu_at_start);
+    let (phase, outcome) = Phase::record(recorder, format!("save, {name}"), || {
+        (2 + count..2 + 2 * count).try_for_each(|step| save(step).map(drop))
+    });
+    outcome?;
+
+    print_phase(&phase)?;
+    match phase.share_of(CHECKSUM) {
+        Some(share) => println!("  checksums: {:.1} % of the save's CPU seconds", 100.0 * share),
+        None => println!("  checksums: no span is named `{CHECKSUM}`"),
+    }
+    println!("  as many saves that were not recorded: {:.3} CPU seconds", plain_cpu.as_secs_f64());
+    let (stored_mib, raw_mib) = (warm.stored_bytes >> 20, warm.raw_bytes >> 20);
+    println!("  the first save stored {stored_mib} MiB of {raw_mib} MiB\n");
+    Ok(phase)
+}
+
+fn profile_load(engine: &Engine, state: &State, recorder: &Recorder, name: &str) -> Outcome<Phase> {
+    let step = engine.steps()?.last().copied().ok_or("no checkpoint was left")?;
+    let mut memory = state.memory();
+    let (phase, outcome) = Phase::record(recorder, format!("load, {name}"), || {
+        memory.fill_from(&engine.checkpoint(step)?)
+    });
+    outcome?;
+    if let Some(difference) = state.difference(&memory) {
+        return Err(difference.into());
+    }
+    print_phase(&phase)?;
+    println!("  crc32c of what came back: {:08x}\n", memory.crc32c());
+    Ok(phase)
 }
 
 fn print_phase(phase: &Phase) -> Outcome<()> {

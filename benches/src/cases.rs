@@ -3,7 +3,7 @@
 //! | group | from | to |
 //! |---|---|---|
 //! | `save` | the call of [`Engine::save`] | its handle's result: durable, published, read back |
-//! | `load` | the call of [`Engine::checkpoint`] | every byte checked and in memory that was at hand |
+//! | `load` | the call of [`Engine::checkpoint`] | every byte checked and in memory |
 //! | `stall` | the call of [`Engine::save`] | its return: what a training loop loses |
 //!
 //! Always holds: whatever was measured is compared with the state byte by byte at the end, so no
@@ -245,19 +245,16 @@ impl Run {
 
     fn measure_once(&mut self) -> Result<Duration> {
         let Some(engine) = self.engine.take() else { return self.measure_first() };
-        let times = match self.memory.as_mut() {
-            Some(memory) => {
-                let start = Instant::now();
-                memory.fill_from(&engine.checkpoint(self.step)?)?;
-                start.elapsed()
-            }
-            None => {
-                let times = self.save(&engine)?;
-                if self.case.figure == Figure::Save { times.durable } else { times.stall }
-            }
+        let time = if let Some(memory) = self.memory.as_mut() {
+            let start = Instant::now();
+            memory.fill_from(&engine.checkpoint(self.step)?)?;
+            start.elapsed()
+        } else {
+            let times = self.save(&engine)?;
+            if self.case.figure == Figure::Save { times.durable } else { times.stall }
         };
         self.engine = Some(engine);
-        Ok(times)
+        Ok(time)
     }
 
     /// The stall of an engine's first save.
@@ -289,14 +286,13 @@ impl Run {
     ///
     /// If a byte differs.
     pub fn finish(self) -> Result<u32> {
-        let memory = match self.memory {
-            Some(memory) => memory,
-            None => {
-                let engine = self.engine.map_or_else(|| Engine::open(self.config), Ok)?;
-                let mut memory = self.state.memory();
-                memory.fill_from(&engine.checkpoint(self.step)?)?;
-                memory
-            }
+        let memory = if let Some(filled) = self.memory {
+            filled
+        } else {
+            let engine = self.engine.map_or_else(|| Engine::open(self.config), Ok)?;
+            let mut memory = self.state.memory();
+            memory.fill_from(&engine.checkpoint(self.step)?)?;
+            memory
         };
         let difference = self.state.difference(&memory);
         assert!(difference.is_none(), "{:?}: {}", self.case, difference.unwrap_or_default());

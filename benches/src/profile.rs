@@ -123,7 +123,10 @@ pub fn write_timeline(out: &mut dyn Write, phases: &[Phase]) -> io::Result<()> {
 }
 
 fn events(process: i32, phase: &Phase) -> Vec<Value> {
-    let named = |what: &str, thread: i32, name: &str| json!({"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}});
+    let named = |what: &str, thread: i32, name: &str| {
+        let arguments = json!({ "name": name });
+        json!({"ph": "M", "name": what, "pid": process, "tid": thread, "args": arguments})
+    };
     let mut events = vec![named("process_name", 0, &phase.name)];
     let threads = phase.recording.threads.iter();
     events.extend(threads.map(|(thread, name)| named("thread_name", *thread, name)));

@@ -275,7 +275,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// About normal with deviation 1: the sum of four uniform numbers (Irwin and Hall), at most 3.5.
+    /// About normal with deviation 1, at most 3.5: a sum of four uniform numbers (Irwin and Hall).
     #[expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "34 bits in 53")]
     fn standard(&mut self) -> f64 {
         // Of four uniform numbers below 2^32: their mean, and the root of their variance.

@@ -29,8 +29,8 @@ const SAVES: u64 = 200;
 const WARM: u64 = 50;
 /// Each fifth save meets a fault.
 const FAULT_EVERY: u64 = 5;
-/// One huge page that a pool touches late, and what the allocator keeps for itself. A healthy engine
-/// grows by less than a tenth of it; 25 KiB lost in each save is too much.
+/// One huge page that a pool touches late, and what the allocator keeps for itself. A healthy
+/// engine grows by less than a tenth of it; 25 KiB lost in each save is too much.
 const GROWTH_BYTES_MAX: u64 = 3 << 20;
 
 const EIO: i32 = 5;
@@ -60,10 +60,10 @@ fn alone(name: &str, test: impl FnOnce()) {
         .env(ALONE, "1")
         .output()
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    println!("{printed}");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(text.contains("1 passed"), "the test did not run alone:\n{text}");
+    assert!(printed.contains("1 passed"), "the test did not run alone:\n{printed}");
 }
 
 fn saves_leave_the_process_flat(io_backend: IoBackend) {
@@ -76,7 +76,7 @@ fn saves_leave_the_process_flat(io_backend: IoBackend) {
     let mut warm = (0, Holdings::default());
     for step in 1..=SAVES {
         saves.save(step);
-        if step % 10 == 0 {
+        if step.is_multiple_of(10) {
             saves.load();
         }
         match step {
@@ -138,7 +138,7 @@ impl Saves {
     }
 
     fn save(&mut self, step: u64) {
-        if step % FAULT_EVERY == 0 {
+        if step.is_multiple_of(FAULT_EVERY) {
             self.device.fail(fault_of_save(step / FAULT_EVERY));
         }
         let outcome = self.state.save(&self.engine, step);
