@@ -7,7 +7,7 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check wheel docs clean native fmt
+.PHONY: help setup demo test check bench profile wheel docs clean native fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -30,6 +30,13 @@ check: native ## formatting, lints, types, documentation and house rules, as CI 
 	$(env) ruff check
 	$(env) mypy
 	$(env) python -m mypy.stubtest dtruntime._native
+
+bench: ## measure saves, loads and stalls with criterion (six minutes), and write its HTML report
+	$(cargo) bench --locked --workspace
+	@$(env) bash -c 'echo "$$CARGO_TARGET_DIR/criterion/report/index.html"'
+
+profile: ## show where the CPU time of a save and of a load goes, span by span
+	@$(cargo) run --locked --release -p dtr-benches --example profile
 
 fmt: ## format every source file
 	$(cargo) fmt --all

@@ -6,6 +6,7 @@
 )]
 
 mod faults;
+mod flat;
 mod lifecycle;
 mod pressure;
 mod round_trip;

@@ -9,6 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-engine", &["dtr-proto"]),
     ("dtr-python", &["dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
+    ("dtr-benches", &["dtr-engine", "dtr-proto"]),
     ("integration-tests", &["ckpt-tool", "dtr-engine", "dtr-proto"]),
 ];
 

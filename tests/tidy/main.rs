@@ -5,6 +5,7 @@
 //! rule. To add one, write it in the module it belongs to and name it in [`RULES`].
 #![forbid(unsafe_code)]
 
+mod bench_targets;
 mod crates;
 mod documents;
 mod reachable;
@@ -31,6 +32,7 @@ const RULES: &[Rule] = &[
     crates::ARROWS,
     crates::KNOWN,
     crates::BARRED,
+    bench_targets::ONLY_CRITERION_IS_BENCHED,
     unsafe_code::LISTED,
     unsafe_code::LIST_IS_CURRENT,
     unsafe_code::EXPECTED_WITH_A_REASON,
