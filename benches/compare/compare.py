@@ -27,7 +27,7 @@ import engines
 import peers
 import report
 import state
-from engines import Entrant
+from engines import FIO, Entrant
 from limits import HUGE_PAGES_NEEDED, BareCopy, Fio
 from machine import describe, drop_caches, huge_pages, is_root
 from make_state import say
@@ -108,9 +108,9 @@ class Run:
         """Have a worker for each entrant while the block runs."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.shared.close)
-            for entrant in self.entrants:
+            for entrant in (*self.entrants, FIO):
                 self.workers[entrant.key] = stack.enter_context(self.worker())
-            for entrant in self.entrants:
+            for entrant in (*self.entrants, FIO):
                 worker = self.workers[entrant.key]
                 worker.wait_until_ready()
                 worker.ask("open", engine=entrant.key, folder=entrant.key)
@@ -135,13 +135,11 @@ class Run:
             self.pair(fio)
         for number in range(self.plan.training_rounds):
             say(f"training beside a save, {number + 1} of {self.plan.training_rounds}")
-            for entrant in shifted(self.entrants, number):
+            for entrant in shifted([*self.entrants, FIO], number):
                 self.train(entrant)
-        say("weights alone, first saves, memory, endurance")
+        say("weights alone, little staging memory, first saves, endurance")
         self.weights_alone()
-        self.first_saves()
-        self.small_staging()
-        self.endurance()
+        self.others()
 
     def next_step(self) -> int:
         """Count up; no step is saved twice."""
@@ -225,51 +223,52 @@ class Run:
         entries = self.shared.index.entries
         return sum(entry.bytes for entry in entries if entry.path.startswith("model/"))
 
-    def first_saves(self) -> None:
-        """Save with a new manager, prewarmed or not."""
+    def others(self) -> None:
+        """Measure what a fresh worker is needed for."""
         with self.worker() as worker:
             worker.wait_until_ready()
-            for _ in range(self.plan.first_rounds):
-                for name, is_prewarmed in (("first", False), ("first_prewarmed", True)):
-                    worker.ask("open", engine="", folder="first", settings={})
-                    if is_prewarmed:
-                        worker.ask("prewarm")
-                    step = self.next_step()
-                    saved = worker.ask("save", step=step)
-                    self.results.add(name, "stall_seconds", saved["stall_seconds"])
-                    self.remove(worker, step)
-                    worker.ask("close")
+            self.small_staging(worker)
+            self.first_saves(worker)
+            self.endurance(worker)
 
-    def small_staging(self) -> None:
-        """Save through an eighth of the memory, watching it."""
+    def small_staging(self, worker: Worker) -> None:
+        """Save through an eighth of the memory, watching it the first time."""
         staging_bytes = max(self.results.raw_bytes // SMALL_STAGING_SHARE, STAGING_BYTES_MIN)
-        with self.worker() as worker:
-            worker.wait_until_ready()
-            settings = {"staging_bytes": staging_bytes}
-            worker.ask("open", engine="", folder="small", settings=settings)
-            for is_first in (True, False):
-                step = self.next_step()
-                answer = worker.ask_and_watch("save", step=step)
-                if is_first:
-                    self.results.add("small", "extra_bytes", answer["extra_bytes"])
-                else:
-                    self.results.add("small", "stall_seconds", answer["stall_seconds"])
-                    self.results.add("small", "durable_seconds", answer["durable_seconds"])
-                self.remove(worker, step)
-            worker.ask("close")
         self.results.add("small", "staging_bytes", float(staging_bytes))
+        settings = {"staging_bytes": staging_bytes}
+        worker.ask("open", engine="", folder="small", settings=settings)
+        for number in range(1 + self.plan.first_rounds):
+            step = self.next_step()
+            answer = worker.ask_and_watch("save", step=step)
+            if number == 0:
+                self.results.add("small", "extra_bytes", answer["extra_bytes"])
+            else:
+                self.results.add("small", "stall_seconds", answer["stall_seconds"])
+                self.results.add("small", "durable_seconds", answer["durable_seconds"])
+            self.remove(worker, step)
+        worker.ask("close")
 
-    def endurance(self) -> None:
+    def first_saves(self, worker: Worker) -> None:
+        """Save with a new manager, prewarmed or not."""
+        for _ in range(self.plan.first_rounds):
+            for name, is_prewarmed in (("first", False), ("first_prewarmed", True)):
+                worker.ask("open", engine="", folder="first", settings={})
+                if is_prewarmed:
+                    worker.ask("prewarm")
+                step = self.next_step()
+                saved = worker.ask("save", step=step)
+                self.results.add(name, "stall_seconds", saved["stall_seconds"])
+                self.remove(worker, step)
+                worker.ask("close")
+
+    def endurance(self, worker: Worker) -> None:
         """Save many times, and see what stays behind."""
         saves = self.plan.endurance_saves
-        with self.worker() as worker:
-            worker.wait_until_ready()
-            worker.ask("use_part", part_bytes=ENDURANCE_PART_BYTES)
-            warm_saves = max(saves // 10, 1)
-            answer = worker.ask("endure", folder="endurance", saves=saves, warm_saves=warm_saves)
-        for moment, held in zip(
-            ("before", "warm", "end", "closed"), answer["holdings"], strict=True
-        ):
+        warm_saves = max(saves // 10, 1)
+        worker.ask("use_part", part_bytes=ENDURANCE_PART_BYTES)
+        answer = worker.ask("endure", folder="endurance", saves=saves, warm_saves=warm_saves)
+        moments = ("before", "warm", "end", "closed")
+        for moment, held in zip(moments, answer["holdings"], strict=True):
             for name, value in held.items():
                 self.results.add("endurance", f"{moment}_{name}", value)
         self.results.add("endurance", "saves", float(saves))

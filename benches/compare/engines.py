@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from make_state import State
+from limits import fio_command
 from state import bits_of, flatten, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from make_state import State
 
 
 START_SECONDS_MAX = 300
@@ -330,6 +333,36 @@ class TorchCheckpointing(Engine):
             self.manager.close()
 
 
+class FioWrite(Engine):
+    """No engine: fio writes as many bytes, so that what the device itself costs can be seen."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def save(self, step: int, state: State) -> None:
+        """Start it."""
+        tensors = (v for v in flatten(state).values() if isinstance(v, torch.Tensor))
+        size_bytes = sum(tensor.nbytes for tensor in tensors)
+        command, environment = fio_command("write", self.path(step), size_bytes, "transparent")
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+
+    def is_durable(self) -> bool:
+        """Tell whether it has ended."""
+        assert self.process is not None, "nothing was saved"  # noqa: S101
+        return self.process.poll() is not None
+
+    def finish(self) -> None:
+        """Wait for its end."""
+        assert self.process is not None, "nothing was saved"  # noqa: S101
+        if self.process.wait() != 0:
+            raise subprocess.CalledProcessError(self.process.returncode, self.process.args)
+
+    def load(self, step: int, state: State) -> State:
+        """Fail: it keeps no state."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Entrant:
     """An engine with its settings, as it appears in the tables."""
@@ -425,9 +458,12 @@ ENTRANTS = (
 )
 
 
+FIO = Entrant("fio_huge", "*fio, huge pages*", "", FioWrite, modules=())
+
+
 def entrant(key: str) -> Entrant:
     """Find an entrant by its key."""
-    return next(e for e in ENTRANTS if e.key == key)
+    return next(e for e in (*ENTRANTS, FIO) if e.key == key)
 
 
 def emptied(state: State) -> State:

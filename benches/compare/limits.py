@@ -101,7 +101,7 @@ class Fio:
             )
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.size_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        self.size_bytes = size_bytes
         self._drop_caches = drop_caches
         self._has_huge_pages = has_huge_pages
 
@@ -131,26 +131,8 @@ class Fio:
         return self.folder / "fio.dat"
 
     def _run(self, kind: str, *, huge: bool) -> float:
-        arguments = {
-            "name": kind,
-            "filename": self._path,
-            "rw": kind,
-            "size": self.size_bytes,
-            "ioengine": "io_uring",
-            "direct": 1,
-            "bs": BLOCK_BYTES,
-            "iodepth": QUEUE_DEPTH,
-            "fallocate": "posix",
-            "end_fsync": 1,
-            "invalidate": 0,
-            "output-format": "json",
-        }
-        environment = dict(os.environ)
-        if huge and self._has_huge_pages:
-            arguments["iomem"] = "mmaphuge"
-        elif huge:  # the allocator asks for transparent huge pages instead
-            environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        command = ["fio", *(f"--{name}={value}" for name, value in arguments.items())]
+        memory = "plain" if not huge else "reserved" if self._has_huge_pages else "transparent"
+        command, environment = fio_command(kind, self._path, self.size_bytes, memory)
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             sys.exit(
@@ -159,3 +141,34 @@ class Fio:
             )
         (job,) = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
         return float(job[kind]["runtime"]) / 1000
+
+
+def fio_command(
+    kind: str, path: Path, size_bytes: int, memory: str
+) -> tuple[list[str], dict[str, str]]:
+    """Give the command, for whole blocks, and its environment.
+
+    Its buffers are in the memory that is named:
+    `plain` is 4 KiB pages, `reserved` is huge pages that root set aside, and `transparent` has the
+    allocator ask for huge pages.
+    """
+    arguments = {
+        "name": kind,
+        "filename": path,
+        "rw": kind,
+        "size": -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES,
+        "ioengine": "io_uring",
+        "direct": 1,
+        "bs": BLOCK_BYTES,
+        "iodepth": QUEUE_DEPTH,
+        "fallocate": "posix",
+        "end_fsync": 1,
+        "invalidate": 0,
+        "output-format": "json",
+    }
+    environment = dict(os.environ)
+    if memory == "reserved":
+        arguments["iomem"] = "mmaphuge"
+    elif memory == "transparent":
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    return ["fio", *(f"--{name}={value}" for name, value in arguments.items())], environment

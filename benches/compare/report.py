@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import engines
 import peers
 from results import Results
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+MANIFEST = Path(__file__).parents[2] / "Cargo.toml"
 BEGIN = "<!-- compare:begin -->"
 END = "<!-- compare:end -->"
 MIB = 1 << 20
+
+OTHER_ROWS = {
+    "copy": "*bare copy, two threads*",
+    "fio_huge": "*fio, huge pages*",
+    "fio": "*fio, 4 KiB pages*",
+    "first": "dtruntime, first save",
+    "first_prewarmed": "dtruntime, first save after `prewarm`",
+    "small": "dtruntime, `staging_bytes` an eighth of the state",
+}
+"""What is no engine, and what the engine does in other cases."""
 
 STALL_TO_COPY_MAX = 1.15
 STALL_TO_DCP_MAX = 0.6
@@ -41,10 +51,22 @@ class Verdict:
 
 def versions(fio: str) -> dict[str, str]:
     """Give the versions of everything that took part."""
-    names = ("dtruntime", "torch", "safetensors", "torch_checkpointing")
+    names = ("torch", "safetensors", "torch_checkpointing")
     found = {name: peers.version_of(name) for name in names}
     known = {name: version for name, version in found.items() if version is not None}
-    return {**known, "python": platform.python_version(), "fio": fio.removeprefix("fio-")}
+    return {
+        "dtruntime": our_version(),
+        **known,
+        "python": platform.python_version(),
+        "fio": fio.removeprefix("fio-"),
+    }
+
+
+def our_version() -> str:
+    """Read the version of this workspace."""
+    match = re.search(r'^version = "(.+)"', MANIFEST.read_text(), re.MULTILINE)
+    assert match is not None, "the workspace has a version"  # noqa: S101
+    return match[1]
 
 
 def results_of(record: dict[str, Any]) -> Results:
@@ -76,57 +98,26 @@ def table(results: Results) -> list[str]:
         "| | stall | durable | load | on disk | CPU | extra memory | training loses |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    rows += [entrant_row(results, e) for e in engines.ENTRANTS if e.key in results.values]
-    rows += limit_rows(results)
+    present = [e for e in engines.ENTRANTS if e.key in results.values]
+    titles = {e.key: e.title for e in present} | OTHER_ROWS
+    rows += [f"| {title} | {' | '.join(cells(results, key))} |" for key, title in titles.items()]
     return rows
 
 
-def entrant_row(results: Results, entrant: engines.Entrant) -> str:
-    """Give the row of an engine."""
-    key = entrant.key
-    cells = [
-        milliseconds(results.median(key, "stall_seconds")),
-        seconds(results.median(key, "durable_seconds")),
-        seconds(results.median(key, "load_seconds")),
-        f"{results.median(key, 'disk_bytes') / results.raw_bytes:.3f}",
-        seconds(results.median(key, "cpu_seconds")),
-        f"{results.median(key, 'extra_bytes') / MIB:,.0f} MiB",
-        seconds(results.median(key, "training_lost_seconds")),
-    ]
-    return f"| {entrant.title} | {' | '.join(cells)} |"
-
-
-def limit_rows(results: Results) -> list[str]:
-    """Give the rows of what the machine can do, and of first saves."""
-
-    def row(
-        title: str, stall: str = "", durable: str = "", load: str = "", memory: str = ""
-    ) -> str:
-        return f"| {title} | {stall} | {durable} | {load} | | | {memory} | |"
-
+def cells(results: Results, key: str) -> list[str]:
+    """Give the cells of a subject; what was not measured is left empty."""
+    writers = {
+        "stall_seconds": milliseconds,
+        "durable_seconds": seconds,
+        "load_seconds": seconds,
+        "disk_bytes": lambda value: f"{value / results.raw_bytes:.3f}",
+        "cpu_seconds": seconds,
+        "extra_bytes": lambda value: f"{value / MIB:,.0f} MiB",
+        "training_lost_seconds": seconds,
+    }
     return [
-        row("*bare copy, two threads*", milliseconds(results.median("copy", "stall_seconds"))),
-        *(
-            row(
-                title,
-                "",
-                seconds(results.median(key, "durable_seconds")),
-                seconds(results.median(key, "load_seconds")),
-            )
-            for key, title in (("fio_huge", "*fio, huge pages*"), ("fio", "*fio, 4 KiB pages*"))
-        ),
-        row("dtruntime, first save", milliseconds(results.median("first", "stall_seconds"))),
-        row(
-            "dtruntime, first save after `prewarm`",
-            milliseconds(results.median("first_prewarmed", "stall_seconds")),
-        ),
-        row(
-            "dtruntime, `staging_bytes` an eighth of the state",
-            milliseconds(results.median("small", "stall_seconds")),
-            seconds(results.median("small", "durable_seconds")),
-            "",
-            f"{results.median('small', 'extra_bytes') / MIB:,.0f} MiB",
-        ),
+        write(results.median(key, figure)) if results.has(key, figure) else ""
+        for figure, write in writers.items()
     ]
 
 

@@ -14,18 +14,21 @@ import importlib
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import engines
-from make_state import State
 from processes import cpu_seconds_of_descendants
 from state import Index, bits_of, flatten, map_state
 from training import Training
+
+if TYPE_CHECKING:
+    from make_state import State
 
 
 class Worker:
@@ -117,7 +120,7 @@ class Worker:
             taken += 1
         engine.finish()
         seconds = time.perf_counter() - began
-        step_seconds = sum(undisturbed) / steps
+        step_seconds = statistics.median(undisturbed)
         return {
             "lost_seconds": seconds - taken * step_seconds,
             "step_seconds": step_seconds,

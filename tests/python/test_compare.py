@@ -199,7 +199,7 @@ def test_the_bare_copy_copies_every_byte_once(tmp_path):
 
 
 def test_requirements_pin_exact_versions():
-    found = dict((r.name, str(r.specifier)) for _, r in peers.requirements())
+    found = {r.name: str(r.specifier) for _, r in peers.requirements()}
     assert set(found) == {"torch", "safetensors", "torch_checkpointing"}
     assert all(re.fullmatch(r"==[\d.]+", pin) for pin in found.values())
     lock = (COMPARE.parents[1] / "requirements-dev.lock").read_text()
