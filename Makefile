@@ -7,15 +7,21 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench profile wheel docs clean native fmt
+.PHONY: help setup demo compare compare-auto test check bench profile wheel docs clean native fmt
 
 help: ## list these commands
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: native ## make the Python environment and build the native module and ckpt-tool
 
 demo: native ## train a small GPT, kill it in the middle of a save, resume it, and compare the loss curves
 	@$(env) python python/examples/demo.py
+
+compare: native ## measure beside torch.save, safetensors, DCP and torch_checkpointing; ARGS="--quick" for less
+	@$(env) python benches/compare/compare.py $(ARGS)
+
+compare-auto: native ## measure compression="auto" on a slowed device (as root)
+	@$(env) python benches/compare/auto.py $(ARGS)
 
 test: native ## run every test
 	$(cargo) test --locked --workspace

@@ -1,0 +1,101 @@
+"""The machine: what a report names it by, and what a run asks of it.
+
+Dropping the page cache and reserving huge pages need root, and touch what else runs. Without them
+the cache is dropped file by file, which a report says, and fio's buffers are made huge by the
+allocator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a reader needs to know to judge the numbers."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    kernel: str
+    filesystem: str
+    device: str
+    date: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.memory_gib:.0f} GiB of memory, "
+            f"Linux {self.kernel}, {self.filesystem} on {self.device}, {self.date}"
+        )
+
+
+def describe(folder: Path) -> Machine:
+    """Describe this machine, with the filesystem that a folder lies on."""
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    meminfo = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+    filesystem, device = mount_of(folder)
+    return Machine(
+        cpu=match[1].strip() if match else platform.machine(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=int(meminfo[1]) / (1 << 20) if meminfo else 0.0,
+        kernel=platform.release(),
+        filesystem=filesystem,
+        device=device,
+        date=dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
+    )
+
+
+def mount_of(folder: Path) -> tuple[str, str]:
+    """Give type and device of the filesystem that a folder lies on."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, right = line.split(" - ", 1)
+        if left.split()[2] == number:
+            kind, source = right.split()[:2]
+            return kind, source
+    return "an unknown filesystem", number
+
+
+def is_root() -> bool:
+    """Tell whether this process may change the machine."""
+    return os.geteuid() == 0
+
+
+def drop_caches(folder: Path, *, as_root: bool) -> None:
+    """Have nothing of a folder's files in the page cache."""
+    os.sync()
+    if as_root:
+        DROP_CACHES.write_text("3")
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def huge_pages(count: int, *, as_root: bool) -> Iterator[bool]:
+    """Reserve huge pages while the block runs; tells whether they could be had."""
+    if not as_root:
+        yield False
+        return
+    before = int(HUGE_PAGES.read_text())
+    HUGE_PAGES.write_text(str(before + count))
+    try:
+        yield int(HUGE_PAGES.read_text()) >= before + count
+    finally:
+        HUGE_PAGES.write_text(str(before))
