@@ -6,7 +6,7 @@
 //!
 //! Always holds: the loaded bytes are compared with the state; a profile without spans is an error,
 //! not an empty table.
-#![expect(clippy::print_stdout, reason = "printing is what this program is for")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing is its purpose")]
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -99,7 +99,7 @@ fn main() -> ExitCode {
     match run(&options, &recorder) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            println!("error: {error}");
+            eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }
@@ -131,7 +131,8 @@ fn run(options: &Options, recorder: &Recorder) -> Outcome<()> {
         phases.extend(profile_codec(codec, &state, options, &directory, recorder)?);
     }
     let timeline = directory.join("checkpoint-profile.json");
-    write_timeline(&mut BufWriter::new(File::create(&timeline)?), &phases)?;
+    let file = File::create(&timeline).map_err(|error| unwritable(&timeline, &error))?;
+    write_timeline(&mut BufWriter::new(file), &phases)?;
     println!("timeline, for ui.perfetto.dev or chrome://tracing: {}", timeline.display());
     println!("below the spans, where perf is installed: {}", perf_command());
     Ok(())
@@ -145,7 +146,7 @@ fn profile_codec(
     directory: &Path,
     recorder: &Recorder,
 ) -> Outcome<[Phase; 2]> {
-    let store = tempfile::tempdir_in(directory)?;
+    let store = tempfile::tempdir_in(directory).map_err(|error| unwritable(directory, &error))?;
     let engine = Engine::open(Config {
         compression: codec.into(),
         io_backend: options.io_backend.into(),
@@ -204,6 +205,14 @@ fn profile_load(engine: &Engine, state: &State, recorder: &Recorder, name: &str)
     print_phase(&phase)?;
     println!("  crc32c of what came back: {:08x}\n", memory.crc32c());
     Ok(phase)
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> String {
+    format!(
+        "writing to `{}`: {error}\nhint: name another place with `--directory` or {}",
+        path.display(),
+        machine::DIRECTORY_VARIABLE
+    )
 }
 
 fn print_phase(phase: &Phase) -> Outcome<()> {
