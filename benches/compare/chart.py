@@ -122,7 +122,8 @@ def draw_panel(
         parts.append(words(left + width + 5, middle_of(number), shown, f"value{kind}"))
     at = left + limit * scale
     parts.append(line(at, HEAD_HEIGHT - 4, bottom + 2, "limit"))
-    parts.append(words(left, bottom + 16, f"┆ {panel.limit_title}: {limit:.2f}", "small"))
+    parts.append(line(left + 1, bottom + 6, bottom + 18, "limit"))
+    parts.append(words(left + 8, bottom + 16, f"{panel.limit_title}: {limit:.2f}", "small"))
     return parts
 
 

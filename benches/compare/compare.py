@@ -29,9 +29,10 @@ import report
 import state
 from engines import FIO, Entrant
 from limits import HUGE_PAGES_NEEDED, BareCopy, Fio
-from machine import describe, drop_caches, huge_pages, is_root
+from machine import available_bytes, describe, drop_caches, huge_pages, is_root
 from make_state import say
 from results import Results
+from state import Index
 from workers import Worker
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ TINY = Plan(
 PLANS = {"full": FULL, "quick": QUICK, "tiny": TINY}
 ENDURANCE_PART_BYTES = 32 << 20
 SMALL_STAGING_SHARE = 8
+MEMORY_STATES = 9
+"""How many times the state is in memory: itself, the copies that engines keep, the one loaded."""
+WORKERS_BYTES = 4 << 30
 STAGING_BYTES_MIN = 16 << 20  # four chunks, the least that the engine takes
 
 
@@ -322,6 +326,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     options.folder.mkdir(parents=True)
     machine = describe(options.folder)
     say(f"machine: {machine}")
+    needed_bytes = MEMORY_STATES * Index.read(folder).raw_bytes + WORKERS_BYTES
+    if available_bytes() < needed_bytes:
+        say(
+            f"warning: {available_bytes() >> 30} GiB of memory are available, {needed_bytes >> 30} "
+            "may be needed\nhint: close other programs, or use `--quick`"
+        )
     as_root = is_root() and not options.gentle
     if not as_root:
         say("not as root: caches are dropped file by file, with posix_fadvise(DONTNEED)")
