@@ -41,7 +41,7 @@ struct Victim {
 /// Ways to make a shard.
 #[derive(Clone, Copy)]
 enum Shape {
-    /// Four chunks that zstd shrinks to a few blocks each: a file of about 64 KiB.
+    /// Six chunks that zstd shrinks to two blocks each: a file of about 64 KiB.
     Small,
     /// Four chunks as they are, all equally long.
     Equal,
@@ -49,19 +49,22 @@ enum Shape {
 
 impl Victim {
     fn new(directory: &Path, shape: Shape) -> Self {
+        Self::of(directory, shape, 2)
+    }
+
+    /// The damaged step's state is made from a seed.
+    fn of(directory: &Path, shape: Shape, seed: u64) -> Self {
         let store = directory.join("store");
         let chunk = CHUNK_BYTES as usize;
         let (state, other, compression) = match shape {
             Shape::Small => (
-                State::repetitive(2, &[4 * chunk]),
-                State::repetitive(1, &[4 * chunk]),
+                State::repetitive(seed, &[6 * chunk]),
+                State::repetitive(1, &[6 * chunk]),
                 Compression::Zstd,
             ),
-            Shape::Equal => (
-                State::new(2, &[4 * chunk]),
-                State::new(1, &[4 * chunk]),
-                Compression::None,
-            ),
+            Shape::Equal => {
+                (State::new(seed, &[4 * chunk]), State::new(1, &[4 * chunk]), Compression::None)
+            }
         };
         let tools = Tools::new();
         let config = Config { compression, ..state::config(&store) };
@@ -344,7 +347,11 @@ fn a_whole_shard_of_another_step_rank_or_attempt_is_found() {
     let victim = Victim::new(directory.path(), Shape::Equal);
     let [shard, manifest] = Part::both(&victim);
     let ours = Manifest::decode(&manifest.bytes).unwrap();
+    // The same step, rank and attempt of a store whose ids are counted as here.
+    let elsewhere = scratch();
+    let twin = Victim::of(elsewhere.path(), Shape::Equal, 5);
     let strangers = [
+        ("state", fs::read(twin.shard_path(STEP)).unwrap()),
         ("step", rewritten(&shard.bytes, |header| header.step += 1)),
         ("attempt", rewritten(&shard.bytes, |header| header.attempt = AttemptId([7; 16]))),
         ("number of ranks", rewritten(&shard.bytes, |header| header.world_size = 2)),
@@ -360,7 +367,11 @@ fn a_whole_shard_of_another_step_rank_or_attempt_is_found() {
     for (what, stranger) in &strangers {
         shard.with(stranger, || {
             victim.expect_damage().unwrap_or_else(|why| panic!("another {what}: {why}"));
-            // Nor does it pass where the manifest holds its very digest: its identity is checked.
+            // Nor does it pass where the manifest holds its very digest: its identity is checked. A
+            // state has none but its digest.
+            if *what == "state" {
+                return;
+            }
             let shards = vec![entry_of(stranger, &ours.shards[0])];
             let signed = Manifest { shards, ..ours.clone() }.encode().unwrap();
             manifest.with(&signed, || {

@@ -47,11 +47,26 @@ enum Node {
 #[derive(Clone, Debug)]
 enum Event {
     /// Names of one directory come to mean something else, or nothing, all at once.
-    Entries { dir: usize, changes: Vec<(String, Option<Node>)> },
-    Write { file: usize, offset: usize, bytes: Vec<u8> },
-    SetLength { file: usize, length: Length },
-    Sync { file: usize, covered: Vec<usize> },
-    SyncDir { dir: usize },
+    Entries {
+        dir: usize,
+        changes: Vec<(String, Option<Node>)>,
+    },
+    Write {
+        file: usize,
+        offset: usize,
+        bytes: Vec<u8>,
+    },
+    SetLength {
+        file: usize,
+        length: Length,
+    },
+    Sync {
+        file: usize,
+        covered: Vec<usize>,
+    },
+    SyncDir {
+        dir: usize,
+    },
 }
 
 /// A log, ready to lose parts of.
@@ -153,8 +168,8 @@ impl Medium {
     fn durable(&self, point: usize) -> Vec<bool> {
         let mut durable = vec![false; point];
         for (sync_at, sync) in self.events[..point].iter().enumerate() {
-            for at in 0..sync_at {
-                durable[at] |= match (&self.events[at], sync) {
+            for (at, is_durable) in durable.iter_mut().enumerate().take(sync_at) {
+                *is_durable |= match (&self.events[at], sync) {
                     (Event::Entries { dir, .. }, Event::SyncDir { dir: synced }) => dir == synced,
                     (Event::Write { file, .. }, Event::Sync { file: synced, covered }) => {
                         file == synced && covered.binary_search(&at).is_ok()
@@ -275,7 +290,7 @@ impl Names {
         path.components().fold(0, |dir, name| {
             match self.dirs[dir][name.as_os_str().to_str().unwrap()] {
                 Node::Dir(inner) => inner,
-                Node::File(_) => panic!("{path:?} leads through a file"),
+                Node::File(_) => panic!("`{}` leads through a file", path.display()),
             }
         })
     }

@@ -10,9 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use dtr_engine::io::{
-    Direction, EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer,
-};
+use dtr_engine::io::{Direction, EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer};
 
 const EIO: i32 = 5;
 
@@ -24,12 +22,19 @@ pub(crate) type FileId = usize;
 pub(crate) enum Op {
     MakeDir(PathBuf),
     Create(PathBuf, FileId),
-    Write { file: FileId, offset: u64, bytes: Vec<u8> },
+    Write {
+        file: FileId,
+        offset: u64,
+        bytes: Vec<u8>,
+    },
     SetLength(FileId, Length),
     /// Covers the writes at these positions of the log, and every length set before.
     Sync(FileId, Vec<usize>),
     SyncDir(PathBuf),
-    Rename { from: PathBuf, to: PathBuf },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
     RemoveFile(PathBuf),
     RemoveDir(PathBuf),
 }
@@ -80,7 +85,7 @@ impl Recorder {
     }
 
     fn relative(&self, path: &Path) -> PathBuf {
-        path.strip_prefix(&self.root).unwrap_or_else(|_| panic!("{path:?} is outside")).to_owned()
+        path.strip_prefix(&self.root).expect("all happens below the root").to_owned()
     }
 
     fn file_id(&self, file: &File) -> FileId {
@@ -91,7 +96,13 @@ impl Recorder {
     fn perform<T>(&self, op: Op, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         drop(self.alive()?);
         let result = work()?;
-        lock(&self.state).log.push(op);
+        let mut state = lock(&self.state);
+        if let Op::Rename { from, to } = &op
+            && let Some(id) = state.files.remove(from)
+        {
+            state.files.insert(to.clone(), id);
+        }
+        state.log.push(op);
         Ok(result)
     }
 
@@ -169,13 +180,11 @@ impl Io for Recorder {
     }
 
     fn entry(&self, operation: &EntryOp) -> io::Result<EntryReply> {
-        match self.changes(operation) {
-            Some(op) => self.perform(op, || self.inner.entry(operation)),
-            None => {
-                drop(self.alive()?);
-                self.inner.entry(operation)
-            }
+        if let Some(op) = self.changes(operation) {
+            return self.perform(op, || self.inner.entry(operation));
         }
+        drop(self.alive()?);
+        self.inner.entry(operation)
     }
 }
 
