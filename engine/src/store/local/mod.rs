@@ -12,7 +12,8 @@
 //!   ours is not followed.
 //! - A reader creates, writes, locks and deletes nothing.
 //! - A name is durable before anything relies on it: each directory created is synced in its
-//!   parent, each shard in its step's directory, before the manifest that names it is published.
+//!   parent, each shard in its step's directory, before the manifest that names it is published;
+//!   and all that can be seen, whoever published it, before anything is deleted.
 //! - In a forked child every call that would change something, or wait for a transfer, is refused,
 //!   and dropping anything leaves the files and locks of the parent as they are.
 //!
@@ -20,6 +21,7 @@
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -72,6 +74,8 @@ struct Shared {
     /// Held while names are made and unmade, so that what was just looked up still is so: by a
     /// publication, and by a cleaner between taking a file's lock and trusting it.
     changes: Mutex<()>,
+    /// Whether every name that can be seen is durable: nothing is deleted before.
+    settled: AtomicBool,
 }
 
 impl LocalStore {
@@ -101,6 +105,7 @@ impl LocalStore {
             in_flight_bytes_max: in_flight_bytes,
             locks,
             changes: Mutex::default(),
+            settled: AtomicBool::new(false),
         };
         Ok(Self { shared: Arc::new(shared), writer })
     }
@@ -127,16 +132,7 @@ impl Store for LocalStore {
     }
 
     fn list(&self) -> Result<Vec<StepListing>> {
-        let names = match self.shared.io.entry(&EntryOp::List(self.shared.path.clone())) {
-            Ok(reply) => names_in(reply)?,
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(root::missing_store(&self.shared.path));
-            }
-            Err(error) => return Err(EngineError::from_io("listing", &self.shared.path, error)),
-        };
-        let mut steps: Vec<u64> =
-            names.iter().filter_map(|name| names::parse_step_dir(name)).collect();
-        steps.sort_unstable();
+        let steps = self.shared.steps()?;
         // A step that vanishes meanwhile is one that the writer deleted.
         steps.into_iter().filter_map(|step| self.shared.list_step(step).transpose()).collect()
     }
@@ -232,6 +228,21 @@ impl Shared {
     fn sync_directory(&self, path: &Path) -> Result<()> {
         self.io.entry(&EntryOp::SyncDir(path.into())).context("syncing directory", path)?;
         Ok(())
+    }
+
+    /// Steps that have a directory, or what looks like one, ascending.
+    fn steps(&self) -> Result<Vec<u64>> {
+        let names = match self.io.entry(&EntryOp::List(self.path.clone())) {
+            Ok(reply) => names_in(reply)?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(root::missing_store(&self.path));
+            }
+            Err(error) => return Err(EngineError::from_io("listing", &self.path, error)),
+        };
+        let mut steps: Vec<u64> =
+            names.iter().filter_map(|name| names::parse_step_dir(name)).collect();
+        steps.sort_unstable();
+        Ok(steps)
     }
 
     /// One step's files of ours; `None` if it is no directory, or is gone.

@@ -12,6 +12,7 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use super::{Shared, record, stat_file};
 use crate::error::IoContext;
@@ -39,14 +40,17 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
             return Err(error);
         }
     }
-    shared.io.entry(&EntryOp::SyncDir(directory)).map(drop).map_err(|source| EngineError::Io {
-        what: format!("syncing the directory of `{}`, just published", manifest.display()),
-        source,
-        hint: format!(
-            "step {step} is visible, and may or may not survive a power loss: look at the \
-             kernel log (`dmesg`) and the device, then save a later step; earlier checkpoints \
-             are untouched"
-        ),
+    shared.io.entry(&EntryOp::SyncDir(directory)).map(drop).map_err(|source| {
+        shared.settled.store(false, Ordering::Release);
+        EngineError::Io {
+            what: format!("syncing the directory of `{}`, just published", manifest.display()),
+            source,
+            hint: format!(
+                "step {step} is visible, and may or may not survive a power loss: look at the \
+                 kernel log (`dmesg`) and the device, then save a later step; earlier checkpoints \
+                 are untouched"
+            ),
+        }
     })
 }
 

@@ -1,6 +1,9 @@
 //! Deleting checkpoints and what dead attempts left.
 //!
 //! Always holds:
+//! - Nothing goes before every manifest that can be seen is durable. A process that was killed may
+//!   have renamed one and not synced it: what it retires or replaces goes because of it, and would
+//!   be missed if the power failed and the manifest were not there after all.
 //! - A checkpoint's manifest is gone, durably, before the first of its shards goes: none is ever
 //!   seen with shards missing because it is being deleted.
 //! - A shard goes only under its own lock, and an orphan only if no manifest that stands names it.
@@ -8,9 +11,10 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use super::lock::{LockFile, lock_error};
-use super::{Shared, is_own_name, list_own_names, publish, stat_file};
+use super::{Shared, is_directory, is_own_name, list_own_names, publish, stat_file};
 use crate::format::names;
 use crate::io::EntryOp;
 use crate::{EngineError, Result};
@@ -21,6 +25,7 @@ pub(super) fn remove_checkpoint(shared: &Shared, step: u64) -> Result<u64> {
     let Some(names) = list_own_names(&*shared.io, &directory)? else {
         return Ok(0);
     };
+    settle(shared)?;
     let mut freed_bytes = {
         let _changes = shared.changes();
         remove_file(shared, &directory.join(names::MANIFEST_FILE))?
@@ -45,9 +50,10 @@ pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Op
         ));
     }
     let directory = shared.step_directory(step);
-    if !super::is_directory(&*shared.io, &directory)? {
+    if !is_directory(&*shared.io, &directory)? {
         return Ok(Some(0));
     }
+    settle(shared)?;
     let path = directory.join(file);
     let freed_bytes = if let Some((_, attempt)) = names::parse_shard_file(file) {
         // Asked under the lock: an attempt publishes before it lets go of its shard.
@@ -62,6 +68,22 @@ pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Op
         remove_empty_step(shared, step)?;
     }
     Ok(freed_bytes)
+}
+
+/// Makes durable, once, what earlier processes published. Our own publications are durable unless
+/// they failed, and then this is done again.
+fn settle(shared: &Shared) -> Result<()> {
+    if shared.settled.load(Ordering::Acquire) {
+        return Ok(());
+    }
+    for step in shared.steps()? {
+        let directory = shared.step_directory(step);
+        if is_directory(&*shared.io, &directory)? {
+            shared.sync_directory(&directory)?;
+        }
+    }
+    shared.settled.store(true, Ordering::Release);
+    Ok(())
 }
 
 /// Deletes a step's directory if nothing is in it.

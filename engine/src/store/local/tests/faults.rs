@@ -172,6 +172,9 @@ fn a_deletion_makes_the_loss_of_the_manifest_durable_first() {
     let (step, shard_name) = (names::step_dir_name(2), names::shard_file_name(0, A));
     let expected = [
         format!("list {step}"),
+        // What is seen is made durable, once, before anything goes because of it.
+        "list store".into(),
+        format!("syncdir {step}"),
         "unlink manifest.json".into(),
         format!("syncdir {step}"),
         format!("unlink {shard_name}"),

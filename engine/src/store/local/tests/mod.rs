@@ -505,6 +505,7 @@ fn forked(path: &Path) -> LocalStore {
         in_flight_bytes_max: IN_FLIGHT_BYTES,
         locks,
         changes: Mutex::default(),
+        settled: AtomicBool::new(false),
     };
     LocalStore { shared: Arc::new(shared), writer }
 }
