@@ -149,7 +149,7 @@ impl FreshMemory {
 
     /// Asks for huge pages for fresh memory: first-touch faults of small pages cost more than
     /// reading the bytes. The whole pages around it are meant, for large allocations lie side by
-    /// side: a huge page that holds the end of one and the start of the next is one where both asked.
+    /// side: where both ask, one huge page holds the end of one and the start of the next.
     pub(crate) fn advise_huge_pages(&self) {
         if self.bytes < HUGE_PAGE_BYTES / 2 {
             return;
@@ -157,8 +157,8 @@ impl FreshMemory {
         let page_bytes = rustix::param::page_size();
         let start = self.address / page_bytes * page_bytes;
         let end = (self.address + self.bytes).next_multiple_of(page_bytes);
-        // SAFETY: each page of the range holds mapped memory of ours; this advice changes no contents
-        // of ours or of whatever else lies there.
+        // SAFETY: each page of the range holds mapped memory of ours; this advice changes no
+        // contents of ours or of whatever else lies there.
         let advised = unsafe {
             rustix::mm::madvise(
                 std::ptr::with_exposed_provenance_mut(start),

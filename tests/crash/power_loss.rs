@@ -144,8 +144,8 @@ fn any_legal_reordering_or_tearing_recovers() {
     Campaign::new(histories()).run("power loss", Budget::of(SHORT));
 }
 
-/// A process is killed at each operation of a save; the next one believes what it sees, goes on, and
-/// then the power fails.
+/// A process is killed at each operation of a save; the next one believes what it sees, goes on,
+/// and then the power fails.
 fn killed_histories() -> Vec<History> {
     let before: [&[Call]; 3] = [&[Save(1)], &[Save(10), Save(20)], &[Save(10)]];
     let killed = [Save(2), Rewind(10), Rewind(10)];

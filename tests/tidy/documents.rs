@@ -86,7 +86,8 @@ fn links(line: &str) -> impl Iterator<Item = &str> {
 
 fn exists(tree: &Tree, path: &str) -> bool {
     let folder = format!("{path}/");
-    tree.files.keys().any(|file| file == path || file.starts_with(&folder))
+    tree.others.contains(path)
+        || tree.files.keys().any(|file| file == path || file.starts_with(&folder))
 }
 
 /// A line of a document.

@@ -4,7 +4,7 @@
 //! (`CACHEDIR.TAG`: build outputs, tool caches) or an environment (`pyvenv.cfg`), and hidden ones
 //! that are not ours, are no part of the project.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -15,6 +15,8 @@ use serde_json::Value;
 pub(crate) struct Tree {
     /// Text by path.
     pub(crate) files: BTreeMap<String, String>,
+    /// Paths of what is no text to the rules: pictures, lists of requirements.
+    pub(crate) others: BTreeSet<String>,
     pub(crate) members: Vec<Member>,
 }
 
@@ -47,15 +49,15 @@ impl Tree {
     /// The tree that this test was built from.
     pub(crate) fn read() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent");
-        let mut files = BTreeMap::new();
-        read_folder(root, "", &mut files);
-        Self { files, members: read_members(root) }
+        let mut tree = Self { members: read_members(root), ..Self::of(&[]) };
+        read_folder(root, "", &mut tree);
+        tree
     }
 
     /// A tree made of a few files and no crates, for counterexamples.
     pub(crate) fn of(files: &[(&str, &str)]) -> Self {
         let files = files.iter().map(|&(path, text)| (path.to_owned(), text.to_owned())).collect();
-        Self { files, members: Vec::new() }
+        Self { files, others: BTreeSet::new(), members: Vec::new() }
     }
 
     /// Files whose name ends in one of `endings`.
@@ -91,16 +93,18 @@ pub(crate) fn join(folder: &str, link: &str) -> String {
     parts.join("/")
 }
 
-fn read_folder(folder: &Path, prefix: &str, files: &mut BTreeMap<String, String>) {
+fn read_folder(folder: &Path, prefix: &str, tree: &mut Tree) {
     for entry in fs::read_dir(folder).expect("the tree can be listed") {
         let entry = entry.expect("the tree can be listed");
         let name = entry.file_name().into_string().expect("names are UTF-8");
         let (path, kind) = (entry.path(), entry.file_type().expect("entries have a type"));
         if kind.is_dir() && belongs(&path, &name) {
-            read_folder(&path, &format!("{prefix}{name}/"), files);
+            read_folder(&path, &format!("{prefix}{name}/"), tree);
         } else if kind.is_file() && is_text(&name, prefix) {
             let text = fs::read_to_string(&path).expect("text files are UTF-8");
-            files.insert(format!("{prefix}{name}"), text);
+            tree.files.insert(format!("{prefix}{name}"), text);
+        } else if kind.is_file() {
+            tree.others.insert(format!("{prefix}{name}"));
         }
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! Always holds: a chunk's raw checksum is taken from the arena before anything else touches the
 //! bytes; its stored checksum covers exactly what the device is given, padding included; a worker
-//! outlives any panic of a single chunk, which fails that save alone. Workers run at a lower priority
-//! than the threads of the training.
+//! outlives any panic of a single chunk, which fails that save alone. Workers run at a lower
+//! priority than the threads of the training.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

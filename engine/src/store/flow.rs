@@ -6,8 +6,8 @@
 //!        |<----------- backlog ------------------>|
 //! ```
 //!
-//! A device may take bytes into a cache of its own and write them when it is told to sync: that time
-//! is counted apart, for it comes after everything else.
+//! A device may take bytes into a cache of its own and write them when it is told to sync: that
+//! time is counted apart, for it comes after everything else.
 //!
 //! Always holds: the rate counts only time in which something was in flight, so that a device that
 //! is starved does not look slow; what is recent counts most.

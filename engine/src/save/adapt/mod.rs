@@ -15,8 +15,8 @@
 //!
 //! Always holds: the decision is a pure function of what was measured; what was measured of a kind
 //! of chunk fades while such chunks pass unencoded, so that a change is noticed. A worker that got
-//! less than [`CORE_SHARE_MIN`] of a core is one that the training wants the core from, and does not
-//! encode.
+//! less than [`CORE_SHARE_MIN`] of a core is one that the training wants the core from, and encodes
+//! nothing.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
