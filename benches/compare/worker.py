@@ -8,6 +8,7 @@ the one command runs here, so that its memory and processor time are the engine'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import engines
-from processes import cpu_seconds_of_descendants
+from processes import cpu_seconds_of_descendants, status_of
 from state import Index, bits_of, flatten, map_state
 from training import Training
 
@@ -170,13 +171,18 @@ def cpu_seconds() -> float:
 
 
 def holdings() -> dict[str, int]:
-    """Count what a process could leave behind."""
+    """Count what a process could leave behind.
+
+    Threads that the kernel starts and ends by itself, for a ring, are not the engine's.
+    """
     gc.collect()
-    status = Path("/proc/self/status").read_text()
-    fields = dict(line.split(":", 1) for line in status.splitlines())
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text())
     return {
-        "resident_bytes": int(fields["VmRSS"].split()[0]) * 1024,
-        "threads": int(fields["Threads"]),
+        "resident_bytes": status_of(os.getpid())["VmRSS"],
+        "threads": sum(not name.startswith("iou-wrk") for name in names),
         "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
     }
 
