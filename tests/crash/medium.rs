@@ -3,17 +3,17 @@
 //! The model is that of POSIX without any of the kindnesses of one filesystem ("All File Systems
 //! Are Not Created Equal", OSDI 2014): ext4, xfs and btrfs show a part of these states each.
 //!
-//! | what                                 | after the power loss                                   |
-//! |--------------------------------------|--------------------------------------------------------|
-//! | bytes and length of a file           | as they were at the last successful `fdatasync` of it  |
-//! | a write since then                   | not there, there, or torn: each block of 512 or of     |
-//! |                                      | 4096 bytes is old, new, zeros or garbage by itself     |
-//! | a reservation or length since then   | there or not, whatever became of the writes around it  |
-//! | an entry of a directory              | as it was at the last successful `fsync` of it         |
-//! | a creation, rename, removal since    | there or not, each by itself, a rename as a whole      |
+//! | what                                | after the power loss                                   |
+//! |-------------------------------------|--------------------------------------------------------|
+//! | bytes and length of a file          | as they were at the last successful `fdatasync` of it  |
+//! | a write since then                  | not there, there, or torn: each block of 512 or of     |
+//! |                                     | 4096 bytes is old, new, zeros or garbage by itself     |
+//! | a reservation or length since then  | there or not, whatever became of the writes around it  |
+//! | an entry of a directory             | as it was at the last successful `fsync` of it         |
+//! | a creation, rename, removal since   | there or not, each by itself, a rename as a whole      |
 //!
-//! A sync of a file says nothing about its name, a sync of a directory nothing about the files in it
-//! or about its own name, and a sync covers only what had ended when it began.
+//! A sync of a file says nothing about its name, a sync of a directory nothing about the files in
+//! it or about its own name, and a sync covers only what had ended when it began.
 //!
 //! Reordering needs no choice of its own: two operations on different names, or blocks, have the
 //! same result in either order, and of two on the same one either order gives what a subset in the

@@ -2,8 +2,8 @@
 //!
 //! Always holds: an operation is in the log if it was performed, a write also while it is on its
 //! way; a sync is in the log once it has succeeded, with the writes that had ended when it began:
-//! it covers no others. After [`Recorder::kill_at`] nothing is performed from that position on, as if
-//! the process were gone.
+//! it covers no others. After [`Recorder::kill_at`] nothing is performed from that position on, as
+//! if the process were gone.
 
 use std::collections::BTreeMap;
 use std::io;
