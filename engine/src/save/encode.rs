@@ -138,7 +138,10 @@ impl Worker {
         if codec == Codec::None {
             return Ok(pad(chunk));
         }
+        let checksummed = watch.read();
+        // Not timed: waiting for the device is not waiting for a core.
         let mut stored = self.pool.take();
+        let watch = Stopwatch::start(&*self.environment);
         let encoded = tracing::trace_span!("encode").in_scope(|| {
             self.encoder
                 .encode(codec, element, &chunk.buffer[..raw_bytes], &mut stored)
@@ -148,7 +151,10 @@ impl Worker {
             Encoded::Raw => raw_bytes,
             Encoded::Stored(bytes) => bytes,
         };
-        job.adaptation.learn(element, watch.observe(raw_bytes, stored_bytes));
+        let encoded_in = watch.read();
+        let wall = checksummed.wall + encoded_in.wall;
+        let cpu = checksummed.cpu + encoded_in.cpu;
+        job.adaptation.learn(element, Observation { raw_bytes, stored_bytes, wall, cpu });
         Ok(match encoded {
             Encoded::Raw => pad(chunk),
             Encoded::Stored(bytes) => {
@@ -183,14 +189,18 @@ impl<'a> Stopwatch<'a> {
         Self { environment, wall: environment.monotonic(), cpu: environment.thread_cpu() }
     }
 
-    fn observe(&self, raw_bytes: usize, stored_bytes: usize) -> Observation {
-        Observation {
-            raw_bytes,
-            stored_bytes,
+    fn read(&self) -> Spent {
+        Spent {
             wall: elapsed(self.environment, self.wall),
             cpu: self.environment.thread_cpu().saturating_sub(self.cpu),
         }
     }
+}
+
+/// What a [`Stopwatch`] shows.
+struct Spent {
+    wall: Duration,
+    cpu: Duration,
 }
 
 fn checksum(bytes: &[u8]) -> u32 {
