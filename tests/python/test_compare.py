@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 
 COMPARE = Path(__file__).parents[2] / "benches/compare"
 sys.path.insert(0, str(COMPARE))
@@ -34,6 +35,18 @@ FIGURES = (
     "training_lost_seconds",
 )
 README = f"before\n{report.BEGIN}\nold numbers\n{report.END}\nafter\n"
+
+
+@pytest.fixture(autouse=True)
+def _others_find_torch_as_it_was():
+    """Training a state sets torch up for itself; the tests after these want its defaults."""
+    is_deterministic, threads = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+    yield
+    torch.use_deterministic_algorithms(is_deterministic)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
