@@ -268,7 +268,7 @@ class Run:
     def endurance(self, worker: Worker) -> None:
         """Save many times, and see what stays behind."""
         saves = self.plan.endurance_saves
-        warm_saves = saves // 2
+        warm_saves = max(saves // 10, 1)
         worker.ask("use_part", part_bytes=ENDURANCE_PART_BYTES)
         answer = worker.ask("endure", folder="endurance", saves=saves, warm_saves=warm_saves)
         moments = ("before", "warm", "end", "closed")
