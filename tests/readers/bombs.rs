@@ -282,7 +282,8 @@ fn manifest_of_many_names(store: &Path, random: &mut Random) {
     let text = fs::read_to_string(&path).unwrap();
     let (_, body) = text.split_once("\",").unwrap();
     let list = list_of("\"a\"", (4 + random.below(4)) << 20);
-    let json = format!("{{{body}").replacen("\"replicated\": []", &format!("\"replicated\": {list}"), 1);
+    let json =
+        format!("{{{body}").replacen("\"replicated\": []", &format!("\"replicated\": {list}"), 1);
     write_manifest(store, &signed(&json));
 }
 

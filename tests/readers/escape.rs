@@ -448,10 +448,8 @@ fn tensors_have_odd_names(ground: &Ground, random: &mut Random) -> Left {
     };
     let mut request = ground.state.request(STEP, 0);
     let keys = [pick().to_owned(), format!("{}\u{1}", pick())];
-    request.nodes = vec![Node {
-        key: None,
-        value: Value::Dict { len: 2, ordered: false, metadata: false },
-    }];
+    request.nodes =
+        vec![Node { key: None, value: Value::Dict { len: 2, ordered: false, metadata: false } }];
     for (tensor, key) in (0..).zip(keys) {
         request.nodes.push(Node { key: Some(Key::Str(key)), value: Value::Tensor(tensor) });
     }

@@ -14,6 +14,7 @@ mod bombs;
 #[expect(dead_code, reason = "these tests go through their numbers one after the other")]
 #[path = "../crash/budget.rs"]
 mod budget;
+mod clock;
 mod escape;
 mod forge;
 mod limits;

@@ -408,13 +408,14 @@ mod tests {
     fn more_values_than_their_text_is_worth_are_refused() {
         let with_values = |count: usize| {
             let metadata = BTreeMap::from([("x".to_owned(), json!(vec![0; count]))]);
-            Manifest { metadata, ..manifest() }
+            Manifest { metadata, ..sample() }
         };
         let few = with_values(60_000);
         assert_eq!(Manifest::decode(&few.encode().unwrap()), Ok(few));
         let why = with_values(200_000).encode().unwrap_err().to_string();
         assert!(why.contains("large data belongs into the state"), "{why}");
-        for (item, count) in [("0,", 200_000), ("[],", 100_000), ("{},", 20_000), ("{\"\":[0]},", 15_000)]
+        for (item, count) in
+            [("0,", 200_000), ("[],", 100_000), ("{},", 20_000), ("{\"\":[0]},", 15_000)]
         {
             let items = item.repeat(count);
             let dense = format!("\"format_version\":1,\"metadata\":{{\"a\":[{items}0]}}}}");
@@ -422,14 +423,15 @@ mod tests {
         }
         // What stands in a string is no value.
         let text = BTreeMap::from([("x".to_owned(), json!("[{,\\\"".repeat(100_000)))]);
-        let text = Manifest { metadata: text, ..manifest() };
+        let text = Manifest { metadata: text, ..sample() };
         assert_eq!(Manifest::decode(&text.encode().unwrap()), Ok(text));
         // A hundred thousand ranks are fine.
-        let attempt = manifest().attempt_id().unwrap();
-        let like = manifest().shards[0].clone();
-        let shard = |rank| ShardEntry { rank, file: shard_file_name(rank, attempt), ..like.clone() };
+        let attempt = sample().attempt_id().unwrap();
+        let like = sample().shards[0].clone();
+        let shard =
+            |rank| ShardEntry { rank, file: shard_file_name(rank, attempt), ..like.clone() };
         let shards = (0..100_000).map(shard).collect();
-        let wide = Manifest { shards, world_size: 100_000, ..manifest() };
+        let wide = Manifest { shards, world_size: 100_000, ..sample() };
         assert!(Manifest::decode(&wide.encode().unwrap()) == Ok(wide));
     }
 
