@@ -14,8 +14,8 @@ from support import run_script
 
 EXAMPLE = Path(__file__).parents[2] / "python" / "examples" / "train_gpt.py"
 
-# Installed before anything of ours is imported. Python reads its own modules with `marshal`, so that
-# one is not watched: its data is no code that runs by being read.
+# Installed before anything of ours is imported. `marshal`, with which Python reads its own modules,
+# is not watched: what it reads does not run by being read.
 WATCH = """
 import _pickle, json, pickle, sys
 events = []

@@ -172,7 +172,7 @@ fn measured<T>(act: impl FnOnce() -> T) -> (T, Cost) {
     fs::write("/proc/self/clear_refs", "5").unwrap();
     let start = cpu_time();
     let result = act();
-    let seconds = (cpu_time() - start).as_secs_f64();
+    let seconds = cpu_time().saturating_sub(start).as_secs_f64();
     let memory_bytes = status_bytes("VmHWM:").saturating_sub(before_bytes);
     (result, Cost { seconds, memory_bytes })
 }
@@ -480,7 +480,7 @@ fn zstd_chunk(store: &Path, random: &mut Random) {
 
 fn gzip_chunk(store: &Path, random: &mut Random) {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    for _ in 0..1 + random.below(64) {
+    for _ in 0..=random.below(64) {
         encoder.write_all(&vec![0; 1 << 20]).unwrap();
     }
     let mut member = encoder.finish().unwrap();

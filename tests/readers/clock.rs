@@ -83,7 +83,7 @@ fn what_was_written_after_the_clock_was_set_back_is_young() {
     state::finish(&engine.save(state.request(1, 0)).unwrap()).unwrap();
     let now = SystemTime::now();
     // To a clock that was set back, these were written in the future.
-    let young = [now + YEAR, now + DAY, now + Duration::from_secs(60), now - DAY / 2];
+    let young = [now + YEAR, now + DAY, now + Duration::from_mins(1), now - DAY / 2];
     let young: Vec<_> =
         (1..).zip(young).map(|(rank, at)| orphan(directory.path(), rank, at)).collect();
     let old = orphan(directory.path(), 9, now - 2 * DAY);

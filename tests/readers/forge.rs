@@ -111,7 +111,7 @@ impl Forged {
         for chunk in &self.chunks {
             file.write_all(&padded(&chunk.stored)).unwrap();
         }
-        let index_offset = file.seek(SeekFrom::Current(0)).unwrap() + self.hole_bytes;
+        let index_offset = file.stream_position().unwrap() + self.hole_bytes;
         file.seek(SeekFrom::Start(index_offset)).unwrap();
         let stored = padded(&index.stored);
         file.write_all(&stored).unwrap();

@@ -397,9 +397,9 @@ mod tests {
         assert_damaged(br#"{"crc32c":"00000000",not json"#, "checksum");
         assert_damaged(&seal("not json"), "malformed");
         assert_damaged(&seal("}"), "malformed");
-        let deep = format!("\"format_version\":1,\"metadata\":{{\"a\":{}", "[".repeat(1_000_000));
+        let deep = format!("\"format_version\":1,\"metadata\":{{\"a\":{}", "[".repeat(10_000));
         assert_damaged(&seal(&deep), "malformed");
-        assert_damaged(&seal(&format!("{deep}{}}}}}", "]".repeat(1_000_000))), "recursion");
+        assert_damaged(&seal(&format!("{deep}{}}}}}", "]".repeat(10_000))), "recursion");
         let too_large = usize::try_from(MANIFEST_BYTES_MAX).unwrap() + 1;
         assert_damaged(&vec![b' '; too_large], "at most 67108864");
     }
