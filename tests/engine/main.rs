@@ -10,4 +10,5 @@ mod flat;
 mod lifecycle;
 mod pressure;
 mod round_trip;
+mod slow_device;
 mod support;

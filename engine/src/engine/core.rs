@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::Environment;
+use crate::codec::Codec;
 use crate::config::{Compression, Config};
 use crate::error::IoContext;
 use crate::format::FormatError;
@@ -82,8 +83,9 @@ impl Core {
         let chunk_bytes = config.chunk_bytes as usize;
         let in_flight = usize::try_from(config.in_flight_bytes).unwrap_or(usize::MAX) / chunk_bytes;
         let workers = super::memory::worker_count(config.workers);
+        let encodes = !config.read_only && config.compression.fixed_codec() != Some(Codec::None);
         // In flight, and one being filled by each worker.
-        let buffers = if config.read_only { 1 } else { in_flight + workers };
+        let buffers = if encodes { in_flight + workers } else { 1 };
         let encode_pool = BufferPool::new(chunk_bytes, buffers)
             .context("allocating buffers for", store.location())?;
         let control_pool = BufferPool::new(CONTROL_BUFFER_BYTES, CONTROL_BUFFERS)

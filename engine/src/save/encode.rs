@@ -59,7 +59,7 @@ impl Workers {
                 };
                 std::thread::Builder::new()
                     .name(format!("dtr-encode-{index}"))
-                    .spawn(move || worker.run())
+                    .spawn(move || worker.run(index == 0))
                     .context("starting a worker thread for", "encoding")
             })
             .collect::<Result<Vec<_>>>()?;
@@ -91,8 +91,11 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self) {
+    fn run(mut self, first: bool) {
         yield_to_training();
+        if first {
+            self.prewarm();
+        }
         while let Ok(task) = self.queue.recv() {
             if task.job.has_failed() {
                 continue;
@@ -115,6 +118,14 @@ impl Worker {
                     job.fail(EngineError::internal("encoding a chunk", "the worker panicked"));
                 }
             }
+        }
+    }
+
+    /// Gives the buffers their memory before the first save wants it: left to the saves, the last
+    /// ones would be touched only when the device is at its slowest, perhaps days later.
+    fn prewarm(&self) {
+        if let Err(error) = self.pool.prewarm(1) {
+            tracing::warn!(%error, "buffers for encoding get their memory as they are used");
         }
     }
 

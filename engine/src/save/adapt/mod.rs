@@ -10,8 +10,7 @@
 //!
 //! The best `k` makes the two equal. If it is less than a chunk, everything is encoded. If not, raw
 //! chunks come while the device would otherwise run dry, and a chunk is encoded while it would not.
-//! The sync comes after both: where each byte costs it more than encoding costs the workers,
-//! everything is encoded as well.
+//! A device that stores slower than it takes counts as what it stores: [`crate::store::flow`].
 //!
 //! Always holds: the decision is a pure function of what was measured; what was measured of a kind
 //! of chunk fades while such chunks pass unencoded, so that a change is noticed. A worker that got
@@ -22,7 +21,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::format::layout::ElementType;
-use crate::store::flow::{FlowReading, Pace};
+use crate::store::flow::FlowReading;
 
 /// Weight of the newest observation.
 const NEWEST_WEIGHT: f64 = 0.25;
@@ -69,19 +68,18 @@ impl Estimate {
     /// Whether to encode the next chunk.
     fn pays(self, outlook: Outlook) -> bool {
         let Outlook { flow, workers, chunks_left, raw_bytes } = outlook;
-        let Pace { bytes_per_second, sync_seconds_per_byte } = flow.pace;
+        let FlowReading { backlog_bytes, bytes_per_second, .. } = flow;
         let encode = self.cpu_seconds_per_byte * raw_bytes / self.core_share * TIME_MARGIN;
         let raw = raw_bytes / bytes_per_second;
         let encoded = raw * self.stored_fraction;
-        let backlog = flow.backlog_bytes / bytes_per_second;
-        let sync_saved = sync_seconds_per_byte * raw_bytes * (1.0 - self.stored_fraction);
+        let backlog = backlog_bytes / bytes_per_second;
 
         let workers_end = encode * (chunks_left / workers).ceil();
         let device_end = backlog + encoded * chunks_left;
         let best_raw_chunks = (workers_end - device_end) / (raw - encoded + encode / workers);
         self.stored_fraction < STORED_FRACTION_MAX
             && self.core_share >= CORE_SHARE_MIN
-            && (best_raw_chunks < 0.5 || backlog >= encode || sync_saved >= encode / workers)
+            && (best_raw_chunks < 0.5 || backlog >= encode)
     }
 }
 

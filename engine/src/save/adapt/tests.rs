@@ -12,11 +12,13 @@ use std::sync::Arc;
 
 use super::*;
 use crate::clock::Manual;
-use crate::store::flow::Flow;
+use crate::store::flow::{Flow, Pace, SyncBegun};
 
 const MIB: f64 = 1_048_576.0;
 const CHUNK_BYTES: usize = 4 << 20;
 const IN_FLIGHT_BYTES_MAX: u64 = 32 << 20;
+/// How much lands until the next sync.
+const SYNC_EVERY_BYTES: u64 = 64 << 20;
 
 /// How chunks are encoded.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,9 +33,10 @@ enum Policy {
 struct Scene {
     workers: usize,
     chunks: usize,
-    /// Of the device, in bytes a second.
+    /// Bytes a second that the device takes.
     device_rate: f64,
-    sync_seconds_per_byte: f64,
+    /// Bytes a second that it makes durable while it syncs.
+    store_rate: f64,
     /// Of one worker, in raw bytes a second.
     encode_rate: f64,
     checksum_rate: f64,
@@ -66,7 +69,16 @@ struct Save<'a> {
     lands_at: f64,
     encoded: usize,
     landed_bytes: u64,
+    stored_bytes: u64,
+    sync: Option<Sync>,
     random: u64,
+}
+
+/// A sync that is under way.
+struct Sync {
+    begun: SyncBegun,
+    covers_bytes: u64,
+    until: f64,
 }
 
 impl<'a> Save<'a> {
@@ -86,6 +98,8 @@ impl<'a> Save<'a> {
             lands_at: 0.0,
             encoded: 0,
             landed_bytes: 0,
+            stored_bytes: 0,
+            sync: None,
             random: 0x9e37_79b9_7f4a_7c15,
         }
     }
@@ -100,15 +114,36 @@ impl<'a> Save<'a> {
                 _ => None,
             });
             let landing = (!self.in_flight.is_empty()).then_some(self.lands_at);
-            let Some(next) = busy.chain(landing).min_by(f64::total_cmp) else { break };
+            let synced = self.sync.as_ref().map(|sync| sync.until);
+            let Some(next) = busy.chain(landing).chain(synced).min_by(f64::total_cmp) else {
+                break;
+            };
             self.now = next;
             self.clock.set(Duration::from_secs_f64(next));
             self.happen();
         }
         assert_eq!((self.chunks_left, self.flow.read().in_flight_bytes), (0, 0));
-        let sync_seconds = self.scene.sync_seconds_per_byte * self.landed_bytes as f64;
-        self.flow.time_sync(|| self.clock.advance(Duration::from_secs_f64(sync_seconds)));
-        (self.now + sync_seconds, self.flow.pace(), self.encoded)
+        self.begin_sync();
+        self.now = self.sync.as_ref().map_or(self.now, |sync| sync.until);
+        self.clock.set(Duration::from_secs_f64(self.now));
+        self.end_sync();
+        (self.now, self.flow.pace(), self.encoded)
+    }
+
+    fn begin_sync(&mut self) {
+        let bytes = self.landed_bytes - self.stored_bytes;
+        self.sync = Some(Sync {
+            begun: self.flow.begin_sync(),
+            covers_bytes: self.landed_bytes,
+            until: self.now + bytes as f64 / self.scene.store_rate,
+        });
+    }
+
+    fn end_sync(&mut self) {
+        if let Some(sync) = self.sync.take_if(|sync| sync.until <= self.now) {
+            self.flow.end_sync(&sync.begun);
+            self.stored_bytes = sync.covers_bytes;
+        }
     }
 
     /// All that needs no time: chunks are taken up, queued, given to the device.
@@ -129,6 +164,9 @@ impl<'a> Save<'a> {
                 self.flow.accept(bytes);
                 self.flow.arrive(bytes);
                 self.in_flight.push_back(bytes);
+            }
+            if self.sync.is_none() && self.landed_bytes - self.stored_bytes >= SYNC_EVERY_BYTES {
+                self.begin_sync();
             }
             if before == (self.chunks_left, self.queue.len(), self.in_flight.len()) {
                 return;
@@ -154,6 +192,7 @@ impl<'a> Save<'a> {
 
     /// What is due now.
     fn happen(&mut self) {
+        self.end_sync();
         if !self.in_flight.is_empty() && self.lands_at <= self.now {
             let bytes = self.in_flight.pop_front().unwrap();
             self.flow.land(bytes);
@@ -218,7 +257,7 @@ const SCENE: Scene = Scene {
     workers: 2,
     chunks: 256,
     device_rate: 500.0 * MIB,
-    sync_seconds_per_byte: 0.0,
+    store_rate: 1e12,
     encode_rate: 1200.0 * MIB,
     checksum_rate: 6000.0 * MIB,
     stored_fraction: 0.8,
@@ -279,14 +318,11 @@ fn auto_is_at_most_a_twentieth_slower_than_the_better_of_none_and_float() {
 }
 
 #[test]
-fn a_device_that_takes_bytes_fast_and_syncs_slowly_gets_fewer_bytes() {
-    for sync_mib in [100.0, 300.0, 1000.0, 10_000.0] {
+fn a_device_that_takes_bytes_fast_and_stores_them_slowly_is_a_slow_one() {
+    for store_mib in [100.0, 300.0, 1000.0, 10_000.0] {
         for device_mib in [500.0, 2000.0, 8000.0] {
-            let scene = Scene {
-                device_rate: device_mib * MIB,
-                sync_seconds_per_byte: 1.0 / (sync_mib * MIB),
-                ..SCENE
-            };
+            let scene =
+                Scene { device_rate: device_mib * MIB, store_rate: store_mib * MIB, ..SCENE };
             let [_, second] = auto_seconds(scene);
             let allowed = allowed_seconds(scene);
             assert!(second <= allowed, "{second} s, {allowed} s allowed: {scene:?}");
@@ -322,8 +358,7 @@ fn cores_that_others_want_are_left_to_them() {
 
 #[test]
 fn bytes_that_are_no_numbers_stay_as_they_are() {
-    let pace = Pace { bytes_per_second: 1e6, sync_seconds_per_byte: 0.0 };
-    let flow = FlowReading { backlog_bytes: 1e9, in_flight_bytes: 0, pace };
+    let flow = FlowReading { backlog_bytes: 1e9, in_flight_bytes: 0, bytes_per_second: 1e6 };
     let outlook = Outlook { flow, workers: 2.0, chunks_left: 9.0, raw_bytes: 4e6 };
     assert!(!Adaptation::new().should_encode(ElementType::Bytes, outlook));
     assert!(Adaptation::new().should_encode(ElementType::Bf16, outlook));

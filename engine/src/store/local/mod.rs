@@ -33,6 +33,8 @@ use crate::format::names;
 use crate::io::{EntryOp, EntryReply, Io};
 use crate::{EngineError, Result};
 
+mod early_sync;
+mod flight;
 mod lock;
 mod map;
 mod publish;

@@ -11,13 +11,17 @@
 //! - The file's lock is held from its creation until the sink is gone: no cleaner takes the file.
 //! - Buffers go back as their writes end, whatever becomes of the sink; the sink ends only when
 //!   nothing is in flight, so nothing writes to a file that it has deleted.
-//! - The first failure is kept and is the answer to every later call. After one the file is never
-//!   synced again: a second sync could falsely succeed.
+//! - The first failure, be it of a write or of a sync, is kept and is the answer to every later
+//!   call. After one the file is never synced again: a second sync could falsely succeed.
+//! - What makes the file durable is the sync in `finish`, after everything was written; those before
+//!   it ([`super::early_sync`]) only leave it less to do.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use super::early_sync::EarlySync;
+use super::flight::Flight;
 use super::lock::{Lock, LockFile, lock_error};
 use super::{Shared, publish, remove};
 use crate::error::IoContext;
@@ -39,6 +43,8 @@ pub(super) struct LocalShardSink {
     path: PathBuf,
     file: Arc<File>,
     flight: Arc<Flight>,
+    /// Runs until nothing more is written.
+    early_sync: Option<EarlySync>,
     phase: Phase,
     /// Released last, when the fate of the file is settled.
     _lock: Lock,
@@ -63,17 +69,19 @@ impl LocalShardSink {
     ) -> Result<Self> {
         let path = shared.shard_path(id);
         let (file, lock) = create_locked(shared, id.step, &path)?;
-        let sink = Self {
+        let mut sink = Self {
             shared: Arc::clone(shared),
             id,
             path,
             file,
             flight: Arc::new(Flight::new(shared.in_flight_bytes_max, Arc::clone(flow))),
+            early_sync: None,
             phase: Phase::Writing,
             _lock: lock,
         };
         // An error drops the sink, and that deletes the file.
         sink.reserve(reserve_bytes)?;
+        sink.early_sync = EarlySync::start(&shared.io, &sink.file, &sink.flight, reserve_bytes)?;
         Ok(sink)
     }
 
@@ -100,18 +108,29 @@ impl LocalShardSink {
         }
     }
 
+    /// Waits for everything that was started.
+    fn settle(&mut self) {
+        self.flight.wait_until_landed();
+        if let Some(early_sync) = self.early_sync.take() {
+            early_sync.end(&self.flight);
+        }
+    }
+
     fn make_durable(&self, file_bytes: u64) -> Result<()> {
         self.shared
             .io
             .set_length(&self.file, Length::Exact(file_bytes))
             .context("setting the length of", &self.path)?;
-        self.shared.io.sync(&self.file).context("syncing", &self.path)?;
+        self.flight
+            .flow()
+            .time_sync(|| self.shared.io.sync(&self.file))
+            .context("syncing", &self.path)?;
         self.shared.sync_directory(&self.shared.step_directory(self.id.step))
     }
 
     /// Deletes the file, and the step's directory if that leaves it empty.
     fn discard(&mut self) {
-        self.flight.wait_until_landed();
+        self.settle();
         self.phase = Phase::Settled;
         match self.shared.io.entry(&EntryOp::RemoveFile(self.path.clone())) {
             Ok(_) => {}
@@ -174,9 +193,9 @@ impl ShardSink for LocalShardSink {
         if self.phase != Phase::Writing {
             return Err(EngineError::internal("finishing a shard", "it is finished already"));
         }
-        self.flight.wait_until_landed();
+        self.settle();
         self.flight.check()?;
-        if let Err(error) = self.flight.flow.time_sync(|| self.make_durable(file_bytes)) {
+        if let Err(error) = self.make_durable(file_bytes) {
             self.flight.fail(error.duplicate());
             return Err(error);
         }
@@ -186,6 +205,7 @@ impl ShardSink for LocalShardSink {
 
     fn abandon(mut self: Box<Self>) {
         if !self.shared.locks.in_owner() {
+            // Dropping it does what a child may do: nothing.
             return;
         }
         if self.phase == Phase::Finished && self.may_be_published() {
@@ -201,7 +221,11 @@ impl ShardSink for LocalShardSink {
 impl Drop for LocalShardSink {
     fn drop(&mut self) {
         // A forked child has neither the file's fate nor the threads that its writes end on.
-        if self.phase == Phase::Writing && self.shared.locks.in_owner() {
+        if !self.shared.locks.in_owner() {
+            if let Some(early_sync) = self.early_sync.take() {
+                early_sync.forget();
+            }
+        } else if self.phase == Phase::Writing {
             self.discard();
         }
     }
@@ -253,73 +277,4 @@ fn lock_new(shared: &Shared, path: &Path) -> Result<Lock> {
             behind");
     }
     Err(lock_error("locking shard", path, error))
-}
-
-/// Writes that are on their way, and the first that failed.
-#[derive(Debug)]
-struct Flight {
-    bytes_max: u64,
-    flow: Arc<Flow>,
-    state: Mutex<FlightState>,
-    landed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct FlightState {
-    bytes: u64,
-    failure: Option<EngineError>,
-}
-
-impl Flight {
-    fn new(bytes_max: u64, flow: Arc<Flow>) -> Self {
-        Self { bytes_max, flow, state: Mutex::default(), landed: Condvar::new() }
-    }
-
-    /// Waits until `bytes` more may be on their way. One write always may.
-    fn start(&self, bytes: u64) -> Result<()> {
-        let full = |state: &mut FlightState| {
-            state.failure.is_none()
-                && state.bytes > 0
-                && state.bytes.saturating_add(bytes) > self.bytes_max
-        };
-        let mut state =
-            self.landed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = &state.failure {
-            return Err(failure.duplicate());
-        }
-        state.bytes += bytes;
-        self.flow.accept(bytes);
-        Ok(())
-    }
-
-    fn land(&self, bytes: u64, outcome: Result<()>) {
-        let mut state = self.lock();
-        state.bytes -= bytes;
-        self.flow.land(bytes);
-        if let Err(error) = outcome {
-            state.failure.get_or_insert(error);
-        }
-        drop(state);
-        self.landed.notify_all();
-    }
-
-    fn fail(&self, error: EngineError) {
-        self.lock().failure.get_or_insert(error);
-    }
-
-    fn check(&self) -> Result<()> {
-        match &self.lock().failure {
-            Some(failure) => Err(failure.duplicate()),
-            None => Ok(()),
-        }
-    }
-
-    fn wait_until_landed(&self) {
-        let state = self.landed.wait_while(self.lock(), |state| state.bytes > 0);
-        drop(state.unwrap_or_else(PoisonError::into_inner));
-    }
-
-    fn lock(&self) -> MutexGuard<'_, FlightState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }

@@ -17,6 +17,8 @@ struct Watched {
 struct Watch {
     log: Vec<String>,
     fault: Option<Fault>,
+    /// Every sync of a file fails from now on.
+    fail_syncs: bool,
     struck: bool,
 }
 
@@ -97,7 +99,12 @@ impl Io for Watched {
     }
 
     fn sync(&self, file: &File) -> io::Result<()> {
-        self.run("sync", &file.path, || self.inner.sync(file))
+        self.run("sync", &file.path, || {
+            if self.state.lock().unwrap().fail_syncs {
+                return Err(rustix::io::Errno::IO.into());
+            }
+            self.inner.sync(file)
+        })
     }
 
     fn entry(&self, operation: &EntryOp) -> io::Result<EntryReply> {
@@ -288,5 +295,73 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     assert_eq!(sink.write(0, filled(&[1; 4096]), 4096).unwrap_err().to_string(), failure);
     assert_eq!(sink.finish(32768).unwrap_err().to_string(), failure);
     sink.abandon();
+    assert_eq!(store.list().unwrap(), []);
+}
+
+/// More than two syncs' worth, so that it is synced while it is written.
+const LARGE_BYTES: u64 = 64 * IN_FLIGHT_BYTES;
+
+/// Writes pieces of a large shard over and over until `ended` says so.
+fn write_until(sink: &mut dyn ShardSink, ended: impl Fn() -> bool) -> Result<()> {
+    let piece = pattern(4 * ALIGNMENT);
+    for offset in (0..LARGE_BYTES).step_by(piece.len()).cycle() {
+        if ended() {
+            break;
+        }
+        sink.write(offset, filled(&piece), piece.len())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_large_shard_is_synced_while_it_is_written_and_once_more_in_the_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let io = Watched::new(None);
+    let store = open(&directory.path().join("store"), &io).unwrap();
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow()).unwrap();
+    let name = names::shard_file_name(0, A);
+    let sync = format!("sync {name}");
+    write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
+    sink.finish(LARGE_BYTES).unwrap();
+    let log = std::mem::take(&mut io.state.lock().unwrap().log);
+    let last_write = log.iter().rposition(|operation| operation.starts_with("write")).unwrap();
+    let step = names::step_dir_name(1);
+    // An early one may have begun after the last write as well.
+    let end = log.iter().rposition(|operation| operation.starts_with("length")).unwrap();
+    assert!(log[last_write + 1..end].iter().all(|operation| *operation == sync), "{log:?}");
+    assert_eq!(log[end..], [format!("length {name}"), sync, format!("syncdir {step}")]);
+}
+
+#[test]
+fn an_early_sync_that_fails_fails_the_shard_and_is_its_last() {
+    let directory = tempfile::tempdir().unwrap();
+    let io = Watched::new(None);
+    let store = open(&directory.path().join("store"), &io).unwrap();
+    io.state.lock().unwrap().fail_syncs = true;
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow()).unwrap();
+    let failure = write_until(sink.as_mut(), || false).unwrap_err().to_string();
+    assert!(failure.contains("syncing"), "{failure}");
+    io.state.lock().unwrap().fail_syncs = false;
+    assert_eq!(sink.write(0, filled(&[1; 4096]), 4096).unwrap_err().to_string(), failure);
+    assert_eq!(sink.finish(LARGE_BYTES).unwrap_err().to_string(), failure);
+    sink.abandon();
+    let log = std::mem::take(&mut io.state.lock().unwrap().log);
+    let syncs = log.iter().filter(|operation| operation.starts_with("sync rank")).count();
+    assert_eq!(syncs, 1, "{log:?}");
+    assert_eq!(store.list().unwrap(), []);
+}
+
+#[test]
+fn a_shard_that_is_given_up_ends_its_early_sync_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let io = Watched::new(None);
+    let store = open(&directory.path().join("store"), &io).unwrap();
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow()).unwrap();
+    let sync = format!("sync {}", names::shard_file_name(0, A));
+    write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
+    drop(sink);
+    let log = std::mem::take(&mut io.state.lock().unwrap().log);
+    let unlink = log.iter().position(|operation| operation.starts_with("unlink")).unwrap();
+    assert!(!log[unlink..].contains(&sync), "{log:?}");
     assert_eq!(store.list().unwrap(), []);
 }
