@@ -125,6 +125,7 @@ fn set_off_all() {
         most.seconds,
         most.memory_bytes >> 20
     );
+    println!("torture: tried {}, next {}", budget.states, budget.first + budget.states);
 }
 
 /// How a checkpoint is refused.

@@ -87,6 +87,7 @@ fn no_name_and_no_link_leads_out_of_the_store() {
         ATTACKS.len(),
         budget.first
     );
+    println!("torture: tried {}, next {}", budget.states, budget.first + budget.states);
 }
 
 /// A store with a checkpoint, and beside it what must not be touched.

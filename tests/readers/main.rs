@@ -18,6 +18,7 @@ mod clock;
 mod escape;
 mod forge;
 mod limits;
+mod replay;
 #[expect(dead_code, reason = "histories of saves are for the tests of the medium")]
 #[path = "../crash/state.rs"]
 mod state;
