@@ -210,7 +210,7 @@ pub fn codec(bytes: &[u8]) {
     let codec = [Codec::None, Codec::Float, Codec::Zstd, Codec::Gzip][usize::from(kind & 3)];
     let element = ElementType::ALL[usize::from(kind >> 2) % ElementType::ALL.len()];
     if kind & 0x80 == 0 {
-        let raw_bytes = usize::from(u16::from_le_bytes([low, high])) << (kind >> 2 & 3);
+        let raw_bytes = usize::from(u16::from_le_bytes([low, high])) << ((kind >> 2) & 3);
         let mut raw = vec![0xa5; raw_bytes];
         if Decoder::new().decode(codec, rest, &mut raw).is_ok() {
             round_trip(codec, element, &raw);
