@@ -185,6 +185,9 @@ impl EngineError {
                 "the path is too long or holds a character that the filesystem refuses: choose \
                     another path"
             }
+            Kind::Unsupported => {
+                "the filesystem refuses this: set `direct_io` to `auto`, or choose another path"
+            }
             Kind::NotFound => "the file or directory is gone: was it deleted while in use?",
             _ => {
                 "look at the kernel log (`dmesg`) and the device; earlier checkpoints are untouched"

@@ -174,6 +174,7 @@ pub(super) fn filesystem_name(found: &rustix::fs::StatFs) -> String {
         0x5846_5342 => "xfs",
         0x9123_683e => "btrfs",
         0x0102_1994 => "tmpfs",
+        0x8584_58f6 => "ramfs",
         0x794c_7630 => "overlayfs",
         0x6969 => "nfs",
         0x6573_5546 => "fuse",
