@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PYTHON ?= python3
+BUDGET ?= 60
 
 env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare compare-auto test check bench profile wheel docs clean native fmt
+.PHONY: help setup demo compare compare-auto test torture check bench profile wheel docs clean native fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -26,6 +27,9 @@ compare-auto: native ## measure compression="auto" on a slowed device (as root)
 test: native ## run every test
 	$(cargo) test --locked --workspace
 	$(env) pytest tests/python
+
+torture: native ## try every promise as often as its row says, for BUDGET minutes, going on where the last run ended (best as root)
+	@$(env) python tests/torture/torture.py --minutes $(BUDGET) $(ARGS)
 
 check: native ## formatting, lints, types, documentation and house rules, as CI runs them
 	$(cargo) fmt --all --check

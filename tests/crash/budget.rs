@@ -82,10 +82,22 @@ pub(crate) fn run<T>(
         threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
     });
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
-    Outcome {
+    let outcome = Outcome {
         tried: counts.taken.into_inner(),
         alike: counts.alike.into_inner(),
         next: counts.next.into_inner(),
+    };
+    report(&outcome, end);
+    outcome
+}
+
+/// Says what was done in the words that `tests/torture/torture.py` reads.
+fn report(outcome: &Outcome, end: u64) {
+    let Outcome { tried, next, .. } = outcome;
+    if end == u64::MAX {
+        println!("torture: tried {tried}, next {next}");
+    } else {
+        println!("torture: tried {tried}, next {next}, end {end}");
     }
 }
 

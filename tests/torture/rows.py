@@ -1,0 +1,85 @@
+"""The rows of `make torture`: each promise, the test that holds it, and how often it is tried.
+
+A row is one command that tries some of its numbered states and says what it did. What a command
+gets and what it prints is in `torture.py`; a new row is an entry of `ROWS` here and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Row:
+    """One promise."""
+
+    name: str
+    """Short, unique: the key in the record, and what `--rows` takes."""
+    promise: str
+    test: str
+    """What a person looks for: the name of the test."""
+    command: tuple[str, ...]
+    unit: str
+    """What is counted, in the plural."""
+    full: int
+    """How many make the row complete."""
+    batch: int
+    """How many the first time; later as many as fit into the row's slice of time."""
+    prepare: tuple[str, ...] = ()
+    """Run once before the clock starts: builds."""
+    environment: dict[str, str] = field(default_factory=dict)
+    limit_seconds: float = 1800.0
+    """A command that takes longer is ended and counts as a violation."""
+
+
+def crash_test(  # noqa: PLR0917
+    name: str, promise: str, test: str, unit: str, full: int, batch: int
+) -> Row:
+    """Make the row of a test of the binary `crash`, which counts by `tests/crash/budget.rs`."""
+    cargo = ("cargo", "test", "--locked", "-p", "integration-tests", "--test", "crash")
+    return Row(
+        name=name,
+        promise=promise,
+        test=test.rsplit("::", maxsplit=1)[-1],
+        command=(*cargo, "--", test, "--exact", "--nocapture"),
+        unit=unit,
+        full=full,
+        batch=batch,
+        prepare=(*cargo, "--no-run"),
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    crash_test(
+        "reorder",
+        "any legal reordering or tearing recovers",
+        "power_loss::any_legal_reordering_or_tearing_recovers",
+        "states",
+        1_000_000,
+        5_000,
+    ),
+    crash_test(
+        "reorder-after-kill",
+        "... also after a process was killed and another one went on",
+        "power_loss::a_power_loss_after_a_process_was_killed_recovers",
+        "states",
+        100_000,
+        2_000,
+    ),
+    crash_test(
+        "bits",
+        "every flipped bit is found before a tensor is returned",
+        "damage::every_flipped_bit_is_found_before_a_tensor_is_returned",
+        "bits",
+        500_000,
+        20_000,
+    ),
+    crash_test(
+        "truncations",
+        "every truncation is found",
+        "damage::every_truncation_is_found_before_a_tensor_is_returned",
+        "lengths",
+        100_000,
+        2_000,
+    ),
+)
