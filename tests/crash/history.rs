@@ -39,8 +39,12 @@ pub(crate) struct Range {
 }
 
 impl Range {
-    fn exactly(view: View) -> Self {
+    pub(crate) fn exactly(view: View) -> Self {
         Self { least: view.clone(), most: view }
+    }
+
+    pub(crate) fn between(least: View, most: View) -> Self {
+        Self { least, most }
     }
 
     pub(crate) fn holds(&self, view: &View) -> bool {
@@ -50,7 +54,17 @@ impl Range {
         within(&self.least, view) && within(view, &self.most)
     }
 
-    fn without(&self, step: u64) -> Self {
+    /// The least and the most.
+    pub(crate) fn into_views(self) -> (View, View) {
+        (self.least, self.most)
+    }
+
+    /// Whether every view of it has this save at this step.
+    pub(crate) fn acknowledges(&self, step: u64, save: usize) -> bool {
+        self.least.get(&step) == Some(&save)
+    }
+
+    pub(crate) fn without(&self, step: u64) -> Self {
         let mut range = self.clone();
         range.least.remove(&step);
         range.most.remove(&step);
@@ -106,7 +120,8 @@ pub(crate) enum Call {
 
 /// A history that goes on.
 pub(crate) struct Player {
-    directory: tempfile::TempDir,
+    /// Goes with the player, where it is the player's own.
+    directory: Option<tempfile::TempDir>,
     recorder: Arc<Recorder>,
     ids: Arc<Counter>,
     engine: Option<Engine>,
@@ -129,13 +144,20 @@ impl Player {
     /// An empty place. `settings` changes the engine's configuration.
     pub(crate) fn new(settings: impl FnOnce(&mut Config)) -> Self {
         let directory = scratch();
-        let recorder = Recorder::new(state::backend(), directory.path());
-        let mut config = state::config(&directory.path().join(store()));
+        let mut player = Self::at(directory.path(), state::backend(), settings);
+        player.directory = Some(directory);
+        player.open().unwrap();
+        player
+    }
+
+    /// A store below `root`, on `io`, that is not open yet.
+    fn at(root: &Path, io: Arc<dyn Io>, settings: impl FnOnce(&mut Config)) -> Self {
+        let mut config = state::config(&root.join(store()));
         settings(&mut config);
         let nothing = vec![Range::exactly(View::new())];
-        let mut player = Self {
-            directory,
-            recorder,
+        Self {
+            directory: None,
+            recorder: Recorder::new(io, root),
             ids: Counter::starting_at(0),
             engine: None,
             config,
@@ -144,14 +166,47 @@ impl Player {
             durable: nothing.clone(),
             moments: vec![Moment { from: 0, legal: nothing }],
             first: 0,
-        };
-        player.open();
-        player
+        }
     }
 
-    fn open(&mut self) {
+    fn open(&mut self) -> Result<()> {
         let io: Arc<dyn Io> = Arc::<Recorder>::clone(&self.recorder);
-        self.engine = Some(state::open(self.config.clone(), &io, &self.ids).unwrap());
+        self.engine = Some(state::open(self.config.clone(), &io, &self.ids)?);
+        Ok(())
+    }
+
+    /// Opens a store below `root`, on `io`, and makes the calls until `is_cut`, when the device is
+    /// gone under one of them. Returns what may be found then, and the states by save.
+    pub(crate) fn play_until(
+        (root, io): (&Path, Arc<dyn Io>),
+        settings: impl FnOnce(&mut Config),
+        calls: &[Call],
+        is_cut: impl Fn() -> bool,
+    ) -> (Vec<Range>, Vec<Arc<State>>) {
+        let mut player = Self::at(root, io, settings);
+        let opened = player.open();
+        if is_cut() {
+            return (player.durable, player.states);
+        }
+        opened.unwrap();
+        for call in calls {
+            let (mut in_flight, (visible, after)) = player.begin(*call);
+            let outcome = player.make(*call);
+            if is_cut() {
+                if outcome.is_ok()
+                    && let Call::Save(step) | Call::Rewind(step) = *call
+                {
+                    let save = player.states.len() - 1;
+                    in_flight.retain(|range| range.acknowledges(step, save));
+                }
+                drop(player.engine.take());
+                return (in_flight, player.states);
+            }
+            outcome.unwrap_or_else(|error| panic!("{call:?} on a healthy device: {error}"));
+            player.end((visible, after));
+        }
+        drop(player.engine.take());
+        (player.durable, player.states)
     }
 
     /// Makes the calls, one after the other, each of which succeeds.
@@ -189,7 +244,7 @@ impl Player {
         }
         let legal = self.durable.clone();
         self.moments.push(Moment { from: self.first, legal });
-        self.open();
+        self.open().unwrap();
         Some(self)
     }
 
@@ -210,6 +265,10 @@ impl Player {
     }
 
     fn make(&mut self, call: Call) -> Result<()> {
+        if let Call::Reopen = call {
+            drop(self.engine.take());
+            return self.open();
+        }
         let engine = self.engine.as_ref().unwrap();
         match call {
             Call::Save(step) | Call::Rewind(step) => {
@@ -223,11 +282,7 @@ impl Player {
                 let options = GcOptions { dry_run: false, grace: Some(Duration::ZERO) };
                 engine.gc(options).map(drop)
             }
-            Call::Reopen => {
-                drop(self.engine.take());
-                self.open();
-                Ok(())
-            }
+            Call::Reopen => Ok(()),
         }
     }
 

@@ -22,7 +22,7 @@ class Row:
     unit: str
     """What is counted, in the plural."""
     full: int
-    """How many make the row complete."""
+    """How many make the row complete; more than there are means all of them."""
     batch: int
     """How many the first time; later as many as fit into the row's slice of time."""
     prepare: tuple[str, ...] = ()
@@ -51,6 +51,23 @@ def crash_test(  # noqa: PLR0917
 
 ROWS: tuple[Row, ...] = (
     crash_test(
+        "kill",
+        "what was acknowledged survives kill -9, and nothing torn is visible",
+        "kill::an_acknowledged_checkpoint_survives_kill_9",
+        # One process is killed at a named point and the next one at a random time.
+        "pairs of SIGKILLs",
+        10_000,
+        200,
+    ),
+    crash_test(
+        "power",
+        "... survives power loss: ext4 shut down at every operation, three devices",
+        "power_cut::an_acknowledged_checkpoint_survives_a_power_cut",
+        "cuts",
+        10_500,
+        50,
+    ),
+    crash_test(
         "reorder",
         "any legal reordering or tearing recovers",
         "power_loss::any_legal_reordering_or_tearing_recovers",
@@ -67,6 +84,30 @@ ROWS: tuple[Row, ...] = (
         2_000,
     ),
     crash_test(
+        "failure",
+        "any single I/O failure leaves the checkpoint before and gives a typed error",
+        "one_failure::any_single_failure_leaves_the_checkpoint_before_and_is_typed",
+        "failures",
+        100_000,
+        2_000,
+    ),
+    crash_test(
+        "sync",
+        "nothing is acknowledged after a failed sync",
+        "failed_sync::nothing_is_acknowledged_after_a_failed_sync",
+        "devices",
+        500,
+        10,
+    ),
+    crash_test(
+        "full",
+        "a full disk is harmless",
+        "full_disk::a_full_disk_is_harmless",
+        "disks",
+        10_000,
+        32,
+    ),
+    crash_test(
         "bits",
         "every flipped bit is found before a tensor is returned",
         "damage::every_flipped_bit_is_found_before_a_tensor_is_returned",
@@ -81,5 +122,15 @@ ROWS: tuple[Row, ...] = (
         "lengths",
         100_000,
         2_000,
+    ),
+    Row(
+        name="mutants",
+        promise="the campaign itself works: each mutant of the engine is caught by its test",
+        test="tests/mutants/mutants.py",
+        command=("python", "tests/mutants/mutants.py"),
+        unit="mutants",
+        full=100,
+        batch=1,
+        limit_seconds=3600.0,
     ),
 )

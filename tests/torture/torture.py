@@ -11,7 +11,7 @@ decides what a state is, so it is the seed. The command gets
     DTR_TORTURE_FIRST     number of the first state to try: where the last command ended
     DTR_TORTURE_STATES    how many to try
 
-and prints, each on a line of its own,
+and prints, each at the end of a line,
 
     torture: tried 200, next 200              states tried; the number of the first one not tried
     torture: tried 200, next 200, end 5000    the same, where there are only 5000
@@ -44,8 +44,8 @@ from rows import ROWS, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 SLICE_SECONDS = 60.0
-TRIED = re.compile(r"^torture: tried (\d+), next (\d+)(?:, end (\d+))?$", re.MULTILINE)
-SKIPPED = re.compile(r"^torture: skipped: (.+)$", re.MULTILINE)
+TRIED = re.compile(r"torture: tried (\d+), next (\d+)(?:, end (\d+))?$", re.MULTILINE)
+SKIPPED = re.compile(r"torture: skipped: (.+)$", re.MULTILINE)
 # What decides how the engine behaves.
 SOURCES = ("engine/src", "engine/Cargo.toml", "proto/src", "Cargo.lock")
 
