@@ -24,7 +24,7 @@ use std::time::Duration;
 use dtr_engine::clock::System;
 use dtr_engine::config::{Compression, DirectIo, IoBackend};
 use dtr_engine::engine::{Components, GcOptions};
-use dtr_engine::format::names::{MANIFEST_FILE, parse_step_dir};
+use dtr_engine::format::names::{MANIFEST_FILE, parse_shard_file, parse_step_dir};
 use dtr_engine::io::sim::OpKind;
 use dtr_engine::io::{Direction, EntryOp, Io, Length, OpenMode, open_backend};
 use dtr_engine::{Config, Engine};
@@ -73,7 +73,7 @@ const SIDES: [&str; 2] = ["before", "after"];
 
 fn point_of(operation: &Operation) -> Option<&'static str> {
     let file = operation.path.file_name()?.to_str()?;
-    let is_shard = file.ends_with(".shard");
+    let is_shard = parse_shard_file(file).is_some();
     let is_step = parse_step_dir(file).is_some();
     Some(match &operation.kind {
         OpKind::Open(OpenMode::Create) => "creating a shard",
