@@ -29,7 +29,7 @@ TARGETS = {
     "crash": ("-p", "integration-tests", "--test", "crash"),
     "engine": ("-p", "dtr-engine", "--lib"),
 }
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 1800
 
 
 @dataclass(frozen=True)
