@@ -24,11 +24,14 @@ use super::support::{State, config, scratch};
 /// Set in the process that measures.
 const ALONE: &str = "DTR_TEST_ALONE";
 
+/// Saves, unless `DTR_TORTURE_STATES` asks for more.
 const SAVES: u64 = 200;
 /// By then every pool, cache and thread there will be is there.
 const WARM: u64 = 50;
 /// Each fifth save meets a fault.
 const FAULT_EVERY: u64 = 5;
+/// Operations of a save that get a fault in turn, about as many as there are.
+const OPERATIONS: u64 = 40;
 /// One huge page that a pool touches late, and what the allocator keeps for itself. A healthy
 /// engine grows by less than a tenth of it; 25 KiB lost in each save is too much.
 const GROWTH_BYTES_MAX: u64 = 3 << 20;
@@ -74,7 +77,8 @@ fn saves_leave_the_process_flat(io_backend: IoBackend) {
 
     let mut saves = Saves::begin(io_backend).unwrap();
     let mut warm = (0, Holdings::default());
-    for step in 1..=SAVES {
+    let count = SAVES.max(asked("DTR_TORTURE_STATES").unwrap_or(0));
+    for step in 1..=count {
         saves.save(step);
         if step.is_multiple_of(10) {
             saves.load();
@@ -87,7 +91,7 @@ fn saves_leave_the_process_flat(io_backend: IoBackend) {
     }
     let grown_bytes = resident_bytes().saturating_sub(warm.0);
     println!(
-        "{SAVES} saves, {} of them failed, on {io_backend:?}: {} descriptors, {} threads, memory \
+        "{count} saves, {} of them failed, on {io_backend:?}: {} descriptors, {} threads, memory \
          grew by {} KiB from {} KiB after save {WARM}",
         saves.failed,
         warm.1.descriptors.len(),
@@ -96,9 +100,16 @@ fn saves_leave_the_process_flat(io_backend: IoBackend) {
         warm.0 >> 10,
     );
     assert!(grown_bytes <= GROWTH_BYTES_MAX, "memory grew by {grown_bytes} bytes");
-    assert!(saves.failed >= SAVES / FAULT_EVERY / 2, "only {} saves failed", saves.failed);
+    assert!(saves.failed >= count / FAULT_EVERY / 2, "only {} saves failed", saves.failed);
     saves.finish();
     before.assert_reached("after closing");
+    println!("torture: tried {count}, next {}", asked("DTR_TORTURE_FIRST").unwrap_or(0) + count);
+}
+
+/// A number that the environment gives.
+fn asked(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} = `{text}`: a whole number is expected")))
 }
 
 /// One engine that saves and loads over and over, on a device that fails now and then.
@@ -177,16 +188,16 @@ impl Saves {
     }
 }
 
-/// The operations of a save fail in turn, each in a way of its own.
-fn fault_of_save(number: u64) -> Plan {
+/// The operations of a save fail in turn, each in another way the next time round.
+fn fault_of_save(turn: u64) -> Plan {
     let kinds = [
         FaultKind::Error(EIO),
         FaultKind::Error(ENOSPC),
         FaultKind::ErrorAfter(EIO),
         FaultKind::Tear,
     ];
-    let kind = kinds[usize::try_from(number).unwrap() % kinds.len()];
-    Plan::single(Trigger::Number(number), Times::Forever, kind)
+    let kind = kinds[usize::try_from(turn + turn / OPERATIONS).unwrap() % kinds.len()];
+    Plan::single(Trigger::Number(turn % OPERATIONS), Times::Forever, kind)
 }
 
 /// A device that can be made to fail. What a simulated one logs is gone when it is healed, or the

@@ -4,10 +4,10 @@
     .ci/env python tests/mutants/mutants.py sync-retried     only this one
 
 A mutant is a patch beside this file. It takes one thing out that a promise rests on, and opens
-with what that is and with the test that must catch it, of the tests of a promise (`crash`) or of
-the engine's own (`engine`). Each is applied by itself to a copy of the tree, which is built in a
-directory of its own; a mutant is caught if it builds and its test fails, and each of those tests
-passes without a mutant. The copy and what was built stay in the cache for the next run.
+with what that is and with the test that must catch it, of the tests of a promise (`crash`,
+`readers`) or of the engine's own (`engine`). Each is applied by itself to a copy of the tree, which
+is built in a directory of its own; a mutant is caught if it builds and its test fails, and each of
+those tests passes without a mutant. The copy and what was built stay in the cache for the next run.
 
 `make torture` runs this as one of its rows, mutants by their number in the order of their names.
 """
@@ -24,10 +24,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-HEAD = re.compile(r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>crash|engine) (?P<test>\S+)\n")
+HEAD = re.compile(
+    r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>crash|engine|readers) (?P<test>\S+)\n"
+)
 TARGETS = {
     "crash": ("-p", "integration-tests", "--test", "crash"),
     "engine": ("-p", "dtr-engine", "--lib"),
+    "readers": ("-p", "integration-tests", "--test", "readers"),
 }
 LIMIT_SECONDS = 1800
 

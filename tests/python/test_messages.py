@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from support import flip_byte, shard_of
 from test_state_tree import UNSUPPORTED
+from test_surroundings import deep, needs_root, reachable, run_there, save_one
 
 from dtruntime import CheckpointError, CheckpointManager, tensors
 from dtruntime.state_tree import flatten
 
 EXPECTED = Path(__file__).with_name("messages.txt")
+EXPECTED_AS_ROOT = Path(__file__).with_name("messages_as_root.txt")
 
 
 def message_of(act) -> str:
@@ -65,12 +67,54 @@ def collect(store: Path) -> dict[str, str]:
     found["closed"] = message_of(manager.latest_step)
     found["closed save"] = message_of(lambda: manager.save_async({}, step=12))
     reader.close()
+    file = store.with_name("file")
+    file.write_text("mine")
+    found["store is a file"] = message_of(lambda: CheckpointManager(file))
+    found["read-only store is a file"] = message_of(
+        lambda: CheckpointManager(file, read_only=True).load()
+    )
+    found["store below a file"] = message_of(lambda: CheckpointManager(file / "below"))
+    long = deep(store.parent, 4090)
+    found["path too long"] = message_of(
+        lambda: CheckpointManager(long).save({"a": torch.zeros(3)}, step=1)
+    ).replace(str(long), "LONG")
     return {name: anonymous(text, store) for name, text in found.items()}
+
+
+def collect_as_root(store: Path) -> dict[str, str]:
+    found = {}
+    refused = "print(refused(lambda: {}))"
+    save_one(store)
+    shard = shard_of(store, 1)
+    found["no right to write"] = run_there(
+        "as_nobody()\n" + refused.format("CheckpointManager(store)"), store
+    )
+    for name, path in {"shard": shard, "manifest": shard.with_name("manifest.json")}.items():
+        path.chmod(0)
+        found[f"no right to read the {name}"] = run_there(
+            "as_nobody()\n" + refused.format("open_reader().load(step=1)"), store
+        )
+        path.chmod(0o644)
+    found["read-only filesystem"] = run_there(
+        refused.format("CheckpointManager(store)"),
+        store,
+        'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"',
+    )
+    found["no direct I/O"] = run_there(
+        """
+manager = CheckpointManager(store, direct_io="on")
+print(refused(lambda: manager.save({"a": torch.zeros(3)}, step=1)))
+""",
+        store,
+        'mount -t ramfs none "$0"',
+    )
+    return {name: anonymous(text.rstrip(), store) for name, text in found.items()}
 
 
 def anonymous(text: str, store: Path) -> str:
     for pattern, name in (
         (re.escape(str(store)), "STORE"),
+        (re.escape(str(store.parent)), "SCRATCH"),
         (r"\b[0-9a-f]{32}\b", "ATTEMPT"),
         (r"\b[0-9a-f]{8}\b", "CRC"),
         (re.escape(torch.__version__), "TORCH"),
@@ -83,10 +127,18 @@ def anonymous(text: str, store: Path) -> str:
 
 def test_every_message(store, monkeypatch):
     monkeypatch.delenv("CHECKPOINT_DIR", raising=False)
-    messages = collect(store)
+    compare(collect(store), EXPECTED)
+
+
+@needs_root
+def test_every_message_of_other_users_and_mounts(tmp_path):
+    compare(collect_as_root(reachable(tmp_path)), EXPECTED_AS_ROOT)
+
+
+def compare(messages: dict[str, str], expected: Path) -> None:
     for name, text in messages.items():
         assert "\nhint: " in text, name
     actual = "".join(f"== {name}\n{text}\n" for name, text in messages.items())
     if os.environ.get("UPDATE_MESSAGES"):
-        EXPECTED.write_text(actual)
-    assert actual == EXPECTED.read_text()
+        expected.write_text(actual)
+    assert actual == expected.read_text()

@@ -10,6 +10,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-python", &["dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
     ("dtr-benches", &["dtr-engine", "dtr-proto"]),
+    ("dtr-fuzz", &["dtr-engine"]),
     ("integration-tests", &["ckpt-tool", "dtr-engine", "dtr-proto"]),
 ];
 

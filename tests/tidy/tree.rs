@@ -123,9 +123,16 @@ fn is_text(name: &str, prefix: &str) -> bool {
         || ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
+/// The workspace's crates, and the fuzz targets, which stand outside it for their compiler.
 fn read_members(root: &Path) -> Vec<Member> {
+    let manifests = ["Cargo.toml", "tests/fuzz/Cargo.toml"];
+    manifests.iter().flat_map(|manifest| read_members_of(root, manifest)).collect()
+}
+
+fn read_members_of(root: &Path, manifest: &str) -> Vec<Member> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
+        .args(["--manifest-path", manifest])
         .current_dir(root)
         .output()
         .expect("cargo runs");

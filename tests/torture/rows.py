@@ -6,7 +6,7 @@ gets and what it prints is in `torture.py`; a new row is an entry of `ROWS` here
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,58 @@ def crash_test(  # noqa: PLR0917
         full=full,
         batch=batch,
         prepare=(*cargo, "--no-run"),
+    )
+
+
+def reader_test(name: str, promise: str, test: str, unit: str, full: int, batch: int) -> Row:  # noqa: PLR0917
+    """Make the row of a test of the binary `readers`, which counts as `crash` does."""
+    row = crash_test(name, promise, test, unit, full, batch)
+    return replace(
+        row,
+        command=tuple("readers" if word == "crash" else word for word in row.command),
+        prepare=tuple("readers" if word == "crash" else word for word in row.prepare),
+    )
+
+
+def flat_test(backend: str) -> Row:
+    """Make the row of saves in one process, which must not grow."""
+    test = f"flat::two_hundred_saves_leave_memory_descriptors_and_threads_flat_on_{backend}"
+    row = crash_test(
+        f"flat-{backend}", "memory, descriptors, threads flat", test, "saves", 5_000, 5_000
+    )
+    return replace(
+        row,
+        command=tuple("engine" if word == "crash" else word for word in row.command),
+        prepare=tuple("engine" if word == "crash" else word for word in row.prepare),
+    )
+
+
+def fuzzer(target: str) -> Row:
+    """Make the row of a fuzz target: an hour of it."""
+    command = ("python", "tests/fuzz/fuzz.py", target)
+    return Row(
+        name=f"fuzz-{target}",
+        promise="readers are total",
+        test=f"tests/fuzz/targets/{target}.rs",
+        command=command,
+        unit="seconds of fuzzing",
+        full=3600,
+        batch=30,
+        prepare=("env", "DTR_TORTURE_STATES=1", *command),
+    )
+
+
+def checker(name: str, what: str) -> Row:
+    """Make the row of a checker that runs tests once."""
+    return Row(
+        name=name,
+        promise="unsafe code is clean",
+        test=what,
+        command=("python", "tests/torture/checked.py", name),
+        unit="runs",
+        full=1,
+        batch=1,
+        limit_seconds=3600.0,
     )
 
 
@@ -123,6 +175,36 @@ ROWS: tuple[Row, ...] = (
         100_000,
         2_000,
     ),
+    reader_test(
+        "bombs",
+        "a small file that asks for much is refused",
+        "bombs::a_small_file_that_asks_for_much_is_refused",
+        "bombs",
+        200,
+        50,
+    ),
+    reader_test(
+        "escape",
+        "no name and no link leads out of the store",
+        "escape::no_name_and_no_link_leads_out_of_the_store",
+        "attacks",
+        1_000,
+        100,
+    ),
+    reader_test(
+        "replay",
+        "readers are total: the corpus, changed at random, on a stable compiler",
+        "replay::random_inputs_are_read_or_refused",
+        "inputs for each target",
+        100_000,
+        2_000,
+    ),
+    *(fuzzer(target) for target in ("block", "codec", "frame", "index", "manifest", "names")),
+    flat_test("uring"),
+    flat_test("threads"),
+    checker("miri", "buffers, byte planes"),
+    checker("address", "the engine's tests"),
+    checker("thread", "the engine's tests"),
     Row(
         name="mutants",
         promise="the campaign itself works: each mutant of the engine is caught by its test",

@@ -27,6 +27,12 @@ pub const FORMAT_VERSION: u32 = 1;
 pub const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Deepest nesting of arrays and objects within one entry of the metadata or dataset positions.
 pub const METADATA_DEPTH_MAX: usize = 64;
+/// Values and objects that any manifest may have, and the bytes that each one more takes: a parsed
+/// value is many times as long as its text, and what a rank's shard takes is longer than this.
+const VALUES_FREE: u64 = 1 << 16;
+const VALUE_TEXT_BYTES_MIN: u64 = 20;
+const OBJECTS_FREE: u64 = 1 << 13;
+const OBJECT_TEXT_BYTES_MIN: u64 = 192;
 /// Most bytes of a job's name.
 pub const JOB_BYTES_MAX: usize = 255;
 
@@ -96,6 +102,7 @@ impl Manifest {
         let crc = to_hex(crc32c(body.as_bytes()));
         let bytes = format!("{PREFIX_START}{crc}{PREFIX_END}{body}").into_bytes();
         check_bytes(&bytes)?;
+        check_density(&bytes)?;
         Ok(bytes)
     }
 
@@ -103,7 +110,9 @@ impl Manifest {
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         check_bytes(bytes)?;
         check_crc(bytes)?;
+        // This skips all else, and takes no memory for it.
         check_version(parse::<Version>(bytes)?.format_version, "manifest")?;
+        check_density(bytes)?;
         let manifest: Self = parse(bytes)?;
         manifest.validate()?;
         Ok(manifest)
@@ -198,6 +207,39 @@ fn check_bytes(bytes: &[u8]) -> Result<(), FormatError> {
         bytes.len()
     );
     Ok(())
+}
+
+/// Checks, before they are parsed, that the values will take memory in proportion to the bytes.
+fn check_density(bytes: &[u8]) -> Result<(), FormatError> {
+    let text_bytes = bytes.len() as u64;
+    let (values, objects) = count_values(bytes);
+    let values_max = VALUES_FREE + text_bytes / VALUE_TEXT_BYTES_MIN;
+    let objects_max = OBJECTS_FREE + text_bytes / OBJECT_TEXT_BYTES_MIN;
+    ensure!(
+        values <= values_max && objects <= objects_max,
+        "the manifest has about {values} values and {objects} objects in {text_bytes} bytes, \
+         expected at most {values_max} and {objects_max}: large data belongs into the state"
+    );
+    Ok(())
+}
+
+/// About how many values and objects JSON text holds; a list counts twice, for its own memory.
+fn count_values(text: &[u8]) -> (u64, u64) {
+    let (mut values, mut objects) = (0, 0);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in text {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b',' => values += 1,
+            b'[' => values += 2,
+            b'{' => objects += 1,
+            _ => {}
+        }
+    }
+    (values, objects)
 }
 
 /// Checks the checksum in the prefix against the bytes after it.
@@ -355,11 +397,42 @@ mod tests {
         assert_damaged(br#"{"crc32c":"00000000",not json"#, "checksum");
         assert_damaged(&seal("not json"), "malformed");
         assert_damaged(&seal("}"), "malformed");
-        let deep = format!("\"format_version\":1,\"metadata\":{{\"a\":{}", "[".repeat(1_000_000));
+        let deep = format!("\"format_version\":1,\"metadata\":{{\"a\":{}", "[".repeat(10_000));
         assert_damaged(&seal(&deep), "malformed");
-        assert_damaged(&seal(&format!("{deep}{}}}}}", "]".repeat(1_000_000))), "recursion");
+        assert_damaged(&seal(&format!("{deep}{}}}}}", "]".repeat(10_000))), "recursion");
         let too_large = usize::try_from(MANIFEST_BYTES_MAX).unwrap() + 1;
         assert_damaged(&vec![b' '; too_large], "at most 67108864");
+    }
+
+    #[test]
+    fn more_values_than_their_text_is_worth_are_refused() {
+        let with_values = |count: usize| {
+            let metadata = BTreeMap::from([("x".to_owned(), json!(vec![0; count]))]);
+            Manifest { metadata, ..sample() }
+        };
+        let few = with_values(60_000);
+        assert_eq!(Manifest::decode(&few.encode().unwrap()), Ok(few));
+        let why = with_values(200_000).encode().unwrap_err().to_string();
+        assert!(why.contains("large data belongs into the state"), "{why}");
+        for (item, count) in
+            [("0,", 200_000), ("[],", 100_000), ("{},", 20_000), ("{\"\":[0]},", 15_000)]
+        {
+            let items = item.repeat(count);
+            let dense = format!("\"format_version\":1,\"metadata\":{{\"a\":[{items}0]}}}}");
+            assert_damaged(&seal(&dense), "large data belongs into the state");
+        }
+        // What stands in a string is no value.
+        let text = BTreeMap::from([("x".to_owned(), json!("[{,\\\"".repeat(100_000)))]);
+        let text = Manifest { metadata: text, ..sample() };
+        assert_eq!(Manifest::decode(&text.encode().unwrap()), Ok(text));
+        // A hundred thousand ranks are fine.
+        let attempt = sample().attempt_id().unwrap();
+        let like = sample().shards[0].clone();
+        let shard =
+            |rank| ShardEntry { rank, file: shard_file_name(rank, attempt), ..like.clone() };
+        let shards = (0..100_000).map(shard).collect();
+        let wide = Manifest { shards, world_size: 100_000, ..sample() };
+        assert!(Manifest::decode(&wide.encode().unwrap()) == Ok(wide));
     }
 
     #[test]

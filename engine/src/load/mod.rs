@@ -12,6 +12,7 @@
 //! chunks that a request touches are read.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::error::EngineError;
 use crate::format::FormatError;
@@ -42,7 +43,7 @@ const CONTROL_BUFFER_BYTES: usize = 1 << 20;
 /// One rank's shard of a committed checkpoint, its manifest and index read and checked.
 #[derive(Debug)]
 pub struct Checkpoint {
-    manifest: Manifest,
+    manifest: Arc<Manifest>,
     header: Header,
     index: ShardIndex,
     source: Box<dyn ShardSource>,
@@ -52,18 +53,21 @@ impl Checkpoint {
     /// Reads and checks manifest, footer, header and index of `rank`'s shard of `step`.
     pub fn open(store: &dyn Store, step: u64, rank: u32) -> Result<Self> {
         let manifest = read_manifest(store, step)?;
-        Self::open_shard(store, manifest, rank)
+        Self::open_shard(store, &Arc::new(manifest), rank)
     }
 
-    pub(crate) fn open_shard(store: &dyn Store, manifest: Manifest, rank: u32) -> Result<Self> {
-        let entry = manifest.shards.iter().find(|entry| entry.rank == rank).ok_or_else(|| {
-            EngineError::NotFound {
-                what: format!("opening rank {rank} of step {}", manifest.step),
-                why: format!("the checkpoint was saved by {} ranks", manifest.world_size),
-                hint: "a state saved per rank is read by the same number of ranks; to change it, \
+    pub(crate) fn open_shard(
+        store: &dyn Store,
+        manifest: &Arc<Manifest>,
+        rank: u32,
+    ) -> Result<Self> {
+        // A manifest that was decoded has one entry for each rank, in order.
+        let entry = manifest.shards.get(rank as usize).ok_or_else(|| EngineError::NotFound {
+            what: format!("opening rank {rank} of step {}", manifest.step),
+            why: format!("the checkpoint was saved by {} ranks", manifest.world_size),
+            hint: "a state saved per rank is read by the same number of ranks; to change it, \
                        reshard with torch.distributed.checkpoint"
-                    .into(),
-            }
+                .into(),
         })?;
         let (_, attempt) = parse_shard_file(&entry.file).ok_or_else(|| {
             EngineError::corrupt(store.location(), format!("`{}` is no shard's name", entry.file))
@@ -72,9 +76,9 @@ impl Checkpoint {
         let control = Control::new(source.as_ref())?;
         let footer = control.footer(entry)?;
         let header = control.header(&footer)?;
-        control.compare(&header, &footer, &manifest, entry)?;
+        control.compare(&header, &footer, manifest, entry)?;
         let index = control.index(&footer, &header)?;
-        Ok(Self { manifest, header, index, source })
+        Ok(Self { manifest: Arc::clone(manifest), header, index, source })
     }
 
     /// The training step.
@@ -143,7 +147,7 @@ pub(crate) fn from_format(file: &str, error: FormatError) -> EngineError {
 /// Reads the parts of a shard that are not chunks.
 struct Control<'a> {
     source: &'a dyn ShardSource,
-    pool: std::sync::Arc<BufferPool>,
+    pool: Arc<BufferPool>,
 }
 
 impl<'a> Control<'a> {

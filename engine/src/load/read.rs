@@ -328,10 +328,14 @@ impl Delivery<'_> {
             return Ok(());
         }
         let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(raw_bytes, 0);
-        self.decode_into(record, chunk, stored, &mut scratch)?;
-        self.check_raw(chunk, &scratch, record)?;
-        scatter(pieces, &scratch);
+        if scratch.len() < raw_bytes {
+            // Not grown: memory that is new and zero is given only where the decoder writes.
+            scratch = vec![0; raw_bytes];
+        }
+        let raw = &mut scratch[..raw_bytes];
+        self.decode_into(record, chunk, stored, raw)?;
+        self.check_raw(chunk, raw, record)?;
+        scatter(pieces, raw);
         self.scratch = scratch;
         Ok(())
     }

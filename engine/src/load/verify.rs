@@ -3,7 +3,9 @@
 //! Always holds: a report without damage means that every byte of every shard, padding included,
 //! was read and matched the digest its parent holds.
 
+use std::fmt::{self, Write as _};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -14,9 +16,14 @@ use super::read::{ChunkJob, ReadOptions, run};
 use super::{Checkpoint, read_manifest};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
-use crate::format::tree;
+use crate::format::tree::{TreePath, Value, Walk};
 use crate::store::Store;
 use crate::{EngineError, Result};
+
+/// Most tensors that one damaged place names, and most bytes of each name: a checkpoint may have
+/// millions, all in one chunk, under names as long as its index.
+const TENSORS_NAMED_MAX: usize = 64;
+const NAME_BYTES_MAX: usize = 1024;
 
 /// What verification found.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -46,7 +53,8 @@ pub struct Damage {
     pub chunk: Option<u64>,
     /// Expected against actual.
     pub why: String,
-    /// Display paths of the tensors whose bytes the chunk holds.
+    /// Display paths of the tensors whose bytes the chunk holds: the first 64, each cut after 1024
+    /// bytes.
     pub tensors: Vec<String>,
 }
 
@@ -73,16 +81,17 @@ pub(crate) fn verify_step(
 ) -> Result<VerifyReport> {
     let start = Instant::now();
     let mut report = VerifyReport { step, ..VerifyReport::default() };
-    match read_manifest(store, step) {
+    match read_manifest(store, step).map(Arc::new) {
         Ok(manifest) => {
+            let mut missing = Missing::default();
             for entry in &manifest.shards {
-                match Checkpoint::open_shard(store, manifest.clone(), entry.rank) {
+                match Checkpoint::open_shard(store, &manifest, entry.rank) {
                     Ok(checkpoint) => verify_shard(&checkpoint, options, observer, &mut report)?,
-                    Err(error) => {
-                        report.damage.push(whole_shard(store, &manifest, &entry.file, error)?);
-                    }
+                    Err(error @ EngineError::NotFound { .. }) => missing.add(&entry.file, error),
+                    Err(error) => report.damage.push(whole_file(&entry.file, error)?),
                 }
             }
+            report.damage.extend(missing.judge(store, &manifest)?);
         }
         Err(error) => report.damage.push(whole_file("manifest.json", error)?),
     }
@@ -91,22 +100,28 @@ pub(crate) fn verify_step(
     Ok(report)
 }
 
-/// Damage of a shard as a whole. One that is gone is damage while the manifest still names it; else
-/// the checkpoint was deleted meanwhile, and that is no damage.
-fn whole_shard(
-    store: &dyn Store,
-    manifest: &Manifest,
-    file: &str,
-    error: EngineError,
-) -> Result<Damage> {
-    match error {
-        EngineError::NotFound { why, .. }
-            if read_manifest(store, manifest.step)
-                .is_ok_and(|now| now.attempt == manifest.attempt) =>
-        {
-            Ok(Damage { shard: file.into(), chunk: None, why, tensors: Vec::new() })
+/// Shards that are gone. That is damage while the manifest still names them; else the checkpoint
+/// was deleted meanwhile, and it is none. Asked once, after all: a manifest may name thousands.
+#[derive(Debug, Default)]
+struct Missing {
+    damage: Vec<Damage>,
+    first: Option<EngineError>,
+}
+
+impl Missing {
+    fn add(&mut self, file: &str, error: EngineError) {
+        let EngineError::NotFound { why, .. } = &error else { return };
+        let (shard, why) = (file.to_owned(), why.clone());
+        self.damage.push(Damage { shard, chunk: None, why, tensors: Vec::new() });
+        self.first.get_or_insert(error);
+    }
+
+    fn judge(self, store: &dyn Store, manifest: &Manifest) -> Result<Vec<Damage>> {
+        let stands = |step| read_manifest(store, step).map(|now| now.attempt == manifest.attempt);
+        match self.first {
+            Some(error) if !stands(manifest.step).unwrap_or(false) => Err(error),
+            _ => Ok(self.damage),
         }
-        other => whole_file(file, other),
     }
 }
 
@@ -178,25 +193,34 @@ impl Checkpoint {
         }
     }
 
-    /// Display paths of the tensors with bytes in a chunk.
+    /// Display paths of the first tensors with bytes in a chunk.
     pub(super) fn tensors_in(&self, chunk: usize) -> Vec<String> {
         let start = chunk as u64 * u64::from(self.header.chunk_bytes);
         let raw = start..start + u64::from(self.index.chunks[chunk].raw_bytes);
-        tree::tensor_paths(&self.index.nodes)
-            .filter(|(tensor, _)| overlaps(&self.tensor_range(*tensor), &raw))
-            .map(|(_, path)| path.to_string())
-            .collect()
+        let mut walk = Walk::new(&self.index.nodes);
+        let mut names = Vec::new();
+        while let Some(node) = walk.advance()
+            && names.len() < TENSORS_NAMED_MAX
+        {
+            if let Value::Tensor(tensor) = node.value
+                && overlaps(&self.tensor_range(tensor), &raw)
+            {
+                names.push(name_of(walk.path()));
+            }
+        }
+        names
     }
 
     /// The part of the raw layout that a tensor's items lie in.
     fn tensor_range(&self, tensor: u32) -> Range<u64> {
         let tensor = &self.index.tensors[tensor as usize];
         let storage = &self.index.storages[tensor.storage as usize];
+        // One without items may be anywhere, beyond every number too.
+        if tensor.shape.contains(&0) {
+            return storage.raw_offset..storage.raw_offset;
+        }
         let item_bytes = u64::from(tensor.item_bytes);
         let start = storage.raw_offset + tensor.offset * item_bytes;
-        if tensor.shape.contains(&0) {
-            return start..start;
-        }
         let last: u64 = tensor
             .shape
             .iter()
@@ -204,6 +228,30 @@ impl Checkpoint {
             .map(|(items, stride)| (items - 1) * stride)
             .sum();
         start..start + (last + 1) * item_bytes
+    }
+}
+
+/// A path as a message shows it: no longer than a message may be.
+fn name_of(path: &TreePath<'_>) -> String {
+    let mut name = Clipped(String::new());
+    if write!(name, "{path}").is_err() {
+        name.0.push_str("...");
+    }
+    name.0
+}
+
+/// Text that refuses to grow beyond [`NAME_BYTES_MAX`].
+struct Clipped(String);
+
+impl fmt::Write for Clipped {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = NAME_BYTES_MAX - self.0.len();
+        if text.len() <= room {
+            self.0.push_str(text);
+            return Ok(());
+        }
+        self.0.push_str(&text[..text.floor_char_boundary(room)]);
+        Err(fmt::Error)
     }
 }
 

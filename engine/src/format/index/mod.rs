@@ -7,8 +7,8 @@
 //!
 //! Always holds: an index that was decoded describes its file exactly (header, chunks, index and
 //! footer tile it; storages and tensors stay within what the chunks hold), so its users check
-//! nothing again; decoding takes memory in proportion to [`INDEX_BYTES_MAX`] at most, whatever the
-//! bytes claim.
+//! nothing again; decoding takes memory in proportion to the stored bytes, and never more than in
+//! proportion to [`INDEX_BYTES_MAX`], whatever the bytes claim.
 
 use super::FormatError;
 use super::layout::ElementType;
@@ -16,6 +16,7 @@ use super::tree::{self, Node};
 use crate::codec::Codec;
 
 mod check;
+mod frame;
 mod wire;
 
 /// Most tensors in one shard.
@@ -31,8 +32,13 @@ pub const INDEX_BYTES_MAX: u64 = 1 << 30;
 
 /// The level that indexes are compressed with: a few milliseconds per MiB, a tenth of the size.
 const ZSTD_LEVEL: i32 = 3;
-/// Most bytes that one stored byte of a zstd frame can stand for: a block of 128 KiB takes four.
-const ZSTD_RATIO_MAX: u64 = 128 * 1024 / 4;
+/// Memory that any index may take, and what it may take besides for each of its stored bytes, in
+/// bytes: a few KiB of file must not unpack to gigabytes. An index that repeats itself so much that
+/// it would be refused is stored as it is.
+const MEMORY_FREE_BYTES: u64 = 16 << 20;
+const MEMORY_PER_STORED_BYTE: u64 = 256;
+/// What a node, storage or tensor takes in memory beside its wire bytes, about.
+const RECORD_MEMORY_BYTES: u64 = 256;
 
 /// Everything a shard says about its chunks.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -151,6 +157,9 @@ impl ShardIndex {
         let mut stored = Vec::with_capacity(zstd_safe::compress_bound(raw.len()));
         zstd_safe::compress(&mut stored, &raw, ZSTD_LEVEL)
             .map_err(|code| zstd_error("compressing the index", code))?;
+        if self.record_count() > records_max(stored.len(), raw_bytes) {
+            stored = frame::uncompressed(&raw);
+        }
         stored.shrink_to_fit();
         Ok(EncodedIndex { stored, raw_bytes })
     }
@@ -165,7 +174,7 @@ impl ShardIndex {
         let raw = decompress(stored, raw_bytes)?;
         // The file cannot hold more chunks than pages.
         let chunks_max = context.file_bytes / super::shard::REGION_ALIGNMENT;
-        let index = wire::decode(&raw, chunks_max)?;
+        let index = wire::decode(&raw, records_max(stored.len(), raw_bytes), chunks_max)?;
         drop(raw);
         index.validate()?;
         check::chunk_lengths(&index.chunks, index.raw_bytes(), context.chunk_bytes)?;
@@ -178,6 +187,11 @@ impl ShardIndex {
         self.storages.last().map_or(0, |storage| storage.raw_offset + storage.bytes)
     }
 
+    /// Everything but chunks, which the length of the file bounds.
+    fn record_count(&self) -> u64 {
+        (self.nodes.len() + self.storages.len() + self.tensors.len()) as u64
+    }
+
     /// Checks everything that does not depend on the file.
     fn validate(&self) -> Result<(), FormatError> {
         tree::validate(&self.nodes, self.tensors.len())?;
@@ -187,12 +201,22 @@ impl ShardIndex {
     }
 }
 
+/// Most memory that an index of this many stored bytes may take.
+fn memory_max(stored_bytes: u64) -> u64 {
+    stored_bytes.saturating_mul(MEMORY_PER_STORED_BYTE).saturating_add(MEMORY_FREE_BYTES)
+}
+
+/// Most records of an index whose wire takes `raw_bytes`.
+fn records_max(stored_bytes: usize, raw_bytes: u64) -> u64 {
+    memory_max(stored_bytes as u64).saturating_sub(raw_bytes) / RECORD_MEMORY_BYTES
+}
+
 /// Decompresses exactly one frame of exactly `raw_bytes`. The allocation is bounded by the limit
-/// and by what a frame of this length can hold.
+/// and by the memory that an index of this length may take.
 fn decompress(stored: &[u8], raw_bytes: u64) -> Result<Vec<u8>, FormatError> {
     let stored_bytes = stored.len() as u64;
     ensure!(
-        raw_bytes <= INDEX_BYTES_MAX && raw_bytes <= stored_bytes.saturating_mul(ZSTD_RATIO_MAX),
+        raw_bytes <= INDEX_BYTES_MAX && raw_bytes <= memory_max(stored_bytes),
         "an index of {stored_bytes} stored bytes claims {raw_bytes} once decompressed"
     );
     let frame_bytes = zstd_safe::find_frame_compressed_size(stored)

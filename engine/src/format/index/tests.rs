@@ -114,6 +114,12 @@ fn decode_wire(wire: &[u8]) -> Result<ShardIndex, FormatError> {
     ShardIndex::decode(&stored, raw_bytes, &context)
 }
 
+fn decode_as_it_is(wire: &[u8]) -> Result<ShardIndex, FormatError> {
+    let stored = frame::uncompressed(wire);
+    let context = context(&ShardIndex::default(), &stored);
+    ShardIndex::decode(&stored, wire.len() as u64, &context)
+}
+
 #[track_caller]
 fn assert_refused(result: Result<ShardIndex, FormatError>, expected: &str) {
     match result {
@@ -336,9 +342,12 @@ fn hostile_wires_are_refused_before_they_take_memory() {
     assert_refused(decode_wire(&[0x0a, 0x00]), "no value");
     // Valid but endless: more nodes and storages than any state has.
     let nodes = [0x0a, 0x03, 0x82, 0x01, 0x00].repeat(tree::NODES_MAX + 1);
-    assert_refused(decode_wire(&nodes), "more than 16777216 `Node` messages");
+    assert_refused(decode_as_it_is(&nodes), "more than 16777216 `Node` messages");
     let storages = [0x12, 0x00].repeat(STORAGES_MAX + 1);
-    assert_refused(decode_wire(&storages), "more than 4194304 `Storage` messages");
+    assert_refused(decode_as_it_is(&storages), "more than 4194304 `Storage` messages");
+    // Fewer, and packed to a few stored bytes.
+    assert_refused(decode_wire(&nodes[..5 << 17]), "unpacks to more than");
+    assert_refused(decode_wire(&storages[..2 << 17]), "unpacks to more than");
     // Chunks that a file of three pages has no room for.
     let columns = proto::ChunkColumns { codec: vec![0; 1000], ..Default::default() };
     let message = proto::ShardIndex { chunks: Some(columns), ..Default::default() };
@@ -357,13 +366,28 @@ fn hostile_frames_are_refused_before_they_take_memory() {
     let context = context(&sample(), &stored);
     let decode = |stored: &[u8], raw_bytes| ShardIndex::decode(stored, raw_bytes, &context);
     assert_refused(decode(&stored, INDEX_BYTES_MAX + 1), "claims");
-    assert_refused(decode(&stored[..8], 8 * ZSTD_RATIO_MAX + 1), "claims");
+    assert_refused(decode(&stored[..8], memory_max(8) + 1), "claims");
     assert_refused(decode(&stored, raw_bytes + 1), "expected");
     assert_refused(decode(&stored, raw_bytes - 1), "decompressing the index");
     assert_refused(decode(&[stored.clone(), stored.clone()].concat(), raw_bytes), "frame ends");
     assert_refused(decode(&[&stored[..], &[0]].concat(), raw_bytes), "frame ends");
     for length in 0..stored.len() {
         assert!(decode(&stored[..length], raw_bytes).is_err(), "cut to {length} bytes");
+    }
+}
+
+#[test]
+fn a_state_that_repeats_itself_is_stored_as_it_is_and_read() {
+    for len in [100, 1 << 20] {
+        let mut nodes = vec![node(None, Value::List { len })];
+        nodes.extend((0..len).map(|_| node(None, Value::None)));
+        let index = ShardIndex { nodes, ..ShardIndex::default() };
+        let encoded = index.encode().unwrap();
+        let is_packed = (encoded.stored.len() as u64) < encoded.raw_bytes;
+        assert_eq!(is_packed, len == 100, "{} stored bytes", encoded.stored.len());
+        let context = context(&index, &encoded.stored);
+        let decoded = ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context);
+        assert!(decoded == Ok(index));
     }
 }
 

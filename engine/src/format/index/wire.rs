@@ -50,12 +50,18 @@ pub(super) fn encode(index: &ShardIndex) -> Vec<u8> {
     wire
 }
 
-/// Reads the bytes of a `ShardIndex` message whose file has room for `chunks_max` chunks. Unknown
-/// fields are skipped: one that a reader must know comes with an incompatible feature bit.
-pub(super) fn decode(mut wire: &[u8], chunks_max: u64) -> Result<ShardIndex, FormatError> {
+/// Reads the bytes of a `ShardIndex` message of at most `records_max` nodes, storages and tensors,
+/// whose file has room for `chunks_max` chunks. Unknown fields are skipped: one that a reader must
+/// know comes with an incompatible feature bit.
+pub(super) fn decode(
+    mut wire: &[u8],
+    records_max: u64,
+    chunks_max: u64,
+) -> Result<ShardIndex, FormatError> {
     let mut index = ShardIndex::default();
     let mut columns = None;
     while !wire.is_empty() {
+        check_records(&index, records_max)?;
         let (field, wire_type) =
             encoding::decode_key(&mut wire).map_err(|error| malformed(&error))?;
         match field {
@@ -75,8 +81,18 @@ pub(super) fn decode(mut wire: &[u8], chunks_max: u64) -> Result<ShardIndex, For
                 .map_err(|error| malformed(&error))?,
         }
     }
+    check_records(&index, records_max)?;
     index.chunks = columns.unwrap_or_default();
     Ok(index)
+}
+
+fn check_records(index: &ShardIndex, records_max: u64) -> Result<(), FormatError> {
+    ensure!(
+        index.record_count() <= records_max,
+        "the index unpacks to more than {records_max} nodes, storages and tensors, the most for \
+         its stored bytes"
+    );
+    Ok(())
 }
 
 /// Takes one message off the wire, as a record.

@@ -163,6 +163,13 @@ impl WriterLock {
                 Ok(writer)
             }
             Ok(None) => Err(busy(store, &path)),
+            Err(error) if may_not_write(&error) => Err(EngineError::Io {
+                what: format!("taking the writer lock `{}`", path.display()),
+                source: error,
+                hint: "a writer needs the right to write here: check the owner, mode and mount of \
+                       the store, or open it with `read_only=True`"
+                    .into(),
+            }),
             Err(error) => Err(lock_error("taking the writer lock", &path, error)),
         }
     }
@@ -220,6 +227,10 @@ pub(super) fn lock_error(operation: &str, path: &Path, error: io::Error) -> Engi
         };
     }
     EngineError::from_io(operation, path, error)
+}
+
+fn may_not_write(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
 }
 
 fn busy(store: &Path, lock: &Path) -> EngineError {

@@ -180,6 +180,8 @@ impl Store for LocalStore {
     fn free_bytes(&self) -> Result<Option<u64>> {
         let space = EntryOp::Space(self.shared.path.clone());
         match self.shared.io.entry(&space).context("asking the free space of", &self.shared.path)? {
+            // A filesystem of no size at all does not count: ramfs, and some of FUSE.
+            EntryReply::Space { total_bytes: 0, .. } => Ok(None),
             EntryReply::Space { free_bytes, .. } => Ok(Some(free_bytes)),
             reply => Err(unexpected_reply(&reply)),
         }

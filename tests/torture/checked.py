@@ -1,0 +1,73 @@
+"""Run tests of the engine under a checker of memory or threads, as a row of `make torture`.
+
+    .ci/env python tests/torture/checked.py miri | address | thread
+
+miri      interprets the unsafe code that needs no kernel: buffers, copies, byte planes
+address   AddressSanitizer on the engine's own tests and on those from its front door
+thread    ThreadSanitizer on the same
+
+All need a nightly toolchain with `rust-src`, miri also itself. What is built stays in the cache.
+The C code of zstd is not instrumented: only what crosses its border is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "x86_64-unknown-linux-gnu"
+CACHE = Path(
+    os.environ.get("DTRUNTIME_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtruntime"
+)
+NIGHTLY = ("cargo", "+nightly")
+# The tests whose code Miri can run: no system call but `mmap`, no vector instructions, no C.
+MIRI_TESTS = ("io::buffer::", "codec::planes::", "format::checksum::", "format::names::")
+
+
+def command(checker: str) -> tuple[list[str], dict[str, str]]:
+    """Give what to run, and in which environment."""
+    target = {"CARGO_TARGET_DIR": str(CACHE / "checked" / checker)}
+    if checker == "miri":
+        words = [*NIGHTLY, "miri", "test", "--locked", "-p", "dtr-engine", "--lib", "--"]
+        flags = {
+            "MIRIFLAGS": "-Zmiri-disable-isolation",
+            "RUSTFLAGS": "--cfg rustix_use_libc",
+            "PROPTEST_CASES": "4",
+        }
+        return [*words, *MIRI_TESTS], target | flags
+    tests = ["-p", "dtr-engine", "-p", "integration-tests", "--lib", "--test", "engine"]
+    words = [*NIGHTLY, "test", "--locked", "-Zbuild-std", "--target", HOST, *tests]
+    flags = {
+        "RUSTFLAGS": f"-Zsanitizer={checker}",
+        "ASAN_OPTIONS": "detect_leaks=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "PROPTEST_CASES": "32",
+    }
+    return [*words, "--", "--skip", "flat::", "--skip", "thousands_of"], target | flags
+
+
+def main() -> None:
+    """Run one checker."""
+    (checker,) = sys.argv[1:]
+    sysroot = subprocess.run(
+        ("rustc", "+nightly", "--print", "sysroot"), check=False, capture_output=True, text=True
+    )
+    source = Path(sysroot.stdout.strip()) / "lib/rustlib/src/rust/library"
+    if sysroot.returncode != 0 or not source.exists():
+        print("torture: skipped: needs a nightly toolchain with `rust-src` and `miri`")
+        return
+    words, environment = command(checker)
+    print(" ".join(words), flush=True)
+    ran = subprocess.run(words, cwd=ROOT, env=os.environ | environment, check=False)
+    if ran.returncode != 0:
+        raise SystemExit(f"error: {checker} found what is shown above")
+    first = int(os.environ.get("DTR_TORTURE_FIRST", "0"))
+    print(f"torture: tried 1, next {first + 1}, end 1")
+
+
+if __name__ == "__main__":
+    main()
