@@ -156,7 +156,9 @@ impl Orders {
 /// A save of a story, the same for whoever makes or checks it.
 fn state_of(number: u64, save: u64) -> State {
     let mut random = Random::new(number.wrapping_mul(1 << 20) ^ save);
-    let sizes = [random.below(2 * CHUNK_BYTES as usize), random.below(30_000)];
+    // One in eight is large enough to be synced also while it is written.
+    let chunks = if random.below(8) == 0 { 20 } else { 2 };
+    let sizes = [random.below(chunks * CHUNK_BYTES as usize), random.below(30_000)];
     State::new(random.next(), &sizes)
 }
 

@@ -123,7 +123,9 @@ impl Act {
     fn config(self, store: &Path) -> Config {
         let keep_last_n = matches!(self, Self::Save).then_some(2);
         let read_only = matches!(self, Self::OpenReader | Self::Load | Self::Verify);
-        Config { keep_last_n, read_only, ..state::config(store) }
+        // Little in flight, so that a shard is synced also while it is written.
+        let in_flight_bytes = u64::from(CHUNK_BYTES);
+        Config { keep_last_n, read_only, in_flight_bytes, ..state::config(store) }
     }
 
     fn opens(self) -> bool {
@@ -176,7 +178,8 @@ fn before() -> View {
 }
 
 fn states() -> Vec<Arc<State>> {
-    let sizes = |save: usize| [CHUNK_BYTES as usize - 999, 20_000 + 1_000 * save];
+    let chunks = |save: usize| if save == NEW { 6 } else { 1 };
+    let sizes = |save: usize| [chunks(save) * CHUNK_BYTES as usize - 999, 20_000 + 1_000 * save];
     (0..=NEW).map(|save| Arc::new(State::new(save as u64, &sizes(save)))).collect()
 }
 

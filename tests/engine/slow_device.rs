@@ -83,9 +83,9 @@ fn auto_encodes_nearly_everything_for_a_slow_device() {
     for step in 1..=2 {
         let stats = state.save(&engine, step).unwrap().stats;
         // The first chunks tell how fast everything is; bytes that are no numbers stay raw.
-        let floats = stats.chunks * 9 / 10;
+        let numbers = stats.chunks * 9 / 10;
         println!("step {step}: {} of {} chunks encoded", stats.chunks_encoded, stats.chunks);
-        assert!(stats.chunks_encoded >= floats * 9 / 10, "step {step}: {stats:?}");
+        assert!(stats.chunks_encoded >= numbers * 9 / 10, "step {step}: {stats:?}");
         state.assert_equals(&engine.checkpoint(step).unwrap());
     }
 }

@@ -123,10 +123,11 @@ class Copy:
         )
 
 
-def check_tests(copy: Copy, mutants: list[Mutant]) -> None:
-    """Every test passes as long as nothing is taken out."""
+def check_tests(copy: Copy, mutants: list[Mutant]) -> set[str]:
+    """Check that every test passes as long as nothing is taken out; return those that can run."""
     copy.renew()
     tests = {mutant.test: mutant for mutant in mutants}
+    running = set(tests)
     for test, mutant in sorted(tests.items()):
         copy.build(mutant)
         passed, output = copy.test(mutant)
@@ -134,7 +135,9 @@ def check_tests(copy: Copy, mutants: list[Mutant]) -> None:
             raise SystemExit(f"{output}\nerror: `{test}` fails without any mutant")
         skipped = re.search(r"torture: skipped: (.+)", output)
         if skipped:
-            say(f"`{test}` is skipped here ({skipped[1]}): its mutants cannot be caught")
+            say(f"left out: the mutants of `{test}`, which is skipped here: {skipped[1]}")
+            running.remove(test)
+    return running
 
 
 def is_caught(copy: Copy, mutant: Mutant) -> bool:
@@ -164,8 +167,8 @@ def main() -> int:
     cache = os.environ.get("DTRUNTIME_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     copy = Copy((Path(cache) if cache else home / "dtruntime") / "torture" / "mutants")
-    check_tests(copy, mutants)
-    caught = [is_caught(copy, mutant) for mutant in mutants]
+    running = check_tests(copy, mutants)
+    caught = [is_caught(copy, mutant) for mutant in mutants if mutant.test in running]
     copy.renew()
     say(f"{sum(caught)} of {len(caught)} caught")
     following = min(first + count, len(everything))
