@@ -23,6 +23,8 @@ use super::shutdown::shut_down;
 
 const BLOCK_BYTES: usize = 4096;
 const MEBIBYTE: u64 = 1 << 20;
+/// More than a journal of 4 MiB holds.
+const JOURNAL_COMMITS: u32 = 500;
 /// How often a device that is busy is asked again: another thread may just be starting a process,
 /// which has every file of ours open until it runs its program.
 const BUSY_TRIES_MAX: u32 = 200;
@@ -114,6 +116,23 @@ impl Image {
             "lazy_itable_init=0,lazy_journal_init=0,nodiscard",
             text(&path),
         ]);
+        let image = Self::of(&path);
+        fs::remove_file(path).unwrap();
+        image
+    }
+
+    /// The same, with every block of its journal written once: on a thin device it is data that
+    /// finds no memory then, and the filesystem itself goes on.
+    pub(crate) fn format_and_use(bytes: u64, scratch: &Path) -> Self {
+        let path = scratch.join("used.img");
+        Self::format(bytes, scratch).write(&path);
+        let mount = Mount::image(&path, &scratch.join("used"), "defaults");
+        for _ in 0..JOURNAL_COMMITS {
+            let name = mount.path().join("used");
+            File::create(&name).unwrap().sync_all().unwrap();
+            fs::remove_file(name).unwrap();
+        }
+        drop(mount);
         let image = Self::of(&path);
         fs::remove_file(path).unwrap();
         image

@@ -128,7 +128,7 @@ fn nothing_is_acknowledged_after_a_failed_sync() {
 fn wear_out_devices() {
     let (states, tally) = (states(), Tally::default());
     let start = |directory: &Path| {
-        let image = Image::format(DEVICE_BYTES, directory);
+        let image = Image::format_and_use(DEVICE_BYTES, directory);
         (directory.to_owned(), image)
     };
     let outcome = budget::run(Budget::of(SHORT), u64::MAX, start, |(directory, image), number| {
