@@ -13,8 +13,8 @@
 //!   nothing is in flight, so nothing writes to a file that it has deleted.
 //! - The first failure, be it of a write or of a sync, is kept and is the answer to every later
 //!   call. After one the file is never synced again: a second sync could falsely succeed.
-//! - What makes the file durable is the sync in `finish`, after everything was written; those before
-//!   it ([`super::early_sync`]) only leave it less to do.
+//! - What makes the file durable is the sync in `finish`, after everything was written; those
+//!   before it ([`super::early_sync`]) only leave it less to do.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
