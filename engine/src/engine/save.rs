@@ -120,6 +120,7 @@ impl Inner {
         });
         match captured {
             Ok(()) => {
+                job.flow.captured();
                 std::mem::forget(failed);
                 Ok(())
             }

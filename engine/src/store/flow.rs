@@ -54,6 +54,8 @@ struct State {
     taken_bytes: u64,
     stored: Recent,
     stored_bytes: u64,
+    /// Nobody waits for the device before the end.
+    is_captured: bool,
     /// When the sync that is under way began.
     syncs_since: Option<Duration>,
 }
@@ -112,6 +114,7 @@ impl Flow {
             taken_bytes: 0,
             stored: Recent::new(pace.stored),
             stored_bytes: 0,
+            is_captured: false,
             syncs_since: None,
         };
         Self { environment, state: Mutex::new(state) }
@@ -126,6 +129,17 @@ impl Flow {
     pub fn arrive(&self, bytes: u64) {
         let mut state = self.lock();
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
+    }
+
+    /// All that is to be written was taken from the training: from now on only the end matters.
+    pub fn captured(&self) {
+        self.lock().is_captured = true;
+    }
+
+    /// Whether [`Flow::captured`] was called. Until then, how fast the device takes bytes may be
+    /// what the training waits for.
+    pub fn is_captured(&self) -> bool {
+        self.lock().is_captured
     }
 
     /// The device was given `bytes`.

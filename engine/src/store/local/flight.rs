@@ -97,11 +97,12 @@ impl Flight {
         self.changed.notify_all();
     }
 
-    /// Waits until `bytes` have landed since the last call; false where that will not be, or is not
-    /// worth waiting for: writing has ended, or failed.
+    /// Waits until the training waits for nothing any more and `bytes` have landed since the last
+    /// call; false where that will not be, or is not worth waiting for: writing has ended, or failed.
     pub(super) fn wait_for_landed(&self, bytes: u64) -> bool {
         let going_on = |state: &State| !state.ended && state.failure.is_none();
-        let mut state = self.wait_while(|state| going_on(state) && state.landed_bytes < bytes);
+        let is_due = |state: &State| state.landed_bytes >= bytes && self.flow.is_captured();
+        let mut state = self.wait_while(|state| going_on(state) && !is_due(state));
         state.landed_bytes = 0;
         going_on(&state)
     }

@@ -301,6 +301,13 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
 /// More than two syncs' worth, so that it is synced while it is written.
 const LARGE_BYTES: u64 = 64 * IN_FLIGHT_BYTES;
 
+/// The flow of a shard that nobody waits for before its end.
+fn captured() -> Arc<Flow> {
+    let flow = flow();
+    flow.captured();
+    flow
+}
+
 /// Writes pieces of a large shard over and over until `ended` says so.
 fn write_until(sink: &mut dyn ShardSink, ended: impl Fn() -> bool) -> Result<()> {
     let piece = pattern(4 * ALIGNMENT);
@@ -318,7 +325,7 @@ fn a_large_shard_is_synced_while_it_is_written_and_once_more_in_the_end() {
     let directory = tempfile::tempdir().unwrap();
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow()).unwrap();
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &captured()).unwrap();
     let name = names::shard_file_name(0, A);
     let sync = format!("sync {name}");
     write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
@@ -338,7 +345,7 @@ fn an_early_sync_that_fails_fails_the_shard_and_is_its_last() {
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
     io.state.lock().unwrap().fail_syncs = true;
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow()).unwrap();
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &captured()).unwrap();
     let failure = write_until(sink.as_mut(), || false).unwrap_err().to_string();
     assert!(failure.contains("syncing"), "{failure}");
     io.state.lock().unwrap().fail_syncs = false;
@@ -356,7 +363,7 @@ fn a_shard_that_is_given_up_ends_its_early_sync_first() {
     let directory = tempfile::tempdir().unwrap();
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow()).unwrap();
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &captured()).unwrap();
     let sync = format!("sync {}", names::shard_file_name(0, A));
     write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
     drop(sink);
@@ -364,4 +371,25 @@ fn a_shard_that_is_given_up_ends_its_early_sync_first() {
     let unlink = log.iter().position(|operation| operation.starts_with("unlink")).unwrap();
     assert!(!log[unlink..].contains(&sync), "{log:?}");
     assert_eq!(store.list().unwrap(), []);
+}
+
+#[test]
+fn nothing_is_synced_early_while_the_training_waits_for_the_device() {
+    let directory = tempfile::tempdir().unwrap();
+    let io = Watched::new(None);
+    let store = open(&directory.path().join("store"), &io).unwrap();
+    let flow = flow();
+    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow).unwrap();
+    let sync = format!("sync {}", names::shard_file_name(0, A));
+    let is_synced = || io.state.lock().unwrap().log.contains(&sync);
+    let written = std::cell::Cell::new(0);
+    let enough = || {
+        written.set(written.get() + 1);
+        written.get() > 2 * LARGE_BYTES / (4 * ALIGNMENT as u64)
+    };
+    write_until(sink.as_mut(), enough).unwrap();
+    assert!(!is_synced());
+    flow.captured();
+    write_until(sink.as_mut(), is_synced).unwrap();
+    sink.abandon();
 }
