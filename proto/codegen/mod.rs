@@ -6,12 +6,28 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Generates code for every `.proto` file of this crate into `output`, one file per package.
+use prost::Message as _;
+
+/// What `grpcurl` and other tools ask the coordinator for.
+const DESCRIPTORS: &str = "dtruntime.v1.bin";
+
+/// Generates code for every `.proto` file of this crate into `output`, one file per package, and
+/// the description of all of them for reflection.
 pub(crate) fn generate(output: &Path) -> io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let descriptors = protox::compile(proto_files(&root.join("dtruntime/v1"))?, [root])
         .map_err(io::Error::other)?;
-    prost_build::Config::new().out_dir(output).compile_fds(descriptors)
+    let mut described = descriptors.clone();
+    for file in &mut described.file {
+        file.source_code_info = None;
+    }
+    std::fs::write(output.join(DESCRIPTORS), described.encode_to_vec())?;
+    tonic_prost_build::configure()
+        .client_mod_attribute(".", "#[cfg(feature = \"client\")]")
+        .server_mod_attribute(".", "#[cfg(feature = \"server\")]")
+        .build_transport(false)
+        .out_dir(output)
+        .compile_fds(descriptors)
 }
 
 /// The `.proto` files in `directory`, sorted: the generated order follows theirs.

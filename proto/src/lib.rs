@@ -1,8 +1,12 @@
 //! The words that cross a process or a disk.
 //!
 //! Always holds: the code in `gen` is exactly what `dtruntime/v1/*.proto` generates (a test
-//! compares); it is written by `cargo run -p dtr-proto --example gen`.
+//! compares); it is written by `cargo run -p dtr-proto --example gen`. Without the features
+//! `client` and `server` this crate is messages and nothing else.
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "client")]
+pub mod client;
 
 /// Version 1 of every message.
 #[path = "gen/dtruntime.v1.rs"]
@@ -15,3 +19,6 @@
 )]
 #[rustfmt::skip]
 pub mod v1;
+
+/// Every message and service, described for gRPC reflection.
+pub const FILE_DESCRIPTORS: &[u8] = include_bytes!("gen/dtruntime.v1.bin");

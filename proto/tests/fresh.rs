@@ -14,19 +14,19 @@ fn generated_code_is_fresh() -> io::Result<()> {
     codegen::generate(scratch.path())?;
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gen");
     assert!(
-        texts(scratch.path())? == texts(&committed)?,
+        contents(scratch.path())? == contents(&committed)?,
         "`{}` is stale\nhint: run `cargo run -p dtr-proto --example gen`",
         committed.display(),
     );
     Ok(())
 }
 
-/// The files of a directory, by name.
-fn texts(directory: &Path) -> io::Result<BTreeMap<OsString, String>> {
+/// What the files of a directory hold, by name.
+fn contents(directory: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
     fs::read_dir(directory)?
         .map(|entry| {
             let entry = entry?;
-            Ok((entry.file_name(), fs::read_to_string(entry.path())?))
+            Ok((entry.file_name(), fs::read(entry.path())?))
         })
         .collect()
 }

@@ -1,0 +1,677 @@
+//! `coordinator.toml`: every key, its default, its range and what it means, in one table.
+//!
+//! Values come, the later one winning, from: the defaults, the file, the environment
+//! (`DTRUNTIME_<SECTION>_<KEY>`), the command line.
+//!
+//! Always holds: a key that is not in [`KEYS`] is an error that suggests the nearest one; a value
+//! that is out of its range is an error that names key, value, range and where it came from; what
+//! is printed by `--print-config` can be read again.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use toml::{Table, Value};
+
+use crate::auth::Auth;
+use crate::state::Policy;
+
+/// One setting.
+#[derive(Debug)]
+pub struct Key {
+    section: &'static str,
+    name: &'static str,
+    kind: Kind,
+    /// As TOML; empty if the key is unset by default.
+    default: &'static str,
+    /// What it means, with its unit.
+    meaning: &'static str,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Text,
+    Path,
+    Address,
+    /// Both ends count.
+    Integer(i64, i64),
+    Flag,
+    Choice(&'static [&'static str]),
+    /// A table of paths.
+    Paths(&'static [&'static str]),
+}
+
+const DAY_MS: i64 = 86_400_000;
+
+/// Every key.
+pub const KEYS: &[Key] = &[
+    key("coordinator", "address", Kind::Address, "\"127.0.0.1:50051\"", "where workers connect"),
+    key(
+        "coordinator",
+        "heartbeat_interval_ms",
+        Kind::Integer(10, 60_000),
+        "1000",
+        "how often workers send heartbeats, in milliseconds",
+    ),
+    key(
+        "coordinator",
+        "heartbeat_timeout_ms",
+        Kind::Integer(50, 3_600_000),
+        "30000",
+        "after how long without a heartbeat a worker is dead, in milliseconds",
+    ),
+    key(
+        "coordinator",
+        "max_worker_failures",
+        Kind::Integer(1, 1_000_000),
+        "3",
+        "at how many failures since the last checkpoint a job is aborted",
+    ),
+    key(
+        "coordinator",
+        "failure_backoff_ms",
+        Kind::Integer(0, 3_600_000),
+        "5000",
+        "how long a dead worker's rank is kept for it before another may take it, in milliseconds",
+    ),
+    key(
+        "coordinator",
+        "progress_timeout_ms",
+        Kind::Integer(0, DAY_MS),
+        "600000",
+        "after how long without progress a worker that reports it counts as stalled; 0 is never",
+    ),
+    key(
+        "coordinator",
+        "checkpoint_timeout_ms",
+        Kind::Integer(1_000, DAY_MS),
+        "3600000",
+        "how long a checkpoint of many ranks may take, in milliseconds",
+    ),
+    key(
+        "coordinator",
+        "metrics_address",
+        Kind::Address,
+        "\"0.0.0.0:9090\"",
+        "where Prometheus connects; \"off\" for nowhere",
+    ),
+    key(
+        "coordinator",
+        "connections_max",
+        Kind::Integer(1, 1_000_000),
+        "20000",
+        "how many connections are taken at a time",
+    ),
+    key(
+        "coordinator",
+        "state_path",
+        Kind::Path,
+        "",
+        "the file that survives restarts; by default below $STATE_DIRECTORY, $XDG_STATE_HOME or \
+         ~/.local/state",
+    ),
+    key("coordinator", "token", Kind::Path, "", "a file of tokens: lines of `TOKEN` or `JOB TOKEN`"),
+    key(
+        "coordinator",
+        "tls",
+        Kind::Paths(&["cert", "key", "client_ca"]),
+        "",
+        "PEM files: the certificate, its key, and what signs clients' certificates (mutual TLS)",
+    ),
+    key("storage", "backend", Kind::Choice(&["local", "s3"]), "", "where checkpoints are stored"),
+    key("storage", "bucket", Kind::Text, "", "the S3 bucket"),
+    key("storage", "region", Kind::Text, "", "the AWS region"),
+    key("storage", "endpoint", Kind::Text, "", "the URL of an S3-compatible store"),
+    key("storage", "path", Kind::Text, "", "the directory, or the prefix within the bucket"),
+    key(
+        "checkpoint",
+        "interval_steps",
+        Kind::Integer(1, 1_000_000_000),
+        "",
+        "save every so many steps",
+    ),
+    key("checkpoint", "keep_last_n", Kind::Integer(1, 1_000_000), "", "keep so many checkpoints"),
+    key(
+        "checkpoint",
+        "compression",
+        Kind::Choice(&["auto", "none", "float", "zstd", "gzip"]),
+        "",
+        "how checkpoints are compressed",
+    ),
+    key("checkpoint", "async_write", Kind::Flag, "", "whether training goes on during a write"),
+    key(
+        "dataset",
+        "default_shard_size",
+        Kind::Integer(1, 1_000_000_000_000),
+        "",
+        "samples in a shard where a dataset does not say",
+    ),
+    key("dataset", "prefetch_shards", Kind::Integer(0, 1_024), "", "shards to read ahead"),
+    key("dataset", "cache_size_gb", Kind::Integer(0, 1_000_000), "", "gigabytes of cached shards"),
+];
+
+const fn key(
+    section: &'static str,
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+    meaning: &'static str,
+) -> Key {
+    Key { section, name, kind, default, meaning }
+}
+
+/// A configuration that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: {why}\nhint: {hint}")]
+pub struct ConfigError {
+    what: String,
+    why: String,
+    hint: String,
+}
+
+impl ConfigError {
+    fn new(what: impl Into<String>, why: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { what: what.into(), why: why.into(), hint: hint.into() }
+    }
+}
+
+/// Every setting with its value.
+#[derive(Clone, Debug)]
+pub struct Config {
+    values: BTreeMap<&'static str, BTreeMap<&'static str, Value>>,
+}
+
+/// PEM files, read.
+#[derive(Debug)]
+pub struct TlsFiles {
+    /// The certificate and what signed it.
+    pub cert: Vec<u8>,
+    /// Its key.
+    pub key: Vec<u8>,
+    /// What signs clients' certificates, if they are asked for one.
+    pub client_ca: Option<Vec<u8>>,
+}
+
+/// Where a configuration comes from.
+#[derive(Debug, Default)]
+pub struct Sources {
+    /// The file that was named; else `coordinator.toml` in the working directory, if it is there.
+    pub file: Option<PathBuf>,
+    /// `section.key=value`, in order.
+    pub overrides: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let mut values: BTreeMap<&'static str, BTreeMap<&'static str, Value>> = BTreeMap::new();
+        for key in KEYS {
+            let section = values.entry(key.section).or_default();
+            if !key.default.is_empty() {
+                let parsed: Table = toml::from_str(&format!("x = {}", key.default))
+                    .expect("the table's defaults are TOML");
+                section.insert(key.name, parsed["x"].clone());
+            }
+        }
+        Self { values }
+    }
+}
+
+impl Config {
+    /// Puts all sources together and checks the result.
+    pub fn load(
+        sources: &Sources,
+        environment: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        let found = Path::new("coordinator.toml");
+        let file = sources.file.as_deref().or_else(|| found.exists().then_some(found));
+        if let Some(file) = file {
+            config.read_file(file)?;
+        }
+        for key in KEYS {
+            let name = format!("DTRUNTIME_{}_{}", key.section, key.name).to_uppercase();
+            if let Some(text) = environment(&name) {
+                config.set(key, value_of(key, &text), &format!("environment `{name}`"))?;
+            }
+        }
+        for text in &sources.overrides {
+            config.set_override(text)?;
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    fn read_file(&mut self, file: &Path) -> Result<(), ConfigError> {
+        let shown = file.display();
+        let text = fs::read_to_string(file).map_err(|error| {
+            ConfigError::new(
+                format!("reading `{shown}`"),
+                error.to_string(),
+                "name a file that exists and can be read: `--config coordinator.toml`",
+            )
+        })?;
+        self.read(&text, &format!("`{shown}`"))
+    }
+
+    fn read(&mut self, text: &str, origin: &str) -> Result<(), ConfigError> {
+        let table: Table = toml::from_str(text).map_err(|error| {
+            ConfigError::new(origin, error.to_string().trim_end(), "correct the TOML at this place")
+        })?;
+        for (section, body) in table {
+            let sections = KEYS.iter().map(|key| key.section);
+            if !sections.clone().any(|known| known == section) {
+                let what = format!("section `[{section}]` in {origin}");
+                return Err(unknown(what, &section, sections));
+            }
+            let Value::Table(body) = body else {
+                return Err(ConfigError::new(
+                    format!("key `{section}` in {origin}"),
+                    "a section is expected",
+                    format!("write `[{section}]` on a line of its own, its keys below"),
+                ));
+            };
+            for (name, value) in body {
+                self.set(find(&section, &name, origin)?, value, origin)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_override(&mut self, text: &str) -> Result<(), ConfigError> {
+        let origin = "the command line";
+        let parts = text.split_once('=').and_then(|(name, value)| {
+            let (section, name) = name.trim().split_once('.')?;
+            Some((section, name, value.trim()))
+        });
+        let Some((section, name, value)) = parts else {
+            return Err(ConfigError::new(
+                format!("`--set {text}`"),
+                "`section.key=value` is expected",
+                "for example `--set coordinator.heartbeat_timeout_ms=10000`",
+            ));
+        };
+        let key = find(section, name, origin)?;
+        self.set(key, value_of(key, value), origin)
+    }
+
+    fn set(&mut self, key: &Key, value: Value, origin: &str) -> Result<(), ConfigError> {
+        check_value(key, &value, origin)?;
+        self.values.entry(key.section).or_default().insert(key.name, value);
+        Ok(())
+    }
+
+    /// Rules about more than one key.
+    fn check(&self) -> Result<(), ConfigError> {
+        let interval = self.integer("heartbeat_interval_ms");
+        let timeout = self.integer("heartbeat_timeout_ms");
+        if timeout < 3 * interval {
+            return Err(ConfigError::new(
+                format!("`coordinator.heartbeat_timeout_ms` = {timeout}"),
+                format!(
+                    "at least three times `heartbeat_interval_ms`, {}, is expected: one lost \
+                     heartbeat must not kill a worker",
+                    3 * interval
+                ),
+                "raise the timeout, or lower the interval",
+            ));
+        }
+        let storage = &self.values["storage"];
+        if storage.get("backend").and_then(Value::as_str) == Some("s3")
+            && !storage.contains_key("bucket")
+        {
+            return Err(ConfigError::new(
+                "`storage.backend` = \"s3\"",
+                "`storage.bucket` is not set",
+                "name the bucket: `bucket = \"my-checkpoints\"`",
+            ));
+        }
+        Ok(())
+    }
+
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.values["coordinator"].get(name)
+    }
+
+    fn integer(&self, name: &str) -> u64 {
+        let value = self.get(name).and_then(Value::as_integer).unwrap_or_default();
+        u64::try_from(value).unwrap_or_default()
+    }
+
+    /// Where workers connect.
+    pub fn address(&self) -> &str {
+        self.get("address").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// Where Prometheus connects, if it may.
+    pub fn metrics_address(&self) -> Option<&str> {
+        let address = self.get("metrics_address").and_then(Value::as_str);
+        address.filter(|address| *address != "off")
+    }
+
+    /// How many connections are taken at a time.
+    pub fn connections_max(&self) -> usize {
+        usize::try_from(self.integer("connections_max")).unwrap_or(usize::MAX)
+    }
+
+    /// The file that survives restarts, for a coordinator that listens on `port`.
+    pub fn state_path(&self, port: u16) -> PathBuf {
+        if let Some(path) = self.get("state_path").and_then(Value::as_str) {
+            return path.into();
+        }
+        let of = |name: &str| env::var_os(name).filter(|value| !value.is_empty());
+        let folder = of("STATE_DIRECTORY")
+            .map(PathBuf::from)
+            .or_else(|| of("XDG_STATE_HOME").map(|home| Path::new(&home).join("dtruntime")))
+            .or_else(|| of("HOME").map(|home| Path::new(&home).join(".local/state/dtruntime")))
+            .unwrap_or_default();
+        folder.join(format!("coordinator-{port}.redb"))
+    }
+
+    /// How patient the coordinator is, and what it tells workers.
+    pub fn policy(&self) -> Policy {
+        let told = ["storage", "checkpoint", "dataset"].iter().flat_map(|section| {
+            let keys = self.values[section].iter();
+            keys.map(move |(name, value)| (format!("{section}.{name}"), value.to_string()))
+        });
+        Policy {
+            heartbeat_interval_ms: self.integer("heartbeat_interval_ms"),
+            heartbeat_timeout_ms: self.integer("heartbeat_timeout_ms"),
+            max_worker_failures: u32::try_from(self.integer("max_worker_failures"))
+                .unwrap_or(u32::MAX),
+            failure_backoff_ms: self.integer("failure_backoff_ms"),
+            progress_timeout_ms: self.integer("progress_timeout_ms"),
+            checkpoint_timeout_ms: self.integer("checkpoint_timeout_ms"),
+            settings: told.collect(),
+        }
+    }
+
+    /// Who may call: the file of `token`, else the environment's COORDINATOR_TOKEN, else anybody.
+    pub fn auth(&self) -> Result<Auth, ConfigError> {
+        let Some(path) = self.get("token").and_then(Value::as_str) else {
+            let Ok(token) = env::var("COORDINATOR_TOKEN") else { return Ok(Auth::default()) };
+            return Auth::parse(&token).map_err(|why| {
+                ConfigError::new("environment `COORDINATOR_TOKEN`", why, "set one long token")
+            });
+        };
+        let text = read_pem("token", path)?;
+        let text = String::from_utf8_lossy(&text);
+        Auth::parse(&text).map_err(|why| {
+            ConfigError::new(
+                format!("`coordinator.token` = \"{path}\""),
+                why,
+                "write a line `TOKEN` for all jobs, or `JOB TOKEN` for one",
+            )
+        })
+    }
+
+    /// The PEM files, if TLS is on.
+    pub fn tls(&self) -> Result<Option<TlsFiles>, ConfigError> {
+        let Some(table) = self.get("tls").and_then(Value::as_table) else { return Ok(None) };
+        let file = |name: &str| -> Result<Option<Vec<u8>>, ConfigError> {
+            let path = table.get(name).and_then(Value::as_str);
+            path.map(|path| read_pem(&format!("tls.{name}"), path)).transpose()
+        };
+        let (Some(cert), Some(key)) = (file("cert")?, file("key")?) else {
+            return Err(ConfigError::new(
+                "`coordinator.tls`",
+                "`cert` and `key` are both needed",
+                "write `tls = { cert = \"server.pem\", key = \"server.key\" }`",
+            ));
+        };
+        Ok(Some(TlsFiles { cert, key, client_ca: file("client_ca")? }))
+    }
+
+    /// The error for PEM files that TLS does not take.
+    pub(crate) fn tls_refused(&self, why: &str) -> ConfigError {
+        let shown = self.get("tls").map(Value::to_string).unwrap_or_default();
+        ConfigError::new(
+            format!("`coordinator.tls` = {shown}"),
+            why,
+            "check that the files are PEM, and that the key belongs to the certificate: \
+             `openssl x509 -in cert -noout -text`",
+        )
+    }
+
+    /// The whole configuration as TOML that can be read again, each key with its meaning.
+    pub fn print(&self) -> String {
+        let mut text = String::new();
+        let mut section = "";
+        for key in KEYS {
+            if key.section != section {
+                section = key.section;
+                let gap = if text.is_empty() { "" } else { "\n" };
+                writeln!(text, "{gap}[{section}]").expect("strings grow");
+            }
+            let meaning = format!("{}; {}", key.meaning, range_of(&key.kind));
+            match self.values[section].get(key.name) {
+                Some(value) => writeln!(text, "{} = {value}  # {meaning}", key.name),
+                None => writeln!(text, "# {} =  # {meaning}; unset", key.name),
+            }
+            .expect("strings grow");
+        }
+        text
+    }
+}
+
+fn find(section: &str, name: &str, origin: &str) -> Result<&'static Key, ConfigError> {
+    let of_section = KEYS.iter().filter(|key| key.section == section);
+    if let Some(key) = of_section.clone().find(|key| key.name == name) {
+        return Ok(key);
+    }
+    let what = format!("key `{section}.{name}` in {origin}");
+    if let Some(other) = KEYS.iter().find(|key| key.name == name) {
+        return Err(ConfigError::new(
+            what,
+            "no such key",
+            format!("it belongs below `[{}]`", other.section),
+        ));
+    }
+    Err(unknown(what, name, of_section.map(|key| key.name)))
+}
+
+fn unknown(
+    what: String,
+    given: &str,
+    known: impl Iterator<Item = &'static str> + Clone,
+) -> ConfigError {
+    let near = known
+        .clone()
+        .map(|name| (strsim::jaro_winkler(given, name), name))
+        .max_by(|one, other| one.0.total_cmp(&other.0))
+        .filter(|(likeness, _)| *likeness > 0.7);
+    let mut names: Vec<&str> = known.collect();
+    names.dedup();
+    let hint = near.map_or_else(
+        || format!("known: `{}`", names.join("`, `")),
+        |(_, name)| format!("did you mean `{name}`?"),
+    );
+    ConfigError::new(what, "no such name", hint)
+}
+
+/// A value that was written outside TOML, as the key's kind wants it.
+fn value_of(key: &Key, text: &str) -> Value {
+    let parsed: Option<Value> = match key.kind {
+        Kind::Integer(..) => text.parse().ok().map(Value::Integer),
+        Kind::Flag => text.parse().ok().map(Value::Boolean),
+        Kind::Paths(_) => toml::from_str::<Table>(&format!("x = {text}"))
+            .ok()
+            .and_then(|mut table| table.remove("x")),
+        Kind::Text | Kind::Path | Kind::Address | Kind::Choice(_) => None,
+    };
+    parsed.unwrap_or_else(|| Value::String(text.to_owned()))
+}
+
+fn check_value(key: &Key, value: &Value, origin: &str) -> Result<(), ConfigError> {
+    let fits = match (&key.kind, value) {
+        (Kind::Text | Kind::Path, Value::String(text)) => !text.is_empty(),
+        (Kind::Address, Value::String(text)) => is_address(text) || is_off(key, text),
+        (Kind::Integer(least, most), Value::Integer(number)) => (*least..=*most).contains(number),
+        (Kind::Flag, Value::Boolean(_)) => true,
+        (Kind::Choice(choices), Value::String(text)) => choices.contains(&text.as_str()),
+        (Kind::Paths(names), Value::Table(table)) => table
+            .iter()
+            .all(|(name, path)| names.contains(&name.as_str()) && path.is_str()),
+        _ => false,
+    };
+    if fits {
+        return Ok(());
+    }
+    let expected = range_of(&key.kind);
+    let hint = if key.default.is_empty() {
+        format!("it is {}; leave it out to keep it unset", key.meaning)
+    } else {
+        format!("it is {}; the default is {}", key.meaning, key.default)
+    };
+    Err(ConfigError::new(
+        format!("`{}.{}` = {value} in {origin}", key.section, key.name),
+        format!("{expected} is expected"),
+        hint,
+    ))
+}
+
+fn range_of(kind: &Kind) -> String {
+    match kind {
+        Kind::Text => "a text".to_owned(),
+        Kind::Path => "a path".to_owned(),
+        Kind::Address => "`host:port`".to_owned(),
+        Kind::Integer(least, most) => format!("a whole number from {least} to {most}"),
+        Kind::Flag => "true or false".to_owned(),
+        Kind::Choice(choices) => format!("one of `{}`", choices.join("`, `")),
+        Kind::Paths(names) => format!("a table with paths for `{}`", names.join("`, `")),
+    }
+}
+
+fn is_off(key: &Key, text: &str) -> bool {
+    key.name == "metrics_address" && text == "off"
+}
+
+fn is_address(text: &str) -> bool {
+    text.rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+}
+
+fn read_pem(name: &str, path: &str) -> Result<Vec<u8>, ConfigError> {
+    fs::read(path).map_err(|error| {
+        ConfigError::new(
+            format!("`coordinator.{name}` = \"{path}\""),
+            error.to_string(),
+            "name a file that the coordinator's user can read",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let mut config = Config::default();
+        config.read(text, "`test.toml`")?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn loaded(overrides: &[&str], environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let folder = tempfile::tempdir().expect("a scratch directory");
+        let file = folder.path().join("c.toml");
+        fs::write(&file, "[coordinator]\nheartbeat_interval_ms = 2000\n").expect("it is ours");
+        let overrides = overrides.iter().map(|&text| text.to_owned()).collect();
+        Config::load(&Sources { file: Some(file), overrides }, |name| {
+            let found = environment.iter().find(|(key, _)| *key == name);
+            found.map(|(_, value)| (*value).to_owned())
+        })
+    }
+
+    #[test]
+    fn the_guides_file_is_read() {
+        let config = read(include_str!("../tests/guide.toml")).expect("the guide is right");
+        let policy = config.policy();
+        assert_eq!(config.address(), "0.0.0.0:50051");
+        assert_eq!(policy.heartbeat_timeout_ms, 30_000);
+        assert_eq!(policy.settings["storage.bucket"], "\"my-checkpoints\"");
+        assert_eq!(policy.settings["checkpoint.keep_last_n"], "5");
+        assert_eq!(policy.settings["dataset.cache_size_gb"], "10");
+    }
+
+    #[test]
+    fn later_sources_win() {
+        let interval = |config: Config| config.policy().heartbeat_interval_ms;
+        let name = "DTRUNTIME_COORDINATOR_HEARTBEAT_INTERVAL_MS";
+        assert_eq!(interval(loaded(&[], &[]).expect("file")), 2_000);
+        assert_eq!(interval(loaded(&[], &[(name, "500")]).expect("environment")), 500);
+        let set = ["coordinator.heartbeat_interval_ms=250"];
+        assert_eq!(interval(loaded(&set, &[(name, "500")]).expect("flag")), 250);
+    }
+
+    #[test]
+    fn what_is_printed_can_be_read() {
+        let config = read("[storage]\nbackend = \"local\"\n[coordinator]\ntls = {cert = \"a\"}\n")
+            .expect("it is right");
+        let again = read(&config.print()).expect("it was printed");
+        assert_eq!(again.print(), config.print());
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, expected) in [
+            (
+                "[coordinator]\nheartbeat_timeot_ms = 5",
+                "key `coordinator.heartbeat_timeot_ms` in `test.toml`: no such name\n\
+                 hint: did you mean `heartbeat_timeout_ms`?",
+            ),
+            (
+                "[cordinator]",
+                "section `[cordinator]` in `test.toml`: no such name\n\
+                 hint: did you mean `coordinator`?",
+            ),
+            (
+                "[coordinator]\nbucket = \"b\"",
+                "key `coordinator.bucket` in `test.toml`: no such key\n\
+                 hint: it belongs below `[storage]`",
+            ),
+            (
+                "[coordinator]\nmax_worker_failures = 0",
+                "`coordinator.max_worker_failures` = 0 in `test.toml`: a whole number from 1 to \
+                 1000000 is expected\nhint: it is at how many failures since the last checkpoint a \
+                 job is aborted; the default is 3",
+            ),
+            (
+                "[checkpoint]\ncompression = \"gzpi\"",
+                "`checkpoint.compression` = \"gzpi\" in `test.toml`: one of `auto`, `none`, \
+                 `float`, `zstd`, `gzip` is expected\nhint: it is how checkpoints are compressed; \
+                 leave it out to keep it unset",
+            ),
+            (
+                "[coordinator]\nheartbeat_timeout_ms = 2000",
+                "`coordinator.heartbeat_timeout_ms` = 2000: at least three times \
+                 `heartbeat_interval_ms`, 3000, is expected: one lost heartbeat must not kill a \
+                 worker\nhint: raise the timeout, or lower the interval",
+            ),
+            (
+                "[storage]\nbackend = \"s3\"",
+                "`storage.backend` = \"s3\": `storage.bucket` is not set\n\
+                 hint: name the bucket: `bucket = \"my-checkpoints\"`",
+            ),
+            (
+                "coordinator = 5",
+                "key `coordinator` in `test.toml`: a section is expected\n\
+                 hint: write `[coordinator]` on a line of its own, its keys below",
+            ),
+        ] {
+            assert_eq!(read(text).expect_err(text).to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn every_key_has_its_range_checked() {
+        for key in KEYS {
+            let wrong = if matches!(key.kind, Kind::Text | Kind::Path) { "7" } else { "\"?\"" };
+            let text = format!("[{}]\n{} = {wrong}", key.section, key.name);
+            let error = read(&text).expect_err(&text).to_string();
+            assert!(error.contains(&format!("`{}.{}`", key.section, key.name)), "{error}");
+            assert!(error.contains("is expected") && error.contains("hint: "), "{error}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! How long and how large anything that a caller sends may be.
+//!
+//! Always holds: a name that reaches the state machine is printable, has no NUL and no line break,
+//! and is bounded; so is every text.
+
+use dtr_proto::v1;
+use tonic::Status;
+
+/// Bytes of a job's, worker's, barrier's or dataset's name.
+const NAME_BYTES_MAX: usize = 256;
+/// Bytes of any other text.
+const TEXT_BYTES_MAX: usize = 4_096;
+/// Bytes of a message, but for registering a dataset's files.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Bytes of a message that lists files.
+pub(crate) const FILES_BYTES_MAX: usize = 32 << 20;
+/// Shards in one part of the list that a publisher gets.
+pub(crate) const PART_SHARDS: usize = 1_000;
+
+/// A name that is neither empty nor too long, and can be printed.
+pub(crate) fn name(what: &str, value: &str) -> Result<(), Status> {
+    if value.is_empty() {
+        return Err(refuse(format!("`{what}` is empty"), "give it a name"));
+    }
+    if value.len() > NAME_BYTES_MAX {
+        let given = value.len();
+        return Err(refuse(
+            format!("`{what}` has {given} bytes, at most {NAME_BYTES_MAX} are allowed"),
+            "use a shorter name",
+        ));
+    }
+    if value.chars().any(char::is_control) {
+        return Err(refuse(format!("`{what}` has control characters"), "use a printable name"));
+    }
+    Ok(())
+}
+
+/// A text that is not too long.
+pub(crate) fn text(what: &str, value: &str) -> Result<(), Status> {
+    if value.len() > TEXT_BYTES_MAX || value.contains('\0') {
+        let given = value.len();
+        return Err(refuse(
+            format!(
+                "`{what}` has {given} bytes, at most {TEXT_BYTES_MAX} without NUL are allowed"
+            ),
+            "shorten it",
+        ));
+    }
+    Ok(())
+}
+
+/// An identity that names a worker; gives its job.
+pub(crate) fn identity(identity: Option<&v1::Identity>) -> Result<(), Status> {
+    let identity = identity
+        .ok_or_else(|| refuse("`identity` is missing".into(), "say which worker calls"))?;
+    name("job", &identity.job)?;
+    name("worker_id", &identity.worker_id)
+}
+
+/// A file's name within a step: one component.
+pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
+    let Some(shard) = shard else { return Ok(()) };
+    name("file", &shard.file)?;
+    if shard.file.contains('/') || shard.file.starts_with('.') {
+        return Err(refuse(
+            format!("`{}` is no file name within a step", shard.file),
+            "report the shard's name without a directory",
+        ));
+    }
+    Ok(())
+}
+
+fn refuse(why: String, hint: &str) -> Status {
+    Status::invalid_argument(format!("{why}\nhint: {hint}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_bounded_and_printable() {
+        assert!(name("job", "gpt/run-1 ü").is_ok());
+        for bad in ["", "a\0b", "a\nb", "a\u{7f}", &"x".repeat(NAME_BYTES_MAX + 1)] {
+            assert!(name("job", bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_shard_stays_in_its_step() {
+        let of = |file: &str| v1::Shard { file: file.into(), ..v1::Shard::default() };
+        assert!(shard(Some(&of("rank-00000.ab.shard"))).is_ok());
+        for bad in ["../x", "/etc/passwd", "a/b", ".hidden", ""] {
+            assert!(shard(Some(&of(bad))).is_err(), "{bad:?}");
+        }
+    }
+}

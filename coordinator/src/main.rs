@@ -1,0 +1,135 @@
+//! The program: parse, build, run.
+//!
+//! Always holds: an error is one message on standard error with a `hint:` line, and exit status 1;
+//! wrong usage is clap's message and status 2; SIGTERM and SIGINT end it in good order, status 0.
+#![forbid(unsafe_code)]
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use coordinator::config::{Config, ConfigError, Sources};
+use coordinator::server::{self, ServeError};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Knows who is alive in a training run, holds barriers, completes checkpoints across ranks and
+/// deals out datasets.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    /// Where workers connect, as host:port [default: 127.0.0.1:50051]
+    address: Option<String>,
+    #[command(flatten)]
+    sources: SourceArguments,
+    /// Print the whole configuration, with ranges, and end
+    #[arg(long)]
+    print_config: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Args)]
+struct SourceArguments {
+    /// The configuration file [default: coordinator.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where Prometheus connects, as host:port, or off [default: 0.0.0.0:9090]
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_address: Option<String>,
+    /// The file that survives restarts
+    #[arg(long, value_name = "FILE")]
+    state_path: Option<String>,
+    /// Any setting; may be given several times
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check the configuration and its files, and end
+    CheckConfig(SourceArguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match act(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody may be reading any more.
+            let _gone = writeln!(std::io::stderr(), "error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(arguments: Arguments) -> Result<(), ServeError> {
+    if let Some(Command::CheckConfig(sources)) = arguments.command {
+        let config = load(sources, None)?;
+        config.tls()?;
+        config.auth()?;
+        say("the configuration is right\n");
+        return Ok(());
+    }
+    let config = load(arguments.sources, arguments.address)?;
+    if arguments.print_config {
+        say(&config.print());
+        return Ok(());
+    }
+    start_log();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| ServeError::Serve(error.to_string()))?;
+    let outcome = runtime.block_on(serve(&config));
+    runtime.shutdown_background();
+    outcome
+}
+
+fn load(sources: SourceArguments, address: Option<String>) -> Result<Config, ConfigError> {
+    let mut overrides = sources.set;
+    for (key, value) in [
+        ("address", address),
+        ("metrics_address", sources.metrics_address),
+        ("state_path", sources.state_path),
+    ] {
+        overrides.extend(value.map(|value| format!("coordinator.{key}={value}")));
+    }
+    let sources = Sources { file: sources.config, overrides };
+    Config::load(&sources, |name| std::env::var(name).ok())
+}
+
+async fn serve(config: &Config) -> Result<(), ServeError> {
+    let listener = server::listen("coordinator.address", config.address()).await?;
+    let metrics = match config.metrics_address() {
+        Some(address) => Some(server::listen("coordinator.metrics_address", address).await?),
+        None => None,
+    };
+    let failed = |error: std::io::Error| ServeError::Serve(error.to_string());
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let shutdown = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    server::run(config, listener, metrics, shutdown).await
+}
+
+/// Standard error, by `RUST_LOG` (default `info`) and `LOG_FORMAT` (`json`, or text).
+fn start_log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if std::env::var_os("LOG_FORMAT").is_some_and(|format| format == "json") {
+        builder.json().init();
+    } else {
+        builder.with_ansi(false).init();
+    }
+}
+
+fn say(text: &str) {
+    // Nobody may be reading any more.
+    let _gone = std::io::stdout().write_all(text.as_bytes());
+}

@@ -1,0 +1,357 @@
+//! The coordinator as a process: [`run`] serves until it is told to end.
+//!
+//! Always holds: connections, streams, messages and headers are bounded by named limits; nothing is
+//! answered before the journal has counted this start; when told to end, the health service says
+//! so first, whoever waits is let go to ask again later, and what was promised is on the disk.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use axum::Router;
+use axum::extract::State as Shared;
+use axum::http::{StatusCode, header};
+use axum::routing::get;
+use dtr_proto::v1::admin_server::AdminServer;
+use dtr_proto::v1::barriers_server::BarriersServer;
+use dtr_proto::v1::checkpoints_server::CheckpointsServer;
+use dtr_proto::v1::datasets_server::DatasetsServer;
+use dtr_proto::v1::membership_server::MembershipServer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio_stream::Stream;
+use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tracing::{info, warn};
+
+use crate::auth::Auth;
+use crate::config::{Config, ConfigError};
+use crate::core::{Core, system_clock};
+use crate::journal::{Journal, JournalError};
+use crate::limits::{FILES_BYTES_MAX, MESSAGE_BYTES_MAX};
+use crate::metrics::{self, Histograms};
+use crate::service::Service;
+use crate::state::{Event, RecoverError, Reply, State};
+
+/// Calls that one connection may have open.
+const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// Bytes of a call's headers.
+const HEADERS_BYTES_MAX: u32 = 16 << 10;
+/// How often an idle connection is asked whether it is still there, and how long it may think.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
+/// How long calls in progress may go on once the end was asked for.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// A service with its bounds, and gzip left out: no message here is worth it.
+macro_rules! limited {
+    ($server:ident, $service:expr, $bytes:expr) => {
+        $server::new($service.clone())
+            .max_decoding_message_size($bytes)
+            .max_encoding_message_size($bytes)
+    };
+}
+/// Why the coordinator does not run, or ended.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each is explained by its text")]
+pub enum ServeError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("{0}\nhint: restore the journal from a copy, or start with another `state_path`")]
+    Recover(#[from] RecoverError),
+    #[error("listening on `{address}`: {why}\nhint: {hint}")]
+    Listen { address: String, why: String, hint: String },
+    #[error("serving: {0}\nhint: see the log above")]
+    Serve(String),
+}
+
+/// Opens a socket to listen on; `key` is the setting that names the address.
+pub async fn listen(key: &str, address: &str) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|error| ServeError::Listen {
+        address: address.to_owned(),
+        why: error.to_string(),
+        hint: listen_hint(key, address, &error),
+    })
+}
+
+fn listen_hint(key: &str, address: &str, error: &io::Error) -> String {
+    let port = address.rsplit(':').next().unwrap_or_default();
+    match error.kind() {
+        io::ErrorKind::AddrInUse => format!(
+            "another process has port {port} (`ss -ltnp 'sport = :{port}'` shows it): end it, or \
+             change `{key}`"
+        ),
+        io::ErrorKind::PermissionDenied => {
+            format!("ports below 1024 need privileges: use one above, such as 50051, for `{key}`")
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            format!("this machine has no such address: use 0.0.0.0 for all of them in `{key}`")
+        }
+        _ => format!("write `{key}` as `host:port`, for example `0.0.0.0:50051`"),
+    }
+}
+
+/// Serves on `listener` until `shutdown` comes, and on `metrics` if it is there.
+pub async fn run(
+    config: &Config,
+    listener: TcpListener,
+    metrics: Option<TcpListener>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let tls = tls_of(config)?;
+    let auth = Arc::new(config.auth()?);
+    let address = listener.local_addr().map_err(|error| ServeError::Serve(error.to_string()))?;
+    warn_if_open(address, tls.is_some(), &auth);
+    let histograms = Arc::new(Histograms::default());
+    let (failed, failure) = oneshot::channel();
+    let core = start_core(config, address, &histograms, failed)?;
+    let draining = Arc::new(AtomicBool::new(false));
+    if let Some(metrics) = metrics {
+        serve_metrics(metrics, &core, &histograms, &draining);
+    }
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<MembershipServer<Service>>().await;
+    let service = Service::new(core.clone(), auth, histograms);
+    let mut builder = builder();
+    if let Some(tls) = tls {
+        builder = builder.tls_config(tls).map_err(|error| tls_error(config, &error))?;
+    }
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(dtr_proto::FILE_DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|error| ServeError::Serve(error.to_string()))?;
+    let router = builder
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(limited!(MembershipServer, service, MESSAGE_BYTES_MAX))
+        .add_service(limited!(BarriersServer, service, MESSAGE_BYTES_MAX))
+        .add_service(limited!(CheckpointsServer, service, MESSAGE_BYTES_MAX))
+        .add_service(limited!(DatasetsServer, service, FILES_BYTES_MAX))
+        .add_service(limited!(AdminServer, service, MESSAGE_BYTES_MAX));
+    info!("listening on {address}");
+    let (end, ended) = oneshot::channel();
+    let incoming = accept(listener, config.connections_max());
+    let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
+        // Whoever asks for the end drops or uses the sender: both mean the same.
+        let _either = ended.await;
+    }));
+    let cause = tokio::select! {
+        () = shutdown => None,
+        error = failure => error.ok(),
+    };
+    info!("shutting down");
+    draining.store(true, Ordering::Release);
+    reporter.set_not_serving::<MembershipServer<Service>>().await;
+    core.drain().await;
+    let _gone = end.send(());
+    if tokio::time::timeout(DRAIN, serving).await.is_err() {
+        warn!("some connections did not close within {} s", DRAIN.as_secs());
+    }
+    cause.map_or(Ok(()), |error| Err(error.into()))
+}
+
+fn builder() -> Server {
+    Server::builder()
+        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        .http2_max_header_list_size(HEADERS_BYTES_MAX)
+        .http2_max_pending_accept_reset_streams(Some(64))
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+}
+
+fn start_core(
+    config: &Config,
+    address: SocketAddr,
+    histograms: &Arc<Histograms>,
+    failed: oneshot::Sender<JournalError>,
+) -> Result<Core, ServeError> {
+    let opened = Journal::open(&config.state_path(address.port()))?;
+    let mut clock = system_clock();
+    let records = opened.records.iter().map(|(key, value)| (key.as_slice(), value.as_slice()));
+    let state = State::recover(config.policy(), opened.incarnation, clock().now_ms, records)?;
+    info!(
+        start = opened.incarnation,
+        records = opened.records.len(),
+        path = %config.state_path(address.port()).display(),
+        "the journal is read"
+    );
+    Core::start(state, opened.journal, clock, Arc::clone(histograms), failed)
+        .map_err(|error| ServeError::Serve(error.to_string()))
+}
+
+fn warn_if_open(address: SocketAddr, has_tls: bool, auth: &Auth) {
+    if !address.ip().is_loopback() && !has_tls && auth.is_open() {
+        warn!(
+            "{address} is open to the network without TLS and without a token: anybody who reaches \
+             it can join and abort jobs; set `token` or `tls` in coordinator.toml"
+        );
+    }
+}
+
+fn tls_of(config: &Config) -> Result<Option<ServerTlsConfig>, ServeError> {
+    let Some(files) = config.tls()? else { return Ok(None) };
+    let mut tls = ServerTlsConfig::new().identity(Identity::from_pem(files.cert, files.key));
+    if let Some(client_ca) = files.client_ca {
+        tls = tls.client_ca_root(tonic::transport::Certificate::from_pem(client_ca));
+    }
+    Ok(Some(tls))
+}
+
+fn tls_error(config: &Config, error: &tonic::transport::Error) -> ServeError {
+    let mut why = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        why = format!("{why}: {inner}");
+        source = inner.source();
+    }
+    config.tls_refused(&why).into()
+}
+
+/// Connections, at most `connections_max` at a time; more wait in the kernel's queue.
+fn accept(
+    listener: TcpListener,
+    connections_max: usize,
+) -> impl Stream<Item = io::Result<Connection>> {
+    let (sender, receiver) = mpsc::channel(64);
+    let places = Arc::new(Semaphore::new(connections_max));
+    tokio::spawn(async move {
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = sender.closed() => return,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    // Small messages that are waited for.
+                    let _refused = stream.set_nodelay(true);
+                    if sender.send(Ok(Connection { stream, _place: place })).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    warn!("a connection could not be taken: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    tokio_stream::wrappers::ReceiverStream::new(receiver)
+}
+
+/// A connection that gives its place back when it ends.
+struct Connection {
+    stream: TcpStream,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = TcpConnectInfo;
+
+    fn connect_info(&self) -> TcpConnectInfo {
+        self.stream.connect_info()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+/// What the pages of the metrics address look at.
+#[derive(Clone)]
+struct Pages {
+    core: Core,
+    histograms: Arc<Histograms>,
+    draining: Arc<AtomicBool>,
+}
+
+fn serve_metrics(
+    listener: TcpListener,
+    core: &Core,
+    histograms: &Arc<Histograms>,
+    draining: &Arc<AtomicBool>,
+) {
+    let pages = Pages {
+        core: core.clone(),
+        histograms: Arc::clone(histograms),
+        draining: Arc::clone(draining),
+    };
+    if let Ok(address) = listener.local_addr() {
+        info!("metrics on http://{address}/metrics");
+    }
+    let router = Router::new()
+        .route("/metrics", get(show_metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(show_ready))
+        .with_state(pages);
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            warn!("the metrics address stopped: {error}");
+        }
+    });
+}
+
+async fn show_metrics(
+    Shared(pages): Shared<Pages>,
+) -> Result<([(header::HeaderName, &'static str); 1], String), StatusCode> {
+    let Ok(Reply::Summary(summary)) = pages.core.ask(Event::Inspect).await else {
+        return Err(StatusCode::SERVICE_UNAVAILABLE);
+    };
+    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let wall_ms = u64::try_from(wall.as_millis()).unwrap_or(u64::MAX);
+    let text = metrics::render(&summary, &pages.histograms, wall_ms);
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text))
+}
+
+async fn show_ready(Shared(pages): Shared<Pages>) -> (StatusCode, &'static str) {
+    if pages.draining.load(Ordering::Acquire) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n");
+    }
+    match pages.core.ask(Event::Inspect).await {
+        Ok(_) => (StatusCode::OK, "ready\n"),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
+    }
+}

@@ -1,0 +1,351 @@
+//! Named points that nobody passes before every rank is there.
+//!
+//! A barrier's releases are counted by its generation. An arrival is a random number that its
+//! caller drew, so the same arrival sent twice is one, and a rank that lost the reply gets it again
+//! from the kept record, also after a restart.
+//!
+//! Always holds:
+//! - a release needs an arrival of every rank of the job, each from a living member that knew of
+//!   the newest loss when it arrived;
+//! - every wait ends: released, timed out (naming who is missing), epoch changed, or aborted;
+//! - an arrival that timed out, was withdrawn or was overtaken by a loss counts for nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use dtr_proto::v1::{self, wait_barrier_reply::Outcome};
+
+use super::{Change, Job, Key, Level, NAMES_MAX, Refusal, RefusalKind, Reply, Scene, Ticket};
+
+/// Longest wait, and the shortest.
+const TIMEOUT_MAX_MS: u64 = 24 * 3_600_000;
+/// Ranks that a timed-out wait names.
+const MISSING_NAMED_MAX: usize = 64;
+/// Waits that are logged, once each.
+const STRAGGLERS_AFTER_MS: [u64; 2] = [10_000, 60_000];
+/// Steps that one rank may offer.
+const STEPS_MAX: usize = 100_000;
+/// The barrier that ranks agree on a step at; no name that users give has a line break.
+const AGREEMENT: &str = "\nstep";
+
+/// One barrier.
+#[derive(Debug, Default)]
+pub(super) struct Barrier {
+    /// The last release, if there was one.
+    record: Option<v1::BarrierRecord>,
+    waiting: BTreeMap<u32, Arrival>,
+    /// When the first of those who wait now arrived.
+    since_ms: u64,
+    warnings: usize,
+}
+
+#[derive(Debug)]
+struct Arrival {
+    key: u64,
+    ticket: Ticket,
+    deadline_ms: u64,
+    /// Steps that the rank can load, where it was asked.
+    steps: Option<BTreeSet<u64>>,
+}
+
+/// One rank's call.
+struct Call<'a> {
+    identity: Option<&'a v1::Identity>,
+    name: &'a str,
+    key: u64,
+    timeout_ms: u64,
+    steps: Option<BTreeSet<u64>>,
+}
+
+impl Barrier {
+    pub(super) fn released(record: v1::BarrierRecord) -> Self {
+        Self { record: Some(record), ..Self::default() }
+    }
+
+    /// What the rank was told, if this arrival was part of the last release.
+    fn earlier_reply(&self, rank: u32, key: u64) -> Option<Ended> {
+        let record = self.record.as_ref()?;
+        let arrived = record.arrivals.get(usize::try_from(rank).ok()?)?;
+        (*arrived == key).then(|| Ended {
+            outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
+            step: record.agreed_step,
+        })
+    }
+
+    /// Releases everybody: the new record, and who waits.
+    fn release(&mut self) -> (&v1::BarrierRecord, BTreeMap<u32, Arrival>) {
+        let waiting = std::mem::take(&mut self.waiting);
+        let generation = self.record.as_ref().map_or(0, |record| record.generation + 1);
+        let record = v1::BarrierRecord {
+            generation,
+            arrivals: waiting.values().map(|arrival| arrival.key).collect(),
+            agreed_step: newest_common(waiting.values()),
+        };
+        (self.record.insert(record), waiting)
+    }
+}
+
+/// How a wait ended.
+#[derive(Clone)]
+struct Ended {
+    outcome: Outcome,
+    step: Option<u64>,
+}
+
+impl Ended {
+    fn of(outcome: Outcome) -> Self {
+        Self { outcome, step: None }
+    }
+
+    fn reply(self, name: &str) -> Reply {
+        let waited = v1::WaitBarrierReply { outcome: Some(self.outcome) };
+        if name == AGREEMENT {
+            Reply::AgreeStep(v1::AgreeStepReply { waited: Some(waited), step: self.step })
+        } else {
+            Reply::Barrier(waited)
+        }
+    }
+}
+
+/// The newest step that all of them offer.
+fn newest_common<'a>(arrivals: impl Iterator<Item = &'a Arrival>) -> Option<u64> {
+    let mut offers = arrivals.filter_map(|arrival| arrival.steps.as_ref());
+    let first = offers.next()?;
+    let rest: Vec<_> = offers.collect();
+    first.iter().rev().find(|step| rest.iter().all(|steps| steps.contains(step))).copied()
+}
+
+impl Job {
+    pub(super) fn wait_barrier(
+        &mut self,
+        scene: &mut Scene<'_>,
+        ticket: Ticket,
+        request: v1::WaitBarrierRequest,
+    ) -> Result<Option<Reply>, Refusal> {
+        let call = Call {
+            identity: request.identity.as_ref(),
+            name: &request.name,
+            key: request.arrival,
+            timeout_ms: request.timeout_ms,
+            steps: None,
+        };
+        self.arrive(scene, ticket, call)
+    }
+
+    pub(super) fn agree_step(
+        &mut self,
+        scene: &mut Scene<'_>,
+        ticket: Ticket,
+        request: v1::AgreeStepRequest,
+    ) -> Result<Option<Reply>, Refusal> {
+        if request.steps.len() > STEPS_MAX {
+            let given = request.steps.len();
+            return Err(Refusal::new(
+                RefusalKind::Invalid,
+                format!("{given} steps are offered, at most {STEPS_MAX} are allowed"),
+                "offer the newest ones",
+            ));
+        }
+        let call = Call {
+            identity: request.identity.as_ref(),
+            name: AGREEMENT,
+            key: request.arrival,
+            timeout_ms: request.timeout_ms,
+            steps: Some(request.steps.into_iter().collect()),
+        };
+        self.arrive(scene, ticket, call)
+    }
+
+    fn arrive(
+        &mut self,
+        scene: &mut Scene<'_>,
+        ticket: Ticket,
+        call: Call<'_>,
+    ) -> Result<Option<Reply>, Refusal> {
+        let (_, rank) = self.member_of(call.identity)?;
+        let barrier = self.barriers.get(call.name);
+        if let Some(ended) = barrier.and_then(|barrier| barrier.earlier_reply(rank, call.key)) {
+            return Ok(Some(ended.reply(call.name)));
+        }
+        if !self.record.abort_reason.is_empty() {
+            let ended = Ended::of(Outcome::Aborted(self.record.abort_reason.clone()));
+            return Ok(Some(ended.reply(call.name)));
+        }
+        self.current_member_of(call.identity)?;
+        check_timeout(call.timeout_ms)?;
+        if barrier.is_none() && self.barriers.len() >= NAMES_MAX {
+            return Err(too_many(&self.name));
+        }
+        let now_ms = scene.at.now_ms;
+        let barrier = self.barriers.entry(call.name.to_owned()).or_default();
+        if barrier.waiting.is_empty() {
+            barrier.since_ms = now_ms;
+            barrier.warnings = 0;
+        }
+        let arrival = Arrival {
+            key: call.key,
+            ticket,
+            deadline_ms: now_ms + call.timeout_ms,
+            steps: call.steps,
+        };
+        if let Some(older) = barrier.waiting.insert(rank, arrival)
+            && older.ticket != ticket
+        {
+            scene.effects.replies.push((older.ticket, Reply::Refused(superseded(rank))));
+        }
+        self.release_if_complete(scene, call.name);
+        Ok(None)
+    }
+
+    fn release_if_complete(&mut self, scene: &mut Scene<'_>, name: &str) {
+        let Some(barrier) = self.barriers.get_mut(name) else { return };
+        if barrier.waiting.len() != usize::try_from(self.record.world_size).unwrap_or(usize::MAX) {
+            return;
+        }
+        let (record, waiting) = barrier.release();
+        let ended = Ended {
+            outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
+            step: record.agreed_step,
+        };
+        let key = Key::Barrier { job: self.name.clone(), name: name.to_owned() };
+        scene.effects.changes.push(Change::put(key, record));
+        let replies = waiting.values().map(|a| (a.ticket, ended.clone().reply(name)));
+        scene.effects.replies.extend(replies);
+    }
+
+    pub(super) fn withdraw_barrier(
+        &mut self,
+        request: &v1::WithdrawBarrierRequest,
+    ) -> Result<Reply, Refusal> {
+        let (_, rank) = self.member_of(request.identity.as_ref())?;
+        if let Some(barrier) = self.barriers.get_mut(&request.name)
+            && barrier.waiting.get(&rank).is_some_and(|arrival| arrival.key == request.arrival)
+        {
+            barrier.waiting.remove(&rank);
+        }
+        Ok(Reply::Done)
+    }
+
+    /// A worker was lost: nobody can know whether the others still mean the same point.
+    pub(super) fn break_barriers(&mut self, scene: &mut Scene<'_>) {
+        let reason = self.newest_loss();
+        let changed = v1::EpochChanged { epoch: self.record.epoch, reason };
+        self.end_waits(scene, &Ended::of(Outcome::EpochChanged(changed)));
+    }
+
+    pub(super) fn abort_barriers(&mut self, scene: &mut Scene<'_>, reason: &str) {
+        self.end_waits(scene, &Ended::of(Outcome::Aborted(reason.to_owned())));
+    }
+
+    fn end_waits(&mut self, scene: &mut Scene<'_>, ended: &Ended) {
+        for (name, barrier) in &mut self.barriers {
+            for arrival in std::mem::take(&mut barrier.waiting).into_values() {
+                scene.effects.replies.push((arrival.ticket, ended.clone().reply(name)));
+            }
+        }
+    }
+
+    /// A new run counts from the beginning.
+    pub(super) fn forget_barriers(&mut self, scene: &mut Scene<'_>) {
+        for (name, barrier) in std::mem::take(&mut self.barriers) {
+            if barrier.record.is_some() {
+                let key = Key::Barrier { job: self.name.clone(), name };
+                scene.effects.changes.push(Change::remove(key));
+            }
+        }
+    }
+
+    pub(super) fn tick_barriers(&mut self, scene: &mut Scene<'_>) {
+        let now_ms = scene.at.now_ms;
+        let mut barriers = std::mem::take(&mut self.barriers);
+        for (name, barrier) in barriers.iter_mut().filter(|(_, b)| !b.waiting.is_empty()) {
+            let waited_ms = now_ms - barrier.since_ms;
+            let warn_ms = STRAGGLERS_AFTER_MS.get(barrier.warnings).copied();
+            if warn_ms.is_some_and(|warn_ms| warn_ms <= waited_ms) {
+                barrier.warnings += 1;
+                self.note(scene, Level::Warn, self.straggler_text(name, barrier, waited_ms));
+            }
+            self.end_late_waits(scene, name, barrier);
+        }
+        self.barriers = barriers;
+    }
+
+    fn end_late_waits(&self, scene: &mut Scene<'_>, name: &str, barrier: &mut Barrier) {
+        let now_ms = scene.at.now_ms;
+        if barrier.waiting.values().all(|arrival| now_ms < arrival.deadline_ms) {
+            return;
+        }
+        let missing = self.missing(barrier);
+        let timed_out = Ended::of(Outcome::TimedOut(v1::BarrierTimedOut {
+            missing_count: u32::try_from(missing.len()).unwrap_or(u32::MAX),
+            missing: missing.into_iter().take(MISSING_NAMED_MAX).collect(),
+        }));
+        barrier.waiting.retain(|_, arrival| {
+            let is_late = arrival.deadline_ms <= now_ms;
+            if is_late {
+                scene.effects.replies.push((arrival.ticket, timed_out.clone().reply(name)));
+            }
+            !is_late
+        });
+    }
+
+    fn missing(&self, barrier: &Barrier) -> Vec<v1::MissingRank> {
+        (0..self.record.world_size)
+            .filter(|rank| !barrier.waiting.contains_key(rank))
+            .map(|rank| v1::MissingRank {
+                rank,
+                worker_id: self.holders.get(&rank).cloned().unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    fn straggler_text(&self, name: &str, barrier: &Barrier, waited_ms: u64) -> String {
+        let missing = self.missing(barrier);
+        let named: Vec<String> = missing
+            .iter()
+            .take(8)
+            .map(|m| match m.worker_id.as_str() {
+                "" => format!("rank {} (nobody)", m.rank),
+                worker_id => format!("rank {} (`{worker_id}`)", m.rank),
+            })
+            .collect();
+        let more = if missing.len() > named.len() { " and others" } else { "" };
+        format!(
+            "barrier `{}` waits for {} of {} ranks since {waited_ms} ms: {}{more}",
+            name.trim(),
+            missing.len(),
+            self.record.world_size,
+            named.join(", ")
+        )
+    }
+
+    pub(super) fn waiting_count(&self) -> usize {
+        self.barriers.values().map(|barrier| barrier.waiting.len()).sum()
+    }
+}
+
+fn check_timeout(timeout_ms: u64) -> Result<(), Refusal> {
+    if (1..=TIMEOUT_MAX_MS).contains(&timeout_ms) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        RefusalKind::Invalid,
+        format!("the timeout is {timeout_ms} ms, 1 to {TIMEOUT_MAX_MS} is allowed"),
+        "pass `timeout=` in seconds; no wait is for ever",
+    ))
+}
+
+fn superseded(rank: u32) -> Refusal {
+    Refusal::new(
+        RefusalKind::Conflict,
+        format!("a later call of rank {rank} waits at the same barrier"),
+        "wait at a barrier once at a time",
+    )
+}
+
+fn too_many(job: &str) -> Refusal {
+    Refusal::new(
+        RefusalKind::Conflict,
+        format!("job `{job}` has {NAMES_MAX} barriers"),
+        "use a name again: each barrier counts its releases",
+    )
+}

@@ -1,0 +1,420 @@
+//! One checkpoint of many ranks: complete, or not there.
+//!
+//! ```text
+//! begin ──► reports, one a rank ──► the last reporter is asked to publish ──► commit
+//!   └────────────┴── a rank fails or is lost: aborted, on every rank
+//! ```
+//!
+//! What exists is decided by the manifest in the store; the coordinator brings its authors
+//! together. Once all shards are durable a lost rank changes nothing: if it was to publish, the
+//! next waiting rank is asked, and both would write the same bytes.
+//!
+//! Always holds:
+//! - a step has at most one attempt at a time, and one commit; its attempt id never comes back;
+//! - an attempt is committed only with a shard of every rank of the job;
+//! - a rank that comes late to an attempt that was given up is told so once, instead of beginning
+//!   the next attempt alone;
+//! - an attempt ends: committed, or given up within `checkpoint_timeout_ms`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use dtr_proto::v1;
+
+use super::{
+    COMMITS_KEPT, Change, Job, Key, Level, Measured, Note, Refusal, RefusalKind, Reply, Scene,
+    Ticket,
+};
+
+/// Attempts that a job may have in flight.
+const ATTEMPTS_MAX: usize = 64;
+
+/// An attempt in flight.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    record: v1::AttemptRecord,
+    begun_ms: u64,
+    /// Ranks that know of it. After a restart nobody is known to, so everybody may.
+    begun: BTreeSet<u32>,
+    shards: BTreeMap<u32, v1::Shard>,
+    waiting: BTreeMap<u32, Ticket>,
+    /// The rank that was asked to publish, and when.
+    publisher: Option<(u32, u64)>,
+}
+
+/// An attempt that was given up while some ranks had not heard of it.
+#[derive(Debug)]
+pub(super) struct AbortedAttempt {
+    attempt: String,
+    aborted: v1::AttemptAborted,
+    told: BTreeSet<u32>,
+}
+
+impl Attempt {
+    pub(super) fn restored(now_ms: u64, record: v1::AttemptRecord) -> Self {
+        Self {
+            record,
+            begun_ms: now_ms,
+            begun: BTreeSet::new(),
+            shards: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            publisher: None,
+        }
+    }
+
+    fn is_complete(&self, world_size: u32) -> bool {
+        self.shards.len() == usize::try_from(world_size).unwrap_or(usize::MAX)
+    }
+
+    fn reply(&self, world_size: u32) -> Reply {
+        Reply::BeginCheckpoint(v1::BeginCheckpointReply {
+            attempt: self.record.attempt.clone(),
+            created_unix_ms: self.record.created_unix_ms,
+            world_size,
+        })
+    }
+
+    /// Asks `rank` to publish.
+    fn ask(&mut self, now_ms: u64, rank: u32) -> Option<(Ticket, Reply)> {
+        let ticket = self.waiting.remove(&rank)?;
+        self.publisher = Some((rank, now_ms));
+        Some((ticket, Reply::Publish(self.shards.values().cloned().collect())))
+    }
+
+    /// Asks the first rank that waits, if one does.
+    fn ask_next(&mut self, now_ms: u64) -> Option<(Ticket, Reply)> {
+        let rank = *self.waiting.keys().next()?;
+        self.ask(now_ms, rank)
+    }
+}
+
+impl Job {
+    pub(super) fn begin(
+        &mut self,
+        scene: &mut Scene<'_>,
+        request: &v1::BeginCheckpointRequest,
+    ) -> Result<Reply, Refusal> {
+        self.refuse_if_aborted()?;
+        let (_, rank) = self.current_member_of(request.identity.as_ref())?;
+        let step = request.step;
+        if let Some(attempt) = self.attempts.get_mut(&step) {
+            attempt.begun.insert(rank);
+            return Ok(attempt.reply(self.record.world_size));
+        }
+        self.tell_of_aborted(rank, step)?;
+        self.check_step(step, request.rewind)?;
+        if self.attempts.len() >= ATTEMPTS_MAX {
+            return Err(Refusal::new(
+                RefusalKind::Conflict,
+                format!("job `{}` has {ATTEMPTS_MAX} checkpoints in flight", self.name),
+                "wait for the earlier ones",
+            ));
+        }
+        let record = v1::AttemptRecord {
+            attempt: format!("{:032x}", scene.at.random),
+            created_unix_ms: scene.at.wall_ms,
+            epoch: self.record.epoch,
+            rewind: request.rewind,
+        };
+        let key = Key::Attempt { job: self.name.clone(), step };
+        scene.effects.changes.push(Change::put(key, &record));
+        let mut attempt = Attempt::restored(scene.at.now_ms, record);
+        attempt.begun.insert(rank);
+        let reply = attempt.reply(self.record.world_size);
+        self.attempts.insert(step, attempt);
+        Ok(reply)
+    }
+
+    /// Refuses a rank that was not there when the step's last attempt was given up, once.
+    fn tell_of_aborted(&mut self, rank: u32, step: u64) -> Result<(), Refusal> {
+        let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
+        let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
+        if !last.told.insert(rank) {
+            self.aborted.remove(&step);
+            return Ok(());
+        }
+        let reason = last.aborted.reason.clone();
+        if last.told.len() == world_size {
+            self.aborted.remove(&step);
+        }
+        Err(Refusal::new(
+            RefusalKind::AttemptAborted,
+            format!("the save of step {step} was given up: {reason}"),
+            "training may go on; save again",
+        ))
+    }
+
+    fn check_step(&self, step: u64, rewind: bool) -> Result<(), Refusal> {
+        let Some((newest, _)) = self.commits.last_key_value() else { return Ok(()) };
+        if step > *newest || rewind {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            RefusalKind::AlreadyCommitted,
+            format!("step {step} is not after the newest committed step, {newest}"),
+            "save a later step, or pass `rewind=True` after going back on purpose",
+        ))
+    }
+
+    pub(super) fn report(
+        &mut self,
+        scene: &mut Scene<'_>,
+        ticket: Ticket,
+        request: v1::ReportShardRequest,
+    ) -> Result<Option<Reply>, Refusal> {
+        let (_, rank) = self.member_of(request.identity.as_ref())?;
+        let v1::ReportShardRequest { step, attempt: id, shard, .. } = request;
+        if let Some(commit) = self.commits.get(&step).filter(|commit| commit.attempt == id) {
+            return Ok(Some(Reply::Committed(commit.clone())));
+        }
+        let world_size = self.record.world_size;
+        let Some(attempt) = self.attempts.get_mut(&step).filter(|a| a.record.attempt == id) else {
+            return Ok(Some(Reply::AttemptAborted(self.why_gone(rank, step, &id))));
+        };
+        let shard = shard.ok_or_else(|| invalid_shard("it is missing"))?;
+        if shard.rank != rank {
+            return Err(invalid_shard(&format!("it is of rank {}, not {rank}", shard.rank)));
+        }
+        if attempt.shards.get(&rank).is_some_and(|earlier| *earlier != shard) {
+            return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
+        }
+        attempt.begun.insert(rank);
+        attempt.shards.insert(rank, shard);
+        if let Some(older) = attempt.waiting.insert(rank, ticket) {
+            scene.effects.replies.push((older, Reply::Refused(superseded(rank))));
+        }
+        let asks = match attempt.publisher {
+            _ if !attempt.is_complete(world_size) => false,
+            None => true,
+            Some((publisher, _)) => publisher == rank,
+        };
+        if asks {
+            scene.effects.replies.extend(attempt.ask(scene.at.now_ms, rank));
+        }
+        Ok(None)
+    }
+
+    fn why_gone(&mut self, rank: u32, step: u64, id: &str) -> v1::AttemptAborted {
+        let known = self.aborted.get_mut(&step).filter(|aborted| aborted.attempt == id);
+        known.map_or_else(
+            || v1::AttemptAborted {
+                reason: format!("attempt `{id}` of step {step} is over"),
+                rank: None,
+            },
+            |aborted| {
+                aborted.told.insert(rank);
+                aborted.aborted.clone()
+            },
+        )
+    }
+
+    pub(super) fn commit(
+        &mut self,
+        scene: &mut Scene<'_>,
+        request: &v1::CommitCheckpointRequest,
+    ) -> Result<Reply, Refusal> {
+        self.member_of(request.identity.as_ref())?;
+        let v1::CommitCheckpointRequest { step, attempt: id, manifest_crc32c, .. } = request;
+        if let Some(commit) = self.commits.get(step).filter(|commit| commit.attempt == *id) {
+            if commit.manifest_crc32c != *manifest_crc32c {
+                return Err(other_manifest(*step));
+            }
+            return Ok(Reply::Committed(commit.clone()));
+        }
+        let world_size = self.record.world_size;
+        let attempt = self.attempts.get(step).filter(|attempt| attempt.record.attempt == *id);
+        let attempt = attempt.ok_or_else(|| {
+            Refusal::new(
+                RefusalKind::AttemptAborted,
+                format!("attempt `{id}` of step {step} is over"),
+                "training may go on; save again",
+            )
+        })?;
+        if !attempt.is_complete(world_size) {
+            let there = attempt.shards.len();
+            return Err(Refusal::new(
+                RefusalKind::Incomplete,
+                format!("{there} of {world_size} shards of step {step} are reported"),
+                "report the shard again: reports do not outlive the coordinator's process",
+            ));
+        }
+        let commit = v1::Commit {
+            step: *step,
+            attempt: id.clone(),
+            world_size,
+            bytes: attempt.shards.values().map(|shard| shard.bytes).sum(),
+            raw_bytes: attempt.shards.values().map(|shard| shard.raw_bytes).sum(),
+            manifest_crc32c: *manifest_crc32c,
+            committed_unix_ms: scene.at.wall_ms,
+            epoch: attempt.record.epoch,
+        };
+        self.settle(scene, &commit);
+        Ok(Reply::Committed(commit))
+    }
+
+    /// Keeps a commit and tells everybody who waits for it.
+    fn settle(&mut self, scene: &mut Scene<'_>, commit: &v1::Commit) {
+        let step = commit.step;
+        let Some(attempt) = self.attempts.remove(&step) else { return };
+        let job = || self.name.clone();
+        let changes = &mut scene.effects.changes;
+        changes.push(Change::put(Key::Commit { job: job(), step }, commit));
+        changes.push(Change::remove(Key::Attempt { job: job(), step }));
+        if attempt.record.rewind {
+            for (later, _) in self.commits.split_off(&(step.saturating_add(1))) {
+                changes.push(Change::remove(Key::Commit { job: job(), step: later }));
+            }
+        }
+        self.commits.insert(step, commit.clone());
+        while self.commits.len() > COMMITS_KEPT {
+            let Some((oldest, _)) = self.commits.pop_first() else { break };
+            changes.push(Change::remove(Key::Commit { job: self.name.clone(), step: oldest }));
+        }
+        self.commit_count += 1;
+        self.record.failures = 0;
+        self.failed_ms = None;
+        self.keep_job(scene);
+        for ticket in attempt.waiting.into_values() {
+            scene.effects.replies.push((ticket, Reply::Committed(commit.clone())));
+        }
+        let took_ms = scene.at.now_ms - attempt.begun_ms;
+        let text = format!(
+            "step {step} is committed: {} bytes of {} ranks in {took_ms} ms",
+            commit.bytes, commit.world_size
+        );
+        let measured = Some(Measured::CheckpointMs(took_ms));
+        let note = Note { job: self.name.clone(), level: Level::Info, text, measured };
+        scene.effects.notes.push(note);
+    }
+
+    pub(super) fn abort_checkpoint(
+        &mut self,
+        scene: &mut Scene<'_>,
+        request: &v1::AbortCheckpointRequest,
+    ) -> Result<Reply, Refusal> {
+        let (worker_id, rank) = self.member_of(request.identity.as_ref())?;
+        let step = request.step;
+        let attempt = self.attempts.get(&step);
+        if attempt.is_some_and(|attempt| attempt.record.attempt == request.attempt) {
+            let reason = format!("rank {rank} (`{worker_id}`) failed: {}", request.reason);
+            self.give_up(scene, step, v1::AttemptAborted { reason, rank: Some(rank) });
+        }
+        Ok(Reply::Done)
+    }
+
+    fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, aborted: v1::AttemptAborted) {
+        let Some(attempt) = self.attempts.remove(&step) else { return };
+        let key = Key::Attempt { job: self.name.clone(), step };
+        scene.effects.changes.push(Change::remove(key));
+        for ticket in attempt.waiting.into_values() {
+            scene.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
+        }
+        let text = format!("the save of step {step} is given up: {}", aborted.reason);
+        self.note(scene, Level::Warn, text);
+        let told = attempt.begun;
+        if told.len() < usize::try_from(self.record.world_size).unwrap_or(usize::MAX) {
+            let attempt = attempt.record.attempt;
+            if self.aborted.len() >= ATTEMPTS_MAX {
+                self.aborted.pop_first();
+            }
+            self.aborted.insert(step, AbortedAttempt { attempt, aborted, told });
+        }
+    }
+
+    /// A rank is gone. What it had not reported is lost with it; what was complete is not.
+    pub(super) fn lose_rank_of_attempts(
+        &mut self,
+        scene: &mut Scene<'_>,
+        rank: u32,
+        reason: &str,
+    ) {
+        let world_size = self.record.world_size;
+        let now_ms = scene.at.now_ms;
+        let mut incomplete = Vec::new();
+        for (step, attempt) in &mut self.attempts {
+            attempt.waiting.remove(&rank);
+            if !attempt.is_complete(world_size) {
+                incomplete.push(*step);
+            } else if attempt.publisher.is_some_and(|(publisher, _)| publisher == rank) {
+                attempt.publisher = None;
+                scene.effects.replies.extend(attempt.ask_next(now_ms));
+            }
+        }
+        for step in incomplete {
+            let reason = format!("rank {rank} was lost: {reason}");
+            self.give_up(scene, step, v1::AttemptAborted { reason, rank: Some(rank) });
+        }
+        // Who had not heard hears of the loss instead: its epoch is stale.
+        self.aborted.clear();
+    }
+
+    pub(super) fn forget_attempts(&mut self, scene: &mut Scene<'_>, reason: &str) {
+        let steps: Vec<u64> = self.attempts.keys().copied().collect();
+        for step in steps {
+            let reason = reason.to_owned();
+            self.give_up(scene, step, v1::AttemptAborted { reason, rank: None });
+        }
+        self.aborted.clear();
+    }
+
+    pub(super) fn tick_attempts(&mut self, scene: &mut Scene<'_>) {
+        let now_ms = scene.at.now_ms;
+        let publish_ms = scene.policy.heartbeat_timeout_ms;
+        let mut late = Vec::new();
+        for (step, attempt) in &mut self.attempts {
+            let is_slow = attempt
+                .publisher
+                .is_some_and(|(_, asked_ms)| now_ms.saturating_sub(asked_ms) > publish_ms);
+            if is_slow && !attempt.waiting.is_empty() {
+                scene.effects.replies.extend(attempt.ask_next(now_ms));
+            }
+            if now_ms.saturating_sub(attempt.begun_ms) > scene.policy.checkpoint_timeout_ms {
+                late.push(*step);
+            }
+        }
+        for step in late {
+            let aborted = self.too_late(step, scene.policy.checkpoint_timeout_ms);
+            self.give_up(scene, step, aborted);
+        }
+    }
+
+    fn too_late(&self, step: u64, timeout_ms: u64) -> v1::AttemptAborted {
+        let shards = self.attempts.get(&step).map(|attempt| &attempt.shards);
+        let is_missing = |rank: &u32| shards.is_some_and(|shards| !shards.contains_key(rank));
+        let rank = (0..self.record.world_size).find(is_missing);
+        let who = rank.map_or_else(
+            || "nobody published the manifest".to_owned(),
+            |rank| format!("rank {rank} did not report"),
+        );
+        v1::AttemptAborted { reason: format!("{who} within {timeout_ms} ms"), rank }
+    }
+
+    pub(super) fn list_checkpoints(&self, limit: u32) -> Reply {
+        let limit = if limit == 0 { usize::MAX } else { usize::try_from(limit).unwrap_or(0) };
+        let commits = self.commits.values().rev().take(limit).cloned().collect();
+        Reply::Checkpoints(v1::ListCheckpointsReply { commits })
+    }
+}
+
+fn superseded(rank: u32) -> Refusal {
+    Refusal::new(
+        RefusalKind::Conflict,
+        format!("a later report of rank {rank} waits for the same attempt"),
+        "report a shard once at a time",
+    )
+}
+
+fn invalid_shard(why: &str) -> Refusal {
+    Refusal::new(
+        RefusalKind::Invalid,
+        format!("the shard cannot be taken: {why}"),
+        "report what this rank wrote in this attempt",
+    )
+}
+
+fn other_manifest(step: u64) -> Refusal {
+    Refusal::new(
+        RefusalKind::AlreadyCommitted,
+        format!("step {step} is committed with a manifest of another checksum"),
+        "read the manifest in the store: it is the one that counts",
+    )
+}

@@ -1,0 +1,556 @@
+//! Who is in a job.
+//!
+//! A job has one rank after another filled by workers. `epoch` counts every join, leave and death
+//! and never goes back; `fence` is the epoch of the newest *loss* (a leave, a death, a
+//! replacement). A worker that fills an empty rank disturbs nobody, so who knows the membership up
+//! to the fence is current.
+//!
+//! Always holds:
+//! - a rank has at most one living worker, and a living worker one process (its incarnation);
+//! - a process that was replaced, declared dead or left changes nothing any more;
+//! - a death is counted once; a worker that leaves is none; nobody dies before a whole timeout of
+//!   silence on this clock, nor because this process stood still;
+//! - a run ends when nobody of it lives; the next registration begins a new one.
+
+use std::collections::BTreeMap;
+
+use dtr_proto::v1::{self, ChangeKind, WorkerState};
+
+use super::{
+    CHANGES_KEPT, Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, WORLD_SIZE_MAX,
+};
+
+/// A worker that missed this many heartbeats is suspect.
+const SUSPECT_AFTER_INTERVALS: u64 = 3;
+
+/// A worker: what is kept of it, and what is only remembered.
+#[derive(Debug, Default)]
+pub(super) struct Member {
+    pub(super) record: v1::WorkerRecord,
+    /// When it was heard of last, or died.
+    pub(super) heard_ms: u64,
+    progress: u64,
+    progressed_ms: u64,
+    is_suspect: bool,
+    is_stalled: bool,
+}
+
+/// How a job loses a worker.
+pub(super) struct Loss<'a> {
+    pub(super) worker_id: &'a str,
+    pub(super) kind: ChangeKind,
+    pub(super) reason: String,
+}
+
+impl Member {
+    pub(super) fn is_alive(&self) -> bool {
+        self.record.state() == WorkerState::Alive
+    }
+
+    fn state(&self) -> WorkerState {
+        match self.record.state() {
+            WorkerState::Alive if self.is_suspect => WorkerState::Suspect,
+            WorkerState::Alive if self.is_stalled => WorkerState::Stalled,
+            state => state,
+        }
+    }
+
+    fn hear(&mut self, now_ms: u64, progress: u64) {
+        self.heard_ms = now_ms;
+        self.is_suspect = false;
+        if progress != self.progress {
+            self.progress = progress;
+            self.progressed_ms = now_ms;
+            self.is_stalled = false;
+        }
+    }
+}
+
+impl Job {
+    pub(super) fn register(
+        &mut self,
+        scene: &mut Scene<'_>,
+        incarnation: u64,
+        request: v1::RegisterRequest,
+    ) -> Result<Reply, Refusal> {
+        check_rank(&request)?;
+        if let Some(member) = self.members.get_mut(&request.worker_id)
+            && member.record.incarnation == request.incarnation
+        {
+            if !member.is_alive() {
+                return Err(ended(&request.worker_id, &self.name));
+            }
+            member.heard_ms = scene.at.now_ms;
+            let epoch = member.record.joined_epoch;
+            return Ok(self.welcome(scene, incarnation, epoch));
+        }
+        self.make_room(scene, &request)?;
+        let epoch = self.join(scene, request);
+        Ok(self.welcome(scene, incarnation, epoch))
+    }
+
+    /// Ends the last run or the worker's last process, if they stand in the way and may be ended.
+    fn make_room(
+        &mut self,
+        scene: &mut Scene<'_>,
+        request: &v1::RegisterRequest,
+    ) -> Result<(), Refusal> {
+        let is_known = self.members.get(&request.worker_id).is_some_and(Member::is_alive);
+        let resizes = request.world_size != self.record.world_size;
+        if self.holders.is_empty() {
+            self.begin_run(scene, request.world_size);
+            return Ok(());
+        }
+        if resizes && !is_known {
+            return Err(self.wrong_size(request.world_size));
+        }
+        if resizes {
+            let reason =
+                format!("a run of world size {} took the job over", request.world_size);
+            self.lose_everybody(scene, &reason);
+            self.begin_run(scene, request.world_size);
+            return Ok(());
+        }
+        self.refuse_if_aborted()?;
+        self.check_rank_is_free(scene, request)?;
+        if is_known {
+            let worker_id = &request.worker_id;
+            let reason = format!("a new process of `{worker_id}` took its place");
+            self.lose(scene, &Loss { worker_id, kind: ChangeKind::Replaced, reason });
+            self.refuse_if_aborted()?;
+        }
+        Ok(())
+    }
+
+    fn check_rank_is_free(
+        &self,
+        scene: &Scene<'_>,
+        request: &v1::RegisterRequest,
+    ) -> Result<(), Refusal> {
+        let rank = request.rank;
+        if let Some(holder) = self.holders.get(&rank)
+            && *holder != request.worker_id
+        {
+            let ip = &self.members[holder].record.ip;
+            return Err(Refusal::new(
+                RefusalKind::Conflict,
+                format!("rank {rank} of job `{}` is held by `{holder}` at `{ip}`", self.name),
+                "give each worker its own rank, or wait until that worker has ended",
+            ));
+        }
+        for (worker_id, member) in self.members.iter().filter(|(_, m)| m.record.rank == rank) {
+            let free_ms = member.heard_ms.saturating_add(scene.policy.failure_backoff_ms);
+            let is_kept = member.record.state() == WorkerState::Dead && scene.at.now_ms < free_ms;
+            if is_kept && *worker_id != request.worker_id {
+                let left_ms = free_ms - scene.at.now_ms;
+                return Err(Refusal::new(
+                    RefusalKind::Conflict,
+                    format!("rank {rank} is kept for `{worker_id}` for another {left_ms} ms"),
+                    "wait, or lower `failure_backoff_ms`",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the last run. Failures stay counted where the same job just starts over.
+    fn begin_run(&mut self, scene: &mut Scene<'_>, world_size: u32) {
+        let finished = self.members.values().all(|m| m.record.state() == WorkerState::Left);
+        let was_aborted = !self.record.abort_reason.is_empty();
+        if finished || was_aborted || world_size != self.record.world_size {
+            self.record.failures = 0;
+            self.failed_ms = None;
+        }
+        for worker_id in std::mem::take(&mut self.members).into_keys() {
+            let key = Key::Worker { job: self.name.clone(), worker_id };
+            scene.effects.changes.push(Change::remove(key));
+        }
+        self.forget_barriers(scene);
+        self.forget_attempts(scene, "a new run of the job began");
+        self.record.run += 1;
+        self.record.world_size = world_size;
+        self.record.abort_reason.clear();
+    }
+
+    fn join(&mut self, scene: &mut Scene<'_>, request: v1::RegisterRequest) -> u64 {
+        let v1::RegisterRequest { worker_id, incarnation, rank, ip, port, .. } = request;
+        self.drop_former_holders(scene, rank, &worker_id);
+        self.record.epoch += 1;
+        let record = v1::WorkerRecord {
+            incarnation,
+            rank,
+            ip,
+            port,
+            advertise_address: request.advertise_address,
+            joined_epoch: self.record.epoch,
+            state: WorkerState::Alive.into(),
+        };
+        let now_ms = scene.at.now_ms;
+        let member = Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
+        self.holders.insert(rank, worker_id.clone());
+        self.members.insert(worker_id.clone(), member);
+        self.keep_member(scene, &worker_id);
+        self.keep_job(scene);
+        self.log(&worker_id, rank, ChangeKind::Joined, String::new());
+        let (alive, world) = (self.holders.len(), self.record.world_size);
+        let text = format!("`{worker_id}` joined as rank {rank}: {alive} of {world} are there");
+        self.note(scene, Level::Info, text);
+        self.record.epoch
+    }
+
+    /// Those who held the rank before are history once it is taken again.
+    fn drop_former_holders(&mut self, scene: &mut Scene<'_>, rank: u32, worker_id: &str) {
+        let is_former = |id: &String, member: &Member| {
+            member.record.rank == rank && !member.is_alive() && id != worker_id
+        };
+        let former: Vec<String> = self
+            .members
+            .iter()
+            .filter(|(id, member)| is_former(id, member))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for worker_id in former {
+            self.members.remove(&worker_id);
+            let key = Key::Worker { job: self.name.clone(), worker_id };
+            scene.effects.changes.push(Change::remove(key));
+        }
+    }
+
+    fn welcome(&self, scene: &Scene<'_>, incarnation: u64, epoch: u64) -> Reply {
+        let policy = scene.policy;
+        Reply::Register(v1::RegisterReply {
+            epoch,
+            coordinator_incarnation: incarnation,
+            heartbeat_interval_ms: policy.heartbeat_interval_ms,
+            heartbeat_timeout_ms: policy.heartbeat_timeout_ms,
+            run: self.record.run,
+            settings: policy.settings.clone().into_iter().collect(),
+        })
+    }
+
+    pub(super) fn heartbeat(
+        &mut self,
+        scene: &mut Scene<'_>,
+        incarnation: u64,
+        request: &v1::HeartbeatRequest,
+    ) -> Result<Reply, Refusal> {
+        let worker_id = self.member_of(request.identity.as_ref())?.0;
+        let known_epoch = request.identity.as_ref().map_or(0, |identity| identity.epoch);
+        self.heartbeat_count += 1;
+        let member = self.members.get_mut(&worker_id).expect("it was just found");
+        member.hear(scene.at.now_ms, request.progress);
+        let changes = if known_epoch == self.record.epoch {
+            Vec::new()
+        } else {
+            self.log.iter().filter(|change| change.epoch > known_epoch).cloned().collect()
+        };
+        Ok(Reply::Heartbeat(v1::HeartbeatReply {
+            epoch: self.record.epoch,
+            fence: self.record.fence,
+            coordinator_incarnation: incarnation,
+            abort_reason: self.record.abort_reason.clone(),
+            changes,
+        }))
+    }
+
+    pub(super) fn leave(
+        &mut self,
+        scene: &mut Scene<'_>,
+        request: &v1::LeaveRequest,
+    ) -> Result<Reply, Refusal> {
+        match self.member_of(request.identity.as_ref()) {
+            Ok((worker_id, _)) => {
+                let (kind, reason) = if request.failure.is_empty() {
+                    (ChangeKind::Left, "it finished".to_owned())
+                } else {
+                    (ChangeKind::Failed, request.failure.clone())
+                };
+                self.lose(scene, &Loss { worker_id: &worker_id, kind, reason });
+            }
+            // It is gone already: by this call, sent twice, or by its death.
+            Err(refusal) if refusal.kind == RefusalKind::Fenced => {}
+            Err(refusal) => return Err(refusal),
+        }
+        Ok(Reply::Leave(v1::LeaveReply { epoch: self.record.epoch }))
+    }
+
+    pub(super) fn list_workers(&self, scene: &Scene<'_>) -> Reply {
+        let mut workers: Vec<v1::Worker> = self
+            .members
+            .iter()
+            .map(|(worker_id, member)| v1::Worker {
+                worker_id: worker_id.clone(),
+                rank: member.record.rank,
+                ip: member.record.ip.clone(),
+                port: member.record.port,
+                advertise_address: member.record.advertise_address.clone(),
+                state: member.state().into(),
+                silent_ms: scene.at.now_ms.saturating_sub(member.heard_ms),
+                progress: member.progress,
+                joined_epoch: member.record.joined_epoch,
+            })
+            .collect();
+        workers.sort_by(|a, b| (a.rank, &a.worker_id).cmp(&(b.rank, &b.worker_id)));
+        Reply::Workers(v1::ListWorkersReply {
+            workers,
+            epoch: self.record.epoch,
+            world_size: self.record.world_size,
+        })
+    }
+
+    /// The worker that `identity` is, and its rank, if it is a living member.
+    pub(super) fn member_of(
+        &self,
+        identity: Option<&v1::Identity>,
+    ) -> Result<(String, u32), Refusal> {
+        let Some(identity) = identity else { return Err(Refusal::unregistered(&self.name)) };
+        let Some(member) = self.members.get(&identity.worker_id) else {
+            return Err(Refusal::unregistered(&self.name));
+        };
+        if member.record.incarnation != identity.incarnation {
+            return Err(Refusal::new(
+                RefusalKind::Fenced,
+                format!("another process took the place of `{}`", identity.worker_id),
+                "end this process, or give its worker an id of its own",
+            ));
+        }
+        if !member.is_alive() {
+            return Err(ended(&identity.worker_id, &self.name));
+        }
+        Ok((identity.worker_id.clone(), member.record.rank))
+    }
+
+    /// As [`Job::member_of`], for a member that knows of the newest loss.
+    pub(super) fn current_member_of(
+        &self,
+        identity: Option<&v1::Identity>,
+    ) -> Result<(String, u32), Refusal> {
+        let found = self.member_of(identity)?;
+        let known_epoch = identity.map_or(0, |identity| identity.epoch);
+        if known_epoch < self.record.fence {
+            return Err(Refusal::new(
+                RefusalKind::StaleEpoch,
+                format!(
+                    "job `{}` lost a worker since epoch {known_epoch}: {}",
+                    self.name,
+                    self.newest_loss()
+                ),
+                "decide whether to go on without it, then call again",
+            ));
+        }
+        Ok(found)
+    }
+
+    /// The newest loss, for people.
+    pub(super) fn newest_loss(&self) -> String {
+        let loss = self.log.iter().rev().find(|change| change.epoch == self.record.fence);
+        loss.map_or_else(
+            || format!("the membership changed at epoch {}", self.record.fence),
+            |loss| format!("`{}` (rank {}): {}", loss.worker_id, loss.rank, loss.reason),
+        )
+    }
+
+    /// Takes a worker out and tells everything that counted on it.
+    pub(super) fn lose(&mut self, scene: &mut Scene<'_>, loss: &Loss<'_>) {
+        let Some(member) = self.members.get_mut(loss.worker_id) else { return };
+        let rank = member.record.rank;
+        let is_leave = loss.kind == ChangeKind::Left;
+        member.record.state =
+            if is_leave { WorkerState::Left.into() } else { WorkerState::Dead.into() };
+        member.heard_ms = scene.at.now_ms;
+        self.holders.remove(&rank);
+        self.record.epoch += 1;
+        self.record.fence = self.record.epoch;
+        self.keep_member(scene, loss.worker_id);
+        self.log(loss.worker_id, rank, loss.kind, loss.reason.clone());
+        let level = if is_leave { Level::Info } else { Level::Warn };
+        let text = format!("`{}` (rank {rank}) is gone: {}", loss.worker_id, loss.reason);
+        self.note(scene, level, text);
+        if self.counts_as_failure(scene.at.now_ms, scene.policy.heartbeat_timeout_ms, loss.kind) {
+            self.record.failures += 1;
+            self.failed_ms = Some(scene.at.now_ms);
+        }
+        self.keep_job(scene);
+        self.break_barriers(scene);
+        self.lose_rank_of_attempts(scene, rank, &loss.reason);
+        if self.record.failures >= scene.policy.max_worker_failures {
+            let reason = format!(
+                "{} failures since the last checkpoint, at most {} are allowed; the last: `{}` \
+                 (rank {rank}): {}",
+                self.record.failures,
+                scene.policy.max_worker_failures - 1,
+                loss.worker_id,
+                loss.reason
+            );
+            self.abort(scene, &reason);
+        }
+    }
+
+    /// Workers that are started again together are replaced one by one: that is one failure.
+    fn counts_as_failure(&self, now_ms: u64, window_ms: u64, kind: ChangeKind) -> bool {
+        match kind {
+            ChangeKind::Failed | ChangeKind::Died => true,
+            ChangeKind::Replaced => {
+                self.failed_ms.is_none_or(|failed_ms| now_ms - failed_ms > window_ms)
+            }
+            _ => false,
+        }
+    }
+
+    fn lose_everybody(&mut self, scene: &mut Scene<'_>, reason: &str) {
+        let mut lost: BTreeMap<u32, String> = std::mem::take(&mut self.holders);
+        self.failed_ms = Some(scene.at.now_ms); // a take-over is no failure
+        for worker_id in std::mem::take(&mut lost).into_values() {
+            let reason = reason.to_owned();
+            let loss = Loss { worker_id: &worker_id, kind: ChangeKind::Replaced, reason };
+            self.lose(scene, &loss);
+        }
+    }
+
+    /// Ends the job for everybody, once.
+    pub(super) fn abort(&mut self, scene: &mut Scene<'_>, reason: &str) {
+        if !self.record.abort_reason.is_empty() {
+            return;
+        }
+        reason.clone_into(&mut self.record.abort_reason);
+        self.keep_job(scene);
+        self.note(scene, Level::Warn, format!("the job is aborted: {reason}"));
+        self.abort_barriers(scene, reason);
+        self.forget_attempts(scene, &format!("the job is aborted: {reason}"));
+    }
+
+    pub(super) fn abort_by_operator(&mut self, scene: &mut Scene<'_>, reason: &str) -> Reply {
+        self.abort(scene, &format!("an operator aborted it: {reason}"));
+        Reply::Done
+    }
+
+    pub(super) fn tick_members(&mut self, scene: &mut Scene<'_>) {
+        let timeout_ms = scene.policy.heartbeat_timeout_ms;
+        let mut dead = Vec::new();
+        for worker_id in self.holders.values() {
+            let member = &self.members[worker_id];
+            let silent_ms = scene.at.now_ms.saturating_sub(member.heard_ms);
+            if silent_ms > timeout_ms {
+                dead.push((worker_id.clone(), silent_ms));
+            }
+        }
+        for (worker_id, silent_ms) in dead {
+            let reason = format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
+            let loss = Loss { worker_id: &worker_id, kind: ChangeKind::Died, reason };
+            self.lose(scene, &loss);
+        }
+        self.doubt(scene);
+    }
+
+    /// Marks who missed heartbeats, and whose training loop stands still.
+    fn doubt(&mut self, scene: &mut Scene<'_>) {
+        let now_ms = scene.at.now_ms;
+        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
+        let stalled_ms = scene.policy.progress_timeout_ms;
+        let mut texts = Vec::new();
+        for (rank, worker_id) in &self.holders {
+            let member = self.members.get_mut(worker_id).expect("holders are members");
+            let silent_ms = now_ms.saturating_sub(member.heard_ms);
+            if silent_ms > suspect_ms && !member.is_suspect {
+                member.is_suspect = true;
+                texts.push(format!("`{worker_id}` (rank {rank}) is silent for {silent_ms} ms"));
+            }
+            let still_ms = now_ms.saturating_sub(member.progressed_ms);
+            let reports = member.progress > 0 && stalled_ms > 0;
+            if reports && still_ms > stalled_ms && !member.is_stalled {
+                member.is_stalled = true;
+                texts.push(format!(
+                    "`{worker_id}` (rank {rank}) sends heartbeats, but made no progress for \
+                     {still_ms} ms"
+                ));
+            }
+        }
+        for text in texts {
+            self.note(scene, Level::Warn, text);
+        }
+    }
+
+    /// Time in which nobody could be heard does not count as silence.
+    pub(super) fn forgive(&mut self, gap_ms: u64) {
+        for member in self.members.values_mut().filter(|member| member.is_alive()) {
+            member.heard_ms = member.heard_ms.saturating_add(gap_ms);
+            member.progressed_ms = member.progressed_ms.saturating_add(gap_ms);
+        }
+    }
+
+    pub(super) fn restore_member(
+        &mut self,
+        now_ms: u64,
+        worker_id: String,
+        record: v1::WorkerRecord,
+    ) {
+        let member =
+            Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
+        if member.is_alive() {
+            self.holders.insert(member.record.rank, worker_id.clone());
+        }
+        self.members.insert(worker_id, member);
+    }
+
+    pub(super) fn count_state(&self, state: WorkerState) -> usize {
+        self.members.values().filter(|member| member.state() == state).count()
+    }
+
+    fn wrong_size(&self, world_size: u32) -> Refusal {
+        let (alive, current) = (self.holders.len(), self.record.world_size);
+        Refusal::new(
+            RefusalKind::Conflict,
+            format!(
+                "job `{}` runs with world size {current} and has {alive} living workers; this one \
+                 asks for world size {world_size}",
+                self.name
+            ),
+            "give the other run a name of its own (`job=`), or end its workers first",
+        )
+    }
+
+    fn keep_member(&self, scene: &mut Scene<'_>, worker_id: &str) {
+        let key = Key::Worker { job: self.name.clone(), worker_id: worker_id.to_owned() };
+        scene.effects.changes.push(Change::put(key, &self.members[worker_id].record));
+    }
+
+    fn log(&mut self, worker_id: &str, rank: u32, kind: ChangeKind, reason: String) {
+        if self.log.len() == CHANGES_KEPT {
+            self.log.pop_front();
+        }
+        self.log.push_back(v1::MembershipChange {
+            epoch: self.record.epoch,
+            worker_id: worker_id.to_owned(),
+            rank,
+            kind: kind.into(),
+            reason,
+        });
+    }
+}
+
+fn check_rank(request: &v1::RegisterRequest) -> Result<(), Refusal> {
+    let v1::RegisterRequest { rank, world_size, .. } = request;
+    if *world_size == 0 || *world_size > WORLD_SIZE_MAX {
+        return Err(Refusal::new(
+            RefusalKind::Invalid,
+            format!("`world_size` is {world_size}, 1 to {WORLD_SIZE_MAX} is allowed"),
+            "set WORLD_SIZE, or pass `world_size=`, to the number of workers",
+        ));
+    }
+    if rank >= world_size {
+        return Err(Refusal::new(
+            RefusalKind::Invalid,
+            format!("`rank` is {rank}, below the world size of {world_size} is allowed"),
+            "ranks count from 0: set RANK, or pass `rank=`",
+        ));
+    }
+    Ok(())
+}
+
+fn ended(worker_id: &str, job: &str) -> Refusal {
+    Refusal::new(
+        RefusalKind::Fenced,
+        format!("this process of `{worker_id}` left job `{job}`, or was declared dead"),
+        "register again: `await orchestrator.register_worker(ip, port)`",
+    )
+}

@@ -1,0 +1,498 @@
+//! What the coordinator knows, as a pure machine: (moment, state, event) gives replies, changes to
+//! keep and notes for people.
+//!
+//! Always holds:
+//! - no clock, no randomness, no disk and no network is reached from here: [`Moment`] brings time
+//!   and chance, [`Effects`] takes what is to be done;
+//! - time never runs backwards: an earlier moment counts as the latest one seen;
+//! - everything that must outlive the process is in [`Effects::changes`] of the event that decided
+//!   it, and [`State::recover`] gives back the same decisions from them;
+//! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
+
+mod barriers;
+mod checkpoints;
+mod datasets;
+mod members;
+mod record;
+mod refusal;
+mod summary;
+
+use std::collections::{BTreeMap, VecDeque};
+
+use dtr_proto::v1;
+
+pub use datasets::assign;
+pub use record::{Change, Key, RecoverError};
+pub use refusal::{Refusal, RefusalKind};
+pub use summary::{JobSummary, Summary};
+
+use barriers::Barrier;
+use checkpoints::{AbortedAttempt, Attempt};
+use members::Member;
+use record::Stored;
+
+/// Most jobs that one coordinator keeps.
+pub const JOBS_MAX: usize = 1_000;
+/// Most ranks of a job.
+pub const WORLD_SIZE_MAX: u32 = 65_536;
+/// Most barriers, datasets and attempts in flight that one job may have, each.
+pub const NAMES_MAX: usize = 10_000;
+/// Commits that are kept for each job; older ones are known to the store alone.
+pub const COMMITS_KEPT: usize = 1_000;
+/// Membership changes that are remembered for heartbeat replies.
+const CHANGES_KEPT: usize = 256;
+/// A longer gap between two ticks means that this process stood still, not the workers.
+const TICK_GAP_MAX_MS: u64 = 2_000;
+
+/// A call that waits for its reply.
+pub type Ticket = u64;
+
+/// Time and chance, from outside.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Moment {
+    /// Milliseconds on the coordinator's monotonic clock.
+    pub now_ms: u64,
+    /// Milliseconds since 1970 on the wall clock: only ever recorded, never compared.
+    pub wall_ms: u64,
+    /// Random bits, fresh for every event.
+    pub random: u128,
+}
+
+/// How patient the coordinator is.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// How often workers send heartbeats.
+    pub heartbeat_interval_ms: u64,
+    /// After how long without one a worker is dead.
+    pub heartbeat_timeout_ms: u64,
+    /// At how many failures since the last commit a job is aborted.
+    pub max_worker_failures: u32,
+    /// How long the rank of a dead worker is kept for the same worker.
+    pub failure_backoff_ms: u64,
+    /// After how long without progress a worker that reports it counts as stalled; 0 never.
+    pub progress_timeout_ms: u64,
+    /// How long an attempt may take from its begin to its last report.
+    pub checkpoint_timeout_ms: u64,
+    /// What workers are told when they register.
+    pub settings: BTreeMap<String, String>,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            heartbeat_interval_ms: 1_000,
+            heartbeat_timeout_ms: 30_000,
+            max_worker_failures: 3,
+            failure_backoff_ms: 5_000,
+            progress_timeout_ms: 600_000,
+            checkpoint_timeout_ms: 3_600_000,
+            settings: BTreeMap::new(),
+        }
+    }
+}
+
+/// What happens to the machine.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each is the request of the same name")]
+pub enum Event {
+    Register(v1::RegisterRequest),
+    Heartbeat(v1::HeartbeatRequest),
+    Leave(v1::LeaveRequest),
+    ListWorkers(v1::ListWorkersRequest),
+    WaitBarrier(v1::WaitBarrierRequest),
+    WithdrawBarrier(v1::WithdrawBarrierRequest),
+    AgreeStep(v1::AgreeStepRequest),
+    BeginCheckpoint(v1::BeginCheckpointRequest),
+    ReportShard(v1::ReportShardRequest),
+    CommitCheckpoint(v1::CommitCheckpointRequest),
+    AbortCheckpoint(v1::AbortCheckpointRequest),
+    ListCheckpoints(v1::ListCheckpointsRequest),
+    RegisterDataset(v1::RegisterDatasetRequest),
+    GetShard(v1::GetShardRequest),
+    ListDatasets(v1::ListDatasetsRequest),
+    ListJobs,
+    AbortJob(v1::AbortJobRequest),
+    /// The numbers that metrics are made of.
+    Inspect,
+    /// Time passed.
+    Tick,
+}
+
+impl Event {
+    /// The job that the event is about; empty for those that are about all of them.
+    pub fn job(&self) -> &str {
+        match self {
+            Event::Register(request) => &request.job,
+            Event::ListWorkers(request) => &request.job,
+            Event::ListCheckpoints(request) => &request.job,
+            Event::RegisterDataset(request) => &request.job,
+            Event::GetShard(request) => &request.job,
+            Event::ListDatasets(request) => &request.job,
+            Event::AbortJob(request) => &request.job,
+            Event::Heartbeat(request) => identity_job(request.identity.as_ref()),
+            Event::Leave(request) => identity_job(request.identity.as_ref()),
+            Event::WaitBarrier(request) => identity_job(request.identity.as_ref()),
+            Event::WithdrawBarrier(request) => identity_job(request.identity.as_ref()),
+            Event::AgreeStep(request) => identity_job(request.identity.as_ref()),
+            Event::BeginCheckpoint(request) => identity_job(request.identity.as_ref()),
+            Event::ReportShard(request) => identity_job(request.identity.as_ref()),
+            Event::CommitCheckpoint(request) => identity_job(request.identity.as_ref()),
+            Event::AbortCheckpoint(request) => identity_job(request.identity.as_ref()),
+            Event::ListJobs | Event::Inspect | Event::Tick => "",
+        }
+    }
+}
+
+/// What a call is answered with.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each is the reply of the same name")]
+pub enum Reply {
+    Register(v1::RegisterReply),
+    Heartbeat(v1::HeartbeatReply),
+    Leave(v1::LeaveReply),
+    Workers(v1::ListWorkersReply),
+    Barrier(v1::WaitBarrierReply),
+    AgreeStep(v1::AgreeStepReply),
+    BeginCheckpoint(v1::BeginCheckpointReply),
+    /// The caller is asked to publish these shards.
+    Publish(Vec<v1::Shard>),
+    Committed(v1::Commit),
+    AttemptAborted(v1::AttemptAborted),
+    Checkpoints(v1::ListCheckpointsReply),
+    RegisterDataset(v1::RegisterDatasetReply),
+    Shard(v1::GetShardReply),
+    Datasets(v1::ListDatasetsReply),
+    Jobs(v1::ListJobsReply),
+    Summary(Summary),
+    Done,
+    Refused(Refusal),
+}
+
+/// What an event leads to.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Answers, each to the call that waits for it.
+    pub replies: Vec<(Ticket, Reply)>,
+    /// What to keep, in order.
+    pub changes: Vec<Change>,
+    /// What people should hear about.
+    pub notes: Vec<Note>,
+}
+
+/// Something that an operator should hear about: the reason of a decision.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Note {
+    /// The job.
+    pub job: String,
+    /// How much it matters.
+    pub level: Level,
+    /// What happened and why.
+    pub text: String,
+    /// A duration that metrics collect.
+    pub measured: Option<Measured>,
+}
+
+/// How much a note matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// As it should be.
+    Info,
+    /// Somebody may have to act.
+    Warn,
+}
+
+/// A duration that metrics collect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measured {
+    /// From the begin of a checkpoint to its commit.
+    CheckpointMs(u64),
+}
+
+/// What all parts of a job's machine are handed.
+struct Scene<'a> {
+    at: Moment,
+    policy: &'a Policy,
+    effects: &'a mut Effects,
+}
+
+/// Everything the coordinator knows.
+#[derive(Debug)]
+pub struct State {
+    policy: Policy,
+    incarnation: u64,
+    jobs: BTreeMap<String, Job>,
+    last_ms: u64,
+    last_tick_ms: Option<u64>,
+}
+
+/// One job.
+#[derive(Debug, Default)]
+struct Job {
+    name: String,
+    record: v1::JobRecord,
+    members: BTreeMap<String, Member>,
+    /// The living worker of each rank.
+    holders: BTreeMap<u32, String>,
+    log: VecDeque<v1::MembershipChange>,
+    /// When a failure was counted last, for restarts of several workers together.
+    failed_ms: Option<u64>,
+    barriers: BTreeMap<String, Barrier>,
+    attempts: BTreeMap<u64, Attempt>,
+    aborted: BTreeMap<u64, AbortedAttempt>,
+    commits: BTreeMap<u64, v1::Commit>,
+    /// Since this start.
+    commit_count: u64,
+    heartbeat_count: u64,
+    datasets: BTreeMap<String, v1::DatasetRecord>,
+}
+
+impl State {
+    /// A coordinator that knows nothing, at its `incarnation`-th start.
+    pub fn new(policy: Policy, incarnation: u64) -> Self {
+        Self {
+            policy,
+            incarnation,
+            jobs: BTreeMap::new(),
+            last_ms: 0,
+            last_tick_ms: None,
+        }
+    }
+
+    /// A coordinator that starts again. Whoever lived counts as heard of at `now_ms`: nobody is
+    /// declared dead before a whole timeout has passed.
+    pub fn recover<'a>(
+        policy: Policy,
+        incarnation: u64,
+        now_ms: u64,
+        kept: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
+    ) -> Result<Self, RecoverError> {
+        let mut state = Self::new(policy, incarnation);
+        state.last_ms = now_ms;
+        for (key, value) in kept {
+            let key = Key::decode(key)?;
+            let stored = Stored::decode(&key, value)?;
+            state.job_entry(key.job()).restore(now_ms, key, stored);
+        }
+        Ok(state)
+    }
+
+    /// How often the coordinator has started.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// The patience that was configured.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Lets an event happen. `ticket` is the call that asks, if one does.
+    pub fn apply(&mut self, mut at: Moment, ticket: Ticket, event: Event, effects: &mut Effects) {
+        at.now_ms = at.now_ms.max(self.last_ms);
+        self.last_ms = at.now_ms;
+        let answer = self.decide(at, ticket, event, effects);
+        match answer {
+            Ok(Some(reply)) => effects.replies.push((ticket, reply)),
+            Ok(None) => {}
+            Err(refusal) => effects.replies.push((ticket, Reply::Refused(refusal))),
+        }
+    }
+
+    /// The reply, if it can be given now.
+    fn decide(
+        &mut self,
+        at: Moment,
+        ticket: Ticket,
+        event: Event,
+        effects: &mut Effects,
+    ) -> Result<Option<Reply>, Refusal> {
+        match event {
+            Event::Tick => return Ok(self.tick(at, effects)),
+            Event::Inspect => return Ok(Some(Reply::Summary(self.summary()))),
+            Event::ListJobs => return Ok(Some(Reply::Jobs(self.list_jobs()))),
+            Event::Register(request) => {
+                self.admit(&request.job)?;
+                let incarnation = self.incarnation;
+                let name = request.job.clone();
+                let (job, mut scene) = self.scene(at, effects, &name);
+                let reply = job.register(&mut scene, incarnation, request).map(Some);
+                if job.is_blank() {
+                    self.jobs.remove(&name);
+                }
+                return reply;
+            }
+            Event::RegisterDataset(request) => {
+                self.admit(&request.job)?;
+                let name = request.job.clone();
+                let (job, mut scene) = self.scene(at, effects, &name);
+                let reply = job.register_dataset(&mut scene, request).map(Some);
+                if job.is_blank() {
+                    self.jobs.remove(&name);
+                }
+                return reply;
+            }
+            _ => {}
+        }
+        let name = event.job();
+        if !self.jobs.contains_key(name) {
+            return unknown_job(name, &event);
+        }
+        let name = name.to_owned();
+        let incarnation = self.incarnation;
+        let (job, mut scene) = self.scene(at, effects, &name);
+        job.decide(&mut scene, incarnation, ticket, event)
+    }
+
+    fn scene<'a>(
+        &'a mut self,
+        at: Moment,
+        effects: &'a mut Effects,
+        job: &str,
+    ) -> (&'a mut Job, Scene<'a>) {
+        let Self { policy, jobs, .. } = self;
+        let job = entry(jobs, job);
+        (job, Scene { at, policy, effects })
+    }
+
+    fn job_entry(&mut self, name: &str) -> &mut Job {
+        entry(&mut self.jobs, name)
+    }
+
+    /// Whether a job of this name may be made or joined.
+    fn admit(&mut self, name: &str) -> Result<(), Refusal> {
+        if self.jobs.contains_key(name) || self.jobs.len() < JOBS_MAX {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            RefusalKind::Conflict,
+            format!("the coordinator keeps {JOBS_MAX} jobs, and `{name}` would be one more"),
+            "use the name of an earlier job again, or start another coordinator",
+        ))
+    }
+
+    fn tick(&mut self, at: Moment, effects: &mut Effects) -> Option<Reply> {
+        let gap_ms = at.now_ms - self.last_tick_ms.unwrap_or(at.now_ms);
+        self.last_tick_ms = Some(at.now_ms);
+        let Self { policy, jobs, .. } = self;
+        for job in jobs.values_mut() {
+            if gap_ms > TICK_GAP_MAX_MS {
+                job.forgive(gap_ms);
+            }
+            let mut scene = Scene { at, policy, effects };
+            job.tick_members(&mut scene);
+            job.tick_barriers(&mut scene);
+            job.tick_attempts(&mut scene);
+        }
+        None
+    }
+}
+
+/// What is asked about a job that is not there: lists are empty, a heartbeat is from nobody.
+fn unknown_job(name: &str, event: &Event) -> Result<Option<Reply>, Refusal> {
+    let reply = match event {
+        Event::ListWorkers(_) => Reply::Workers(v1::ListWorkersReply::default()),
+        Event::ListCheckpoints(_) => Reply::Checkpoints(v1::ListCheckpointsReply::default()),
+        Event::ListDatasets(_) => Reply::Datasets(v1::ListDatasetsReply::default()),
+        Event::GetShard(request) => return Err(datasets::unknown(&request.name, name)),
+        Event::AbortJob(_) => {
+            return Err(Refusal::new(
+                RefusalKind::NotFound,
+                format!("there is no job `{name}`"),
+                "list the jobs; names are case-sensitive",
+            ));
+        }
+        _ => return Err(Refusal::unregistered(name)),
+    };
+    Ok(Some(reply))
+}
+
+fn entry<'a>(jobs: &'a mut BTreeMap<String, Job>, name: &str) -> &'a mut Job {
+    if !jobs.contains_key(name) {
+        jobs.insert(name.to_owned(), Job { name: name.to_owned(), ..Job::default() });
+    }
+    jobs.get_mut(name).expect("it was just put there")
+}
+
+fn identity_job(identity: Option<&v1::Identity>) -> &str {
+    identity.map_or("", |identity| &identity.job)
+}
+
+impl Job {
+    fn decide(
+        &mut self,
+        scene: &mut Scene<'_>,
+        incarnation: u64,
+        ticket: Ticket,
+        event: Event,
+    ) -> Result<Option<Reply>, Refusal> {
+        match event {
+            Event::Heartbeat(request) => self.heartbeat(scene, incarnation, &request).map(Some),
+            Event::Leave(request) => self.leave(scene, &request).map(Some),
+            Event::ListWorkers(_) => Ok(Some(self.list_workers(scene))),
+            Event::WaitBarrier(request) => self.wait_barrier(scene, ticket, request),
+            Event::WithdrawBarrier(request) => self.withdraw_barrier(&request).map(Some),
+            Event::AgreeStep(request) => self.agree_step(scene, ticket, request),
+            Event::BeginCheckpoint(request) => self.begin(scene, &request).map(Some),
+            Event::ReportShard(request) => self.report(scene, ticket, request),
+            Event::CommitCheckpoint(request) => self.commit(scene, &request).map(Some),
+            Event::AbortCheckpoint(request) => self.abort_checkpoint(scene, &request).map(Some),
+            Event::ListCheckpoints(request) => Ok(Some(self.list_checkpoints(request.limit))),
+            Event::GetShard(request) => self.get_shard(&request).map(Some),
+            Event::ListDatasets(_) => Ok(Some(self.list_datasets())),
+            Event::AbortJob(request) => Ok(Some(self.abort_by_operator(scene, &request.reason))),
+            Event::Register(_)
+            | Event::RegisterDataset(_)
+            | Event::ListJobs
+            | Event::Inspect
+            | Event::Tick => Ok(Some(Reply::Done)),
+        }
+    }
+
+    fn restore(&mut self, now_ms: u64, key: Key, stored: Stored) {
+        match (key, stored) {
+            (Key::Worker { worker_id, .. }, Stored::Worker(record)) => {
+                self.restore_member(now_ms, worker_id, record);
+            }
+            (Key::Barrier { name, .. }, Stored::Barrier(record)) => {
+                self.barriers.insert(name, Barrier::released(record));
+            }
+            (Key::Attempt { step, .. }, Stored::Attempt(record)) => {
+                self.attempts.insert(step, Attempt::restored(now_ms, record));
+            }
+            (Key::Commit { step, .. }, Stored::Commit(record)) => {
+                self.commits.insert(step, record);
+            }
+            (Key::Dataset { name, .. }, Stored::Dataset(record)) => {
+                self.datasets.insert(name, record);
+            }
+            (_, Stored::Job(record)) => self.record = record,
+            // `Stored::decode` reads what the key says.
+            (_, _) => {}
+        }
+    }
+
+    /// Whether nothing was ever done in it: a name that only a refused call mentioned.
+    fn is_blank(&self) -> bool {
+        self.record.run == 0 && self.datasets.is_empty()
+    }
+
+    fn note(&self, scene: &mut Scene<'_>, level: Level, text: String) {
+        scene.effects.notes.push(Note { job: self.name.clone(), level, text, measured: None });
+    }
+
+    fn keep_job(&self, scene: &mut Scene<'_>) {
+        let key = Key::Job { job: self.name.clone() };
+        scene.effects.changes.push(Change::put(key, &self.record));
+    }
+
+    fn refuse_if_aborted(&self) -> Result<(), Refusal> {
+        if self.record.abort_reason.is_empty() {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            RefusalKind::JobAborted,
+            format!("job `{}` is aborted: {}", self.name, self.record.abort_reason),
+            "end this process; the job begins anew once all of its workers have ended",
+        ))
+    }
+}

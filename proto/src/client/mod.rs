@@ -1,0 +1,21 @@
+//! A worker's side of the protocol: one connection, one native thread, heartbeats that Python
+//! cannot hold up.
+//!
+//! ```text
+//! callers ──► [Pending] ──► dtr-coordinator thread: calls, retries, heartbeats ──► coordinator
+//! ```
+//!
+//! Always holds:
+//! - a coordinator that does not answer is asked again, at a new connection with its name resolved
+//!   anew, until the call's own deadline; training goes on meanwhile;
+//! - the same call sent again is the same call: what was drawn at random is drawn once;
+//! - a worker that was fenced off stays so: nothing it does reaches the job until it registers again.
+
+mod connection;
+mod error;
+mod retry;
+mod worker;
+
+pub use connection::{Connection, Options, Pending};
+pub use error::{ClientError, ErrorKind};
+pub use worker::{BarrierWait, Notice, Registration, Worker};

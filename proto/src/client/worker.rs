@@ -1,0 +1,510 @@
+//! A registered worker: its identity, its heartbeats and what it waits for.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::task::AbortHandle;
+use tracing::{info, warn};
+
+use super::connection::{Connection, Inner, Pending, Wait, chance};
+use super::error::{ClientError, ErrorKind};
+use crate::v1::barriers_client::BarriersClient;
+use crate::v1::membership_client::MembershipClient;
+use crate::v1::{self, wait_barrier_reply::Outcome};
+
+/// Notices that are kept for a reader that is slow; older ones are dropped.
+const NOTICES_MAX: usize = 1_024;
+/// How long leaving may hold up the end of a process.
+const LEAVE: Duration = Duration::from_secs(2);
+/// How long a registration that others stand in the way of is tried again.
+const CONFLICT: Duration = Duration::from_secs(60);
+/// Heartbeats in a row without an answer before the connection is made anew.
+const MISSES_MAX: u32 = 2;
+
+/// Who registers, and with whom.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// The training run.
+    pub job: String,
+    /// The worker's name.
+    pub worker_id: String,
+    /// Its rank.
+    pub rank: u32,
+    /// How many ranks there are.
+    pub world_size: u32,
+    /// Where its own service listens.
+    pub ip: String,
+    /// The port of that service.
+    pub port: u32,
+    /// The address that others should use instead; empty if none is.
+    pub advertise_address: String,
+}
+
+/// Something that the worker should hear of.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// The membership changed.
+    Changed(v1::MembershipChange),
+    /// The job is aborted, for this reason.
+    Aborted(String),
+    /// This process is no member any more.
+    Fenced(ClientError),
+}
+
+/// A member of a job. Dropping it leaves the job without a word; [`Worker::leave`] says so.
+#[derive(Debug)]
+pub struct Worker {
+    connection: Arc<Connection>,
+    shared: Arc<Shared>,
+    heartbeats: AbortHandle,
+    reply: v1::RegisterReply,
+}
+
+/// What the heartbeat and the callers share.
+#[derive(Debug)]
+struct Shared {
+    job: String,
+    worker_id: String,
+    incarnation: u64,
+    progress: AtomicU64,
+    view: Mutex<View>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct View {
+    /// The newest change that this worker's caller was told of by an outcome.
+    acknowledged_epoch: u64,
+    /// The newest change that a heartbeat brought.
+    seen_epoch: u64,
+    notices: VecDeque<Notice>,
+    abort_reason: Option<String>,
+    ended: Option<ClientError>,
+}
+
+/// A barrier to wait at.
+#[derive(Clone, Debug)]
+pub struct BarrierWait {
+    /// Its name.
+    pub name: String,
+    /// How long to wait for the others.
+    pub timeout: Duration,
+    /// The arrival, drawn once.
+    arrival: u64,
+}
+
+impl BarrierWait {
+    /// One arrival at the barrier `name`.
+    pub fn new(name: &str, timeout: Duration) -> Self {
+        Self { name: name.to_owned(), timeout, arrival: chance() }
+    }
+}
+
+impl Worker {
+    /// Registers; tries again while a former process or another worker stands in the way.
+    pub fn register(connection: &Arc<Connection>, registration: Registration) -> Pending<Self> {
+        let what = format!(
+            "registering worker `{}` in job `{}`",
+            registration.worker_id, registration.job
+        );
+        let owner = Arc::clone(connection);
+        let name = what.clone();
+        connection.start(&what, async move { register(owner, &name, registration).await })
+    }
+
+    /// What the coordinator said when it let the worker in.
+    pub fn welcome(&self) -> &v1::RegisterReply {
+        &self.reply
+    }
+
+    /// The job.
+    pub fn job(&self) -> &str {
+        &self.shared.job
+    }
+
+    /// The connection that it uses.
+    pub fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// Who this worker is, as calls say it.
+    pub fn identity(&self) -> v1::Identity {
+        let view = self.shared.view();
+        self.shared.identity(view.acknowledged_epoch)
+    }
+
+    /// The newest membership number that a heartbeat brought.
+    pub fn epoch(&self) -> u64 {
+        self.shared.view().seen_epoch
+    }
+
+    /// Why the job is aborted, if it is.
+    pub fn abort_reason(&self) -> Option<String> {
+        self.shared.view().abort_reason.clone()
+    }
+
+    /// Says that the training loop moved.
+    pub fn set_progress(&self, progress: u64) {
+        self.shared.progress.store(progress, Ordering::Relaxed);
+    }
+
+    /// The next notice, if one comes within `timeout`.
+    pub fn next_notice(&self, timeout: Duration) -> Option<Notice> {
+        let view = self.shared.view();
+        let is_empty = |view: &mut View| view.notices.is_empty() && view.ended.is_none();
+        let waited = self.shared.changed.wait_timeout_while(view, timeout, is_empty);
+        let (mut view, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        view.notices.pop_front()
+    }
+
+    /// Whether this worker is no member any more.
+    pub fn is_ended(&self) -> bool {
+        self.shared.view().ended.is_some()
+    }
+
+    /// Waits at a barrier.
+    pub fn wait_barrier(&self, wait: &BarrierWait) -> Pending<u64> {
+        let what = format!("waiting at barrier `{}`", wait.name);
+        let shared = Arc::clone(&self.shared);
+        let inner = Arc::clone(self.connection.inner());
+        let (name, wait) = (what.clone(), wait.clone());
+        self.connection.start(&what, async move {
+            shared.check(&name)?;
+            let request = v1::WaitBarrierRequest {
+                identity: Some(shared.acknowledged_identity()),
+                name: wait.name.clone(),
+                arrival: wait.arrival,
+                timeout_ms: u64::try_from(wait.timeout.as_millis()).unwrap_or(u64::MAX),
+            };
+            let call = |channel, request| async move {
+                BarriersClient::new(channel).wait_barrier(request).await
+            };
+            let reply = inner.ask(&name, Wait::Long, request, call).await;
+            shared.barrier_outcome(&inner, &name, wait.timeout, reply).await
+        })
+    }
+
+    /// Takes an arrival back: its caller no longer waits.
+    pub fn withdraw(&self, wait: &BarrierWait) -> Pending<v1::WithdrawBarrierReply> {
+        let request = v1::WithdrawBarrierRequest {
+            identity: Some(self.identity()),
+            name: wait.name.clone(),
+            arrival: wait.arrival,
+        };
+        let what = format!("withdrawing from barrier `{}`", wait.name);
+        self.connection.ask(&what, request, |channel, request| async move {
+            BarriersClient::new(channel).withdraw_barrier(request).await
+        })
+    }
+
+    /// Everybody in the job.
+    pub fn list(&self) -> Pending<v1::ListWorkersReply> {
+        let request = v1::ListWorkersRequest { job: self.shared.job.clone() };
+        self.connection.ask("listing workers", request, |channel, request| async move {
+            MembershipClient::new(channel).list_workers(request).await
+        })
+    }
+
+    /// Leaves the job: with `failure`, as a worker that failed. Heartbeats stop at once; if the
+    /// coordinator does not answer soon, it notices by itself.
+    pub fn leave(&self, failure: &str) -> Result<(), ClientError> {
+        self.heartbeats.abort();
+        let what = format!("leaving job `{}`", self.shared.job);
+        {
+            let mut view = self.shared.view();
+            if view.ended.is_some() {
+                return Ok(());
+            }
+            view.ended = Some(ClientError::new(
+                ErrorKind::Closed,
+                &what,
+                "the worker left",
+                "register it again",
+            ));
+            self.shared.changed.notify_all();
+        }
+        let request = v1::LeaveRequest {
+            identity: Some(self.identity()),
+            failure: shortened(failure),
+        };
+        let inner = Arc::clone(self.connection.inner());
+        let name = what.clone();
+        let pending = self.connection.start(&what, async move {
+            let call = |channel, request| async move {
+                MembershipClient::new(channel).leave(request).await
+            };
+            inner.ask(&name, Wait::Once(LEAVE), request, call).await
+        });
+        pending.join().map(drop)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.heartbeats.abort();
+    }
+}
+
+async fn register(
+    connection: Arc<Connection>,
+    what: &str,
+    registration: Registration,
+) -> Result<Worker, ClientError> {
+    let Registration { job, worker_id, rank, world_size, ip, port, advertise_address } = registration;
+    let incarnation = chance();
+    let request = v1::RegisterRequest {
+        job: job.clone(),
+        worker_id: worker_id.clone(),
+        incarnation,
+        rank,
+        world_size,
+        ip,
+        port,
+        advertise_address,
+    };
+    let reply = insist(connection.inner(), what, &request).await?;
+    let view = View {
+        acknowledged_epoch: reply.epoch,
+        seen_epoch: reply.epoch,
+        ..View::default()
+    };
+    let shared = Arc::new(Shared {
+        job,
+        worker_id,
+        incarnation,
+        progress: AtomicU64::new(0),
+        view: Mutex::new(view),
+        changed: Condvar::new(),
+    });
+    let interval = Duration::from_millis(reply.heartbeat_interval_ms.max(1));
+    let beats = beat(Arc::clone(&shared), Arc::clone(connection.inner()), interval);
+    let heartbeats = connection.spawn(beats);
+    Ok(Worker { connection, shared, heartbeats, reply })
+}
+
+/// Asks again while others stand in the way: a former process that is not yet known to be dead, or
+/// a run that is about to end.
+async fn insist(
+    inner: &Inner,
+    what: &str,
+    request: &v1::RegisterRequest,
+) -> Result<v1::RegisterReply, ClientError> {
+    let started = std::time::Instant::now();
+    let mut warned = false;
+    loop {
+        let call = |channel, request| async move {
+            MembershipClient::new(channel).register(request).await
+        };
+        let error = match inner.ask(what, Wait::Short, request.clone(), call).await {
+            Ok(reply) => return Ok(reply),
+            Err(error) => error,
+        };
+        let may_pass = matches!(error.kind, ErrorKind::Conflict | ErrorKind::JobAborted);
+        if !may_pass || started.elapsed() >= CONFLICT.min(inner.patience) {
+            return Err(error);
+        }
+        if !warned {
+            warn!("{what}: {}; trying again", error.why);
+            warned = true;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Heartbeats until the worker is no member any more.
+async fn beat(shared: Arc<Shared>, inner: Arc<Inner>, interval: Duration) {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let limit = interval.max(Duration::from_secs(2));
+    let mut misses = 0;
+    loop {
+        ticks.tick().await;
+        match shared.beat_once(&inner, limit).await {
+            Ok(()) => {
+                if misses > 0 {
+                    info!("the coordinator at `{}` answers again", inner.url());
+                }
+                misses = 0;
+            }
+            Err(error) if error.kind == ErrorKind::Fenced => {
+                shared.end(error);
+                return;
+            }
+            Err(error) => {
+                misses += 1;
+                if misses == 1 {
+                    warn!("{error}; training goes on");
+                }
+                if misses % MISSES_MAX == 0 {
+                    inner.renew();
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn view(&self) -> MutexGuard<'_, View> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn identity(&self, epoch: u64) -> v1::Identity {
+        v1::Identity {
+            job: self.job.clone(),
+            worker_id: self.worker_id.clone(),
+            incarnation: self.incarnation,
+            epoch,
+        }
+    }
+
+    fn acknowledged_identity(&self) -> v1::Identity {
+        let epoch = self.view().acknowledged_epoch;
+        self.identity(epoch)
+    }
+
+    /// The error that every call of this worker ends with from now on, if there is one.
+    fn check(&self, what: &str) -> Result<(), ClientError> {
+        let view = self.view();
+        let Some(ended) = &view.ended else { return Ok(()) };
+        Err(ClientError { what: what.to_owned(), ..ended.clone() })
+    }
+
+    async fn beat_once(&self, inner: &Inner, limit: Duration) -> Result<(), ClientError> {
+        let seen_epoch = self.view().seen_epoch;
+        let request = v1::HeartbeatRequest {
+            identity: Some(self.identity(seen_epoch)),
+            progress: self.progress.load(Ordering::Relaxed),
+        };
+        let call = |channel, request| async move {
+            MembershipClient::new(channel).heartbeat(request).await
+        };
+        let reply = inner.ask("sending a heartbeat", Wait::Once(limit), request, call).await?;
+        self.take_in(reply);
+        Ok(())
+    }
+
+    fn take_in(&self, reply: v1::HeartbeatReply) {
+        let mut view = self.view();
+        view.seen_epoch = view.seen_epoch.max(reply.epoch);
+        if reply.fence <= view.acknowledged_epoch {
+            view.acknowledged_epoch = view.acknowledged_epoch.max(reply.epoch);
+        }
+        for change in reply.changes {
+            view.push(Notice::Changed(change));
+        }
+        if !reply.abort_reason.is_empty() && view.abort_reason.is_none() {
+            view.abort_reason = Some(reply.abort_reason.clone());
+            view.push(Notice::Aborted(reply.abort_reason));
+        }
+        self.changed.notify_all();
+    }
+
+    /// What a wait's reply means; afterwards the caller knows of every loss so far.
+    async fn barrier_outcome(
+        &self,
+        inner: &Inner,
+        what: &str,
+        timeout: Duration,
+        reply: Result<v1::WaitBarrierReply, ClientError>,
+    ) -> Result<u64, ClientError> {
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error) => {
+                match error.kind {
+                    ErrorKind::Fenced => self.end(error.clone()),
+                    ErrorKind::MembershipChanged => self.catch_up(inner).await,
+                    _ => {}
+                }
+                return Err(error);
+            }
+        };
+        match reply.outcome {
+            Some(Outcome::Released(released)) => Ok(released.generation),
+            Some(Outcome::TimedOut(late)) => Err(timed_out(what, timeout, &late)),
+            Some(Outcome::EpochChanged(changed)) => {
+                self.acknowledge(changed.epoch);
+                Err(ClientError::new(
+                    ErrorKind::MembershipChanged,
+                    what,
+                    format!("the job lost a worker: {}", changed.reason),
+                    "decide whether to go on without it, then wait again",
+                ))
+            }
+            Some(Outcome::Aborted(reason)) => Err(ClientError::new(
+                ErrorKind::JobAborted,
+                what,
+                format!("the job is aborted: {reason}"),
+                "end this process; the job begins anew once all of its workers have ended",
+            )),
+            None => Err(ClientError::new(
+                ErrorKind::Internal,
+                what,
+                "the reply has no outcome that this version knows",
+                "use the same version on both sides",
+            )),
+        }
+    }
+
+    /// The caller was told of a loss; which epoch that is, the coordinator says.
+    async fn catch_up(&self, inner: &Inner) {
+        // If it cannot be asked now, the caller is told once more: no harm.
+        if self.beat_once(inner, LEAVE).await.is_ok() {
+            let seen_epoch = self.view().seen_epoch;
+            self.acknowledge(seen_epoch);
+        }
+    }
+
+    fn acknowledge(&self, epoch: u64) {
+        let mut view = self.view();
+        view.acknowledged_epoch = view.acknowledged_epoch.max(epoch);
+    }
+
+    fn end(&self, error: ClientError) {
+        let mut view = self.view();
+        if view.ended.is_none() {
+            warn!("{error}");
+            view.push(Notice::Fenced(error.clone()));
+            view.ended = Some(error);
+        }
+        self.changed.notify_all();
+    }
+}
+
+impl View {
+    fn push(&mut self, notice: Notice) {
+        if self.notices.len() == NOTICES_MAX {
+            self.notices.pop_front();
+        }
+        self.notices.push_back(notice);
+    }
+}
+
+fn timed_out(what: &str, timeout: Duration, late: &v1::BarrierTimedOut) -> ClientError {
+    let named: Vec<String> = late
+        .missing
+        .iter()
+        .map(|missing| match missing.worker_id.as_str() {
+            "" => format!("rank {} (nobody has it)", missing.rank),
+            worker_id => format!("rank {} (`{worker_id}`)", missing.rank),
+        })
+        .collect();
+    let more = if usize::try_from(late.missing_count).unwrap_or(0) > named.len() { " and others" } else { "" };
+    ClientError::new(
+        ErrorKind::TimedOut,
+        what,
+        format!(
+            "{} ranks did not come within {} s: {}{more}",
+            late.missing_count,
+            timeout.as_secs_f64(),
+            named.join(", ")
+        ),
+        "look at the logs of those workers; a longer wait is `timeout=` in seconds",
+    )
+}
+
+/// A failure's text, within what the coordinator takes.
+fn shortened(text: &str) -> String {
+    text.chars().filter(|character| *character != '\0').take(1_000).collect()
+}
