@@ -13,7 +13,7 @@ cargo := $(env) cargo
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-setup: native ## make the Python environment and build the native module and ckpt-tool
+setup: native ## make the Python environment and build the native module, ckpt-tool and the coordinator
 
 demo: native ## train a small GPT, kill it in the middle of a save, resume it, and compare the loss curves
 	@$(env) python python/examples/demo.py
@@ -73,5 +73,5 @@ clean: ## remove what was built for this clone
 
 # The module is put into the source tree by rename: a Python that has the old one loaded keeps it.
 native:
-	@$(cargo) build --locked --release -p dtr-python -p ckpt-tool
+	@$(cargo) build --locked --release -p dtr-python -p ckpt-tool -p coordinator
 	@$(env) bash -c 'cp "$$CARGO_TARGET_DIR/release/lib_native.so" python/dtruntime/.native.new && mv python/dtruntime/.native.new python/dtruntime/_native.abi3.so'

@@ -9,38 +9,61 @@
 """
 
 from dtruntime.checkpoint import CheckpointManager
+from dtruntime.datasets import DatasetInfo, DatasetRegistry
 from dtruntime.errors import (
+    BarrierTimeout,
     CheckpointError,
     CheckpointNotFound,
     Closed,
+    Conflict,
+    CoordinatorError,
+    CoordinatorUnavailable,
     Corrupt,
+    DatasetNotFound,
     Internal,
     InvalidArgument,
+    JobAborted,
+    MembershipChanged,
     NoSpace,
     RestoreIncomplete,
+    SaveAborted,
     StepConflict,
     StorageError,
     StoreBusy,
+    Unauthenticated,
     UnsupportedFormat,
     UnsupportedValue,
+    WorkerFenced,
 )
 from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats
+from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
 
 __all__ = [
+    "BarrierTimeout",
     "CheckpointError",
     "CheckpointManager",
     "CheckpointNotFound",
     "Closed",
+    "Conflict",
+    "CoordinatorError",
+    "CoordinatorUnavailable",
     "Corrupt",
     "Damage",
+    "DatasetInfo",
+    "DatasetNotFound",
+    "DatasetRegistry",
     "Internal",
     "InvalidArgument",
+    "JobAborted",
     "LoadReport",
+    "MembershipChange",
+    "MembershipChanged",
     "NoSpace",
     "RestoreIncomplete",
     "RestoreReport",
+    "SaveAborted",
     "SaveHandle",
     "SaveInfo",
     "SaveProgress",
@@ -48,7 +71,11 @@ __all__ = [
     "StepConflict",
     "StorageError",
     "StoreBusy",
+    "TrainingOrchestrator",
+    "Unauthenticated",
     "UnsupportedFormat",
     "UnsupportedValue",
     "VerifyReport",
+    "WorkerFenced",
+    "WorkerInfo",
 ]

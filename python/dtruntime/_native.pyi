@@ -1,4 +1,12 @@
-__all__ = ["Checkpoint", "Manager", "MappedMemory", "SaveHandle"]
+__all__ = [
+    "BarrierCall",
+    "Checkpoint",
+    "Coordinator",
+    "Manager",
+    "MappedMemory",
+    "SaveHandle",
+    "Worker",
+]
 
 import os
 from collections.abc import Sequence
@@ -62,3 +70,58 @@ class Checkpoint:
 
 @final
 class MappedMemory: ...
+
+@final
+class Coordinator:
+    def __new__(
+        cls,
+        url: str,
+        token: str | None,
+        certificates: tuple[
+            str | os.PathLike[str] | None,
+            str | os.PathLike[str] | None,
+            str | os.PathLike[str] | None,
+        ],
+        patience_seconds: float,
+    ) -> Coordinator: ...
+    @property
+    def url(self) -> str: ...
+    def register_worker(
+        self,
+        job: str,
+        worker_id: str,
+        place: tuple[int, int],
+        address: tuple[str, int, str],
+    ) -> Worker: ...
+    def register_dataset(
+        self,
+        job: str,
+        name: str,
+        settings: tuple[str, str, int, int, int, bool],
+        files: list[str],
+        worker: Worker | None,
+    ) -> tuple[int, int]: ...
+    def get_shard(
+        self, job: str, name: str, place: tuple[int, int], epoch: int
+    ) -> tuple[str, list[str], int]: ...
+
+@final
+class Worker:
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def abort_reason(self) -> str | None: ...
+    @property
+    def is_ended(self) -> bool: ...
+    @property
+    def settings(self) -> dict[str, str]: ...
+    def set_progress(self, progress: int) -> None: ...
+    def arrive(self, name: str, timeout_seconds: float) -> BarrierCall: ...
+    def withdraw(self, call: BarrierCall) -> None: ...
+    def workers(self) -> list[dict[str, Any]]: ...
+    def next_notice(self, timeout_seconds: float) -> dict[str, Any] | None: ...
+    def leave(self, failure: str) -> None: ...
+
+@final
+class BarrierCall:
+    def join(self) -> int: ...

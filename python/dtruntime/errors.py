@@ -92,5 +92,55 @@ class Closed(CheckpointError):  # noqa: N818
     """Open a new manager: this one was closed, or belongs to the parent of a forked process."""
 
 
+class CoordinatorError(CheckpointError):
+    """Base of what only working with a coordinator can raise."""
+
+
+class CoordinatorUnavailable(CoordinatorError, ConnectionError):  # noqa: N818
+    """Start the coordinator, or correct its address; what it had promised is kept."""
+
+    is_retryable = True
+
+
+class Unauthenticated(CoordinatorError, PermissionError):  # noqa: N818
+    """Present the right token or certificate."""
+
+
+class Conflict(CoordinatorError):  # noqa: N818
+    """Wait, or end what stands in the way: another worker, run or registration."""
+
+    is_retryable = True
+
+
+class WorkerFenced(CoordinatorError):  # noqa: N818
+    """Register again: this process is no member of its job any more."""
+
+
+class MembershipChanged(CoordinatorError):  # noqa: N818
+    """Decide whether to go on: the job lost a worker. The next call goes on without it."""
+
+    is_retryable = True
+
+
+class JobAborted(CoordinatorError):  # noqa: N818
+    """End this process: the job is aborted, for the reason in the message."""
+
+
+class BarrierTimeout(CoordinatorError, TimeoutError):  # noqa: N818
+    """Look at the workers that the message names: they did not come to a barrier in time."""
+
+    is_retryable = True
+
+
+class SaveAborted(CoordinatorError):  # noqa: N818
+    """Save again; training may go on: a rank failed, and so the save did on all of them."""
+
+    is_retryable = True
+
+
+class DatasetNotFound(CoordinatorError, LookupError):  # noqa: N818
+    """Fix the name or the path: there is no such dataset."""
+
+
 class Internal(CheckpointError):  # noqa: N818
     """Report a bug: the engine broke one of its own rules and refuses further work."""

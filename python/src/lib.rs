@@ -1,13 +1,15 @@
-//! `dtruntime._native`: thin classes over the engine's verbs. Registers them and nothing else.
+//! `dtruntime._native`: thin classes over the engine's and the coordinator client's verbs. Registers
+//! them and nothing else.
 //!
 //! Always holds: the GIL is released around everything that can block, and waits look for signals
-//! at least ten times a second; the engine's threads never take the GIL; an engine error becomes
-//! the exception of the same name in `dtruntime.errors`; a panic becomes `Internal`, and the store
+//! at least ten times a second; the engine's threads never take the GIL; an error becomes the
+//! exception of the same name in `dtruntime.errors`; a panic becomes `Internal`, and the store
 //! refuses further work.
 
 use pyo3::prelude::*;
 
 mod checkpoint;
+mod coordinator;
 mod errors;
 mod guard;
 mod handle;
@@ -23,6 +25,8 @@ mod native {
 
     #[pymodule_export]
     use crate::checkpoint::Checkpoint;
+    #[pymodule_export]
+    use crate::coordinator::{BarrierCall, Coordinator, Worker};
     #[pymodule_export]
     use crate::handle::SaveHandle;
     #[pymodule_export]

@@ -7,21 +7,23 @@ use crate::tree::{Finding, Member, Tree};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-proto", &[]),
     ("dtr-engine", &["dtr-proto"]),
+    ("coordinator", &["dtr-proto"]),
     ("dtr-python", &["dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
-    ("dtr-benches", &["dtr-engine", "dtr-proto"]),
+    ("dtr-benches", &["coordinator", "dtr-engine", "dtr-proto"]),
     ("dtr-fuzz", &["dtr-engine"]),
-    ("integration-tests", &["ckpt-tool", "dtr-engine", "dtr-proto"]),
+    ("integration-tests", &["ckpt-tool", "coordinator", "dtr-engine", "dtr-proto"]),
 ];
 
 /// What a crate must never learn about, whoever wrote it.
 const BARRED_FROM: &[(&str, &[&str], &str)] = &[
-    ("dtr-proto", &["tokio", "pyo3"], "proto is messages only"),
+    ("dtr-proto", &["pyo3", "redb", "axum"], "proto is messages and the client of a worker"),
     (
         "dtr-engine",
         &["pyo3", "numpy", "cudarc", "tonic"],
         "the engine sees bytes, not who sent them",
     ),
+    ("coordinator", &["pyo3", "numpy", "cudarc"], "the coordinator runs where no worker does"),
     ("ckpt-tool", &["pyo3", "cudarc"], "the tool runs where neither Python nor a GPU is"),
 ];
 

@@ -50,7 +50,7 @@ pub(super) struct AbortedAttempt {
 }
 
 impl Attempt {
-    pub(super) fn restored(now_ms: u64, record: v1::AttemptRecord) -> Self {
+    pub(super) fn new(now_ms: u64, record: v1::AttemptRecord) -> Self {
         Self {
             record,
             begun_ms: now_ms,
@@ -117,7 +117,7 @@ impl Job {
         };
         let key = Key::Attempt { job: self.name.clone(), step };
         scene.effects.changes.push(Change::put(key, &record));
-        let mut attempt = Attempt::restored(scene.at.now_ms, record);
+        let mut attempt = Attempt::new(scene.at.now_ms, record);
         attempt.begun.insert(rank);
         let reply = attempt.reply(self.record.world_size);
         self.attempts.insert(step, attempt);

@@ -84,6 +84,10 @@ impl Job {
             let epoch = member.record.joined_epoch;
             return Ok(self.welcome(scene, incarnation, epoch));
         }
+        let known = self.members.get(&request.worker_id);
+        if known.is_some_and(|known| known.record.former_incarnation == request.incarnation) {
+            return Err(ended(&request.worker_id, &self.name));
+        }
         self.make_room(scene, &request)?;
         let epoch = self.join(scene, request);
         Ok(self.welcome(scene, incarnation, epoch))
@@ -175,6 +179,8 @@ impl Job {
     fn join(&mut self, scene: &mut Scene<'_>, request: v1::RegisterRequest) -> u64 {
         let v1::RegisterRequest { worker_id, incarnation, rank, ip, port, .. } = request;
         self.drop_former_holders(scene, rank, &worker_id);
+        let former = self.members.get(&worker_id);
+        let former_incarnation = former.map_or(0, |former| former.record.incarnation);
         self.record.epoch += 1;
         let record = v1::WorkerRecord {
             incarnation,
@@ -184,6 +190,7 @@ impl Job {
             advertise_address: request.advertise_address,
             joined_epoch: self.record.epoch,
             state: WorkerState::Alive.into(),
+            former_incarnation,
         };
         let now_ms = scene.at.now_ms;
         let member = Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
@@ -470,22 +477,9 @@ impl Job {
         }
     }
 
-    /// Time in which nobody could be heard does not count as silence.
-    pub(super) fn forgive(&mut self, gap_ms: u64) {
-        for member in self.members.values_mut().filter(|member| member.is_alive()) {
-            member.heard_ms = member.heard_ms.saturating_add(gap_ms);
-            member.progressed_ms = member.progressed_ms.saturating_add(gap_ms);
-        }
-    }
-
-    pub(super) fn restore_member(
-        &mut self,
-        now_ms: u64,
-        worker_id: String,
-        record: v1::WorkerRecord,
-    ) {
-        let member =
-            Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
+    pub(super) fn restore_member(&mut self, worker_id: String, record: v1::WorkerRecord) {
+        // The machine's time begins anew with it: everybody was heard of at 0.
+        let member = Member { record, ..Member::default() };
         if member.is_alive() {
             self.holders.insert(member.record.rank, worker_id.clone());
         }

@@ -4,7 +4,8 @@
 //! Always holds:
 //! - no clock, no randomness, no disk and no network is reached from here: [`Moment`] brings time
 //!   and chance, [`Effects`] takes what is to be done;
-//! - time never runs backwards: an earlier moment counts as the latest one seen;
+//! - time runs forwards, in small steps, whatever the clock does: a gap counts for two seconds at
+//!   most, a step back for nothing;
 //! - everything that must outlive the process is in [`Effects::changes`] of the event that decided
 //!   it, and [`State::recover`] gives back the same decisions from them;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
@@ -41,8 +42,9 @@ pub const NAMES_MAX: usize = 10_000;
 pub const COMMITS_KEPT: usize = 1_000;
 /// Membership changes that are remembered for heartbeat replies.
 const CHANGES_KEPT: usize = 256;
-/// A longer gap between two ticks means that this process stood still, not the workers.
-const TICK_GAP_MAX_MS: u64 = 2_000;
+/// Time that passes from one event to the next, at most. Ticks come far more often, so a longer gap
+/// means that this process stood still or its clock jumped: the workers did nothing wrong.
+const GAP_MAX_MS: u64 = 2_000;
 
 /// A call that waits for its reply.
 pub type Ticket = u64;
@@ -221,8 +223,10 @@ pub struct State {
     policy: Policy,
     incarnation: u64,
     jobs: BTreeMap<String, Job>,
-    last_ms: u64,
-    last_tick_ms: Option<u64>,
+    /// What the clock said last.
+    clock_ms: u64,
+    /// The machine's own time.
+    now_ms: u64,
 }
 
 /// One job.
@@ -253,13 +257,13 @@ impl State {
             policy,
             incarnation,
             jobs: BTreeMap::new(),
-            last_ms: 0,
-            last_tick_ms: None,
+            clock_ms: 0,
+            now_ms: 0,
         }
     }
 
-    /// A coordinator that starts again. Whoever lived counts as heard of at `now_ms`: nobody is
-    /// declared dead before a whole timeout has passed.
+    /// A coordinator that starts again, when its clock says `now_ms`. Whoever lived counts as heard
+    /// of now: nobody is declared dead before a whole timeout has passed.
     pub fn recover<'a>(
         policy: Policy,
         incarnation: u64,
@@ -267,11 +271,11 @@ impl State {
         kept: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
     ) -> Result<Self, RecoverError> {
         let mut state = Self::new(policy, incarnation);
-        state.last_ms = now_ms;
+        state.clock_ms = now_ms;
         for (key, value) in kept {
             let key = Key::decode(key)?;
             let stored = Stored::decode(&key, value)?;
-            state.job_entry(key.job()).restore(now_ms, key, stored);
+            state.job_entry(key.job()).restore(key, stored);
         }
         Ok(state)
     }
@@ -288,8 +292,9 @@ impl State {
 
     /// Lets an event happen. `ticket` is the call that asks, if one does.
     pub fn apply(&mut self, mut at: Moment, ticket: Ticket, event: Event, effects: &mut Effects) {
-        at.now_ms = at.now_ms.max(self.last_ms);
-        self.last_ms = at.now_ms;
+        self.now_ms += at.now_ms.saturating_sub(self.clock_ms).min(GAP_MAX_MS);
+        self.clock_ms = at.now_ms;
+        at.now_ms = self.now_ms;
         let answer = self.decide(at, ticket, event, effects);
         match answer {
             Ok(Some(reply)) => effects.replies.push((ticket, reply)),
@@ -371,13 +376,8 @@ impl State {
     }
 
     fn tick(&mut self, at: Moment, effects: &mut Effects) -> Option<Reply> {
-        let gap_ms = at.now_ms - self.last_tick_ms.unwrap_or(at.now_ms);
-        self.last_tick_ms = Some(at.now_ms);
         let Self { policy, jobs, .. } = self;
         for job in jobs.values_mut() {
-            if gap_ms > TICK_GAP_MAX_MS {
-                job.forgive(gap_ms);
-            }
             let mut scene = Scene { at, policy, effects };
             job.tick_members(&mut scene);
             job.tick_barriers(&mut scene);
@@ -448,16 +448,16 @@ impl Job {
         }
     }
 
-    fn restore(&mut self, now_ms: u64, key: Key, stored: Stored) {
+    fn restore(&mut self, key: Key, stored: Stored) {
         match (key, stored) {
             (Key::Worker { worker_id, .. }, Stored::Worker(record)) => {
-                self.restore_member(now_ms, worker_id, record);
+                self.restore_member(worker_id, record);
             }
             (Key::Barrier { name, .. }, Stored::Barrier(record)) => {
                 self.barriers.insert(name, Barrier::released(record));
             }
             (Key::Attempt { step, .. }, Stored::Attempt(record)) => {
-                self.attempts.insert(step, Attempt::restored(now_ms, record));
+                self.attempts.insert(step, Attempt::new(0, record));
             }
             (Key::Commit { step, .. }, Stored::Commit(record)) => {
                 self.commits.insert(step, record);

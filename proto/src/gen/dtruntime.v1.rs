@@ -3515,6 +3515,9 @@ pub struct WorkerRecord {
     /// Alive, dead or left.
     #[prost(enumeration = "WorkerState", tag = "7")]
     pub state: i32,
+    /// The process that it replaced last: its registration, sent twice, must not push this one out.
+    #[prost(fixed64, tag = "8")]
+    pub former_incarnation: u64,
 }
 /// The last release of a barrier.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

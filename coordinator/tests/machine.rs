@@ -1,0 +1,465 @@
+//! The state machine, decision by decision: who may join, what counts as a failure, when barriers
+//! and checkpoints end. Time is what the test says it is.
+#![expect(clippy::unwrap_used, reason = "a test stops at its first surprise")]
+
+use coordinator::state::{Change, Effects, Event, Moment, Policy, RefusalKind, Reply, State, Ticket};
+use dtr_proto::v1::{self, ChangeKind, wait_barrier_reply::Outcome};
+
+/// One job, driven by hand.
+struct Table {
+    state: State,
+    now_ms: u64,
+    ticket: Ticket,
+    changes: Vec<Change>,
+    late: Vec<(Ticket, Reply)>,
+}
+
+impl Table {
+    fn new() -> Self {
+        Self::with(Policy { heartbeat_timeout_ms: 3_000, ..Policy::default() })
+    }
+
+    fn with(policy: Policy) -> Self {
+        let state = State::new(policy, 1);
+        Self { state, now_ms: 0, ticket: 0, changes: Vec::new(), late: Vec::new() }
+    }
+
+    /// Lets an event happen; gives the reply to it, if there is one yet.
+    fn ask(&mut self, event: Event) -> Option<Reply> {
+        self.ticket += 1;
+        let ticket = self.ticket;
+        let at = Moment { now_ms: self.now_ms, wall_ms: 1_000_000, random: u128::from(ticket) };
+        let mut effects = Effects::default();
+        self.state.apply(at, ticket, event, &mut effects);
+        self.changes.extend(effects.changes);
+        let (own, late): (Vec<_>, Vec<_>) =
+            effects.replies.into_iter().partition(|(to, _)| *to == ticket);
+        self.late.extend(late);
+        own.into_iter().next().map(|(_, reply)| reply)
+    }
+
+    /// Lets time pass; the named workers send heartbeats.
+    fn pass(&mut self, mut ms: u64, alive: &[&v1::Identity]) {
+        while ms > 0 {
+            let step_ms = ms.min(500);
+            ms -= step_ms;
+            self.now_ms += step_ms;
+            for identity in alive {
+                let identity = Some((*identity).clone());
+                self.ask(Event::Heartbeat(v1::HeartbeatRequest { identity, progress: 0 }));
+            }
+            self.ask(Event::Tick);
+        }
+    }
+
+    fn try_register(&mut self, rank: u32, world_size: u32, incarnation: u64) -> Reply {
+        self.register_as(&format!("w{rank}"), rank, world_size, incarnation)
+    }
+
+    fn register_as(&mut self, id: &str, rank: u32, world_size: u32, incarnation: u64) -> Reply {
+        let request = v1::RegisterRequest {
+            job: "j".into(),
+            worker_id: id.into(),
+            incarnation,
+            rank,
+            world_size,
+            ..v1::RegisterRequest::default()
+        };
+        self.ask(Event::Register(request)).unwrap()
+    }
+
+    fn register(&mut self, rank: u32, world_size: u32, incarnation: u64) -> v1::Identity {
+        match self.try_register(rank, world_size, incarnation) {
+            Reply::Register(reply) => v1::Identity {
+                job: "j".into(),
+                worker_id: format!("w{rank}"),
+                incarnation,
+                epoch: reply.epoch,
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// All workers of a job, who know each other.
+    fn world(&mut self, world_size: u32) -> Vec<v1::Identity> {
+        let identities = 0..world_size;
+        identities.map(|rank| self.register(rank, world_size, u64::from(rank) + 10)).collect()
+    }
+
+    fn arrive(&mut self, identity: &v1::Identity, arrival: u64) -> Option<Reply> {
+        self.ask(Event::WaitBarrier(v1::WaitBarrierRequest {
+            identity: Some(identity.clone()),
+            name: "b".into(),
+            arrival,
+            timeout_ms: 60_000,
+        }))
+    }
+
+    fn begin(&mut self, identity: &v1::Identity, step: u64, rewind: bool) -> Reply {
+        let identity = Some(identity.clone());
+        self.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest { identity, step, rewind })).unwrap()
+    }
+
+    fn attempt(&mut self, identity: &v1::Identity, step: u64) -> String {
+        match self.begin(identity, step, false) {
+            Reply::BeginCheckpoint(begun) => begun.attempt,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn report(&mut self, identity: &v1::Identity, step: u64, attempt: &str) -> Option<Reply> {
+        let rank = identity.worker_id[1..].parse().unwrap();
+        self.ask(Event::ReportShard(v1::ReportShardRequest {
+            identity: Some(identity.clone()),
+            step,
+            attempt: attempt.into(),
+            shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
+        }))
+    }
+
+    fn commit(&mut self, identity: &v1::Identity, step: u64, attempt: &str) -> Reply {
+        self.ask(Event::CommitCheckpoint(v1::CommitCheckpointRequest {
+            identity: Some(identity.clone()),
+            step,
+            attempt: attempt.into(),
+            manifest_crc32c: 5,
+        }))
+        .unwrap()
+    }
+
+    fn leave(&mut self, identity: &v1::Identity, failure: &str) {
+        let request = v1::LeaveRequest { identity: Some(identity.clone()), failure: failure.into() };
+        self.ask(Event::Leave(request));
+    }
+
+    fn heartbeat(&mut self, identity: &v1::Identity) -> Reply {
+        let identity = Some(identity.clone());
+        self.ask(Event::Heartbeat(v1::HeartbeatRequest { identity, progress: 0 })).unwrap()
+    }
+
+    fn job(&mut self) -> v1::JobInfo {
+        match self.ask(Event::ListJobs) {
+            Some(Reply::Jobs(list)) => list.jobs[0].clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn take_late(&mut self) -> Vec<Reply> {
+        std::mem::take(&mut self.late).into_iter().map(|(_, reply)| reply).collect()
+    }
+}
+
+fn refused(reply: Reply) -> (RefusalKind, String) {
+    match reply {
+        Reply::Refused(refusal) => (refusal.kind, refusal.why),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn outcome(reply: Option<Reply>) -> Outcome {
+    match reply {
+        Some(Reply::Barrier(reply)) => reply.outcome.unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_registration_sent_twice_is_one() {
+    let mut table = Table::new();
+    let first = table.register(0, 2, 7);
+    assert_eq!(table.register(0, 2, 7).epoch, first.epoch);
+    // A new process takes the place; the old one's registration, sent late, does not.
+    let second = table.register(0, 2, 8);
+    assert!(second.epoch > first.epoch);
+    assert_eq!(refused(table.try_register(0, 2, 7)).0, RefusalKind::Fenced);
+    assert_eq!(refused(table.heartbeat(&first)).0, RefusalKind::Fenced);
+    assert!(matches!(table.heartbeat(&second), Reply::Heartbeat(_)));
+}
+
+#[test]
+fn a_rank_has_one_holder() {
+    let mut table = Table::new();
+    let holder = table.register(0, 2, 7);
+    let (kind, why) = refused(table.register_as("other", 0, 2, 9));
+    assert_eq!(kind, RefusalKind::Conflict);
+    assert!(why.contains("rank 0 of job `j` is held by `w0`"), "{why}");
+    let other = table.register(1, 2, 10);
+    // It dies: its rank is kept for a while, and then anybody's.
+    table.pass(4_000, &[&other]);
+    let (_, why) = refused(table.register_as("other", 0, 2, 9));
+    assert!(why.contains("is kept for `w0` for another"), "{why}");
+    table.pass(5_000, &[&other]);
+    assert!(matches!(table.register_as("other", 0, 2, 9), Reply::Register(_)));
+    assert_eq!(refused(table.heartbeat(&holder)).0, RefusalKind::Fenced);
+}
+
+#[test]
+fn ranks_and_sizes_are_checked() {
+    let mut table = Table::new();
+    for (rank, world_size) in [(0, 0), (2, 2), (5, 1), (0, 1_000_000)] {
+        assert_eq!(refused(table.try_register(rank, world_size, 1)).0, RefusalKind::Invalid);
+    }
+    // Nothing is left of a job that nobody entered.
+    assert!(matches!(table.ask(Event::ListJobs), Some(Reply::Jobs(list)) if list.jobs.is_empty()));
+}
+
+#[test]
+fn another_world_size_is_another_run() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let (kind, why) = refused(table.try_register(2, 3, 30));
+    assert_eq!(kind, RefusalKind::Conflict);
+    assert!(why.contains("runs with world size 2 and has 2 living workers"), "{why}");
+    // The same workers with a new size: the old run is over, and nobody failed.
+    table.register(0, 3, 40);
+    assert_eq!(refused(table.heartbeat(&world[1])).0, RefusalKind::Fenced);
+    assert_eq!((table.job().failures, table.job().world_size), (0, 3));
+    table.register(2, 3, 41);
+}
+
+#[test]
+fn who_leaves_does_not_fail_and_who_fails_does() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    table.leave(&world[0], "");
+    table.leave(&world[0], "");
+    assert_eq!(table.job().failures, 0);
+    table.leave(&world[1], "out of memory");
+    assert_eq!(table.job().failures, 1);
+    let Reply::Heartbeat(reply) = table.heartbeat(&world[2]) else { panic!() };
+    let kinds: Vec<_> = reply.changes.iter().map(v1::MembershipChange::kind).collect();
+    assert_eq!(kinds, [ChangeKind::Left, ChangeKind::Failed]);
+    assert_eq!(reply.changes[1].reason, "out of memory");
+}
+
+#[test]
+fn the_budget_aborts_and_a_commit_refills_it() {
+    let mut table = Table::with(Policy { max_worker_failures: 2, ..Policy::default() });
+    let keeper = table.register(0, 2, 1);
+    let mut other = table.register(1, 2, 2);
+    table.leave(&other, "first");
+    other = table.register(1, 2, 3);
+    let mut current = keeper.clone();
+    current.epoch = other.epoch;
+    let attempt = table.attempt(&current, 10);
+    table.report(&current, 10, &attempt);
+    assert!(matches!(table.report(&other, 10, &attempt), Some(Reply::Publish(_))));
+    assert!(matches!(table.commit(&other, 10, &attempt), Reply::Committed(_)));
+    assert_eq!(table.job().failures, 0);
+    table.leave(&other, "second");
+    assert_eq!(table.job().abort_reason, "");
+    let again = table.register(1, 2, 4);
+    table.leave(&again, "third");
+    let reason = table.job().abort_reason;
+    assert!(reason.starts_with("2 failures since the last checkpoint, at most 1 are"), "{reason}");
+    let Reply::Heartbeat(reply) = table.heartbeat(&keeper) else { panic!() };
+    assert_eq!(reply.abort_reason, reason);
+    assert_eq!(refused(table.try_register(1, 2, 5)).0, RefusalKind::JobAborted);
+    // Once nobody lives, the job begins anew.
+    table.leave(&keeper, "");
+    table.register(0, 2, 6);
+    assert_eq!((table.job().failures, table.job().abort_reason), (0, String::new()));
+}
+
+#[test]
+fn a_job_that_starts_over_fails_once() {
+    let mut table = Table::new();
+    table.world(8);
+    for rank in 0..8 {
+        table.register(rank, 8, 100 + u64::from(rank));
+    }
+    assert_eq!(table.job().failures, 1);
+    assert_eq!(table.job().abort_reason, "");
+}
+
+#[test]
+fn silence_kills_and_a_standstill_of_the_coordinator_does_not() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.pass(10_000, &[&world[0], &world[1]]);
+    assert_eq!(table.job().workers_alive, 2);
+    // The coordinator stood still for an hour.
+    table.now_ms += 3_600_000;
+    table.ask(Event::Tick);
+    assert_eq!(table.job().workers_alive, 2);
+    table.now_ms -= 1_800_000;
+    table.ask(Event::Tick);
+    table.pass(3_500, &[&world[0]]);
+    assert_eq!((table.job().workers_alive, table.job().failures), (1, 1));
+}
+
+#[test]
+fn a_restart_gives_everybody_a_timeout() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.pass(2_500, &[]);
+    let kept: std::collections::BTreeMap<Vec<u8>, Vec<u8>> = table
+        .changes
+        .iter()
+        .filter_map(|change| Some((change.key.encode(), change.value.clone()?)))
+        .collect();
+    let records = kept.iter().map(|(key, value)| (key.as_slice(), value.as_slice()));
+    let policy = table.state.policy().clone();
+    table.state = State::recover(policy, 2, 0, records).unwrap();
+    table.now_ms = 0;
+    table.pass(2_500, &[]);
+    assert_eq!(table.job().workers_alive, 2);
+    let Reply::Heartbeat(reply) = table.heartbeat(&world[1]) else { panic!() };
+    assert_eq!((reply.epoch, reply.coordinator_incarnation), (2, 2));
+    table.pass(1_000, &[]);
+    assert_eq!(table.job().workers_alive, 1);
+}
+
+#[test]
+fn a_barrier_waits_for_everybody_and_remembers_its_release() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    assert!(table.arrive(&world[0], 1).is_none());
+    assert!(table.arrive(&world[1], 2).is_none());
+    let released = outcome(table.arrive(&world[2], 3));
+    assert_eq!(released, Outcome::Released(v1::BarrierReleased { generation: 0 }));
+    assert_eq!(table.take_late().len(), 2);
+    // Whose reply was lost asks again, and gets it, without waiting.
+    assert_eq!(outcome(table.arrive(&world[0], 1)), released);
+    assert!(table.arrive(&world[0], 4).is_none());
+}
+
+#[test]
+fn a_loss_ends_waits_and_is_told_once() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    table.arrive(&world[0], 1);
+    table.leave(&world[2], "");
+    let late = table.take_late();
+    let Outcome::EpochChanged(changed) = outcome(late.into_iter().next()) else { panic!() };
+    assert_eq!(changed.reason, "`w2` (rank 2): it finished");
+    let (kind, why) = refused(table.arrive(&world[1], 2).unwrap());
+    assert_eq!(kind, RefusalKind::StaleEpoch);
+    assert!(why.contains("`w2` (rank 2): it finished"), "{why}");
+    // Who fills the place disturbs nobody.
+    let told = v1::Identity { epoch: changed.epoch, ..world[1].clone() };
+    assert!(table.arrive(&told, 2).is_none());
+    table.register(2, 3, 99);
+    assert!(table.take_late().is_empty());
+}
+
+#[test]
+fn a_late_wait_names_who_is_missing() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    table.arrive(&world[0], 1);
+    table.pass(61_000, &[&world[0], &world[1], &world[2]]);
+    let Outcome::TimedOut(late) = outcome(table.take_late().into_iter().next()) else { panic!() };
+    let missing: Vec<_> = late.missing.iter().map(|m| (m.rank, m.worker_id.as_str())).collect();
+    assert_eq!(missing, [(1, "w1"), (2, "w2")]);
+    // It does not count any more.
+    assert!(table.arrive(&world[1], 2).is_none());
+    assert!(table.arrive(&world[2], 3).is_none());
+}
+
+#[test]
+fn ranks_agree_on_the_newest_common_step() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let mut offer = |identity: &v1::Identity, steps: &[u64]| {
+        table.ask(Event::AgreeStep(v1::AgreeStepRequest {
+            identity: Some(identity.clone()),
+            arrival: identity.incarnation,
+            steps: steps.to_vec(),
+            timeout_ms: 1_000,
+        }))
+    };
+    offer(&world[0], &[10, 20, 30]);
+    offer(&world[1], &[30, 20]);
+    let Some(Reply::AgreeStep(agreed)) = offer(&world[2], &[20, 10]) else { panic!() };
+    assert_eq!(agreed.step, Some(20));
+    let Some(Reply::AgreeStep(again)) = offer(&world[0], &[10]) else { panic!() };
+    assert_eq!(again.step, Some(20));
+}
+
+#[test]
+fn a_checkpoint_is_complete_or_given_up() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    assert_eq!(table.attempt(&world[1], 10), attempt);
+    assert!(table.report(&world[0], 10, &attempt).is_none());
+    assert_eq!(refused(table.commit(&world[0], 10, &attempt)).0, RefusalKind::Incomplete);
+    let Some(Reply::Publish(shards)) = table.report(&world[1], 10, &attempt) else { panic!() };
+    assert_eq!(shards.iter().map(|shard| shard.rank).collect::<Vec<_>>(), [0, 1]);
+    let Reply::Committed(commit) = table.commit(&world[1], 10, &attempt) else { panic!() };
+    assert_eq!((commit.step, commit.bytes, commit.world_size), (10, 20, 2));
+    assert!(matches!(table.take_late()[..], [Reply::Committed(_)]));
+    // Everything sent again has the same answer.
+    assert!(matches!(table.report(&world[0], 10, &attempt), Some(Reply::Committed(_))));
+    assert!(matches!(table.commit(&world[1], 10, &attempt), Reply::Committed(_)));
+    assert_eq!(refused(table.begin(&world[0], 10, false)).0, RefusalKind::AlreadyCommitted);
+    assert!(matches!(table.begin(&world[0], 5, true), Reply::BeginCheckpoint(_)));
+}
+
+#[test]
+fn a_failed_rank_fails_the_save_on_all_and_late_ones_hear_of_it() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let attempt = table.attempt(&world[0], 10);
+    table.attempt(&world[1], 10);
+    table.report(&world[0], 10, &attempt);
+    table.ask(Event::AbortCheckpoint(v1::AbortCheckpointRequest {
+        identity: Some(world[1].clone()),
+        step: 10,
+        attempt: attempt.clone(),
+        reason: "no space".into(),
+    }));
+    let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
+    assert_eq!(aborted.rank, Some(1));
+    assert_eq!(aborted.reason, "rank 1 (`w1`) failed: no space");
+    let (kind, why) = refused(table.begin(&world[2], 10, false));
+    assert_eq!(kind, RefusalKind::AttemptAborted);
+    assert!(why.contains("no space"), "{why}");
+    // All three know: the next attempt is theirs together.
+    let next = table.attempt(&world[2], 10);
+    assert_ne!(next, attempt);
+    assert_eq!(table.attempt(&world[0], 10), next);
+}
+
+#[test]
+fn a_lost_rank_gives_up_what_it_had_not_reported() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.report(&world[0], 10, &attempt);
+    table.pass(4_000, &[&world[0]]);
+    let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
+    assert!(aborted.reason.starts_with("rank 1 was lost: it was silent for"), "{aborted:?}");
+    assert_eq!(table.job().latest_step, None);
+}
+
+#[test]
+fn a_lost_publisher_is_replaced() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let attempt = table.attempt(&world[0], 10);
+    for identity in &world[..2] {
+        assert!(table.report(identity, 10, &attempt).is_none());
+    }
+    assert!(matches!(table.report(&world[2], 10, &attempt), Some(Reply::Publish(_))));
+    table.pass(4_000, &[&world[0], &world[1]]);
+    assert!(matches!(table.take_late()[..], [Reply::Publish(_)]));
+    // The lost one comes back: it may not commit any more, and need not.
+    assert_eq!(refused(table.commit(&world[2], 10, &attempt)).0, RefusalKind::Fenced);
+    assert!(matches!(table.commit(&world[0], 10, &attempt), Reply::Committed(_)));
+    assert!(matches!(table.take_late()[..], [Reply::Committed(_)]));
+    assert_eq!(table.job().latest_step, Some(10));
+}
+
+#[test]
+fn a_slow_attempt_ends() {
+    let policy = Policy { checkpoint_timeout_ms: 10_000, ..Policy::default() };
+    let mut table = Table::with(policy);
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.report(&world[0], 10, &attempt);
+    table.pass(11_000, &[&world[0], &world[1]]);
+    let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
+    assert_eq!(aborted.reason, "rank 1 did not report within 10000 ms");
+}

@@ -1,0 +1,366 @@
+"""A worker of a job: it registers, sends heartbeats, waits at barriers, hears of losses and leaves.
+
+>>> orchestrator = TrainingOrchestrator("worker-0", "http://coordinator:50051", 4, rank=0)
+>>> await orchestrator.register_worker(ip="10.0.0.5", port=8080)
+>>> await orchestrator.wait_barrier("data ready", timeout=600)
+
+Always holds: heartbeats come from a native thread, so neither a long step nor the GIL makes a
+worker look dead; a registered worker stays one until it leaves or the process ends, whoever still
+holds the object; a process that ends leaves by itself, and says so if an exception ended it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from dtruntime import connecting, settings
+from dtruntime.connecting import PATIENCE_SECONDS, Security
+from dtruntime.errors import CheckpointError, Closed, InvalidArgument, JobAborted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from dtruntime import _native
+
+_T = TypeVar("_T")
+_logger = logging.getLogger("dtruntime")
+
+_PORT_MAX = 65_535
+_NOTICE_SECONDS = 1.0
+"""How often the callback thread looks whether it should end."""
+
+_live: dict[tuple[str, str, str], TrainingOrchestrator] = {}
+"""Registered workers of this process by URL, job and worker id: kept until they leave."""
+
+
+class WorkerInfo(NamedTuple):
+    """A worker as the coordinator knows it.
+
+    Attributes:
+        worker_id: Its name.
+        rank: Its rank.
+        ip: Where its own service listens.
+        port: The port of that service.
+        advertise_address: The address that others should use, if it differs; else empty.
+        state: ``alive``, ``suspect``, ``stalled``, ``dead`` or ``left``.
+        silent_seconds: How long ago it was last heard of.
+        progress: What it reported last.
+
+    """
+
+    worker_id: str
+    rank: int
+    ip: str
+    port: int
+    advertise_address: str
+    state: str
+    silent_seconds: float
+    progress: int
+
+
+class MembershipChange(NamedTuple):
+    """Somebody came or went.
+
+    Attributes:
+        kind: ``joined``, ``left``, ``failed``, ``died``, ``replaced``, or ``fenced``: this worker
+            itself is no member any more.
+        worker_id: Whom it is about.
+        rank: Its rank.
+        epoch: The number that the membership got by it; 0 if ``fenced``.
+        reason: Why, for people.
+
+    """
+
+    kind: str
+    worker_id: str
+    rank: int
+    epoch: int
+    reason: str
+
+
+class TrainingOrchestrator:
+    """One worker of a training run.
+
+    A context manager: leaving the block leaves the job, as failed if an exception ends it.
+
+    Args:
+        worker_id: The worker's name; a process that takes its place uses the same one. Default: the
+            environment's ``WORKER_ID``, else ``worker-<rank>``.
+        coordinator_url: Default: the environment's ``COORDINATOR_URL``, else
+            ``http://localhost:50051``. ``https://`` uses TLS.
+        world_size: Default: the environment's ``WORLD_SIZE``, else 1.
+        rank: Default: the environment's ``RANK``, else 0; a pod name such as ``worker-3`` is 3.
+        job: Name of the training run. Default: the environment's ``DTRUNTIME_JOB``, else
+            ``default``. Runs that share a coordinator at one time need names of their own.
+        advertise_address: The address that other workers should use, where it is not ``ip``.
+        security: Token and certificates.
+        on_abort: Called with the reason when the job is aborted.
+        on_membership_change: Called with each ``MembershipChange``. Both are called on a thread of
+            their own, one after another.
+        patience: How long to look for a coordinator that does not answer, in seconds.
+
+    """
+
+    def __init__(
+        self,
+        worker_id: str | None = None,
+        coordinator_url: str | None = None,
+        world_size: int | str | None = None,
+        rank: int | str | None = None,
+        *,
+        job: str | None = None,
+        advertise_address: str = "",
+        security: Security | None = None,
+        on_abort: Callable[[str], Any] | None = None,
+        on_membership_change: Callable[[MembershipChange], Any] | None = None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self.rank, self.world_size = settings.rank_and_world_size(rank, world_size)
+        self.worker_id = worker_id or os.environ.get("WORKER_ID") or f"worker-{self.rank}"
+        self.job = connecting.job_of(job)
+        url = connecting.url_of(coordinator_url)
+        self._coordinator = connecting.connect(url, security or Security(), patience)
+        self._advertise_address = advertise_address
+        self._on_abort = on_abort
+        self._on_membership_change = on_membership_change
+        self._worker: _native.Worker | None = None
+        self._pid = os.getpid()
+
+    @property
+    def coordinator_url(self) -> str:
+        """The coordinator's address."""
+        return self._coordinator.url
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether this worker is a member of its job, as far as it was told."""
+        return self._worker is not None and not self._worker.is_ended
+
+    @property
+    def epoch(self) -> int:
+        """The membership number, as the last heartbeat brought it."""
+        return self._registered("reading the epoch").epoch
+
+    @property
+    def abort_reason(self) -> str | None:
+        """Why the job is aborted; None while it runs."""
+        return None if self._worker is None else self._worker.abort_reason
+
+    @property
+    def coordinator_settings(self) -> dict[str, str]:
+        """What the coordinator was configured to tell workers: TOML values by ``section.key``."""
+        return self._registered("reading the coordinator's settings").settings
+
+    async def register_worker(self, ip: str | None = None, port: int = 0) -> None:
+        """Join the job, and send heartbeats from now on.
+
+        Where a former process of this worker, or of its rank, still stands in the way, this waits
+        until the coordinator takes it for dead, for at most a minute.
+
+        Args:
+            ip: Where this worker's own service listens. Default: this machine's address.
+            port: The port of that service; 0 if it has none.
+
+        """
+        port = settings.integer("port", port)
+        if port > _PORT_MAX:
+            raise InvalidArgument(
+                f"`port` = {port}", f"0 to {_PORT_MAX} is allowed", "pass the service's TCP port"
+            )
+        address = (ip if ip is not None else _own_address(), port, self._advertise_address)
+        former = _live.get(self._key())
+        if former is not None:
+            await _in_thread(former.leave)
+        place = (self.rank, self.world_size)
+        self._worker = await _in_thread(
+            lambda: self._coordinator.register_worker(self.job, self.worker_id, place, address)
+        )
+        _live[self._key()] = self
+        if self._on_abort is not None or self._on_membership_change is not None:
+            threading.Thread(
+                target=self._pass_on_notices, args=(self._worker,), name="dtr-notices", daemon=True
+            ).start()
+
+    async def wait_barrier(self, name: str, timeout: float = 600.0) -> int:
+        """Wait until every rank has called this with the same name.
+
+        Returns:
+            How many times the barrier was released before.
+
+        Raises:
+            BarrierTimeout: Not all came within ``timeout`` seconds; the message names who did not.
+            MembershipChanged: The job lost a worker; the next call goes on without it.
+            JobAborted: The job is aborted.
+
+        """
+        worker = self._registered(f"waiting at barrier `{name}`")
+        call = worker.arrive(name, float(timeout))
+        try:
+            return await _in_thread(call.join)
+        except asyncio.CancelledError:
+            with contextlib.suppress(CheckpointError):
+                await _in_thread(lambda: worker.withdraw(call))
+            raise
+
+    def report_progress(self, step: int) -> None:
+        """Say that training reached a step: the coordinator notices when it stops."""
+        self._registered("reporting progress").set_progress(settings.integer("step", step))
+
+    def check(self) -> None:
+        """Raise ``JobAborted`` if the job is aborted; made to be called in each step."""
+        reason = self.abort_reason
+        if reason is not None:
+            raise JobAborted(
+                f"training in job `{self.job}`",
+                f"the job is aborted: {reason}",
+                "end this process; the job begins anew once all of its workers have ended",
+            )
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Everybody whom the job knows, by rank."""
+        worker = self._registered("listing workers")
+        return [WorkerInfo(**record) for record in await _in_thread(worker.workers)]
+
+    def leave(self, failure: str = "") -> None:
+        """Leave the job; a worker that finished does not count as a failure.
+
+        Args:
+            failure: Why this worker failed; then it does.
+
+        """
+        worker, self._worker = self._worker, None
+        if _live.get(self._key()) is self:
+            del _live[self._key()]
+        if worker is not None and os.getpid() == self._pid:
+            try:
+                worker.leave(failure)
+            except CheckpointError as error:
+                _logger.warning("%s", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.leave(_failure_of(error))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await _in_thread(lambda: self.leave(_failure_of(error)))
+
+    def _key(self) -> tuple[str, str, str]:
+        return (self._coordinator.url, self.job, self.worker_id)
+
+    def _registered(self, what: str) -> _native.Worker:
+        if self._worker is None:
+            raise Closed(
+                what,
+                f"worker `{self.worker_id}` is not registered",
+                "call `await orchestrator.register_worker(ip, port)` first",
+            )
+        return self._worker
+
+    def _pass_on_notices(self, worker: _native.Worker) -> None:
+        while True:
+            notice = worker.next_notice(_NOTICE_SECONDS)
+            if notice is not None:
+                self._pass_on(notice)
+            elif worker.is_ended:
+                return
+
+    def _pass_on(self, notice: dict[str, Any]) -> None:
+        try:
+            if notice["kind"] == "aborted":
+                if self._on_abort is not None:
+                    self._on_abort(notice["reason"])
+            elif self._on_membership_change is not None:
+                own: dict[str, Any] = {"worker_id": self.worker_id, "rank": self.rank, "epoch": 0}
+                self._on_membership_change(MembershipChange(**(own | notice)))
+        except Exception:  # a callback's mistake must not silence later notices
+            _logger.exception("a callback for `%s` failed", notice["kind"])
+
+
+def worker_at(url: str, job: str) -> _native.Worker | None:
+    """Give a registered worker of this process in the job, if there is one."""
+    found = (
+        orchestrator._worker  # noqa: SLF001
+        for (its_url, its_job, _), orchestrator in _live.items()
+        if (its_url, its_job) == (url, job) and orchestrator.is_registered
+    )
+    return next(found, None)
+
+
+async def _in_thread(function: Callable[[], _T]) -> _T:
+    """Run a blocking call on a thread of its own, which nothing waits for at exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            outcome: tuple[_T | None, BaseException | None] = (function(), None)
+        except BaseException as error:  # noqa: BLE001  (raised where it is awaited)
+            outcome = (None, error)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="dtr-call", daemon=True).start()
+    return await future
+
+
+def _own_address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def _failure_of(error: BaseException | None) -> str:
+    """Give why a worker failed; leaving on purpose or by Ctrl-C is no failure."""
+    if error is None or not isinstance(error, Exception) or isinstance(error, JobAborted):
+        return ""
+    return f"{type(error).__name__}: {error}"
+
+
+def _leave_all() -> None:
+    """Run when the process ends: by the script's last line, or by an exception."""
+    failure = _failure_of(getattr(sys, "last_value", None))
+    for orchestrator in list(_live.values()):
+        orchestrator.leave(failure)
+
+
+def _forget_in_child() -> None:
+    _live.clear()  # the members are the parent's
+
+
+atexit.register(_leave_all)
+os.register_at_fork(after_in_child=_forget_in_child)

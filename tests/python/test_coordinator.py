@@ -1,0 +1,496 @@
+"""Workers and a real coordinator: the documented scripts, losses on both sides, datasets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from coordinators import CoordinatorProcess, free_port
+from support import script_environment
+
+from dtruntime import (
+    BarrierTimeout,
+    Closed,
+    CoordinatorUnavailable,
+    DatasetNotFound,
+    DatasetRegistry,
+    InvalidArgument,
+    JobAborted,
+    MembershipChanged,
+    TrainingOrchestrator,
+)
+
+
+@pytest.fixture
+def coordinator(tmp_path):
+    process = CoordinatorProcess(tmp_path)
+    process.start()
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def make(coordinator):
+    """Make orchestrators that leave at the end."""
+    made = []
+
+    def make_one(rank: int, world_size: int, **settings) -> TrainingOrchestrator:
+        one = TrainingOrchestrator(f"worker-{rank}", coordinator.url, world_size, rank, **settings)
+        made.append(one)
+        return one
+
+    yield make_one
+    for one in made:
+        one.leave()
+
+
+def start_worker(source: str, url: str, **environment: object) -> subprocess.Popen[str]:
+    """Start a script as a worker."""
+    extra = {key: str(value) for key, value in environment.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        env=script_environment() | {"COORDINATOR_URL": url} | extra,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    return out
+
+
+async def until(holds, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to be in time"
+        await asyncio.sleep(0.02)
+
+
+ONE_NODE = """
+    import asyncio, os
+    from dtruntime import TrainingOrchestrator, DatasetRegistry, CheckpointManager
+
+    async def main():
+        # Connect to coordinator
+        orch = TrainingOrchestrator(
+            worker_id="worker-0",
+            coordinator_url=os.environ["COORDINATOR_URL"],
+            world_size=1,
+            rank=0
+        )
+
+        await orch.register_worker(ip="127.0.0.1", port=8080)
+
+        # Training code here...
+        print("Training started!")
+
+    if __name__ == "__main__":
+        asyncio.run(main())
+"""
+
+FOUR_NODES = """
+    import os
+    import asyncio
+    import socket
+    from dtruntime import TrainingOrchestrator, DatasetRegistry, CheckpointManager
+
+    async def main():
+        rank = int(os.environ["RANK"])
+        world_size = int(os.environ["WORLD_SIZE"])
+        coordinator_url = os.environ["COORDINATOR_URL"]
+
+        # Initialize orchestrator
+        orch = TrainingOrchestrator(
+            worker_id=f"worker-{rank}",
+            coordinator_url=coordinator_url,
+            world_size=world_size,
+            rank=rank
+        )
+
+        # Register worker
+        hostname = socket.gethostname()
+        ip = socket.gethostbyname(hostname)
+        await orch.register_worker(ip=ip, port=8080 + rank)
+
+        # Register dataset (only rank 0)
+        if rank == 0:
+            registry = DatasetRegistry(coordinator_url)
+            registry.register(
+                "training_data",
+                os.environ["DATA"],
+                "parquet",
+                total_samples=1_000_000,
+                shard_size=10_000
+            )
+
+        # Wait for dataset registration
+        await orch.wait_barrier("dataset_ready")
+
+        # Get shard for this worker
+        registry = DatasetRegistry(coordinator_url)
+        shard_files = registry.get_shard("training_data", worker_rank=rank, epoch=0)
+
+        print(f"Worker {rank} got {len(shard_files)} shard files")
+        print("\\n".join(shard_files))
+
+    if __name__ == "__main__":
+        asyncio.run(main())
+"""
+
+
+def test_the_documented_scripts_run_one_after_another(coordinator, tmp_path):
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    names = {f"part-{index}.parquet" for index in range(9)} | {"deep/more.parquet"}
+    for name in names:
+        (data / name).touch()
+    (data / "README.txt").touch()
+    assert finish(start_worker(ONE_NODE, coordinator.url)) == "Training started!\n"
+    workers = [
+        start_worker(FOUR_NODES, coordinator.url, RANK=rank, WORLD_SIZE=4, DATA=data)
+        for rank in range(4)
+    ]
+    lines = [finish(worker).splitlines() for worker in workers]
+    counts = sorted(int(text[0].split()[3]) for text in lines)
+    assert counts == [2, 2, 3, 3]
+    files = [file for text in lines for file in text[1:]]
+    assert sorted(files) == sorted(str(data / name) for name in names)
+    # Everybody left by itself: nothing failed, nobody is there.
+    assert coordinator.metric('coordinator_workers_active{job="default"}') == 0
+    assert coordinator.metric('coordinator_worker_failures{job="default"}') == 0
+    # And once more, as after a restart of the whole job.
+    assert finish(start_worker(ONE_NODE, coordinator.url)) == "Training started!\n"
+
+
+def test_an_empty_dataset_works_and_says_so(coordinator, tmp_path):
+    (tmp_path / "data").mkdir()
+    registry = DatasetRegistry(coordinator.url)
+    with pytest.warns(UserWarning, match="has no parquet files"):
+        info = registry.register("empty", tmp_path / "data", "parquet", 1_000_000, 10_000)
+    assert (info.file_count, info.shard_count) == (0, 100)
+    assert registry.get_shard("empty", worker_rank=0, epoch=0) == []
+
+
+def test_datasets_that_are_not_there(coordinator, tmp_path):
+    registry = DatasetRegistry(coordinator.url)
+    with pytest.raises(DatasetNotFound, match=r"does not exist on this worker\nhint: mount"):
+        registry.register("nowhere", tmp_path / "nowhere", "parquet", 10, 1)
+    with pytest.raises(
+        DatasetNotFound, match=r"`other` is not registered in job `default`\nhint: "
+    ):
+        registry.get_shard("other", worker_rank=0)
+    with pytest.raises(InvalidArgument, match="lists files in directories"):
+        registry.register("remote", "s3://bucket/data", "parquet", 10, 1)
+
+
+def test_shards_by_epoch(coordinator, tmp_path):
+    for index in range(20):
+        (tmp_path / f"{index:02}.bin").touch()
+    registry = DatasetRegistry(coordinator.url, job="shards")
+    for _ in range(2):  # the same registration again is none
+        registry.register("d", tmp_path, "bin", 20, 1, seed=3)
+    shares = [registry.get_shard("d", rank, epoch=0, world_size=3) for rank in range(3)]
+    assert sorted(map(len, shares)) == [6, 7, 7]
+    files = [str(file) for file in tmp_path.iterdir() if file.suffix == ".bin"]
+    assert sorted(file for share in shares for file in share) == sorted(files)
+    assert registry.get_shard("d", 0, epoch=1, world_size=3) != shares[0]
+    with pytest.raises(InvalidArgument, match="below 3 is allowed"):
+        registry.get_shard("d", 3, world_size=3)
+
+
+def test_barriers_release_together(make):
+    async def act():
+        workers = [make(rank, 3) for rank in range(3)]
+        for worker in workers:
+            await worker.register_worker("127.0.0.1", 1)
+        for generation in range(5):
+            waits = [worker.wait_barrier("round", timeout=20) for worker in workers]
+            assert await asyncio.gather(*waits) == [generation] * 3
+        infos = await workers[1].workers()
+        assert [(info.rank, info.worker_id, info.state) for info in infos] == [
+            (rank, f"worker-{rank}", "alive") for rank in range(3)
+        ]
+
+    asyncio.run(act())
+
+
+def test_a_barrier_names_who_is_missing(make):
+    async def act():
+        first, second = make(0, 3), make(1, 3)
+        await first.register_worker("127.0.0.1", 1)
+        await second.register_worker("127.0.0.1", 1)
+        with pytest.raises(BarrierTimeout) as caught:
+            await first.wait_barrier("alone", timeout=0.3)
+        text = str(caught.value)
+        assert "2 ranks did not come within 0.3 s" in text
+        assert "rank 1 (`worker-1`), rank 2 (nobody has it)" in text
+        with pytest.raises(InvalidArgument, match="1 to 86400000 is allowed"):
+            await first.wait_barrier("never", timeout=0)
+
+    asyncio.run(act())
+
+
+def test_a_cancelled_wait_is_taken_back(make):
+    async def act():
+        first, second = make(0, 2), make(1, 2)
+        await first.register_worker("127.0.0.1", 1)
+        await second.register_worker("127.0.0.1", 1)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(first.wait_barrier("b"), 0.3)
+        # Had the arrival stayed, this would release the barrier.
+        with pytest.raises(BarrierTimeout, match="worker-0"):
+            await second.wait_barrier("b", timeout=0.5)
+
+    asyncio.run(act())
+
+
+STAYS = """
+    import asyncio, os, sys, time
+    from dtruntime import TrainingOrchestrator
+
+    async def main():
+        orch = TrainingOrchestrator()
+        await orch.register_worker("127.0.0.1", 1)
+        print("registered", flush=True)
+
+    asyncio.run(main())
+    exec(sys.stdin.read())
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "reason"),
+    [
+        ("pass", "left", "it finished"),
+        ("raise ValueError('bad batch')", "failed", "ValueError: bad batch"),
+        ("os.kill(os.getpid(), 9)", "died", "it was silent for"),
+    ],
+)
+def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, reason):
+    changes = []
+
+    async def act():
+        one = make(0, 2, on_membership_change=changes.append)
+        await one.register_worker("127.0.0.1", 1)
+        other = start_worker(STAYS, coordinator.url, RANK=1, WORLD_SIZE=2)
+        assert other.stdout.readline() == "registered\n"
+        waiting = asyncio.create_task(one.wait_barrier("b", timeout=30))
+        other.communicate(end, timeout=30)
+        with pytest.raises(MembershipChanged, match=reason):
+            await waiting
+        await until(lambda: kind in [change.kind for change in changes])
+        change = next(change for change in changes if change.kind == kind)
+        assert (change.worker_id, change.rank) == ("worker-1", 1)
+        assert reason in change.reason
+        failures = coordinator.metric('coordinator_worker_failures{job="default"}')
+        assert failures == (0 if kind == "left" else 1)
+        # A replacement takes the place at once, and both go on.
+        new = make(1, 2)
+        await new.register_worker("127.0.0.1", 1)
+        assert len(await asyncio.gather(one.wait_barrier("b"), new.wait_barrier("b"))) == 2
+
+    asyncio.run(act())
+
+
+def test_the_failure_budget_aborts_the_job(tmp_path):
+    process = CoordinatorProcess(tmp_path, max_worker_failures=2)
+    process.start()
+    reasons = []
+
+    async def act():
+        one = TrainingOrchestrator("worker-0", process.url, 2, 0, on_abort=reasons.append)
+        await one.register_worker("127.0.0.1", 1)
+        for _ in range(2):
+            other = start_worker(STAYS, process.url, RANK=1, WORLD_SIZE=2)
+            assert other.stdout.readline() == "registered\n"
+            other.communicate("raise RuntimeError('broken')", timeout=30)
+        await until(lambda: reasons)
+        assert "2 failures since the last checkpoint" in reasons[0]
+        assert "RuntimeError: broken" in reasons[0]
+        with pytest.raises(JobAborted, match="2 failures"):
+            one.check()
+        with pytest.raises(JobAborted, match="2 failures"):
+            await one.wait_barrier("b")
+        # Once everybody has left, the job begins anew.
+        one.leave()
+        fresh = TrainingOrchestrator("worker-0", process.url, 1, 0)
+        await fresh.register_worker("127.0.0.1", 1)
+        assert await fresh.wait_barrier("b") == 0
+        fresh.leave()
+
+    try:
+        asyncio.run(act())
+    finally:
+        process.end()
+
+
+def test_a_worker_that_was_stopped_is_fenced(coordinator, make):
+    source = STAYS.replace(
+        "exec(sys.stdin.read())",
+        """
+    async def go_on():
+        try:
+            await orch.wait_barrier("b", timeout=5)
+        except Exception as error:
+            print(type(error).__name__)
+    orch = next(iter(__import__("dtruntime.orchestrator").orchestrator._live.values()))
+    sys.stdin.readline()
+    asyncio.run(go_on())
+    """,
+    )
+
+    async def act():
+        changes = []
+        one = make(0, 2, on_membership_change=changes.append)
+        await one.register_worker("127.0.0.1", 1)
+        other = start_worker(source, coordinator.url, RANK=1, WORLD_SIZE=2)
+        assert other.stdout.readline() == "registered\n"
+        other.send_signal(signal.SIGSTOP)
+        await until(lambda: "died" in [change.kind for change in changes])
+        other.send_signal(signal.SIGCONT)
+        out, error = other.communicate("go on\n", timeout=30)
+        assert out == "WorkerFenced\n", error
+
+    asyncio.run(act())
+
+
+def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
+    async def act():
+        first, second = make(0, 2), make(1, 2)
+        await first.register_worker("127.0.0.1", 1)
+        await second.register_worker("127.0.0.1", 1)
+        epoch = first.epoch
+        assert await asyncio.gather(first.wait_barrier("b"), second.wait_barrier("b")) == [0, 0]
+        waiting = asyncio.create_task(first.wait_barrier("b", timeout=60))
+        await until(lambda: coordinator.metric('coordinator_barriers_waiting{job="default"}') == 1)
+        coordinator.end(signal.SIGKILL)
+        await asyncio.sleep(0.3)
+        coordinator.start()
+        # The arrival is sent again, the members are still members, the count goes on.
+        assert await second.wait_barrier("b", timeout=60) == 1
+        assert await waiting == 1
+        assert second.epoch >= epoch
+        assert coordinator.metric("coordinator_starts_total") == 2
+
+    asyncio.run(act())
+
+
+def test_ending_the_coordinator_is_quick_and_clean(coordinator, make):
+    async def act():
+        first, second = make(0, 2), make(1, 2)
+        await first.register_worker("127.0.0.1", 1)
+        await second.register_worker("127.0.0.1", 1)
+        waiting = asyncio.create_task(first.wait_barrier("b", timeout=60))
+        await until(lambda: coordinator.metric('coordinator_barriers_waiting{job="default"}') == 1)
+        started = time.monotonic()
+        assert coordinator.end(signal.SIGTERM) == 0
+        assert time.monotonic() - started < 8
+        coordinator.start()
+        assert await second.wait_barrier("b", timeout=60) == 0
+        assert await waiting == 0
+
+    asyncio.run(act())
+
+
+def test_another_world_size_waits_for_the_old_run_to_end(coordinator, make):
+    async def act():
+        old = make(0, 2)
+        await old.register_worker("127.0.0.1", 1)
+        # The same worker with another world size takes the job over.
+        new = make(0, 1)
+        await new.register_worker("127.0.0.1", 1)
+        assert await new.wait_barrier("b") == 0
+        assert coordinator.metric('coordinator_worker_failures{job="default"}') == 0
+
+    asyncio.run(act())
+
+
+def test_nobody_listens():
+    url = f"http://127.0.0.1:{free_port()}"
+
+    async def act():
+        one = TrainingOrchestrator("w", url, 1, 0, patience=0.3)
+        with pytest.raises(CoordinatorUnavailable) as caught:
+            await one.register_worker("127.0.0.1", 1)
+        assert isinstance(caught.value, ConnectionError)
+        text = str(caught.value)
+        assert f"the coordinator at `{url}` does not answer: " in text
+        assert "refused" in text
+        assert "hint: start it (`coordinator 0.0.0.0:" in text
+        with pytest.raises(Closed, match="`w` is not registered"):
+            await one.wait_barrier("b")
+
+    asyncio.run(act())
+
+
+def test_wrong_arguments_are_explained(coordinator):
+    with pytest.raises(InvalidArgument, match=r"neither http nor https\nhint: write it as"):
+        TrainingOrchestrator("w", "ftp://host", 1, 0)
+
+    async def act():
+        one = TrainingOrchestrator("w", coordinator.url, 2, 2)
+        with pytest.raises(InvalidArgument, match="`rank` is 2, below the world size of 2"):
+            await one.register_worker("127.0.0.1", 1)
+        with pytest.raises(InvalidArgument, match="0 to 65535"):
+            await one.register_worker("127.0.0.1", 70_000)
+
+    asyncio.run(act())
+
+
+def test_a_forked_child_is_no_member(coordinator, make):
+    async def act():
+        one = make(0, 1)
+        await one.register_worker("127.0.0.1", 1)
+        return one
+
+    one = asyncio.run(act())
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            one._worker.epoch  # noqa: B018  (it raises)
+            code = 1
+        except Closed:
+            one.leave()
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert one._worker.epoch > 0
+    assert coordinator.metric('coordinator_workers_active{job="default"}') == 1
+
+
+def test_the_coordinators_settings_reach_workers(tmp_path):
+    config = tmp_path / "coordinator.toml"
+    config.write_text(
+        '[storage]\nbackend = "local"\npath = "/checkpoints"\n[dataset]\ndefault_shard_size = 5\n'
+    )
+    process = CoordinatorProcess(tmp_path)
+    process.start()
+
+    async def act():
+        one = TrainingOrchestrator("w", process.url, 1, 0)
+        await one.register_worker("127.0.0.1", 1)
+        assert one.coordinator_settings == {
+            "storage.backend": '"local"',
+            "storage.path": '"/checkpoints"',
+            "dataset.default_shard_size": "5",
+        }
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "a.csv").touch()
+        info = DatasetRegistry(process.url).register("d", tmp_path / "data", "csv", 12)
+        assert (info.shard_size, info.shard_count, info.file_count) == (5, 3, 1)
+        one.leave()
+
+    try:
+        asyncio.run(act())
+    finally:
+        process.end()
