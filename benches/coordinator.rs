@@ -68,7 +68,12 @@ impl Job {
             let reply = job.ask(Event::Register(request)).pop();
             let Some(Reply::Register(reply)) = reply else { panic!("{reply:?}") };
             let epoch = reply.epoch;
-            job.identities.push(v1::Identity { job: "bench".into(), worker_id, incarnation, epoch });
+            job.identities.push(v1::Identity {
+                job: "bench".into(),
+                worker_id,
+                incarnation,
+                epoch,
+            });
         }
         job
     }
@@ -199,8 +204,7 @@ struct Service {
 
 impl Service {
     fn start(scale: &Scale) -> Self {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let folder = tempfile::tempdir_in(dtr_benches::machine::scratch_directory()).unwrap();
         let path = folder.path().join("journal.redb");
         let overrides = vec![format!("coordinator.state_path={}", path.display())];
@@ -215,7 +219,8 @@ impl Service {
             });
             address
         });
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap().tcp_nodelay(true);
+        let endpoint =
+            Endpoint::from_shared(format!("http://{address}")).unwrap().tcp_nodelay(true);
         let workers = runtime.block_on(register_all(&endpoint, scale));
         Self { runtime, workers, _end: end, _folder: folder }
     }
@@ -284,6 +289,9 @@ async fn meet(workers: &[(Channel, v1::Identity)], arrival: u64) {
     }
     for wait in waits {
         let outcome = wait.await.unwrap();
-        assert!(matches!(outcome, Some(v1::wait_barrier_reply::Outcome::Released(_))), "{outcome:?}");
+        assert!(
+            matches!(outcome, Some(v1::wait_barrier_reply::Outcome::Released(_))),
+            "{outcome:?}"
+        );
     }
 }

@@ -112,7 +112,13 @@ pub const KEYS: &[Key] = &[
         "the file that survives restarts; by default below $STATE_DIRECTORY, $XDG_STATE_HOME or \
          ~/.local/state",
     ),
-    key("coordinator", "token", Kind::Path, "", "a file of tokens: lines of `TOKEN` or `JOB TOKEN`"),
+    key(
+        "coordinator",
+        "token",
+        Kind::Path,
+        "",
+        "a file of tokens: lines of `TOKEN` or `JOB TOKEN`",
+    ),
     key(
         "coordinator",
         "tls",
@@ -510,9 +516,9 @@ fn check_value(key: &Key, value: &Value, origin: &str) -> Result<(), ConfigError
         (Kind::Integer(least, most), Value::Integer(number)) => (*least..=*most).contains(number),
         (Kind::Flag, Value::Boolean(_)) => true,
         (Kind::Choice(choices), Value::String(text)) => choices.contains(&text.as_str()),
-        (Kind::Paths(names), Value::Table(table)) => table
-            .iter()
-            .all(|(name, path)| names.contains(&name.as_str()) && path.is_str()),
+        (Kind::Paths(names), Value::Table(table)) => {
+            table.iter().all(|(name, path)| names.contains(&name.as_str()) && path.is_str())
+        }
         _ => false,
     };
     if fits {

@@ -1,7 +1,7 @@
 //! The coordinator: who is alive, who waits, which checkpoint is complete, who reads which files.
 //!
 //! It sees names, steps, ranks and checksums, never a checkpoint's bytes. A pure state machine
-//! ([`state`]) decides; [`core`] gives it time and keeps what it decided ([`journal`]) before
+//! ([`state`]) decides; [`driver`] gives it time and keeps what it decided ([`journal`]) before
 //! anybody is told; [`service`] and [`server`] let the network in.
 //!
 #![doc = include_str!("../docs/protocol.md")]
@@ -9,7 +9,7 @@
 
 pub mod auth;
 pub mod config;
-pub mod core;
+pub mod driver;
 pub mod journal;
 mod limits;
 pub mod metrics;

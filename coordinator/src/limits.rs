@@ -40,9 +40,7 @@ pub(crate) fn text(what: &str, value: &str) -> Result<(), Status> {
     if value.len() > TEXT_BYTES_MAX || value.contains('\0') {
         let given = value.len();
         return Err(refuse(
-            format!(
-                "`{what}` has {given} bytes, at most {TEXT_BYTES_MAX} without NUL are allowed"
-            ),
+            format!("`{what}` has {given} bytes, at most {TEXT_BYTES_MAX} without NUL are allowed"),
             "shorten it",
         ));
     }
@@ -51,8 +49,8 @@ pub(crate) fn text(what: &str, value: &str) -> Result<(), Status> {
 
 /// An identity that names a worker; gives its job.
 pub(crate) fn identity(identity: Option<&v1::Identity>) -> Result<(), Status> {
-    let identity = identity
-        .ok_or_else(|| refuse("`identity` is missing".into(), "say which worker calls"))?;
+    let identity =
+        identity.ok_or_else(|| refuse("`identity` is missing".into(), "say which worker calls"))?;
     name("job", &identity.job)?;
     name("worker_id", &identity.worker_id)
 }

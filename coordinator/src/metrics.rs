@@ -132,9 +132,12 @@ const JOB_FAMILIES: &[(&str, &str, &str, Reading)] = &[
     ("coordinator_last_checkpoint_step", "gauge", "The newest committed step.", |job, _| {
         job.latest.map(|(step, _)| number_of(step))
     }),
-    ("coordinator_last_checkpoint_age_seconds", "gauge", "Age of the newest commit.", |job, now| {
-        job.latest.map(|(_, at_ms)| number_of(now.saturating_sub(at_ms)) / 1_000.0)
-    }),
+    (
+        "coordinator_last_checkpoint_age_seconds",
+        "gauge",
+        "Age of the newest commit.",
+        |job, now| job.latest.map(|(_, at_ms)| number_of(now.saturating_sub(at_ms)) / 1_000.0),
+    ),
 ];
 
 fn number(count: usize) -> f64 {
@@ -157,7 +160,8 @@ impl Text {
     fn line(&mut self, name: &str, labels: &[(&str, &str)], value: &str) {
         let labels: Vec<String> =
             labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let labels =
+            if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
         writeln!(self.0, "{name}{labels} {value}").expect("strings grow");
     }
 }
@@ -185,7 +189,8 @@ mod tests {
 
     #[test]
     fn the_names_that_dashboards_use_are_there() {
-        let job = JobSummary { job: "a\"b".into(), latest: Some((7, 1_000)), ..JobSummary::default() };
+        let job =
+            JobSummary { job: "a\"b".into(), latest: Some((7, 1_000)), ..JobSummary::default() };
         let summary = Summary { incarnation: 2, jobs: vec![job] };
         let text = render(&summary, &Histograms::default(), 3_500);
         for line in [

@@ -32,7 +32,7 @@ use tracing::{info, warn};
 
 use crate::auth::Auth;
 use crate::config::{Config, ConfigError};
-use crate::core::{Core, system_clock};
+use crate::driver::{Core, system_clock};
 use crate::journal::{Journal, JournalError};
 use crate::limits::{FILES_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::metrics::{self, Histograms};

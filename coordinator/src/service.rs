@@ -17,7 +17,7 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Request, Response, Status};
 
 use crate::auth::Auth;
-use crate::core::Core;
+use crate::driver::Core;
 use crate::limits;
 use crate::metrics::Histograms;
 use crate::state::{Event, Refusal, RefusalKind, Reply};
@@ -243,7 +243,9 @@ impl Checkpoints for Service {
         let request = self.enter_as(request, |request| request.identity.as_ref())?;
         limits::name("attempt", &request.attempt)?;
         let reply = self.ask(Event::CommitCheckpoint(request)).await?;
-        answer!(reply, Reply::Committed(commit) => v1::CommitCheckpointReply { commit: Some(commit) })
+        answer!(reply, Reply::Committed(commit) => v1::CommitCheckpointReply {
+            commit: Some(commit),
+        })
     }
 
     async fn abort_checkpoint(

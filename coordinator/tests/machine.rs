@@ -2,7 +2,9 @@
 //! and checkpoints end. Time is what the test says it is.
 #![expect(clippy::unwrap_used, reason = "a test stops at its first surprise")]
 
-use coordinator::state::{Change, Effects, Event, Moment, Policy, RefusalKind, Reply, State, Ticket};
+use coordinator::state::{
+    Change, Effects, Event, Moment, Policy, RefusalKind, Reply, State, Ticket,
+};
 use dtr_proto::v1::{self, ChangeKind, wait_barrier_reply::Outcome};
 
 /// One job, driven by hand.
@@ -97,7 +99,8 @@ impl Table {
 
     fn begin(&mut self, identity: &v1::Identity, step: u64, rewind: bool) -> Reply {
         let identity = Some(identity.clone());
-        self.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest { identity, step, rewind })).unwrap()
+        self.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest { identity, step, rewind }))
+            .unwrap()
     }
 
     fn attempt(&mut self, identity: &v1::Identity, step: u64) -> String {
@@ -128,7 +131,8 @@ impl Table {
     }
 
     fn leave(&mut self, identity: &v1::Identity, failure: &str) {
-        let request = v1::LeaveRequest { identity: Some(identity.clone()), failure: failure.into() };
+        let request =
+            v1::LeaveRequest { identity: Some(identity.clone()), failure: failure.into() };
         self.ask(Event::Leave(request));
     }
 

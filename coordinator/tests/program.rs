@@ -130,8 +130,11 @@ fn with_token(program: &Program, token: Option<&str>) -> Connection {
 #[test]
 fn a_token_is_asked_for() {
     let folder = tempdir().unwrap();
-    fs::write(folder.path().join("tokens"), "operators-0123456789\ndefault of-one-job-0123456789\n")
-        .unwrap();
+    fs::write(
+        folder.path().join("tokens"),
+        "operators-0123456789\ndefault of-one-job-0123456789\n",
+    )
+    .unwrap();
     let program = Program::start(folder.path(), &["--set=coordinator.token=tokens"]);
     let ask = |token, job: &str| {
         let connection = with_token(&program, token);
@@ -172,7 +175,8 @@ fn no_method_is_open() {
         for path in described {
             let mut grpc = tonic::client::Grpc::new(channel.clone());
             grpc.ready().await.unwrap();
-            let codec = tonic_prost::ProstCodec::<v1::ListJobsRequest, v1::ListJobsReply>::default();
+            let codec =
+                tonic_prost::ProstCodec::<v1::ListJobsRequest, v1::ListJobsReply>::default();
             let path = tonic::codegen::http::uri::PathAndQuery::try_from(path).unwrap();
             let request = Request::new(v1::ListJobsRequest {});
             let status = grpc.unary(request, path.clone(), codec).await.unwrap_err();
@@ -223,7 +227,11 @@ fn certificates(folder: &std::path::Path) -> Certificates {
             write(&format!("{name}.key"), key.serialize_pem()),
         )
     };
-    Certificates { ca: write("ca.pem", ca.pem()), server: signed("server"), client: signed("client") }
+    Certificates {
+        ca: write("ca.pem", ca.pem()),
+        server: signed("server"),
+        client: signed("client"),
+    }
 }
 
 #[test]
@@ -263,9 +271,8 @@ fn kills_lose_nothing() {
     let arguments = ["--set=coordinator.heartbeat_interval_ms=100"];
     let mut program = Program::start(folder.path(), &arguments);
     let connection = connect(&program.url());
-    let workers: Vec<_> = (0..WORLD_SIZE)
-        .map(|rank| register(&connection, rank, WORLD_SIZE).unwrap())
-        .collect();
+    let workers: Vec<_> =
+        (0..WORLD_SIZE).map(|rank| register(&connection, rank, WORLD_SIZE).unwrap()).collect();
     let (mut generation, mut epoch) = (0, 0);
     for round in 0..KILLS {
         let waits: Vec<_> = workers
@@ -299,14 +306,16 @@ fn a_commit_survives_a_kill() {
     let mut program = Program::start(folder.path(), &[]);
     let connection = connect(&program.url());
     let worker = register(&connection, 0, 1).unwrap();
-    let begin = v1::BeginCheckpointRequest { identity: Some(worker.identity()), step: 5, rewind: false };
+    let begin =
+        v1::BeginCheckpointRequest { identity: Some(worker.identity()), step: 5, rewind: false };
     let begun = connection
         .ask("begin", begin, |channel, request| async move {
             CheckpointsClient::new(channel).begin_checkpoint(request).await
         })
         .join()
         .unwrap();
-    let shard = v1::Shard { rank: 0, file: "rank-00000.shard".into(), bytes: 9, ..v1::Shard::default() };
+    let shard =
+        v1::Shard { rank: 0, file: "rank-00000.shard".into(), bytes: 9, ..v1::Shard::default() };
     let report = v1::ReportShardRequest {
         identity: Some(worker.identity()),
         step: 5,
@@ -321,7 +330,9 @@ fn a_commit_survives_a_kill() {
         .unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let part = runtime.block_on(stream.message()).unwrap().unwrap();
-    assert!(matches!(part.outcome, Some(v1::shard_outcome::Outcome::Publish(part)) if part.is_last));
+    assert!(
+        matches!(part.outcome, Some(v1::shard_outcome::Outcome::Publish(part)) if part.is_last)
+    );
     let commit = v1::CommitCheckpointRequest {
         identity: Some(worker.identity()),
         step: 5,

@@ -256,7 +256,8 @@ impl World {
 
     /// Sends something one way: late, twice, or never.
     fn send(&mut self, worker: usize, make: impl Fn() -> Action) {
-        let is_lost = self.workers[worker].is_cut_off || (!self.is_calm() && self.chance.percent(8));
+        let is_lost =
+            self.workers[worker].is_cut_off || (!self.is_calm() && self.chance.percent(8));
         if is_lost {
             return;
         }
@@ -707,13 +708,7 @@ impl Model {
     }
 
     /// A timeout of silence came before.
-    fn check_death(
-        &self,
-        record: &v1::WorkerRecord,
-        now_ms: u64,
-        grace_ms: u64,
-        slack_ms: u64,
-    ) {
+    fn check_death(&self, record: &v1::WorkerRecord, now_ms: u64, grace_ms: u64, slack_ms: u64) {
         let known = self.members.values().find(|known| known.incarnation == record.incarnation);
         let was_alive = known.is_some_and(|known| known.state() == WorkerState::Alive);
         if record.state() != WorkerState::Dead || !was_alive {
@@ -734,9 +729,8 @@ impl Model {
             let is_new = self.arrivals_used.insert(*arrival);
             self.assert(is_new, "an arrival released a barrier twice");
         }
-        let follows = self.generation.map_or(record.generation == 0, |last| {
-            record.generation == last + 1
-        });
+        let follows =
+            self.generation.map_or(record.generation == 0, |last| record.generation == last + 1);
         self.assert(follows, "a barrier's generation jumped");
         self.generation = Some(record.generation);
     }

@@ -95,8 +95,7 @@ class Coordinator:
     ) -> Worker: ...
     def register_dataset(
         self,
-        job: str,
-        name: str,
+        key: tuple[str, str],
         settings: tuple[str, str, int, int, int, bool],
         files: list[str],
         worker: Worker | None,

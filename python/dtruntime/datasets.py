@@ -138,7 +138,7 @@ class DatasetRegistry:
             shuffle,
         )
         file_count, shard_count = self._coordinator.register_dataset(
-            self.job, name, options, files, worker
+            (self.job, name), options, files, worker
         )
         return DatasetInfo(name, str(folder), format, samples, shard_size, file_count, shard_count)
 

@@ -115,17 +115,17 @@ impl Coordinator {
         Ok(Worker { inner: Home::new(wait(py, pending)?) })
     }
 
-    /// Makes a dataset known; gives how many files and shards it has. `settings` are `(path, format,
-    /// total_samples, shard_size, seed, shuffle)`.
+    /// Makes a dataset known; gives how many files and shards it has. `key` is `(job, name)`,
+    /// `settings` are `(path, format, total_samples, shard_size, seed, shuffle)`.
     fn register_dataset(
         &self,
         py: Python<'_>,
-        job: String,
-        name: String,
+        key: (String, String),
         settings: (String, String, u64, u64, u64, bool),
         files: Vec<String>,
         worker: Option<&Worker>,
     ) -> PyResult<(u64, u64)> {
+        let (job, name) = key;
         let what = format!("registering dataset `{name}`");
         let connection = self.connection.get(py, &what)?;
         let identity = worker.map(|worker| worker.inner.get(py, &what)).transpose()?;
@@ -144,10 +144,13 @@ impl Coordinator {
             }),
             files,
         };
-        let reply = wait(py, connection.ask(&what, request, |channel, request| async move {
-            let client = DatasetsClient::new(channel);
-            client.max_encoding_message_size(FILES_BYTES_MAX).register_dataset(request).await
-        }))?;
+        let reply = wait(
+            py,
+            connection.ask(&what, request, |channel, request| async move {
+                let client = DatasetsClient::new(channel);
+                client.max_encoding_message_size(FILES_BYTES_MAX).register_dataset(request).await
+            }),
+        )?;
         Ok((reply.file_count, reply.shard_count))
     }
 
@@ -165,10 +168,13 @@ impl Coordinator {
         let connection = self.connection.get(py, &what)?;
         let (rank, world_size) = place;
         let request = v1::GetShardRequest { job, name, rank, world_size, epoch };
-        let reply = wait(py, connection.ask(&what, request, |channel, request| async move {
-            let client = DatasetsClient::new(channel);
-            client.max_decoding_message_size(FILES_BYTES_MAX).get_shard(request).await
-        }))?;
+        let reply = wait(
+            py,
+            connection.ask(&what, request, |channel, request| async move {
+                let client = DatasetsClient::new(channel);
+                client.max_decoding_message_size(FILES_BYTES_MAX).get_shard(request).await
+            }),
+        )?;
         Ok((reply.spec.unwrap_or_default().path, reply.files, reply.file_count))
     }
 }
@@ -277,9 +283,8 @@ impl BarrierCall {
     fn join(&self, py: Python<'_>) -> PyResult<u64> {
         let (pending, arrival) = self.inner.get(py, "the wait at a barrier")?;
         loop {
-            let outcome = py.detach(|| {
-                pending.lock().unwrap_or_else(PoisonError::into_inner).wait(WAIT_SLICE)
-            });
+            let outcome = py
+                .detach(|| pending.lock().unwrap_or_else(PoisonError::into_inner).wait(WAIT_SLICE));
             if let Some(outcome) = outcome {
                 return outcome.map_err(|error| to_python(py, &error));
             }
@@ -299,9 +304,8 @@ impl BarrierCall {
 fn wait<T: Send>(py: Python<'_>, pending: Pending<T>) -> PyResult<T> {
     let pending = Mutex::new(pending);
     loop {
-        let outcome = py.detach(|| {
-            pending.lock().unwrap_or_else(PoisonError::into_inner).wait(WAIT_SLICE)
-        });
+        let outcome =
+            py.detach(|| pending.lock().unwrap_or_else(PoisonError::into_inner).wait(WAIT_SLICE));
         if let Some(outcome) = outcome {
             return outcome.map_err(|error| to_python(py, &error));
         }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import pytest
 from coordinators import CoordinatorProcess, free_port
@@ -454,7 +455,9 @@ def test_a_forked_child_is_no_member(coordinator, make):
         return one
 
     one = asyncio.run(act())
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is what is tested
+        child = os.fork()
     if child == 0:
         code = 0
         try:

@@ -119,7 +119,7 @@ impl Job {
         &mut self,
         scene: &mut Scene<'_>,
         ticket: Ticket,
-        request: v1::WaitBarrierRequest,
+        request: &v1::WaitBarrierRequest,
     ) -> Result<Option<Reply>, Refusal> {
         let call = Call {
             identity: request.identity.as_ref(),
@@ -214,13 +214,16 @@ impl Job {
 
     pub(super) fn withdraw_barrier(
         &mut self,
+        scene: &mut Scene<'_>,
         request: &v1::WithdrawBarrierRequest,
     ) -> Result<Reply, Refusal> {
         let (_, rank) = self.member_of(request.identity.as_ref())?;
         if let Some(barrier) = self.barriers.get_mut(&request.name)
             && barrier.waiting.get(&rank).is_some_and(|arrival| arrival.key == request.arrival)
         {
-            barrier.waiting.remove(&rank);
+            let withdrawn = barrier.waiting.remove(&rank);
+            let refusal = |arrival: Arrival| (arrival.ticket, Reply::Refused(taken_back(rank)));
+            scene.effects.replies.extend(withdrawn.map(refusal));
         }
         Ok(Reply::Done)
     }
@@ -340,6 +343,10 @@ fn superseded(rank: u32) -> Refusal {
         format!("a later call of rank {rank} waits at the same barrier"),
         "wait at a barrier once at a time",
     )
+}
+
+fn taken_back(rank: u32) -> Refusal {
+    Refusal::new(RefusalKind::Conflict, format!("rank {rank} took its arrival back"), "wait again")
 }
 
 fn too_many(job: &str) -> Refusal {

@@ -321,12 +321,7 @@ impl Job {
     }
 
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.
-    pub(super) fn lose_rank_of_attempts(
-        &mut self,
-        scene: &mut Scene<'_>,
-        rank: u32,
-        reason: &str,
-    ) {
+    pub(super) fn lose_rank_of_attempts(&mut self, scene: &mut Scene<'_>, rank: u32, reason: &str) {
         let world_size = self.record.world_size;
         let now_ms = scene.at.now_ms;
         let mut incomplete = Vec::new();

@@ -1,7 +1,8 @@
 //! Who reads which files.
 //!
 //! The files of a dataset are dealt out by a pure function: each epoch of the data has its own
-//! order, drawn from the seed, and rank `r` of `n` takes the places `r`, `r + n`, `r + 2n` and so on.
+//! order, drawn from the seed, and rank `r` of `n` takes the places `r`, `r + n`, `r + 2n` and so
+//! on.
 //!
 //! Always holds: the ranks of one epoch share all files, none twice, and their counts differ by at
 //! most one; the order depends on seed, epoch and the number of files alone, on every machine and
@@ -15,7 +16,12 @@ use super::{Change, Job, Key, Level, NAMES_MAX, Refusal, RefusalKind, Reply, Sce
 pub(super) const FILES_MAX: usize = 200_000;
 
 /// The files of one rank, as indices in the order to read them.
-pub fn assign(spec: &v1::DatasetSpec, file_count: usize, epoch: u64, share: (u32, u32)) -> Vec<usize> {
+pub fn assign(
+    spec: &v1::DatasetSpec,
+    file_count: usize,
+    epoch: u64,
+    share: (u32, u32),
+) -> Vec<usize> {
     let (rank, world_size) = share;
     let mut order: Vec<usize> = (0..file_count).collect();
     if spec.shuffle {
@@ -48,7 +54,8 @@ impl Job {
         }
         let spec = request.spec.ok_or_else(|| invalid("a dataset is missing"))?;
         check(&spec, &request.files)?;
-        let record = v1::DatasetRecord { spec: Some(spec), files: request.files, run: self.record.run };
+        let record =
+            v1::DatasetRecord { spec: Some(spec), files: request.files, run: self.record.run };
         let reply = reply_of(&record);
         let name = record.spec.as_ref().map_or("", |spec| &spec.name).to_owned();
         if let Some(known) = self.datasets.get(&name) {
@@ -73,8 +80,11 @@ impl Job {
     pub(super) fn get_shard(&self, request: &v1::GetShardRequest) -> Result<Reply, Refusal> {
         let record = self.datasets.get(&request.name);
         let record = record.ok_or_else(|| unknown(&request.name, &self.name))?;
-        let world_size =
-            if request.world_size == 0 { self.record.world_size.max(1) } else { request.world_size };
+        let world_size = if request.world_size == 0 {
+            self.record.world_size.max(1)
+        } else {
+            request.world_size
+        };
         if request.rank >= world_size {
             return Err(Refusal::new(
                 RefusalKind::Invalid,
@@ -83,8 +93,7 @@ impl Job {
             ));
         }
         let spec = record.spec.clone().unwrap_or_default();
-        let places =
-            assign(&spec, record.files.len(), request.epoch, (request.rank, world_size));
+        let places = assign(&spec, record.files.len(), request.epoch, (request.rank, world_size));
         Ok(Reply::Shard(v1::GetShardReply {
             files: places.into_iter().map(|place| record.files[place].clone()).collect(),
             spec: Some(spec),
@@ -111,7 +120,10 @@ fn check(spec: &v1::DatasetSpec, files: &[String]) -> Result<(), Refusal> {
         return Err(invalid("`total_samples` and `shard_size` are at least 1"));
     }
     if files.len() > FILES_MAX {
-        return Err(invalid(&format!("it has {} files, at most {FILES_MAX} are allowed", files.len())));
+        return Err(invalid(&format!(
+            "it has {} files, at most {FILES_MAX} are allowed",
+            files.len()
+        )));
     }
     let leaves = |file: &String| {
         file.is_empty() || file.starts_with('/') || file.split('/').any(|part| part == "..")
@@ -123,7 +135,8 @@ fn check(spec: &v1::DatasetSpec, files: &[String]) -> Result<(), Refusal> {
 }
 
 fn reply_of(record: &v1::DatasetRecord) -> Reply {
-    let shards = record.spec.as_ref().map_or(0, |spec| spec.total_samples.div_ceil(spec.shard_size));
+    let shards =
+        record.spec.as_ref().map_or(0, |spec| spec.total_samples.div_ceil(spec.shard_size));
     Reply::RegisterDataset(v1::RegisterDatasetReply {
         file_count: u64::try_from(record.files.len()).expect("a count fits 64 bits"),
         shard_count: shards,

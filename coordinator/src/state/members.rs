@@ -109,8 +109,7 @@ impl Job {
             return Err(self.wrong_size(request.world_size));
         }
         if resizes {
-            let reason =
-                format!("a run of world size {} took the job over", request.world_size);
+            let reason = format!("a run of world size {} took the job over", request.world_size);
             self.lose_everybody(scene, &reason);
             self.begin_run(scene, request.world_size);
             return Ok(());
@@ -193,7 +192,8 @@ impl Job {
             former_incarnation,
         };
         let now_ms = scene.at.now_ms;
-        let member = Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
+        let member =
+            Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
         self.holders.insert(rank, worker_id.clone());
         self.members.insert(worker_id.clone(), member);
         self.keep_member(scene, &worker_id);
@@ -442,7 +442,8 @@ impl Job {
             }
         }
         for (worker_id, silent_ms) in dead {
-            let reason = format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
+            let reason =
+                format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
             let loss = Loss { worker_id: &worker_id, kind: ChangeKind::Died, reason };
             self.lose(scene, &loss);
         }

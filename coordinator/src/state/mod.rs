@@ -253,13 +253,7 @@ struct Job {
 impl State {
     /// A coordinator that knows nothing, at its `incarnation`-th start.
     pub fn new(policy: Policy, incarnation: u64) -> Self {
-        Self {
-            policy,
-            incarnation,
-            jobs: BTreeMap::new(),
-            clock_ms: 0,
-            now_ms: 0,
-        }
+        Self { policy, incarnation, jobs: BTreeMap::new(), clock_ms: 0, now_ms: 0 }
     }
 
     /// A coordinator that starts again, when its clock says `now_ms`. Whoever lived counts as heard
@@ -312,7 +306,10 @@ impl State {
         effects: &mut Effects,
     ) -> Result<Option<Reply>, Refusal> {
         match event {
-            Event::Tick => return Ok(self.tick(at, effects)),
+            Event::Tick => {
+                self.tick(at, effects);
+                return Ok(None);
+            }
             Event::Inspect => return Ok(Some(Reply::Summary(self.summary()))),
             Event::ListJobs => return Ok(Some(Reply::Jobs(self.list_jobs()))),
             Event::Register(request) => {
@@ -375,7 +372,7 @@ impl State {
         ))
     }
 
-    fn tick(&mut self, at: Moment, effects: &mut Effects) -> Option<Reply> {
+    fn tick(&mut self, at: Moment, effects: &mut Effects) {
         let Self { policy, jobs, .. } = self;
         for job in jobs.values_mut() {
             let mut scene = Scene { at, policy, effects };
@@ -383,7 +380,6 @@ impl State {
             job.tick_barriers(&mut scene);
             job.tick_attempts(&mut scene);
         }
-        None
     }
 }
 
@@ -429,8 +425,8 @@ impl Job {
             Event::Heartbeat(request) => self.heartbeat(scene, incarnation, &request).map(Some),
             Event::Leave(request) => self.leave(scene, &request).map(Some),
             Event::ListWorkers(_) => Ok(Some(self.list_workers(scene))),
-            Event::WaitBarrier(request) => self.wait_barrier(scene, ticket, request),
-            Event::WithdrawBarrier(request) => self.withdraw_barrier(&request).map(Some),
+            Event::WaitBarrier(request) => self.wait_barrier(scene, ticket, &request),
+            Event::WithdrawBarrier(request) => self.withdraw_barrier(scene, &request).map(Some),
             Event::AgreeStep(request) => self.agree_step(scene, ticket, request),
             Event::BeginCheckpoint(request) => self.begin(scene, &request).map(Some),
             Event::ReportShard(request) => self.report(scene, ticket, request),

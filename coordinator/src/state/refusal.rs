@@ -54,11 +54,7 @@ impl RefusalKind {
 }
 
 impl Refusal {
-    pub(crate) fn new(
-        kind: RefusalKind,
-        why: impl Into<String>,
-        hint: impl Into<String>,
-    ) -> Self {
+    pub(crate) fn new(kind: RefusalKind, why: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { kind, why: why.into(), hint: hint.into() }
     }
 

@@ -56,7 +56,11 @@ impl State {
     pub(super) fn summary(&self) -> Summary {
         Summary {
             incarnation: self.incarnation,
-            jobs: self.jobs.values().map(|job| job.summary(self.policy.max_worker_failures)).collect(),
+            jobs: self
+                .jobs
+                .values()
+                .map(|job| job.summary(self.policy.max_worker_failures))
+                .collect(),
         }
     }
 

@@ -262,7 +262,9 @@ async fn within<R>(
 ) -> Result<R, Status> {
     match tokio::time::timeout(limit, reply).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(Status::deadline_exceeded(format!("no reply within {} ms", limit.as_millis()))),
+        Err(_) => {
+            Err(Status::deadline_exceeded(format!("no reply within {} ms", limit.as_millis())))
+        }
     }
 }
 
@@ -345,14 +347,15 @@ fn tls_of(options: &Options) -> Result<ClientTlsConfig, ClientError> {
 }
 
 fn token_of(token: &str) -> Result<MetadataValue<Ascii>, ClientError> {
-    let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim()).parse().map_err(|_| {
-        ClientError::new(
-            ErrorKind::Invalid,
-            "the coordinator's token",
-            "it is not plain ASCII",
-            "set COORDINATOR_TOKEN, or pass `token=`, as the operator gave it out",
-        )
-    })?;
+    let mut value: MetadataValue<Ascii> =
+        format!("Bearer {}", token.trim()).parse().map_err(|_| {
+            ClientError::new(
+                ErrorKind::Invalid,
+                "the coordinator's token",
+                "it is not plain ASCII",
+                "set COORDINATOR_TOKEN, or pass `token=`, as the operator gave it out",
+            )
+        })?;
     value.set_sensitive(true);
     Ok(value)
 }

@@ -77,7 +77,9 @@ impl ClientError {
         let kind = kind_of(status);
         let (why, hint) = match status.message().split_once("\nhint: ") {
             Some((why, hint)) => (why.to_owned(), hint.to_owned()),
-            None if kind == ErrorKind::Unavailable => (unreachable_why(url, status), unreachable_hint(url)),
+            None if kind == ErrorKind::Unavailable => {
+                (unreachable_why(url, status), unreachable_hint(url))
+            }
             None => (status.message().to_owned(), "see the coordinator's log".to_owned()),
         };
         Self { kind, what: what.to_owned(), why, hint }
@@ -100,8 +102,8 @@ fn kind_of(status: &Status) -> ErrorKind {
     }
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => ErrorKind::Unavailable,
-        // A connection that breaks in the middle of a call has no status of its own.
-        Code::Unknown if status.source().is_some() => ErrorKind::Unavailable,
+        // A connection that breaks in the middle of a call: the coordinator did not say this.
+        Code::Unknown | Code::Internal if status.source().is_some() => ErrorKind::Unavailable,
         Code::Unauthenticated | Code::PermissionDenied => ErrorKind::Unauthenticated,
         Code::InvalidArgument | Code::OutOfRange | Code::ResourceExhausted => ErrorKind::Invalid,
         Code::NotFound => ErrorKind::NotFound,

@@ -225,10 +225,8 @@ impl Worker {
             ));
             self.shared.changed.notify_all();
         }
-        let request = v1::LeaveRequest {
-            identity: Some(self.identity()),
-            failure: shortened(failure),
-        };
+        let request =
+            v1::LeaveRequest { identity: Some(self.identity()), failure: shortened(failure) };
         let inner = Arc::clone(self.connection.inner());
         let name = what.clone();
         let pending = self.connection.start(&what, async move {
@@ -252,7 +250,8 @@ async fn register(
     what: &str,
     registration: Registration,
 ) -> Result<Worker, ClientError> {
-    let Registration { job, worker_id, rank, world_size, ip, port, advertise_address } = registration;
+    let Registration { job, worker_id, rank, world_size, ip, port, advertise_address } =
+        registration;
     let incarnation = chance();
     let request = v1::RegisterRequest {
         job: job.clone(),
@@ -265,11 +264,7 @@ async fn register(
         advertise_address,
     };
     let reply = insist(connection.inner(), what, &request).await?;
-    let view = View {
-        acknowledged_epoch: reply.epoch,
-        seen_epoch: reply.epoch,
-        ..View::default()
-    };
+    let view = View { acknowledged_epoch: reply.epoch, seen_epoch: reply.epoch, ..View::default() };
     let shared = Arc::new(Shared {
         job,
         worker_id,
@@ -490,7 +485,11 @@ fn timed_out(what: &str, timeout: Duration, late: &v1::BarrierTimedOut) -> Clien
             worker_id => format!("rank {} (`{worker_id}`)", missing.rank),
         })
         .collect();
-    let more = if usize::try_from(late.missing_count).unwrap_or(0) > named.len() { " and others" } else { "" };
+    let more = if usize::try_from(late.missing_count).unwrap_or(0) > named.len() {
+        " and others"
+    } else {
+        ""
+    };
     ClientError::new(
         ErrorKind::TimedOut,
         what,

@@ -160,9 +160,10 @@ impl Decider {
         if is_tick {
             self.sweep();
         }
-        let replies = effects.replies.into_iter().filter_map(|(ticket, reply)| {
-            Some((self.waiting.remove(&ticket)?, reply))
-        });
+        let replies = effects
+            .replies
+            .into_iter()
+            .filter_map(|(ticket, reply)| Some((self.waiting.remove(&ticket)?, reply)));
         let replies: Vec<_> = replies.collect();
         let durable = self.durable.load(Ordering::Acquire);
         let must_wait = self.unkept.get(&job).is_some_and(|sequence| *sequence > durable);
@@ -236,7 +237,6 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()>
 }
 
 /// The machine's clock in production: monotonic since now.
-#[expect(clippy::missing_panics_doc, reason = "random bits are there on every Linux")]
 pub fn system_clock() -> Clock {
     let started = Instant::now();
     Box::new(move || {
