@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dtr_proto::client::{BarrierWait, Connection, ErrorKind, Options};
+use dtr_proto::client::{Connection, ErrorKind, Options};
 use dtr_proto::v1;
 use dtr_proto::v1::admin_client::AdminClient;
 use dtr_proto::v1::checkpoints_client::CheckpointsClient;
@@ -277,7 +277,7 @@ fn kills_lose_nothing() {
     for round in 0..KILLS {
         let waits: Vec<_> = workers
             .iter()
-            .map(|worker| worker.wait_barrier(&BarrierWait::new("round", LONG)))
+            .map(|worker| worker.wait_barrier(&worker.arrival("round", LONG)))
             .collect();
         // Sometimes before, sometimes while, sometimes after the release is written.
         std::thread::sleep(Duration::from_millis(round * 3 % 20));

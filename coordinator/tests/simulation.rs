@@ -110,6 +110,8 @@ struct Worker {
     phase: Phase,
     incarnation: u64,
     epoch: u64,
+    joined_epoch: u64,
+    arrivals: u64,
     /// The call that it waits for, with what to send again.
     call: u64,
     event: Option<Event>,
@@ -166,6 +168,8 @@ impl World {
             phase: Phase::Down,
             incarnation: 0,
             epoch: 0,
+            joined_epoch: 0,
+            arrivals: 0,
             call: 0,
             event: None,
             since_ms: 0,
@@ -477,7 +481,8 @@ impl World {
     }
 
     fn meet(&mut self, worker: usize) {
-        let arrival = self.chance.next();
+        self.workers[worker].arrivals += 1;
+        let arrival = (self.workers[worker].joined_epoch << 32) + self.workers[worker].arrivals;
         self.model.arrivals.entry(rank(worker)).or_default().insert(arrival);
         let request = v1::WaitBarrierRequest {
             identity: self.identity(worker),
@@ -542,6 +547,7 @@ impl World {
         match (phase, reply) {
             (Phase::Registering, Reply::Register(reply)) => {
                 self.workers[worker].epoch = reply.epoch;
+                self.workers[worker].joined_epoch = reply.epoch;
                 let incarnation = self.workers[worker].incarnation;
                 self.workers[worker].phase = Phase::Asking;
                 self.after(0, Action::Beat { worker, incarnation });

@@ -230,7 +230,7 @@ impl Worker {
     /// Arrives at a barrier; the call is waited for by its `join`.
     fn arrive(&self, py: Python<'_>, name: &str, timeout_seconds: f64) -> PyResult<BarrierCall> {
         let worker = self.get(py)?;
-        let arrival = BarrierWait::new(name, seconds(timeout_seconds));
+        let arrival = worker.arrival(name, seconds(timeout_seconds));
         let pending = Mutex::new(worker.wait_barrier(&arrival));
         Ok(BarrierCall { inner: Home::new((pending, arrival)), withdrawn: AtomicBool::new(false) })
     }

@@ -1,8 +1,8 @@
 //! Named points that nobody passes before every rank is there.
 //!
-//! A barrier's releases are counted by its generation. An arrival is a random number that its
-//! caller drew, so the same arrival sent twice is one, and a rank that lost the reply gets it again
-//! from the kept record, also after a restart.
+//! A barrier's releases are counted by its generation. Arrivals of a rank are numbered upwards, so
+//! the same arrival sent twice is one, an old one that comes late counts for nothing, and a rank
+//! that lost the reply gets it again from the kept record, also after a restart.
 //!
 //! Always holds:
 //! - a release needs an arrival of every rank of the job, each from a living member that knew of
@@ -33,6 +33,8 @@ pub(super) struct Barrier {
     /// The last release, if there was one.
     record: Option<v1::BarrierRecord>,
     waiting: BTreeMap<u32, Arrival>,
+    /// The newest arrival of each rank that ended without a release.
+    ended: BTreeMap<u32, u64>,
     /// When the first of those who wait now arrived.
     since_ms: u64,
     warnings: usize,
@@ -69,6 +71,21 @@ impl Barrier {
             outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
             step: record.agreed_step,
         })
+    }
+
+    /// Whether the rank's arrival is over: it, or a later one, was released or ended otherwise.
+    fn is_over(&self, rank: u32, key: u64) -> bool {
+        let place = usize::try_from(rank).unwrap_or(usize::MAX);
+        let released = self.record.as_ref().and_then(|record| record.arrivals.get(place));
+        let is_past = |newest: Option<&u64>| newest.is_some_and(|newest| key <= *newest);
+        is_past(released) || is_past(self.ended.get(&rank))
+    }
+
+    /// Ends one rank's wait, if it waits.
+    fn end_wait(&mut self, rank: u32) -> Option<Ticket> {
+        let arrival = self.waiting.remove(&rank)?;
+        self.ended.insert(rank, arrival.key);
+        Some(arrival.ticket)
     }
 
     /// Releases everybody: the new record, and who waits.
@@ -175,8 +192,14 @@ impl Job {
         if barrier.is_none() && self.barriers.len() >= NAMES_MAX {
             return Err(too_many(&self.name));
         }
+        if let Some(barrier) = barrier.filter(|barrier| barrier.is_over(rank, call.key)) {
+            return Ok(Some(self.timed_out(barrier).reply(call.name)));
+        }
         let now_ms = scene.at.now_ms;
         let barrier = self.barriers.entry(call.name.to_owned()).or_default();
+        if barrier.waiting.get(&rank).is_some_and(|arrival| arrival.key > call.key) {
+            return Err(superseded(rank));
+        }
         if barrier.waiting.is_empty() {
             barrier.since_ms = now_ms;
             barrier.warnings = 0;
@@ -221,9 +244,9 @@ impl Job {
         if let Some(barrier) = self.barriers.get_mut(&request.name)
             && barrier.waiting.get(&rank).is_some_and(|arrival| arrival.key == request.arrival)
         {
-            let withdrawn = barrier.waiting.remove(&rank);
-            let refusal = |arrival: Arrival| (arrival.ticket, Reply::Refused(taken_back(rank)));
-            scene.effects.replies.extend(withdrawn.map(refusal));
+            let ticket = barrier.end_wait(rank);
+            let refusal = |ticket| (ticket, Reply::Refused(taken_back(rank)));
+            scene.effects.replies.extend(ticket.map(refusal));
         }
         Ok(Reply::Done)
     }
@@ -241,7 +264,8 @@ impl Job {
 
     fn end_waits(&mut self, scene: &mut Scene<'_>, ended: &Ended) {
         for (name, barrier) in &mut self.barriers {
-            for arrival in std::mem::take(&mut barrier.waiting).into_values() {
+            for (rank, arrival) in std::mem::take(&mut barrier.waiting) {
+                barrier.ended.insert(rank, arrival.key);
                 scene.effects.replies.push((arrival.ticket, ended.clone().reply(name)));
             }
         }
@@ -277,18 +301,24 @@ impl Job {
         if barrier.waiting.values().all(|arrival| now_ms < arrival.deadline_ms) {
             return;
         }
+        let timed_out = self.timed_out(barrier);
+        let is_late = |(_, arrival): &(&u32, &Arrival)| arrival.deadline_ms <= now_ms;
+        let late: Vec<u32> =
+            barrier.waiting.iter().filter(is_late).map(|(rank, _)| *rank).collect();
+        for rank in late {
+            let ticket = barrier.end_wait(rank);
+            let reply = |ticket| (ticket, timed_out.clone().reply(name));
+            scene.effects.replies.extend(ticket.map(reply));
+        }
+    }
+
+    /// Not everybody came.
+    fn timed_out(&self, barrier: &Barrier) -> Ended {
         let missing = self.missing(barrier);
-        let timed_out = Ended::of(Outcome::TimedOut(v1::BarrierTimedOut {
+        Ended::of(Outcome::TimedOut(v1::BarrierTimedOut {
             missing_count: u32::try_from(missing.len()).unwrap_or(u32::MAX),
             missing: missing.into_iter().take(MISSING_NAMED_MAX).collect(),
-        }));
-        barrier.waiting.retain(|_, arrival| {
-            let is_late = arrival.deadline_ms <= now_ms;
-            if is_late {
-                scene.effects.replies.push((arrival.ticket, timed_out.clone().reply(name)));
-            }
-            !is_late
-        });
+        }))
     }
 
     fn missing(&self, barrier: &Barrier) -> Vec<v1::MissingRank> {

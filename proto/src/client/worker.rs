@@ -69,6 +69,7 @@ struct Shared {
     worker_id: String,
     incarnation: u64,
     progress: AtomicU64,
+    arrivals: AtomicU64,
     view: Mutex<View>,
     changed: Condvar,
 }
@@ -91,15 +92,8 @@ pub struct BarrierWait {
     pub name: String,
     /// How long to wait for the others.
     pub timeout: Duration,
-    /// The arrival, drawn once.
+    /// The arrival's number among those of its rank.
     arrival: u64,
-}
-
-impl BarrierWait {
-    /// One arrival at the barrier `name`.
-    pub fn new(name: &str, timeout: Duration) -> Self {
-        Self { name: name.to_owned(), timeout, arrival: chance() }
-    }
 }
 
 impl Worker {
@@ -162,6 +156,13 @@ impl Worker {
     /// Whether this worker is no member any more.
     pub fn is_ended(&self) -> bool {
         self.shared.view().ended.is_some()
+    }
+
+    /// One arrival at the barrier `name`. Arrivals are numbered: those of a later process of the
+    /// same worker, which joined later, are larger.
+    pub fn arrival(&self, name: &str, timeout: Duration) -> BarrierWait {
+        let count = self.shared.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
+        BarrierWait { name: name.to_owned(), timeout, arrival: (self.reply.epoch << 32) + count }
     }
 
     /// Waits at a barrier.
@@ -270,6 +271,7 @@ async fn register(
         worker_id,
         incarnation,
         progress: AtomicU64::new(0),
+        arrivals: AtomicU64::new(0),
         view: Mutex::new(view),
         changed: Condvar::new(),
     });
