@@ -195,14 +195,16 @@ def test_datasets_that_are_not_there(coordinator, tmp_path):
 
 
 def test_shards_by_epoch(coordinator, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
     for index in range(20):
-        (tmp_path / f"{index:02}.bin").touch()
+        (data / f"{index:02}.bin").touch()
     registry = DatasetRegistry(coordinator.url, job="shards")
     for _ in range(2):  # the same registration again is none
-        registry.register("d", tmp_path, "bin", 20, 1, seed=3)
+        registry.register("d", data, "bin", 20, 1, seed=3)
     shares = [registry.get_shard("d", rank, epoch=0, world_size=3) for rank in range(3)]
     assert sorted(map(len, shares)) == [6, 7, 7]
-    files = [str(file) for file in tmp_path.iterdir() if file.suffix == ".bin"]
+    files = [str(file) for file in data.iterdir()]
     assert sorted(file for share in shares for file in share) == sorted(files)
     assert registry.get_shard("d", 0, epoch=1, world_size=3) != shares[0]
     with pytest.raises(InvalidArgument, match="below 3 is allowed"):
