@@ -195,7 +195,7 @@ impl Decider {
     fn sweep(&mut self) {
         let durable = self.durable.load(Ordering::Acquire);
         self.unkept.retain(|_, sequence| *sequence > durable);
-        if self.last_ticket % 64 == 0 {
+        if self.last_ticket.is_multiple_of(64) {
             self.waiting.retain(|_, reply| !reply.is_closed());
         }
     }

@@ -1,7 +1,6 @@
 //! The program as an operator meets it: messages, pages, tokens, TLS, and that it outlives kills.
 #![expect(clippy::unwrap_used, reason = "a test stops at its first surprise")]
 
-#[allow(dead_code, clippy::allow_attributes, reason = "each test program uses its own part")]
 mod support;
 
 use std::fs;
@@ -167,7 +166,7 @@ fn no_method_is_open() {
     fs::write(folder.path().join("tokens"), "operators-0123456789\n").unwrap();
     let program = Program::start(folder.path(), &["--set=coordinator.token=tokens"]);
     let url = program.url();
-    let described = prost_types_of(dtr_proto::FILE_DESCRIPTORS);
+    let described = paths_of(dtr_proto::FILE_DESCRIPTORS);
     assert!(described.len() >= 18, "{described:?}");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -186,7 +185,7 @@ fn no_method_is_open() {
 }
 
 /// `/package.Service/Method` of every method.
-fn prost_types_of(descriptors: &[u8]) -> Vec<String> {
+fn paths_of(descriptors: &[u8]) -> Vec<String> {
     use prost::Message as _;
     let set = prost_types::FileDescriptorSet::decode(descriptors).unwrap();
     let mut paths = Vec::new();

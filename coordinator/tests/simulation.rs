@@ -302,7 +302,7 @@ impl World {
     // The coordinator.
 
     fn coordinate(&mut self, ticket: Ticket, event: Event) {
-        let random = u128::from(self.chance.next()) << 64 | u128::from(self.chance.next());
+        let random = (u128::from(self.chance.next()) << 64) | u128::from(self.chance.next());
         let clock = i64::try_from(self.now_ms).expect("short") + self.clock_ms;
         let at = Moment { now_ms: u64::try_from(clock).unwrap_or(0), wall_ms: self.now_ms, random };
         let is_stale = self.model.is_stale(&event);
@@ -622,7 +622,11 @@ impl World {
     fn give_up(&mut self, worker: usize, call: u64) {
         let Worker { phase, call: current, is_paused, .. } = &self.workers[worker];
         let Phase::Reporting { step, attempt } = phase.clone() else { return };
-        if *current != call || *is_paused {
+        if *current != call {
+            return;
+        }
+        if *is_paused {
+            self.after(500, Action::GiveUp { worker, call });
             return;
         }
         let request = v1::AbortCheckpointRequest {

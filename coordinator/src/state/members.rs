@@ -12,8 +12,6 @@
 //!   silence on this clock, nor because this process stood still;
 //! - a run ends when nobody of it lives; the next registration begins a new one.
 
-use std::collections::BTreeMap;
-
 use dtr_proto::v1::{self, ChangeKind, WorkerState};
 
 use super::{
@@ -405,9 +403,8 @@ impl Job {
     }
 
     fn lose_everybody(&mut self, scene: &mut Scene<'_>, reason: &str) {
-        let mut lost: BTreeMap<u32, String> = std::mem::take(&mut self.holders);
         self.failed_ms = Some(scene.at.now_ms); // a take-over is no failure
-        for worker_id in std::mem::take(&mut lost).into_values() {
+        for worker_id in std::mem::take(&mut self.holders).into_values() {
             let reason = reason.to_owned();
             let loss = Loss { worker_id: &worker_id, kind: ChangeKind::Replaced, reason };
             self.lose(scene, &loss);

@@ -274,7 +274,7 @@ pub(crate) fn chance() -> u64 {
     // secret, only different from other workers'.
     getrandom::u64().unwrap_or_else(|_| {
         let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
-        u64::from(std::process::id()) << 32 ^ u64::from(now.unwrap_or_default().subsec_nanos())
+        (u64::from(std::process::id()) << 32) ^ u64::from(now.unwrap_or_default().subsec_nanos())
     })
 }
 

@@ -315,7 +315,7 @@ async fn beat(shared: Arc<Shared>, inner: Arc<Inner>, interval: Duration) {
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let limit = interval.max(Duration::from_secs(2));
-    let mut misses = 0;
+    let mut misses: u32 = 0;
     loop {
         ticks.tick().await;
         match shared.beat_once(&inner, limit).await {
@@ -334,7 +334,7 @@ async fn beat(shared: Arc<Shared>, inner: Arc<Inner>, interval: Duration) {
                 if misses == 1 {
                     warn!("{error}; training goes on");
                 }
-                if misses % MISSES_MAX == 0 {
+                if misses.is_multiple_of(MISSES_MAX) {
                     inner.renew();
                 }
             }
