@@ -184,7 +184,7 @@ pub struct WaitBarrierRequest {
     /// The barrier.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
-    /// A random number, drawn anew for every wait, kept when the same arrival is sent again.
+    /// A number that is larger for every wait of this rank, the same when an arrival is sent again.
     #[prost(fixed64, tag = "3")]
     pub arrival: u64,
     /// How long to wait for the others.
@@ -466,7 +466,7 @@ pub struct AgreeStepRequest {
     /// Who asks.
     #[prost(message, optional, tag = "1")]
     pub identity: ::core::option::Option<Identity>,
-    /// A random number, drawn anew for every question, kept when the same one is sent again.
+    /// A number that is larger for every question of this rank, the same when it is sent again.
     #[prost(fixed64, tag = "2")]
     pub arrival: u64,
     /// Steps that this rank can load.
