@@ -93,6 +93,7 @@ impl Job {
         scene: &mut Scene<'_>,
         request: &v1::BeginCheckpointRequest,
     ) -> Result<Reply, Refusal> {
+        self.member_of(request.identity.as_ref())?;
         self.refuse_if_aborted()?;
         let (_, rank) = self.current_member_of(request.identity.as_ref())?;
         let step = request.step;
