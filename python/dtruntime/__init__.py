@@ -21,10 +21,11 @@ from dtruntime.errors import (
     StepConflict,
     StorageError,
     StoreBusy,
+    Unavailable,
     UnsupportedFormat,
     UnsupportedValue,
 )
-from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats
+from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats, UploadInfo
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
 
@@ -48,7 +49,9 @@ __all__ = [
     "StepConflict",
     "StorageError",
     "StoreBusy",
+    "Unavailable",
     "UnsupportedFormat",
     "UnsupportedValue",
+    "UploadInfo",
     "VerifyReport",
 ]
