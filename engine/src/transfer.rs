@@ -77,6 +77,7 @@ pub(crate) fn transfer(
         hint: "`ckpt-tool ls` lists those that exist".into(),
     })?;
     let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
+    let manifest = Arc::new(manifest);
     let mut transferred = Transferred { step, ..Transferred::default() };
     let replaces = match standing(destination, step)? {
         Some(there) if there == manifest.attempt => {
@@ -105,7 +106,7 @@ pub(crate) fn transfer(
         sinks.0.push(sink);
         shards.push((shard, entry.bytes));
         // Header, footer and index as they lie there now; the chunks' checksums are in the index.
-        Checkpoint::open_shard(destination, manifest.clone(), entry.rank)?;
+        Checkpoint::open_shard(destination, &manifest, entry.rank)?;
     }
     destination.publish(Publication {
         step,
@@ -145,7 +146,7 @@ impl Drop for Sinks {
 struct Copy<'a> {
     source: &'a dyn Store,
     destination: &'a dyn Store,
-    manifest: &'a Manifest,
+    manifest: &'a Arc<Manifest>,
     environment: &'a Arc<dyn Environment>,
     observer: &'a dyn VerifyObserver,
     what: String,
@@ -156,7 +157,7 @@ type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
 
 impl Copy<'_> {
     fn shard(&self, entry: &ShardEntry) -> Result<(ShardId, Box<dyn ShardSink>)> {
-        let checkpoint = Checkpoint::open_shard(self.source, self.manifest.clone(), entry.rank)?;
+        let checkpoint = Checkpoint::open_shard(self.source, self.manifest, entry.rank)?;
         let (rank, attempt) = parse_shard_file(&entry.file)
             .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
         let shard = ShardId { step: self.manifest.step, rank, attempt };
