@@ -16,7 +16,8 @@ use crate::proxy::{FAULTS, Fault, Plan, Proxy};
 use crate::server::OWNER;
 use crate::support::{Random, State, finish};
 
-/// Longer than any call may take with the timeouts of [`through`]: retention makes several requests.
+/// Longer than any call may take with the timeouts of [`through`]: retention makes several
+/// requests.
 const CALL_MAX: Duration = Duration::from_secs(120);
 
 /// The same store through a proxy, with little patience.

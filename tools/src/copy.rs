@@ -15,9 +15,9 @@ use crate::progress::Bar;
 use crate::text;
 
 const AFTER_HELP: &str = "\
-Either store may be a directory or `s3://bucket/prefix`. A copy that was interrupted goes on when the \
-command is given again: parts that a service has are not sent twice. Unlike `restore`, which writes a \
-checkpoint anew, a copy keeps compression, attempt and every byte.";
+Either store may be a directory or `s3://bucket/prefix`. A copy that was interrupted goes on when \
+the command is given again: parts that a service has are not sent twice. Unlike `restore`, which \
+writes a checkpoint anew, a copy keeps compression, attempt and every byte.";
 
 /// Arguments of `copy`.
 #[derive(Args, Debug)]

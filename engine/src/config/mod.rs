@@ -116,8 +116,8 @@ pub struct Config {
     pub verify_on_load: bool,
     /// How a store in S3 is reached.
     pub s3: S3Settings,
-    /// Store in S3, `s3://bucket/prefix`, that checkpoints are brought to once they are committed in
-    /// the directory `path`. Default: none.
+    /// Store in S3, `s3://bucket/prefix`, that checkpoints are brought to once they are committed
+    /// in the directory `path`. Default: none.
     pub remote: Option<String>,
     /// Bytes a second that uploads to `remote` take at most. Default: no bound; at least 1.
     pub remote_bytes_per_second: Option<u64>,

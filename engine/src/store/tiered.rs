@@ -12,10 +12,10 @@
 //! - The near store decides: what it committed exists; the far one has copies, byte for byte, each
 //!   of them whole or not there.
 //! - A checkpoint that waits for its upload is told to retention, which leaves it alone.
-//! - What was not uploaded when the process ended is uploaded by the next writer; parts that arrived
-//!   are not sent again.
-//! - A far store that cannot be reached holds up nothing but uploads: they are tried again until the
-//!   store is closed.
+//! - What was not uploaded when the process ended is uploaded by the next writer; parts that
+//!   arrived are not sent again.
+//! - A far store that cannot be reached holds up nothing but uploads: they are tried again until
+//!   the store is closed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
