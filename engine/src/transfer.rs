@@ -163,6 +163,8 @@ impl Copy<'_> {
         let shard = ShardId { step: self.manifest.step, rank, attempt };
         let size = ShardSize { expected_bytes: entry.bytes, most_bytes: entry.bytes };
         let flow = Arc::new(Flow::new(Arc::clone(self.environment), None));
+        // No training waits for a copy.
+        flow.captured();
         let mut sink = self.destination.resume_shard(shard, size, &flow)?;
         let copied =
             self.extents(&checkpoint, sink.as_mut()).and_then(|()| sink.finish(entry.bytes));

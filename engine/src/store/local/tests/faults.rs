@@ -379,7 +379,7 @@ fn nothing_is_synced_early_while_the_training_waits_for_the_device() {
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
     let flow = flow();
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow).unwrap();
+    let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &flow).unwrap();
     let sync = format!("sync {}", names::shard_file_name(0, A));
     let is_synced = || io.state.lock().unwrap().log.contains(&sync);
     let written = std::cell::Cell::new(0);
