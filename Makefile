@@ -15,8 +15,8 @@ help: ## list these commands
 
 setup: native ## make the Python environment and build the native module, ckpt-tool and the coordinator
 
-demo: native ## train a small GPT, kill it in the middle of a save, resume it, and compare the loss curves
-	@$(env) python python/examples/demo.py
+demo: native ## train a small GPT, kill it in the middle of a save, resume it, and compare the loss curves; REMOTE=s3://bucket/prefix brings checkpoints there too
+	@$(env) python python/examples/demo.py $(if $(REMOTE),--remote $(REMOTE))
 
 compare: native ## measure beside torch.save, safetensors, DCP and torch_checkpointing; ARGS="--quick" for less
 	@$(env) python benches/compare/compare.py $(ARGS)
@@ -26,6 +26,7 @@ compare-auto: native ## measure compression="auto" on a slowed device (as root)
 
 test: native ## run every test
 	$(cargo) test --locked --workspace
+	$(cargo) build --locked --workspace --example s3-server
 	$(env) pytest tests/python
 
 torture: native ## try every promise as often as its row says, for BUDGET minutes, going on where the last run ended (best as root)

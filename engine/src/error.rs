@@ -93,6 +93,18 @@ pub enum EngineError {
         /// How to go on.
         hint: String,
     },
+    /// Retry, or mend the access: the service that holds the store did not do what it was asked.
+    /// Nothing is known of the checkpoints themselves.
+    #[error("{what}: {why}\nhint: {hint}")]
+    Unavailable {
+        /// The operation, with bucket, key and part.
+        what: String,
+        /// What the service said, with its code and the request's id; or what became of the
+        /// connection.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
     /// Load again before saving: live memory was changed in part when an in-place restore failed.
     #[error("{what}: {why}\nhint: {hint}")]
     RestoreIncomplete {
@@ -137,6 +149,7 @@ impl EngineError {
             | Self::UnsupportedFormat { hint, .. }
             | Self::NoSpace { hint, .. }
             | Self::Io { hint, .. }
+            | Self::Unavailable { hint, .. }
             | Self::RestoreIncomplete { hint, .. }
             | Self::Closed { hint, .. }
             | Self::Internal { hint, .. } => hint,
@@ -146,8 +159,11 @@ impl EngineError {
     /// Whether the same call may succeed later without a change.
     pub fn is_retryable(&self) -> bool {
         match self {
-            // The other writer may leave; space may be freed; a device may come back.
-            Self::StoreBusy { .. } | Self::NoSpace { .. } | Self::Io { .. } => true,
+            // The other writer may leave; space may be freed; a device or a service may come back.
+            Self::StoreBusy { .. }
+            | Self::NoSpace { .. }
+            | Self::Io { .. }
+            | Self::Unavailable { .. } => true,
             // The call itself, the bytes, or this engine must change first.
             Self::InvalidArgument { .. }
             | Self::NotFound { .. }
@@ -253,6 +269,7 @@ impl EngineError {
             Corrupt,
             UnsupportedFormat,
             NoSpace,
+            Unavailable,
             RestoreIncomplete,
             Closed,
             Internal

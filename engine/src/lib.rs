@@ -1,7 +1,8 @@
 //! The checkpoint engine: tensors' bytes in, committed checkpoint out.
 //!
-//! Knows no Python, no CUDA and no network protocol. A byte travels through the modules in the
-//! order in which they are declared here, from the store's front door to the device.
+//! Knows no Python and no CUDA, and of networks only S3, with the feature `s3`. A byte travels
+//! through the modules in the order in which they are declared here, from the store's front door to
+//! the device.
 #![deny(missing_docs)]
 
 pub mod clock;
@@ -18,6 +19,7 @@ pub mod recovery;
 pub mod retention;
 pub mod save;
 pub mod store;
+pub mod transfer;
 
 pub use config::Config;
 pub use engine::Engine;

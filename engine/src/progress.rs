@@ -89,6 +89,10 @@ pub struct SaveStats {
     pub staging_bytes: u64,
     /// Whether the state was larger than the arena and streamed through it.
     pub streamed: bool,
-    /// `uring` or `threads`.
+    /// Parts that the shard was uploaded in; 0 where the store is a directory.
+    pub parts: u64,
+    /// Requests to the store's service that had to be repeated.
+    pub retries: u64,
+    /// `uring`, `threads` or `s3`.
     pub io_backend: String,
 }

@@ -224,7 +224,7 @@ impl Survey {
 }
 
 impl StepSurvey {
-    fn is_retired(&self) -> bool {
+    pub(crate) fn is_retired(&self) -> bool {
         matches!(self.state, StepState::Retired { .. })
     }
 }

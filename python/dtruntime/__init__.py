@@ -31,11 +31,12 @@ from dtruntime.errors import (
     StorageError,
     StoreBusy,
     Unauthenticated,
+    Unavailable,
     UnsupportedFormat,
     UnsupportedValue,
     WorkerFenced,
 )
-from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats
+from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats, UploadInfo
 from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
@@ -73,8 +74,10 @@ __all__ = [
     "StoreBusy",
     "TrainingOrchestrator",
     "Unauthenticated",
+    "Unavailable",
     "UnsupportedFormat",
     "UnsupportedValue",
+    "UploadInfo",
     "VerifyReport",
     "WorkerFenced",
     "WorkerInfo",

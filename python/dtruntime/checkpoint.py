@@ -55,8 +55,8 @@ class CheckpointManager:
     A context manager: leaving the block waits for the save in flight and closes the store.
 
     Args:
-        path: Directory of the store; made, with its parents, if it is not there. Default: the
-            environment's ``CHECKPOINT_DIR``.
+        path: The store: a directory, made with its parents if it is not there, or
+            ``s3://bucket/prefix``. Default: the environment's ``CHECKPOINT_DIR``.
         keep_last_n: Newest checkpoints to keep; None keeps all.
         keep_every: Keep every checkpoint whose step is a multiple of this, besides.
         compression: ``auto``, ``none``, ``float`` (made for weights), ``zstd`` or ``gzip``.
@@ -79,12 +79,25 @@ class CheckpointManager:
             it. Default None: no handler is installed.
         sigterm_deadline_seconds: How long ``finish`` may take.
         storage_path: Another name for ``path``.
-        backend: ``local``, the only one in this version.
-        remote: Not in this version.
+        backend: ``local`` or ``s3``. Default: what ``path`` says. With ``s3``, the scheme of
+            ``path`` may be left out.
+        remote: A store in S3, ``s3://bucket/prefix``, that checkpoints are brought to behind the
+            training once they are committed in the directory ``path``; ``load`` takes what is not
+            in the directory from there. What is not uploaded when the process ends is uploaded by
+            the next manager that writes; parts that arrived are not sent again.
+        remote_bytes_per_second: What uploads take at most: bytes, or text such as ``"200MB"``.
+        remove_before_upload: Whether retention may take what is not in ``remote`` yet.
+        s3: How a store in S3 is reached, some of: ``region``, ``endpoint_url``, ``profile``,
+            ``path_style`` (default: true with an endpoint), ``ca_bundle`` (a PEM file, trusted
+            besides the system's), ``connect_timeout_ms`` (5,000), ``request_timeout_ms`` of one
+            attempt (60,000), ``attempts`` at a request (6), ``part_bytes`` of an upload
+            (``"16MiB"``), ``in_flight_bytes`` of parts (``"128MiB"``). Default: what the AWS tools
+            take. Credentials come from environment, profile, web identity, container or instance.
 
     Raises:
         InvalidArgument: A setting is out of its range.
         StoreBusy: Another writer holds the store.
+        Unavailable: The service of a store in S3 cannot be reached, or refuses.
 
     >>> with CheckpointManager("runs/gpt", keep_last_n=5) as manager:
     ...     for step in range(1000):
@@ -118,10 +131,11 @@ class CheckpointManager:
         storage_path: str | os.PathLike[str] | None = None,
         backend: str | None = None,
         remote: str | None = None,
+        remote_bytes_per_second: int | str | None = None,
+        remove_before_upload: bool = False,
+        s3: Mapping[str, Any] | None = None,
     ) -> None:
-        self._path = settings.store_path(
-            path, storage_path=storage_path, backend=backend, remote=remote
-        )
+        self._path = settings.store_path(path, storage_path=storage_path, backend=backend)
         rank_number, ranks = settings.rank_and_world_size(rank, world_size)
         engine_settings: dict[str, Any] = {
             "job": job,
@@ -132,7 +146,10 @@ class CheckpointManager:
             "direct_io": settings.direct_io(direct_io),
             "io_backend": settings.choice("io_backend", io_backend, settings.IO_BACKENDS),
             "verify_on_load": bool(verify_on_load),
-        }
+            "s3": settings.s3_settings(s3),
+        } | settings.remote_settings(
+            remote, remote_bytes_per_second, remove_before_upload=remove_before_upload
+        )
         for name, value in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
             if value is not None:
                 engine_settings[name] = settings.parse_bytes(name, value)
@@ -155,18 +172,20 @@ class CheckpointManager:
         """What the last ``load`` or ``restore`` read; None before the first."""
         self._native = _native.Manager(self._path, json.dumps(engine_settings))
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
-        lifecycle.register(self, self._native, self._watcher)
+        has_uploads = remote is not None and not self._read_only
+        self._uploads = Watcher(shows_progress=False) if has_uploads else None
+        lifecycle.register(self, self._native, self._watcher, self._uploads)
         if sigterm is not None:
             lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)
 
     @property
-    def path(self) -> os.PathLike[str]:
-        """Directory of the store."""
+    def path(self) -> str | os.PathLike[str]:
+        """The store: its directory, or ``s3://bucket/prefix``."""
         return self._path
 
     @property
     def io_backend(self) -> str:
-        """The way to the device that was chosen: ``uring`` or ``threads``."""
+        """The way to the device that was chosen: ``uring``, ``threads``, or ``s3``."""
         return self._native.io_backend
 
     def save_async(
@@ -224,6 +243,7 @@ class CheckpointManager:
                 native = self._native.save(number, bool(rewind), parts, annotations)
                 handle = self._last = SaveHandle(native, self._watcher)
                 self._watcher.watch(handle, self._native)
+                handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
             finally:
                 self._is_capturing = False
                 lifecycle.resume_termination()
@@ -423,7 +443,8 @@ class CheckpointManager:
     def close(self) -> None:
         """Finish the save in flight, then give back threads, memory and the store's lock.
 
-        Closing twice is fine.
+        With a remote store, what is not uploaded yet is, or is tried once more. Closing twice is
+        fine.
 
         Raises:
             CheckpointError: A save failed, and nobody has looked at its error. The store is closed
@@ -444,6 +465,9 @@ class CheckpointManager:
             self._is_closed = True
             if self._watcher is not None:
                 self._watcher.stop()
+            if self._uploads is not None:
+                self._native.drain()
+                self._uploads.stop()
             lifecycle.unregister(self, self._watcher)
             self._native.close()
 

@@ -84,6 +84,15 @@ class StorageError(CheckpointError):
         self.errno = errno
 
 
+class Unavailable(CheckpointError):  # noqa: N818
+    """Retry, or mend the access: the store's service did not do what it was asked.
+
+    Nothing is known of the checkpoints themselves.
+    """
+
+    is_retryable = True
+
+
 class RestoreIncomplete(CheckpointError):  # noqa: N818
     """Restore again before saving: live memory was changed in part when a restore failed."""
 

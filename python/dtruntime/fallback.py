@@ -38,7 +38,7 @@ def read_step(
 
 def read_newest(
     native: _native.Manager,
-    store: os.PathLike[str],
+    store: str | os.PathLike[str],
     read: Callable[[_native.Checkpoint], _T],
 ) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
     """Read the newest checkpoint that verifies; give the newer ones that do not, with reasons."""
@@ -68,7 +68,7 @@ def read_newest(
             return checkpoint, result, failed
 
 
-def no_checkpoint(store: os.PathLike[str]) -> CheckpointNotFound:
+def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
     """Give the error of an empty store."""
     return CheckpointNotFound(
         f"looking for the newest checkpoint in `{store}`",
@@ -96,7 +96,7 @@ def _is_damage(error: Corrupt | StorageError) -> bool:
     return not isinstance(error, StorageError) or error.errno in _MEDIUM_ERRORS
 
 
-def _nothing_readable(store: os.PathLike[str], failed: dict[int, str]) -> CheckpointError:
+def _nothing_readable(store: str | os.PathLike[str], failed: dict[int, str]) -> CheckpointError:
     if not failed:
         return no_checkpoint(store)
     return Corrupt(

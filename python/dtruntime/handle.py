@@ -62,7 +62,9 @@ class SaveStats:
         chunks_encoded: Chunks that compression shrank.
         staging_bytes: Bytes of the staging arena.
         streamed: Whether the state was larger than the arena and streamed through it.
-        io_backend: ``uring`` or ``threads``.
+        parts: Parts that the shard was uploaded in; 0 where the store is a directory.
+        retries: Requests to the store's service that had to be repeated.
+        io_backend: ``uring``, ``threads`` or ``s3``.
 
     """
 
@@ -79,6 +81,8 @@ class SaveStats:
     chunks_encoded: int
     staging_bytes: int
     streamed: bool
+    parts: int
+    retries: int
     io_backend: str
 
 
@@ -106,6 +110,30 @@ class SaveInfo:
     stats: SaveStats
 
 
+@dataclass(frozen=True)
+class UploadInfo:
+    """A checkpoint that was brought to the remote store.
+
+    Attributes:
+        step: Its step.
+        was_there: Whether the remote store had it already.
+        bytes: Bytes of its shards.
+        parts: Parts that they were uploaded in.
+        resumed_parts: Of these, parts that an earlier process had brought there.
+        retries: Requests that had to be repeated.
+        seconds: Seconds it took.
+
+    """
+
+    step: int
+    was_there: bool
+    bytes: int
+    parts: int
+    resumed_parts: int
+    retries: int
+    seconds: float
+
+
 class SaveHandle:
     """A save in flight, or ended. Made by ``CheckpointManager.save_async``.
 
@@ -115,6 +143,10 @@ class SaveHandle:
 
     Attributes:
         staged: A future that is done once the snapshot is taken: the state may change from then on.
+        uploaded: A future that is done once the checkpoint is in the remote store, with an
+            ``UploadInfo``, or with the error of the upload; the local checkpoint stands. Without a
+            remote store it is done, with None. One that has not ended when the process does is
+            done by the next manager that writes.
 
     """
 
@@ -129,6 +161,8 @@ class SaveHandle:
         self._ended.set_running_or_notify_cancel()
         self.staged: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.staged.set_result(None)
+        self.uploaded: concurrent.futures.Future[UploadInfo | None] = concurrent.futures.Future()
+        self.uploaded.set_running_or_notify_cancel()
 
     @property
     def step(self) -> int:
@@ -207,6 +241,20 @@ class SaveHandle:
     def __repr__(self) -> str:
         state = "ended" if self._ended.done() else "in flight"
         return f"<SaveHandle step={self.step} {state}>"
+
+    def _watch_upload(self, uploads: Watcher | None, manager: _native.Manager) -> None:
+        """Resolve ``uploaded`` when the upload has ended, on a thread of its own."""
+        if uploads is None or not uploads.submit(lambda: self._follow_upload(manager)):
+            self.uploaded.set_result(None)
+
+    def _follow_upload(self, manager: _native.Manager) -> None:
+        self._native.wait()
+        try:
+            info = manager.uploaded(self.step)
+        except CheckpointError as error:
+            self.uploaded.set_exception(error)
+        else:
+            self.uploaded.set_result(None if info is None else UploadInfo(**info))
 
     def _announce(self) -> None:
         """Resolve the future and run the callbacks; called once, by the watcher."""

@@ -36,12 +36,17 @@ _managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
 _watchers: set[Watcher] = set()
 
 
-def register(manager: CheckpointManager, native: _native.Manager, watcher: Watcher | None) -> None:
+def register(
+    manager: CheckpointManager,
+    native: _native.Manager,
+    watcher: Watcher | None,
+    uploads: Watcher | None,
+) -> None:
     """Look after a manager until it is closed or dropped."""
     _managers.add(manager)
     if watcher is not None:
         _watchers.add(watcher)
-        weakref.finalize(manager, _let_go, native, watcher).atexit = False
+        weakref.finalize(manager, _let_go, native, watcher, uploads).atexit = False
 
 
 def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
@@ -51,11 +56,14 @@ def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
     _terminations.forget(manager)
 
 
-def _let_go(native: _native.Manager, watcher: Watcher) -> None:
+def _let_go(native: _native.Manager, watcher: Watcher, uploads: Watcher | None) -> None:
     """End what a dropped manager left, on its own thread and once its saves have ended."""
 
     def close() -> None:
         try:
+            if uploads is not None:
+                native.drain()
+                uploads.stop()
             native.close()
         except CheckpointError as error:
             _log_unseen(error)

@@ -30,7 +30,20 @@ _UNITS = {"": 1, "B": 1} | {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _ORDINAL = re.compile(r"(?:.*-)?(\d+)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_DIRECTORIES_ONLY = "this version stores checkpoints in directories"
+_S3 = "s3://"
+
+S3_SETTINGS = (
+    "region",
+    "endpoint_url",
+    "profile",
+    "path_style",
+    "ca_bundle",
+    "connect_timeout_ms",
+    "request_timeout_ms",
+    "attempts",
+    "part_bytes",
+    "in_flight_bytes",
+)
 
 
 def parse_bytes(name: str, value: int | str) -> int:
@@ -111,24 +124,20 @@ def store_path(
     *,
     storage_path: str | os.PathLike[str] | None,
     backend: str | None,
-    remote: str | None,
     environment: Mapping[str, str] = os.environ,
-) -> Path:
-    """Give the directory of the store, from the arguments or from ``CHECKPOINT_DIR``."""
+) -> str | Path:
+    """Give the store, from the arguments or from ``CHECKPOINT_DIR``.
+
+    A directory is a ``Path``; text that begins with ``s3://`` is a store in S3.
+    """
     if path is not None and storage_path is not None:
         raise InvalidArgument(
             f"settings `path` = {os.fspath(path)!r}, `storage_path` = {os.fspath(storage_path)!r}",
             "both name the store",
             "pass one of them",
         )
-    if backend not in (None, "local"):
-        raise InvalidArgument(
-            f"setting `backend` = {backend!r}", _DIRECTORIES_ONLY, 'use `backend="local"`'
-        )
-    if remote is not None:
-        raise InvalidArgument(
-            f"setting `remote` = {remote!r}", _DIRECTORIES_ONLY, "leave `remote` unset"
-        )
+    if backend is not None:
+        choice("backend", backend, ("local", "s3"))
     chosen = path if path is not None else storage_path
     if chosen is None:
         chosen = environment.get("CHECKPOINT_DIR") or None
@@ -136,7 +145,7 @@ def store_path(
         raise InvalidArgument(
             "setting `path`",
             "it is not given, and the environment has no CHECKPOINT_DIR",
-            'name the directory of the store: `CheckpointManager("runs/gpt")`',
+            'name the store: `CheckpointManager("runs/gpt")`, or "s3://bucket/runs/gpt"',
         )
     try:
         text = os.fspath(chosen)
@@ -146,11 +155,70 @@ def store_path(
         raise InvalidArgument(
             f"setting `path` = {chosen!r}", "a str or a path is expected", "pass `str` or `Path`"
         )
-    if _SCHEME.match(text):
+    return _located(text, backend)
+
+
+def _located(text: str, backend: str | None) -> str | Path:
+    """Tell a directory from a store in S3; ``backend``, if it is given, must agree."""
+    scheme = _SCHEME.match(text)
+    if scheme is None and backend == "s3":
+        if text.startswith("/"):
+            raise InvalidArgument(
+                f"settings `path` = {text!r}, `backend` = 's3'",
+                "it is a directory",
+                'name a bucket and a prefix: "s3://bucket/runs/gpt"',
+            )
+        return _S3 + text
+    if scheme is None:
+        return Path(text)
+    if scheme[0].lower() != _S3 or backend == "local":
         raise InvalidArgument(
-            f"setting `path` = {text!r}", _DIRECTORIES_ONLY, "name a directory on this machine"
+            f"setting `path` = {text!r}" + (f", `backend` = {backend!r}" if backend else ""),
+            "a directory, or a store in S3, is expected",
+            'name a directory on this machine, or "s3://bucket/runs/gpt"',
         )
-    return Path(text)
+    return _S3 + text[len(_S3) :]
+
+
+def remote_settings(
+    remote: str | None, bytes_per_second: int | str | None, *, remove_before_upload: bool
+) -> dict[str, Any]:
+    """Give the engine's settings of a second store. What it accepts is the engine's to check."""
+    settings: dict[str, Any] = {"remove_before_upload": bool(remove_before_upload)}
+    if remote is not None:
+        settings["remote"] = str(remote)
+    if bytes_per_second is not None:
+        name = "remote_bytes_per_second"
+        settings[name] = parse_bytes(name, bytes_per_second)
+    return settings
+
+
+def s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Give the engine's settings of a store in S3. Ranges are the engine's to check."""
+    settings = {}
+    for name, value in (given or {}).items():
+        if name not in S3_SETTINGS:
+            near = difflib.get_close_matches(str(name), S3_SETTINGS, n=1)
+            raise InvalidArgument(
+                f"setting `s3` has the key {name!r}",
+                "expected some of " + ", ".join(f"`{text}`" for text in S3_SETTINGS),
+                f"did you mean `{near[0]}`?"
+                if near
+                else "credentials come from the usual chain: environment, profile, role",
+            )
+        if value is not None:
+            settings[name] = _s3_setting(name, value)
+    return settings
+
+
+def _s3_setting(name: str, value: Any) -> Any:
+    if name.endswith("_bytes"):
+        return parse_bytes(f"s3.{name}", value)
+    if name.endswith("_ms") or name == "attempts":
+        return integer(f"s3.{name}", value)
+    if name == "path_style":
+        return bool(value)
+    return os.fspath(value)
 
 
 def rank_and_world_size(

@@ -3,17 +3,20 @@
 Trains the small GPT of `train_gpt.py` three times: without interruption; until SIGKILL strikes
 while a save is in flight; and from there, resumed. Then compares the two loss curves bit by bit,
 looks at the store with `ckpt-tool`, and prints what the saves cost. Ends with exit status 1 when
-any claim fails.
+any claim fails. With `--remote s3://bucket/prefix` the checkpoints are brought there too, below a
+prefix of this run's own, and verified there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +43,25 @@ def main() -> int:
     """Run the demonstration in a folder of its own."""
     if shutil.which("ckpt-tool") is None:
         sys.exit("error: `ckpt-tool` is not on PATH\nhint: run `make demo`")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--remote", metavar="S3", help="bring checkpoints there too, s3://...")
+    remote = parser.parse_args().remote
+    if remote:
+        remote = f"{remote.rstrip('/')}/demo-{int(time.time())}"
     with tempfile.TemporaryDirectory(prefix="dtruntime-demo-") as folder:
-        return demonstrate(Path(folder))
+        return demonstrate(Path(folder), remote)
 
 
-def demonstrate(folder: Path) -> int:
+def demonstrate(folder: Path, remote: str | None) -> int:
     """Train three times, compare, inspect; returns the exit status."""
     claims = Claims()
     calm, rough = folder / "uninterrupted", folder / "interrupted"
 
     heading(f"1. {STEPS} steps without interruption, a checkpoint every {SAVE_EVERY}")
-    _, expected = run_trainer(calm)
+    _, expected = run_trainer(calm, remote)
 
     heading(f"2. the same run, killed by SIGKILL while it saves step {KILLED_AT}")
-    status, _ = run_trainer(rough, "--kill-during-save", str(KILLED_AT))
+    status, _ = run_trainer(rough, remote, "--kill-during-save", str(KILLED_AT))
     claims.check("the process was killed", holds=status == -signal.SIGKILL)
     attempt = rough / f"step-{KILLED_AT:012}"
     files = sorted(attempt.iterdir()) if attempt.is_dir() else []
@@ -65,7 +73,7 @@ def demonstrate(folder: Path) -> int:
     )
 
     heading("3. the same run again, resumed")
-    _, resumed = run_trainer(rough, "--resume")
+    _, resumed = run_trainer(rough, remote, "--resume")
     compare(claims, expected, resumed)
 
     heading("4. what ckpt-tool says")
@@ -79,16 +87,21 @@ def demonstrate(folder: Path) -> int:
 
     heading("5. what a save cost (uninterrupted run)")
     print_costs(expected["saves"])
+    if remote:
+        heading("6. what arrived in S3")
+        there = f"{remote}/{rough.name}"
+        claims.check("every byte verifies there", holds=tool("verify", there, "--all"))
     print("\nEvery claim held." if not claims.failed else f"\n{claims.failed} claims failed.")
     return 1 if claims.failed else 0
 
 
-def run_trainer(store: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+def run_trainer(store: Path, remote: str | None, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Train in a process of its own; returns its exit status and its report."""
     report = store.with_suffix(".json")
     report.unlink(missing_ok=True)
     command = [sys.executable, str(TRAINER), "--store", str(store), "--losses-out", str(report)]
     command += ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY), *arguments]
+    command += ["--remote", f"{remote}/{store.name}"] if remote else []
     status = subprocess.run(command, check=False).returncode
     if status not in (0, -signal.SIGKILL):
         sys.exit(f"error: the trainer ended with exit status {status}")
@@ -126,10 +139,11 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[round((value - low) * scale)] for value in values)
 
 
-def tool(verb: str, store: Path, *arguments: object) -> bool:
+def tool(verb: str, store: Path | str, *arguments: object) -> bool:
     """Run `ckpt-tool` for the reader to see; returns whether it was content."""
     words = [verb, str(store), *map(str, arguments)]
-    print(f"\n  $ ckpt-tool {' '.join([verb, store.name, *words[2:]])}", flush=True)
+    shown = store.name if isinstance(store, Path) else store
+    print(f"\n  $ ckpt-tool {' '.join([verb, shown, *words[2:]])}", flush=True)
     return subprocess.run(["ckpt-tool", *words], check=False).returncode == 0  # noqa: S607
 
 

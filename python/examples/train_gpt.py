@@ -167,7 +167,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "progress": progress,
     }
     saves: list[SaveHandle] = []
-    with CheckpointManager(options.store, keep_last_n=options.keep_last_n) as manager:
+    with CheckpointManager(
+        options.store, keep_last_n=options.keep_last_n, remote=options.remote
+    ) as manager:
         if options.resume:
             manager.restore(state)
             print(f"resumed at step {progress.step}", flush=True)
@@ -209,6 +211,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--store", type=Path, required=True, help="where checkpoints live")
+    parser.add_argument("--remote", metavar="S3", help="where they are brought to, s3://...")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS")
     parser.add_argument("--keep-last-n", type=int, default=10, metavar="N")

@@ -32,6 +32,7 @@ fn class_name(error: &EngineError) -> &'static str {
         EngineError::UnsupportedFormat { .. } => "UnsupportedFormat",
         EngineError::NoSpace { .. } => "NoSpace",
         EngineError::Io { .. } => "StorageError",
+        EngineError::Unavailable { .. } => "Unavailable",
         EngineError::RestoreIncomplete { .. } => "RestoreIncomplete",
         EngineError::Closed { .. } => "Closed",
         // `Internal`, and whatever a later engine adds: this file then lacks an arm, which is a
@@ -63,6 +64,7 @@ fn what_of(error: &EngineError) -> Option<&str> {
         | EngineError::Corrupt { what, .. }
         | EngineError::UnsupportedFormat { what, .. }
         | EngineError::NoSpace { what, .. }
+        | EngineError::Unavailable { what, .. }
         | EngineError::RestoreIncomplete { what, .. }
         | EngineError::Closed { what, .. }
         | EngineError::Internal { what, .. } => Some(what),

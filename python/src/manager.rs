@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use dtr_engine::config::Config;
 use dtr_engine::engine::Engine;
@@ -43,7 +43,7 @@ impl Manager {
         Ok(Self { engine: Arc::new(engine), guard })
     }
 
-    /// `uring` or `threads`.
+    /// `uring`, `threads` or `s3`.
     #[getter]
     fn io_backend(&self) -> &'static str {
         self.engine.io_backend()
@@ -141,6 +141,35 @@ impl Manager {
     fn wait_until_finished(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
         let wait = |slice| self.engine.wait_until_finished(Some(slice));
         self.guard.wait(py, "waiting for the save in flight", timeout_of(timeout), wait)
+    }
+
+    /// What came of bringing a step to the remote store, as a dict; None if it has not ended within
+    /// `timeout` seconds. Raises the upload's error. For managers with a remote store.
+    #[pyo3(signature = (step, timeout=None))]
+    fn uploaded<'py>(
+        &self,
+        py: Python<'py>,
+        step: u64,
+        timeout: Option<f64>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let what = format!("waiting for the upload of step {step}");
+        let found = Mutex::new(None);
+        self.guard.wait(py, &what, timeout_of(timeout), |slice| {
+            let outcome = self.engine.uploaded(step, Some(slice))?;
+            let has_ended = outcome.is_some();
+            *found.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+            Ok(has_ended)
+        })?;
+        match found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(None),
+            Some(Ok(transferred)) => json_to_python(py, &transferred).map(Some),
+            Some(Err(error)) => Err(to_python(py, &error)),
+        }
+    }
+
+    /// Waits until everything was brought to the remote store, or has failed once more.
+    fn drain(&self, py: Python<'_>) -> PyResult<()> {
+        self.guard.call(py, "waiting for uploads", || self.engine.drain())
     }
 
     /// Finishes the save in flight and gives everything back. Raises the error of a save that

@@ -121,6 +121,11 @@ impl State {
 
     /// Whether the checkpoint holds exactly this state.
     pub(crate) fn assert_equals(&self, checkpoint: &Checkpoint) {
+        self.try_assert_equals(checkpoint).unwrap();
+    }
+
+    /// The same; an error if it cannot be read.
+    pub(crate) fn try_assert_equals(&self, checkpoint: &Checkpoint) -> Result<()> {
         assert_eq!(self.0.len(), checkpoint.index().tensors.len());
         let mut memories: Vec<Vec<u8>> =
             self.0.iter().map(|storage| vec![0xAA; storage.bytes.len()]).collect();
@@ -133,10 +138,11 @@ impl State {
                 memory,
             })
             .collect();
-        checkpoint.read(targets, ReadOptions::default()).unwrap();
+        checkpoint.read(targets, ReadOptions::default())?;
         for (index, (storage, memory)) in self.0.iter().zip(&memories).enumerate() {
             assert!(storage.bytes == *memory, "storage {index} came back changed");
         }
+        Ok(())
     }
 }
 

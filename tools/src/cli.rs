@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::console::{self, Outcome, WRONG_USAGE};
-use crate::{diff, doctor, gc, inspect, ls, restore, verify};
+use crate::{copy, diff, doctor, gc, inspect, ls, restore, verify};
 
 const AFTER_HELP: &str = "\
 Exit status: 0 when all is well; 1 when something is wrong with the data: it is damaged, missing, \
@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Verify(verify::Options),
     /// Write a checkpoint's tensors to a safetensors file, or copy it into another store.
     Restore(restore::Options),
+    /// Copy checkpoints to another store, byte for byte.
+    Copy(copy::Options),
     /// Compare two checkpoints: tensors byte by byte, and plain values.
     Diff(diff::Options),
     /// Delete files that no checkpoint needs: of aborted saves, and what a rewind retired.
@@ -53,6 +55,7 @@ impl Command {
             Self::Inspect(options) => inspect::run(&options, out),
             Self::Verify(options) => verify::run(&options, out),
             Self::Restore(options) => restore::run(&options, out),
+            Self::Copy(options) => copy::run(&options, out),
             Self::Diff(options) => diff::run(&options, out),
             Self::Gc(options) => gc::run(&options, out),
             Self::Doctor(options) => doctor::run(&options, out),

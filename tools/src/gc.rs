@@ -14,8 +14,8 @@ use crate::text;
 
 const AFTER_HELP: &str = "\
 Deletes files of attempts that were never committed or were replaced, once they are older than the \
-grace period, and checkpoints that a rewind retired. A file that a running save holds is kept. \
-Without --dry-run no training run may hold the store.";
+grace period, and checkpoints that a rewind retired; in S3 also uploads that were never finished. \
+A file that a running save holds is kept. Without --dry-run no training run may hold the store.";
 
 /// Arguments of `gc`.
 #[derive(Args, Debug)]

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 mod cli;
 mod compare;
 mod console;
+mod copy;
 mod diff;
 mod doctor;
 mod gc;

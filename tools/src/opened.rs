@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use dtr_engine::config::IoBackend;
+use dtr_engine::config::{IoBackend, S3_SCHEME, S3Settings};
 use dtr_engine::format::names::parse_step_dir;
 use dtr_engine::load::Checkpoint;
 use dtr_engine::recovery::{StepState, Survey};
@@ -15,9 +15,37 @@ use dtr_engine::{Config, Engine, EngineError, Result};
 /// The store that a command looks at.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct StoreArgument {
-    /// Directory of the store.
+    /// Directory of the store, or `s3://bucket/prefix`.
     #[arg(value_name = "STORE")]
     path: PathBuf,
+    #[command(flatten)]
+    s3: S3Arguments,
+}
+
+/// How a store in S3 is reached; the rest is found as the AWS tools find it.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct S3Arguments {
+    /// Service to ask instead of AWS [default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL]
+    #[arg(long, value_name = "URL")]
+    endpoint_url: Option<String>,
+    /// Region of the bucket [default: AWS_REGION, the profile's, the instance's]
+    #[arg(long, value_name = "NAME")]
+    region: Option<String>,
+    /// Profile of the shared configuration files [default: AWS_PROFILE]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
+}
+
+impl S3Arguments {
+    /// As the engine takes them.
+    pub(crate) fn settings(&self) -> S3Settings {
+        S3Settings {
+            endpoint_url: self.endpoint_url.clone(),
+            region: self.region.clone(),
+            profile: self.profile.clone(),
+            ..S3Settings::default()
+        }
+    }
 }
 
 impl StoreArgument {
@@ -39,11 +67,26 @@ impl StoreArgument {
     }
 
     fn config(&self) -> Config {
-        Config { io_backend: IoBackend::Auto, ..Config::new(&self.path) }
+        let s3 = self.s3.settings();
+        Config { io_backend: IoBackend::Auto, s3, ..Config::new(&self.path) }
+    }
+
+    /// Opens another store as its one writer, created if need be, reached as this one is.
+    pub(crate) fn open_other(&self, path: &Path) -> Result<Engine> {
+        Engine::open(Config { s3: self.s3.settings(), ..Config::new(path) })
+    }
+
+    /// How stores in S3 are reached.
+    pub(crate) fn s3(&self) -> S3Settings {
+        self.s3.settings()
     }
 
     /// That the path can be a store.
     fn check(&self) -> Result<()> {
+        if self.path.to_str().is_some_and(|path| path.starts_with(S3_SCHEME)) {
+            // What is there is the service's to tell.
+            return Ok(());
+        }
         let refused = |why: &str, hint: &str| {
             EngineError::invalid(format!("opening store `{}`", self.display()), why, hint)
         };

@@ -1,6 +1,6 @@
 //! Deleting on request: one checkpoint, or everything that no checkpoint needs.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
@@ -103,10 +103,42 @@ impl Core {
                 report.kept.push(item("an attempt in progress holds its lock"));
             }
         }
+        self.gc_uploads(options, grace, now, &mut report)?;
         if !options.dry_run {
             self.note_change();
         }
         Ok(report)
+    }
+
+    /// Gives up what dead processes were uploading: no listing shows it, and it takes space.
+    fn gc_uploads(
+        &self,
+        options: GcOptions,
+        grace: Duration,
+        now: SystemTime,
+        report: &mut GcReport,
+    ) -> Result<()> {
+        for upload in self.store.unfinished_uploads()? {
+            let age = now.duration_since(upload.begun).unwrap_or_default();
+            let item = |why: &str| GcItem {
+                step: upload.step,
+                file: Some(upload.file.clone()),
+                bytes: upload.bytes,
+                age_seconds: age.as_secs(),
+                why: why.into(),
+            };
+            if age < grace {
+                let grace = grace.as_secs();
+                report.kept.push(item(&format!(
+                    "an upload that is younger than the grace period of {grace} s"
+                )));
+            } else if options.dry_run || self.store.abort_upload(&upload)? {
+                report.remove(item("an upload that was begun and never finished"));
+            } else {
+                report.kept.push(item("an upload in progress"));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -145,23 +145,28 @@ impl Core {
         let listing = self.store.list()?;
         let mut known = std::mem::take(&mut self.book().manifests);
         let mut manifests = BTreeMap::new();
-        let mut unread = Vec::new();
+        let mut asked = Vec::new();
         for step in &listing {
             if let Some(file) = step.files.iter().find(|file| file.name == MANIFEST_FILE) {
-                let state = match known.remove(&step.step) {
-                    Some((seen, state)) if seen == *file => state,
-                    _ => match self.read_manifest(step.step) {
-                        Err(error @ EngineError::Io { .. })
-                            if unreadable == Unreadable::IsDamaged =>
-                        {
-                            unread.push(step.step);
-                            ManifestState::Damaged(error.to_string())
-                        }
-                        read => read?,
-                    },
-                };
-                manifests.insert(step.step, (file.clone(), state));
+                match known.remove(&step.step) {
+                    Some((seen, state)) if seen == *file => {
+                        manifests.insert(step.step, (seen, state));
+                    }
+                    _ => asked.push((step.step, file)),
+                }
             }
+        }
+        let steps: Vec<u64> = asked.iter().map(|(step, _)| *step).collect();
+        let mut unread = Vec::new();
+        for ((step, file), read) in asked.into_iter().zip(self.store.read_manifests(&steps)) {
+            let state = match manifest_state(read) {
+                Err(error @ EngineError::Io { .. }) if unreadable == Unreadable::IsDamaged => {
+                    unread.push(step);
+                    ManifestState::Damaged(error.to_string())
+                }
+                state => state?,
+            };
+            manifests.insert(step, (file.clone(), state));
         }
         let states = manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
         let survey = recovery::survey(&listing, &states);
@@ -182,19 +187,6 @@ impl Core {
     pub(super) fn known_survey(&self) -> Result<Survey> {
         let known = self.book().survey.clone();
         known.map_or_else(|| self.survey(), Ok)
-    }
-
-    fn read_manifest(&self, step: u64) -> Result<ManifestState> {
-        Ok(match self.store.read_manifest(step) {
-            Ok(None) => ManifestState::Absent,
-            Ok(Some(bytes)) => match Manifest::decode(&bytes) {
-                Ok(manifest) => ManifestState::Valid(Box::new(manifest)),
-                Err(FormatError::Damaged(why)) => ManifestState::Damaged(why),
-                Err(FormatError::Newer(why)) => ManifestState::Newer(why),
-            },
-            Err(error @ EngineError::Corrupt { .. }) => ManifestState::Damaged(error.to_string()),
-            Err(other) => return Err(other),
-        })
     }
 
     /// Says that this engine changed the store: whatever was listed before is out of date.
@@ -258,7 +250,12 @@ impl Core {
     fn try_prune(&self, step: u64, retired: &[Retired]) -> Result<Vec<u64>> {
         let survey = self.survey()?;
         let protected = self.protected_with(step);
-        let plan = plan_retention(&survey, Policy::from(&self.config), &protected);
+        let mut plan = plan_retention(&survey, Policy::from(&self.config), &protected);
+        // What a rewind retired is wanted nowhere; the rest is kept until the far store has it.
+        plan.retain(|step| {
+            let is_retired = survey.step(*step).is_some_and(StepSurvey::is_retired);
+            is_retired || self.config.remove_before_upload || self.store.may_remove(*step)
+        });
         if !retired.is_empty() {
             tracing::info!(step, retired = retired.len(), "later checkpoints retired by a rewind");
         }
@@ -287,6 +284,20 @@ impl Core {
     fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a manifest's bytes mean to the survey.
+fn manifest_state(read: Result<Option<Vec<u8>>>) -> Result<ManifestState> {
+    Ok(match read {
+        Ok(None) => ManifestState::Absent,
+        Ok(Some(bytes)) => match Manifest::decode(&bytes) {
+            Ok(manifest) => ManifestState::Valid(Box::new(manifest)),
+            Err(FormatError::Damaged(why)) => ManifestState::Damaged(why),
+            Err(FormatError::Newer(why)) => ManifestState::Newer(why),
+        },
+        Err(error @ EngineError::Corrupt { .. }) => ManifestState::Damaged(error.to_string()),
+        Err(other) => return Err(other),
+    })
 }
 
 #[expect(clippy::cast_precision_loss, reason = "an estimate")]

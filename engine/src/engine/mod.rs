@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use crate::clock::{Environment, System};
-use crate::config::Config;
+use crate::config::{Config, S3Address, S3Credentials};
 use crate::format::manifest::Manifest;
 use crate::io::buffer::BufferPool;
 use crate::io::{Io, open_backend};
@@ -24,8 +24,12 @@ use crate::recovery::{StepState, Survey};
 use crate::save::commit::Committer;
 use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
-use crate::store::Store;
-use crate::store::local::{Access, LocalStore};
+use crate::store::local::LocalStore;
+#[cfg(feature = "s3")]
+use crate::store::s3::S3Store;
+use crate::store::tiered::TieredStore;
+use crate::store::{Access, Store};
+use crate::transfer::{Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
 mod clean;
@@ -107,18 +111,114 @@ impl Engine {
     /// Opens the store that `config` names, on this machine's devices and clocks.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
+        let environment = Arc::new(System::default());
+        if let Some(address) = config.s3_address()? {
+            return Self::open_s3(config, &address, None, environment);
+        }
         let io = open_backend(config.io_backend, config.direct_io)?;
-        Self::open_with(config, Components { io, environment: Arc::new(System::default()) })
+        Self::open_with(config, Components { io, environment })
     }
 
-    /// Opens the store that `config` names, on the given parts.
+    /// Opens the directory that `config` names, on the given parts.
     pub fn open_with(config: Config, components: Components) -> Result<Self> {
         config.validate()?;
         let Components { io, environment } = components;
+        Self::open_local(config, io, None, environment)
+    }
+
+    fn open_local(
+        config: Config,
+        io: Arc<dyn Io>,
+        credentials: Option<S3Credentials>,
+        environment: Arc<dyn Environment>,
+    ) -> Result<Self> {
         let io_name = io.name();
-        let access = if config.read_only { Access::Read } else { Access::Write };
-        let store = LocalStore::open(&config.path, access, io, config.in_flight_bytes)?;
-        let store: Arc<dyn Store> = Arc::new(store);
+        let access = access_of(&config);
+        let near = LocalStore::open(&config.path, access, io, config.in_flight_bytes)?;
+        let store = Self::tiered(&config, Arc::new(near), credentials, &environment)?;
+        Self::open_store(config, store, environment, io_name)
+    }
+
+    /// Opens the store that `config` names, with these credentials for what of it is in S3, instead
+    /// of those that the usual chain finds.
+    #[cfg(feature = "s3")]
+    pub fn open_as(config: Config, credentials: S3Credentials) -> Result<Self> {
+        config.validate()?;
+        let environment = Arc::new(System::default());
+        if let Some(address) = config.s3_address()? {
+            return Self::open_s3(config, &address, Some(credentials), environment);
+        }
+        let io = open_backend(config.io_backend, config.direct_io)?;
+        Self::open_local(config, io, Some(credentials), environment)
+    }
+
+    #[cfg(feature = "s3")]
+    fn open_s3(
+        config: Config,
+        address: &S3Address,
+        credentials: Option<S3Credentials>,
+        environment: Arc<dyn Environment>,
+    ) -> Result<Self> {
+        let store = S3Store::open(address, access_of(&config), &config.s3, credentials)?;
+        Self::open_store(config, Arc::new(store), environment, "s3")
+    }
+
+    #[cfg(not(feature = "s3"))]
+    fn open_s3(
+        _: Config,
+        address: &S3Address,
+        _: Option<S3Credentials>,
+        _: Arc<dyn Environment>,
+    ) -> Result<Self> {
+        Err(EngineError::invalid(
+            format!("opening store `{address}`"),
+            "this build of the engine has no S3",
+            "build it with the feature `s3`, or name a directory",
+        ))
+    }
+
+    /// The far store of a tier, reached with `credentials` if they are given.
+    #[cfg(feature = "s3")]
+    fn open_far(config: &Config, credentials: Option<S3Credentials>) -> Result<Arc<dyn Store>> {
+        let address = config.remote_address()?;
+        Ok(Arc::new(S3Store::open(&address, access_of(config), &config.s3, credentials)?))
+    }
+
+    #[cfg(not(feature = "s3"))]
+    fn open_far(config: &Config, _: Option<S3Credentials>) -> Result<Arc<dyn Store>> {
+        Err(EngineError::invalid(
+            format!("opening store `{}`", config.remote_address()?),
+            "this build of the engine has no S3",
+            "build it with the feature `s3`, or leave `remote` unset",
+        ))
+    }
+
+    /// Puts the far store behind the near one, if one is configured.
+    fn tiered(
+        config: &Config,
+        near: Arc<dyn Store>,
+        credentials: Option<S3Credentials>,
+        environment: &Arc<dyn Environment>,
+    ) -> Result<Arc<dyn Store>> {
+        if config.remote.is_none() {
+            return Ok(near);
+        }
+        let far = Self::open_far(config, credentials)?;
+        Ok(Arc::new(match access_of(config) {
+            Access::Read => TieredStore::reader(near, far),
+            Access::Write => {
+                let (environment, rate) = (Arc::clone(environment), config.remote_bytes_per_second);
+                TieredStore::writer(near, far, environment, rate)?
+            }
+        }))
+    }
+
+    fn open_store(
+        config: Config,
+        store: Arc<dyn Store>,
+        environment: Arc<dyn Environment>,
+        io_name: &'static str,
+    ) -> Result<Self> {
         let core = Arc::new(Core::new(config.clone(), store, environment, io_name)?);
         let (workers, committer) = if config.read_only {
             (None, None)
@@ -144,7 +244,7 @@ impl Engine {
         &self.config
     }
 
-    /// The way to the device that was chosen: `uring` or `threads`.
+    /// The way to the device that was chosen: `uring` or `threads`; `s3` where it is no device.
     pub fn io_backend(&self) -> &'static str {
         self.io_name
     }
@@ -207,6 +307,37 @@ impl Engine {
         verify_step(inner.core.store.as_ref(), step, options, observer)
     }
 
+    /// What came of bringing a step to the far store, or `None` if it has not ended within
+    /// `timeout` or there is no far store. An error is of that upload; the checkpoint in the near
+    /// store stands.
+    pub fn uploaded(
+        &self,
+        step: u64,
+        timeout: Option<Duration>,
+    ) -> Result<Option<Result<Transferred>>> {
+        let inner = self.inner(&format!("waiting for the upload of step {step}"))?;
+        Ok(inner.core.store.uploaded(step, timeout))
+    }
+
+    /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
+    /// checked on its way. One that is there already is left alone. Of a copy that was interrupted,
+    /// parts of an upload are not sent again.
+    pub fn copy_to(
+        &self,
+        destination: &Self,
+        step: u64,
+        observer: &dyn VerifyObserver,
+    ) -> Result<Transferred> {
+        let what = format!("copying step {step}");
+        let (from, to) = (self.inner(&what)?, destination.writer(&what)?);
+        to.wait_for_last(None)?;
+        from.core.check_exists(step)?;
+        let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
+        let copied = transfer(source, target, step, Overwrite::No, &to.core.environment, observer);
+        to.core.note_change();
+        copied
+    }
+
     /// Deletes a checkpoint, manifest first. Returns the bytes freed.
     pub fn delete(&self, step: u64) -> Result<u64> {
         let inner = self.writer(&format!("deleting step {step}"))?;
@@ -235,14 +366,28 @@ impl Engine {
         self.inner("waiting for the save in flight")?.wait_for_last(timeout)
     }
 
-    /// Finishes the save in flight, then gives back threads, memory and the store's lock. Raises
-    /// the error of a save that nobody looked at. Closing twice is fine.
+    /// Waits until every checkpoint was brought to the far store, or has failed once more.
+    pub fn drain(&self) -> Result<()> {
+        let inner = self.inner("waiting for uploads")?;
+        if let Some(last) = inner.last() {
+            last.wait(None);
+        }
+        inner.core.store.drain();
+        Ok(())
+    }
+
+    /// Finishes the save in flight and the uploads, each of which is tried once more at most; then
+    /// gives back threads, memory and the store's lock. Raises the error of a save that nobody
+    /// looked at. Closing twice is fine.
     pub fn close(&self) -> Result<()> {
         if self.is_forked() {
             return Ok(());
         }
         let inner = self.inner.write().unwrap_or_else(PoisonError::into_inner).take();
-        inner.map_or(Ok(()), |inner| inner.wait_for_last(None).map(|_| ()))
+        let Some(inner) = inner else { return Ok(()) };
+        let ended = inner.wait_for_last(None).map(|_| ());
+        inner.core.store.drain();
+        ended
     }
 
     /// In a forked child: closes the descriptors that hold the parent's locks alive. Takes no lock
@@ -313,6 +458,10 @@ impl Inner {
         }
         last.take_unseen_error().map_or(Ok(true), Err)
     }
+}
+
+fn access_of(config: &Config) -> Access {
+    if config.read_only { Access::Read } else { Access::Write }
 }
 
 /// Whether an error says that a file vanished.

@@ -39,6 +39,24 @@ pub fn combine(crc_a: u32, crc_b: u32, bytes_b: usize) -> u32 {
     ::crc32c::crc32c_combine(crc_a, crc_b, bytes_b)
 }
 
+/// How many bytes of zeros leave every checksum as it is: x has the order 2^31 - 1 modulo the
+/// polynomial, which is x + 1 times a primitive one of degree 31.
+const PERIOD_BYTES: usize = (1 << 31) - 1;
+
+/// The checksums of A and of B, from that of A followed by B: only the shorter one is hashed.
+pub fn split(whole: u32, a: &[u8], b: &[u8]) -> (u32, u32) {
+    if a.len() <= b.len() {
+        let crc_a = crc32c(a);
+        // What A contributes to the whole cancels out.
+        (crc_a, combine(crc_a, whole, b.len()))
+    } else {
+        let crc_b = crc32c(b);
+        // What is left is A's, moved by the length of B: moved on, it comes back to where it began.
+        let back = PERIOD_BYTES - b.len() % PERIOD_BYTES;
+        (combine(whole ^ crc_b, 0, back), crc_b)
+    }
+}
+
 /// A checksum as manifests show it: 8 lower-case hex digits.
 pub fn to_hex(crc: u32) -> String {
     format!("{crc:08x}")
@@ -88,6 +106,12 @@ mod tests {
         fn combining_equals_concatenating(a: Vec<u8>, b: Vec<u8>) {
             let whole: Vec<u8> = a.iter().chain(&b).copied().collect();
             prop_assert_eq!(combine(crc32c(&a), crc32c(&b), b.len()), crc32c(&whole));
+        }
+
+        #[test]
+        fn splitting_undoes_combining(bytes: Vec<u8>, cut: prop::sample::Index) {
+            let (a, b) = bytes.split_at(cut.index(bytes.len() + 1));
+            prop_assert_eq!(split(crc32c(&bytes), a, b), (crc32c(a), crc32c(b)));
         }
 
         #[test]

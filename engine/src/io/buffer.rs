@@ -58,6 +58,8 @@ struct State {
     free: Vec<usize>,
     /// Buffers that a failed backend could not get back from the kernel.
     lost: usize,
+    /// Buffers that wait in a slow transfer: at most half of all.
+    parked: usize,
 }
 
 impl BufferPool {
@@ -80,7 +82,7 @@ impl BufferPool {
             count,
             // Reversed: the first to be taken is the first in memory, so a little-used pool stays
             // within few huge pages.
-            state: Mutex::new(State { free: (0..count).rev().collect(), lost: 0 }),
+            state: Mutex::new(State { free: (0..count).rev().collect(), lost: 0, parked: 0 }),
             returned: Condvar::new(),
             owner: getpid(),
         }))
@@ -242,6 +244,19 @@ impl Buffer {
         self.index != LOST && self.pool.is_owner()
     }
 
+    /// Gives the buffer to a transfer that may take long, read-only from now on. Refused, with the
+    /// buffer, where half of the pool is parked already: the other half keeps everybody else going.
+    pub fn park(self) -> Result<Parked, Self> {
+        let mut state = self.pool.lock();
+        if 2 * (state.parked + 1) > self.pool.count {
+            drop(state);
+            return Err(self);
+        }
+        state.parked += 1;
+        drop(state);
+        Ok(Parked(self))
+    }
+
     /// Leaves the memory to the kernel for ever and returns an empty stand-in: for a backend that
     /// failed while the kernel may still write to this memory, and still owes its caller a buffer.
     pub(super) fn abandon(mut self) -> Self {
@@ -305,6 +320,24 @@ impl fmt::Debug for Buffer {
             .field("index", &self.index)
             .field("bytes", &self.bytes())
             .finish_non_exhaustive()
+    }
+}
+
+/// A buffer that waits in a slow transfer; see [`Buffer::park`].
+#[derive(Debug)]
+pub struct Parked(Buffer);
+
+impl AsRef<[u8]> for Parked {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        if self.0.is_accessible() {
+            self.0.pool.lock().parked -= 1;
+        }
     }
 }
 
@@ -436,6 +469,18 @@ mod tests {
         });
         drop(held);
         assert_eq!(taker.join().unwrap(), 7, "contents are kept");
+    }
+
+    #[test]
+    fn at_most_half_of_a_pool_is_parked() {
+        let pool = BufferPool::new(4096, 5).unwrap();
+        let parked: Vec<_> = (0..2).map(|_| pool.take().park().unwrap()).collect();
+        let refused = pool.take().park().unwrap_err();
+        assert_eq!((pool.free(), parked[0].as_ref().len()), (2, 4096));
+        drop(parked);
+        assert_eq!(pool.free(), 4);
+        drop(refused.park().unwrap());
+        assert_eq!(pool.free(), 5);
     }
 
     #[test]

@@ -14,6 +14,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crossbeam_channel::Receiver;
+
 use crate::error::EngineError;
 use crate::format::FormatError;
 use crate::format::checksum::crc32c;
@@ -23,7 +25,7 @@ use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::parse_shard_file;
 use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
 use crate::io::ALIGNMENT;
-use crate::io::buffer::BufferPool;
+use crate::io::buffer::{Buffer, BufferPool};
 use crate::store::{ShardId, ShardSource, Store};
 use crate::{Result, error::IoContext};
 
@@ -111,10 +113,54 @@ impl Checkpoint {
         self.source.file_bytes()
     }
 
+    /// The file, in pieces of whole blocks by offset: header, chunks, index and footer.
+    pub(crate) fn extents(&self) -> Vec<Extent> {
+        let mut extents = vec![Extent { offset: 0, bytes: BLOCK_BYTES, crc32c: None }];
+        extents.extend(self.index.chunks.iter().map(|chunk| Extent {
+            offset: chunk.offset,
+            bytes: (chunk.stored_bytes as usize).next_multiple_of(ALIGNMENT),
+            crc32c: Some(chunk.stored_crc32c),
+        }));
+        extents.sort_by_key(|extent| extent.offset);
+        let ends = extents.iter().map(|extent| extent.offset + extent.bytes as u64);
+        let mut offset = ends.max().unwrap_or(0);
+        while offset < self.file_bytes() {
+            let left = usize::try_from(self.file_bytes() - offset).unwrap_or(usize::MAX);
+            let bytes = left.min(CONTROL_BUFFER_BYTES);
+            extents.push(Extent { offset, bytes, crc32c: None });
+            offset += bytes as u64;
+        }
+        extents
+    }
+
+    /// Starts reading an extent; the outcome comes with the buffer.
+    pub(crate) fn start_reading(
+        &self,
+        extent: Extent,
+        buffer: Buffer,
+    ) -> Receiver<(Result<()>, Buffer)> {
+        let (sender, receiver) = crossbeam_channel::bounded(1);
+        let done = Box::new(move |outcome, buffer| {
+            // A receiver that is gone wants it no more.
+            let _gone = sender.send((outcome, buffer));
+        });
+        self.source.read(extent.offset, buffer, extent.bytes, done);
+        receiver
+    }
+
     /// The chunks that hold `bytes` bytes from `raw_offset` of the raw layout.
     fn chunks_of(&self, raw_offset: u64, bytes: u64) -> Range<usize> {
         chunks_of(raw_offset..raw_offset + bytes, self.header.chunk_bytes)
     }
+}
+
+/// A piece of a shard's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) offset: u64,
+    pub(crate) bytes: usize,
+    /// Of a chunk, by the index.
+    pub(crate) crc32c: Option<u32>,
 }
 
 pub(crate) fn read_manifest(store: &dyn Store, step: u64) -> Result<Manifest> {
@@ -253,13 +299,12 @@ impl<'a> Control<'a> {
                 let _gone = sender.send((result, buffer));
             });
             self.source.read(at, self.pool.take(), part, done);
-            let (result, buffer): (Result<()>, crate::io::buffer::Buffer) =
-                receiver.recv().map_err(|_| {
-                    EngineError::internal(
-                        format!("reading `{}`", self.source.name()),
-                        "the store dropped a read",
-                    )
-                })?;
+            let (result, buffer): (Result<()>, Buffer) = receiver.recv().map_err(|_| {
+                EngineError::internal(
+                    format!("reading `{}`", self.source.name()),
+                    "the store dropped a read",
+                )
+            })?;
             result?;
             collected.extend_from_slice(&buffer[..part]);
             at += part as u64;

@@ -152,16 +152,25 @@ fn verify_shard(
     order.sort_by_key(|&chunk| checkpoint.record(chunk).offset);
     let jobs = order.into_iter().map(|chunk| ChunkJob { chunk, pieces: Vec::new() }).collect();
     let damage = Mutex::new(Vec::new());
+    let unavailable = Mutex::new(None);
     let cancelled = AtomicBool::new(false);
     run(checkpoint, jobs, ReadOptions { verify: true, ..options }, &|chunk, result| {
         observer.advanced(u64::from(checkpoint.record(chunk).stored_bytes));
         if let Err(error) = result {
+            if matches!(error, EngineError::Unavailable { .. }) {
+                // It says nothing about the chunk.
+                *unavailable.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                return false;
+            }
             let found = checkpoint.damage_of(chunk, &error);
             damage.lock().unwrap_or_else(PoisonError::into_inner).push(found);
         }
         cancelled.store(observer.is_cancelled(), Ordering::Relaxed);
         !cancelled.load(Ordering::Relaxed)
     })?;
+    if let Some(error) = unavailable.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
     if cancelled.into_inner() {
         return Err(EngineError::Closed {
             what: format!("verifying step {}", checkpoint.step()),

@@ -21,7 +21,7 @@ use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
 use crate::load::Checkpoint;
-use crate::store::{Publication, ShardSink};
+use crate::store::{Publication, ShardSink, ShardSize};
 use crate::{EngineError, Result};
 
 /// One save, as the committer gets it.
@@ -100,7 +100,8 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } =
         task;
     let write_start = core.environment.monotonic();
-    let mut sink = core.store.create_shard(job.shard, reserve_bytes, &job.flow)?;
+    let size = ShardSize { expected_bytes: reserve_bytes, most_bytes: job.layout.raw_bytes() };
+    let mut sink = core.store.create_shard(job.shard, size, &job.flow)?;
     let header = Header {
         attempt: job.shard.attempt,
         step: job.shard.step,
@@ -120,6 +121,7 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         }
     };
     let publish_start = core.environment.monotonic();
+    let figures = sink.figures();
     manifest.shards = vec![shard_entry(&job, written)];
     publish(core, &job, &manifest, written, replaces, sink)?;
     let published = core.environment.monotonic();
@@ -128,6 +130,8 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         stats.publish_seconds = published.saturating_sub(publish_start).as_secs_f64();
         stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
         stats.stored_bytes = written.file_bytes;
+        stats.parts = figures.parts;
+        stats.retries = figures.retries;
     });
     tracing::trace_span!("read_back").in_scope(|| read_back(core, &job, &manifest))?;
     let removed_steps = tracing::trace_span!("retention")

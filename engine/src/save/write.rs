@@ -8,14 +8,14 @@ use std::sync::Arc;
 
 use super::job::{EncodedChunk, Job, Message};
 use crate::codec::Codec;
-use crate::format::checksum::crc32c;
+use crate::format::checksum::{combine, crc32c};
 use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, TensorRecord};
 use crate::format::layout::Layout;
 use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
 use crate::format::tree::Node;
 use crate::io::ALIGNMENT;
 use crate::io::buffer::BufferPool;
-use crate::store::ShardSink;
+use crate::store::{Piece, ShardSink};
 use crate::{EngineError, Result};
 
 /// What the manifest says of a shard that was written.
@@ -116,7 +116,8 @@ impl ShardWriter<'_> {
             raw_crc32c: chunk.raw_crc32c,
         };
         let _span = tracing::trace_span!("write").entered();
-        self.sink.write(offset, chunk.buffer, padded)?;
+        let crc32c = chunk.stored_crc32c;
+        self.sink.write(offset, Piece { buffer: chunk.buffer, bytes: padded, crc32c })?;
         self.job.flow.arrive(padded as u64);
         self.job.progress.add_written(padded as u64);
         Ok(record)
@@ -147,33 +148,37 @@ impl ShardWriter<'_> {
         let index_stored_bytes = stored.len() as u64;
         stored.resize(stored.len().next_multiple_of(ALIGNMENT), 0);
         let index_offset = self.next_offset;
+        let index_crc32c = self.write_at(index_offset, &stored)?;
         let footer_offset = index_offset + stored.len() as u64;
         let footer = Footer {
             index_offset,
             index_stored_bytes,
             index_raw_bytes: encoded.raw_bytes,
-            index_crc32c: crc32c(&stored),
+            index_crc32c,
             header_crc32c,
             file_bytes: footer_offset + BLOCK_BYTES as u64,
             attempt: self.job.shard.attempt,
         };
         let block = footer.encode();
-        self.write_at(index_offset, &stored)?;
         self.write_at(footer_offset, &block)?;
         drop(span);
         tracing::trace_span!("sync").in_scope(|| self.sink.finish(footer.file_bytes))?;
         Ok(WrittenShard { file_bytes: footer.file_bytes, footer_crc32c: block_crc32c(&block) })
     }
 
-    /// Writes whole blocks from memory that is not a pool's, buffer by buffer.
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+    /// Writes whole blocks from memory that is not a pool's, buffer by buffer. Returns the checksum
+    /// of all of them.
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<u32> {
         let mut at = offset;
+        let mut whole = crc32c(&[]);
         for part in bytes.chunks(self.pool.buffer_bytes()) {
+            let crc32c = crc32c(part);
+            whole = combine(whole, crc32c, part.len());
             let mut buffer = self.pool.take();
             buffer[..part.len()].copy_from_slice(part);
-            self.sink.write(at, buffer, part.len())?;
+            self.sink.write(at, Piece { buffer, bytes: part.len(), crc32c })?;
             at += part.len() as u64;
         }
-        Ok(())
+        Ok(whole)
     }
 }

@@ -1,4 +1,4 @@
-//! Where checkpoints live: a directory now, an S3 prefix or a tier of both by the same trait.
+//! Where checkpoints live: a directory or an S3 prefix, by the same trait.
 //!
 //! Always holds: a checkpoint exists exactly when its manifest does; opening a store deletes
 //! nothing; what a listing *means* is decided in [`crate::recovery`], what may be deleted in
@@ -8,12 +8,17 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::Result;
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
+use crate::transfer::Transferred;
+use crate::{EngineError, Result};
 
 pub mod flow;
 pub mod local;
+mod publication;
+#[cfg(feature = "s3")]
+pub mod s3;
+pub mod tiered;
 
 use flow::Flow;
 
@@ -28,15 +33,31 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The manifest's bytes, or `None` where the step has none. At most `MANIFEST_BYTES_MAX`.
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>>;
 
-    /// Starts a shard file of an attempt, locked against cleaners for as long as the sink lives.
-    /// `reserve_bytes` is the expected length.
+    /// The manifests of several steps, in their order; as [`Store::read_manifest`] gives each.
+    fn read_manifests(&self, steps: &[u64]) -> Vec<Result<Option<Vec<u8>>>> {
+        steps.iter().map(|step| self.read_manifest(*step)).collect()
+    }
+
+    /// Starts a shard file of an attempt, safe from cleaners for as long as the sink lives.
     /// `flow` is told of every byte that the device is given and takes.
     fn create_shard(
         &self,
         shard: ShardId,
-        reserve_bytes: u64,
+        size: ShardSize,
         flow: &Arc<Flow>,
     ) -> Result<Box<dyn ShardSink>>;
+
+    /// The same for a shard that an earlier process may have begun to write, with the same bytes:
+    /// what it brought over is not sent again where the store can tell, and is kept for the next
+    /// try if this one fails too.
+    fn resume_shard(
+        &self,
+        shard: ShardId,
+        size: ShardSize,
+        flow: &Arc<Flow>,
+    ) -> Result<Box<dyn ShardSink>> {
+        self.create_shard(shard, size, flow)
+    }
 
     /// Opens a shard that a manifest names.
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>>;
@@ -53,6 +74,35 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// locked.
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>>;
 
+    /// Uploads that were begun, never finished and never given up, by whichever process: the parts
+    /// that arrived take space though no listing shows them. Only where a store has such.
+    fn unfinished_uploads(&self) -> Result<Vec<UnfinishedUpload>> {
+        Ok(Vec::new())
+    }
+
+    /// Gives up an upload that [`Store::unfinished_uploads`] listed, unless this process is at it:
+    /// false then.
+    fn abort_upload(&self, upload: &UnfinishedUpload) -> Result<bool> {
+        Err(EngineError::internal(
+            format!("giving up the upload of `{}` of step {}", upload.file, upload.step),
+            "this store has no uploads",
+        ))
+    }
+
+    /// Whether retention may take a checkpoint: not while it waits to be brought to a far store.
+    fn may_remove(&self, _step: u64) -> bool {
+        true
+    }
+
+    /// What came of bringing a step to the far store; `None` if it has not ended within `timeout`,
+    /// or there is no far store.
+    fn uploaded(&self, _step: u64, _timeout: Option<Duration>) -> Option<Result<Transferred>> {
+        None
+    }
+
+    /// Waits until everything was brought to the far store, or has failed once more.
+    fn drain(&self) {}
+
     /// Free bytes for this user; `None` where the store has no such bound.
     fn free_bytes(&self) -> Result<Option<u64>>;
 
@@ -64,6 +114,15 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn now(&self) -> Result<SystemTime>;
 }
 
+/// What a process may do with a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// List and read.
+    Read,
+    /// Everything; one process at a time.
+    Write,
+}
+
 /// Names a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardId {
@@ -73,6 +132,30 @@ pub struct ShardId {
     pub rank: u32,
     /// The attempt.
     pub attempt: AttemptId,
+}
+
+/// How long a shard will be, as far as is known when it is begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardSize {
+    /// Bytes to reserve: an estimate.
+    pub expected_bytes: u64,
+    /// Bytes of its chunks at most: what comes on top are header, index, footer and padding.
+    pub most_bytes: u64,
+}
+
+/// What [`Store::unfinished_uploads`] lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnfinishedUpload {
+    /// The step.
+    pub step: u64,
+    /// The shard that it was to be.
+    pub file: String,
+    /// The service's name for it.
+    pub id: String,
+    /// Bytes of the parts that arrived.
+    pub bytes: u64,
+    /// When it was begun, by the store's clock.
+    pub begun: SystemTime,
 }
 
 /// What [`Store::publish`] makes visible.
@@ -112,15 +195,43 @@ pub struct FileListing {
 
 /// Takes a shard's bytes, any order, and makes them durable.
 pub trait ShardSink: Send + fmt::Debug {
-    /// Starts writing the first `bytes` of `buffer` (a multiple of 4096) at `offset`. Waits while
-    /// too much is in flight. Reports an earlier write's failure; after one, every call fails.
-    fn write(&mut self, offset: u64, buffer: Buffer, bytes: usize) -> Result<()>;
+    /// Starts writing a piece at `offset`. Waits while too much is in flight. Reports an earlier
+    /// write's failure; after one, every call fails. Pieces overlap nowhere.
+    fn write(&mut self, offset: u64, piece: Piece) -> Result<()>;
 
-    /// Waits for all writes, sets the file's exact length, makes file and directory durable.
+    /// Waits for all writes, which must leave no hole, sets the file's exact length, makes file and
+    /// directory durable.
     fn finish(&mut self, file_bytes: u64) -> Result<()>;
+
+    /// How it went so far.
+    fn figures(&self) -> TransferFigures {
+        TransferFigures::default()
+    }
 
     /// Gives up: waits for what is in flight, then deletes the file. Failing to delete is logged.
     fn abandon(self: Box<Self>);
+}
+
+/// How the transfer of a shard to a service went; all zero where there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TransferFigures {
+    /// Parts that arrived; 1 if the shard went in one piece.
+    pub parts: u64,
+    /// Of these, parts that were there already.
+    pub resumed_parts: u64,
+    /// Requests that were repeated.
+    pub retries: u64,
+}
+
+/// Bytes on their way to a [`ShardSink`].
+#[derive(Debug)]
+pub struct Piece {
+    /// Holds them at its start.
+    pub buffer: Buffer,
+    /// How many: a multiple of 4096.
+    pub bytes: usize,
+    /// Their checksum, so that no store hashes them again.
+    pub crc32c: u32,
 }
 
 /// Reads a shard's bytes.

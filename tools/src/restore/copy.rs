@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use dtr_engine::config::S3Settings;
 use dtr_engine::load::Checkpoint;
 use dtr_engine::save::{SaveRequest, StorageInput, StorageSource};
 use dtr_engine::{Config, Engine, EngineError, Result};
@@ -19,7 +20,7 @@ use crate::windows::Windows;
 const STAGING_BYTES: u64 = 128 << 20;
 
 /// Copies the checkpoint into the store at `output`.
-pub(super) fn restore(checkpoint: &Checkpoint, output: &Path) -> Result<Restored> {
+pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) -> Result<Restored> {
     let start = Instant::now();
     let index = checkpoint.index();
     let manifest = checkpoint.manifest();
@@ -29,6 +30,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path) -> Result<Restored
         chunk_bytes,
         staging_bytes: Some(STAGING_BYTES.max(4 * u64::from(chunk_bytes))),
         in_flight_bytes: Config::default().in_flight_bytes.max(chunk_bytes.into()),
+        s3,
         ..Config::new(output)
     })?;
     let windows = Windows::new(checkpoint, |_| true);

@@ -25,8 +25,8 @@ const FILE_SUFFIX: &str = "safetensors";
 const AFTER_HELP: &str = "\
 An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the \
 state; plain values are not in it, and tensors that share memory are written once per name. Any \
-other OUTPUT is the directory of a store, created if need be: the checkpoint is copied into it \
-whole, under its own step.
+other OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
+is copied into it whole, under its own step.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
 
@@ -45,7 +45,7 @@ pub(crate) struct Options {
     /// Leave out tensors whose path fits; may be given several times. For files only.
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
-    /// A file `NAME.safetensors`, or the directory of a store.
+    /// A file `NAME.safetensors`, or a store: a directory, or `s3://bucket/prefix`.
     #[arg(long, short, value_name = "OUTPUT")]
     output: PathBuf,
     /// Replace a file that exists.
@@ -79,7 +79,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let restored = if to_file {
         file::restore(&checkpoint, options)?
     } else {
-        copy::restore(&checkpoint, &options.output)?
+        copy::restore(&checkpoint, &options.output, options.store.s3())?
     };
     if options.json {
         write_json(out, &restored)?;

@@ -26,7 +26,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use super::flow::Flow;
-use super::{FileListing, Publication, ShardId, ShardSink, ShardSource, StepListing, Store};
+use super::{
+    Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing,
+    Store,
+};
 use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
 use crate::format::names;
@@ -47,15 +50,6 @@ mod source;
 mod tests;
 
 use lock::{Locks, WriterLock};
-
-/// What a process may do with a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// List and read.
-    Read,
-    /// Everything; one process at a time.
-    Write,
-}
 
 /// A store in a directory.
 #[derive(Debug)]
@@ -151,10 +145,11 @@ impl Store for LocalStore {
     fn create_shard(
         &self,
         shard: ShardId,
-        reserve_bytes: u64,
+        size: ShardSize,
         flow: &Arc<Flow>,
     ) -> Result<Box<dyn ShardSink>> {
         self.writer("creating a shard")?;
+        let reserve_bytes = size.expected_bytes;
         Ok(Box::new(sink::LocalShardSink::create(&self.shared, shard, reserve_bytes, flow)?))
     }
 

@@ -16,11 +16,11 @@ use std::sync::atomic::Ordering;
 
 use super::{Shared, record, stat_file};
 use crate::error::IoContext;
-use crate::format::FormatError;
-use crate::format::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use crate::format::manifest::MANIFEST_BYTES_MAX;
 use crate::format::names::{self, AttemptId};
 use crate::io::EntryOp;
 use crate::store::Publication;
+use crate::store::publication::{Action, Standing, decide};
 use crate::{EngineError, Result};
 
 /// Publishes; see [`crate::store::Store::publish`].
@@ -54,92 +54,11 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
     })
 }
 
-/// What a publication finds in its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// Nothing.
-    Nothing,
-    /// A manifest of the attempt that asks.
-    Ours,
-    /// A manifest of another attempt.
-    Other(String),
-    /// A manifest that does not decode, or of another step: no checkpoint.
-    Damaged(String),
-    /// A manifest by a newer version.
-    Newer(String),
-}
-
-impl Standing {
-    /// Whether it may name the files of the attempt that asked.
-    pub(super) fn may_be_ours(&self) -> bool {
-        match self {
-            Self::Nothing | Self::Other(_) => false,
-            Self::Ours | Self::Damaged(_) | Self::Newer(_) => true,
-        }
-    }
-}
-
 /// What stands at a step, as seen by `attempt`.
 pub(super) fn standing(shared: &Shared, step: u64, attempt: AttemptId) -> Result<Standing> {
     let path = shared.step_directory(step).join(names::MANIFEST_FILE);
-    let Some(bytes) = record::read(&shared.io, &path, MANIFEST_BYTES_MAX)? else {
-        return Ok(Standing::Nothing);
-    };
-    Ok(match Manifest::decode(&bytes) {
-        Ok(manifest) if manifest.step != step => {
-            Standing::Damaged(format!("it is the manifest of step {}", manifest.step))
-        }
-        Ok(manifest) if manifest.attempt == attempt.to_string() => Standing::Ours,
-        Ok(manifest) => Standing::Other(manifest.attempt),
-        Err(FormatError::Damaged(why)) => Standing::Damaged(why),
-        Err(FormatError::Newer(why)) => Standing::Newer(why),
-    })
-}
-
-/// How a manifest takes its place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Action {
-    /// It stands already.
-    Nothing,
-    /// In an empty place, only.
-    New,
-    /// In the place of another.
-    Replace,
-}
-
-fn decide(standing: &Standing, publication: Publication<'_>) -> Result<Action> {
-    let Publication { step, replaces, .. } = publication;
-    match (standing, replaces) {
-        (Standing::Ours, _) => Ok(Action::Nothing),
-        (Standing::Nothing, None) => Ok(Action::New),
-        (Standing::Other(other), Some(replaces)) if *other == replaces.to_string() => {
-            Ok(Action::Replace)
-        }
-        // It makes no checkpoint, so nothing that exists is lost.
-        (Standing::Damaged(why), _) => {
-            tracing::warn!(step, why, "a damaged manifest is replaced");
-            Ok(Action::Replace)
-        }
-        (Standing::Nothing, Some(replaces)) => {
-            Err(conflict(step, format!("attempt {replaces}, which it was to replace, is gone")))
-        }
-        (Standing::Other(other), _) => {
-            Err(conflict(step, format!("attempt {other} committed it first")))
-        }
-        (Standing::Newer(why), _) => Err(EngineError::UnsupportedFormat {
-            what: format!("publishing step {step}"),
-            why: format!("a newer version committed it: {why}"),
-            hint: "save another step, or upgrade dtruntime".into(),
-        }),
-    }
-}
-
-fn conflict(step: u64, why: String) -> EngineError {
-    EngineError::StepConflict {
-        what: format!("publishing step {step}"),
-        why,
-        hint: "list the store again, then save a later step, or this one with `rewind=True`".into(),
-    }
+    let bytes = record::read(&shared.io, &path, MANIFEST_BYTES_MAX)?;
+    Ok(Standing::of(bytes.as_deref(), step, attempt))
 }
 
 fn check_shards(shared: &Shared, publication: Publication<'_>) -> Result<()> {

@@ -25,10 +25,9 @@ use super::flight::Flight;
 use super::lock::{Lock, LockFile, lock_error};
 use super::{Shared, publish, remove};
 use crate::error::IoContext;
-use crate::io::buffer::Buffer;
 use crate::io::{Direction, EntryOp, File, Length, OpenMode, Transfer, transfer};
 use crate::store::flow::Flow;
-use crate::store::{ShardId, ShardSink};
+use crate::store::{Piece, ShardId, ShardSink};
 use crate::{EngineError, Result};
 
 /// How often a step's directory may vanish under a new shard before we say so: a cleaner deletes it
@@ -157,7 +156,8 @@ impl LocalShardSink {
 }
 
 impl ShardSink for LocalShardSink {
-    fn write(&mut self, offset: u64, buffer: Buffer, bytes: usize) -> Result<()> {
+    fn write(&mut self, offset: u64, piece: Piece) -> Result<()> {
+        let Piece { buffer, bytes, .. } = piece;
         self.shared.check_process("writing a shard")?;
         if self.phase != Phase::Writing {
             return Err(EngineError::internal("writing a shard", "it is finished already"));

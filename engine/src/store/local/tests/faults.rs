@@ -277,13 +277,13 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     let io = Watched::new(None);
     let store = open(&path, &io).unwrap();
     let flow = flow();
-    let mut sink = store.create_shard(shard(1, A), 0, &flow).unwrap();
+    let mut sink = store.create_shard(shard(1, A), sized(0), &flow).unwrap();
     let at = io.state.lock().unwrap().log.len() + 1;
     io.state.lock().unwrap().fault =
         Some(Fault { at, forever: false, done: false, kind: rustix::io::Errno::IO });
     let mut failure = None;
     for index in 0..100 {
-        let written = sink.write(index * 32768, filled(&pattern(32768)), 32768);
+        let written = sink.write(index * 32768, filled(&pattern(32768)));
         assert!(flow.read().in_flight_bytes <= IN_FLIGHT_BYTES);
         if let Err(error) = written {
             failure = Some(error);
@@ -292,7 +292,7 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     }
     let failure = failure.expect("the failure is told before all is written").to_string();
     assert!(failure.contains("writing 32768 bytes at offset 32768 of"), "{failure}");
-    assert_eq!(sink.write(0, filled(&[1; 4096]), 4096).unwrap_err().to_string(), failure);
+    assert_eq!(sink.write(0, filled(&[1; 4096])).unwrap_err().to_string(), failure);
     assert_eq!(sink.finish(32768).unwrap_err().to_string(), failure);
     sink.abandon();
     assert_eq!(store.list().unwrap(), []);
@@ -315,7 +315,7 @@ fn write_until(sink: &mut dyn ShardSink, ended: impl Fn() -> bool) -> Result<()>
         if ended() {
             break;
         }
-        sink.write(offset, filled(&piece), piece.len())?;
+        sink.write(offset, filled(&piece))?;
     }
     Ok(())
 }
@@ -325,7 +325,7 @@ fn a_large_shard_is_synced_while_it_is_written_and_once_more_in_the_end() {
     let directory = tempfile::tempdir().unwrap();
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &captured()).unwrap();
+    let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &captured()).unwrap();
     let name = names::shard_file_name(0, A);
     let sync = format!("sync {name}");
     write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
@@ -345,11 +345,11 @@ fn an_early_sync_that_fails_fails_the_shard_and_is_its_last() {
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
     io.state.lock().unwrap().fail_syncs = true;
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &captured()).unwrap();
+    let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &captured()).unwrap();
     let failure = write_until(sink.as_mut(), || false).unwrap_err().to_string();
     assert!(failure.contains("syncing"), "{failure}");
     io.state.lock().unwrap().fail_syncs = false;
-    assert_eq!(sink.write(0, filled(&[1; 4096]), 4096).unwrap_err().to_string(), failure);
+    assert_eq!(sink.write(0, filled(&[1; 4096])).unwrap_err().to_string(), failure);
     assert_eq!(sink.finish(LARGE_BYTES).unwrap_err().to_string(), failure);
     sink.abandon();
     let log = std::mem::take(&mut io.state.lock().unwrap().log);
@@ -363,7 +363,7 @@ fn a_shard_that_is_given_up_ends_its_early_sync_first() {
     let directory = tempfile::tempdir().unwrap();
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &captured()).unwrap();
+    let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &captured()).unwrap();
     let sync = format!("sync {}", names::shard_file_name(0, A));
     write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
     drop(sink);
@@ -379,7 +379,7 @@ fn nothing_is_synced_early_while_the_training_waits_for_the_device() {
     let io = Watched::new(None);
     let store = open(&directory.path().join("store"), &io).unwrap();
     let flow = flow();
-    let mut sink = store.create_shard(shard(1, A), LARGE_BYTES, &flow).unwrap();
+    let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &flow).unwrap();
     let sync = format!("sync {}", names::shard_file_name(0, A));
     let is_synced = || io.state.lock().unwrap().log.contains(&sync);
     let written = std::cell::Cell::new(0);

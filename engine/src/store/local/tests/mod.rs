@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::DirectIo;
+use crate::format::checksum::crc32c;
 use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::AttemptId;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::io::{ALIGNMENT, threads::Threads, uring::Uring};
 use crate::recovery::{ManifestState, StepState, Survey, check_save, survey};
+use crate::store::Piece;
 
 mod faults;
 
@@ -51,19 +53,23 @@ fn pattern(bytes: usize) -> Vec<u8> {
     (0..bytes).map(|index| u8::try_from(index / 7 % 251).unwrap()).collect()
 }
 
-fn filled(bytes: &[u8]) -> Buffer {
+fn filled(bytes: &[u8]) -> Piece {
     let mut buffer = BufferPool::new(bytes.len(), 1).unwrap().take();
     buffer.copy_from_slice(bytes);
-    buffer
+    Piece { buffer, bytes: bytes.len(), crc32c: crc32c(bytes) }
+}
+
+fn sized(bytes: u64) -> ShardSize {
+    ShardSize { expected_bytes: bytes, most_bytes: bytes }
 }
 
 /// Writes `bytes` in pieces of 16 KiB, the last first, and finishes.
 fn write_shard(store: &dyn Store, id: ShardId, bytes: &[u8]) -> Result<Box<dyn ShardSink>> {
     let flow = flow();
-    let mut sink = store.create_shard(id, bytes.len() as u64, &flow)?;
+    let mut sink = store.create_shard(id, sized(bytes.len() as u64), &flow)?;
     for (index, piece) in bytes.chunks(4 * ALIGNMENT).enumerate().rev() {
         let offset = (index * 4 * ALIGNMENT) as u64;
-        if let Err(error) = sink.write(offset, filled(piece), piece.len()) {
+        if let Err(error) = sink.write(offset, filled(piece)) {
             sink.abandon();
             return Err(error);
         }
@@ -295,9 +301,9 @@ fn a_manifest_is_published_only_over_complete_shards() {
 fn an_abandoned_or_dropped_shard_is_gone_and_a_published_one_stays() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    drop(store.create_shard(shard(1, A), 1 << 20, &flow()).unwrap());
+    drop(store.create_shard(shard(1, A), sized(1 << 20), &flow()).unwrap());
     assert_eq!(store.list().unwrap(), []);
-    store.create_shard(shard(1, A), 1 << 20, &flow()).unwrap().abandon();
+    store.create_shard(shard(1, A), sized(1 << 20), &flow()).unwrap().abandon();
     assert_eq!(store.list().unwrap(), []);
 
     let bytes = pattern(SHARD_BYTES);
@@ -311,7 +317,7 @@ fn an_abandoned_or_dropped_shard_is_gone_and_a_published_one_stays() {
 fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
-    let sink = store.create_shard(shard(7, A), 1 << 20, &flow()).unwrap();
+    let sink = store.create_shard(shard(7, A), sized(1 << 20), &flow()).unwrap();
     let file = names::shard_file_name(0, A);
     assert_eq!(survey_of(&store).steps[0].orphans[0].file, file);
     assert_eq!(store.remove_orphan(7, &file).unwrap(), None);
@@ -366,7 +372,7 @@ fn foreign_names_and_links_are_neither_listed_nor_deleted() {
     }
     assert_eq!(store.remove_orphan(3, &names::shard_file_name(2, A)).unwrap(), Some(0));
     assert_eq!(store.remove_checkpoint(4).unwrap(), 0);
-    let error = store.create_shard(shard(4, A), 4096, &flow()).unwrap_err();
+    let error = store.create_shard(shard(4, A), sized(4096), &flow()).unwrap_err();
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
     store.remove_checkpoint(3).unwrap();
     assert_eq!(names_under(&step).len(), 3);
@@ -435,7 +441,7 @@ fn a_reader_creates_and_changes_nothing() {
     let reader = open(directory.path()).unwrap();
     assert_eq!(reader.list().unwrap(), []);
     let refused = [
-        reader.create_shard(shard(1, A), 0, &flow()).map(drop),
+        reader.create_shard(shard(1, A), sized(0), &flow()).map(drop),
         publish(&reader, shard(1, A), SHARD_BYTES as u64, None),
         reader.remove_checkpoint(1).map(drop),
         reader.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
@@ -472,7 +478,7 @@ fn the_clock_is_that_of_the_filesystem() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     let before = store.now().unwrap();
-    let sink = store.create_shard(shard(1, A), 0, &flow()).unwrap();
+    let sink = store.create_shard(shard(1, A), sized(0), &flow()).unwrap();
     let modified = store.list().unwrap()[0].files[0].modified;
     let after = store.now().unwrap();
     drop(sink);
@@ -485,7 +491,7 @@ fn free_space_is_reported_and_an_absurd_reservation_refused() {
     let store = writer(directory.path());
     let free_bytes = store.free_bytes().unwrap().unwrap();
     assert!(free_bytes > 0);
-    if let Err(error) = store.create_shard(shard(1, A), 1 << 50, &flow()) {
+    if let Err(error) = store.create_shard(shard(1, A), sized(1 << 50), &flow()) {
         assert!(
             matches!(&error, EngineError::NoSpace { why, .. } if why.contains("bytes are needed"))
                 || matches!(error, EngineError::Io { .. }),
@@ -515,7 +521,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     let directory = tempfile::tempdir().unwrap();
     let child = forked(directory.path());
     let refused = [
-        child.create_shard(shard(1, A), 0, &flow()).map(drop),
+        child.create_shard(shard(1, A), sized(0), &flow()).map(drop),
         publish(&child, shard(1, A), SHARD_BYTES as u64, None),
         child.remove_checkpoint(1).map(drop),
         child.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
@@ -529,7 +535,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
 
     let sink = sink::LocalShardSink::create(&child.shared, shard(1, A), 0, &flow()).unwrap();
     let mut sink: Box<dyn ShardSink> = Box::new(sink);
-    let error = sink.write(0, filled(&[0; ALIGNMENT]), ALIGNMENT).unwrap_err();
+    let error = sink.write(0, filled(&[0; ALIGNMENT])).unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");
     let error = sink.finish(0).unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");

@@ -10,6 +10,13 @@ use serde::{Deserialize, Serialize};
 use crate::codec::Codec;
 use crate::{EngineError, Result};
 
+mod s3;
+
+pub use s3::{
+    PART_BYTES_DEFAULT, PART_BYTES_MAX, PART_BYTES_MIN, S3_SCHEME, S3Address, S3Credentials,
+    S3Settings,
+};
+
 /// How chunks are encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -70,7 +77,8 @@ pub enum DirectIo {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Directory of the store. Created by a writer, with its parents. No default.
+    /// Directory of the store, created by a writer with its parents; or `s3://bucket/prefix`. No
+    /// default.
     pub path: PathBuf,
     /// Name of the training run, written into manifests. Default `default`; 1 to 255 bytes.
     pub job: String,
@@ -106,6 +114,15 @@ pub struct Config {
     /// Check every chunk's checksums on load. Default true; manifests and indexes are always
     /// checked.
     pub verify_on_load: bool,
+    /// How a store in S3 is reached.
+    pub s3: S3Settings,
+    /// Store in S3, `s3://bucket/prefix`, that checkpoints are brought to once they are committed
+    /// in the directory `path`. Default: none.
+    pub remote: Option<String>,
+    /// Bytes a second that uploads to `remote` take at most. Default: no bound; at least 1.
+    pub remote_bytes_per_second: Option<u64>,
+    /// Whether retention may take what is not in `remote` yet. Default false.
+    pub remove_before_upload: bool,
 }
 
 impl Default for Config {
@@ -127,6 +144,10 @@ impl Default for Config {
             keep_every: None,
             gc_grace_seconds: 24 * 60 * 60,
             verify_on_load: true,
+            s3: S3Settings::default(),
+            remote: None,
+            remote_bytes_per_second: None,
+            remove_before_upload: false,
         }
     }
 }
@@ -152,7 +173,47 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.validate_identity()?;
         self.validate_sizes()?;
-        self.validate_retention()
+        self.validate_retention()?;
+        self.s3.validate()?;
+        self.validate_remote()
+    }
+
+    fn validate_remote(&self) -> Result<()> {
+        let is_in_s3 = self.s3_address()?.is_some();
+        let Some(remote) = &self.remote else { return Ok(()) };
+        self.remote_address()?;
+        if is_in_s3 {
+            return Err(EngineError::invalid(
+                format!("settings `path` = `{}`, `remote` = `{remote}`", self.path.display()),
+                "checkpoints are brought to `remote` from a directory",
+                "name a directory as `path`, or leave `remote` unset",
+            ));
+        }
+        if self.remote_bytes_per_second == Some(0) {
+            return Err(EngineError::invalid(
+                "setting `remote_bytes_per_second` = 0",
+                "nothing would ever arrive",
+                "use 1 or more, or leave it unset",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The far store of a tier, if one is set.
+    pub fn remote_address(&self) -> Result<S3Address> {
+        let remote = self.remote.as_deref().unwrap_or_default();
+        S3Address::parse(remote).unwrap_or_else(|| {
+            Err(EngineError::invalid(
+                format!("setting `remote` = `{remote}`"),
+                "a store in S3 is expected",
+                "name a bucket and a prefix: `s3://bucket/runs/gpt`",
+            ))
+        })
+    }
+
+    /// Where the store is, if it is in S3.
+    pub fn s3_address(&self) -> Result<Option<S3Address>> {
+        self.path.to_str().and_then(S3Address::parse).transpose()
     }
 
     fn validate_identity(&self) -> Result<()> {

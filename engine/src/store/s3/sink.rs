@@ -1,0 +1,416 @@
+//! Writing a shard: parts go as they fill, several at a time.
+//!
+//! ```text
+//! new ----> Writing --finish--> Finished --drop--> the object stays
+//!              |                    |
+//!              |                    +--abandon--> deleted, unless a manifest may name it
+//!              +--abandon, drop--> the upload is given up
+//! ```
+//!
+//! Always holds:
+//! - A shard that fits one part is put in one piece; nothing is begun at the service before.
+//! - Memory is bounded: parts in flight by the setting, those being put together by what the pools
+//!   and workers hold. A buffer goes back when its part has arrived.
+//! - The first failure is kept and is the answer to every later call.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use aws_sdk_s3::types::CompletedPart;
+use tokio::task::AbortHandle;
+
+use super::parts::{Assembly, Part, Segment, part_bytes};
+use super::uploads::{Arrived, Upload, Whole};
+use super::{Shared, publish};
+use crate::format::names::shard_file_name;
+use crate::store::flow::Flow;
+use crate::store::{Piece, ShardId, ShardSink, ShardSize, TransferFigures};
+use crate::{EngineError, Result};
+
+/// A shard that is being written.
+#[derive(Debug)]
+pub(super) struct S3ShardSink {
+    shared: Arc<Shared>,
+    id: ShardId,
+    key: String,
+    assembly: Assembly,
+    upload: Option<Arc<Upload>>,
+    flight: Arc<Flight>,
+    tasks: Vec<AbortHandle>,
+    phase: Phase,
+    /// Whether an earlier process may have begun it, and a later one may go on.
+    resumes: bool,
+    /// Parts that were there before.
+    there: BTreeMap<u32, Arrived>,
+    resumed_parts: u64,
+    /// Repetitions of requests before this shard.
+    retries_before: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Bytes are accepted; nobody else knows of the object.
+    Writing,
+    /// The object is there, whole; a manifest may name it.
+    Finished,
+    /// The object is deleted, or left for good.
+    Settled,
+}
+
+impl S3ShardSink {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        id: ShardId,
+        size: ShardSize,
+        flow: &Arc<Flow>,
+    ) -> Self {
+        let file = shard_file_name(id.rank, id.attempt);
+        shared.own().live.insert((id.step, file));
+        let settings = &shared.client.settings;
+        Self {
+            shared: Arc::clone(shared),
+            id,
+            key: shared.shard_key(id),
+            assembly: Assembly::new(part_bytes(settings.part_bytes, size.most_bytes)),
+            upload: None,
+            flight: Arc::new(Flight::new(settings.in_flight_bytes, Arc::clone(flow))),
+            tasks: Vec::new(),
+            phase: Phase::Writing,
+            resumes: false,
+            there: BTreeMap::new(),
+            resumed_parts: 0,
+            retries_before: shared.client.watch.retries(),
+        }
+    }
+
+    /// Goes on where an earlier process broke off.
+    pub(super) fn resuming(
+        shared: &Arc<Shared>,
+        id: ShardId,
+        size: ShardSize,
+        flow: &Arc<Flow>,
+    ) -> Self {
+        let mut sink = Self::new(shared, id, size, flow);
+        sink.resumes = true;
+        sink
+    }
+
+    /// Starts uploading a part, which waits while too much is in flight.
+    fn send(&mut self, part: Part) -> Result<()> {
+        let upload = self.upload()?;
+        let there = self.there.get(&part.number).and_then(|there| there.as_completed(&part));
+        self.flight.start(part.bytes)?;
+        if let Some(completed) = there {
+            self.resumed_parts += 1;
+            self.flight.land(part.number, part.bytes, Outcome::Part(completed));
+            return Ok(());
+        }
+        let (shared, flight) = (Arc::clone(&self.shared), Arc::clone(&self.flight));
+        let mut landing = Landing::of(&flight, &part);
+        let task = self.shared.client.spawn(async move {
+            landing.outcome = match shared.put_part(&upload, &part).await {
+                Ok(completed) => Outcome::Part(completed),
+                Err(failure) => {
+                    let doing = format!("uploading part {} of", part.number);
+                    let what = shared.naming(&doing, &upload.key);
+                    Outcome::Failed(shared.refused(&what, failure))
+                }
+            };
+            // The buffers first: whoever waits for memory need not wait for the bookkeeping.
+            drop(part);
+            drop(landing);
+        });
+        self.tasks.retain(|task| !task.is_finished());
+        self.tasks.push(task);
+        Ok(())
+    }
+
+    fn upload(&mut self) -> Result<Arc<Upload>> {
+        if let Some(upload) = &self.upload {
+            return Ok(Arc::clone(upload));
+        }
+        if let Some(upload) = self.find_upload() {
+            self.upload = Some(Arc::clone(&upload));
+            return Ok(upload);
+        }
+        let what = self.shared.naming("beginning the upload of", &self.key);
+        let begun = self.shared.ask(&what, self.shared.begin_upload(&self.key));
+        let upload = Arc::new(self.keep_failure(begun)?);
+        self.upload = Some(Arc::clone(&upload));
+        Ok(upload)
+    }
+
+    /// The upload that an earlier process began. One that cannot be looked for is begun anew.
+    fn find_upload(&mut self) -> Option<Arc<Upload>> {
+        if !self.resumes {
+            return None;
+        }
+        match self.shared.client.block_on(self.shared.find_upload(&self.key)) {
+            Ok(found) => {
+                let (upload, there) = found?;
+                tracing::info!(key = self.key, parts = there.len(), "an upload is resumed");
+                self.there = there;
+                Some(Arc::new(upload))
+            }
+            Err(failure) => {
+                tracing::warn!(
+                    key = self.key,
+                    ?failure,
+                    "every part is sent: uploads that were \
+                    begun cannot be listed"
+                );
+                None
+            }
+        }
+    }
+
+    fn put_whole(&self, part: &Part) -> Result<()> {
+        self.flight.start(part.bytes)?;
+        let what = self.shared.naming("writing", &self.key);
+        let put = self.shared.ask(&what, self.shared.put_whole(&self.key, part));
+        self.flight.land(part.number, part.bytes, Outcome::Whole);
+        put
+    }
+
+    fn complete(&self, upload: &Upload, file_bytes: u64) -> Result<()> {
+        self.flight.wait_until_landed();
+        let parts = self.flight.parts()?;
+        let whole = Whole { bytes: file_bytes, crc32c: self.assembly.crc32c() };
+        let what = self.shared.naming("completing the upload of", &self.key);
+        self.shared.ask(&what, self.shared.complete(upload, parts, whole))
+    }
+
+    fn keep_failure<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.flight.fail(error.duplicate());
+        }
+        result
+    }
+
+    /// Ends what is under way, then gives the upload up or deletes the object. What stays behind is
+    /// logged.
+    fn discard(&mut self) {
+        for task in self.tasks.drain(..) {
+            task.abort();
+        }
+        self.flight.wait_until_landed();
+        let was_finished = self.phase == Phase::Finished;
+        self.phase = Phase::Settled;
+        let shared = &self.shared;
+        let outcome = match &self.upload {
+            Some(_) if !was_finished && self.resumes => {
+                tracing::info!(key = self.key, "an upload is kept, to be resumed");
+                Ok(())
+            }
+            Some(upload) if !was_finished => {
+                shared.client.block_on(shared.abort(&self.key, &upload.id))
+            }
+            _ if was_finished || self.flight.has_begun() => {
+                shared.client.block_on(shared.delete(&self.key))
+            }
+            _ => Ok(()),
+        };
+        if let Err(failure) = outcome {
+            tracing::warn!(key = self.key, ?failure, "an abandoned shard stays behind");
+        }
+    }
+}
+
+impl ShardSink for S3ShardSink {
+    fn write(&mut self, offset: u64, piece: Piece) -> Result<()> {
+        self.shared.check_process("writing a shard")?;
+        if self.phase != Phase::Writing {
+            return Err(EngineError::internal("writing a shard", "it is finished already"));
+        }
+        self.flight.check()?;
+        for part in self.assembly.add(offset, Segment::of(piece)) {
+            self.send(part)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, file_bytes: u64) -> Result<()> {
+        self.shared.check_process("finishing a shard")?;
+        if self.phase != Phase::Writing {
+            return Err(EngineError::internal("finishing a shard", "it is finished already"));
+        }
+        let closed = self.assembly.close(file_bytes);
+        let last = self.keep_failure(closed)?;
+        let finished = match (self.upload.clone(), last) {
+            (None, Some(part)) => self.put_whole(&part),
+            (Some(upload), last) => last
+                .map_or(Ok(()), |part| self.send(part))
+                .and_then(|()| self.complete(&upload, file_bytes)),
+            (None, None) => Err(EngineError::internal("finishing a shard", "nothing was written")),
+        };
+        self.keep_failure(finished)?;
+        self.phase = Phase::Finished;
+        Ok(())
+    }
+
+    fn figures(&self) -> TransferFigures {
+        TransferFigures {
+            parts: self.flight.landed(),
+            resumed_parts: self.resumed_parts,
+            retries: self.shared.client.watch.retries().saturating_sub(self.retries_before),
+        }
+    }
+
+    fn abandon(mut self: Box<Self>) {
+        if !self.shared.client.in_owner() {
+            return;
+        }
+        if self.phase == Phase::Finished
+            && publish::may_be_published(&self.shared, self.id.step, self.id.attempt)
+        {
+            tracing::warn!(key = self.key, "an abandoned shard stays: a manifest may name it");
+            self.phase = Phase::Settled;
+            return;
+        }
+        self.discard();
+    }
+}
+
+impl Drop for S3ShardSink {
+    fn drop(&mut self) {
+        // A forked child has neither the object's fate nor the threads that its parts end on.
+        if !self.shared.client.in_owner() {
+            return;
+        }
+        if self.phase == Phase::Writing {
+            self.discard();
+        }
+        let file = shard_file_name(self.id.rank, self.id.attempt);
+        self.shared.own().live.remove(&(self.id.step, file));
+    }
+}
+
+/// What became of a part.
+#[derive(Debug)]
+enum Outcome {
+    /// It arrived, as one of several.
+    Part(CompletedPart),
+    /// It arrived, and is the whole object.
+    Whole,
+    /// It was not sent, or not to its end, because the shard was given up.
+    GivenUp,
+    /// It failed.
+    Failed(EngineError),
+}
+
+/// A part on its way; it lands even if its task is ended before it began.
+struct Landing {
+    flight: Arc<Flight>,
+    number: u32,
+    bytes: u64,
+    outcome: Outcome,
+}
+
+impl Landing {
+    fn of(flight: &Arc<Flight>, part: &Part) -> Self {
+        let (number, bytes) = (part.number, part.bytes);
+        Self { flight: Arc::clone(flight), number, bytes, outcome: Outcome::GivenUp }
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        let outcome = std::mem::replace(&mut self.outcome, Outcome::GivenUp);
+        self.flight.land(self.number, self.bytes, outcome);
+    }
+}
+
+/// Parts that are on their way, those that have arrived, and the first failure.
+#[derive(Debug)]
+struct Flight {
+    bytes_max: u64,
+    flow: Arc<Flow>,
+    state: Mutex<FlightState>,
+    landed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct FlightState {
+    bytes: u64,
+    begun: u64,
+    parts: BTreeMap<u32, CompletedPart>,
+    landed: u64,
+    failure: Option<EngineError>,
+}
+
+impl Flight {
+    fn new(bytes_max: u64, flow: Arc<Flow>) -> Self {
+        Self { bytes_max, flow, state: Mutex::default(), landed: Condvar::new() }
+    }
+
+    /// Waits until `bytes` more may be on their way. One part always may.
+    fn start(&self, bytes: u64) -> Result<()> {
+        let full = |state: &mut FlightState| {
+            state.failure.is_none()
+                && state.bytes > 0
+                && state.bytes.saturating_add(bytes) > self.bytes_max
+        };
+        let mut state =
+            self.landed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = &state.failure {
+            return Err(failure.duplicate());
+        }
+        state.bytes += bytes;
+        state.begun += 1;
+        self.flow.accept(bytes);
+        Ok(())
+    }
+
+    fn land(&self, number: u32, bytes: u64, outcome: Outcome) {
+        let mut state = self.lock();
+        state.bytes -= bytes;
+        self.flow.land(bytes);
+        match outcome {
+            Outcome::Part(part) => {
+                state.landed += 1;
+                state.parts.insert(number, part);
+            }
+            Outcome::Whole => state.landed += 1,
+            Outcome::GivenUp => {}
+            Outcome::Failed(error) => {
+                state.failure.get_or_insert(error);
+            }
+        }
+        drop(state);
+        self.landed.notify_all();
+    }
+
+    fn fail(&self, error: EngineError) {
+        self.lock().failure.get_or_insert(error);
+    }
+
+    fn check(&self) -> Result<()> {
+        match &self.lock().failure {
+            Some(failure) => Err(failure.duplicate()),
+            None => Ok(()),
+        }
+    }
+
+    /// The parts that have arrived, by number.
+    fn parts(&self) -> Result<Vec<CompletedPart>> {
+        self.check()?;
+        Ok(self.lock().parts.values().cloned().collect())
+    }
+
+    fn has_begun(&self) -> bool {
+        self.lock().begun > 0
+    }
+
+    fn landed(&self) -> u64 {
+        self.lock().landed
+    }
+
+    fn wait_until_landed(&self) {
+        let state = self.landed.wait_while(self.lock(), |state| state.bytes > 0);
+        drop(state.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FlightState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

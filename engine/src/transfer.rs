@@ -1,0 +1,239 @@
+//! A checkpoint from one store to another, byte for byte.
+//!
+//! ```text
+//! shard --reads in flight--> checked against the index --> sink of the other store
+//! manifest -----------------------------------------------> published last, as it is
+//! ```
+//!
+//! Always holds: the copy has the same attempt and the same bytes, each checked on its way; it
+//! exists only when all of it is there and was read back; what an interrupted copy brought over is
+//! not sent again where the store can tell.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+use serde::Serialize;
+
+use crate::clock::{Environment, elapsed};
+use crate::error::IoContext;
+use crate::format::checksum::crc32c;
+use crate::format::manifest::{Manifest, ShardEntry};
+use crate::format::names::{AttemptId, parse_shard_file};
+use crate::io::buffer::{Buffer, BufferPool};
+use crate::load::{Checkpoint, Extent, VerifyObserver, from_format};
+use crate::store::flow::Flow;
+use crate::store::{Piece, Publication, ShardId, ShardSink, ShardSize, Store};
+use crate::{EngineError, Result};
+
+/// Bytes of reads in flight and of what waits to be written.
+const BUFFERS_BYTES: usize = 96 << 20;
+/// Fewest buffers: one being read, one being checked, two on their way.
+const BUFFERS_MIN: usize = 4;
+
+/// What was copied.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Transferred {
+    /// The step.
+    pub step: u64,
+    /// Whether the other store had this checkpoint already; nothing was copied then.
+    pub was_there: bool,
+    /// Bytes of the shards.
+    pub bytes: u64,
+    /// Parts that the shards were uploaded in; 0 where the other store is a directory.
+    pub parts: u64,
+    /// Of these, parts that an earlier copy, which was interrupted, had brought over.
+    pub resumed_parts: u64,
+    /// Requests that had to be repeated.
+    pub retries: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+}
+
+/// What becomes of another checkpoint of the step that the other store holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overwrite {
+    /// It stays, and the copy is refused.
+    No,
+    /// The copy takes its place.
+    Yes,
+}
+
+/// Copies `step`.
+pub(crate) fn transfer(
+    source: &dyn Store,
+    destination: &dyn Store,
+    step: u64,
+    overwrite: Overwrite,
+    environment: &Arc<dyn Environment>,
+    observer: &dyn VerifyObserver,
+) -> Result<Transferred> {
+    let start = environment.monotonic();
+    let what = format!("copying step {step} to `{}`", destination.location());
+    let file = format!("{}, manifest of step {step}", source.location());
+    let bytes = source.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
+        what: what.clone(),
+        why: "there is no committed checkpoint of this step".into(),
+        hint: "`ckpt-tool ls` lists those that exist".into(),
+    })?;
+    let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
+    let manifest = Arc::new(manifest);
+    let mut transferred = Transferred { step, ..Transferred::default() };
+    let replaces = match standing(destination, step)? {
+        Some(there) if there == manifest.attempt => {
+            transferred.was_there = true;
+            return Ok(transferred);
+        }
+        Some(there) if overwrite == Overwrite::No => {
+            return Err(EngineError::StepConflict {
+                what,
+                why: format!("it holds another checkpoint of this step, attempt {there}"),
+                hint: "choose another store, or delete that checkpoint first".into(),
+            });
+        }
+        there => there.as_deref().and_then(AttemptId::parse),
+    };
+    let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
+    let mut sinks = Sinks(Vec::new());
+    let mut shards = Vec::new();
+    for entry in &manifest.shards {
+        let (shard, sink) = copy.shard(entry)?;
+        let figures = sink.figures();
+        transferred.bytes += entry.bytes;
+        transferred.parts += figures.parts;
+        transferred.resumed_parts += figures.resumed_parts;
+        transferred.retries += figures.retries;
+        sinks.0.push(sink);
+        shards.push((shard, entry.bytes));
+        // Header, footer and index as they lie there now; the chunks' checksums are in the index.
+        Checkpoint::open_shard(destination, &manifest, entry.rank)?;
+    }
+    destination.publish(Publication {
+        step,
+        attempt: attempt_of(&manifest, &file)?,
+        manifest: &bytes,
+        replaces,
+        shards: &shards,
+    })?;
+    sinks.0.clear();
+    transferred.seconds = elapsed(&**environment, start).as_secs_f64();
+    Ok(transferred)
+}
+
+/// The attempt of the checkpoint that a store holds. What does not decode is none: publishing
+/// decides what becomes of it.
+fn standing(store: &dyn Store, step: u64) -> Result<Option<String>> {
+    let manifest = store.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
+    Ok(manifest.map(|manifest| manifest.attempt))
+}
+
+fn attempt_of(manifest: &Manifest, file: &str) -> Result<AttemptId> {
+    AttemptId::parse(&manifest.attempt)
+        .ok_or_else(|| EngineError::corrupt(file, "its attempt is no attempt's name"))
+}
+
+/// Sinks whose shards are whole; given up unless the manifest was published.
+struct Sinks(Vec<Box<dyn ShardSink>>);
+
+impl Drop for Sinks {
+    fn drop(&mut self) {
+        for sink in self.0.drain(..) {
+            sink.abandon();
+        }
+    }
+}
+
+struct Copy<'a> {
+    source: &'a dyn Store,
+    destination: &'a dyn Store,
+    manifest: &'a Arc<Manifest>,
+    environment: &'a Arc<dyn Environment>,
+    observer: &'a dyn VerifyObserver,
+    what: String,
+}
+
+/// A read that was begun.
+type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
+
+impl Copy<'_> {
+    fn shard(&self, entry: &ShardEntry) -> Result<(ShardId, Box<dyn ShardSink>)> {
+        let checkpoint = Checkpoint::open_shard(self.source, self.manifest, entry.rank)?;
+        let (rank, attempt) = parse_shard_file(&entry.file)
+            .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
+        let shard = ShardId { step: self.manifest.step, rank, attempt };
+        let size = ShardSize { expected_bytes: entry.bytes, most_bytes: entry.bytes };
+        let flow = Arc::new(Flow::new(Arc::clone(self.environment), None));
+        // No training waits for a copy.
+        flow.captured();
+        let mut sink = self.destination.resume_shard(shard, size, &flow)?;
+        let copied =
+            self.extents(&checkpoint, sink.as_mut()).and_then(|()| sink.finish(entry.bytes));
+        match copied {
+            Ok(()) => Ok((shard, sink)),
+            Err(error) => {
+                sink.abandon();
+                Err(error)
+            }
+        }
+    }
+
+    fn extents(&self, checkpoint: &Checkpoint, sink: &mut dyn ShardSink) -> Result<()> {
+        let extents = checkpoint.extents();
+        let buffer_bytes = extents.iter().map(|extent| extent.bytes).max().unwrap_or(0);
+        let count = (BUFFERS_BYTES / buffer_bytes.max(1)).clamp(BUFFERS_MIN, 64);
+        let pool = BufferPool::new(buffer_bytes, count)
+            .context("allocating buffers to copy", checkpoint.shard_name())?;
+        let mut waiting = extents.into_iter();
+        let mut next = waiting.next();
+        let mut reading: VecDeque<Reading> = VecDeque::new();
+        while next.is_some() || !reading.is_empty() {
+            while let Some(extent) = next {
+                // With nothing being read, all buffers are on their way out and come back.
+                let buffer = if reading.is_empty() { Some(pool.take()) } else { pool.try_take() };
+                let Some(buffer) = buffer else { break };
+                reading.push_back((extent, checkpoint.start_reading(extent, buffer)));
+                next = waiting.next();
+            }
+            if let Some(read) = reading.pop_front() {
+                self.pass_on(checkpoint, read, sink)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pass_on(
+        &self,
+        checkpoint: &Checkpoint,
+        (extent, arrival): Reading,
+        sink: &mut dyn ShardSink,
+    ) -> Result<()> {
+        let (outcome, buffer) = arrival
+            .recv()
+            .map_err(|_| EngineError::internal(self.what.clone(), "the store dropped a read"))?;
+        outcome?;
+        let crc32c = crc32c(&buffer[..extent.bytes]);
+        if extent.crc32c.is_some_and(|expected| expected != crc32c) {
+            return Err(EngineError::corrupt(
+                checkpoint.shard_name(),
+                format!(
+                    "the {} bytes at offset {} have checksum {crc32c:08x}, the index says {:08x}",
+                    extent.bytes,
+                    extent.offset,
+                    extent.crc32c.unwrap_or_default()
+                ),
+            ));
+        }
+        sink.write(extent.offset, Piece { buffer, bytes: extent.bytes, crc32c })?;
+        self.observer.advanced(extent.bytes as u64);
+        if self.observer.is_cancelled() {
+            return Err(EngineError::Closed {
+                what: self.what.clone(),
+                why: "it was cancelled".into(),
+                hint: "copy again: what was brought over is not sent twice where the store can \
+                       tell"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,247 @@
+"""Stores in S3, against a server of the tests' own that runs as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support import assert_same, run_script
+
+from dtruntime import CheckpointManager, CheckpointNotFound, InvalidArgument, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", Path(__file__).parents[2] / "target"))
+SERVER = TARGET / "debug" / "examples" / "s3-server"
+TOOL = TARGET / "release" / "ckpt-tool"
+SECRET = "owner-secret-7f3a9c"  # noqa: S105  (the server's own, good for nothing else)
+TOKEN = "session-token-55aa"  # noqa: S105
+
+
+pytestmark = pytest.mark.usefixtures("server")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
+    """Start a server with an empty bucket, and point the usual chain at it."""
+    assert SERVER.exists(), "build it: cargo build -p integration-tests --example s3-server"
+    with subprocess.Popen(
+        [SERVER, tmp_path / "objects"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        url, bucket, key, secret = process.stdout.readline().split()
+        assert (bucket, secret) == ("checkpoints", SECRET)
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+        yield process
+        process.stdin.close()
+        process.wait(10)
+
+
+STORE = "s3://checkpoints/runs/gpt"
+
+
+def state_of(seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(300_000, generator=generator)
+    return {"model": {"w": weights, "tied": weights}, "steps": [1, 2.5, None], "epoch": seed}
+
+
+def test_what_is_saved_comes_back():
+    with CheckpointManager(STORE, keep_last_n=2, chunk_bytes="64KiB") as manager:
+        assert manager.io_backend == "s3"
+        assert manager.path == STORE
+        assert manager.latest_step() is None
+        for step in (1, 2, 3):
+            info = manager.save(state_of(step), step=step)
+        assert (info.location, info.stats.parts, info.stats.retries) == (STORE, 1, 0)
+        assert manager.all_steps() == [2, 3]
+        assert_same(manager.load(), state_of(3))
+        assert_same(manager.load(step=2, keys=["model.*"]), {"model": state_of(2)["model"]})
+        assert manager.verify(2).ok
+        live = state_of(9)
+        manager.restore(live, step=2)
+        assert_same(live, state_of(2))
+        with CheckpointManager(STORE, read_only=True) as reader:
+            assert_same(reader.load(), state_of(3))
+            with pytest.raises(InvalidArgument, match="read-only"):
+                reader.delete(3)
+        assert manager.delete(2) > 0
+        assert manager.all_steps() == [3]
+
+
+def test_a_state_in_parts():
+    state = {"big": torch.arange(5_000_000)}
+    with CheckpointManager(STORE, compression="none", s3={"part_bytes": "5MiB"}) as manager:
+        assert manager.save(state, step=1).stats.parts == 8
+        assert_same(manager.load(), state)
+        with pytest.raises(InvalidArgument, match="mmap=True"):
+            manager.load(mmap=True)
+
+
+def test_the_other_ways_to_name_a_store():
+    async def train() -> None:
+        manager = CheckpointManager(storage_path="checkpoints/runs/other", backend="s3")
+        first = await manager.save_async({"a": 1}, step=1000)
+        assert first.location == "s3://checkpoints/runs/other"
+        handle = manager.save_async({"a": 2}, step=1001)
+        await asyncio.gather(handle.wait(), asyncio.sleep(0))
+        manager.close()
+
+    asyncio.run(train())
+    with CheckpointManager("s3://checkpoints/runs/other/", backend="s3") as manager:
+        assert manager.load() == {"a": 2}
+
+
+def test_a_directory_that_drains_into_s3(tmp_path):
+    near = tmp_path / "near"
+    with CheckpointManager(near, remote=STORE, keep_last_n=2, compression="none") as manager:
+        for step in (1, 2, 3):
+            handle = manager.save_async(state_of(step), step=step)
+        assert handle.result().location == str(near)
+        info = handle.uploaded.result(60)
+        assert (info.step, info.parts, info.was_there) == (3, 1, False)
+        assert info.bytes == handle.result().stored_bytes
+    with CheckpointManager(STORE, read_only=True) as far:
+        assert far.all_steps()[-1] == 3
+        assert_same(far.load(), state_of(3))
+    shutil.rmtree(near)
+    with CheckpointManager(near, remote=STORE) as manager:
+        assert manager.latest_step() == 3
+        assert_same(manager.load(), state_of(3))
+        manager.save(state_of(4), step=4)
+    with CheckpointManager(STORE, read_only=True) as far:
+        assert far.latest_step() == 4, "closing waits for the upload"
+    with CheckpointManager(tmp_path / "alone") as manager:
+        assert manager.save_async({}, step=1).uploaded.result(10) is None
+
+
+def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path):
+    patience = {"attempts": 1, "connect_timeout_ms": 300, "request_timeout_ms": 300}
+    manager = CheckpointManager(tmp_path / "near", remote=STORE, s3=patience)
+    server.stdin.close()
+    server.wait(10)
+    handle = manager.save_async({"a": 1}, step=1)
+    assert handle.result().step == 1
+    manager.close()
+    assert isinstance(handle.uploaded.exception(10), Unavailable)
+    with CheckpointManager(tmp_path / "near", read_only=True) as reader:
+        assert reader.load() == {"a": 1}
+
+
+def test_a_service_that_is_gone_is_no_damage(server):
+    patience = {"attempts": 2, "connect_timeout_ms": 500, "request_timeout_ms": 500}
+    with CheckpointManager(STORE, s3=patience) as manager:
+        manager.save({"a": 1}, step=1)
+        with pytest.raises(CheckpointNotFound):
+            manager.load(step=2)
+        server.stdin.close()
+        server.wait(10)
+        for act in (manager.load, manager.verify, lambda: manager.save({"a": 2}, step=2)):
+            with pytest.raises(Unavailable) as caught:
+                act()
+            assert caught.value.is_retryable
+            assert "\nhint: " in str(caught.value)
+    with pytest.raises(Unavailable, match="opening store `s3://checkpoints/runs/gpt`"):
+        CheckpointManager(STORE, s3=patience)
+
+
+def test_a_forked_child_is_refused_and_the_parent_goes_on():
+    done = run_script(
+        """
+import os, sys, torch
+from dtruntime import CheckpointManager, Closed
+manager = CheckpointManager("s3://checkpoints/runs/gpt")
+handle = manager.save_async({"w": torch.randn(3_000_000)}, step=1)
+child = os.fork()
+if child == 0:
+    code = 0
+    for verb in (manager.load, manager.latest_step, lambda: manager.save_async({}, step=9)):
+        try:
+            verb()
+            code = 1
+        except Closed:
+            pass
+    manager.close()
+    evaluator = CheckpointManager("s3://checkpoints/runs/gpt", read_only=True)
+    evaluator.all_steps()
+    del handle, manager, evaluator
+    import gc; gc.collect()
+    os._exit(code)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print("step", handle.result().step, manager.verify(1).ok)
+""",
+    )
+    assert done.stdout.split() == ["child", "0", "step", "1", "True"], done.stderr
+
+
+def test_secrets_are_never_logged(monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
+    monkeypatch.setenv("RUST_LOG", "trace")
+    done = run_script(
+        """
+import torch
+from dtruntime import CheckpointManager, CheckpointError
+with CheckpointManager("s3://checkpoints/runs/gpt") as manager:
+    manager.save({"w": torch.randn(1000)}, step=1)
+    manager.load()
+try:
+    CheckpointManager("s3://no-such-bucket/runs")
+except CheckpointError as error:
+    print(error)
+"""
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "NoSuchBucket" in done.stdout
+    assert "aws_smithy" in done.stderr, "the SDK's own log is part of what is looked at"
+    for secret in (SECRET, TOKEN):
+        assert secret not in done.stdout + done.stderr
+
+
+def tool(*arguments: object) -> str:
+    done = subprocess.run(
+        [TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tool_takes_stores_in_s3(tmp_path):
+    with CheckpointManager(STORE) as manager:
+        for step in (1, 2):
+            manager.save(state_of(step), step=step)
+    assert " 2 " in tool("ls", STORE)
+    assert "model" in tool("inspect", STORE)
+    tool("verify", STORE, "--all")
+    assert "model.w" in tool("diff", STORE, 1, 2)
+    assert "nothing to delete" in tool("gc", STORE, "--grace", 0)
+    tool("restore", STORE, "-o", tmp_path / "state.safetensors")
+    assert (tmp_path / "state.safetensors").exists()
+    tool("restore", STORE, "--step", 1, "-o", tmp_path / "local")
+    with CheckpointManager(tmp_path / "local", read_only=True) as local:
+        assert_same(local.load(), state_of(1))
+    tool("restore", tmp_path / "local", "-o", "s3://checkpoints/runs/copy")
+    with CheckpointManager("s3://checkpoints/runs/copy", read_only=True) as copy:
+        assert_same(copy.load(), state_of(1))
+    assert "copied in" in tool("copy", STORE, tmp_path / "mirror", "--all")
+    assert "there already" in tool("copy", STORE, tmp_path / "mirror")
+    tool("copy", tmp_path / "mirror", "s3://checkpoints/runs/mirror", "--step", 2)
+    with CheckpointManager("s3://checkpoints/runs/mirror", read_only=True) as mirror:
+        assert_same(mirror.load(), state_of(2))
+    refused = subprocess.run(
+        [TOOL, "ls", "s3://no-such-bucket/x"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: opening store `s3://no-such-bucket/x`: NoSuchBucket")

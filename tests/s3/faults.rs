@@ -1,0 +1,197 @@
+//! A network and a service that fail in every way, at every request and all the time.
+//!
+//! Whatever happens, judged by a reader that no fault reaches: every checkpoint that is visible is
+//! whole and the one that was saved, every save that said it succeeded is there, and every call has
+//! ended in time, well or with an error that says what happened.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dtr_engine::config::Compression;
+use dtr_engine::{Config, Engine, EngineError, Result};
+
+use crate::budget::{self, Budget};
+use crate::place::{Place, config_at, open, try_open};
+use crate::proxy::{FAULTS, Fault, Plan, Proxy};
+use crate::server::OWNER;
+use crate::support::{Random, State, finish};
+
+/// Longer than any call may take with the timeouts of [`through`]: retention makes several
+/// requests.
+const CALL_MAX: Duration = Duration::from_secs(120);
+
+/// The same store through a proxy, with little patience.
+fn through(proxy: &Proxy, store: &Config) -> Config {
+    let mut config = config_at(&proxy.url(), store.path.to_str().unwrap());
+    config.compression = Compression::None;
+    config.s3.connect_timeout_ms = 500;
+    config.s3.request_timeout_ms = 500;
+    config.s3.attempts = 3;
+    config.gc_grace_seconds = 0;
+    config
+}
+
+/// What is saved as a step: the small ones in one piece, every third in parts.
+fn state_of(step: u64) -> State {
+    State::training(step, if step % 3 == 2 { 2 } else { 0 })
+}
+
+/// What a run of [`scenario`] saw.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Steps whose save said that it succeeded.
+    saved: Vec<u64>,
+    /// Errors of any call.
+    errors: Vec<EngineError>,
+}
+
+/// Saves, loads, lists, deletes and cleans, whatever fails in between.
+fn scenario(config: Config, seen: &mut Seen) {
+    let Some(engine) = timed(seen, || try_open(config, OWNER)) else { return };
+    for step in 1..=3 {
+        let save = || finish(&engine.save(state_of(step).request(step))?);
+        if timed(seen, save).is_some() {
+            seen.saved.push(step);
+        }
+    }
+    timed(seen, || read_all(&engine));
+    timed(seen, || engine.delete(1));
+    seen.saved.retain(|step| *step != 1);
+    timed(seen, || engine.gc(dtr_engine::engine::GcOptions::default()));
+    // Whatever nobody looked at was looked at above.
+    timed(seen, || engine.close());
+}
+
+/// Loads the newest checkpoint, and holds it against what was saved.
+fn read_all(engine: &Engine) -> Result<()> {
+    if let Some(step) = engine.survey()?.newest() {
+        state_of(step).try_assert_equals(&engine.checkpoint(step)?)?;
+    }
+    Ok(())
+}
+
+fn timed<T>(seen: &mut Seen, call: impl FnOnce() -> Result<T>) -> Option<T> {
+    let start = Instant::now();
+    let outcome = call();
+    assert!(start.elapsed() < CALL_MAX, "a call took {:?}", start.elapsed());
+    outcome.map_err(|error| seen.errors.push(error)).ok()
+}
+
+/// What is wrong with the store, or with what was said about it.
+fn judge(store: &Config, seen: &Seen) -> std::result::Result<(), String> {
+    for error in &seen.errors {
+        let text = error.to_string();
+        let is_typed = matches!(
+            error,
+            EngineError::Unavailable { .. }
+                | EngineError::Corrupt { .. }
+                | EngineError::NotFound { .. }
+                | EngineError::StepConflict { .. }
+        );
+        // A service that answered is quoted with its code and the request's id.
+        let is_quoted = !text.contains("the proxy says so") || text.contains("request id proxy-");
+        if !is_typed || !is_quoted || !text.contains("\nhint: ") || text.contains(OWNER.1) {
+            return Err(format!("an error that tells too little: {text}"));
+        }
+    }
+    let reader = open(Config { read_only: true, ..store.clone() });
+    let survey = reader.survey().map_err(|error| error.to_string())?;
+    let steps = survey.committed_steps();
+    if let Some(lost) = seen.saved.iter().find(|step| !steps.contains(step)) {
+        return Err(format!("step {lost} was saved, and is not there: {steps:?}"));
+    }
+    for step in &survey.steps {
+        if matches!(step.state, dtr_engine::recovery::StepState::Damaged { .. }) {
+            return Err(format!("step {} is damaged: {:?}", step.step, step.state));
+        }
+    }
+    for step in steps {
+        let report = reader.verify(step, &()).map_err(|error| error.to_string())?;
+        if !report.damage.is_empty() {
+            return Err(format!("step {step}: {:?}", report.damage));
+        }
+        let checkpoint = reader.checkpoint(step).map_err(|error| error.to_string())?;
+        state_of(step).assert_equals(&checkpoint);
+    }
+    Ok(())
+}
+
+/// Runs the scenario in a store of its own, each request done by as `plan` says.
+fn run(place: &Place, plan: Plan) -> (Seen, u64, std::result::Result<(), String>) {
+    let store = place.config();
+    let proxy = Proxy::start(place.server.address(), plan);
+    let mut seen = Seen::default();
+    scenario(through(&proxy, &store), &mut seen);
+    let judgement = judge(&store, &seen);
+    (seen, proxy.requests(), judgement)
+}
+
+#[test]
+fn without_faults_everything_succeeds() {
+    let place = Place::new();
+    let (seen, requests, judgement) = run(&place, Arc::new(|_| Fault::None));
+    assert!(seen.errors.is_empty(), "{:?}", seen.errors);
+    assert_eq!((seen.saved, judgement), (vec![2, 3], Ok(())));
+    assert!((20..100).contains(&requests), "{requests}");
+}
+
+/// Each fault alone is survived where the service may be asked again. A clock that is said to be
+/// wrong, and is not, is no such place: nothing that could be corrected is known.
+fn is_survivable(fault: Fault) -> bool {
+    match fault {
+        Fault::Answer(status, _) => [429, 500, 503].contains(&status),
+        fault => fault != Fault::Corrupted,
+    }
+}
+
+#[test]
+fn one_fault_at_any_request_loses_nothing() {
+    let place = Place::new();
+    let (_, requests, _) = run(&place, Arc::new(|_| Fault::None));
+    // Three at each request, another three at the next; all of them where the environment asks.
+    let per_request = 3;
+    let faults = FAULTS.len() as u64 - 1;
+    let budget = Budget::of(per_request * requests);
+    budget::run(
+        budget,
+        faults * requests,
+        |_| Place::new(),
+        |place, number| {
+            let (request, turn) = (number % requests, number / requests);
+            let index = usize::try_from((request * per_request + turn) % faults).unwrap();
+            let fault = FAULTS[index];
+            let plan = move |asked| if asked == request { fault } else { Fault::None };
+            let (seen, _, judgement) = run(place, Arc::new(plan));
+            let told = |why| format!("number {number}, {fault:?} at request {request}: {why}");
+            judgement.map_err(told)?;
+            match seen.errors.first() {
+                Some(error) if is_survivable(fault) => Err(told(error.to_string())),
+                _ => Ok(true),
+            }
+        },
+    );
+}
+
+#[test]
+fn whatever_the_schedule_nothing_wrong_is_visible() {
+    let outcome = budget::run(
+        Budget::of(24),
+        u64::MAX,
+        |_| Place::new(),
+        |place, seed| {
+            // Every second to every twentieth request.
+            let one_in = 2 + Random::new(seed).next() % 19;
+            let plan = move |request: u64| {
+                let mut random = Random::new(seed << 20 | request);
+                if random.next() % one_in != 0 {
+                    return Fault::None;
+                }
+                FAULTS[usize::try_from(random.next() % FAULTS.len() as u64).unwrap()]
+            };
+            let (_, _, judgement) = run(place, Arc::new(plan));
+            judgement.map_err(|why| format!("seed {seed}: {why}"))?;
+            Ok(true)
+        },
+    );
+    assert!(outcome.tried >= 1);
+}

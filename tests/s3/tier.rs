@@ -1,0 +1,156 @@
+//! A directory that drains into S3: commit near, upload behind, read from where it is.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use dtr_engine::config::Compression;
+use dtr_engine::{Config, Engine};
+use tempfile::TempDir;
+
+use crate::place::{PART_BYTES, Place, config_at, open};
+use crate::support::{State, config, finish, scratch};
+
+/// A directory in front of a store that nobody used before, and that store by itself.
+fn tier(place: &Place) -> (TempDir, Config, Config) {
+    let directory = scratch();
+    let far = place.config();
+    let near = Config {
+        s3: far.s3.clone(),
+        remote: Some(far.path.to_str().unwrap().into()),
+        compression: Compression::None,
+        ..config(directory.path())
+    };
+    (directory, near, far)
+}
+
+fn local_only(config: &Config) -> Config {
+    Config { remote: None, ..config.clone() }
+}
+
+#[test]
+fn what_is_committed_near_arrives_far_byte_for_byte() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let engine = open(near);
+    for (step, scale) in [(1, 0), (2, 4), (3, 1)] {
+        let state = State::training(step, scale);
+        let info = state.save(&engine, step).unwrap();
+        let uploaded = engine.uploaded(step, None).unwrap().unwrap().unwrap();
+        assert_eq!(uploaded.bytes, info.stored_bytes);
+        assert_eq!(uploaded.parts, info.stored_bytes.div_ceil(PART_BYTES));
+        let far = open(Config { read_only: true, ..far.clone() });
+        assert_eq!(far.manifest(step).unwrap(), engine.manifest(step).unwrap());
+        state.assert_equals(&far.checkpoint(step).unwrap());
+    }
+}
+
+#[test]
+fn what_is_gone_near_is_read_from_far() {
+    let place = Place::new();
+    let (directory, near, _) = tier(&place);
+    let state = State::training(1, 1);
+    let engine = open(near.clone());
+    state.save(&engine, 5).unwrap();
+    engine.close().unwrap();
+    for step in std::fs::read_dir(directory.path()).unwrap() {
+        let path = step.unwrap().path();
+        if path.is_dir() {
+            std::fs::remove_dir_all(path).unwrap();
+        }
+    }
+    let engine = open(near.clone());
+    assert_eq!(engine.steps().unwrap(), [5]);
+    state.assert_equals(&engine.checkpoint(5).unwrap());
+    drop(engine);
+    let reader = open(Config { read_only: true, ..near });
+    state.assert_equals(&reader.checkpoint(5).unwrap());
+}
+
+#[test]
+fn what_a_process_left_is_uploaded_by_the_next_and_no_part_twice() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let state = State::training(1, 6);
+    // Slow enough to be caught in the act.
+    let engine = open(Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() });
+    let info = state.save(&engine, 1).unwrap();
+    assert!(engine.uploaded(1, Some(Duration::ZERO)).unwrap().is_none());
+    while place.server.rules.arrived_parts() < 2 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // As a process that ends without closing.
+    drop(engine);
+    assert!(open(far.clone()).steps().unwrap().is_empty());
+    let engine = open(near);
+    let uploaded = engine.uploaded(1, None).unwrap().unwrap().unwrap();
+    assert_eq!(uploaded.parts, info.stored_bytes.div_ceil(PART_BYTES));
+    assert!(uploaded.resumed_parts >= 2, "{uploaded:?}");
+    state.assert_equals(&open(far).checkpoint(1).unwrap());
+    assert!(place.server.rules.unfinished().is_empty());
+}
+
+#[test]
+fn retention_waits_for_the_upload_unless_told_otherwise() {
+    for remove_before_upload in [false, true] {
+        let place = Place::new();
+        let (directory, near, _) = tier(&place);
+        // Hours: nothing arrives while the test looks.
+        let engine = open(Config {
+            keep_last_n: Some(1),
+            remote_bytes_per_second: Some(1),
+            remove_before_upload,
+            ..near.clone()
+        });
+        let state = State::training(1, 0);
+        for step in 1..=3 {
+            state.save(&engine, step).unwrap();
+        }
+        let expected: &[u64] = if remove_before_upload { &[3] } else { &[1, 2, 3] };
+        assert_eq!(engine.steps().unwrap(), expected);
+        drop(engine);
+        let near_alone = Engine::open(local_only(&near)).unwrap();
+        assert_eq!(near_alone.steps().unwrap(), expected, "{}", directory.path().display());
+    }
+}
+
+#[test]
+fn a_rewind_and_an_overwritten_step_reach_the_far_store() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let engine = open(near);
+    for step in 1..=3 {
+        State::training(step, 0).save(&engine, step).unwrap();
+    }
+    engine.drain().unwrap();
+    assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
+    let other = State::training(9, 0);
+    let mut request = other.request(2);
+    request.rewind = true;
+    assert_eq!(finish(&engine.save(request).unwrap()).unwrap().removed_steps, [3]);
+    engine.close().unwrap();
+    let far = open(far);
+    assert_eq!(far.steps().unwrap(), [1, 2]);
+    other.assert_equals(&far.checkpoint(2).unwrap());
+}
+
+#[test]
+fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let engine = open(near.clone());
+    place.server.rules.refuses_writes.store(true, Ordering::Relaxed);
+    let state = State::training(1, 0);
+    for step in 1..=2 {
+        state.save(&engine, step).unwrap();
+    }
+    state.assert_equals(&engine.checkpoint(2).unwrap());
+    // Each is tried once more, and what came of it is told.
+    engine.drain().unwrap();
+    let failed = engine.uploaded(1, None).unwrap().unwrap().unwrap_err();
+    assert!(failed.to_string().contains("AccessDenied"), "{failed}");
+    engine.close().unwrap();
+    place.server.rules.refuses_writes.store(false, Ordering::Relaxed);
+    open(near).close().unwrap();
+    let far = open(config_at(&place.server.url(), far.path.to_str().unwrap()));
+    assert_eq!(far.steps().unwrap(), [1, 2]);
+}

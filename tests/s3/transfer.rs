@@ -1,0 +1,96 @@
+//! Checkpoints from one store to another, byte for byte, and on from where a copy broke off.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dtr_engine::config::Compression;
+use dtr_engine::load::VerifyObserver;
+use dtr_engine::{Config, Engine, EngineError};
+
+use crate::place::{PART_BYTES, Place, open};
+use crate::support::{State, config, scratch};
+
+/// Cancels once so many bytes were passed on.
+struct Until(u64, AtomicU64);
+
+impl VerifyObserver for Until {
+    fn advanced(&self, stored_bytes: u64) {
+        self.1.fetch_add(stored_bytes, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.1.load(Ordering::Relaxed) > self.0
+    }
+}
+
+#[test]
+fn a_copy_has_the_same_bytes_there_and_back() {
+    let place = Place::new();
+    let (first, last) = (scratch(), scratch());
+    let local = Engine::open(config(first.path())).unwrap();
+    let back = Engine::open(config(last.path())).unwrap();
+    let remote = open(place.config());
+    for (step, scale) in [(1, 0), (2, 4)] {
+        let state = State::training(step, scale);
+        let info = state.save(&local, step).unwrap();
+        let up = local.copy_to(&remote, step, &()).unwrap();
+        let parts = info.stored_bytes.div_ceil(PART_BYTES);
+        assert_eq!((up.bytes, up.parts, up.resumed_parts), (info.stored_bytes, parts, 0));
+        let down = remote.copy_to(&back, step, &()).unwrap();
+        assert_eq!((down.bytes, down.parts), (info.stored_bytes, 0));
+        assert!(remote.copy_to(&back, step, &()).unwrap().was_there);
+        assert_eq!(remote.manifest(step).unwrap(), local.manifest(step).unwrap());
+        assert_eq!(back.manifest(step).unwrap(), local.manifest(step).unwrap());
+        state.assert_equals(&remote.checkpoint(step).unwrap());
+        assert!(back.verify(step, &()).unwrap().damage.is_empty());
+    }
+    // Another checkpoint of the same step is not overwritten.
+    let other = open(place.config());
+    State::training(9, 0).save(&other, 1).unwrap();
+    let error = local.copy_to(&other, 1, &()).unwrap_err();
+    assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
+}
+
+#[test]
+fn a_copy_that_broke_off_is_resumed_and_sends_no_part_twice() {
+    let place = Place::new();
+    let directory = scratch();
+    let settings = config(directory.path());
+    let local = Engine::open(Config { compression: Compression::None, ..settings }).unwrap();
+    let state = State::training(1, 6);
+    let info = state.save(&local, 1).unwrap();
+    let store = place.config();
+    let broken = {
+        let remote = open(store.clone());
+        let until = Until(3 * PART_BYTES + PART_BYTES / 2, AtomicU64::new(0));
+        local.copy_to(&remote, 1, &until).unwrap_err()
+    };
+    assert!(matches!(broken, EngineError::Closed { .. }), "{broken}");
+    assert_eq!(place.server.rules.unfinished().len(), 1);
+    let remote = open(store);
+    assert!(remote.steps().unwrap().is_empty());
+    let copied = local.copy_to(&remote, 1, &()).unwrap();
+    assert_eq!(copied.parts, info.stored_bytes.div_ceil(PART_BYTES));
+    // Those that were under way when it broke off may or may not have arrived.
+    assert!((1..=3).contains(&copied.resumed_parts), "{copied:?}");
+    assert!(place.server.rules.unfinished().is_empty());
+    assert!(remote.verify(1, &()).unwrap().damage.is_empty());
+    state.assert_equals(&remote.checkpoint(1).unwrap());
+}
+
+#[test]
+fn damage_is_not_copied() {
+    let place = Place::new();
+    let directory = scratch();
+    let local = Engine::open(config(directory.path())).unwrap();
+    State::training(1, 1).save(&local, 1).unwrap();
+    let shard = std::fs::read_dir(directory.path().join("step-000000000001")).unwrap();
+    let is_shard = |path: &std::path::PathBuf| path.extension().is_some_and(|end| end == "shard");
+    let shard = shard.map(|entry| entry.unwrap().path()).find(is_shard).unwrap();
+    let mut bytes = std::fs::read(&shard).unwrap();
+    bytes[100_000] ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    let remote = open(place.config());
+    let error = local.copy_to(&remote, 1, &()).unwrap_err();
+    assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
+    assert!(remote.steps().unwrap().is_empty());
+}
