@@ -42,7 +42,7 @@ const NO_CALL: u64 = u64::MAX - 1;
 #[test]
 fn seeds() {
     let one = std::env::var("DTR_SEED").ok().and_then(|text| text.parse().ok());
-    let count = std::env::var("DTR_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(500);
+    let count = std::env::var("DTR_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(200);
     let seeds = one.map_or(0..count, |seed: u64| seed..seed + 1);
     let mut commits = 0;
     for seed in seeds {

@@ -12,6 +12,8 @@ pub mod client;
 #[path = "gen/dtruntime.v1.rs"]
 #[allow(
     clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    clippy::clone_on_ref_ptr,
     clippy::pedantic,
     missing_docs,
     unused_qualifications,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use dtr_proto::client::{ClientError, Connection, Options, Registration, Worker};
 
 /// How long anything may take on a slow machine.
-pub(crate) const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_mins(1);
 
 /// The program, running.
 pub(crate) struct Program {

@@ -19,7 +19,7 @@ const NOTICES_MAX: usize = 1_024;
 /// How long leaving may hold up the end of a process.
 const LEAVE: Duration = Duration::from_secs(2);
 /// How long a registration that others stand in the way of is tried again.
-const CONFLICT: Duration = Duration::from_secs(60);
+const CONFLICT: Duration = Duration::from_mins(1);
 /// Heartbeats in a row without an answer before the connection is made anew.
 const MISSES_MAX: u32 = 2;
 
