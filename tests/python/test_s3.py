@@ -43,8 +43,9 @@ def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            (tmp_path / name).touch()
+            monkeypatch.setenv(name, str(tmp_path / name))
         yield process
         process.stdin.close()
         process.wait(10)

@@ -84,11 +84,11 @@ fn a_partial_load_reads_the_ranges_it_needs_and_no_more() {
     let mut memory = vec![0; bytes];
     let storage = checkpoint.index().tensors[1].storage;
     let target = Target { storage, offset: first as u64, memory: &mut memory };
-    let stats = checkpoint.read(vec![target], ReadOptions::default()).unwrap();
+    let figures = checkpoint.read(vec![target], ReadOptions::default()).unwrap();
     assert!(memory == state.0[1].bytes[first..first + bytes]);
     let ranges = place.server.rules.take_ranges();
     let read: u64 = ranges.iter().map(|(_, _, bytes)| bytes).sum();
-    assert_eq!((ranges.len() as u64, read), (stats.chunks, stats.stored_bytes));
+    assert_eq!((ranges.len() as u64, read), (figures.chunks, figures.stored_bytes));
     // 100,000 bytes touch at most three chunks of 64 KiB.
     assert!((2..=3).contains(&ranges.len()), "{ranges:?}");
 }

@@ -14,7 +14,15 @@ use std::time::SystemTime;
 use dtr_engine::format::checksum::{combine, crc32c};
 use hyper_util::rt::TokioIo;
 use s3s::auth::SimpleAuth;
-use s3s::dto::*;
+use s3s::dto::{
+    AbortMultipartUploadInput, AbortMultipartUploadOutput, ChecksumType,
+    CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CreateMultipartUploadInput,
+    CreateMultipartUploadOutput, DeleteObjectInput, DeleteObjectOutput, ETag, GetObjectInput,
+    GetObjectOutput, HeadObjectInput, HeadObjectOutput, ListMultipartUploadsInput,
+    ListMultipartUploadsOutput, ListObjectsV2Input, ListObjectsV2Output, ListPartsInput,
+    ListPartsOutput, MultipartUpload, Part, PutObjectInput, PutObjectOutput, Range, StreamingBlob,
+    UploadPartInput, UploadPartOutput,
+};
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
 use s3s_fs::FileSystem;
@@ -266,7 +274,7 @@ impl S3 for Bucket {
         let checksum = request.input.checksum_type.clone();
         let checksum = checksum.filter(|_| Rules::has(&self.rules.checks_whole_objects));
         let mut answer = self.files.create_multipart_upload(request).await?;
-        answer.output.checksum_type = checksum.clone();
+        answer.output.checksum_type.clone_from(&checksum);
         let id = answer.output.upload_id.clone().unwrap();
         let begun = SystemTime::now();
         self.rules
