@@ -26,6 +26,9 @@ pub struct Journal {
     path: PathBuf,
 }
 
+/// Keys and their values.
+pub type Records = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// A journal as it was found.
 #[derive(Debug)]
 pub struct Opened {
@@ -34,7 +37,7 @@ pub struct Opened {
     /// Which start this is, counted from 1.
     pub incarnation: u64,
     /// Every record: key and value.
-    pub records: Vec<(Vec<u8>, Vec<u8>)>,
+    pub records: Records,
 }
 
 /// The journal cannot be used.
@@ -132,7 +135,7 @@ impl Journal {
         Ok(transaction)
     }
 
-    fn records(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, redb::Error> {
+    fn records(&self) -> Result<Records, redb::Error> {
         let transaction = self.database.begin_read()?;
         let table = transaction.open_table(RECORDS)?;
         let mut records = Vec::new();

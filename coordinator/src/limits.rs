@@ -20,17 +20,17 @@ pub(crate) const PART_SHARDS: usize = 1_000;
 /// A name that is neither empty nor too long, and can be printed.
 pub(crate) fn name(what: &str, value: &str) -> Result<(), Status> {
     if value.is_empty() {
-        return Err(refuse(format!("`{what}` is empty"), "give it a name"));
+        return Err(refuse(&format!("`{what}` is empty"), "give it a name"));
     }
     if value.len() > NAME_BYTES_MAX {
         let given = value.len();
         return Err(refuse(
-            format!("`{what}` has {given} bytes, at most {NAME_BYTES_MAX} are allowed"),
+            &format!("`{what}` has {given} bytes, at most {NAME_BYTES_MAX} are allowed"),
             "use a shorter name",
         ));
     }
     if value.chars().any(char::is_control) {
-        return Err(refuse(format!("`{what}` has control characters"), "use a printable name"));
+        return Err(refuse(&format!("`{what}` has control characters"), "use a printable name"));
     }
     Ok(())
 }
@@ -40,7 +40,9 @@ pub(crate) fn text(what: &str, value: &str) -> Result<(), Status> {
     if value.len() > TEXT_BYTES_MAX || value.contains('\0') {
         let given = value.len();
         return Err(refuse(
-            format!("`{what}` has {given} bytes, at most {TEXT_BYTES_MAX} without NUL are allowed"),
+            &format!(
+                "`{what}` has {given} bytes, at most {TEXT_BYTES_MAX} without NUL are allowed"
+            ),
             "shorten it",
         ));
     }
@@ -50,7 +52,7 @@ pub(crate) fn text(what: &str, value: &str) -> Result<(), Status> {
 /// An identity that names a worker; gives its job.
 pub(crate) fn identity(identity: Option<&v1::Identity>) -> Result<(), Status> {
     let identity =
-        identity.ok_or_else(|| refuse("`identity` is missing".into(), "say which worker calls"))?;
+        identity.ok_or_else(|| refuse("`identity` is missing", "say which worker calls"))?;
     name("job", &identity.job)?;
     name("worker_id", &identity.worker_id)
 }
@@ -61,14 +63,14 @@ pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
     name("file", &shard.file)?;
     if shard.file.contains('/') || shard.file.starts_with('.') {
         return Err(refuse(
-            format!("`{}` is no file name within a step", shard.file),
+            &format!("`{}` is no file name within a step", shard.file),
             "report the shard's name without a directory",
         ));
     }
     Ok(())
 }
 
-fn refuse(why: String, hint: &str) -> Status {
+fn refuse(why: &str, hint: &str) -> Status {
     Status::invalid_argument(format!("{why}\nhint: {hint}"))
 }
 

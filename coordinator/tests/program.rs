@@ -307,7 +307,7 @@ fn a_commit_survives_a_kill() {
     let worker = register(&connection, 0, 1).unwrap();
     let begin =
         v1::BeginCheckpointRequest { identity: Some(worker.identity()), step: 5, rewind: false };
-    let begun = connection
+    let joined = connection
         .ask("begin", begin, |channel, request| async move {
             CheckpointsClient::new(channel).begin_checkpoint(request).await
         })
@@ -318,7 +318,7 @@ fn a_commit_survives_a_kill() {
     let report = v1::ReportShardRequest {
         identity: Some(worker.identity()),
         step: 5,
-        attempt: begun.attempt.clone(),
+        attempt: joined.attempt.clone(),
         shard: Some(shard),
     };
     let mut stream = connection
@@ -335,10 +335,10 @@ fn a_commit_survives_a_kill() {
     let commit = v1::CommitCheckpointRequest {
         identity: Some(worker.identity()),
         step: 5,
-        attempt: begun.attempt.clone(),
+        attempt: joined.attempt.clone(),
         manifest_crc32c: 77,
     };
-    let committed = connection
+    let answer = connection
         .ask("commit", commit, |channel, request| async move {
             CheckpointsClient::new(channel).commit_checkpoint(request).await
         })
@@ -354,6 +354,6 @@ fn a_commit_survives_a_kill() {
         })
         .join()
         .unwrap();
-    assert_eq!(latest.commit, committed.commit);
-    assert_eq!(latest.commit.unwrap().attempt, begun.attempt);
+    assert_eq!(latest.commit, answer.commit);
+    assert_eq!(latest.commit.unwrap().attempt, joined.attempt);
 }

@@ -120,6 +120,9 @@ struct Worker {
     is_cut_off: bool,
 }
 
+/// What one event led to, before it is kept: changes, and the replies that wait for them.
+type Decision = (Vec<Change>, Vec<(Ticket, Reply)>);
+
 struct World {
     chance: Chance,
     now_ms: u64,
@@ -137,7 +140,7 @@ struct World {
     last_ticket: Ticket,
     /// What the disk has, and what was decided but not yet kept.
     disk: BTreeMap<Vec<u8>, Vec<u8>>,
-    unkept: Vec<(Vec<Change>, Vec<(Ticket, Reply)>)>,
+    unkept: Vec<Decision>,
     model: Model,
     failures_max: u32,
 }
@@ -428,9 +431,9 @@ impl World {
 
     // The workers' program.
 
-    fn identity(&self, worker: usize) -> Option<v1::Identity> {
+    fn identity(&self, worker: usize) -> v1::Identity {
         let Worker { incarnation, epoch, .. } = self.workers[worker];
-        Some(v1::Identity { job: JOB.into(), worker_id: name(worker), incarnation, epoch })
+        v1::Identity { job: JOB.into(), worker_id: name(worker), incarnation, epoch }
     }
 
     fn start(&mut self, worker: usize) {
@@ -458,7 +461,7 @@ impl World {
         if self.workers[worker].phase == Phase::Down {
             return;
         }
-        let identity = self.identity(worker);
+        let identity = Some(self.identity(worker));
         let event = Event::Leave(v1::LeaveRequest { identity, failure: String::new() });
         self.send(worker, || Action::Deliver { worker, call: NO_CALL, event: event.clone() });
         self.workers[worker].phase = Phase::Down;
@@ -473,7 +476,7 @@ impl World {
             return;
         }
         if !self.workers[worker].is_paused {
-            let identity = self.identity(worker);
+            let identity = Some(self.identity(worker));
             let event = Event::Heartbeat(v1::HeartbeatRequest { identity, progress: 0 });
             self.send(worker, || Action::Deliver { worker, call: u64::MAX, event: event.clone() });
         }
@@ -485,7 +488,7 @@ impl World {
         let arrival = (self.workers[worker].joined_epoch << 32) + self.workers[worker].arrivals;
         self.model.arrivals.entry(rank(worker)).or_default().insert(arrival);
         let request = v1::WaitBarrierRequest {
-            identity: self.identity(worker),
+            identity: Some(self.identity(worker)),
             name: "round".into(),
             arrival,
             timeout_ms: BARRIER_MS,
@@ -572,7 +575,7 @@ impl World {
                 // As a manager does: the store says what is there, too.
                 let stored = self.model.manifests.keys().next_back().copied().unwrap_or(0);
                 let step = list.commits.first().map_or(0, |commit| commit.step).max(stored) + 1;
-                let identity = self.identity(worker);
+                let identity = Some(self.identity(worker));
                 let request = v1::BeginCheckpointRequest { identity, step, rewind: false };
                 self.call(worker, Phase::Beginning { step }, Event::BeginCheckpoint(request));
             }
@@ -590,7 +593,7 @@ impl World {
     fn write_and_report(&mut self, worker: usize, step: u64, attempt: String) {
         self.model.shards.insert((attempt.clone(), rank(worker)));
         let request = v1::ReportShardRequest {
-            identity: self.identity(worker),
+            identity: Some(self.identity(worker)),
             step,
             attempt: attempt.clone(),
             shard: Some(v1::Shard { rank: rank(worker), bytes: step, ..v1::Shard::default() }),
@@ -611,7 +614,7 @@ impl World {
             return;
         }
         let request = v1::CommitCheckpointRequest {
-            identity: self.identity(worker),
+            identity: Some(self.identity(worker)),
             step,
             attempt: attempt.clone(),
             manifest_crc32c: 7,
@@ -630,7 +633,7 @@ impl World {
             return;
         }
         let request = v1::AbortCheckpointRequest {
-            identity: self.identity(worker),
+            identity: Some(self.identity(worker)),
             step,
             attempt,
             reason: "it took too long".into(),

@@ -131,6 +131,7 @@ class TrainingOrchestrator:
         self.job = connecting.job_of(job)
         url = connecting.url_of(coordinator_url)
         self._coordinator = connecting.connect(url, security or Security(), patience)
+        self._url = self._coordinator.url  # kept: a forked child may not ask the connection
         self._advertise_address = advertise_address
         self._on_abort = on_abort
         self._on_membership_change = on_membership_change
@@ -140,7 +141,7 @@ class TrainingOrchestrator:
     @property
     def coordinator_url(self) -> str:
         """The coordinator's address."""
-        return self._coordinator.url
+        return self._url
 
     @property
     def is_registered(self) -> bool:
@@ -271,7 +272,7 @@ class TrainingOrchestrator:
         await _in_thread(lambda: self.leave(_failure_of(error)))
 
     def _key(self) -> tuple[str, str, str]:
-        return (self._coordinator.url, self.job, self.worker_id)
+        return (self._url, self.job, self.worker_id)
 
     def _registered(self, what: str) -> _native.Worker:
         if self._worker is None:

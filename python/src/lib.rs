@@ -1,5 +1,5 @@
-//! `dtruntime._native`: thin classes over the engine's and the coordinator client's verbs. Registers
-//! them and nothing else.
+//! `dtruntime._native`: thin classes over the verbs of the engine and of the coordinator's client.
+//! Registers them and nothing else.
 //!
 //! Always holds: the GIL is released around everything that can block, and waits look for signals
 //! at least ten times a second; the engine's threads never take the GIL; an error becomes the

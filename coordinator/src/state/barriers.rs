@@ -67,7 +67,7 @@ impl Barrier {
     fn earlier_reply(&self, rank: u32, key: u64) -> Option<Ended> {
         let record = self.record.as_ref()?;
         let arrived = record.arrivals.get(usize::try_from(rank).ok()?)?;
-        (*arrived == key).then(|| Ended {
+        (*arrived == key).then_some(Ended {
             outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
             step: record.agreed_step,
         })
