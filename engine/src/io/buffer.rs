@@ -24,13 +24,14 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use rustix::process::{Pid, getpid};
 
 use super::ALIGNMENT;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Size of a huge page where it matters (x86-64, and AArch64 with 4 KiB pages); elsewhere only an
 /// alignment.

@@ -3,9 +3,10 @@
 //! Always holds: no more is in flight than was allowed, but for a single write; after a failure
 //! nothing more is started.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use crate::store::flow::Flow;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{EngineError, Result};
 
 /// Counts a shard's writes. Shared by the sink, the threads that writes end on, and the early sync.
