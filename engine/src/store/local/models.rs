@@ -19,6 +19,7 @@ use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 fn flight(bytes_max: u64) -> Arc<Flight> {
     let flow = Flow::new(Arc::new(Manual::default()), None);
+    flow.captured();
     Arc::new(Flight::new(bytes_max, Arc::new(flow)))
 }
 
