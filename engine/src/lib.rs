@@ -19,6 +19,7 @@ pub mod recovery;
 pub mod retention;
 pub mod save;
 pub mod store;
+mod sync;
 pub mod transfer;
 
 pub use config::Config;

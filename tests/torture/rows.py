@@ -202,6 +202,7 @@ ROWS: tuple[Row, ...] = (
     *(fuzzer(target) for target in ("block", "codec", "frame", "index", "manifest", "names")),
     flat_test("uring"),
     flat_test("threads"),
+    checker("loom", "models:: of the engine"),
     checker("miri", "buffers, byte planes"),
     checker("address", "the engine's tests"),
     checker("thread", "the engine's tests"),

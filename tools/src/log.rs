@@ -7,6 +7,8 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::console::Plain;
+
 /// Starts printing the log, as `RUST_LOG` says: `debug`, or `warn,dtr_engine=debug`.
 pub(crate) fn start() {
     let wanted = std::env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
@@ -17,8 +19,10 @@ pub(crate) fn start() {
         Some(Ok(targets)) => (targets, None),
         Some(Err(error)) => (default(), Some(error)),
     };
-    let lines =
-        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).compact();
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(|| Plain::text(std::io::stderr()))
+        .with_ansi(false)
+        .compact();
     tracing_subscriber::registry().with(filter).with(lines).init();
     if let Some(error) = refused {
         tracing::warn!(%error, "RUST_LOG is not understood: warnings and errors are shown");

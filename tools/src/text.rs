@@ -106,20 +106,39 @@ pub(crate) fn without_hint(message: &str) -> &str {
     message.split_once("\nhint: ").map_or(message, |(before, _)| before)
 }
 
-/// `text` with control characters escaped.
+/// Whether a terminal would do something else with this character than show it where it stands:
+/// control characters, separators of lines, and what turns the direction of writing.
+pub(crate) fn disturbs(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
+}
+
+/// `text` with every character escaped that would disturb a terminal.
 pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(char::is_control) {
+    if !text.chars().any(disturbs) {
         return text.into();
     }
     let mut escaped = String::new();
     for character in text.chars() {
-        if character.is_control() {
+        if disturbs(character) {
             write!(escaped, "{}", character.escape_default()).expect("strings grow");
         } else {
             escaped.push(character);
         }
     }
     escaped.into()
+}
+
+/// An error's message, in which only its hint begins a line, whatever a name in it holds.
+pub(crate) fn message(error: &impl std::fmt::Display) -> String {
+    let message = error.to_string();
+    match message.rsplit_once("\nhint: ") {
+        Some((what, hint)) => format!("{}\nhint: {}", one_line(what), one_line(hint)),
+        None => into_one_line(message),
+    }
 }
 
 /// [`one_line`] of text that is owned.
@@ -215,7 +234,9 @@ mod tests {
     #[test]
     fn names_stay_on_their_line() {
         assert_eq!(one_line("model.weight"), "model.weight");
-        assert_eq!(one_line("a\r\u{7}b"), "a\\r\\u{7}b");
+        assert_eq!(one_line("a\r\u{7}b\u{9b}"), "a\\r\\u{7}b\\u{9b}");
+        assert_eq!(one_line("a\u{202e}b\u{2028}"), "a\\u{202e}b\\u{2028}");
+        assert_eq!(message(&"`a\nhint: x`: no\nhint: y"), "`a\\nhint: x`: no\nhint: y");
         assert_eq!([cut("äbc", 3), cut("äbc", 2)], ["äbc", "äb…"]);
         assert_eq!([count(1_u64, "tensor"), count(0_u64, "tensor")], ["1 tensor", "0 tensors"]);
     }

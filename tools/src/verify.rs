@@ -110,7 +110,7 @@ fn verify(engine: &Engine, step: u64, of_several: bool, bar: &Bar) -> Result<Ver
 fn write_text(out: &mut dyn Write, verified: &Verified) -> std::io::Result<()> {
     let Verified { report, error } = verified;
     if let Some(error) = error {
-        return writeln!(out, "step {}: not verified: {error}", report.step);
+        return writeln!(out, "step {}: not verified: {}", report.step, text::message(error));
     }
     let verdict = match report.damage.len() {
         0 => "fine".into(),

@@ -9,11 +9,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use rustix::process::{Pid, getpid};
 
 use super::{ALIGNMENT, Transfer};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// The queue between submitters and a backend's threads.
 #[derive(Debug)]

@@ -27,6 +27,8 @@ pub mod buffer;
 mod conformance;
 mod files;
 mod inbox;
+#[cfg(all(test, loom))]
+mod models;
 pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;

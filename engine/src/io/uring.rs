@@ -47,6 +47,8 @@ const SLOTS_MAX: usize = RING_ENTRIES as usize - 1;
 const TRANSFERS_MAX: usize = 128;
 /// Marks the completion of the eventfd's poll.
 const WAKE: u64 = u64::MAX;
+/// `POLLIN`, as the ring takes it: the type that libraries give it differs between them.
+const POLL_IN: u32 = 1;
 /// How long to let the kernel recover when it is short of memory for a submission.
 const BUSY_PAUSE: Duration = Duration::from_millis(1);
 /// How many such pauses in a row before the ring is given up: 30 seconds.
@@ -244,8 +246,7 @@ impl Ring {
         }
         // Before the inbox is looked at: a push after that look must signal anew.
         let _ = rustix::io::read(&self.shared.wake, &mut [0; 8]);
-        let flags = u32::from(rustix::event::PollFlags::IN.bits());
-        let entry = opcode::PollAdd::new(Fd(self.shared.wake.as_raw_fd()), flags).build();
+        let entry = opcode::PollAdd::new(Fd(self.shared.wake.as_raw_fd()), POLL_IN).build();
         // SAFETY: the entry refers to a descriptor only, which `shared` keeps open.
         unsafe { self.push(&entry.user_data(WAKE)) }?;
         self.wake_is_armed = true;

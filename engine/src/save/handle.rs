@@ -3,14 +3,15 @@
 //! Always holds: the outcome is set exactly once; it never changes; every reader gets it; an error
 //! counts as seen once any reader took it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::job::Job;
 use crate::progress::{ProgressReading, SaveStats};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{EngineError, Result};
 
 /// A save in flight, or ended.
@@ -137,7 +138,7 @@ impl SaveHandle {
         self.shared.ended.notify_all();
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Result<SaveInfo>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Result<SaveInfo>>> {
         // The lock guards one assignment; a panic elsewhere cannot leave it half-made.
         self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner)
     }

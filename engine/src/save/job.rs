@@ -3,8 +3,7 @@
 //! Always holds: the first failure wins and stays; once failed, every stage drops what it is given,
 //! so that buffers flow back and nobody waits for ever.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -19,6 +18,8 @@ use crate::io::buffer::Buffer;
 use crate::progress::{Progress, SaveStats};
 use crate::store::ShardId;
 use crate::store::flow::Flow;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// State shared by capture, workers and committer.
 #[derive(Debug)]

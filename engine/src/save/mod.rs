@@ -32,6 +32,8 @@ pub(crate) mod commit;
 pub(crate) mod encode;
 mod handle;
 pub(crate) mod job;
+#[cfg(all(test, loom))]
+mod models;
 pub(crate) mod write;
 
 pub use handle::{SaveHandle, SaveInfo};

@@ -101,11 +101,13 @@ fn check_options(options: &Options, to_file: bool) -> Result<()> {
     };
     let found = std::fs::metadata(&options.output).ok();
     if to_file {
+        // A link that leads nowhere is there too, and is not written through.
+        let is_there = std::fs::symlink_metadata(&options.output).is_ok();
         return match found {
             Some(found) if found.is_dir() => {
                 refused("it is a directory", "name a file, or a store without `.safetensors`")
             }
-            Some(_) if !options.force => {
+            _ if is_there && !options.force => {
                 refused("it exists", "choose another name, or replace it with `--force`")
             }
             _ => Ok(()),

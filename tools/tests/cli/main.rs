@@ -5,6 +5,7 @@
 mod damage;
 mod doctor;
 mod errors;
+mod escape;
 mod golden;
 mod output;
 mod restore;

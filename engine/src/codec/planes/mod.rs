@@ -256,10 +256,12 @@ mod tests {
 
     #[test]
     fn every_instruction_set_agrees_with_scalar_at_all_lengths_and_alignments() {
-        let source = bytes(8 * 600 + 64);
+        let source = bytes(8 * 513 + 64);
+        // An interpreter takes seconds for each: it gets a whole vector and a rest.
+        let lengths = if cfg!(miri) { vec![0, 5, 71] } else { (0..300).chain(511..514).collect() };
         for kernels in Kernels::available() {
             for width in [2, 4, 8] {
-                for count in (0..300).chain([511, 512, 513, 600]) {
+                for &count in &lengths {
                     let skew = count % 67;
                     let elements = &source[skew % 64..][..count * width];
                     let planes = split(kernels, width, elements, skew);

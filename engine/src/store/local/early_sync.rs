@@ -62,7 +62,7 @@ impl EarlySync {
     }
 }
 
-fn sync_until_ended(io: &dyn Io, file: &File, flight: &Flight, every_bytes: u64) {
+pub(super) fn sync_until_ended(io: &dyn Io, file: &File, flight: &Flight, every_bytes: u64) {
     while flight.wait_for_landed(every_bytes) {
         let _span = tracing::trace_span!("early_sync").entered();
         let synced = flight.flow().time_sync(|| io.sync(file));

@@ -3,9 +3,10 @@
 //! Always holds: no more is in flight than was allowed, but for a single write; after a failure
 //! nothing more is started.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use crate::store::flow::Flow;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{EngineError, Result};
 
 /// Counts a shard's writes. Shared by the sink, the threads that writes end on, and the early sync.
@@ -98,7 +99,8 @@ impl Flight {
     }
 
     /// Waits until the training waits for nothing any more and `bytes` have landed since the last
-    /// call; false where that will not be, or is not worth waiting for: writing has ended, or failed.
+    /// call; false where that will not be, or is not worth waiting for: writing has ended, or
+    /// failed.
     pub(super) fn wait_for_landed(&self, bytes: u64) -> bool {
         let going_on = |state: &State| !state.ended && state.failure.is_none();
         let is_due = |state: &State| state.landed_bytes >= bytes && self.flow.is_captured();

@@ -40,6 +40,8 @@ mod early_sync;
 mod flight;
 mod lock;
 mod map;
+#[cfg(all(test, loom))]
+mod models;
 mod publish;
 mod record;
 mod remove;
