@@ -98,7 +98,8 @@ impl Flight {
     }
 
     /// Waits until the training waits for nothing any more and `bytes` have landed since the last
-    /// call; false where that will not be, or is not worth waiting for: writing has ended, or failed.
+    /// call; false where that will not be, or is not worth waiting for: writing has ended, or
+    /// failed.
     pub(super) fn wait_for_landed(&self, bytes: u64) -> bool {
         let going_on = |state: &State| !state.ended && state.failure.is_none();
         let is_due = |state: &State| state.landed_bytes >= bytes && self.flow.is_captured();
