@@ -81,11 +81,10 @@ fn auto_encodes_nearly_everything_for_a_slow_device() {
     let engine = Engine::open_with(config, Components { io, environment }).unwrap();
     let state = State::training(5, 2);
     for step in 1..=2 {
-        let stats = state.save(&engine, step).unwrap().stats;
-        // The first chunks tell how fast everything is; bytes that are no numbers stay raw.
-        let numbers = stats.chunks * 9 / 10;
-        println!("step {step}: {} of {} chunks encoded", stats.chunks_encoded, stats.chunks);
-        assert!(stats.chunks_encoded >= numbers * 9 / 10, "step {step}: {stats:?}");
+        let figures = state.save(&engine, step).unwrap().stats;
+        println!("step {step}: {} of {} chunks encoded", figures.chunks_encoded, figures.chunks);
+        // A tenth are bytes that are no numbers; the first chunks tell how fast everything is.
+        assert!(figures.chunks_encoded >= figures.chunks * 8 / 10, "step {step}: {figures:?}");
         state.assert_equals(&engine.checkpoint(step).unwrap());
     }
 }
