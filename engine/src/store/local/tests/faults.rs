@@ -298,6 +298,14 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     assert_eq!(store.list().unwrap(), []);
 }
 
+/// A new store in a directory of its own, and what happens to it.
+fn watched() -> (tempfile::TempDir, Arc<Watched>, LocalStore) {
+    let directory = tempfile::tempdir().unwrap();
+    let io = Watched::new(None);
+    let store = open(&directory.path().join("store"), &io).unwrap();
+    (directory, io, store)
+}
+
 /// More than two syncs' worth, so that it is synced while it is written.
 const LARGE_BYTES: u64 = 64 * IN_FLIGHT_BYTES;
 
@@ -322,9 +330,7 @@ fn write_until(sink: &mut dyn ShardSink, ended: impl Fn() -> bool) -> Result<()>
 
 #[test]
 fn a_large_shard_is_synced_while_it_is_written_and_once_more_in_the_end() {
-    let directory = tempfile::tempdir().unwrap();
-    let io = Watched::new(None);
-    let store = open(&directory.path().join("store"), &io).unwrap();
+    let (_directory, io, store) = watched();
     let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &captured()).unwrap();
     let name = names::shard_file_name(0, A);
     let sync = format!("sync {name}");
@@ -341,9 +347,7 @@ fn a_large_shard_is_synced_while_it_is_written_and_once_more_in_the_end() {
 
 #[test]
 fn an_early_sync_that_fails_fails_the_shard_and_is_its_last() {
-    let directory = tempfile::tempdir().unwrap();
-    let io = Watched::new(None);
-    let store = open(&directory.path().join("store"), &io).unwrap();
+    let (_directory, io, store) = watched();
     io.state.lock().unwrap().fail_syncs = true;
     let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &captured()).unwrap();
     let failure = write_until(sink.as_mut(), || false).unwrap_err().to_string();
@@ -360,9 +364,7 @@ fn an_early_sync_that_fails_fails_the_shard_and_is_its_last() {
 
 #[test]
 fn a_shard_that_is_given_up_ends_its_early_sync_first() {
-    let directory = tempfile::tempdir().unwrap();
-    let io = Watched::new(None);
-    let store = open(&directory.path().join("store"), &io).unwrap();
+    let (_directory, io, store) = watched();
     let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &captured()).unwrap();
     let sync = format!("sync {}", names::shard_file_name(0, A));
     write_until(sink.as_mut(), || io.state.lock().unwrap().log.contains(&sync)).unwrap();
@@ -375,9 +377,7 @@ fn a_shard_that_is_given_up_ends_its_early_sync_first() {
 
 #[test]
 fn nothing_is_synced_early_while_the_training_waits_for_the_device() {
-    let directory = tempfile::tempdir().unwrap();
-    let io = Watched::new(None);
-    let store = open(&directory.path().join("store"), &io).unwrap();
+    let (_directory, io, store) = watched();
     let flow = flow();
     let mut sink = store.create_shard(shard(1, A), sized(LARGE_BYTES), &flow).unwrap();
     let sync = format!("sync {}", names::shard_file_name(0, A));
