@@ -114,6 +114,23 @@ fn retention_waits_for_the_upload_unless_told_otherwise() {
 }
 
 #[test]
+fn what_retention_lets_go_near_leaves_the_far_store_too() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let engine = open(Config { keep_last_n: Some(1), ..near });
+    for step in 1..=3 {
+        State::training(step, 0).save(&engine, step).unwrap();
+        engine.uploaded(step, None).unwrap().unwrap().unwrap();
+    }
+    assert_eq!(engine.steps().unwrap(), [3]);
+    engine.drain().unwrap();
+    assert_eq!(open(far.clone()).steps().unwrap(), [3]);
+    // On request, it is gone from both when the call returns.
+    assert!(engine.delete(3).unwrap() > 0);
+    assert!(open(far).steps().unwrap().is_empty());
+}
+
+#[test]
 fn a_rewind_and_an_overwritten_step_reach_the_far_store() {
     let place = Place::new();
     let (_directory, near, far) = tier(&place);

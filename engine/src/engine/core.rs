@@ -143,7 +143,8 @@ impl Core {
     fn survey_once(&self, unreadable: Unreadable) -> Result<Survey> {
         let changes = self.book().changes;
         let listing = self.store.list()?;
-        let mut known = std::mem::take(&mut self.book().manifests);
+        // Not taken: two surveys at once must not read anything twice, least of all from afar.
+        let mut known = self.book().manifests.clone();
         let mut manifests = BTreeMap::new();
         let mut asked = Vec::new();
         for step in &listing {
@@ -260,12 +261,12 @@ impl Core {
             tracing::info!(step, retired = retired.len(), "later checkpoints retired by a rewind");
         }
         for &step in &plan {
-            self.store.remove_checkpoint(step)?;
+            self.store.let_go(step)?;
         }
         let grace = std::time::Duration::from_secs(self.config.gc_grace_seconds);
         let orphans = plan_cleanup(&survey, self.store.now()?, grace);
         for orphan in &orphans {
-            if self.store.remove_orphan(orphan.step, &orphan.file)?.is_some() {
+            if self.store.let_go_orphan(orphan.step, &orphan.file)? {
                 tracing::info!(step = orphan.step, file = orphan.file, "abandoned file removed");
             }
         }

@@ -136,7 +136,12 @@ impl Engine {
         let access = access_of(&config);
         let near = LocalStore::open(&config.path, access, io, config.in_flight_bytes)?;
         let store = Self::tiered(&config, Arc::new(near), credentials, &environment)?;
-        Self::open_store(config, store, environment, io_name)
+        let engine = Self::open_store(config, store, environment, io_name)?;
+        if engine.config.remote.is_some() && !engine.config.read_only {
+            // Far manifests are read now, so that no save waits for the network.
+            engine.survey()?;
+        }
+        Ok(engine)
     }
 
     /// Opens the store that `config` names, with these credentials for what of it is in S3, instead

@@ -69,10 +69,21 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Deletes a checkpoint: the manifest first, then its directory. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64) -> Result<u64>;
 
+    /// [`Store::remove_checkpoint`] for retention: a far store follows later, and is not waited for.
+    fn let_go(&self, step: u64) -> Result<()> {
+        self.remove_checkpoint(step).map(drop)
+    }
+
     /// Deletes one file of a step that no manifest names, if no live attempt holds its lock, and
     /// the step's directory if that leaves it empty. Returns the bytes freed, `None` if it is
     /// locked.
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>>;
+
+    /// [`Store::remove_orphan`] for retention, in the manner of [`Store::let_go`]. False if it is
+    /// locked.
+    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
+        Ok(self.remove_orphan(step, file)?.is_some())
+    }
 
     /// Uploads that were begun, never finished and never given up, by whichever process: the parts
     /// that arrived take space though no listing shows them. Only where a store has such.

@@ -1,0 +1,63 @@
+//! What a writer knows of the far store: its listing as of the opening, and every change since.
+//!
+//! Always holds: nobody else changes the far store, so asking it again is not needed; a save and
+//! the retention behind it never wait for a network.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::uploader::Removal;
+use crate::Result;
+use crate::store::{FileListing, StepListing, Store};
+
+/// The far store's files by step, and by name.
+#[derive(Debug)]
+pub(super) struct FarView(Mutex<BTreeMap<u64, Vec<FileListing>>>);
+
+impl FarView {
+    /// Asks the far store, once.
+    pub(super) fn open(far: &dyn Store) -> Result<Self> {
+        let steps = far.list()?.into_iter().map(|step| (step.step, step.files));
+        Ok(Self(Mutex::new(steps.collect())))
+    }
+
+    pub(super) fn list(&self) -> Vec<StepListing> {
+        let listing = |(step, files): (&u64, &Vec<FileListing>)| StepListing {
+            step: *step,
+            files: files.clone(),
+        };
+        self.lock().iter().map(listing).collect()
+    }
+
+    pub(super) fn has(&self, step: u64, name: &str) -> bool {
+        let steps = self.lock();
+        steps.get(&step).is_some_and(|files| files.iter().any(|file| file.name == name))
+    }
+
+    /// What waits to be removed counts as gone.
+    pub(super) fn forget(&self, removal: &Removal) {
+        let mut steps = self.lock();
+        match removal {
+            Removal::Checkpoint(step) => drop(steps.remove(step)),
+            Removal::Orphan(step, name) => {
+                if let Some(files) = steps.get_mut(step) {
+                    files.retain(|file| file.name != *name);
+                }
+            }
+        }
+    }
+
+    /// `step` has arrived: there lies now what lies in the near store.
+    pub(super) fn note_upload(&self, near: &dyn Store, step: u64) {
+        let listed = near.list().ok();
+        let files = listed.and_then(|steps| steps.into_iter().find(|near| near.step == step));
+        if let Some(files) = files {
+            self.lock().insert(step, files.files);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<FileListing>>> {
+        // Every critical section leaves a whole map.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

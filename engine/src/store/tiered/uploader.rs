@@ -1,0 +1,372 @@
+//! The thread that brings checkpoints to the far store, and lets go there of what retention let go.
+//!
+//! Always holds:
+//! - Everything that is to be done survives a failure: it is tried again until the store is closed,
+//!   and what is left then is found by the next writer, in the listings of both stores.
+//! - Removals are carried out in the order in which they were asked for: a checkpoint that retires
+//!   another goes after it.
+//! - One thread at a time removes; a step that is committed again is not removed any more.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::far::FarView;
+use crate::clock::{Environment, elapsed};
+use crate::error::IoContext;
+use crate::load::VerifyObserver;
+use crate::store::Store;
+use crate::transfer::{Overwrite, Transferred, transfer};
+use crate::{EngineError, Result};
+
+/// First and longest pause before something is tried again.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
+
+/// The thread that uploads.
+pub(super) struct Uploader {
+    pub(super) work: Arc<Work>,
+    thread: Option<JoinHandle<()>>,
+    process: u32,
+}
+
+impl Uploader {
+    pub(super) fn start(work: Arc<Work>) -> Result<Self> {
+        let own = Arc::clone(&work);
+        let thread = std::thread::Builder::new()
+            .name("dtr-upload".into())
+            .spawn(move || own.run())
+            .context("starting a thread for", "uploading")?;
+        Ok(Self { work, thread: Some(thread), process: std::process::id() })
+    }
+}
+
+impl Drop for Uploader {
+    fn drop(&mut self) {
+        // A forked child has no such thread.
+        if self.process != std::process::id() {
+            return;
+        }
+        self.work.stop();
+        if let Some(thread) = self.thread.take() {
+            // What it was at is resumed by the next process.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// What the uploader and those who wait for it share.
+pub(super) struct Work {
+    pub(super) near: Arc<dyn Store>,
+    pub(super) far: Arc<dyn Store>,
+    pub(super) view: FarView,
+    environment: Arc<dyn Environment>,
+    bytes_per_second: Option<u64>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    /// Held by whoever removes from the far store.
+    removing: Mutex<()>,
+}
+
+/// Something that goes from the far store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Removal {
+    Checkpoint(u64),
+    Orphan(u64, String),
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: BTreeSet<u64>,
+    current: Option<(u64, Arc<AtomicBool>)>,
+    outcomes: BTreeMap<u64, Result<Transferred>>,
+    removals: VecDeque<Removal>,
+    /// Everything is tried once more at most.
+    draining: bool,
+    stopped: bool,
+}
+
+impl Queue {
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.removals.is_empty()
+    }
+
+    fn is_waiting(&self, step: u64) -> bool {
+        self.waiting.contains(&step) || self.current.as_ref().is_some_and(|(at, _)| *at == step)
+    }
+}
+
+impl Work {
+    /// Work on `waiting` steps, which the far store does not have as they are.
+    pub(super) fn new(
+        (near, far): (&Arc<dyn Store>, &Arc<dyn Store>),
+        view: FarView,
+        waiting: BTreeSet<u64>,
+        environment: Arc<dyn Environment>,
+        bytes_per_second: Option<u64>,
+    ) -> Self {
+        Self {
+            near: Arc::clone(near),
+            far: Arc::clone(far),
+            view,
+            environment,
+            bytes_per_second,
+            queue: Mutex::new(Queue { waiting, ..Queue::default() }),
+            changed: Condvar::new(),
+            removing: Mutex::new(()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Every critical section is a few assignments.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add(&self, step: u64) {
+        let mut queue = self.lock();
+        // An upload of what this step was before is not needed any more.
+        if let Some((_, cancelled)) = queue.current.as_ref().filter(|(at, _)| *at == step) {
+            cancelled.store(true, Ordering::Relaxed);
+        }
+        queue.outcomes.remove(&step);
+        // The upload takes the place of what was to go.
+        queue.removals.retain(|removal| *removal != Removal::Checkpoint(step));
+        queue.waiting.insert(step);
+        drop(queue);
+        self.changed.notify_all();
+    }
+
+    /// The step is going: its upload is not begun any more, and ends soon if it was.
+    pub(super) fn cancel(&self, step: u64) {
+        self.cancel_in(&mut self.lock(), step);
+    }
+
+    /// The same; nobody uploads the step any more when this returns.
+    pub(super) fn cancel_and_wait(&self, step: u64) {
+        let mut queue = self.lock();
+        while self.cancel_in(&mut queue, step) {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// True while the step is being uploaded.
+    fn cancel_in(&self, queue: &mut Queue, step: u64) -> bool {
+        queue.waiting.remove(&step);
+        let current = queue.current.as_ref().filter(|(at, _)| *at == step);
+        if let Some((_, cancelled)) = current {
+            cancelled.store(true, Ordering::Relaxed);
+        }
+        let is_current = current.is_some();
+        self.changed.notify_all();
+        is_current
+    }
+
+    pub(super) fn is_waiting(&self, step: u64) -> bool {
+        self.lock().is_waiting(step)
+    }
+
+    pub(super) fn wait_for(
+        &self,
+        step: u64,
+        timeout: Option<Duration>,
+    ) -> Option<Result<Transferred>> {
+        let pending = |queue: &mut Queue| queue.is_waiting(step) && !queue.stopped;
+        let queue = match timeout {
+            None => self.changed.wait_while(self.lock(), pending),
+            Some(timeout) => match self.changed.wait_timeout_while(self.lock(), timeout, pending) {
+                Ok((queue, _)) => Ok(queue),
+                Err(poisoned) => Ok(poisoned.into_inner().0),
+            },
+        };
+        let queue = queue.unwrap_or_else(PoisonError::into_inner);
+        if queue.is_waiting(step) && !queue.stopped {
+            return None;
+        }
+        Some(match queue.outcomes.get(&step) {
+            Some(Ok(transferred)) => Ok(transferred.clone()),
+            Some(Err(error)) => Err(error.duplicate()),
+            None => Err(self.not_uploaded(step)),
+        })
+    }
+
+    fn not_uploaded(&self, step: u64) -> EngineError {
+        EngineError::Closed {
+            what: format!("uploading step {step} to `{}`", self.far.location()),
+            why: "it was never committed, or was deleted, or the store closed before".into(),
+            hint: "what is committed and left is uploaded when the store is opened for writing \
+                   again"
+                .into(),
+        }
+    }
+
+    /// Lets the far store go of something, behind.
+    pub(super) fn remove_behind(&self, removal: Removal) {
+        self.view.forget(&removal);
+        self.lock().removals.push_back(removal);
+        self.changed.notify_all();
+    }
+
+    /// Carries out what removals wait, in their order, until one fails. Returns the bytes freed.
+    pub(super) fn remove_now(&self) -> Result<u64> {
+        let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut freed_bytes = 0;
+        loop {
+            let Some(removal) = self.lock().removals.front().cloned() else {
+                self.changed.notify_all();
+                return Ok(freed_bytes);
+            };
+            freed_bytes += match &removal {
+                Removal::Checkpoint(step) => self.far.remove_checkpoint(*step)?,
+                Removal::Orphan(step, file) => self.far.remove_orphan(*step, file)?.unwrap_or(0),
+            };
+            self.view.forget(&removal);
+            // Unless a new commit of the step took it out meanwhile.
+            let mut queue = self.lock();
+            if queue.removals.front() == Some(&removal) {
+                queue.removals.pop_front();
+            }
+        }
+    }
+
+    /// Waits until everything is done, or failed once more.
+    pub(super) fn drain(&self) {
+        let mut queue = self.lock();
+        queue.draining = true;
+        self.changed.notify_all();
+        let busy = |queue: &mut Queue| !queue.is_idle() || queue.current.is_some();
+        let queue = self.changed.wait_while(queue, busy);
+        queue.unwrap_or_else(PoisonError::into_inner).draining = false;
+    }
+
+    fn stop(&self) {
+        let mut queue = self.lock();
+        queue.stopped = true;
+        if let Some((_, cancelled)) = &queue.current {
+            cancelled.store(true, Ordering::Relaxed);
+        }
+        drop(queue);
+        self.changed.notify_all();
+    }
+
+    fn run(&self) {
+        let mut pause = PAUSES.0;
+        while self.waits_for_work() {
+            let removed = self.removes_what_waits();
+            let uploaded = self.uploads_the_next();
+            if removed && uploaded {
+                pause = PAUSES.0;
+            } else {
+                self.sleep(pause, |queue| queue.draining);
+                pause = (pause * 2).min(PAUSES.1);
+            }
+        }
+    }
+
+    /// True when there is something to do; false when the store is closed.
+    fn waits_for_work(&self) -> bool {
+        let idle = |queue: &mut Queue| queue.is_idle() && !queue.stopped;
+        let queue = self.changed.wait_while(self.lock(), idle);
+        !queue.unwrap_or_else(PoisonError::into_inner).stopped
+    }
+
+    /// False if something is left to be tried again.
+    fn removes_what_waits(&self) -> bool {
+        let Err(error) = self.remove_now() else { return true };
+        let mut queue = self.lock();
+        let left = queue.removals.len();
+        let tries_again = error.is_retryable() && !queue.draining;
+        if !tries_again {
+            // The next writer's retention finds them in the listing.
+            queue.removals.clear();
+        }
+        drop(queue);
+        self.changed.notify_all();
+        tracing::warn!(%error, left, tries_again, "removing from the far store failed");
+        !tries_again
+    }
+
+    /// False if it failed and is tried again.
+    fn uploads_the_next(&self) -> bool {
+        let Some((step, cancelled)) = self.next() else { return true };
+        let pacer = Pacer::new(self, &cancelled);
+        let (near, far) = (self.near.as_ref(), self.far.as_ref());
+        let outcome = transfer(near, far, step, Overwrite::Yes, &self.environment, &pacer);
+        if outcome.is_ok() {
+            self.view.note_upload(near, step);
+        }
+        !self.book(step, &cancelled, outcome)
+    }
+
+    /// The next step to upload.
+    fn next(&self) -> Option<(u64, Arc<AtomicBool>)> {
+        let mut queue = self.lock();
+        if queue.stopped {
+            return None;
+        }
+        let step = queue.waiting.pop_first()?;
+        let cancelled = Arc::new(AtomicBool::new(false));
+        queue.current = Some((step, Arc::clone(&cancelled)));
+        Some((step, cancelled))
+    }
+
+    /// Notes what came of an upload; true if it is tried again.
+    fn book(&self, step: u64, cancelled: &AtomicBool, outcome: Result<Transferred>) -> bool {
+        let mut queue = self.lock();
+        queue.current = None;
+        let was_cancelled = cancelled.load(Ordering::Relaxed);
+        let tries_again = match &outcome {
+            Ok(_) => false,
+            Err(error) => error.is_retryable() && !queue.draining && !was_cancelled,
+        };
+        if let Err(error) = &outcome {
+            tracing::warn!(step, %error, tries_again, "an upload failed");
+        }
+        if tries_again {
+            queue.waiting.insert(step);
+        } else if !was_cancelled {
+            queue.outcomes.insert(step, outcome);
+        }
+        drop(queue);
+        self.changed.notify_all();
+        tries_again
+    }
+
+    /// Sleeps unless, or until, it is time to hurry.
+    fn sleep(&self, pause: Duration, hurries: impl Fn(&Queue) -> bool) {
+        let calm = |queue: &mut Queue| !queue.stopped && !hurries(queue);
+        drop(self.changed.wait_timeout_while(self.lock(), pause, calm));
+    }
+}
+
+/// Keeps an upload to its rate, and ends it when it is not wanted any more.
+struct Pacer<'a> {
+    work: &'a Work,
+    cancelled: &'a AtomicBool,
+    start: Duration,
+    bytes: AtomicU64,
+}
+
+impl<'a> Pacer<'a> {
+    fn new(work: &'a Work, cancelled: &'a AtomicBool) -> Self {
+        let start = work.environment.monotonic();
+        Self { work, cancelled, start, bytes: AtomicU64::new(0) }
+    }
+}
+
+impl VerifyObserver for Pacer<'_> {
+    #[expect(clippy::cast_precision_loss, reason = "a pause")]
+    fn advanced(&self, stored_bytes: u64) {
+        let bytes = self.bytes.fetch_add(stored_bytes, Ordering::Relaxed) + stored_bytes;
+        let Some(rate) = self.work.bytes_per_second else { return };
+        let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+        let early = due.saturating_sub(elapsed(&*self.work.environment, self.start));
+        if !early.is_zero() {
+            self.work.sleep(early, |_| self.is_cancelled());
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
