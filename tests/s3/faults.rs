@@ -149,17 +149,16 @@ fn is_survivable(fault: Fault) -> bool {
 fn one_fault_at_any_request_loses_nothing() {
     let place = Place::new();
     let (_, requests, _) = run(&place, Arc::new(|_| Fault::None));
-    // Three at each request, another three at the next; all of them where the environment asks.
-    let per_request = 3;
+    // One at each request, another one at the next; all of them where the environment asks.
     let faults = FAULTS.len() as u64 - 1;
-    let budget = Budget::of(per_request * requests);
+    let budget = Budget::of(requests);
     budget::run(
         budget,
         faults * requests,
         |_| Place::new(),
         |place, number| {
             let (request, turn) = (number % requests, number / requests);
-            let index = usize::try_from((request * per_request + turn) % faults).unwrap();
+            let index = usize::try_from((request + turn) % faults).unwrap();
             let fault = FAULTS[index];
             let plan = move |asked| if asked == request { fault } else { Fault::None };
             let (seen, _, judgement) = run(place, Arc::new(plan));

@@ -69,7 +69,7 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Deletes a checkpoint: the manifest first, then its directory. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64) -> Result<u64>;
 
-    /// [`Store::remove_checkpoint`] for retention: a far store follows later, and is not waited for.
+    /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller.
     fn let_go(&self, step: u64) -> Result<()> {
         self.remove_checkpoint(step).map(drop)
     }
