@@ -12,7 +12,7 @@ from dtruntime import CheckpointManager, InvalidArgument, settings
 WRONG = {
     "no path": ({"path": None}, "setting `path`: it is not given"),
     "two paths": ({"storage_path": "b"}, "both name the store"),
-    "backend": ({"backend": "s4"}, "hint: did you mean `s3`?"),
+    "backend": ({"backend": "s4"}, "expected one of `local`, `s3`"),
     "s3 backend of a directory": ({"backend": "s3"}, "it is a directory"),
     "local backend of s3": ({"path": "s3://bucket/run", "backend": "local"}, "a directory, or"),
     "other scheme": ({"path": "gs://bucket/run"}, "a directory, or a store in S3, is expected"),
