@@ -249,6 +249,16 @@ impl Config {
         Ok(config)
     }
 
+    /// The defaults with these changes, whatever lies in the working directory and the environment.
+    pub fn of(overrides: &[String]) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        for text in overrides {
+            config.set_override(text)?;
+        }
+        config.check()?;
+        Ok(config)
+    }
+
     fn read_file(&mut self, file: &Path) -> Result<(), ConfigError> {
         let shown = file.display();
         let text = fs::read_to_string(file).map_err(|error| {

@@ -10,6 +10,7 @@
 pub mod auth;
 pub mod config;
 pub mod driver;
+pub mod embedded;
 pub mod journal;
 mod limits;
 pub mod metrics;

@@ -125,6 +125,18 @@ pub enum EngineError {
         /// How to go on.
         hint: String,
     },
+    /// Do what `kind` says: saving or loading together with other ranks did not succeed.
+    #[error("{what}: {why}\nhint: {hint}")]
+    Coordination {
+        /// What to do next.
+        kind: CoordinationKind,
+        /// The operation.
+        what: String,
+        /// Which rank, or what of the coordinator.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
     /// Report a bug: the engine broke one of its own rules and refuses further work.
     #[error("{what}: {why}\nhint: {hint}")]
     Internal {
@@ -135,6 +147,28 @@ pub enum EngineError {
         /// How to go on.
         hint: String,
     },
+}
+
+/// Why ranks did not get on together, by what the caller does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CoordinationKind {
+    /// Save again: a rank failed or was lost, and so the save failed on all of them.
+    SaveAborted,
+    /// Start the coordinator, or correct its address.
+    Unavailable,
+    /// Present the right token or certificate.
+    Unauthenticated,
+    /// Wait, or end what stands in the way.
+    Conflict,
+    /// Register again: this process is no member of its job any more.
+    Fenced,
+    /// Decide whether to go on: the job lost a worker.
+    MembershipChanged,
+    /// Look at the workers that the message names: they did not come in time.
+    TimedOut,
+    /// End this process: the job is aborted.
+    JobAborted,
 }
 
 impl EngineError {
@@ -152,6 +186,7 @@ impl EngineError {
             | Self::Unavailable { hint, .. }
             | Self::RestoreIncomplete { hint, .. }
             | Self::Closed { hint, .. }
+            | Self::Coordination { hint, .. }
             | Self::Internal { hint, .. } => hint,
         }
     }
@@ -164,6 +199,12 @@ impl EngineError {
             | Self::NoSpace { .. }
             | Self::Io { .. }
             | Self::Unavailable { .. } => true,
+            Self::Coordination { kind, .. } => !matches!(
+                kind,
+                CoordinationKind::Unauthenticated
+                    | CoordinationKind::Fenced
+                    | CoordinationKind::JobAborted
+            ),
             // The call itself, the bytes, or this engine must change first.
             Self::InvalidArgument { .. }
             | Self::NotFound { .. }
@@ -250,6 +291,9 @@ impl EngineError {
                     $(Self::$variant { what, why, hint } => Self::$variant {
                         what: what.clone(), why: why.clone(), hint: hint.clone(),
                     },)*
+                    Self::Coordination { kind, what, why, hint } => Self::Coordination {
+                        kind: *kind, what: what.clone(), why: why.clone(), hint: hint.clone(),
+                    },
                     Self::Io { what, source, hint } => Self::Io {
                         what: what.clone(),
                         source: match source.raw_os_error() {

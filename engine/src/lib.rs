@@ -1,6 +1,7 @@
 //! The checkpoint engine: tensors' bytes in, committed checkpoint out.
 //!
-//! Knows no Python and no CUDA, and of networks only S3, with the feature `s3`. A byte travels
+//! Knows no Python and no CUDA, and of networks only S3, with the feature `s3`, and other ranks, with
+//! the feature `coordinator`. A byte travels
 //! through the modules in the order in which they are declared here, from the store's front door to
 //! the device.
 #![deny(missing_docs)]
@@ -15,6 +16,7 @@ pub mod format;
 pub mod io;
 pub mod load;
 pub mod progress;
+pub mod ranks;
 pub mod recovery;
 pub mod retention;
 pub mod save;

@@ -14,7 +14,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dtruntime import _native, fallback, lifecycle, settings
+from dtruntime import _native, connecting, embedded, fallback, lifecycle, membership, settings
+from dtruntime.connecting import Security
 from dtruntime.errors import (
     CheckpointError,
     Closed,
@@ -28,7 +29,7 @@ from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
 from dtruntime.state_tree import flatten, raw_bytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -73,8 +74,16 @@ class CheckpointManager:
         async_write: False makes ``save_async`` wait until the checkpoint is durable.
         save_interval_steps: What ``should_save`` goes by; None means every step.
         rank: This process's rank. Default: the environment's ``RANK``, else 0.
-        world_size: Default: the environment's ``WORLD_SIZE``, else 1.
-        job: Name of the training run, written into manifests.
+        world_size: Default: the environment's ``WORLD_SIZE``, else 1. Where it is more, every rank
+            saves its own state under the same step, and the checkpoint exists when all of them are
+            durable, or not at all: this needs a store that all ranks reach, and a coordinator.
+        job: Name of the training run, written into manifests. Default: the environment's
+            ``DTRUNTIME_JOB``, else ``default``.
+        coordinator_url: Where ranks find each other. Default: the environment's
+            ``COORDINATOR_URL``. Under ``torchrun`` neither is needed: rank 0 then hosts a
+            coordinator in its own process.
+        security: Token and certificates for the coordinator.
+        agreement_timeout: How long ``load`` and ``restore`` wait for the other ranks, in seconds.
         sigterm: What SIGTERM does to a save in flight: ``finish`` it by the deadline, or ``drop``
             it. Default None: no handler is installed.
         sigterm_deadline_seconds: How long ``finish`` may take.
@@ -125,7 +134,10 @@ class CheckpointManager:
         save_interval_steps: int | None = None,
         rank: int | str | None = None,
         world_size: int | str | None = None,
-        job: str = "default",
+        job: str | None = None,
+        coordinator_url: str | None = None,
+        security: Security | None = None,
+        agreement_timeout: float = 600.0,
         sigterm: str | None = None,
         sigterm_deadline_seconds: float = 30.0,
         storage_path: str | os.PathLike[str] | None = None,
@@ -138,7 +150,7 @@ class CheckpointManager:
         self._path = settings.store_path(path, storage_path=storage_path, backend=backend)
         rank_number, ranks = settings.rank_and_world_size(rank, world_size)
         engine_settings: dict[str, Any] = {
-            "job": job,
+            "job": connecting.job_of(job),
             "rank": rank_number,
             "world_size": ranks,
             "read_only": bool(read_only),
@@ -170,7 +182,18 @@ class CheckpointManager:
         self._is_closed = False
         self.last_load: LoadReport | None = None
         """What the last ``load`` or ``restore`` read; None before the first."""
-        self._native = _native.Manager(self._path, json.dumps(engine_settings))
+        self._agreement_timeout = float(agreement_timeout)
+        self._ranks = self._join_ranks(engine_settings, coordinator_url, security)
+        try:
+            self._native = _native.Manager(
+                self._path,
+                json.dumps(engine_settings),
+                None if self._ranks is None else self._ranks.worker,
+            )
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.leave()
+            raise
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
         has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if has_uploads else None
@@ -209,8 +232,9 @@ class CheckpointManager:
             step: The training step: later than every committed one, or see ``rewind``.
             rewind: The training went back to before ``step``: checkpoints of later steps cease to
                 exist when this one is committed, and one of the same step is replaced.
-            metadata: Attached to the checkpoint, as JSON.
-            dataset_positions: Attached to the checkpoint, as JSON.
+            metadata: Attached to the checkpoint, as JSON. Where several ranks save, pass the same on
+                all of them: one rank's is kept.
+            dataset_positions: The same.
 
         Returns:
             A handle: await it, or ask for its ``result()``.
@@ -220,6 +244,9 @@ class CheckpointManager:
             StepConflict: The step is not after the newest committed one.
             NoSpace: The store has no room. Nothing was written.
             CheckpointError: The previous save failed, and nobody has looked at its error.
+
+        Where several ranks save, the handle's result means all of them. If one cannot save, the
+        save fails on every rank, naming it, and training goes on.
 
         >>> handle = manager.save_async({"model": model, "epoch": 3}, step=1000)
         >>> handle.result().step
@@ -231,11 +258,13 @@ class CheckpointManager:
             settings.json_object("metadata", metadata),
             settings.json_object("dataset_positions", dataset_positions),
         )
-        self._check_can_save(number)
+        with self._declining(number):
+            self._check_can_save(number)
         with self._save_lock:
             # First, so that copies of tensors outside the host's memory are not made beside it.
-            self._native.wait_until_finished()
-            flat = flatten(state)
+            with self._declining(number):
+                self._native.wait_until_finished()
+                flat = flatten(state)
             parts = (flat.nodes, flat.tensors, flat.storages)
             assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
@@ -470,6 +499,8 @@ class CheckpointManager:
                 self._uploads.stop()
             lifecycle.unregister(self, self._watcher)
             self._native.close()
+            if self._ranks is not None:
+                self._ranks.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -492,6 +523,36 @@ class CheckpointManager:
     def __repr__(self) -> str:
         mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
         return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
+
+    def _join_ranks(
+        self, engine_settings: dict[str, Any], url: str | None, security: Security | None
+    ) -> membership.Membership | None:
+        """Become a worker of the job, if several ranks write together and a coordinator is known."""
+        if engine_settings["world_size"] == 1 or self._read_only:
+            return None
+        rank, world_size = engine_settings["rank"], engine_settings["world_size"]
+        url = url or os.environ.get("COORDINATOR_URL")
+        if url is None:
+            found = embedded.find(rank)
+            if found is None:
+                return None  # the engine says what is missing
+            url, security = found
+        coordinator = connecting.connect(url, security or Security(), connecting.PATIENCE_SECONDS)
+        place = membership.Place(
+            coordinator.url, engine_settings["job"], None, rank, world_size
+        )
+        return membership.join(place, coordinator, ("", 0, ""))
+
+    @contextlib.contextmanager
+    def _declining(self, step: int) -> Iterator[None]:
+        """Tell the other ranks if this one does not come to save ``step``."""
+        try:
+            yield
+        except BaseException as error:
+            if self._ranks is not None and not self._is_closed:
+                with contextlib.suppress(CheckpointError):
+                    self._native.decline(step, f"{type(error).__name__}: {error}")
+            raise
 
     def _check_can_save(self, step: int) -> None:
         what = f"saving step {step}"
@@ -537,6 +598,10 @@ class CheckpointManager:
             number = settings.step_of(step, "load(step=...)")
             checkpoint, result = fallback.read_step(self._native, number, read)
             failed: dict[int, str] = {}
+        elif self._ranks is not None:
+            checkpoint, result, failed = fallback.read_agreed(
+                self._native, self._path, read, self._agreement_timeout
+            )
         else:
             checkpoint, result, failed = fallback.read_newest(self._native, self._path, read)
         manifest = checkpoint.manifest()

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from dtruntime import connecting, orchestrator, settings
+from dtruntime import connecting, membership, settings
 from dtruntime.connecting import PATIENCE_SECONDS, Security
 from dtruntime.errors import DatasetNotFound, InvalidArgument
 
@@ -123,7 +123,7 @@ class DatasetRegistry:
                 f"dataset `{name}`: `{folder}` has no {format} files; every rank gets none",
                 stacklevel=2,
             )
-        worker = orchestrator.worker_at(self._coordinator.url, self.job)
+        worker = membership.worker_at(self._coordinator.url, self.job)
         if shard_size is None:
             told = {} if worker is None else worker.settings
             shard_size = int(told.get("dataset.default_shard_size", _DEFAULT_SHARD_SIZE))

@@ -68,6 +68,37 @@ def read_newest(
             return checkpoint, result, failed
 
 
+def read_agreed(
+    native: _native.Manager,
+    store: str | os.PathLike[str],
+    read: Callable[[_native.Checkpoint], _T],
+    timeout: float,
+) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
+    """Read the newest checkpoint that verifies on every rank.
+
+    Every rank offers what it can load, all read the newest common one, and offer again: if one
+    could not, all of them go on to an older one.
+    """
+    failed = {step: why for step, why in native.candidates() if why is not None}
+    done: tuple[_native.Checkpoint, _T] | None = None
+    while True:
+        offered = [s for s, why in native.candidates() if why is None and s not in failed]
+        step = native.agree(offered[-_OFFERED_MAX:], timeout)
+        if step is None:
+            raise _nothing_common(store, offered, failed)
+        if done is not None and done[0].step == step:
+            newer = {number: why for number, why in failed.items() if number > step}
+            return *done, newer
+        try:
+            done = read_step(native, step, read)
+        except (Corrupt, StorageError, CheckpointNotFound) as error:
+            if isinstance(error, StorageError) and not _is_damage(error):
+                raise
+            done = None
+            failed[step] = f"{error.what}: {error.why}"
+            _logger.warning("step %d does not verify on this rank: %s", step, error)
+
+
 def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
     """Give the error of an empty store."""
     return CheckpointNotFound(
@@ -76,6 +107,9 @@ def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
         "save one first, or check the path",
     )
 
+
+_OFFERED_MAX = 1000
+"""Newest steps that a rank offers to load."""
 
 _MEDIUM_ERRORS = frozenset(
     (
@@ -94,6 +128,20 @@ _MEDIUM_ERRORS = frozenset(
 def _is_damage(error: Corrupt | StorageError) -> bool:
     """Tell what this checkpoint has from what any other would have, too."""
     return not isinstance(error, StorageError) or error.errno in _MEDIUM_ERRORS
+
+
+def _nothing_common(
+    store: str | os.PathLike[str], offered: list[int], failed: dict[int, str]
+) -> CheckpointError:
+    if not offered and not failed:
+        return no_checkpoint(store)
+    damaged = "; ".join(f"step {step}: {why}" for step, why in sorted(failed.items()))
+    return Corrupt(
+        f"looking for a checkpoint in `{store}` that every rank can load",
+        f"this rank can load {offered or 'none'}, and others none of these"
+        + (f"; {damaged}" if damaged else ""),
+        "run `ckpt-tool verify --all`; check that every rank was given the same store",
+    )
 
 
 def _nothing_readable(store: str | os.PathLike[str], failed: dict[int, str]) -> CheckpointError:

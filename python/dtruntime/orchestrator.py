@@ -6,24 +6,23 @@
 
 Always holds: heartbeats come from a native thread, so neither a long step nor the GIL makes a
 worker look dead; a registered worker stays one until it leaves or the process ends, whoever still
-holds the object; a process that ends leaves by itself, and says so if an exception ended it.
+holds the object.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
 import socket
-import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dtruntime import connecting, settings
+from dtruntime import connecting, membership, settings
 from dtruntime.connecting import PATIENCE_SECONDS, Security
 from dtruntime.errors import CheckpointError, Closed, InvalidArgument, JobAborted
+from dtruntime.membership import Membership, Place, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,9 +38,6 @@ _logger = logging.getLogger("dtruntime")
 _PORT_MAX = 65_535
 _NOTICE_SECONDS = 1.0
 """How often the callback thread looks whether it should end."""
-
-_live: dict[tuple[str, str, str], TrainingOrchestrator] = {}
-"""Registered workers of this process by URL, job and worker id: kept until they leave."""
 
 
 class WorkerInfo(NamedTuple):
@@ -135,8 +131,7 @@ class TrainingOrchestrator:
         self._advertise_address = advertise_address
         self._on_abort = on_abort
         self._on_membership_change = on_membership_change
-        self._worker: _native.Worker | None = None
-        self._pid = os.getpid()
+        self._membership: Membership | None = None
 
     @property
     def coordinator_url(self) -> str:
@@ -180,17 +175,16 @@ class TrainingOrchestrator:
                 f"`port` = {port}", f"0 to {_PORT_MAX} is allowed", "pass the service's TCP port"
             )
         address = (ip if ip is not None else _own_address(), port, self._advertise_address)
-        former = _live.get(self._key())
-        if former is not None:
-            await _in_thread(former.leave)
-        place = (self.rank, self.world_size)
-        self._worker = await _in_thread(
-            lambda: self._coordinator.register_worker(self.job, self.worker_id, place, address)
+        if self._membership is not None:
+            await _in_thread(self.leave)
+        place = Place(self._url, self.job, self.worker_id, self.rank, self.world_size)
+        self._membership = await _in_thread(
+            lambda: membership.join(place, self._coordinator, address)
         )
-        _live[self._key()] = self
         if self._on_abort is not None or self._on_membership_change is not None:
+            watched = (self._membership.worker,)
             threading.Thread(
-                target=self._pass_on_notices, args=(self._worker,), name="dtr-notices", daemon=True
+                target=self._pass_on_notices, args=watched, name="dtr-notices", daemon=True
             ).start()
 
     async def wait_barrier(self, name: str, timeout: float = 600.0) -> int:
@@ -240,14 +234,9 @@ class TrainingOrchestrator:
             failure: Why this worker failed; then it does.
 
         """
-        worker, self._worker = self._worker, None
-        if _live.get(self._key()) is self:
-            del _live[self._key()]
-        if worker is not None and os.getpid() == self._pid:
-            try:
-                worker.leave(failure)
-            except CheckpointError as error:
-                _logger.warning("%s", error)
+        left, self._membership = self._membership, None
+        if left is not None:
+            left.leave(failure)
 
     def __enter__(self) -> Self:
         return self
@@ -258,7 +247,7 @@ class TrainingOrchestrator:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.leave(_failure_of(error))
+        self.leave(failure_of(error))
 
     async def __aenter__(self) -> Self:
         return self
@@ -269,10 +258,11 @@ class TrainingOrchestrator:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await _in_thread(lambda: self.leave(_failure_of(error)))
+        await _in_thread(lambda: self.leave(failure_of(error)))
 
-    def _key(self) -> tuple[str, str, str]:
-        return (self._url, self.job, self.worker_id)
+    @property
+    def _worker(self) -> _native.Worker | None:
+        return None if self._membership is None else self._membership.worker
 
     def _registered(self, what: str) -> _native.Worker:
         if self._worker is None:
@@ -301,16 +291,6 @@ class TrainingOrchestrator:
                 self._on_membership_change(MembershipChange(**(own | notice)))
         except Exception:  # a callback's mistake must not silence later notices
             _logger.exception("a callback for `%s` failed", notice["kind"])
-
-
-def worker_at(url: str, job: str) -> _native.Worker | None:
-    """Give a registered worker of this process in the job, if there is one."""
-    found = (
-        orchestrator._worker  # noqa: SLF001
-        for (its_url, its_job, _), orchestrator in _live.items()
-        if (its_url, its_job) == (url, job) and orchestrator.is_registered
-    )
-    return next(found, None)
 
 
 async def _in_thread(function: Callable[[], _T]) -> _T:
@@ -343,25 +323,3 @@ def _own_address() -> str:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return "127.0.0.1"
-
-
-def _failure_of(error: BaseException | None) -> str:
-    """Give why a worker failed; leaving on purpose or by Ctrl-C is no failure."""
-    if error is None or not isinstance(error, Exception) or isinstance(error, JobAborted):
-        return ""
-    return f"{type(error).__name__}: {error}"
-
-
-def _leave_all() -> None:
-    """Run when the process ends: by the script's last line, or by an exception."""
-    failure = _failure_of(getattr(sys, "last_value", None))
-    for orchestrator in list(_live.values()):
-        orchestrator.leave(failure)
-
-
-def _forget_in_child() -> None:
-    _live.clear()  # the members are the parent's
-
-
-atexit.register(_leave_all)
-os.register_at_fork(after_in_child=_forget_in_child)

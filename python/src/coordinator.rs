@@ -23,17 +23,17 @@ use crate::guard::WAIT_SLICE;
 
 /// A value of the process that made it: a forked child neither uses nor drops it.
 #[derive(Debug)]
-struct Home<T> {
+pub(crate) struct Home<T> {
     value: Option<T>,
     pid: u32,
 }
 
 impl<T> Home<T> {
-    fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         Self { value: Some(value), pid: std::process::id() }
     }
 
-    fn get(&self, py: Python<'_>, what: &str) -> PyResult<&T> {
+    pub(crate) fn get(&self, py: Python<'_>, what: &str) -> PyResult<&T> {
         match &self.value {
             Some(value) if std::process::id() == self.pid => Ok(value),
             _ => Err(to_python(
@@ -112,7 +112,7 @@ impl Coordinator {
         let registration =
             Registration { job, worker_id, rank, world_size, ip, port, advertise_address };
         let pending = NativeWorker::register(connection, registration);
-        Ok(Worker { inner: Home::new(wait(py, pending)?) })
+        Ok(Worker { inner: Home::new(Arc::new(wait(py, pending)?)) })
     }
 
     /// Makes a dataset known; gives how many files and shards it has. `key` is `(job, name)`,
@@ -132,7 +132,7 @@ impl Coordinator {
         let (path, format, total_samples, shard_size, seed, shuffle) = settings;
         let request = v1::RegisterDatasetRequest {
             job,
-            identity: identity.map(NativeWorker::identity),
+            identity: identity.map(|worker| worker.identity()),
             spec: Some(v1::DatasetSpec {
                 name,
                 path,
@@ -186,12 +186,17 @@ const FILES_BYTES_MAX: usize = 32 << 20;
 #[pyclass(frozen, module = "dtruntime._native")]
 #[derive(Debug)]
 pub(crate) struct Worker {
-    inner: Home<NativeWorker>,
+    inner: Home<Arc<NativeWorker>>,
 }
 
 impl Worker {
-    fn get(&self, py: Python<'_>) -> PyResult<&NativeWorker> {
+    fn get(&self, py: Python<'_>) -> PyResult<&Arc<NativeWorker>> {
         self.inner.get(py, "the registered worker")
+    }
+
+    /// For a store that is written by all ranks.
+    pub(crate) fn share(&self, py: Python<'_>) -> PyResult<Arc<NativeWorker>> {
+        self.get(py).map(Arc::clone)
     }
 }
 
@@ -361,7 +366,7 @@ fn notice_to_python<'py>(py: Python<'py>, notice: &Notice) -> PyResult<Bound<'py
 
 /// The exception for a failed call. If even the class cannot be had (the interpreter is being torn
 /// down), a `RuntimeError` with the same message.
-fn to_python(py: Python<'_>, error: &ClientError) -> PyErr {
+pub(crate) fn to_python(py: Python<'_>, error: &ClientError) -> PyErr {
     let class = match error.kind {
         ErrorKind::Unavailable => "CoordinatorUnavailable",
         ErrorKind::Unauthenticated => "Unauthenticated",

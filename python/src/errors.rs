@@ -1,6 +1,7 @@
 //! Engine errors as Python exceptions: one class per variant, defined in `dtruntime/errors.py`.
 
 use dtr_engine::EngineError;
+use dtr_engine::error::CoordinationKind;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyAnyMethods, PyString, PyType};
@@ -35,8 +36,23 @@ fn class_name(error: &EngineError) -> &'static str {
         EngineError::Unavailable { .. } => "Unavailable",
         EngineError::RestoreIncomplete { .. } => "RestoreIncomplete",
         EngineError::Closed { .. } => "Closed",
+        EngineError::Coordination { kind, .. } => coordination_class(*kind),
         // `Internal`, and whatever a later engine adds: this file then lacks an arm, which is a
         // bug.
+        _ => "Internal",
+    }
+}
+
+fn coordination_class(kind: CoordinationKind) -> &'static str {
+    match kind {
+        CoordinationKind::SaveAborted => "SaveAborted",
+        CoordinationKind::Unavailable => "CoordinatorUnavailable",
+        CoordinationKind::Unauthenticated => "Unauthenticated",
+        CoordinationKind::Conflict => "Conflict",
+        CoordinationKind::Fenced => "WorkerFenced",
+        CoordinationKind::MembershipChanged => "MembershipChanged",
+        CoordinationKind::TimedOut => "BarrierTimeout",
+        CoordinationKind::JobAborted => "JobAborted",
         _ => "Internal",
     }
 }
@@ -67,6 +83,7 @@ fn what_of(error: &EngineError) -> Option<&str> {
         | EngineError::Unavailable { what, .. }
         | EngineError::RestoreIncomplete { what, .. }
         | EngineError::Closed { what, .. }
+        | EngineError::Coordination { what, .. }
         | EngineError::Internal { what, .. } => Some(what),
         _ => None,
     }

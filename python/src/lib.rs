@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 mod checkpoint;
 mod coordinator;
+mod embedded;
 mod errors;
 mod guard;
 mod handle;
@@ -27,6 +28,8 @@ mod native {
     use crate::checkpoint::Checkpoint;
     #[pymodule_export]
     use crate::coordinator::{BarrierCall, Coordinator, Worker};
+    #[pymodule_export]
+    use crate::embedded::EmbeddedCoordinator;
     #[pymodule_export]
     use crate::handle::SaveHandle;
     #[pymodule_export]

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dtr_engine::config::Config;
 use dtr_engine::engine::Engine;
 use dtr_engine::load::VerifyObserver;
+use dtr_engine::ranks::Coordinated;
 use dtr_engine::recovery::StepState;
 use dtr_engine::save::{SaveRequest, StorageInput};
 use dtr_engine::{EngineError, Result};
@@ -15,6 +16,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use crate::checkpoint::Checkpoint;
+use crate::coordinator::Worker;
 use crate::errors::{json_to_python, to_python};
 use crate::guard::{Guard, timeout_of};
 use crate::handle::SaveHandle;
@@ -31,14 +33,29 @@ pub(crate) struct Manager {
 
 #[pymethods]
 impl Manager {
-    /// Opens the store at `path` with `settings`, a JSON object of the engine's settings.
+    /// Opens the store at `path` with `settings`, a JSON object of the engine's settings; to save
+    /// together with the other ranks of `worker`'s job, if it is given.
     #[new]
-    fn new(py: Python<'_>, path: PathBuf, settings: &str) -> PyResult<Self> {
+    #[pyo3(signature = (path, settings, worker=None))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        settings: &str,
+        worker: Option<&Worker>,
+    ) -> PyResult<Self> {
         let guard = Guard::new();
+        let worker = worker.map(|worker| worker.share(py)).transpose()?;
         let engine = guard.call(py, "opening the store", || {
             let config: Config =
                 serde_json::from_str(settings).map_err(|error| not_json("the settings", &error))?;
-            Engine::open(Config { path, ..config })
+            let config = Config { path, ..config };
+            match worker {
+                None => Engine::open(config),
+                Some(worker) => {
+                    let ranks = Coordinated::new(worker, config.world_size);
+                    Engine::open_among(config, Arc::new(ranks))
+                }
+            }
         })?;
         Ok(Self { engine: Arc::new(engine), guard })
     }
@@ -133,6 +150,30 @@ impl Manager {
     /// Keeps a step from retention.
     fn protect(&self, py: Python<'_>, step: u64) -> PyResult<()> {
         self.guard.call(py, "protecting a step", || self.engine.protect(step))
+    }
+
+    /// Tells the other ranks that this one does not save a step, and why.
+    fn decline(&self, py: Python<'_>, step: u64, reason: &str) -> PyResult<()> {
+        let what = format!("giving up the save of step {step}");
+        self.guard.call(py, &what, || self.engine.decline(step, reason))
+    }
+
+    /// Waits, at most so many seconds, until every rank has said which steps it can load; the
+    /// newest that all can, or None.
+    fn agree(
+        &self,
+        py: Python<'_>,
+        steps: Vec<u64>,
+        timeout_seconds: f64,
+    ) -> PyResult<Option<u64>> {
+        let engine = Arc::clone(&self.engine);
+        let timeout = timeout_of(Some(timeout_seconds)).unwrap_or_default();
+        self.guard.call_interruptibly(
+            py,
+            "agreeing with all ranks on the step to load",
+            move || engine.agree(&steps, timeout),
+            || (),
+        )
     }
 
     /// Waits for the save in flight, at most `timeout` seconds; true if none is left. Raises the

@@ -8,7 +8,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-proto", &[]),
     ("dtr-engine", &["dtr-proto"]),
     ("coordinator", &["dtr-proto"]),
-    ("dtr-python", &["dtr-engine", "dtr-proto"]),
+    ("dtr-python", &["coordinator", "dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
     ("dtr-benches", &["coordinator", "dtr-engine", "dtr-proto"]),
     ("dtr-fuzz", &["dtr-engine"]),

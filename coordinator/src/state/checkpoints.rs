@@ -39,6 +39,8 @@ pub(super) struct Attempt {
     waiting: BTreeMap<u32, Ticket>,
     /// The rank that was asked to publish, and when.
     publisher: Option<(u32, u64)>,
+    /// Whether one was ever asked, or that is not known: before a restart one may have been.
+    may_be_published: bool,
 }
 
 /// An attempt that was given up while some ranks had not heard of it.
@@ -50,7 +52,13 @@ pub(super) struct AbortedAttempt {
 }
 
 impl Attempt {
-    pub(super) fn new(now_ms: u64, record: v1::AttemptRecord) -> Self {
+    /// One that just begins.
+    fn new(now_ms: u64, record: v1::AttemptRecord) -> Self {
+        Self { may_be_published: false, ..Self::recovered(now_ms, record) }
+    }
+
+    /// One that an earlier process of the coordinator kept.
+    pub(super) fn recovered(now_ms: u64, record: v1::AttemptRecord) -> Self {
         Self {
             record,
             begun_ms: now_ms,
@@ -58,6 +66,7 @@ impl Attempt {
             shards: BTreeMap::new(),
             waiting: BTreeMap::new(),
             publisher: None,
+            may_be_published: true,
         }
     }
 
@@ -77,6 +86,7 @@ impl Attempt {
     fn ask(&mut self, now_ms: u64, rank: u32) -> Option<(Ticket, Reply)> {
         let ticket = self.waiting.remove(&rank)?;
         self.publisher = Some((rank, now_ms));
+        self.may_be_published = true;
         Some((ticket, Reply::Publish(self.shards.values().cloned().collect())))
     }
 
@@ -103,6 +113,7 @@ impl Job {
         }
         self.tell_of_aborted(rank, step)?;
         self.check_step(step, request.rewind)?;
+        self.refuse_if_incomplete(step)?;
         if self.attempts.len() >= ATTEMPTS_MAX {
             return Err(Refusal::new(
                 RefusalKind::Conflict,
@@ -156,6 +167,20 @@ impl Job {
         ))
     }
 
+    /// Refuses a save that cannot end: a worker was lost, and nobody took its place. A rank that
+    /// never came is waited for.
+    fn refuse_if_incomplete(&self, step: u64) -> Result<(), Refusal> {
+        let Some(member) = self.lost_member() else { return Ok(()) };
+        Err(Refusal::new(
+            RefusalKind::AttemptAborted,
+            format!(
+                "step {step} cannot be saved by all ranks: rank {} (`{}`) is gone",
+                member.rank, member.worker_id
+            ),
+            "training may go on; save again once a worker has taken its place",
+        ))
+    }
+
     pub(super) fn report(
         &mut self,
         scene: &mut Scene<'_>,
@@ -200,6 +225,7 @@ impl Job {
             || v1::AttemptAborted {
                 reason: format!("attempt `{id}` of step {step} is over"),
                 rank: None,
+                may_be_published: true,
             },
             |aborted| {
                 aborted.told.insert(rank);
@@ -297,13 +323,20 @@ impl Job {
         let attempt = self.attempts.get(&step);
         if attempt.is_some_and(|attempt| attempt.record.attempt == request.attempt) {
             let reason = format!("rank {rank} (`{worker_id}`) failed: {}", request.reason);
-            self.give_up(scene, step, v1::AttemptAborted { reason, rank: Some(rank) });
+            self.give_up(scene, step, (Some(rank), reason));
         }
         Ok(Reply::Done)
     }
 
-    fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, aborted: v1::AttemptAborted) {
+    fn give_up(
+        &mut self,
+        scene: &mut Scene<'_>,
+        step: u64,
+        (rank, reason): (Option<u32>, String),
+    ) {
         let Some(attempt) = self.attempts.remove(&step) else { return };
+        let may_be_published = attempt.may_be_published;
+        let aborted = v1::AttemptAborted { reason, rank, may_be_published };
         let key = Key::Attempt { job: self.name.clone(), step };
         scene.effects.changes.push(Change::remove(key));
         for ticket in attempt.waiting.into_values() {
@@ -337,7 +370,7 @@ impl Job {
         }
         for step in incomplete {
             let reason = format!("rank {rank} was lost: {reason}");
-            self.give_up(scene, step, v1::AttemptAborted { reason, rank: Some(rank) });
+            self.give_up(scene, step, (Some(rank), reason));
         }
         // Who had not heard hears of the loss instead: its epoch is stale.
         self.aborted.clear();
@@ -346,8 +379,7 @@ impl Job {
     pub(super) fn forget_attempts(&mut self, scene: &mut Scene<'_>, reason: &str) {
         let steps: Vec<u64> = self.attempts.keys().copied().collect();
         for step in steps {
-            let reason = reason.to_owned();
-            self.give_up(scene, step, v1::AttemptAborted { reason, rank: None });
+            self.give_up(scene, step, (None, reason.to_owned()));
         }
         self.aborted.clear();
     }
@@ -368,12 +400,12 @@ impl Job {
             }
         }
         for step in late {
-            let aborted = self.too_late(step, scene.policy.checkpoint_timeout_ms);
-            self.give_up(scene, step, aborted);
+            let why = self.too_late(step, scene.policy.checkpoint_timeout_ms);
+            self.give_up(scene, step, why);
         }
     }
 
-    fn too_late(&self, step: u64, timeout_ms: u64) -> v1::AttemptAborted {
+    fn too_late(&self, step: u64, timeout_ms: u64) -> (Option<u32>, String) {
         let shards = self.attempts.get(&step).map(|attempt| &attempt.shards);
         let is_missing = |rank: &u32| shards.is_some_and(|shards| !shards.contains_key(rank));
         let rank = (0..self.record.world_size).find(is_missing);
@@ -381,7 +413,7 @@ impl Job {
             || "nobody published the manifest".to_owned(),
             |rank| format!("rank {rank} did not report"),
         );
-        v1::AttemptAborted { reason: format!("{who} within {timeout_ms} ms"), rank }
+        (rank, format!("{who} within {timeout_ms} ms"))
     }
 
     pub(super) fn list_checkpoints(&self, limit: u32) -> Reply {

@@ -40,6 +40,12 @@ pub(super) struct Loss<'a> {
     pub(super) reason: String,
 }
 
+/// Who held a rank that nobody holds now.
+pub(super) struct LostMember<'a> {
+    pub(super) worker_id: &'a str,
+    pub(super) rank: u32,
+}
+
 impl Member {
     pub(super) fn is_alive(&self) -> bool {
         self.record.state() == WorkerState::Alive
@@ -344,6 +350,14 @@ impl Job {
             ));
         }
         Ok(found)
+    }
+
+    /// A rank that had a worker and has none now.
+    pub(super) fn lost_member(&self) -> Option<LostMember<'_>> {
+        let is_lost = |member: &Member| !self.holders.contains_key(&member.record.rank);
+        let (worker_id, member) =
+            self.members.iter().find(|(_, member)| !member.is_alive() && is_lost(member))?;
+        Some(LostMember { worker_id, rank: member.record.rank })
     }
 
     /// The newest loss, for people.

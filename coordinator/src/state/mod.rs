@@ -453,7 +453,7 @@ impl Job {
                 self.barriers.insert(name, Barrier::released(record));
             }
             (Key::Attempt { step, .. }, Stored::Attempt(record)) => {
-                self.attempts.insert(step, Attempt::new(0, record));
+                self.attempts.insert(step, Attempt::recovered(0, record));
             }
             (Key::Commit { step, .. }, Stored::Commit(record)) => {
                 self.commits.insert(step, record);

@@ -84,8 +84,8 @@ pub struct Config {
     pub job: String,
     /// This process's rank. Default 0; less than `world_size`.
     pub rank: u32,
-    /// Number of ranks that save together. Default 1, and 1 is the only value without a
-    /// coordinator.
+    /// Number of ranks that save together. Default 1; more need a coordinator to write, and a store
+    /// that all of them reach.
     pub world_size: u32,
     /// Never creates, writes, locks or deletes anything. Default false.
     pub read_only: bool,
@@ -238,13 +238,11 @@ impl Config {
                 "take both from the launcher: RANK and WORLD_SIZE",
             ));
         }
-        if self.world_size > 1 && !self.read_only {
+        if self.world_size > 1 && self.remote.is_some() {
             return Err(EngineError::invalid(
-                format!("setting `world_size` = {}", self.world_size),
-                "ranks that save one checkpoint together need a coordinator, and none is \
-                    configured",
-                "save from one rank with `rank=0, world_size=1`, or give each rank a store of \
-                    its own",
+                format!("settings `world_size` = {}, `remote`", self.world_size),
+                "checkpoints of several ranks are not brought to a second store",
+                "save to S3 directly, or leave `remote` unset and use `ckpt-tool copy`",
             ));
         }
         Ok(())

@@ -1,7 +1,8 @@
 //! What all threads of an engine share: the store, the pools, and what is known of the store.
 //!
 //! Always holds: the known survey is that of the store as this engine last changed it; since the
-//! writer's lock is ours, nobody else changes it meanwhile.
+//! writer's lock is ours, nobody else changes it meanwhile. Where several ranks write, each looks
+//! anew before it saves.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,7 @@ use crate::format::FormatError;
 use crate::format::manifest::{Manifest, Retired};
 use crate::format::names::MANIFEST_FILE;
 use crate::io::buffer::BufferPool;
+use crate::ranks::{Attempt, Ranks};
 use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
 use crate::retention::{Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
@@ -41,6 +43,8 @@ pub(crate) struct Core {
     /// Header, index and footer, piece by piece. The committer alone takes from it.
     pub(crate) control_pool: Arc<BufferPool>,
     pub(crate) io_name: &'static str,
+    /// Where several ranks save together.
+    pub(crate) ranks: Option<Arc<dyn Ranks>>,
     /// What encoding is known to cost and give.
     adaptation: Arc<Adaptation>,
     poisoned: AtomicBool,
@@ -79,6 +83,7 @@ impl Core {
         store: Arc<dyn Store>,
         environment: Arc<dyn Environment>,
         io_name: &'static str,
+        ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
         let chunk_bytes = config.chunk_bytes as usize;
         let in_flight = usize::try_from(config.in_flight_bytes).unwrap_or(usize::MAX) / chunk_bytes;
@@ -97,6 +102,7 @@ impl Core {
             encode_pool,
             control_pool,
             io_name,
+            ranks,
             adaptation: Arc::new(Adaptation::new()),
             poisoned: AtomicBool::new(false),
             book: Mutex::default(),
@@ -186,6 +192,9 @@ impl Core {
 
     /// The survey as last taken, if nobody else can have changed the store since.
     pub(super) fn known_survey(&self) -> Result<Survey> {
+        if self.ranks.is_some() {
+            return self.survey();
+        }
         let known = self.book().survey.clone();
         known.map_or_else(|| self.survey(), Ok)
     }
@@ -222,6 +231,18 @@ impl Core {
         }
     }
 
+    /// Tells the other ranks that this one does not save `step`.
+    pub(super) fn decline(&self, step: u64, reason: &str) {
+        let Some(ranks) = &self.ranks else { return };
+        let told = ranks.begin(step).and_then(|begun| {
+            ranks.abort(Attempt { step, id: begun.attempt }, reason)
+        });
+        if let Err(error) = told {
+            // They were told by another rank already, or find out by the attempt's own timeout.
+            tracing::debug!(step, %error, "declining a save");
+        }
+    }
+
     /// Books the end of a save.
     pub(crate) fn save_ended(&self, job: &Job, info: Option<&SaveInfo>) {
         if let Some(info) = info {
@@ -232,7 +253,7 @@ impl Core {
             // Whether its manifest became visible is the store's to say.
             self.note_change();
         }
-        tracing::debug!(step = job.shard.step, committed = info.is_some(), "save ended");
+        tracing::debug!(step = job.step, committed = info.is_some(), "save ended");
     }
 
     /// After the commit of `step`: deletes what the policy, or a rewind, lets go, and old debris.
@@ -240,6 +261,10 @@ impl Core {
     pub(crate) fn prune(&self, step: u64, retired: &[Retired]) -> Vec<u64> {
         self.book().verified = Some(step);
         self.note_change();
+        if self.config.rank != 0 {
+            // Rank 0 does it for all.
+            return Vec::new();
+        }
         let removed = self.try_prune(step, retired);
         if let Err(error) = &removed {
             tracing::warn!(step, %error, "retention failed; it runs again after the next save");

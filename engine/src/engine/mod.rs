@@ -20,6 +20,7 @@ use crate::io::{Io, open_backend};
 use crate::load::{
     Checkpoint, ReadOptions, VerifyObserver, VerifyReport, read_manifest, verify_step,
 };
+use crate::ranks::Ranks;
 use crate::recovery::{StepState, Survey};
 use crate::save::commit::Committer;
 use crate::save::encode::Workers;
@@ -111,19 +112,34 @@ impl Engine {
     /// Opens the store that `config` names, on this machine's devices and clocks.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let environment = Arc::new(System::default());
-        if let Some(address) = config.s3_address()? {
-            return Self::open_s3(config, &address, None, environment);
-        }
-        let io = open_backend(config.io_backend, config.direct_io)?;
-        Self::open_with(config, Components { io, environment })
+        Self::open_any(config, None, None)
     }
 
     /// Opens the directory that `config` names, on the given parts.
     pub fn open_with(config: Config, components: Components) -> Result<Self> {
         config.validate()?;
         let Components { io, environment } = components;
-        Self::open_local(config, io, None, environment)
+        Self::open_local(config, io, None, environment, None)
+    }
+
+    /// Opens the store that `config` names, to save and load together with the other ranks of its
+    /// job.
+    pub fn open_among(config: Config, ranks: Arc<dyn Ranks>) -> Result<Self> {
+        config.validate()?;
+        Self::open_any(config, None, Some(ranks))
+    }
+
+    fn open_any(
+        config: Config,
+        credentials: Option<S3Credentials>,
+        ranks: Option<Arc<dyn Ranks>>,
+    ) -> Result<Self> {
+        let environment = Arc::new(System::default());
+        if let Some(address) = config.s3_address()? {
+            return Self::open_s3(config, &address, credentials, environment, ranks);
+        }
+        let io = open_backend(config.io_backend, config.direct_io)?;
+        Self::open_local(config, io, credentials, environment, ranks)
     }
 
     fn open_local(
@@ -131,12 +147,13 @@ impl Engine {
         io: Arc<dyn Io>,
         credentials: Option<S3Credentials>,
         environment: Arc<dyn Environment>,
+        ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
         let io_name = io.name();
         let access = access_of(&config);
         let near = LocalStore::open(&config.path, access, io, config.in_flight_bytes)?;
         let store = Self::tiered(&config, Arc::new(near), credentials, &environment)?;
-        let engine = Self::open_store(config, store, environment, io_name)?;
+        let engine = Self::open_store(config, store, environment, io_name, ranks)?;
         if engine.config.remote.is_some() && !engine.config.read_only {
             // Far manifests are read now, so that no save waits for the network.
             engine.survey()?;
@@ -149,12 +166,7 @@ impl Engine {
     #[cfg(feature = "s3")]
     pub fn open_as(config: Config, credentials: S3Credentials) -> Result<Self> {
         config.validate()?;
-        let environment = Arc::new(System::default());
-        if let Some(address) = config.s3_address()? {
-            return Self::open_s3(config, &address, Some(credentials), environment);
-        }
-        let io = open_backend(config.io_backend, config.direct_io)?;
-        Self::open_local(config, io, Some(credentials), environment)
+        Self::open_any(config, Some(credentials), None)
     }
 
     #[cfg(feature = "s3")]
@@ -163,9 +175,10 @@ impl Engine {
         address: &S3Address,
         credentials: Option<S3Credentials>,
         environment: Arc<dyn Environment>,
+        ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
         let store = S3Store::open(address, access_of(&config), &config.s3, credentials)?;
-        Self::open_store(config, Arc::new(store), environment, "s3")
+        Self::open_store(config, Arc::new(store), environment, "s3", ranks)
     }
 
     #[cfg(not(feature = "s3"))]
@@ -174,6 +187,7 @@ impl Engine {
         address: &S3Address,
         _: Option<S3Credentials>,
         _: Arc<dyn Environment>,
+        _: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
         Err(EngineError::invalid(
             format!("opening store `{address}`"),
@@ -211,7 +225,7 @@ impl Engine {
         let far = Self::open_far(config, credentials)?;
         Ok(Arc::new(match access_of(config) {
             Access::Read => TieredStore::reader(near, far),
-            Access::Write => {
+            Access::Write | Access::WriteBeside { .. } => {
                 let (environment, rate) = (Arc::clone(environment), config.remote_bytes_per_second);
                 TieredStore::writer(near, far, environment, rate)?
             }
@@ -223,8 +237,10 @@ impl Engine {
         store: Arc<dyn Store>,
         environment: Arc<dyn Environment>,
         io_name: &'static str,
+        ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
-        let core = Arc::new(Core::new(config.clone(), store, environment, io_name)?);
+        check_ranks(&config, ranks.is_some())?;
+        let core = Arc::new(Core::new(config.clone(), store, environment, io_name, ranks)?);
         let (workers, committer) = if config.read_only {
             (None, None)
         } else {
@@ -365,6 +381,21 @@ impl Engine {
         Ok(())
     }
 
+    /// Tells the other ranks that this one does not save `step`: their saves of it fail, with this
+    /// reason, instead of waiting for it. Does nothing where one rank saves.
+    pub fn decline(&self, step: u64, reason: &str) -> Result<()> {
+        self.inner(&format!("giving up the save of step {step}"))?.core.decline(step, reason);
+        Ok(())
+    }
+
+    /// Waits, at most `timeout`, until every rank has said which steps it can load, and gives the
+    /// newest that all can; where one rank saves, its own newest.
+    pub fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
+        let inner = self.inner("agreeing with all ranks on the step to load")?;
+        let own = || Ok(steps.iter().max().copied());
+        inner.core.ranks.as_ref().map_or_else(own, |ranks| ranks.agree(steps, timeout))
+    }
+
     /// Waits for the save in flight, at most `timeout`; true if none is left. Raises the error of a
     /// save that nobody looked at.
     pub fn wait_until_finished(&self, timeout: Option<Duration>) -> Result<bool> {
@@ -466,7 +497,23 @@ impl Inner {
 }
 
 fn access_of(config: &Config) -> Access {
-    if config.read_only { Access::Read } else { Access::Write }
+    match config.rank {
+        _ if config.read_only => Access::Read,
+        rank if config.world_size > 1 && rank > 0 => Access::WriteBeside { rank },
+        _ => Access::Write,
+    }
+}
+
+fn check_ranks(config: &Config, has_coordinator: bool) -> Result<()> {
+    if config.world_size == 1 || config.read_only || has_coordinator {
+        return Ok(());
+    }
+    Err(EngineError::invalid(
+        format!("setting `world_size` = {}", config.world_size),
+        "ranks that save one checkpoint together need a coordinator, and none is configured",
+        "name one: `coordinator_url=`, or the environment's COORDINATOR_URL; or save from one rank \
+         with `rank=0, world_size=1`",
+    ))
 }
 
 /// Whether an error says that a file vanished.

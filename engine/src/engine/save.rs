@@ -11,7 +11,7 @@ use crate::error::IoContext;
 use crate::format::checksum;
 use crate::format::layout::{Layout, StorageSpec};
 use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
-use crate::format::names::shard_file_name;
+use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::BLOCK_BYTES;
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
@@ -20,7 +20,6 @@ use crate::save::commit::CommitTask;
 use crate::save::job::Job;
 use crate::save::write::IndexDraft;
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
-use crate::store::ShardId;
 use crate::{EngineError, Result};
 
 /// Room for header, footer and a small index, when free space is checked.
@@ -33,12 +32,35 @@ pub(super) struct CachedPlan {
     layout: Arc<Layout>,
 }
 
+/// A save that the committer has, and whose snapshot is still to be taken.
+struct Begun<'a> {
+    job: Arc<Job>,
+    handle: SaveHandle,
+    arena: Arc<BufferPool>,
+    storages: Vec<StorageInput<'a>>,
+}
+
 impl Inner {
     pub(super) fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
-        let _span = tracing::trace_span!("save", step = request.step).entered();
+        let step = request.step;
+        let _span = tracing::trace_span!("save", step).entered();
         let started = self.core.environment.monotonic();
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = self.begin(&mut saving, request, started);
+        // From here on the committer tells the other ranks of a failure.
+        let Begun { job, handle, arena, storages } = begun
+            .inspect_err(|error| self.core.decline(step, &error.to_string()))?;
+        self.capture(&job, &storages, &arena, &handle, started)?;
+        Ok(handle)
+    }
+
+    fn begin<'a>(
+        &self,
+        saving: &mut Saving,
+        request: SaveRequest<'a>,
+        started: Duration,
+    ) -> Result<Begun<'a>> {
         self.wait_for_last(None)?;
         let waited = elapsed(&*self.core.environment, started);
         let survey = if request.rewind {
@@ -49,15 +71,13 @@ impl Inner {
         let plan = check_save(&survey, request.step, request.rewind)?;
         let layout = saving.layout(&request.storages, self.core.config.chunk_bytes)?;
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
-        let arena = self.arena(&mut saving, layout.raw_bytes())?;
+        let arena = self.arena(saving, layout.raw_bytes())?;
 
-        let attempt = self.core.environment.attempt_id()?;
-        let shard = ShardId { step: request.step, rank: self.core.config.rank, attempt };
         let workers = memory::worker_count(self.core.config.workers);
         let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
         let compression = self.core.config.compression;
         let job = Arc::new(Job::new(
-            shard,
+            request.step,
             layout,
             compression,
             self.core.conduct(workers),
@@ -71,8 +91,9 @@ impl Inner {
         });
         let handle = SaveHandle::new(Arc::clone(&job));
         let manifest = Manifest {
-            attempt: attempt.to_string(),
-            created_unix_ms: self.core.environment.unix_ms(),
+            // The committer fills in what makes it this attempt's.
+            attempt: AttemptId([0; 16]).to_string(),
+            created_unix_ms: 0,
             dataset_positions: request.dataset_positions,
             engine_version: env!("CARGO_PKG_VERSION").into(),
             format_version: FORMAT_VERSION,
@@ -83,7 +104,7 @@ impl Inner {
             step: request.step,
             world_size: self.core.config.world_size,
         };
-        check_manifest(&manifest, shard)?;
+        check_manifest(&manifest)?;
         let index = IndexDraft::new(&job.layout, request.nodes, request.tensors)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
@@ -96,8 +117,7 @@ impl Inner {
             started,
         })?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
-        self.capture(&job, &request.storages, &arena, &handle, started)?;
-        Ok(handle)
+        Ok(Begun { job, handle, arena, storages: request.storages })
     }
 
     /// Takes the snapshot. If that fails, the handle's error is the one that is returned here.
@@ -188,19 +208,20 @@ impl Inner {
     }
 }
 
-/// Whether the manifest can be written, whatever its shard turns out to be: what the user attached
+/// Whether the manifest can be written, whatever its shards turn out to be: what the user attached
 /// is refused here or never.
-fn check_manifest(manifest: &Manifest, shard: ShardId) -> Result<()> {
-    let entry = ShardEntry {
+fn check_manifest(manifest: &Manifest) -> Result<()> {
+    let entry = |rank| ShardEntry {
         // The smallest shard: header, index, footer.
         bytes: 3 * BLOCK_BYTES as u64,
-        file: shard_file_name(shard.rank, shard.attempt),
+        file: shard_file_name(rank, AttemptId([0; 16])),
         footer_crc32c: checksum::to_hex(0),
-        rank: shard.rank,
+        rank,
         raw_bytes: 0,
         replicated: Vec::new(),
     };
-    let complete = Manifest { shards: vec![entry], ..manifest.clone() };
+    let shards = (0..manifest.world_size).map(entry).collect();
+    let complete = Manifest { shards, ..manifest.clone() };
     complete.encode().map(drop).map_err(|error| {
         EngineError::invalid(
             format!("saving step {}", manifest.step),

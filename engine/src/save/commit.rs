@@ -2,7 +2,8 @@
 //!
 //! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
 //! checkpoints deleted; a save that fails before the manifest leaves nothing behind but earlier
-//! checkpoints; a panic here fails that save and poisons the engine, and waits nobody out.
+//! checkpoints; a panic here fails that save and poisons the engine, and waits nobody out. Where
+//! several ranks save together, what is visible is what [`super::together`] brought about.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::handle::{SaveHandle, SaveInfo};
 use super::job::{Job, Message};
+use super::together::Together;
 use super::write::{IndexDraft, WrittenShard, write_shard};
 use crate::engine::Core;
 use crate::error::IoContext;
@@ -21,7 +23,8 @@ use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
 use crate::load::Checkpoint;
-use crate::store::{Publication, ShardSink, ShardSize};
+use crate::ranks::{Attempt, Begun, Ranks};
+use crate::store::{Publication, ShardId, ShardSink, ShardSize};
 use crate::{EngineError, Result};
 
 /// One save, as the committer gets it.
@@ -30,7 +33,7 @@ pub(crate) struct CommitTask {
     pub(crate) job: Arc<Job>,
     pub(crate) encoded: Receiver<Message>,
     pub(crate) index: IndexDraft,
-    /// Complete but for the shard.
+    /// Complete but for the attempt, when it began, and the shards.
     pub(crate) manifest: Manifest,
     pub(crate) replaces: Option<AttemptId>,
     pub(crate) reserve_bytes: u64,
@@ -83,29 +86,61 @@ fn run(core: &Core, task: CommitTask) {
     let result = outcome.unwrap_or_else(|_panic| {
         core.poison();
         Err(EngineError::internal(
-            format!("saving step {}", job.shard.step),
+            format!("saving step {}", job.step),
             "the committing thread panicked",
         ))
     });
     if let Err(error) = &result {
         // Copiers and workers that are still at it must stop before the handle resolves.
         job.fail(error.duplicate());
-        tracing::error!(step = job.shard.step, %error, "save failed");
+        tracing::error!(step = job.step, %error, "save failed");
     }
     core.save_ended(&job, result.as_ref().ok());
     handle.resolve(result);
 }
 
 fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
+    let job = Arc::clone(&task.job);
+    let begun = match &core.ranks {
+        Some(ranks) => ranks.begin(job.step)?,
+        None => Begun {
+            attempt: core.environment.attempt_id()?,
+            created_unix_ms: core.environment.unix_ms(),
+        },
+    };
+    let committed = commit_attempt(core, task, begun);
+    if let (Err(error), Some(ranks)) = (&committed, &core.ranks) {
+        // First, because telling the others may take a while.
+        job.fail(error.duplicate());
+        give_up(ranks.as_ref(), Attempt { step: job.step, id: begun.attempt }, error);
+    }
+    committed
+}
+
+/// Tells the other ranks that the attempt failed on this one.
+fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
+    if matches!(error, EngineError::Coordination { .. }) {
+        // They know, or the coordinator cannot be asked.
+        return;
+    }
+    if let Err(untold) = ranks.abort(attempt, &error.to_string()) {
+        tracing::warn!(step = attempt.step, %untold, "other ranks wait for this save in vain");
+    }
+}
+
+fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInfo> {
     let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } =
         task;
     let write_start = core.environment.monotonic();
+    let shard = ShardId { step: job.step, rank: core.config.rank, attempt: begun.attempt };
+    manifest.attempt = begun.attempt.to_string();
+    manifest.created_unix_ms = begun.created_unix_ms;
     let size = ShardSize { expected_bytes: reserve_bytes, most_bytes: job.layout.raw_bytes() };
-    let mut sink = core.store.create_shard(job.shard, size, &job.flow)?;
+    let mut sink = core.store.create_shard(shard, size, &job.flow)?;
     let header = Header {
-        attempt: job.shard.attempt,
-        step: job.shard.step,
-        rank: job.shard.rank,
+        attempt: shard.attempt,
+        step: shard.step,
+        rank: shard.rank,
         world_size: core.config.world_size,
         chunk_bytes: job.layout.chunk_bytes(),
     };
@@ -122,8 +157,19 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     };
     let publish_start = core.environment.monotonic();
     let figures = sink.figures();
-    manifest.shards = vec![shard_entry(&job, written)];
-    publish(core, &job, &manifest, written, replaces, sink)?;
+    let entry = shard_entry(&job, shard, written);
+    match &core.ranks {
+        None => {
+            manifest.shards = vec![entry.clone()];
+            publish(core, &manifest, (shard, written), replaces, sink)?;
+        }
+        Some(ranks) => {
+            let attempt = Attempt { step: shard.step, id: shard.attempt };
+            let (ranks, entry) = (ranks.as_ref(), entry.clone());
+            let together = Together { core, ranks, job: &job, attempt, entry, replaces };
+            commit_together(&together, &manifest, sink)?;
+        }
+    }
     let published = core.environment.monotonic();
     job.update_stats(|stats| {
         stats.write_seconds = publish_start.saturating_sub(write_start).as_secs_f64();
@@ -133,12 +179,12 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         stats.parts = figures.parts;
         stats.retries = figures.retries;
     });
-    tracing::trace_span!("read_back").in_scope(|| read_back(core, &job, &manifest))?;
-    let removed_steps = tracing::trace_span!("retention")
-        .in_scope(|| core.prune(job.shard.step, &manifest.retired));
+    tracing::trace_span!("read_back").in_scope(|| read_back(core, shard, &entry, &manifest))?;
+    let removed_steps =
+        tracing::trace_span!("retention").in_scope(|| core.prune(shard.step, &manifest.retired));
     Ok(SaveInfo {
-        step: job.shard.step,
-        attempt: job.shard.attempt.to_string(),
+        step: shard.step,
+        attempt: shard.attempt.to_string(),
         location: core.store.location(),
         raw_bytes: job.layout.raw_bytes(),
         stored_bytes: written.file_bytes,
@@ -147,12 +193,25 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     })
 }
 
-fn shard_entry(job: &Job, written: WrittenShard) -> ShardEntry {
+fn commit_together(
+    together: &Together<'_>,
+    manifest: &Manifest,
+    sink: Box<dyn ShardSink>,
+) -> Result<()> {
+    together.commit(manifest).map_err(|failure| {
+        if !failure.may_be_published {
+            sink.abandon();
+        }
+        failure.error
+    })
+}
+
+fn shard_entry(job: &Job, shard: ShardId, written: WrittenShard) -> ShardEntry {
     ShardEntry {
         bytes: written.file_bytes,
-        file: shard_file_name(job.shard.rank, job.shard.attempt),
+        file: shard_file_name(shard.rank, shard.attempt),
         footer_crc32c: to_hex(written.footer_crc32c),
-        rank: job.shard.rank,
+        rank: shard.rank,
         raw_bytes: job.layout.raw_bytes(),
         replicated: Vec::new(),
     }
@@ -160,15 +219,14 @@ fn shard_entry(job: &Job, written: WrittenShard) -> ShardEntry {
 
 fn publish(
     core: &Core,
-    job: &Job,
     manifest: &Manifest,
-    written: WrittenShard,
+    (shard, written): (ShardId, WrittenShard),
     replaces: Option<AttemptId>,
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
     let _span = tracing::trace_span!("publish").entered();
     let encoded = manifest.encode().map_err(|error| {
-        EngineError::internal(format!("publishing step {}", job.shard.step), error.to_string())
+        EngineError::internal(format!("publishing step {}", shard.step), error.to_string())
     });
     let bytes = match encoded {
         Ok(bytes) => bytes,
@@ -178,11 +236,11 @@ fn publish(
         }
     };
     let published = core.store.publish(Publication {
-        step: job.shard.step,
-        attempt: job.shard.attempt,
+        step: shard.step,
+        attempt: shard.attempt,
         manifest: &bytes,
         replaces,
-        shards: &[(job.shard, written.file_bytes)],
+        shards: &[(shard, written.file_bytes)],
     });
     if published.is_err() {
         // The store keeps the shard if the manifest may have become visible all the same.
@@ -192,13 +250,19 @@ fn publish(
 }
 
 /// Reads manifest, header, footer, index and lengths of what was just committed.
-fn read_back(core: &Core, job: &Job, manifest: &Manifest) -> Result<()> {
-    let checkpoint = Checkpoint::open(core.store.as_ref(), job.shard.step, job.shard.rank)?;
-    if checkpoint.manifest() != manifest {
-        return Err(EngineError::corrupt(
-            format!("{}, step {}", core.store.location(), job.shard.step),
-            "the manifest read back after the commit is not the one that was written",
-        ));
+fn read_back(core: &Core, shard: ShardId, entry: &ShardEntry, written: &Manifest) -> Result<()> {
+    let checkpoint = Checkpoint::open(core.store.as_ref(), shard.step, shard.rank)?;
+    let read = checkpoint.manifest();
+    let is_ours = match core.ranks {
+        None => read == written,
+        // Another rank may have written it.
+        Some(_) => read.attempt == written.attempt && read.shards.contains(entry),
+    };
+    if is_ours {
+        return Ok(());
     }
-    Ok(())
+    Err(EngineError::corrupt(
+        format!("{}, step {}", core.store.location(), shard.step),
+        "the manifest read back after the commit is not the one that was written",
+    ))
 }

@@ -60,7 +60,7 @@ impl SaveHandle {
 
     /// The step being saved.
     pub fn step(&self) -> u64 {
-        self.shared.job.shard.step
+        self.shared.job.step
     }
 
     /// Whether the save has ended, well or not.

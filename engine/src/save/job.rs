@@ -16,7 +16,6 @@ use crate::format::layout::{ElementType, Layout};
 use crate::io::ALIGNMENT;
 use crate::io::buffer::Buffer;
 use crate::progress::{Progress, SaveStats};
-use crate::store::ShardId;
 use crate::store::flow::Flow;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -24,7 +23,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 /// State shared by capture, workers and committer.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) shard: ShardId,
+    pub(crate) step: u64,
     pub(crate) layout: Arc<Layout>,
     pub(crate) compression: Compression,
     pub(crate) progress: Progress,
@@ -82,7 +81,7 @@ impl EncodedChunk {
 
 impl Job {
     pub(crate) fn new(
-        shard: ShardId,
+        step: u64,
         layout: Arc<Layout>,
         compression: Compression,
         conduct: Conduct,
@@ -91,7 +90,7 @@ impl Job {
         Self {
             progress: Progress::new(layout.raw_bytes()),
             chunks_left: AtomicUsize::new(layout.chunk_count()),
-            shard,
+            step,
             layout,
             compression,
             flow: conduct.flow,

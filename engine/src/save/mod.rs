@@ -34,6 +34,7 @@ mod handle;
 pub(crate) mod job;
 #[cfg(all(test, loom))]
 mod models;
+mod together;
 pub(crate) mod write;
 
 pub use handle::{SaveHandle, SaveInfo};

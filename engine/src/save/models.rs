@@ -16,20 +16,18 @@ use crate::clock::Manual;
 use crate::config::Compression;
 use crate::format::layout::Layout;
 use crate::format::names::AttemptId;
-use crate::store::ShardId;
 use crate::store::flow::Flow;
 
 /// A save without chunks, and the committer's end of its queue, which holds one message.
 fn job() -> (Arc<Job>, Receiver<Message>) {
     let (encoded, queue) = crossbeam_channel::bounded(1);
-    let shard = ShardId { step: 1, rank: 0, attempt: AttemptId([7; 16]) };
     let layout = Arc::new(Layout::plan(&[], 4096).unwrap());
     let conduct = Conduct {
         workers: 1,
         flow: Arc::new(Flow::new(Arc::new(Manual::default()), None)),
         adaptation: Arc::new(Adaptation::new()),
     };
-    (Arc::new(Job::new(shard, layout, Compression::None, conduct, encoded)), queue)
+    (Arc::new(Job::new(1, layout, Compression::None, conduct, encoded)), queue)
 }
 
 fn error(why: &str) -> EngineError {

@@ -11,6 +11,7 @@ use crate::codec::Codec;
 use crate::format::checksum::{combine, crc32c};
 use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, TensorRecord};
 use crate::format::layout::Layout;
+use crate::format::names::AttemptId;
 use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
 use crate::format::tree::Node;
 use crate::io::ALIGNMENT;
@@ -65,8 +66,10 @@ pub(crate) fn write_shard(
     sink: &mut dyn ShardSink,
     pool: &Arc<BufferPool>,
 ) -> Result<WrittenShard> {
+    let attempt = header.attempt;
     let header = header.encode();
-    let mut writer = ShardWriter { job, sink, pool, next_offset: BLOCK_BYTES as u64 };
+    let next_offset = BLOCK_BYTES as u64;
+    let mut writer = ShardWriter { job, attempt, sink, pool, next_offset };
     writer.write_at(0, &header)?;
     let chunks = writer.write_chunks(encoded)?;
     let index =
@@ -76,6 +79,7 @@ pub(crate) fn write_shard(
 
 struct ShardWriter<'a> {
     job: &'a Arc<Job>,
+    attempt: AttemptId,
     sink: &'a mut dyn ShardSink,
     pool: &'a Arc<BufferPool>,
     next_offset: u64,
@@ -139,7 +143,7 @@ impl ShardWriter<'_> {
         let span = tracing::trace_span!("index").entered();
         let encoded = index.encode().map_err(|error| {
             EngineError::invalid(
-                format!("writing the index of step {}", self.job.shard.step),
+                format!("writing the index of step {}", self.job.step),
                 error.to_string(),
                 "save fewer or smaller plain values: large data belongs into tensors or arrays",
             )
@@ -157,7 +161,7 @@ impl ShardWriter<'_> {
             index_crc32c,
             header_crc32c,
             file_bytes: footer_offset + BLOCK_BYTES as u64,
-            attempt: self.job.shard.attempt,
+            attempt: self.attempt,
         };
         let block = footer.encode();
         self.write_at(footer_offset, &block)?;

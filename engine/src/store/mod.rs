@@ -132,6 +132,11 @@ pub enum Access {
     Read,
     /// Everything; one process at a time.
     Write,
+    /// A rank that writes beside others, which is not rank 0: one process at a time has this rank.
+    WriteBeside {
+        /// The rank.
+        rank: u32,
+    },
 }
 
 /// Names a shard.

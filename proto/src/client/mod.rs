@@ -12,11 +12,13 @@
 //! - a worker that was fenced off stays so: nothing it does reaches the job until it registers
 //!   again.
 
+mod checkpoints;
 mod connection;
 mod error;
 mod retry;
 mod worker;
 
+pub use checkpoints::ShardOutcome;
 pub use connection::{Connection, Options, Pending};
 pub use error::{ClientError, ErrorKind};
 pub use worker::{BarrierWait, Notice, Registration, Worker};

@@ -56,15 +56,15 @@ pub enum Notice {
 /// A member of a job. Dropping it leaves the job without a word; [`Worker::leave`] says so.
 #[derive(Debug)]
 pub struct Worker {
-    connection: Arc<Connection>,
-    shared: Arc<Shared>,
+    pub(super) connection: Arc<Connection>,
+    pub(super) shared: Arc<Shared>,
     heartbeats: AbortHandle,
     reply: v1::RegisterReply,
 }
 
 /// What the heartbeat and the callers share.
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     job: String,
     worker_id: String,
     incarnation: u64,
@@ -161,8 +161,12 @@ impl Worker {
     /// One arrival at the barrier `name`. Arrivals are numbered: those of a later process of the
     /// same worker, which joined later, are larger.
     pub fn arrival(&self, name: &str, timeout: Duration) -> BarrierWait {
+        BarrierWait { name: name.to_owned(), timeout, arrival: self.next_arrival() }
+    }
+
+    pub(super) fn next_arrival(&self) -> u64 {
         let count = self.shared.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
-        BarrierWait { name: name.to_owned(), timeout, arrival: (self.reply.epoch << 32) + count }
+        (self.reply.epoch << 32) + count
     }
 
     /// Waits at a barrier.
@@ -356,13 +360,13 @@ impl Shared {
         }
     }
 
-    fn acknowledged_identity(&self) -> v1::Identity {
+    pub(super) fn acknowledged_identity(&self) -> v1::Identity {
         let epoch = self.view().acknowledged_epoch;
         self.identity(epoch)
     }
 
     /// The error that every call of this worker ends with from now on, if there is one.
-    fn check(&self, what: &str) -> Result<(), ClientError> {
+    pub(super) fn check(&self, what: &str) -> Result<(), ClientError> {
         let view = self.view();
         let Some(ended) = &view.ended else { return Ok(()) };
         Err(ClientError { what: what.to_owned(), ..ended.clone() })
@@ -398,26 +402,31 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Passes a reply on; a refusal that concerns the membership is taken in before.
+    pub(super) async fn learn<T>(
+        &self,
+        inner: &Inner,
+        reply: Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
+        if let Err(error) = &reply {
+            match error.kind {
+                ErrorKind::Fenced => self.end(error.clone()),
+                ErrorKind::MembershipChanged => self.catch_up(inner).await,
+                _ => {}
+            }
+        }
+        reply
+    }
+
     /// What a wait's reply means; afterwards the caller knows of every loss so far.
-    async fn barrier_outcome(
+    pub(super) async fn barrier_outcome(
         &self,
         inner: &Inner,
         what: &str,
         timeout: Duration,
         reply: Result<v1::WaitBarrierReply, ClientError>,
     ) -> Result<u64, ClientError> {
-        let reply = match reply {
-            Ok(reply) => reply,
-            Err(error) => {
-                match error.kind {
-                    ErrorKind::Fenced => self.end(error.clone()),
-                    ErrorKind::MembershipChanged => self.catch_up(inner).await,
-                    _ => {}
-                }
-                return Err(error);
-            }
-        };
-        match reply.outcome {
+        match self.learn(inner, reply).await?.outcome {
             Some(Outcome::Released(released)) => Ok(released.generation),
             Some(Outcome::TimedOut(late)) => Err(timed_out(what, timeout, &late)),
             Some(Outcome::EpochChanged(changed)) => {
@@ -506,6 +515,6 @@ fn timed_out(what: &str, timeout: Duration, late: &v1::BarrierTimedOut) -> Clien
 }
 
 /// A failure's text, within what the coordinator takes.
-fn shortened(text: &str) -> String {
+pub(super) fn shortened(text: &str) -> String {
     text.chars().filter(|character| *character != '\0').take(1_000).collect()
 }

@@ -1,4 +1,5 @@
-//! Who may change a store: one writer at a time, and no cleaner on a file that is being written.
+//! Who may change a store: one writer at a time, or one process for each rank, and no cleaner on a
+//! file that is being written.
 //!
 //! Every lock is a `flock` on a descriptor of its own, opened for nothing else, and every such
 //! descriptor is in one table, [`Locks`]: so a forked child can close them all without knowing who
@@ -28,6 +29,11 @@ use crate::{EngineError, Result};
 
 /// The writer's lock file, in the store's directory.
 pub(super) const WRITER_LOCK_FILE: &str = "writer.lock";
+/// The lock file of a rank that writes beside rank 0.
+pub(super) fn rank_lock_file(rank: u32) -> String {
+    format!("writer-{rank:05}.lock")
+}
+
 /// Most bytes of the lock file that are read for a message.
 const HOLDER_BYTES_MAX: u64 = 1024;
 
@@ -154,8 +160,8 @@ pub(super) struct WriterLock {
 
 impl WriterLock {
     /// Takes the store's writer lock, or says who has it.
-    pub(super) fn acquire(locks: &Arc<Locks>, store: &Path) -> Result<Self> {
-        let path = store.join(WRITER_LOCK_FILE);
+    pub(super) fn acquire(locks: &Arc<Locks>, store: &Path, file: &str) -> Result<Self> {
+        let path = store.join(file);
         match locks.try_lock(&path, LockFile::Create) {
             Ok(Some(lock)) => {
                 let writer = Self { lock, path };

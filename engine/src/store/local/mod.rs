@@ -1,7 +1,8 @@
 //! Checkpoints in a directory of a local or network filesystem.
 //!
 //! ```text
-//! <store>/writer.lock                          held by the one writer
+//! <store>/writer.lock                          held by the one writer, or by rank 0
+//! <store>/writer-00001.lock                    held by rank 1, where ranks save together
 //! <store>/step-000000001000/manifest.json      its existence commits the checkpoint
 //!                           rank-00000.<attempt>.shard
 //!                           manifest.json.<attempt>.tmp    while it is being published
@@ -51,7 +52,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-use lock::{Locks, WriterLock};
+use lock::{Locks, WRITER_LOCK_FILE, WriterLock};
 
 /// A store in a directory.
 #[derive(Debug)]
@@ -94,7 +95,11 @@ impl LocalStore {
             }
             Access::Write => {
                 root::create_directories(&*io, &path)?;
-                Some(WriterLock::acquire(&locks, &path)?)
+                Some(WriterLock::acquire(&locks, &path, WRITER_LOCK_FILE)?)
+            }
+            Access::WriteBeside { rank } => {
+                root::create_directories(&*io, &path)?;
+                Some(WriterLock::acquire(&locks, &path, &lock::rank_lock_file(rank))?)
             }
         };
         let shared = Shared {

@@ -104,7 +104,7 @@ impl S3Store {
 
     fn writer(&self, what: &str) -> Result<()> {
         self.shared.check_process(what)?;
-        if self.access == Access::Write {
+        if self.access != Access::Read {
             return Ok(());
         }
         Err(EngineError::invalid(

@@ -1,0 +1,83 @@
+//! The other ranks of a job, as a save and a load see them.
+//!
+//! ```text
+//! every rank: begin ──► write the shard, durable ──► report ──┬─ all but one wait
+//!                                                             └─ one publishes the manifest, commits
+//! ```
+//!
+//! Always holds: whether a checkpoint exists is said by its manifest in the store, never by the
+//! coordinator; a shard that was reported is deleted only when it is known that no rank was asked
+//! to publish it.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::Result;
+use crate::format::manifest::ShardEntry;
+use crate::format::names::AttemptId;
+
+#[cfg(feature = "coordinator")]
+mod coordinated;
+
+#[cfg(feature = "coordinator")]
+pub use coordinated::Coordinated;
+
+/// Brings the ranks of a job together. Calls wait for the other ranks, none for the training.
+pub trait Ranks: Send + Sync + fmt::Debug {
+    /// Begins the save of a step, or joins the attempt that another rank began.
+    fn begin(&self, step: u64) -> Result<Begun>;
+
+    /// Reports this rank's durable shard, and waits for what becomes of the attempt; gives the
+    /// attempt up once `is_cancelled`.
+    fn report(
+        &self,
+        attempt: Attempt,
+        shard: &ShardEntry,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome>;
+
+    /// Says that the manifest, whose bytes have this checksum, is durable. False if the coordinator
+    /// has forgotten the reports, which then have to be sent again.
+    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool>;
+
+    /// Gives the attempt up on every rank.
+    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()>;
+
+    /// Waits, for at most `timeout`, until every rank has said which steps it can load; gives the
+    /// newest that all can, if there is one.
+    fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>>;
+}
+
+/// What every rank of an attempt is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// The attempt, the same on every rank.
+    pub attempt: AttemptId,
+    /// When it began, for the manifest.
+    pub created_unix_ms: u64,
+}
+
+/// One try at saving a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// The step.
+    pub step: u64,
+    /// Which try.
+    pub id: AttemptId,
+}
+
+/// What became of an attempt, for one rank.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// This rank publishes the manifest, with these shards, by ascending rank.
+    Publish(Vec<ShardEntry>),
+    /// The checkpoint is committed.
+    Committed,
+    /// The attempt was given up.
+    Aborted {
+        /// Why; names the rank.
+        why: String,
+        /// Whether a rank may have been asked to publish before: then the store says what is.
+        may_be_published: bool,
+    },
+}

@@ -1,0 +1,140 @@
+//! The last step of a save by several ranks: report, publish where asked, hear of the commit.
+//!
+//! Always holds: success is told only when the manifest stands and is durable; what the coordinator
+//! does not say, the store does; a shard that a manifest may come to name is kept.
+
+use super::job::Job;
+use crate::engine::Core;
+use crate::error::CoordinationKind;
+use crate::format::checksum::crc32c;
+use crate::format::manifest::{Manifest, ShardEntry};
+use crate::format::names::{AttemptId, shard_file_name};
+use crate::ranks::{Attempt, Outcome, Ranks};
+use crate::store::{Publication, ShardId};
+use crate::{EngineError, Result};
+
+/// One rank's part in an attempt.
+pub(super) struct Together<'a> {
+    pub(super) core: &'a Core,
+    pub(super) ranks: &'a dyn Ranks,
+    pub(super) job: &'a Job,
+    pub(super) attempt: Attempt,
+    /// This rank's shard, which is durable.
+    pub(super) entry: ShardEntry,
+    pub(super) replaces: Option<AttemptId>,
+}
+
+/// Why there is no checkpoint.
+pub(super) struct Failure {
+    pub(super) error: EngineError,
+    /// Whether there may come to be one all the same: the shard is kept for it, and cleaned away
+    /// like any other that was abandoned.
+    pub(super) may_be_published: bool,
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        Self { error, may_be_published: true }
+    }
+}
+
+impl Together<'_> {
+    /// Sees the attempt to its end. `manifest` is complete but for the shards.
+    pub(super) fn commit(&self, manifest: &Manifest) -> std::result::Result<(), Failure> {
+        loop {
+            let is_cancelled = || self.job.has_failed();
+            match self.ranks.report(self.attempt, &self.entry, &is_cancelled) {
+                Ok(Outcome::Committed) => return Ok(()),
+                Ok(Outcome::Publish(shards)) => {
+                    self.publish(Manifest { shards, ..manifest.clone() })?;
+                    if self.tell()? {
+                        return Ok(());
+                    }
+                }
+                Ok(Outcome::Aborted { why, may_be_published }) => {
+                    if may_be_published && self.stands() {
+                        return Ok(());
+                    }
+                    return Err(Failure { error: self.aborted(why), may_be_published });
+                }
+                Err(_) if self.stands() => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn publish(&self, manifest: Manifest) -> Result<()> {
+        let what = || format!("publishing step {}", self.attempt.step);
+        let _span = tracing::trace_span!("publish").entered();
+        let shards = self.shards_of(&manifest)?;
+        let bytes = manifest
+            .encode()
+            .map_err(|error| EngineError::internal(what(), error.to_string()))?;
+        self.core.store.publish(Publication {
+            step: self.attempt.step,
+            attempt: self.attempt.id,
+            manifest: &bytes,
+            replaces: self.replaces,
+            shards: &shards,
+        })
+    }
+
+    /// The shards that a manifest names: one of each rank, all of this attempt.
+    fn shards_of(&self, manifest: &Manifest) -> Result<Vec<(ShardId, u64)>> {
+        let Attempt { step, id } = self.attempt;
+        let shard = |(rank, entry): (u32, &ShardEntry)| {
+            let is_sound = entry.rank == rank && entry.file == shard_file_name(rank, id);
+            is_sound.then_some((ShardId { step, rank, attempt: id }, entry.bytes))
+        };
+        let shards: Option<Vec<_>> = (0..).zip(&manifest.shards).map(shard).collect();
+        let is_complete = manifest.shards.len() == manifest.world_size as usize;
+        shards.filter(|_| is_complete).ok_or_else(|| {
+            EngineError::internal(
+                format!("publishing step {step}"),
+                "the shards that were reported are not one of each rank and of this attempt",
+            )
+        })
+    }
+
+    /// Tells the coordinator of the manifest that stands, which may be that of another rank that
+    /// was asked, too. False if the shard has to be reported again.
+    fn tell(&self) -> Result<bool> {
+        let step = self.attempt.step;
+        let bytes = self.core.store.read_manifest(step)?.unwrap_or_default();
+        match self.ranks.commit(self.attempt, crc32c(&bytes)) {
+            Ok(is_known) => Ok(is_known),
+            Err(error) => {
+                tracing::warn!(step, %error, "the checkpoint is committed, and the coordinator \
+                    could not be told");
+                Ok(true)
+            }
+        }
+    }
+
+    /// Whether this attempt's manifest stands; it is durable then.
+    fn stands(&self) -> bool {
+        let step = self.attempt.step;
+        let store = self.core.store.as_ref();
+        let Ok(Some(bytes)) = store.read_manifest(step) else { return false };
+        let Ok(manifest) = Manifest::decode(&bytes) else { return false };
+        let Ok(shards) = self.shards_of(&manifest) else { return false };
+        let publication = Publication {
+            step,
+            attempt: self.attempt.id,
+            manifest: &bytes,
+            replaces: None,
+            shards: &shards,
+        };
+        // Publishing it again changes nothing, and makes sure of it.
+        manifest.attempt == self.attempt.id.to_string() && store.publish(publication).is_ok()
+    }
+
+    fn aborted(&self, why: String) -> EngineError {
+        EngineError::Coordination {
+            kind: CoordinationKind::SaveAborted,
+            what: format!("saving step {} with all ranks", self.attempt.step),
+            why,
+            hint: "training may go on: save a later step; earlier checkpoints are untouched".into(),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! A worker's part in a checkpoint of all ranks: begin, report, publish where asked, commit.
+//!
+//! Always holds: each call may be sent again, and is, while the coordinator is away and patience
+//! lasts; what is waited for ends when the attempt does, which the coordinator sees to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::{Response, Status};
+
+use super::connection::{Pending, Wait};
+use super::error::ErrorKind;
+use super::worker::Worker;
+use crate::v1::checkpoints_client::CheckpointsClient;
+use crate::v1::{self, shard_outcome::Outcome};
+
+/// What became of an attempt, for one rank.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ShardOutcome {
+    /// This rank publishes the manifest, which names these shards, and commits.
+    Publish(Vec<v1::Shard>),
+    /// The checkpoint is committed.
+    Committed(v1::Commit),
+    /// The attempt was given up.
+    Aborted(v1::AttemptAborted),
+}
+
+impl Worker {
+    /// Begins the save of a step, or joins it. A loss that this worker had not heard of is no
+    /// obstacle: whether a save can still be complete, the coordinator says.
+    pub fn begin_checkpoint(
+        &self,
+        step: u64,
+        rewind: bool,
+    ) -> Pending<v1::BeginCheckpointReply> {
+        let what = format!("beginning to save step {step} with all ranks");
+        let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
+        let name = what.clone();
+        self.connection.start(&what, async move {
+            shared.check(&name)?;
+            let call = |channel, request| async move {
+                CheckpointsClient::new(channel).begin_checkpoint(request).await
+            };
+            let request = || v1::BeginCheckpointRequest {
+                identity: Some(shared.acknowledged_identity()),
+                step,
+                rewind,
+            };
+            let reply = inner.ask(&name, Wait::Short, request(), call).await;
+            match shared.learn(&inner, reply).await {
+                Err(error) if error.kind == ErrorKind::MembershipChanged => {
+                    let reply = inner.ask(&name, Wait::Short, request(), call).await;
+                    shared.learn(&inner, reply).await
+                }
+                reply => reply,
+            }
+        })
+    }
+
+    /// Reports a durable shard, and waits for what becomes of the attempt.
+    pub fn report_shard(
+        &self,
+        step: u64,
+        attempt: &str,
+        shard: v1::Shard,
+    ) -> Pending<ShardOutcome> {
+        let what = format!("waiting for all ranks to save step {step}");
+        let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
+        let (name, attempt) = (what.clone(), attempt.to_owned());
+        self.connection.start(&what, async move {
+            shared.check(&name)?;
+            let request = v1::ReportShardRequest {
+                identity: Some(shared.acknowledged_identity()),
+                step,
+                attempt,
+                shard: Some(shard),
+            };
+            let call = |channel, request| async move {
+                let reply = CheckpointsClient::new(channel).report_shard(request).await?;
+                outcome_of(reply.into_inner()).await.map(Response::new)
+            };
+            let reply = inner.ask(&name, Wait::Long, request, call).await;
+            shared.learn(&inner, reply).await
+        })
+    }
+
+    /// Says that the manifest is durable.
+    pub fn commit_checkpoint(
+        &self,
+        step: u64,
+        attempt: &str,
+        manifest_crc32c: u32,
+    ) -> Pending<v1::CommitCheckpointReply> {
+        let request = v1::CommitCheckpointRequest {
+            identity: Some(self.identity()),
+            step,
+            attempt: attempt.to_owned(),
+            manifest_crc32c,
+        };
+        let what = format!("committing step {step}");
+        self.connection.ask(&what, request, |channel, request| async move {
+            CheckpointsClient::new(channel).commit_checkpoint(request).await
+        })
+    }
+
+    /// Gives an attempt up on every rank, for this reason.
+    pub fn abort_checkpoint(
+        &self,
+        step: u64,
+        attempt: &str,
+        reason: &str,
+    ) -> Pending<v1::AbortCheckpointReply> {
+        let request = v1::AbortCheckpointRequest {
+            identity: Some(self.identity()),
+            step,
+            attempt: attempt.to_owned(),
+            reason: super::worker::shortened(reason),
+        };
+        let what = format!("giving up the save of step {step}");
+        self.connection.ask(&what, request, |channel, request| async move {
+            CheckpointsClient::new(channel).abort_checkpoint(request).await
+        })
+    }
+
+    /// Waits until every rank has offered the steps that it can load; the newest that all can, if
+    /// there is one.
+    pub fn agree_step(&self, steps: Vec<u64>, timeout: Duration) -> Pending<Option<u64>> {
+        let what = "agreeing with all ranks on the step to load";
+        let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
+        let arrival = self.next_arrival();
+        self.connection.start(what, async move {
+            shared.check(what)?;
+            let request = v1::AgreeStepRequest {
+                identity: Some(shared.acknowledged_identity()),
+                arrival,
+                steps,
+                timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+            };
+            let call = |channel, request| async move {
+                CheckpointsClient::new(channel).agree_step(request).await
+            };
+            let reply = inner.ask(what, Wait::Long, request, call).await;
+            let (waited, step) = match reply {
+                Ok(reply) => (Ok(reply.waited.unwrap_or_default()), reply.step),
+                Err(error) => (Err(error), None),
+            };
+            shared.barrier_outcome(&inner, what, timeout, waited).await?;
+            Ok(step)
+        })
+    }
+}
+
+/// Puts the parts together that a publisher gets.
+async fn outcome_of(
+    mut stream: tonic::Streaming<v1::ShardOutcome>,
+) -> Result<ShardOutcome, Status> {
+    let mut shards = Vec::new();
+    while let Some(message) = stream.message().await? {
+        match message.outcome {
+            Some(Outcome::Publish(part)) => {
+                shards.extend(part.shards);
+                if part.is_last {
+                    return Ok(ShardOutcome::Publish(shards));
+                }
+            }
+            Some(Outcome::Committed(commit)) => return Ok(ShardOutcome::Committed(commit)),
+            Some(Outcome::Aborted(aborted)) => return Ok(ShardOutcome::Aborted(aborted)),
+            None => break,
+        }
+    }
+    // It was let go by a coordinator that ends: the report is sent again.
+    Err(Status::unavailable("the coordinator ended the call before the attempt had ended"))
+}

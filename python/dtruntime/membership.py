@@ -1,0 +1,134 @@
+"""The workers that this process is: one for a job and rank, shared by whoever needs it.
+
+An orchestrator and the checkpoint managers of one rank are one worker to the coordinator: whoever
+comes first registers it, whoever goes last leaves.
+
+Always holds: a registered worker stays one until its last user has gone or the process ends; a
+process that ends leaves by itself, and says so if an exception ended it; a forked child is no
+worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from dtruntime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dtruntime import _native
+
+_logger = logging.getLogger("dtruntime")
+
+
+class Place(NamedTuple):
+    """Who a worker is.
+
+    Attributes:
+        url: The coordinator's address.
+        job: The training run.
+        worker_id: The worker's name; None for whichever this process has, else ``worker-<rank>``.
+        rank: Its rank.
+        world_size: How many there are.
+
+    """
+
+    url: str
+    job: str
+    worker_id: str | None
+    rank: int
+    world_size: int
+
+    @property
+    def name(self) -> str:
+        """The worker's name."""
+        return self.worker_id or f"worker-{self.rank}"
+
+    def is_served_by(self, other: Place) -> bool:
+        """Whether the worker at ``other`` will do."""
+        anybody = other._replace(worker_id=None)
+        return self in (other, anybody)
+
+
+class Membership:
+    """A registered worker and how many use it."""
+
+    def __init__(self, place: Place, worker: _native.Worker) -> None:
+        self.place = place
+        self.worker = worker
+        self._users = 1
+        self._pid = os.getpid()
+
+    def leave(self, failure: str = "") -> None:
+        """Give the worker up; with a failure, or as the last user, the process leaves the job."""
+        with _lock:
+            self._users -= 1
+            if self._users > 0 and not failure:
+                return
+            if self in _live:
+                _live.remove(self)
+        if os.getpid() != self._pid:
+            return
+        try:
+            self.worker.leave(failure)
+        except CheckpointError as error:
+            _logger.warning("%s", error)
+
+
+_live: list[Membership] = []
+_lock = threading.Lock()
+
+
+def join(
+    place: Place, coordinator: _native.Coordinator, address: tuple[str, int, str]
+) -> Membership:
+    """Register a worker, or share the one that this process is there already."""
+    with _lock:
+        for membership in _live:
+            if place.is_served_by(membership.place) and not membership.worker.is_ended:
+                membership._users += 1  # noqa: SLF001
+                return membership
+    ranks = (place.rank, place.world_size)
+    worker = coordinator.register_worker(place.job, place.name, ranks, address)
+    membership = Membership(place._replace(worker_id=place.name), worker)
+    with _lock:
+        _live.append(membership)
+    return membership
+
+
+def worker_at(url: str, job: str) -> _native.Worker | None:
+    """Give a registered worker of this process in the job, if there is one."""
+    with _lock:
+        found = [m.worker for m in _live if (m.place.url, m.place.job) == (url, job)]
+    return next((worker for worker in found if not worker.is_ended), None)
+
+
+def failure_of(error: BaseException | None) -> str:
+    """Say what an exception means for a worker; leaving on purpose is no failure."""
+    if error is None or isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
+        return ""
+    return f"{type(error).__name__}: {error}"
+
+
+def _leave_all() -> None:
+    """Run when the process ends: by the script's last line, or by an exception."""
+    failure = failure_of(getattr(sys, "last_value", None))
+    with _lock:
+        left = list(_live)
+    for membership in left:
+        membership._users = 1  # noqa: SLF001
+        membership.leave(failure)
+
+
+def _forget_in_child() -> None:
+    global _lock  # noqa: PLW0603  (a thread of the parent may have held it)
+    _lock = threading.Lock()
+    _live.clear()  # the members are the parent's
+
+
+atexit.register(_leave_all)
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,97 @@
+"""Train on several ranks, lose one, and go on from the checkpoint that all of them have.
+
+    torchrun --nproc-per-node 4 --max-restarts 1 python/examples/train_ranks.py runs/ranks
+
+Every rank holds a slice of the optimizer's state, as with sharded optimizers, and saves it under
+the same step: the checkpoint exists when all of them are durable. Rank 0 hosts the coordinator.
+``--lose RANK:STEP`` makes a rank kill itself while it saves that step, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dtruntime import CheckpointError, CheckpointManager, CheckpointNotFound
+
+STEPS = 40
+SAVE_EVERY = 10
+WIDTH = 256
+
+
+def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the data of one step and rank: the same after a restart."""
+    generator = torch.Generator().manual_seed(step * 1000 + rank)
+    inputs = torch.randn(64, WIDTH, generator=generator)
+    return inputs, inputs.roll(1, dims=1)
+
+
+def train(store: Path, lose: tuple[int, int] | None) -> None:
+    """Run the training loop of one rank."""
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    parameters = list(model.parameters())
+    # The parameters whose moments this rank keeps.
+    owned = parameters[rank::world_size]
+    optimizer = torch.optim.AdamW(owned, lr=1e-3)
+    is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    with CheckpointManager(store, keep_last_n=2) as manager:
+        state = {"model": model, "optimizer": optimizer, "step": 0}
+        try:
+            manager.restore(state)
+        except CheckpointNotFound:
+            pass
+        if rank == 0:
+            print(f"{world_size} ranks begin after step {state['step']}", flush=True)
+        for step in range(state["step"] + 1, STEPS + 1):
+            inputs, targets = batch(step, rank)
+            loss = nn.functional.mse_loss(model(inputs), targets)
+            model.zero_grad()
+            loss.backward()
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size
+            optimizer.step()
+            for index, parameter in enumerate(parameters):
+                dist.broadcast(parameter.data, src=index % world_size)
+            if step % SAVE_EVERY == 0:
+                save(manager, state | {"step": step}, rank)
+                if is_first_run and lose == (rank, step):
+                    os.kill(os.getpid(), signal.SIGKILL)
+        manager.wait_until_finished()
+        if rank == 0:
+            print(f"done: step {manager.latest_step()}, loss {loss.item():.6f}", flush=True)
+    dist.destroy_process_group()
+
+
+def save(manager: CheckpointManager, state: dict[str, object], rank: int) -> None:
+    """Save behind the training; a save that fails does not end it."""
+    try:
+        manager.save_async(state, step=int(str(state["step"])))
+    except CheckpointError as error:
+        print(f"rank {rank} goes on without a checkpoint: {error}", flush=True)
+
+
+def main() -> None:
+    """Read the arguments and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--lose", metavar="RANK:STEP")
+    arguments = parser.parse_args()
+    lose = None
+    if arguments.lose:
+        rank, step = arguments.lose.split(":")
+        lose = (int(rank), int(step))
+    train(arguments.store, lose)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Several processes that save one checkpoint, through a coordinator or under torchrun."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from coordinators import CoordinatorProcess
+from support import assert_same, script_environment
+
+from dtruntime import CheckpointManager, InvalidArgument
+
+EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
+
+
+@pytest.fixture
+def coordinator(tmp_path):
+    process = CoordinatorProcess(tmp_path)
+    process.start()
+    yield process
+    process.end()
+
+
+PREAMBLE = """
+import os, sys, signal
+import torch
+from dtruntime import *
+rank, store = int(os.environ["RANK"]), sys.argv[1]
+
+def state_of(step):
+    generator = torch.Generator().manual_seed(step * 100 + rank)
+    return {"w": torch.randn(50_000, generator=generator), "rank": rank, "step": step}
+
+def same(one, other):
+    return torch.equal(one["w"], other["w"]) and one["rank"] == other["rank"]
+"""
+
+
+def start(source: str, store: Path, rank: int, world_size: int, url: str) -> subprocess.Popen[str]:
+    """Start one rank."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
+    return subprocess.Popen(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(source), store],
+        env=script_environment() | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:
+    """Run all ranks to their end; give what each printed."""
+    processes = [start(source, store, rank, world_size, url) for rank in range(world_size)]
+    ended = [process.communicate(timeout=120) for process in processes]
+    for process, (_, error) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, error
+    return [out for out, _ in ended]
+
+
+def test_all_ranks_save_and_load_one_checkpoint(coordinator, tmp_path):
+    store = tmp_path / "store"
+    outputs = run(
+        """
+        with CheckpointManager(store, keep_last_n=2) as manager:
+            try:
+                manager.load()
+            except CheckpointNotFound as error:
+                print("empty")
+            for step in (1, 2, 3):
+                handle = manager.save_async(state_of(step), step=step)
+            assert handle.result().step == 3
+        with CheckpointManager(store) as manager:
+            assert same(manager.load(), state_of(3))
+            live = state_of(9)
+            assert manager.restore(live).step == 3
+            assert same(live, state_of(3))
+            print(manager.all_steps(), manager.verify().ok)
+        """,
+        store,
+        coordinator.url,
+    )
+    assert outputs == ["empty\n[2, 3] True\n"] * 3
+    with CheckpointManager(store, read_only=True, rank=1, world_size=3) as evaluator:
+        assert evaluator.load()["rank"] == 1
+
+
+def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
+    store = tmp_path / "store"
+    run(
+        """
+        with CheckpointManager(store, compression="none") as manager:
+            for step in (1, 2):
+                manager.save(state_of(step), step=step)
+        """,
+        store,
+        coordinator.url,
+    )
+    [shard] = store.glob("step-000000000002/rank-00001.*.shard")
+    data = bytearray(shard.read_bytes())
+    data[10_000] ^= 1
+    shard.write_bytes(data)
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            assert same(manager.load(), state_of(1))
+            print(manager.last_load.step, [step for step, _ in manager.last_load.fell_back_from])
+        """,
+        store,
+        coordinator.url,
+    )
+    assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
+
+
+def test_a_state_that_one_rank_cannot_save_fails_on_all_and_training_goes_on(
+    coordinator, tmp_path
+):
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            state = state_of(1) | ({"bad": lambda: 0} if rank == 1 else {})
+            try:
+                manager.save(state, step=1)
+            except UnsupportedValue as error:
+                print("unsupported")
+            except SaveAborted as error:
+                assert error.is_retryable
+                print("rank 1 failed" if "rank 1" in str(error) else str(error))
+            manager.save(state_of(2), step=2)
+            print(manager.all_steps())
+        """,
+        tmp_path / "store",
+        coordinator.url,
+    )
+    expected = ["rank 1 failed", "unsupported", "rank 1 failed"]
+    assert outputs == [f"{text}\n[2]\n" for text in expected]
+
+
+def test_a_rank_that_is_killed_fails_the_save_on_the_others(coordinator, tmp_path):
+    source = """
+        manager = CheckpointManager(store)
+        manager.save(state_of(1), step=1)
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            manager.save(state_of(2), step=2)
+        except SaveAborted as error:
+            print("rank 2" in str(error), manager.all_steps())
+        manager.close()
+    """
+    store = tmp_path / "store"
+    ranks = [start(source, store, rank, 3, coordinator.url) for rank in range(3)]
+    outputs = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, -signal.SIGKILL], outputs
+    assert [out for out, _ in outputs] == ["True [1]\n", "True [1]\n", ""]
+    resumed = run(
+        """
+        with CheckpointManager(store) as manager:
+            assert same(manager.load(), state_of(1))
+            manager.save(state_of(2), step=2)
+            print(manager.all_steps())
+        """,
+        store,
+        coordinator.url,
+    )
+    assert resumed == ["[1, 2]\n"] * 3
+
+
+def test_an_orchestrator_and_a_manager_of_one_process_are_one_worker(coordinator, tmp_path):
+    outputs = run(
+        """
+        import asyncio
+
+        async def main():
+            orchestrator = TrainingOrchestrator(f"trainer-{rank}")
+            await orchestrator.register_worker()
+            with CheckpointManager(store) as manager:
+                await manager.save_async(state_of(1), step=1)
+            workers = await orchestrator.workers()
+            await orchestrator.wait_barrier("end", timeout=60)
+            print([worker.worker_id for worker in workers if worker.state == "alive"])
+
+        asyncio.run(main())
+        """,
+        tmp_path / "store",
+        coordinator.url,
+        world_size=2,
+    )
+    assert outputs == ["['trainer-0', 'trainer-1']\n"] * 2
+
+
+def test_ranks_without_a_coordinator_are_told_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.delenv("COORDINATOR_URL", raising=False)
+    with pytest.raises(InvalidArgument, match="coordinator_url="):
+        CheckpointManager(tmp_path, rank=0, world_size=2)
+    with pytest.raises(InvalidArgument, match="ckpt-tool copy"):
+        CheckpointManager(tmp_path, rank=0, world_size=2, remote="s3://bucket/run")
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = script_environment() | {"OMP_NUM_THREADS": "1"}
+    environment.pop("COORDINATOR_URL", None)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed")
+def test_torchrun_needs_nothing_else_and_a_lost_rank_is_resumed(tmp_path):
+    example = EXAMPLES / "train_ranks.py"
+    calm = torchrun("--standalone", "--nproc-per-node", 4, example, tmp_path / "calm")
+    assert calm.returncode == 0, calm.stderr
+    lossy = torchrun(
+        "--standalone",
+        "--nproc-per-node", 4,
+        "--max-restarts", 1,
+        example,
+        tmp_path / "lossy",
+        "--lose", "2:30",
+    )  # fmt: skip
+    assert lossy.returncode == 0, lossy.stderr
+    begins = [line for line in lossy.stdout.splitlines() if "begin after step" in line]
+    assert begins[0] == "4 ranks begin after step 0"
+    assert begins[1] in ("4 ranks begin after step 20", "4 ranks begin after step 30")
+    assert calm.stdout.splitlines()[-1] == lossy.stdout.splitlines()[-1], "the same loss"
+    for rank in range(4):
+        states = []
+        for run_name in ("calm", "lossy"):
+            store = tmp_path / run_name
+            with CheckpointManager(store, read_only=True, rank=rank, world_size=4) as manager:
+                states.append(manager.load())
+        assert_same(*states)

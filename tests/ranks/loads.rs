@@ -1,0 +1,74 @@
+//! Which step all ranks load.
+
+use std::time::Duration;
+
+use dtr_engine::engine::Engine;
+use dtr_engine::{EngineError, Result};
+
+use crate::world::{Rank, World, save_all, state_of, together};
+
+const LONG: Duration = Duration::from_secs(20);
+
+/// What the Python package does: offer, load, offer again what could be loaded.
+fn load(rank: &Rank) -> Result<u64> {
+    let mut failed = Vec::new();
+    let mut done = None;
+    loop {
+        let mut offered = rank.engine.steps()?;
+        offered.retain(|step| !failed.contains(step));
+        let agreed = rank.engine.agree(&offered, LONG)?;
+        let step = agreed.expect("there is a common step");
+        if done == Some(step) {
+            return Ok(step);
+        }
+        let state = state_of(rank.number, step);
+        let read = rank.engine.checkpoint(step).and_then(|read| state.try_assert_equals(&read));
+        match read {
+            Ok(()) => done = Some(step),
+            Err(EngineError::Corrupt { .. }) => failed.push(step),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn flip_a_byte(engine: &Engine, world: &World, step: u64, rank: usize) {
+    let file = &engine.manifest(step).unwrap().shards[rank].file;
+    let path = world.path().join(format!("step-{step:012}")).join(file);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[5000] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn one_bad_shard_on_one_rank_moves_all_to_the_newest_step_that_verifies_everywhere() {
+    let world = World::new(3);
+    let ranks = world.ranks();
+    for step in [1, 2, 3, 4] {
+        save_all(&ranks, step);
+    }
+    let reader = world.reader(0);
+    flip_a_byte(&reader, &world, 4, 2);
+    flip_a_byte(&reader, &world, 3, 1);
+    let loaded: Vec<u64> = together(&ranks, load).into_iter().collect::<Result<_>>().unwrap();
+    assert_eq!(loaded, [2, 2, 2]);
+}
+
+#[test]
+fn ranks_that_see_different_steps_load_the_newest_common_one() {
+    let world = World::new(2);
+    let ranks = world.ranks();
+    let steps: [&[u64]; 2] = [&[5, 10, 15], &[5, 10]];
+    let agreed = together(&ranks, |rank| rank.engine.agree(steps[rank.number as usize], LONG));
+    assert!(agreed.into_iter().all(|step| step.unwrap() == Some(10)));
+    let steps: [&[u64]; 2] = [&[5], &[10]];
+    let agreed = together(&ranks, |rank| rank.engine.agree(steps[rank.number as usize], LONG));
+    assert!(agreed.into_iter().all(|step| step.unwrap().is_none()));
+}
+
+#[test]
+fn who_does_not_come_is_named() {
+    let world = World::new(2);
+    let ranks = world.ranks();
+    let error = ranks[0].engine.agree(&[1], Duration::from_millis(200)).unwrap_err().to_string();
+    assert!(error.contains("rank 1 (`worker-1`)"), "{error}");
+}

@@ -1,0 +1,143 @@
+//! Ranks, publishers and coordinators that are lost in the middle of a save.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use dtr_engine::error::CoordinationKind;
+use dtr_engine::format::manifest::ShardEntry;
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::{EngineError, Result};
+
+use crate::support::finish;
+use crate::world::{TIMEOUT, World, save_all, state_of, together};
+
+/// Fails one call of a rank, before or after it had its effect.
+#[derive(Debug)]
+struct Flaw {
+    ranks: Arc<dyn Ranks>,
+    armed: AtomicBool,
+    place: Place,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    BeforeCommit,
+    AfterCommit,
+    AfterReport,
+}
+
+impl Flaw {
+    fn strikes(&self, place: Place) -> bool {
+        self.place == place && self.armed.swap(false, Ordering::Relaxed)
+    }
+}
+
+fn gone() -> EngineError {
+    EngineError::Coordination {
+        kind: CoordinationKind::Unavailable,
+        what: "calling".into(),
+        why: "the coordinator does not answer".into(),
+        hint: "start it".into(),
+    }
+}
+
+impl Ranks for Flaw {
+    fn begin(&self, step: u64) -> Result<Begun> {
+        self.ranks.begin(step)
+    }
+
+    fn report(
+        &self,
+        attempt: Attempt,
+        shard: &ShardEntry,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
+        let outcome = self.ranks.report(attempt, shard, is_cancelled);
+        if self.strikes(Place::AfterReport) { Err(gone()) } else { outcome }
+    }
+
+    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
+        if self.strikes(Place::BeforeCommit) {
+            return Err(gone());
+        }
+        let outcome = self.ranks.commit(attempt, manifest_crc32c);
+        if self.strikes(Place::AfterCommit) { Err(gone()) } else { outcome }
+    }
+
+    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()> {
+        self.ranks.abort(attempt, reason)
+    }
+
+    fn agree(&self, steps: &[u64], timeout: std::time::Duration) -> Result<Option<u64>> {
+        self.ranks.agree(steps, timeout)
+    }
+}
+
+#[test]
+fn a_publisher_whose_calls_are_lost_has_published_all_the_same() {
+    for place in [Place::BeforeCommit, Place::AfterCommit, Place::AfterReport] {
+        let world = World::new(3);
+        let open = |number| {
+            world.rank_through(number, world.config(number), |ranks| {
+                Arc::new(Flaw { ranks, armed: AtomicBool::new(true), place })
+            })
+        };
+        let ranks: Vec<_> = (0..3).map(open).collect();
+        let outcomes = together(&ranks, |rank| rank.save(1));
+        let exists = world.reader(0).steps().unwrap() == [1];
+        for outcome in &outcomes {
+            // Who heard of success finds the checkpoint; who did not may find it too.
+            assert!(exists || outcome.is_err(), "{place:?}: {outcomes:?}");
+        }
+        if place != Place::AfterReport {
+            assert!(exists && outcomes.iter().all(Result::is_ok), "{place:?}: {outcomes:?}");
+        }
+        save_all(&ranks, 2);
+    }
+}
+
+#[test]
+fn a_lost_rank_fails_the_save_on_all_and_its_successor_saves_with_them() {
+    let world = World::new(3);
+    let mut ranks = world.ranks();
+    save_all(&ranks, 1);
+    let lost = ranks.pop().unwrap();
+    let start = Instant::now();
+    let outcomes = std::thread::scope(|scope| {
+        let saving = scope.spawn(|| together(&ranks, |rank| rank.save(2)));
+        lost.die();
+        saving.join().unwrap()
+    });
+    assert!(start.elapsed() < TIMEOUT * 20, "{:?}", start.elapsed());
+    for outcome in outcomes {
+        let error = outcome.unwrap_err().to_string();
+        assert!(error.contains("rank 2") && error.contains("worker-2"), "{error}");
+    }
+    // Nobody waits for a rank that is gone.
+    for outcome in together(&ranks, |rank| rank.save(3)) {
+        let error = outcome.unwrap_err().to_string();
+        assert!(error.contains("rank 2 (`worker-2`) is gone"), "{error}");
+    }
+    assert_eq!(world.reader(0).steps().unwrap(), [1]);
+    ranks.push(world.rank(2));
+    save_all(&ranks, 4);
+    assert_eq!(world.reader(0).steps().unwrap(), [1, 4]);
+}
+
+#[test]
+fn a_coordinator_that_ends_fails_the_save_and_loses_no_checkpoint() {
+    let mut world = World::new(2);
+    let ranks = world.ranks();
+    save_all(&ranks, 1);
+    let state = state_of(0, 2);
+    let handle = ranks[0].engine.save(state.request(2)).unwrap();
+    // Rank 1 never comes, and then there is nobody to tell.
+    let settings = ["coordinator.heartbeat_timeout_ms=600".to_owned()];
+    let other = coordinator::embedded::Embedded::start_with("127.0.0.1", &settings).unwrap();
+    drop(std::mem::replace(&mut world.coordinator, other));
+    handle.cancel("the coordinator is gone");
+    let error = finish(&handle).unwrap_err();
+    assert!(!error.to_string().is_empty());
+    assert_eq!(world.reader(0).steps().unwrap(), [1]);
+}

@@ -1,0 +1,142 @@
+//! Whatever is lost, and whenever: a checkpoint is complete or not there, and success is true.
+//!
+//! | variable             | meaning                                       |
+//! |----------------------|-----------------------------------------------|
+//! | `DTR_RANKS_SCHEDULES`| schedules to run instead of 24                |
+//! | `DTR_RANKS_FIRST`    | number of the first one, which is its seed    |
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use dtr_engine::error::CoordinationKind;
+use dtr_engine::format::manifest::ShardEntry;
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::{EngineError, Result};
+
+use crate::support::Random;
+use crate::world::{Rank, World, state_of, together};
+
+const RANKS: u32 = 3;
+const STEPS: u64 = 6;
+
+/// Loses requests and replies by chance.
+#[derive(Debug)]
+struct Lossy {
+    ranks: Arc<dyn Ranks>,
+    random: Mutex<u64>,
+}
+
+impl Lossy {
+    fn chance(&self) -> u64 {
+        let mut seed = self.random.lock().unwrap();
+        *seed = Random::new(*seed).next();
+        *seed % 100
+    }
+
+    /// The call, lost on its way there, or on its way back.
+    fn through<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
+        match self.chance() {
+            0..6 => Err(lost("there")),
+            6..12 => call().and_then(|_| Err(lost("back"))),
+            12..20 => {
+                std::thread::sleep(Duration::from_millis(self.chance() / 4));
+                call()
+            }
+            _ => call(),
+        }
+    }
+}
+
+fn lost(way: &str) -> EngineError {
+    EngineError::Coordination {
+        kind: CoordinationKind::Unavailable,
+        what: "calling".into(),
+        why: format!("the call was lost on its way {way}"),
+        hint: "call again".into(),
+    }
+}
+
+impl Ranks for Lossy {
+    fn begin(&self, step: u64) -> Result<Begun> {
+        self.through(|| self.ranks.begin(step))
+    }
+
+    fn report(
+        &self,
+        attempt: Attempt,
+        shard: &ShardEntry,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
+        self.through(|| self.ranks.report(attempt, shard, is_cancelled))
+    }
+
+    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
+        self.through(|| self.ranks.commit(attempt, manifest_crc32c))
+    }
+
+    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()> {
+        self.ranks.abort(attempt, reason)
+    }
+
+    fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
+        self.ranks.agree(steps, timeout)
+    }
+}
+
+/// Saves a step; a rank that was not told how it ended gives the attempt up, as its process would
+/// by ending.
+fn save(rank: &Rank, step: u64) -> Result<()> {
+    let saved = rank.save(step).map(drop);
+    if saved.is_err() {
+        rank.engine.decline(step, "its save failed")?;
+    }
+    saved
+}
+
+fn run(seed: u64) -> (u64, u64) {
+    let world = World::new(RANKS);
+    let open = |number| {
+        world.rank_through(number, world.config(number), |ranks| {
+            let random = Mutex::new(seed * 1_000_003 + u64::from(number));
+            Arc::new(Lossy { ranks, random })
+        })
+    };
+    let ranks: Vec<_> = (0..RANKS).map(open).collect();
+    let (mut committed, mut failed) = (0, 0);
+    for step in 1..=STEPS {
+        let outcomes = together(&ranks, |rank| save(rank, step));
+        let reader = world.reader(0);
+        let exists = reader.steps().unwrap().contains(&step);
+        for outcome in &outcomes {
+            assert!(exists || outcome.is_err(), "seed {seed}, step {step}: {outcomes:?}");
+        }
+        if exists {
+            committed += 1;
+            for number in 0..RANKS {
+                let checkpoint = reader.checkpoint_of_rank(step, number).unwrap();
+                state_of(number, step).assert_equals(&checkpoint);
+            }
+        } else {
+            failed += 1;
+        }
+    }
+    (committed, failed)
+}
+
+#[test]
+fn whatever_is_lost_a_checkpoint_is_complete_or_not_there() {
+    let number = |name: &str, default| {
+        let given = std::env::var(name).ok();
+        given.map_or(default, |text| text.parse().expect("a whole number"))
+    };
+    let first: u64 = number("DTR_RANKS_FIRST", 0);
+    let count: u64 = number("DTR_RANKS_SCHEDULES", 24);
+    let (mut committed, mut failed) = (0, 0);
+    for seed in first..first + count {
+        let (good, bad) = run(seed);
+        committed += good;
+        failed += bad;
+    }
+    println!("{count} schedules from seed {first}: {committed} commits, {failed} failed saves");
+    assert!(committed > 0 && failed > 0, "the schedules meet both");
+}
