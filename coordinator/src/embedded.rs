@@ -108,8 +108,7 @@ fn config_in(folder: &Path, token: &str, settings: &[String]) -> Result<Config, 
         ("state_path", folder.join("state.redb").display().to_string()),
         ("metrics_address", "off".to_owned()),
     ];
-    let mut overrides =
-        overrides.map(|(key, value)| format!("coordinator.{key}={value}")).to_vec();
+    let mut overrides = overrides.map(|(key, value)| format!("coordinator.{key}={value}")).to_vec();
     overrides.extend_from_slice(settings);
     Ok(Config::of(&overrides)?)
 }

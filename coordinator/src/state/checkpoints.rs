@@ -328,12 +328,7 @@ impl Job {
         Ok(Reply::Done)
     }
 
-    fn give_up(
-        &mut self,
-        scene: &mut Scene<'_>,
-        step: u64,
-        (rank, reason): (Option<u32>, String),
-    ) {
+    fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, (rank, reason): (Option<u32>, String)) {
         let Some(attempt) = self.attempts.remove(&step) else { return };
         let may_be_published = attempt.may_be_published;
         let aborted = v1::AttemptAborted { reason, rank, may_be_published };

@@ -234,9 +234,9 @@ impl Core {
     /// Tells the other ranks that this one does not save `step`.
     pub(super) fn decline(&self, step: u64, reason: &str) {
         let Some(ranks) = &self.ranks else { return };
-        let told = ranks.begin(step).and_then(|begun| {
-            ranks.abort(Attempt { step, id: begun.attempt }, reason)
-        });
+        let told = ranks
+            .begin(step)
+            .and_then(|begun| ranks.abort(Attempt { step, id: begun.attempt }, reason));
         if let Err(error) = told {
             // They were told by another rank already, or find out by the attempt's own timeout.
             tracing::debug!(step, %error, "declining a save");

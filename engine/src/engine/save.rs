@@ -49,8 +49,8 @@ impl Inner {
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = self.begin(&mut saving, request, started);
         // From here on the committer tells the other ranks of a failure.
-        let Begun { job, handle, arena, storages } = begun
-            .inspect_err(|error| self.core.decline(step, &error.to_string()))?;
+        let Begun { job, handle, arena, storages } =
+            begun.inspect_err(|error| self.core.decline(step, &error.to_string()))?;
         self.capture(&job, &storages, &arena, &handle, started)?;
         Ok(handle)
     }

@@ -129,9 +129,8 @@ impl Coordinated {
 }
 
 fn shard_of(entry: &ShardEntry) -> Result<v1::Shard> {
-    let footer_crc32c = checksum::from_hex(&entry.footer_crc32c).ok_or_else(|| {
-        EngineError::internal("reporting a shard", "its checksum is no checksum")
-    })?;
+    let footer_crc32c = checksum::from_hex(&entry.footer_crc32c)
+        .ok_or_else(|| EngineError::internal("reporting a shard", "its checksum is no checksum"))?;
     Ok(v1::Shard {
         rank: entry.rank,
         file: entry.file.clone(),

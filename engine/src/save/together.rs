@@ -67,9 +67,8 @@ impl Together<'_> {
         let what = || format!("publishing step {}", self.attempt.step);
         let _span = tracing::trace_span!("publish").entered();
         let shards = self.shards_of(&manifest)?;
-        let bytes = manifest
-            .encode()
-            .map_err(|error| EngineError::internal(what(), error.to_string()))?;
+        let bytes =
+            manifest.encode().map_err(|error| EngineError::internal(what(), error.to_string()))?;
         self.core.store.publish(Publication {
             step: self.attempt.step,
             attempt: self.attempt.id,

@@ -28,11 +28,7 @@ pub enum ShardOutcome {
 impl Worker {
     /// Begins the save of a step, or joins it. A loss that this worker had not heard of is no
     /// obstacle: whether a save can still be complete, the coordinator says.
-    pub fn begin_checkpoint(
-        &self,
-        step: u64,
-        rewind: bool,
-    ) -> Pending<v1::BeginCheckpointReply> {
+    pub fn begin_checkpoint(&self, step: u64, rewind: bool) -> Pending<v1::BeginCheckpointReply> {
         let what = format!("beginning to save step {step} with all ranks");
         let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
         let name = what.clone();

@@ -367,6 +367,10 @@ pub struct AttemptAborted {
     /// The rank that failed, if one did.
     #[prost(uint32, optional, tag = "2")]
     pub rank: ::core::option::Option<u32>,
+    /// Whether a rank may have been asked to publish before: then the manifest in the store says
+    /// whether the checkpoint exists, and no shard may be deleted.
+    #[prost(bool, tag = "3")]
+    pub may_be_published: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CommitCheckpointRequest {
