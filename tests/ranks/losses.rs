@@ -133,8 +133,7 @@ fn a_coordinator_that_ends_fails_the_save_and_loses_no_checkpoint() {
     let state = state_of(0, 2);
     let handle = ranks[0].engine.save(state.request(2)).unwrap();
     // Rank 1 never comes, and then there is nobody to tell.
-    let settings = ["coordinator.heartbeat_timeout_ms=600".to_owned()];
-    let other = coordinator::embedded::Embedded::start_with("127.0.0.1", &settings).unwrap();
+    let other = coordinator::embedded::Embedded::start("127.0.0.1").unwrap();
     drop(std::mem::replace(&mut world.coordinator, other));
     handle.cancel("the coordinator is gone");
     let error = finish(&handle).unwrap_err();

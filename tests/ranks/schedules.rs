@@ -2,7 +2,7 @@
 //!
 //! | variable             | meaning                                       |
 //! |----------------------|-----------------------------------------------|
-//! | `DTR_RANKS_SCHEDULES`| schedules to run instead of 24                |
+//! | `DTR_RANKS_SCHEDULES`| schedules to run instead of 8                 |
 //! | `DTR_RANKS_FIRST`    | number of the first one, which is its seed    |
 
 use std::sync::{Arc, Mutex};
@@ -130,7 +130,7 @@ fn whatever_is_lost_a_checkpoint_is_complete_or_not_there() {
         given.map_or(default, |text| text.parse().expect("a whole number"))
     };
     let first: u64 = number("DTR_RANKS_FIRST", 0);
-    let count: u64 = number("DTR_RANKS_SCHEDULES", 24);
+    let count: u64 = number("DTR_RANKS_SCHEDULES", 8);
     let (mut committed, mut failed) = (0, 0);
     for seed in first..first + count {
         let (good, bad) = run(seed);

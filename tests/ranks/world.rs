@@ -39,6 +39,7 @@ impl World {
             "coordinator.heartbeat_interval_ms=100".to_owned(),
             format!("coordinator.heartbeat_timeout_ms={}", TIMEOUT.as_millis()),
             "coordinator.failure_backoff_ms=0".to_owned(),
+            "coordinator.checkpoint_timeout_ms=3000".to_owned(),
             "coordinator.max_worker_failures=1000000".to_owned(),
         ];
         let coordinator = Embedded::start_with("127.0.0.1", &settings).unwrap();

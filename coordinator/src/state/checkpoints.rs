@@ -350,7 +350,12 @@ impl Job {
     }
 
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.
-    pub(super) fn lose_rank_of_attempts(&mut self, scene: &mut Scene<'_>, rank: u32, reason: &str) {
+    pub(super) fn lose_rank_of_attempts(
+        &mut self,
+        scene: &mut Scene<'_>,
+        (rank, worker_id): (u32, &str),
+        reason: &str,
+    ) {
         let world_size = self.record.world_size;
         let now_ms = scene.at.now_ms;
         let mut incomplete = Vec::new();
@@ -364,7 +369,7 @@ impl Job {
             }
         }
         for step in incomplete {
-            let reason = format!("rank {rank} was lost: {reason}");
+            let reason = format!("rank {rank} (`{worker_id}`) was lost: {reason}");
             self.give_up(scene, step, (Some(rank), reason));
         }
         // Who had not heard hears of the loss instead: its epoch is stale.

@@ -391,7 +391,7 @@ impl Job {
         }
         self.keep_job(scene);
         self.break_barriers(scene);
-        self.lose_rank_of_attempts(scene, rank, &loss.reason);
+        self.lose_rank_of_attempts(scene, (rank, loss.worker_id), &loss.reason);
         if self.record.failures >= scene.policy.max_worker_failures {
             let reason = format!(
                 "{} failures since the last checkpoint, at most {} are allowed; the last: `{}` \
