@@ -434,8 +434,39 @@ fn a_lost_rank_gives_up_what_it_had_not_reported() {
     table.report(&world[0], 10, &attempt);
     table.pass(4_000, &[&world[0]]);
     let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
-    assert!(aborted.reason.starts_with("rank 1 was lost: it was silent for"), "{aborted:?}");
+    assert!(aborted.reason.starts_with("rank 1 (`w1`) was lost: it was silent"), "{aborted:?}");
+    assert!(!aborted.may_be_published, "nobody was asked: its shards may go");
     assert_eq!(table.job().latest_step, None);
+}
+
+#[test]
+fn a_save_that_cannot_be_complete_is_refused_until_the_rank_is_there_again() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.pass(4_000, &[&world[0]]);
+    // Told of the loss once, as at a barrier; then of what it means.
+    assert_eq!(refused(table.begin(&world[0], 10, true)).0, RefusalKind::StaleEpoch);
+    let knowing = v1::Identity { epoch: table.job().epoch, ..world[0].clone() };
+    let (kind, why) = refused(table.begin(&knowing, 10, true));
+    assert_eq!(kind, RefusalKind::AttemptAborted);
+    assert!(why.contains("rank 1 (`w1`) is gone"), "{why}");
+    let successor = table.register(1, 2, 99);
+    assert!(matches!(table.begin(&successor, 10, true), Reply::BeginCheckpoint(_)));
+}
+
+#[test]
+fn an_attempt_whose_publisher_was_asked_may_be_published() {
+    let policy = Policy { checkpoint_timeout_ms: 10_000, ..Policy::default() };
+    let mut table = Table::with(policy);
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.report(&world[0], 10, &attempt);
+    assert!(matches!(table.report(&world[1], 10, &attempt), Some(Reply::Publish(_))));
+    table.pass(11_000, &[&world[0], &world[1]]);
+    let Some(Reply::AttemptAborted(aborted)) = table.report(&world[1], 10, &attempt) else {
+        panic!()
+    };
+    assert!(aborted.may_be_published, "{aborted:?}");
 }
 
 #[test]

@@ -25,6 +25,20 @@ SAVE_EVERY = 10
 WIDTH = 256
 
 
+def join() -> None:
+    """Make the process group, in a corner of torchrun's store that a restart does not share.
+
+    Without it, gloo finds the addresses of the processes that the restart replaced.
+    """
+    environment = os.environ
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False
+    )
+    corner = dist.PrefixStore(f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=corner, rank=rank, world_size=world_size)
+
+
 def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the data of one step and rank: the same after a restart."""
     generator = torch.Generator().manual_seed(step * 1000 + rank)
@@ -34,7 +48,7 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(store: Path, lose: tuple[int, int] | None) -> None:
     """Run the training loop of one rank."""
-    dist.init_process_group("gloo")
+    join()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
