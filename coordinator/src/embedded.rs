@@ -23,7 +23,7 @@ pub struct Embedded {
     token: String,
     end: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    _state: TempDir,
+    state: Option<TempDir>,
 }
 
 impl Embedded {
@@ -70,7 +70,7 @@ impl Embedded {
             .spawn(serve)
             .map_err(|error| not_started(&error))?;
         started.recv().map_err(|_| ServeError::Serve("its thread ended".into()))?;
-        Ok(Self { address, token, end: Some(end), thread: Some(thread), _state: state })
+        Ok(Self { address, token, end: Some(end), thread: Some(thread), state: Some(state) })
     }
 
     /// Where it listens.
@@ -78,7 +78,7 @@ impl Embedded {
         self.address
     }
 
-    /// What callers have to present.
+    /// What callers have to present; it lies in a file of its directory besides.
     pub fn token(&self) -> &str {
         &self.token
     }
@@ -90,6 +90,9 @@ impl Drop for Embedded {
         if let Some(thread) = self.thread.take() {
             // A panic was printed by its thread, and there is nothing left to end.
             let _panicked = thread.join();
+        }
+        if let Some(Err(error)) = self.state.take().map(TempDir::close) {
+            tracing::warn!(%error, "the embedded coordinator's directory stays behind");
         }
     }
 }
@@ -114,9 +117,8 @@ fn config_in(folder: &Path, token: &str, settings: &[String]) -> Result<Config, 
 }
 
 fn drawn_token() -> io::Result<String> {
-    let mut bytes = [0; 24];
-    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    let draw = || getrandom::u64().map_err(io::Error::other);
+    Ok(format!("{:016x}{:016x}{:016x}", draw()?, draw()?, draw()?))
 }
 
 fn not_started(error: &io::Error) -> ServeError {
@@ -132,7 +134,7 @@ mod tests {
         let embedded = Embedded::start("127.0.0.1").unwrap();
         let address = embedded.address();
         std::net::TcpStream::connect(address).unwrap();
-        let folder = embedded._state.path().to_owned();
+        let folder = embedded.state.as_ref().unwrap().path().to_owned();
         assert!(folder.exists() && embedded.token().len() == 48);
         drop(embedded);
         std::net::TcpStream::connect(address).unwrap_err();

@@ -232,8 +232,8 @@ class CheckpointManager:
             step: The training step: later than every committed one, or see ``rewind``.
             rewind: The training went back to before ``step``: checkpoints of later steps cease to
                 exist when this one is committed, and one of the same step is replaced.
-            metadata: Attached to the checkpoint, as JSON. Where several ranks save, pass the same on
-                all of them: one rank's is kept.
+            metadata: Attached to the checkpoint, as JSON. Where several ranks save, pass the same
+                on all of them: one rank's is kept.
             dataset_positions: The same.
 
         Returns:
@@ -527,7 +527,7 @@ class CheckpointManager:
     def _join_ranks(
         self, engine_settings: dict[str, Any], url: str | None, security: Security | None
     ) -> membership.Membership | None:
-        """Become a worker of the job, if several ranks write together and a coordinator is known."""
+        """Become a worker of the job, if several ranks write and a coordinator is known."""
         if engine_settings["world_size"] == 1 or self._read_only:
             return None
         rank, world_size = engine_settings["rank"], engine_settings["world_size"]
@@ -538,9 +538,7 @@ class CheckpointManager:
                 return None  # the engine says what is missing
             url, security = found
         coordinator = connecting.connect(url, security or Security(), connecting.PATIENCE_SECONDS)
-        place = membership.Place(
-            coordinator.url, engine_settings["job"], None, rank, world_size
-        )
+        place = membership.Place(coordinator.url, engine_settings["job"], None, rank, world_size)
         return membership.join(place, coordinator, ("", 0, ""))
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ one machine it does not listen beyond it.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -31,9 +31,7 @@ _hosted: dict[str, _native.EmbeddedCoordinator] = {}
 _lock = threading.Lock()
 
 
-def find(
-    rank: int, environment: Mapping[str, str] = os.environ
-) -> tuple[str, Security] | None:
+def find(rank: int, environment: Mapping[str, str] = os.environ) -> tuple[str, Security] | None:
     """Give URL and token of this ``torchrun`` run's coordinator; None if this is no such run."""
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -41,13 +39,14 @@ def find(
     run = environment.get("TORCHELASTIC_RUN_ID", "")
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"dtruntime/coordinator/{run}/{restarts}"
-    from torch.distributed import TCPStore  # noqa: PLC0415  (who does not run under it needs none)
+    # Here, because a process that does not run under it needs no torch.
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # noqa: PLC0415
 
     store = TCPStore(
         master,
         int(environment["MASTER_PORT"]),
         is_master=False,
-        timeout=datetime.timedelta(seconds=_SECONDS),
+        timeout=dt.timedelta(seconds=_SECONDS),
     )
     if rank == 0:
         is_one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")

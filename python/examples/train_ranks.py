@@ -10,9 +10,11 @@ the same step: the checkpoint exists when all of them are durable. Rank 0 hosts 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,10 +33,11 @@ def join() -> None:
     Without it, gloo finds the addresses of the processes that the restart replaced.
     """
     environment = os.environ
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False
     )
-    corner = dist.PrefixStore(f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    name = f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}"
+    corner = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     dist.init_process_group("gloo", store=corner, rank=rank, world_size=world_size)
 
@@ -58,21 +61,21 @@ def train(store: Path, lose: tuple[int, int] | None) -> None:
     optimizer = torch.optim.AdamW(owned, lr=1e-3)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with CheckpointManager(store, keep_last_n=2) as manager:
-        state = {"model": model, "optimizer": optimizer, "step": 0}
-        try:
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
+        with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)
-        except CheckpointNotFound:
-            pass
+        begin = int(state["step"])
         if rank == 0:
-            print(f"{world_size} ranks begin after step {state['step']}", flush=True)
-        for step in range(state["step"] + 1, STEPS + 1):
+            print(f"{world_size} ranks begin after step {begin}", flush=True)
+        for step in range(begin + 1, STEPS + 1):
             inputs, targets = batch(step, rank)
             loss = nn.functional.mse_loss(model(inputs), targets)
             model.zero_grad()
             loss.backward()
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world_size
+            for gradient in (parameter.grad for parameter in parameters):
+                assert gradient is not None  # noqa: S101  (each takes part in the loss)
+                dist.all_reduce(gradient)
+                gradient.div_(world_size)
             optimizer.step()
             for index, parameter in enumerate(parameters):
                 dist.broadcast(parameter.data, src=index % world_size)
@@ -86,10 +89,10 @@ def train(store: Path, lose: tuple[int, int] | None) -> None:
     dist.destroy_process_group()
 
 
-def save(manager: CheckpointManager, state: dict[str, object], rank: int) -> None:
+def save(manager: CheckpointManager, state: dict[str, Any], rank: int) -> None:
     """Save behind the training; a save that fails does not end it."""
     try:
-        manager.save_async(state, step=int(str(state["step"])))
+        manager.save_async(state, step=state["step"])
     except CheckpointError as error:
         print(f"rank {rank} goes on without a checkpoint: {error}", flush=True)
 

@@ -116,9 +116,7 @@ def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
     assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
 
 
-def test_a_state_that_one_rank_cannot_save_fails_on_all_and_training_goes_on(
-    coordinator, tmp_path
-):
+def test_a_state_that_one_rank_cannot_save_fails_on_all_and_training_goes_on(coordinator, tmp_path):
     outputs = run(
         """
         with CheckpointManager(store) as manager:

@@ -78,7 +78,7 @@ impl Ranks for Coordinated {
         };
         match outcome.map_err(error_of)? {
             ShardOutcome::Publish(shards) => {
-                shards.into_iter().map(entry_of).collect::<Result<_>>().map(Outcome::Publish)
+                Ok(Outcome::Publish(shards.into_iter().map(entry_of).collect()))
             }
             ShardOutcome::Committed(_) => Ok(Outcome::Committed),
             ShardOutcome::Aborted(aborted) => Ok(Outcome::Aborted {
@@ -140,15 +140,15 @@ fn shard_of(entry: &ShardEntry) -> Result<v1::Shard> {
     })
 }
 
-fn entry_of(shard: v1::Shard) -> Result<ShardEntry> {
-    Ok(ShardEntry {
+fn entry_of(shard: v1::Shard) -> ShardEntry {
+    ShardEntry {
         bytes: shard.bytes,
         file: shard.file,
         footer_crc32c: checksum::to_hex(shard.footer_crc32c),
         rank: shard.rank,
         raw_bytes: shard.raw_bytes,
         replicated: Vec::new(),
-    })
+    }
 }
 
 fn error_of(error: ClientError) -> EngineError {

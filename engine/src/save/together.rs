@@ -46,7 +46,7 @@ impl Together<'_> {
             match self.ranks.report(self.attempt, &self.entry, &is_cancelled) {
                 Ok(Outcome::Committed) => return Ok(()),
                 Ok(Outcome::Publish(shards)) => {
-                    self.publish(Manifest { shards, ..manifest.clone() })?;
+                    self.publish(&Manifest { shards, ..manifest.clone() })?;
                     if self.tell()? {
                         return Ok(());
                     }
@@ -63,10 +63,10 @@ impl Together<'_> {
         }
     }
 
-    fn publish(&self, manifest: Manifest) -> Result<()> {
+    fn publish(&self, manifest: &Manifest) -> Result<()> {
         let what = || format!("publishing step {}", self.attempt.step);
         let _span = tracing::trace_span!("publish").entered();
-        let shards = self.shards_of(&manifest)?;
+        let shards = self.shards_of(manifest)?;
         let bytes =
             manifest.encode().map_err(|error| EngineError::internal(what(), error.to_string()))?;
         self.core.store.publish(Publication {

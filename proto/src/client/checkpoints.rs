@@ -58,25 +58,25 @@ impl Worker {
         &self,
         step: u64,
         attempt: &str,
-        shard: v1::Shard,
+        written: v1::Shard,
     ) -> Pending<ShardOutcome> {
         let what = format!("waiting for all ranks to save step {step}");
-        let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
+        let (worker, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
         let (name, attempt) = (what.clone(), attempt.to_owned());
         self.connection.start(&what, async move {
-            shared.check(&name)?;
+            worker.check(&name)?;
             let request = v1::ReportShardRequest {
-                identity: Some(shared.acknowledged_identity()),
+                identity: Some(worker.acknowledged_identity()),
                 step,
                 attempt,
-                shard: Some(shard),
+                shard: Some(written),
             };
             let call = |channel, request| async move {
                 let reply = CheckpointsClient::new(channel).report_shard(request).await?;
                 outcome_of(reply.into_inner()).await.map(Response::new)
             };
             let reply = inner.ask(&name, Wait::Long, request, call).await;
-            shared.learn(&inner, reply).await
+            worker.learn(&inner, reply).await
         })
     }
 

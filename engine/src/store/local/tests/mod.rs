@@ -191,7 +191,7 @@ fn a_checkpoint_is_written_listed_read_and_deleted() {
         let freed_bytes = store.remove_checkpoint(1000).unwrap();
         assert_eq!(freed_bytes, (bytes.len() + stored.len()) as u64);
         assert_eq!(store.list().unwrap(), []);
-        assert_eq!(names_under(&path), [lock::WRITER_LOCK_FILE]);
+        assert_eq!(names_under(&path), [WRITER_LOCK_FILE]);
         assert_eq!(store.remove_checkpoint(1000).unwrap(), 0);
     }
 }
@@ -504,7 +504,7 @@ fn free_space_is_reported_and_an_absurd_reservation_refused() {
 /// A store as a forked child has it: the same objects, in a process that did not open them.
 fn forked(path: &Path) -> LocalStore {
     let locks = Locks::of_process(std::process::id() + 1);
-    let writer = Some(WriterLock::acquire(&locks, path).unwrap());
+    let writer = Some(WriterLock::acquire(&locks, path, WRITER_LOCK_FILE).unwrap());
     let shared = Shared {
         path: path.into(),
         io: threads(),
@@ -550,7 +550,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     assert!(path.exists());
     let other = Locks::new();
     let is_locked = |path: &Path| other.try_lock(path, lock::LockFile::Existing).unwrap().is_none();
-    let writer_lock = directory.path().join(lock::WRITER_LOCK_FILE);
+    let writer_lock = directory.path().join(WRITER_LOCK_FILE);
     assert!(is_locked(&path) && is_locked(&writer_lock));
     child.close_after_fork();
     assert!(!is_locked(&path) && !is_locked(&writer_lock));
