@@ -83,7 +83,8 @@ class CheckpointManager:
             ``COORDINATOR_URL``. Under ``torchrun`` neither is needed: rank 0 then hosts a
             coordinator in its own process.
         security: Token and certificates for the coordinator.
-        agreement_timeout: How long ``load`` and ``restore`` wait for the other ranks, in seconds.
+        agreement_timeout: How long opening, ``load`` and ``restore`` wait for the other ranks, in
+            seconds.
         sigterm: What SIGTERM does to a save in flight: ``finish`` it by the deadline, or ``drop``
             it. Default None: no handler is installed.
         sigterm_deadline_seconds: How long ``finish`` may take.
@@ -106,6 +107,7 @@ class CheckpointManager:
     Raises:
         InvalidArgument: A setting is out of its range.
         StoreBusy: Another writer holds the store.
+        BarrierTimeout: Not all ranks opened the store; the message names who did not.
         Unavailable: The service of a store in S3 cannot be reached, or refuses.
 
     >>> with CheckpointManager("runs/gpt", keep_last_n=5) as manager:
@@ -137,7 +139,7 @@ class CheckpointManager:
         job: str | None = None,
         coordinator_url: str | None = None,
         security: Security | None = None,
-        agreement_timeout: float = 600.0,
+        agreement_timeout: float = 300.0,
         sigterm: str | None = None,
         sigterm_deadline_seconds: float = 30.0,
         storage_path: str | os.PathLike[str] | None = None,
@@ -539,7 +541,13 @@ class CheckpointManager:
             url, security = found
         coordinator = connecting.connect(url, security or Security(), connecting.PATIENCE_SECONDS)
         place = membership.Place(coordinator.url, engine_settings["job"], None, rank, world_size)
-        return membership.join(place, coordinator, ("", 0, ""))
+        ranks = membership.join(place, coordinator, ("", 0, ""))
+        try:
+            membership.meet(ranks, self._agreement_timeout)
+        except BaseException:
+            ranks.leave()
+            raise
+        return ranks
 
     @contextlib.contextmanager
     def _declining(self, step: int) -> Iterator[None]:

@@ -15,14 +15,18 @@ import logging
 import os
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dtruntime.errors import CheckpointError
+from dtruntime.errors import BarrierTimeout, CheckpointError, MembershipChanged
 
 if TYPE_CHECKING:
     from dtruntime import _native
 
 _logger = logging.getLogger("dtruntime")
+
+_MEETING = "open a checkpoint manager"
+_REMINDER_SECONDS = 10.0
 
 
 class Place(NamedTuple):
@@ -98,6 +102,35 @@ def join(
     with _lock:
         _live.append(membership)
     return membership
+
+
+def meet(membership: Membership, timeout: float) -> None:
+    """Wait until every rank has come to open its checkpoint manager.
+
+    Without it, a rank that saves alone would find out at the first save, by waiting.
+    """
+    hint = "open the manager on every rank; where one rank saves, pass `rank=0, world_size=1`"
+    others = f"the {membership.place.world_size} ranks of job `{membership.place.job}`"
+    reminder = threading.Timer(
+        _REMINDER_SECONDS, _logger.warning, (f"waiting for {others} to open their manager; {hint}",)
+    )
+    reminder.daemon = True
+    reminder.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while True:
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                membership.worker.arrive(_MEETING, left).join()
+            except MembershipChanged:  # somebody of an earlier run is being cleared away
+                if time.monotonic() >= deadline:
+                    raise
+            except BarrierTimeout as error:
+                raise BarrierTimeout(f"opening a store with {others}", error.why, hint) from None
+            else:
+                return
+    finally:
+        reminder.cancel()
 
 
 def worker_at(url: str, job: str) -> _native.Worker | None:

@@ -13,7 +13,7 @@ import torch
 from coordinators import CoordinatorProcess
 from support import assert_same, script_environment
 
-from dtruntime import CheckpointManager, InvalidArgument
+from dtruntime import BarrierTimeout, CheckpointManager, InvalidArgument
 
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
@@ -197,6 +197,19 @@ def test_ranks_without_a_coordinator_are_told_what_is_missing(tmp_path, monkeypa
         CheckpointManager(tmp_path, rank=0, world_size=2)
     with pytest.raises(InvalidArgument, match="ckpt-tool copy"):
         CheckpointManager(tmp_path, rank=0, world_size=2, remote="s3://bucket/run")
+
+
+def test_a_rank_that_opens_alone_is_told_who_is_missing(coordinator, tmp_path):
+    with pytest.raises(BarrierTimeout) as caught:
+        CheckpointManager(
+            tmp_path / "store",
+            rank=0,
+            world_size=2,
+            coordinator_url=coordinator.url,
+            agreement_timeout=0.5,
+        )
+    assert "rank 1 (nobody has it)" in str(caught.value)
+    assert "where one rank saves, pass `rank=0, world_size=1`" in caught.value.hint
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
