@@ -338,7 +338,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
 
 
 def test_a_worker_that_was_stopped_is_fenced(coordinator, make):
-    source = STAYS.replace(
+    source = STAYS.replace("orch = ", "global orch; orch = ").replace(
         "exec(sys.stdin.read())",
         """
     async def go_on():
@@ -346,7 +346,6 @@ def test_a_worker_that_was_stopped_is_fenced(coordinator, make):
             await orch.wait_barrier("b", timeout=5)
         except Exception as error:
             print(type(error).__name__)
-    orch = next(iter(__import__("dtruntime.orchestrator").orchestrator._live.values()))
     sys.stdin.readline()
     asyncio.run(go_on())
     """,
