@@ -1,9 +1,8 @@
 //! The checkpoint engine: tensors' bytes in, committed checkpoint out.
 //!
-//! Knows no Python and no CUDA, and of networks only S3, with the feature `s3`, and other ranks, with
-//! the feature `coordinator`. A byte travels
-//! through the modules in the order in which they are declared here, from the store's front door to
-//! the device.
+//! Knows no Python and no CUDA, and of networks only S3 (feature `s3`) and other ranks (feature
+//! `coordinator`). A byte travels through the modules in the order in which they are declared here,
+//! from the store's front door to the device.
 #![deny(missing_docs)]
 
 pub mod clock;

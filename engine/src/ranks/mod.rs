@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! every rank: begin ──► write the shard, durable ──► report ──┬─ all but one wait
-//!                                                             └─ one publishes the manifest, commits
+//!                                                             └─ one publishes and commits
 //! ```
 //!
 //! Always holds: whether a checkpoint exists is said by its manifest in the store, never by the
