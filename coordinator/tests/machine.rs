@@ -436,6 +436,9 @@ fn a_lost_rank_gives_up_what_it_had_not_reported() {
     let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
     assert!(aborted.reason.starts_with("rank 1 (`w1`) was lost: it was silent"), "{aborted:?}");
     assert!(!aborted.may_be_published, "nobody was asked: its shards may go");
+    // Also to a rank that reports only now.
+    let Some(Reply::AttemptAborted(late)) = table.report(&world[0], 10, &attempt) else { panic!() };
+    assert_eq!(late, aborted);
     assert_eq!(table.job().latest_step, None);
 }
 

@@ -152,7 +152,7 @@ class CheckpointManager:
         self._path = settings.store_path(path, storage_path=storage_path, backend=backend)
         rank_number, ranks = settings.rank_and_world_size(rank, world_size)
         engine_settings: dict[str, Any] = {
-            "job": connecting.job_of(job),
+            "job": connecting.job_of(None) if job is None else job,
             "rank": rank_number,
             "world_size": ranks,
             "read_only": bool(read_only),

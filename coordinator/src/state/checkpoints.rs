@@ -43,12 +43,15 @@ pub(super) struct Attempt {
     may_be_published: bool,
 }
 
-/// An attempt that was given up while some ranks had not heard of it.
+/// An attempt that was given up: why, for ranks that still write their shard, and for those that
+/// come to it late.
 #[derive(Debug)]
 pub(super) struct AbortedAttempt {
     attempt: String,
     aborted: v1::AttemptAborted,
+    /// Ranks that take part in the step's next attempt: they knew of this one.
     told: BTreeSet<u32>,
+    is_told_to_all: bool,
 }
 
 impl Attempt {
@@ -140,14 +143,12 @@ impl Job {
     fn tell_of_aborted(&mut self, rank: u32, step: u64) -> Result<(), Refusal> {
         let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
         let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
-        if !last.told.insert(rank) {
+        if last.is_told_to_all || !last.told.insert(rank) {
             self.aborted.remove(&step);
             return Ok(());
         }
         let reason = last.aborted.reason.clone();
-        if last.told.len() == world_size {
-            self.aborted.remove(&step);
-        }
+        last.is_told_to_all = last.told.len() == world_size;
         Err(Refusal::new(
             RefusalKind::AttemptAborted,
             format!("the save of step {step} was given up: {reason}"),
@@ -339,14 +340,13 @@ impl Job {
         }
         let text = format!("the save of step {step} is given up: {}", aborted.reason);
         self.note(scene, Level::Warn, text);
-        let told = attempt.begun;
-        if told.len() < usize::try_from(self.record.world_size).unwrap_or(usize::MAX) {
-            let attempt = attempt.record.attempt;
-            if self.aborted.len() >= ATTEMPTS_MAX {
-                self.aborted.pop_first();
-            }
-            self.aborted.insert(step, AbortedAttempt { attempt, aborted, told });
+        let (told, attempt) = (attempt.begun, attempt.record.attempt);
+        let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
+        let is_told_to_all = told.len() == world_size;
+        if self.aborted.len() >= ATTEMPTS_MAX {
+            self.aborted.pop_first();
         }
+        self.aborted.insert(step, AbortedAttempt { attempt, aborted, told, is_told_to_all });
     }
 
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.
@@ -373,7 +373,9 @@ impl Job {
             self.give_up(scene, step, (Some(rank), reason));
         }
         // Who had not heard hears of the loss instead: its epoch is stale.
-        self.aborted.clear();
+        for aborted in self.aborted.values_mut() {
+            aborted.is_told_to_all = true;
+        }
     }
 
     pub(super) fn forget_attempts(&mut self, scene: &mut Scene<'_>, reason: &str) {

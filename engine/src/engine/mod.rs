@@ -118,6 +118,7 @@ impl Engine {
     /// Opens the directory that `config` names, on the given parts.
     pub fn open_with(config: Config, components: Components) -> Result<Self> {
         config.validate()?;
+        check_ranks(&config, false)?;
         let Components { io, environment } = components;
         Self::open_local(config, io, None, environment, None)
     }
@@ -134,6 +135,7 @@ impl Engine {
         credentials: Option<S3Credentials>,
         ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
+        check_ranks(&config, ranks.is_some())?;
         let environment = Arc::new(System::default());
         if let Some(address) = config.s3_address()? {
             return Self::open_s3(config, &address, credentials, environment, ranks);
@@ -239,7 +241,6 @@ impl Engine {
         io_name: &'static str,
         ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
-        check_ranks(&config, ranks.is_some())?;
         let core = Arc::new(Core::new(config.clone(), store, environment, io_name, ranks)?);
         let (workers, committer) = if config.read_only {
             (None, None)
