@@ -182,6 +182,7 @@ class CheckpointManager:
         self._last: SaveHandle | None = None
         self._is_capturing = False
         self._is_closed = False
+        self._failure = ""
         self.last_load: LoadReport | None = None
         """What the last ``load`` or ``restore`` read; None before the first."""
         self._agreement_timeout = float(agreement_timeout)
@@ -199,7 +200,7 @@ class CheckpointManager:
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
         has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if has_uploads else None
-        lifecycle.register(self, self._native, self._watcher, self._uploads)
+        lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
         if sigterm is not None:
             lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)
 
@@ -256,11 +257,11 @@ class CheckpointManager:
 
         """
         number = settings.step_of(step, "save_async(state, step=...)")
-        annotations = (
-            settings.json_object("metadata", metadata),
-            settings.json_object("dataset_positions", dataset_positions),
-        )
         with self._declining(number):
+            annotations = (
+                settings.json_object("metadata", metadata),
+                settings.json_object("dataset_positions", dataset_positions),
+            )
             self._check_can_save(number)
         with self._save_lock:
             # First, so that copies of tensors outside the host's memory are not made beside it.
@@ -500,9 +501,11 @@ class CheckpointManager:
                 self._native.drain()
                 self._uploads.stop()
             lifecycle.unregister(self, self._watcher)
-            self._native.close()
-            if self._ranks is not None:
-                self._ranks.leave()
+            try:
+                self._native.close()
+            finally:
+                if self._ranks is not None:
+                    self._ranks.leave(self._failure)
 
     def __enter__(self) -> Self:
         return self
@@ -516,6 +519,7 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
+        self._failure = membership.failure_of(error)
         try:
             self.close()
         except CheckpointError as unseen:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -51,10 +52,18 @@ def find(rank: int, environment: Mapping[str, str] = os.environ) -> tuple[str, S
     if rank == 0:
         is_one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
         coordinator = _host(key, _LOOPBACK if is_one_machine else _EVERYWHERE)
-        host = _LOOPBACK if is_one_machine else master
+        host = _LOOPBACK if is_one_machine else _own_address(master)
         store.set(key, f"http://{host}:{coordinator.port} {coordinator.token}")
     url, token = store.get(key).decode().split()
     return url, Security(token=token)
+
+
+def _own_address(master: str) -> str:
+    """Give the address by which this machine reaches, and is reached from, the run's master."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master, 9))  # nothing is sent
+        address = str(probe.getsockname()[0])
+    return master if address.startswith("127.") else address
 
 
 def _host(key: str, ip: str) -> _native.EmbeddedCoordinator:

@@ -6,6 +6,7 @@ checkpoint that its writer replaced or deleted meanwhile is looked up anew, not 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from typing import TYPE_CHECKING, TypeVar
@@ -83,7 +84,9 @@ def read_agreed(
     done: tuple[_native.Checkpoint, _T] | None = None
     while True:
         offered = [s for s, why in native.candidates() if why is None and s not in failed]
-        step = native.agree(offered[-_OFFERED_MAX:], timeout)
+        # Once loaded, others may take long over theirs; one that is lost ends the wait.
+        patience = timeout if done is None else _LOADING_SECONDS
+        step = native.agree(offered[-_OFFERED_MAX:], patience)
         if step is None:
             raise _nothing_common(store, offered, failed)
         if done is not None and done[0].step == step:
@@ -93,10 +96,20 @@ def read_agreed(
             done = read_step(native, step, read)
         except (Corrupt, StorageError, CheckpointNotFound) as error:
             if isinstance(error, StorageError) and not _is_damage(error):
+                _leave_agreement(native)
                 raise
             done = None
             failed[step] = f"{error.what}: {error.why}"
             _logger.warning("step %d does not verify on this rank: %s", step, error)
+        except Exception:
+            _leave_agreement(native)
+            raise
+
+
+def _leave_agreement(native: _native.Manager) -> None:
+    """Offer nothing, so that the others do not wait for a rank that gave up."""
+    with contextlib.suppress(CheckpointError):
+        native.agree([], _FAREWELL_SECONDS)
 
 
 def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
@@ -110,6 +123,9 @@ def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
 
 _OFFERED_MAX = 1000
 """Newest steps that a rank offers to load."""
+_LOADING_SECONDS = 6 * 3600.0
+"""How long ranks may differ in loading the same step."""
+_FAREWELL_SECONDS = 10.0
 
 _MEDIUM_ERRORS = frozenset(
     (

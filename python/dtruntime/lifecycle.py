@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dtruntime import _native
     from dtruntime.checkpoint import CheckpointManager
     from dtruntime.handle import SaveHandle, Watcher
+    from dtruntime.membership import Membership
 
 _logger = logging.getLogger("dtruntime")
 
@@ -41,12 +42,13 @@ def register(
     native: _native.Manager,
     watcher: Watcher | None,
     uploads: Watcher | None,
+    ranks: Membership | None,
 ) -> None:
     """Look after a manager until it is closed or dropped."""
     _managers.add(manager)
     if watcher is not None:
         _watchers.add(watcher)
-        weakref.finalize(manager, _let_go, native, watcher, uploads).atexit = False
+        weakref.finalize(manager, _let_go, native, watcher, uploads, ranks).atexit = False
 
 
 def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
@@ -56,7 +58,12 @@ def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
     _terminations.forget(manager)
 
 
-def _let_go(native: _native.Manager, watcher: Watcher, uploads: Watcher | None) -> None:
+def _let_go(
+    native: _native.Manager,
+    watcher: Watcher,
+    uploads: Watcher | None,
+    ranks: Membership | None,
+) -> None:
     """End what a dropped manager left, on its own thread and once its saves have ended."""
 
     def close() -> None:
@@ -67,6 +74,8 @@ def _let_go(native: _native.Manager, watcher: Watcher, uploads: Watcher | None) 
             native.close()
         except CheckpointError as error:
             _log_unseen(error)
+        if ranks is not None:
+            ranks.leave()
         _watchers.discard(watcher)
 
     watcher.submit(close)

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dtruntime.errors import BarrierTimeout, CheckpointError, MembershipChanged
+from dtruntime.errors import BarrierTimeout, CheckpointError, JobAborted, MembershipChanged
 
 if TYPE_CHECKING:
     from dtruntime import _native
@@ -35,7 +35,8 @@ class Place(NamedTuple):
     Attributes:
         url: The coordinator's address.
         job: The training run.
-        worker_id: The worker's name; None for whichever this process has, else ``worker-<rank>``.
+        worker_id: The worker's name; None for whichever this process has, else the environment's
+            ``WORKER_ID``, else ``worker-<rank>``.
         rank: Its rank.
         world_size: How many there are.
 
@@ -50,7 +51,7 @@ class Place(NamedTuple):
     @property
     def name(self) -> str:
         """The worker's name."""
-        return self.worker_id or f"worker-{self.rank}"
+        return self.worker_id or os.environ.get("WORKER_ID") or f"worker-{self.rank}"
 
     def is_served_by(self, other: Place) -> bool:
         """Whether the worker at ``other`` will do."""
@@ -85,23 +86,30 @@ class Membership:
 
 _live: list[Membership] = []
 _lock = threading.Lock()
+_registering = threading.Lock()
+"""Held while a worker registers: two users at once must not push each other out."""
 
 
 def join(
     place: Place, coordinator: _native.Coordinator, address: tuple[str, int, str]
 ) -> Membership:
-    """Register a worker, or share the one that this process is there already."""
-    with _lock:
-        for membership in _live:
-            if place.is_served_by(membership.place) and not membership.worker.is_ended:
-                membership._users += 1  # noqa: SLF001
-                return membership
-    ranks = (place.rank, place.world_size)
-    worker = coordinator.register_worker(place.job, place.name, ranks, address)
-    membership = Membership(place._replace(worker_id=place.name), worker)
-    with _lock:
-        _live.append(membership)
-    return membership
+    """Register a worker, or share the one that this process is there already.
+
+    Who shares one that a manager registered has no address of its own there: an orchestrator that
+    others should reach registers first.
+    """
+    with _registering:
+        with _lock:
+            for membership in _live:
+                if place.is_served_by(membership.place) and not membership.worker.is_ended:
+                    membership._users += 1  # noqa: SLF001
+                    return membership
+        ranks = (place.rank, place.world_size)
+        worker = coordinator.register_worker(place.job, place.name, ranks, address)
+        membership = Membership(place._replace(worker_id=place.name), worker)
+        with _lock:
+            _live.append(membership)
+        return membership
 
 
 def meet(membership: Membership, timeout: float) -> None:
@@ -142,7 +150,7 @@ def worker_at(url: str, job: str) -> _native.Worker | None:
 
 def failure_of(error: BaseException | None) -> str:
     """Say what an exception means for a worker; leaving on purpose is no failure."""
-    if error is None or isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
+    if not isinstance(error, Exception) or isinstance(error, JobAborted):
         return ""
     return f"{type(error).__name__}: {error}"
 
@@ -158,8 +166,8 @@ def _leave_all() -> None:
 
 
 def _forget_in_child() -> None:
-    global _lock  # noqa: PLW0603  (a thread of the parent may have held it)
-    _lock = threading.Lock()
+    global _lock, _registering  # a thread of the parent may have held them
+    _lock, _registering = threading.Lock(), threading.Lock()
     _live.clear()  # the members are the parent's
 
 

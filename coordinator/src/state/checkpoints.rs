@@ -108,8 +108,9 @@ impl Job {
     ) -> Result<Reply, Refusal> {
         self.member_of(request.identity.as_ref())?;
         self.refuse_if_aborted()?;
-        let (_, rank) = self.current_member_of(request.identity.as_ref())?;
+        let (worker_id, rank) = self.current_member_of(request.identity.as_ref())?;
         let step = request.step;
+        self.give_up_left(scene, (rank, &worker_id), step);
         if let Some(attempt) = self.attempts.get_mut(&step) {
             attempt.begun.insert(rank);
             return Ok(attempt.reply(self.record.world_size));
@@ -137,6 +138,21 @@ impl Job {
         let reply = attempt.reply(self.record.world_size);
         self.attempts.insert(step, attempt);
         Ok(reply)
+    }
+
+    /// A rank saves one step at a time: what it has not reported of others, it never will.
+    fn give_up_left(&mut self, scene: &mut Scene<'_>, (rank, worker_id): (u32, &str), step: u64) {
+        let is_left = |attempt: &Attempt| {
+            attempt.begun.contains(&rank) && !attempt.shards.contains_key(&rank)
+        };
+        let others = self.attempts.iter().filter(|(other, _)| **other != step);
+        let left: Vec<u64> =
+            others.filter(|(_, attempt)| is_left(attempt)).map(|(other, _)| *other).collect();
+        for other in left {
+            let reason =
+                format!("rank {rank} (`{worker_id}`) went on to step {step} without reporting it");
+            self.give_up(scene, other, (Some(rank), reason));
+        }
     }
 
     /// Refuses a rank that was not there when the step's last attempt was given up, once.

@@ -276,7 +276,8 @@ impl Engine {
     pub fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
         let what = format!("saving step {}", request.step);
         let inner = self.writer(&what)?;
-        inner.core.check_healthy(&what)?;
+        let decline = |error: &EngineError| inner.core.decline(request.step, &error.to_string());
+        inner.core.check_healthy(&what).inspect_err(decline)?;
         inner.save(request)
     }
 

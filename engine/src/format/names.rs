@@ -80,6 +80,26 @@ pub fn parse_manifest_temporary(name: &str) -> Option<AttemptId> {
     AttemptId::parse(attempt)
 }
 
+/// The same for a rank: each that is asked to publish an attempt writes a file of its own, or one
+/// could rename what another is still writing.
+pub fn manifest_temporary_name_of(attempt: AttemptId, rank: u32) -> String {
+    match rank {
+        0 => manifest_temporary_name(attempt),
+        rank => format!("{MANIFEST_FILE}.{attempt}.{rank:05}.tmp"),
+    }
+}
+
+/// Whether [`manifest_temporary_name_of`] gives this name to a file.
+pub fn is_manifest_temporary(name: &str) -> bool {
+    let of_rank = || {
+        let (base, rank) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
+        let attempt = parse_manifest_temporary(&format!("{base}.tmp"))?;
+        let rank = rank.parse().ok().filter(|rank| *rank > 0)?;
+        (manifest_temporary_name_of(attempt, rank) == name).then_some(())
+    };
+    parse_manifest_temporary(name).is_some() || of_rank().is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,6 +116,12 @@ mod tests {
         assert_eq!(shard_file_name(7, attempt), format!("rank-00007.{HEX}.shard"));
         assert_eq!(shard_file_name(u32::MAX, attempt), format!("rank-4294967295.{HEX}.shard"));
         assert_eq!(manifest_temporary_name(attempt), format!("manifest.json.{HEX}.tmp"));
+        let names = [0, 7, u32::MAX].map(|rank| manifest_temporary_name_of(attempt, rank));
+        assert_eq!(names[1], format!("manifest.json.{HEX}.00007.tmp"));
+        assert!(names.iter().all(|name| is_manifest_temporary(name)), "{names:?}");
+        for wrong in ["7", "00000", "000007", "+0007", "x"] {
+            assert!(!is_manifest_temporary(&format!("manifest.json.{HEX}.{wrong}.tmp")), "{wrong}");
+        }
     }
 
     #[test]

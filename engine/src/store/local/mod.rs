@@ -68,6 +68,8 @@ struct Shared {
     /// Absolute, so that a later change of the working directory changes nothing.
     path: PathBuf,
     io: Arc<dyn Io>,
+    /// The rank of a writer.
+    rank: u32,
     in_flight_bytes_max: u64,
     locks: Arc<Locks>,
     /// Held while names are made and unmade, so that what was just looked up still is so: by a
@@ -105,6 +107,7 @@ impl LocalStore {
         let shared = Shared {
             path,
             io,
+            rank: if let Access::WriteBeside { rank } = access { rank } else { 0 },
             in_flight_bytes_max: in_flight_bytes,
             locks,
             changes: Mutex::default(),
@@ -289,7 +292,7 @@ fn list_own_names(io: &dyn Io, directory: &Path) -> Result<Option<Vec<String>>> 
 fn is_own_name(name: &str) -> bool {
     name == names::MANIFEST_FILE
         || names::parse_shard_file(name).is_some()
-        || names::parse_manifest_temporary(name).is_some()
+        || names::is_manifest_temporary(name)
 }
 
 /// Metadata of a regular file; `None` if there is none. Symbolic links are not followed.

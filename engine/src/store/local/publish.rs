@@ -32,7 +32,7 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
     let manifest = directory.join(names::MANIFEST_FILE);
     let action = decide(&standing(shared, step, attempt)?, publication)?;
     if action != Action::Nothing {
-        let temporary = directory.join(names::manifest_temporary_name(attempt));
+        let temporary = directory.join(names::manifest_temporary_name_of(attempt, shared.rank));
         let outcome = record::write_new(&shared.io, &temporary, publication.manifest)
             .and_then(|()| rename(shared, publication, (&temporary, &manifest), action));
         if let Err(error) = outcome {

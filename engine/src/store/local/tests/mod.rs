@@ -508,6 +508,7 @@ fn forked(path: &Path) -> LocalStore {
     let shared = Shared {
         path: path.into(),
         io: threads(),
+        rank: 0,
         in_flight_bytes_max: IN_FLIGHT_BYTES,
         locks,
         changes: Mutex::default(),
