@@ -1,12 +1,10 @@
-#![doc = include_str!("../../docs/format.md")]
-//!
-//! # This module
-//!
 //! Bytes <-> types, pure: what a shard, an index and a manifest are.
 //!
 //! Always holds: a reader never trusts a length (each is bounded by the bytes at hand and by a
 //! named limit before memory is allocated); what one version wrote, every later one reads; a
 //! writer checks the same rules that a reader does, so nothing is written that cannot be read.
+//!
+#![doc = include_str!("../../docs/format.md")]
 
 /// Fails with [`FormatError::Damaged`] unless the condition holds.
 macro_rules! ensure {

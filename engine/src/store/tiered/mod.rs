@@ -70,13 +70,6 @@ impl TieredStore {
     fn uploads(&self) -> Option<&Work> {
         self.uploader.as_ref().map(|uploader| uploader.work.as_ref())
     }
-
-    fn is_read_only(&self, step: u64) -> EngineError {
-        EngineError::internal(
-            format!("removing from step {step} in `{}`", self.near.location()),
-            "the store was opened for reading",
-        )
-    }
 }
 
 impl fmt::Debug for TieredStore {
@@ -176,8 +169,9 @@ impl Store for TieredStore {
         Ok(())
     }
 
+    // A reader's near store refuses what follows, and says why.
     fn remove_checkpoint(&self, step: u64) -> Result<u64> {
-        let Some(work) = self.uploads() else { return Err(self.is_read_only(step)) };
+        let Some(work) = self.uploads() else { return self.near.remove_checkpoint(step) };
         work.cancel_and_wait(step);
         let freed_bytes = self.near.remove_checkpoint(step)?;
         work.remove_behind(Removal::Checkpoint(step));
@@ -185,7 +179,7 @@ impl Store for TieredStore {
     }
 
     fn let_go(&self, step: u64) -> Result<()> {
-        let Some(work) = self.uploads() else { return Err(self.is_read_only(step)) };
+        let Some(work) = self.uploads() else { return self.near.let_go(step) };
         // What is on its way arrives before it is removed: by the same thread.
         work.cancel(step);
         self.near.remove_checkpoint(step)?;
@@ -194,7 +188,7 @@ impl Store for TieredStore {
     }
 
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
-        let Some(work) = self.uploads() else { return Err(self.is_read_only(step)) };
+        let Some(work) = self.uploads() else { return self.near.remove_orphan(step, file) };
         let freed_bytes = self.near.remove_orphan(step, file)?;
         if freed_bytes.is_none() || !work.view.has(step, file) {
             return Ok(freed_bytes);
@@ -205,7 +199,7 @@ impl Store for TieredStore {
     }
 
     fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
-        let Some(work) = self.uploads() else { return Err(self.is_read_only(step)) };
+        let Some(work) = self.uploads() else { return self.near.let_go_orphan(step, file) };
         let is_gone = self.near.remove_orphan(step, file)?.is_some();
         if is_gone && work.view.has(step, file) {
             work.remove_behind(Removal::Orphan(step, file.into()));
