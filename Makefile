@@ -8,7 +8,7 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare compare-auto test torture check bench profile wheel docs clean native fmt
+.PHONY: help setup demo compare compare-auto test torture check bench profile wheel docs clean native everything fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -24,19 +24,18 @@ compare: native ## measure beside torch.save, safetensors, DCP and torch_checkpo
 compare-auto: native ## measure compression="auto" on a slowed device (as root)
 	@$(env) python benches/compare/auto.py $(ARGS)
 
-test: native ## run every test
-	$(cargo) test --locked --workspace
-	$(cargo) build --locked --workspace --example s3-server
+test: everything ## run every test
+	$(cargo) test --locked --release --workspace
 	$(env) pytest tests/python
 
 torture: native ## try every promise as often as its row says, for BUDGET minutes, going on where the last run ended (best as root)
 	@$(env) python tests/torture/torture.py --minutes $(BUDGET) $(ARGS)
 
-check: native ## formatting, lints, types, documentation and house rules, as CI runs them
+check: everything ## formatting, lints, types, documentation and house rules, as CI runs them
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(cargo) doc --locked --workspace --no-deps
-	$(cargo) test --locked -p integration-tests --test tidy
+	$(cargo) test --locked --release --workspace --test tidy
 	$(env) ruff format --check
 	$(env) ruff check
 	$(env) mypy
@@ -73,6 +72,13 @@ clean: ## remove what was built for this clone
 	rm -rf dist python/dtruntime/_native*.so
 
 # The module is put into the source tree by rename: a Python that has the old one loaded keeps it.
+put_module := $(env) bash -c 'cp "$$CARGO_TARGET_DIR/release/lib_native.so" python/dtruntime/.native.new && mv python/dtruntime/.native.new python/dtruntime/_native.abi3.so'
+
 native:
 	@$(cargo) build --locked --release -p dtr-python -p ckpt-tool -p coordinator
-	@$(env) bash -c 'cp "$$CARGO_TARGET_DIR/release/lib_native.so" python/dtruntime/.native.new && mv python/dtruntime/.native.new python/dtruntime/_native.abi3.so'
+	@$(put_module)
+
+# What `cargo test` builds, in one go and with the same features of dependencies, so that nothing is built twice.
+everything:
+	@$(cargo) build --locked --release --workspace --all-targets
+	@$(put_module)

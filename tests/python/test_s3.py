@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", Path(__file__).parents[2] / "target"))
-SERVER = TARGET / "debug" / "examples" / "s3-server"
+SERVER = TARGET / "release" / "examples" / "s3-server"
 TOOL = TARGET / "release" / "ckpt-tool"
 SECRET = "owner-secret-7f3a9c"  # noqa: S105  (the server's own, good for nothing else)
 TOKEN = "session-token-55aa"  # noqa: S105
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("server")
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
     """Start a server with an empty bucket, and point the usual chain at it."""
-    assert SERVER.exists(), "build it: cargo build -p integration-tests --example s3-server"
+    assert SERVER.exists(), "build it: cargo build --release -p integration-tests --example s3-server"
     with subprocess.Popen(
         [SERVER, tmp_path / "objects"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
