@@ -318,6 +318,7 @@ class CheckpointManager:
         *,
         strict: bool = True,
         mmap: bool = False,
+        from_rank: int | None = None,
     ) -> Any:
         """Load a state into fresh memory.
 
@@ -331,12 +332,15 @@ class CheckpointManager:
             strict: Whether a glob that matches nothing is an error.
             mmap: Map uncompressed tensors instead of reading them; they are writable, and changes
                 stay private. The rest is read.
+            from_rank: Load what this rank saved, whatever the world size was then and is now.
+                Default: this process's own rank, and the world size must be what it was.
 
         Returns:
             What was saved, with its types. Tensors that shared memory share memory.
 
         Raises:
             CheckpointNotFound: There is none, or not of this step.
+            InvalidArgument: Another number of ranks saved it, and ``from_rank`` is not given.
             Corrupt: The step that was named, or every one there is, is damaged.
 
         >>> state = manager.load()
@@ -351,10 +355,17 @@ class CheckpointManager:
             keep = None if globs is None else self._select(reader, globs, strict=strict)
             return reader.load(keep)
 
-        state, _ = self._read(step, read)
+        state, _ = self._read(step, from_rank, read)
         return state
 
-    def restore(self, state: Any, step: int | None = None, *, strict: bool = True) -> RestoreReport:
+    def restore(
+        self,
+        state: Any,
+        step: int | None = None,
+        *,
+        strict: bool = True,
+        from_rank: int | None = None,
+    ) -> RestoreReport:
         """Load a checkpoint into the live objects of ``state``.
 
         Tensors and arrays are copied into; objects get ``load_state_dict``; plain values are
@@ -367,9 +378,12 @@ class CheckpointManager:
             step: The checkpoint. Default: the newest that verifies, as for ``load``.
             strict: Whether everything must fit: nothing missing, unexpected, or of another shape or
                 type. If not, what fits is restored, and the report says what did not.
+            from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas goes
+                on at another world size.
 
         Raises:
-            InvalidArgument: The state does not fit. Nothing was changed.
+            InvalidArgument: The state does not fit, or another number of ranks saved it. Nothing
+                was changed.
             CheckpointNotFound: There is no checkpoint.
             Corrupt: The checkpoint is damaged. Nothing was changed.
             RestoreIncomplete: It failed half-way: the live state is a mixture, and this manager
@@ -388,7 +402,7 @@ class CheckpointManager:
             self._apply(plan, reader)
             return plan
 
-        plan, report = self._read(step, read)
+        plan, report = self._read(step, from_rank, read)
         self._incomplete = None
         return plan.report(report.fell_back_from)
 
@@ -601,19 +615,24 @@ class CheckpointManager:
         return keep
 
     def _read(
-        self, step: int | None, read: Callable[[_native.Checkpoint], _T]
+        self,
+        step: int | None,
+        from_rank: int | None,
+        read: Callable[[_native.Checkpoint], _T],
     ) -> tuple[_T, LoadReport]:
         """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
+        rank = None if from_rank is None else settings.integer("from_rank", from_rank)
+        shards = fallback.Shards(self._native, rank)
         if step is not None:
             number = settings.step_of(step, "load(step=...)")
-            checkpoint, result = fallback.read_step(self._native, number, read)
+            checkpoint, result = fallback.read_step(shards, number, read)
             failed: dict[int, str] = {}
         elif self._ranks is not None:
             checkpoint, result, failed = fallback.read_agreed(
-                self._native, self._path, read, self._agreement_timeout
+                shards, self._path, read, self._agreement_timeout
             )
         else:
-            checkpoint, result, failed = fallback.read_newest(self._native, self._path, read)
+            checkpoint, result, failed = fallback.read_newest(shards, self._path, read)
         manifest = checkpoint.manifest()
         fell_back_from = tuple(sorted(failed.items(), reverse=True))
         report = LoadReport(

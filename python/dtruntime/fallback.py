@@ -23,22 +23,35 @@ _T = TypeVar("_T")
 _logger = logging.getLogger("dtruntime")
 
 
+class Shards:
+    """What this rank reads of each step: its own shard, or that of a rank that was named."""
+
+    def __init__(self, native: _native.Manager, from_rank: int | None) -> None:
+        """Refer to the shards of a store."""
+        self.native = native
+        self._rank = from_rank
+
+    def open(self, step: int) -> _native.Checkpoint:
+        """Open that of one step."""
+        return self.native.checkpoint(step, self._rank)
+
+
 def read_step(
-    native: _native.Manager, step: int, read: Callable[[_native.Checkpoint], _T]
+    shards: Shards, step: int, read: Callable[[_native.Checkpoint], _T]
 ) -> tuple[_native.Checkpoint, _T]:
     """Read one step; once more if its writer replaced it under our feet."""
-    checkpoint = native.checkpoint(step)
+    checkpoint = shards.open(step)
     try:
         return checkpoint, read(checkpoint)
     except (Corrupt, CheckpointNotFound, StorageError):
-        again = native.checkpoint(step)
+        again = shards.open(step)
         if again.attempt == checkpoint.attempt:
             raise
     return again, read(again)
 
 
 def read_newest(
-    native: _native.Manager,
+    shards: Shards,
     store: str | os.PathLike[str],
     read: Callable[[_native.Checkpoint], _T],
 ) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
@@ -48,12 +61,12 @@ def read_newest(
     first_error: CheckpointError | None = None
     while True:
         # Listed anew each time: the writer may have replaced what vanished by something newer.
-        left = [s for s, _ in native.candidates() if s not in failed and s not in vanished]
+        left = [s for s, _ in shards.native.candidates() if s not in failed and s not in vanished]
         if not left:
             raise _nothing_readable(store, failed) from first_error
         step = left[-1]
         try:
-            checkpoint, result = read_step(native, step, read)
+            checkpoint, result = read_step(shards, step, read)
         except CheckpointNotFound:
             vanished.add(step)
         except (Corrupt, StorageError) as error:
@@ -70,7 +83,7 @@ def read_newest(
 
 
 def read_agreed(
-    native: _native.Manager,
+    shards: Shards,
     store: str | os.PathLike[str],
     read: Callable[[_native.Checkpoint], _T],
     timeout: float,
@@ -80,6 +93,7 @@ def read_agreed(
     Every rank offers what it can load, all read the newest common one, and offer again: if one
     could not, all of them go on to an older one.
     """
+    native = shards.native
     failed = {step: why for step, why in native.candidates() if why is not None}
     done: tuple[_native.Checkpoint, _T] | None = None
     while True:
@@ -93,7 +107,7 @@ def read_agreed(
             newer = {number: why for number, why in failed.items() if number > step}
             return *done, newer
         try:
-            done = read_step(native, step, read)
+            done = read_step(shards, step, read)
         except (Corrupt, StorageError, CheckpointNotFound) as error:
             if isinstance(error, StorageError) and not _is_damage(error):
                 _leave_agreement(native)

@@ -119,11 +119,14 @@ impl Manager {
         Ok(candidates.collect())
     }
 
-    /// Opens this rank's shard of a step: manifest and index are read and checked.
-    fn checkpoint(&self, py: Python<'_>, step: u64) -> PyResult<Checkpoint> {
-        let checkpoint = self
-            .guard
-            .call(py, &format!("opening step {step}"), || self.engine.checkpoint(step))?;
+    /// Opens this rank's shard of a step, or that of the rank that is named: manifest and index are
+    /// read and checked.
+    #[pyo3(signature = (step, rank=None))]
+    fn checkpoint(&self, py: Python<'_>, step: u64, rank: Option<u32>) -> PyResult<Checkpoint> {
+        let checkpoint = self.guard.call(py, &format!("opening step {step}"), || match rank {
+            None => self.engine.checkpoint(step),
+            Some(rank) => self.engine.checkpoint_of_rank(step, rank),
+        })?;
         Ok(Checkpoint::new(checkpoint, self.guard.clone()))
     }
 

@@ -116,6 +116,43 @@ def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
     assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
 
 
+def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_path):
+    store = tmp_path / "store"
+    run(
+        """
+        with CheckpointManager(store) as manager:
+            manager.save(state_of(1), step=1)
+        """,
+        store,
+        coordinator.url,
+    )
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            live = state_of(0)
+            for refused in (lambda: manager.load(), lambda: manager.restore(live, step=1)):
+                try:
+                    refused()
+                except InvalidArgument as error:
+                    print("3 ranks saved it" in str(error), "from_rank=0" in error.hint)
+            assert live["step"] == 0
+            print(manager.restore(live, from_rank=2).step, live["rank"])
+            manager.save(live, step=2)
+            print(manager.all_steps(), manager.load()["rank"])
+        """,
+        store,
+        coordinator.url,
+        world_size=2,
+    )
+    assert outputs == ["True True\nTrue True\n1 2\n[1, 2] 2\n"] * 2
+    with CheckpointManager(store, read_only=True) as manager:
+        with pytest.raises(InvalidArgument, match="2 ranks saved it"):
+            manager.load()
+        with pytest.raises(InvalidArgument, match="no rank 2 saved it"):
+            manager.load(from_rank=2)
+        assert manager.load(step=1, from_rank=1)["rank"] == 1
+
+
 def test_a_state_that_one_rank_cannot_save_fails_on_all_and_training_goes_on(coordinator, tmp_path):
     outputs = run(
         """

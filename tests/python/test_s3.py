@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("server")
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
     """Start a server with an empty bucket, and point the usual chain at it."""
-    assert SERVER.exists(), "build it: cargo build --release -p integration-tests --example s3-server"
+    assert SERVER.exists(), "build it: make everything"
     with subprocess.Popen(
         [SERVER, tmp_path / "objects"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use dtr_engine::engine::Engine;
-use dtr_engine::{EngineError, Result};
+use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::world::{Rank, World, save_all, state_of, together};
 
@@ -71,4 +70,24 @@ fn who_does_not_come_is_named() {
     let ranks = world.ranks();
     let error = ranks[0].engine.agree(&[1], Duration::from_millis(200)).unwrap_err().to_string();
     assert!(error.contains("rank 1 (`worker-1`)"), "{error}");
+}
+
+#[test]
+fn another_number_of_ranks_loads_what_a_named_rank_saved_and_nothing_unasked() {
+    let world = World::new(3);
+    let ranks = world.ranks();
+    save_all(&ranks, 1);
+    for (rank, world_size) in [(0, 1), (1, 2), (0, 4), (3, 4)] {
+        let config = Config { rank, world_size, read_only: true, ..world.config(0) };
+        let engine = Engine::open(config).unwrap();
+        let error = engine.checkpoint(1).unwrap_err();
+        assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error:?}");
+        assert!(error.to_string().contains("3 ranks saved it"), "{error}");
+        for saved in 0..3 {
+            let read = engine.checkpoint_of_rank(1, saved).unwrap();
+            state_of(saved, 1).try_assert_equals(&read).unwrap();
+        }
+        let error = engine.checkpoint_of_rank(1, 3).unwrap_err();
+        assert!(error.to_string().contains("name a rank from 0 to 2"), "{error}");
+    }
 }

@@ -146,7 +146,7 @@ fn open_all(store: &Path) -> Result<(), Why> {
     let engine = state::open(config, &state::backend(), &Counter::starting_at(0)).unwrap();
     engine.survey().map_err(Why::Error)?;
     let report = engine.verify(STEP, &()).map_err(Why::Error)?;
-    let opened = engine.checkpoint(STEP).map_err(Why::Error)?;
+    let opened = engine.checkpoint_of_rank(STEP, 0).map_err(Why::Error)?;
     for (storage, record) in (0..).zip(&opened.index().storages) {
         if record.bytes > READ_BYTES_MAX {
             continue;

@@ -132,25 +132,27 @@ pub(crate) fn no_checkpoint(doing: &str, store: &StoreArgument) -> EngineError {
     }
 }
 
-/// Opens the checkpoint of `step`, the newest committed one if none is given.
+/// Opens what `rank` saved of `step`, of the newest committed one if none is given. Without a rank
+/// the checkpoint has to be of one rank: which of several is meant is not guessed.
 pub(crate) fn checkpoint(
     engine: &Engine,
     store: &StoreArgument,
     step: Option<u64>,
+    rank: Option<u32>,
     doing: &str,
 ) -> Result<Checkpoint> {
     let step = match step {
         Some(step) => step,
         None => engine.survey()?.newest().ok_or_else(|| no_checkpoint(doing, store))?,
     };
-    let checkpoint = engine.checkpoint(step)?;
+    let checkpoint = engine.checkpoint_of_rank(step, rank.unwrap_or(0))?;
     let ranks = checkpoint.manifest().world_size;
-    if ranks != 1 {
-        return Err(EngineError::UnsupportedFormat {
-            what: format!("{doing} `{}`, step {step}", store.display()),
-            why: format!("it was saved by {ranks} ranks, and this version reads those of one"),
-            hint: "use the version of ckpt-tool that belongs to the dtruntime that saved it".into(),
-        });
+    if ranks != 1 && rank.is_none() {
+        return Err(EngineError::invalid(
+            format!("{doing} `{}`, step {step}", store.display()),
+            format!("{ranks} ranks saved it, each its own state"),
+            format!("say which is meant: `--rank R`, from 0 to {}", ranks - 1),
+        ));
     }
     Ok(checkpoint)
 }

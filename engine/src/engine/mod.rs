@@ -305,19 +305,29 @@ impl Engine {
     }
 
     /// Opens this rank's shard of a committed step: manifest, footer, header and index are read and
-    /// checked, chunks are not.
+    /// checked, chunks are not. It is an error if another number of ranks saved it: what the ranks
+    /// that are not there saved would be lost without a word.
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
-        self.checkpoint_of_rank(step, self.config.rank)
+        self.open_shard(step, self.config.rank, Some(self.config.world_size))
     }
 
-    /// [`Engine::checkpoint`] of another rank.
+    /// [`Engine::checkpoint`] of a rank that is named, whatever the number of ranks then and now.
     pub fn checkpoint_of_rank(&self, step: u64, rank: u32) -> Result<Checkpoint> {
+        self.open_shard(step, rank, None)
+    }
+
+    fn open_shard(&self, step: u64, rank: u32, world_size: Option<u32>) -> Result<Checkpoint> {
         let inner = self.inner(&format!("opening step {step}"))?;
         inner.core.check_exists(step)?;
         let store = inner.core.store.as_ref();
-        match Checkpoint::open(store, step, rank) {
+        let open = || {
+            let manifest = read_manifest(store, step)?;
+            check_world_size(&manifest, world_size)?;
+            Checkpoint::open_shard(store, &Arc::new(manifest), rank)
+        };
+        match open() {
             // The writer replaced or removed it under our feet: what stands there now counts.
-            Err(error) if is_gone(&error) => Checkpoint::open(store, step, rank),
+            Err(error) if is_gone(&error) => open(),
             opened => opened,
         }
     }
@@ -516,6 +526,19 @@ fn check_ranks(config: &Config, has_coordinator: bool) -> Result<()> {
         "name one: `coordinator_url=`, or the environment's COORDINATOR_URL; or save from one rank \
          with `rank=0, world_size=1`",
     ))
+}
+
+fn check_world_size(manifest: &Manifest, expected: Option<u32>) -> Result<()> {
+    let saved = manifest.world_size;
+    match expected {
+        Some(expected) if expected != saved => Err(EngineError::invalid(
+            format!("opening step {} among {expected} ranks", manifest.step),
+            format!("{saved} ranks saved it, each its own state"),
+            "load what one of them saved: `load(from_rank=0)`, `restore(state, from_rank=0)`; or \
+             load it with as many ranks",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Whether an error says that a file vanished.

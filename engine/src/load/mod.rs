@@ -64,12 +64,12 @@ impl Checkpoint {
         rank: u32,
     ) -> Result<Self> {
         // A manifest that was decoded has one entry for each rank, in order.
-        let entry = manifest.shards.get(rank as usize).ok_or_else(|| EngineError::NotFound {
-            what: format!("opening rank {rank} of step {}", manifest.step),
-            why: format!("the checkpoint was saved by {} ranks", manifest.world_size),
-            hint: "a state saved per rank is read by the same number of ranks; to change it, \
-                       reshard with torch.distributed.checkpoint"
-                .into(),
+        let entry = manifest.shards.get(rank as usize).ok_or_else(|| {
+            EngineError::invalid(
+                format!("opening what rank {rank} saved of step {}", manifest.step),
+                format!("no rank {rank} saved it: world size was {}", manifest.world_size),
+                format!("name a rank from 0 to {}", manifest.world_size.saturating_sub(1)),
+            )
         })?;
         let (_, attempt) = parse_shard_file(&entry.file).ok_or_else(|| {
             EngineError::corrupt(store.location(), format!("`{}` is no shard's name", entry.file))

@@ -6,6 +6,7 @@
 //! tensors share a storage are not compared.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::Write;
 
 use clap::Args;
@@ -40,6 +41,13 @@ pub(crate) struct Options {
     a: u64,
     /// The step that is compared.
     b: u64,
+    /// The rank whose parts are compared, where several ranks saved the checkpoints.
+    #[arg(long, value_name = "R")]
+    rank: Option<u32>,
+    /// Compare with this rank's part of B: `diff STORE 10 10 --rank 0 --b-rank 1` compares two
+    /// ranks [default: the same rank].
+    #[arg(long, value_name = "R", requires = "rank")]
+    b_rank: Option<u32>,
     /// Exit with status 1 if they differ.
     #[arg(long)]
     exit_code: bool,
@@ -53,20 +61,47 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let engine = options.store.open()?;
-    let open =
-        |step| opened::checkpoint(&engine, &options.store, Some(step), "comparing checkpoints of");
-    let (a, b) = (open(options.a)?, open(options.b)?);
+    let doing = "comparing checkpoints of";
+    let open = |side: Side| {
+        opened::checkpoint(&engine, &options.store, Some(side.step), side.rank, doing)
+    };
+    let sides = options.sides();
+    let (a, b) = (open(sides.0)?, open(sides.1)?);
     let mut pairing = Pairing::of(a.index(), b.index());
     let differences = compare(&a, &b, &pairing.tensor_pairs())?;
     pairing.take(&differences);
     let consecutive = are_consecutive(&engine, options)?;
-    let report = Report::new(options.a, options.b, consecutive, pairing);
+    let report = Report::new(sides, consecutive, pairing);
     if options.json {
         write_json(out, &report)?;
     } else {
         report.write(out, options.limit)?;
     }
     Ok(Verdict::fine_if(!options.exit_code || report.identical))
+}
+
+/// One of the two that are compared.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Side {
+    step: u64,
+    /// Where several ranks saved it.
+    rank: Option<u32>,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.rank {
+            Some(rank) => write!(out, "rank {rank} of step {}", self.step),
+            None => write!(out, "step {}", self.step),
+        }
+    }
+}
+
+impl Options {
+    fn sides(&self) -> (Side, Side) {
+        let b_rank = self.b_rank.or(self.rank);
+        (Side { step: self.a, rank: self.rank }, Side { step: self.b, rank: b_rank })
+    }
 }
 
 /// Whether no other checkpoint lies between the two.

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use super::entries::{Paired, Pairing};
-use super::{Change, Changed};
+use super::{Change, Changed, Side};
 use crate::compare::Difference;
 use crate::table::Table;
 use crate::text;
@@ -20,8 +20,14 @@ const PARTS_MAX: usize = 16;
 /// The outcome of a comparison.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
+    #[serde(skip)]
+    sides: (Side, Side),
     a: u64,
     b: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    a_rank: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    b_rank: Option<u32>,
     /// Whether no tensor and no value differs.
     pub(crate) identical: bool,
     tensors: Counts,
@@ -79,11 +85,15 @@ impl Counts {
 }
 
 impl Report {
-    /// The report on two steps, once every entry is decided.
-    pub(crate) fn new(a: u64, b: u64, consecutive: bool, pairing: Pairing) -> Self {
+    /// The report on two checkpoints, once every entry is decided.
+    pub(crate) fn new(sides: (Side, Side), consecutive: bool, pairing: Pairing) -> Self {
+        let (a, b) = sides;
         let mut report = Self {
-            a,
-            b,
+            sides,
+            a: a.step,
+            b: b.step,
+            a_rank: a.rank,
+            b_rank: b.rank,
             identical: true,
             tensors: Counts::default(),
             values: Counts::default(),
@@ -132,12 +142,12 @@ impl Report {
     /// Writes it for people, with at most `limit` changes; 0 for all.
     pub(crate) fn write(&self, out: &mut dyn Write, limit: u64) -> io::Result<()> {
         let previous = if self.consecutive { ", the previous checkpoint" } else { "" };
-        let (a, b) = (self.a, self.b);
+        let (a, b) = self.sides;
         if self.identical {
-            writeln!(out, "step {b} is identical to step {a}{previous}")?;
+            writeln!(out, "{b} is identical to {a}{previous}")?;
             return self.write_totals(out);
         }
-        writeln!(out, "step {b} against step {a}{previous}\n")?;
+        writeln!(out, "{b} against {a}{previous}\n")?;
         if self.parts.len() <= PARTS_MAX {
             self.write_parts(out)?;
             writeln!(out)?;
@@ -203,18 +213,18 @@ impl Report {
 
     /// Training that goes on while the weights stand still is a known way for a run to go wrong.
     fn write_suspicion(&self, out: &mut dyn Write) -> io::Result<()> {
-        let (a, b) = (self.a, self.b);
+        let (a, b) = self.sides;
         if self.tensors.equal > 0 && self.tensors.all_equal() {
             return writeln!(
                 out,
-                "every tensor of step {b} is identical to step {a}: only plain values differ"
+                "every tensor of {b} is identical to {a}: only plain values differ"
             );
         }
         for part in self.parts.iter().take_while(|_| self.parts.len() <= PARTS_MAX) {
             if part.tensors.equal > 0 && part.tensors.all_equal() {
                 writeln!(
                     out,
-                    "every tensor in `{}` is identical to step {a}",
+                    "every tensor in `{}` is identical to {a}",
                     text::one_line(text::path(&part.name))
                 )?;
             }

@@ -26,6 +26,9 @@ pub(crate) struct Options {
     /// The step to show [default: the newest]
     #[arg(long, value_name = "N")]
     step: Option<u64>,
+    /// The rank whose part is shown, where several ranks saved the checkpoint.
+    #[arg(long, value_name = "R", default_value_t = 0)]
+    rank: u32,
     /// Show at most this many entries of each container and rows of each table; 0 shows all.
     #[arg(long, value_name = "N", default_value_t = 16)]
     limit: u64,
@@ -44,6 +47,7 @@ pub(crate) struct Options {
 #[derive(Debug, Serialize)]
 struct Inspected {
     manifest: Manifest,
+    rank: u32,
     shard: String,
     disk_bytes: u64,
     chunk_bytes: u32,
@@ -112,7 +116,8 @@ struct Chunk {
 
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let engine = options.store.open()?;
-    let checkpoint = opened::checkpoint(&engine, &options.store, options.step, "inspecting")?;
+    let (step, rank) = (options.step, Some(options.rank));
+    let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, "inspecting")?;
     let inspected = inspect(&checkpoint, options.chunks);
     if options.json {
         write_json(out, &inspected)?;
@@ -132,6 +137,7 @@ fn inspect(checkpoint: &Checkpoint, with_chunks: bool) -> Inspected {
         index.tensors.iter().zip(paths).map(|(record, paths)| tensor(record, paths)).collect();
     Inspected {
         manifest: checkpoint.manifest().clone(),
+        rank: checkpoint.header().rank,
         shard: checkpoint.shard_name(),
         disk_bytes: checkpoint.file_bytes(),
         chunk_bytes: checkpoint.header().chunk_bytes,

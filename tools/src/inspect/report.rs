@@ -59,7 +59,7 @@ fn facts(inspected: &Inspected) -> Vec<(&'static str, String)> {
         ("attempt", manifest.attempt.clone()),
         ("saved", format!("{saved} UTC")),
         ("by", version),
-        ("ranks", manifest.world_size.to_string()),
+        ("ranks", ranks(inspected)),
         ("size", size),
         ("tensors", tensors),
     ];
@@ -77,6 +77,23 @@ fn facts(inspected: &Inspected) -> Vec<(&'static str, String)> {
         }));
     }
     facts
+}
+
+/// How many ranks saved it; of several, what all of them wrote, and whose part is shown.
+fn ranks(inspected: &Inspected) -> String {
+    let manifest = &inspected.manifest;
+    if manifest.world_size == 1 {
+        return "1".into();
+    }
+    let disk_bytes = manifest.shards.iter().map(|shard| shard.bytes).sum();
+    let raw_bytes = manifest.shards.iter().map(|shard| shard.raw_bytes).sum();
+    format!(
+        "{}: {} on disk, {} raw; below is the part of rank {}, `--rank` shows another",
+        manifest.world_size,
+        text::bytes(disk_bytes),
+        text::bytes(raw_bytes),
+        inspected.rank
+    )
 }
 
 /// The largest first: what a person looks for.

@@ -61,6 +61,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
     engine.close()?;
     Ok(Restored {
         step: info.step,
+        rank: checkpoint.header().rank,
         output: output.to_owned(),
         kind: "store",
         tensors: index.tensors.len() as u64,

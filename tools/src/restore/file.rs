@@ -50,6 +50,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, options: &Options) -> Result<Rest
     say_what_is_missing(checkpoint, &tensors);
     Ok(Restored {
         step: checkpoint.step(),
+        rank: checkpoint.header().rank,
         output: options.output.clone(),
         kind: "file",
         tensors: tensors.len() as u64,

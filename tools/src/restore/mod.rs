@@ -39,6 +39,10 @@ pub(crate) struct Options {
     /// The step to restore [default: the newest]
     #[arg(long, value_name = "N")]
     step: Option<u64>,
+    /// The rank whose part is restored, where several ranks saved the checkpoint; `ckpt-tool copy`
+    /// copies all of them.
+    #[arg(long, value_name = "R")]
+    rank: Option<u32>,
     /// Write only tensors whose path fits; may be given several times. For files only.
     #[arg(long, value_name = "GLOB")]
     tensors: Vec<String>,
@@ -60,6 +64,7 @@ pub(crate) struct Options {
 #[derive(Debug, Serialize)]
 struct Restored {
     step: u64,
+    rank: u32,
     output: PathBuf,
     /// `file` or `store`.
     kind: &'static str,
@@ -75,7 +80,8 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let to_file = is_file_name(&options.output);
     check_options(options, to_file)?;
     let engine = options.store.open()?;
-    let checkpoint = opened::checkpoint(&engine, &options.store, options.step, "restoring from")?;
+    let (step, rank) = (options.step, options.rank);
+    let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, "restoring from")?;
     let restored = if to_file {
         file::restore(&checkpoint, options)?
     } else {

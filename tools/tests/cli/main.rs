@@ -8,6 +8,7 @@ mod errors;
 mod escape;
 mod golden;
 mod output;
+mod ranks;
 mod restore;
 mod state;
 mod tool;

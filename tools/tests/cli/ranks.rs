@@ -1,0 +1,152 @@
+//! Checkpoints that several ranks saved: which rank's part is meant is said, never guessed.
+
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use dtr_engine::config::Compression;
+use dtr_engine::format::manifest::ShardEntry;
+use dtr_engine::format::names::AttemptId;
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::{Config, Engine, Result};
+use safetensors::SafeTensors;
+
+use crate::golden::assert_golden;
+use crate::state::{State, Store, singles};
+
+const RANKS: u32 = 2;
+
+/// Ranks that are threads of one process, without losses: the last one that reports publishes.
+#[derive(Debug, Default)]
+struct Together {
+    shards: Mutex<Vec<ShardEntry>>,
+    published: Condvar,
+}
+
+impl Ranks for Together {
+    fn begin(&self, _step: u64) -> Result<Begun> {
+        Ok(Begun { attempt: AttemptId::from_bytes([7; 16]), created_unix_ms: 1_790_000_000_000 })
+    }
+
+    fn report(
+        &self,
+        _attempt: Attempt,
+        shard: &ShardEntry,
+        _is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
+        let mut shards = self.shards.lock().unwrap();
+        shards.push(shard.clone());
+        if shards.len() == RANKS as usize {
+            shards.sort_by_key(|shard| shard.rank);
+            return Ok(Outcome::Publish(shards.clone()));
+        }
+        let _shards = self.published.wait_while(shards, |shards| !shards.is_empty()).unwrap();
+        Ok(Outcome::Committed)
+    }
+
+    fn commit(&self, _attempt: Attempt, _manifest_crc32c: u32) -> Result<bool> {
+        self.shards.lock().unwrap().clear();
+        self.published.notify_all();
+        Ok(true)
+    }
+
+    fn abort(&self, _attempt: Attempt, reason: &str) -> Result<()> {
+        panic!("no rank fails: {reason}");
+    }
+
+    fn agree(&self, steps: &[u64], _timeout: Duration) -> Result<Option<u64>> {
+        Ok(steps.last().copied())
+    }
+}
+
+/// Step 30, whose ranks saved what one process saves at steps 10 and 20.
+fn saved_by_ranks() -> Store {
+    let store = Store::empty();
+    let together = Arc::new(Together::default());
+    std::thread::scope(|scope| {
+        for rank in 0..RANKS {
+            let ranks: Arc<dyn Ranks> = Arc::<Together>::clone(&together);
+            let path = store.path();
+            scope.spawn(move || save(&path, ranks, rank));
+        }
+    });
+    store
+}
+
+fn save(path: &Path, ranks: Arc<dyn Ranks>, rank: u32) {
+    let config = Config {
+        rank,
+        world_size: RANKS,
+        chunk_bytes: 64 << 10,
+        in_flight_bytes: 1 << 20,
+        compression: Compression::None,
+        job: "gpt".into(),
+        ..Config::new(path)
+    };
+    let engine = Engine::open_among(config, ranks).unwrap();
+    let state = State { step: 30, ..State::at(10 + 10 * u64::from(rank)) };
+    engine.save(state.request()).unwrap().result(None).unwrap().unwrap();
+    engine.close().unwrap();
+}
+
+#[test]
+fn a_rank_is_shown_and_said() {
+    let store = saved_by_ranks();
+    let first = store.run("inspect", &[]);
+    assert_eq!(first.status, 0, "{first:?}");
+    assert_golden("inspect-ranks", &store.redact(&first.stdout));
+    let second = store.run("inspect", &["--rank", "1", "--json"]).json();
+    assert_eq!(second["rank"], 1);
+    assert_eq!(second["manifest"]["shards"].as_array().unwrap().len(), 2);
+    let step = second["tree"].as_array().unwrap().iter().find(|entry| entry["path"] == "step");
+    assert_eq!(step.unwrap()["value"], 20, "what rank 1 saved");
+    let verified = store.run("verify", &[]);
+    assert_eq!(verified.status, 0, "{verified:?}");
+}
+
+#[test]
+fn a_rank_is_restored_when_it_is_named() {
+    let store = saved_by_ranks();
+    let output = store.beside("rank.safetensors");
+    let output = output.to_str().unwrap();
+    store.run("restore", &["--output", output]).assert_error(2);
+    for rank in 0..RANKS {
+        let number = rank.to_string();
+        let run =
+            store.run("restore", &["--rank", &number, "--output", output, "--force", "--json"]);
+        assert_eq!(run.json()["rank"], rank);
+        let bytes = std::fs::read(output).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let scale = if rank == 0 { 1.25 } else { 2.5 };
+        let moment = file.tensor("optimizer.state.0.exp_avg").unwrap();
+        assert!(moment.data() == singles(1000, scale), "rank {rank}");
+    }
+    let alone = store.beside("alone");
+    let run = store.run("restore", &["--rank", "1", "--output", alone.to_str().unwrap()]);
+    assert_eq!(run.status, 0, "{run:?}");
+    let engine = Engine::open(Config { read_only: true, ..Config::new(&alone) }).unwrap();
+    assert_eq!(engine.checkpoint(30).unwrap().manifest().world_size, 1);
+}
+
+#[test]
+fn ranks_are_compared_with_each_other() {
+    let store = saved_by_ranks();
+    store.run("diff", &["30", "30"]).assert_error(2);
+    let same = store.run("diff", &["30", "30", "--rank", "1", "--exit-code"]);
+    assert_eq!(same.status, 0, "{same:?}");
+    let other = store.run("diff", &["30", "30", "--rank", "0", "--b-rank", "1", "--exit-code"]);
+    assert_eq!(other.status, 1, "{other:?}");
+    assert_golden("diff-ranks", &store.redact(&other.stdout));
+    let json = store.run("diff", &["30", "30", "--rank", "0", "--b-rank", "1", "--json"]).json();
+    assert_eq!((&json["a_rank"], &json["b_rank"]), (&0.into(), &1.into()));
+}
+
+#[test]
+fn a_rank_that_is_not_there_is_wrong_usage() {
+    let store = saved_by_ranks();
+    let run = store.run("inspect", &["--rank", "2"]);
+    run.assert_error(2);
+    assert_golden("error-no-such-rank", &store.redact(&run.stderr));
+    let run = store.run("restore", &["--output", store.beside("x.safetensors").to_str().unwrap()]);
+    assert_golden("error-which-rank", &store.redact(&run.stderr));
+}
