@@ -21,7 +21,7 @@ use crate::format::checksum::crc32c;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::io::buffer::{Buffer, BufferPool};
-use crate::load::{Checkpoint, Extent, VerifyObserver, from_format};
+use crate::load::{Checkpoint, Damaged, Extent, VerifyObserver, from_format};
 use crate::store::flow::Flow;
 use crate::store::{Piece, Publication, ShardId, ShardSink, ShardSize, Store};
 use crate::{EngineError, Result};
@@ -106,7 +106,7 @@ pub(crate) fn transfer(
         sinks.0.push(sink);
         shards.push((shard, entry.bytes));
         // Header, footer and index as they lie there now; the chunks' checksums are in the index.
-        Checkpoint::open_shard(destination, &manifest, entry.rank)?;
+        Checkpoint::open_shard(destination, &manifest, entry.rank, Damaged::Told)?;
     }
     destination.publish(Publication {
         step,
@@ -157,7 +157,8 @@ type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
 
 impl Copy<'_> {
     fn shard(&self, entry: &ShardEntry) -> Result<(ShardId, Box<dyn ShardSink>)> {
-        let checkpoint = Checkpoint::open_shard(self.source, self.manifest, entry.rank)?;
+        let checkpoint =
+            Checkpoint::open_shard(self.source, self.manifest, entry.rank, Damaged::Told)?;
         let (rank, attempt) = parse_shard_file(&entry.file)
             .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
         let shard = ShardId { step: self.manifest.step, rank, attempt };

@@ -5,6 +5,7 @@
 //! ended in time, well or with an error that says what happened.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dtr_engine::config::Compression;
@@ -134,6 +135,35 @@ fn without_faults_everything_succeeds() {
     assert!(seen.errors.is_empty(), "{:?}", seen.errors);
     assert_eq!((seen.saved, judgement), (vec![2, 3], Ok(())));
     assert!((20..100).contains(&requests), "{requests}");
+}
+
+#[test]
+fn what_is_damaged_on_its_way_is_read_once_more() {
+    let place = Place::new();
+    let store = place.config();
+    let state = state_of(2);
+    let writer = open(Config { compression: Compression::None, ..store.clone() });
+    state.save(&writer, 2).unwrap();
+    writer.close().unwrap();
+    let hit = Arc::new(AtomicU64::new(u64::MAX));
+    let plan = Arc::clone(&hit);
+    let plan = move |request| {
+        let is_hit = request == plan.load(Ordering::SeqCst);
+        if is_hit { Fault::Corrupted } else { Fault::None }
+    };
+    let proxy = Proxy::start(place.server.address(), Arc::new(plan));
+    let engine = open(Config { read_only: true, ..through(&proxy, &store) });
+    let checkpoint = engine.checkpoint(2).unwrap();
+    let before = proxy.requests();
+    state.assert_equals(&checkpoint);
+    let requests = proxy.requests() - before;
+    assert!(requests > 4, "{requests}");
+    for number in 0..requests {
+        let before = proxy.requests();
+        hit.store(before + number, Ordering::SeqCst);
+        state.assert_equals(&checkpoint);
+        assert_eq!(proxy.requests() - before, requests + 1, "request {number} was not hit");
+    }
 }
 
 /// Each fault alone is survived where the service may be asked again. A clock that is said to be

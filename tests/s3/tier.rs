@@ -1,10 +1,11 @@
 //! A directory that drains into S3: commit near, upload behind, read from where it is.
 
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dtr_engine::config::Compression;
-use dtr_engine::{Config, Engine};
+use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
 
 use crate::place::{PART_BYTES, Place, config_at, open};
@@ -64,6 +65,48 @@ fn what_is_gone_near_is_read_from_far() {
     drop(engine);
     let reader = open(Config { read_only: true, ..near });
     state.assert_equals(&reader.checkpoint(5).unwrap());
+}
+
+/// Flips a bit of the shard that lies in `directory`, at an offset from its start or its end.
+fn damage(directory: &Path, offset: i64) {
+    let step = directory.join("step-000000000005");
+    let mut files = std::fs::read_dir(step).unwrap().map(|entry| entry.unwrap().path());
+    let path = files.find(|path| path.extension().is_some_and(|end| end == "shard")).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let start = if offset < 0 { i64::try_from(bytes.len()).unwrap() } else { 0 };
+    bytes[usize::try_from(start + offset).unwrap()] ^= 4;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn what_is_damaged_near_is_read_from_far() {
+    let place = Place::new();
+    // A chunk; then also the header, the index, the footer.
+    for offsets in [&[9_000, 70_000][..], &[9_000, 8], &[-5_000], &[-4_000]] {
+        let (directory, near, far) = tier(&place);
+        let state = State::training(1, 1);
+        let engine = open(near.clone());
+        state.save(&engine, 5).unwrap();
+        engine.uploaded(5, None).unwrap().unwrap().unwrap();
+        engine.close().unwrap();
+        for offset in offsets {
+            damage(directory.path(), *offset);
+        }
+        let alone = open(Config { read_only: true, ..local_only(&near) });
+        let error = alone.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
+        assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{offsets:?}: {error:?}");
+        for read_only in [true, false] {
+            let engine = open(Config { read_only, ..near.clone() });
+            state.assert_equals(&engine.checkpoint(5).unwrap());
+            let report = engine.verify(5, &()).unwrap();
+            assert!(!report.damage.is_empty(), "verify tells of what lies near: {offsets:?}");
+        }
+        let far = open(far);
+        far.delete(5).unwrap();
+        let reader = open(Config { read_only: true, ..near });
+        let error = reader.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
+        assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{offsets:?}: {error:?}");
+    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::format::manifest::Manifest;
 use crate::io::buffer::BufferPool;
 use crate::io::{Io, open_backend};
 use crate::load::{
-    Checkpoint, ReadOptions, VerifyObserver, VerifyReport, read_manifest, verify_step,
+    Checkpoint, Damaged, ReadOptions, VerifyObserver, VerifyReport, read_manifest, verify_step,
 };
 use crate::ranks::Ranks;
 use crate::recovery::{StepState, Survey};
@@ -323,7 +323,7 @@ impl Engine {
         let open = || {
             let manifest = read_manifest(store, step)?;
             check_world_size(&manifest, world_size)?;
-            Checkpoint::open_shard(store, &Arc::new(manifest), rank)
+            Checkpoint::open_shard(store, &Arc::new(manifest), rank, Damaged::ReadElsewhere)
         };
         match open() {
             // The writer replaced or removed it under our feet: what stands there now counts.

@@ -12,7 +12,7 @@
 //! chunks that a request touches are read.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Receiver;
 
@@ -49,19 +49,26 @@ pub struct Checkpoint {
     header: Header,
     index: ShardIndex,
     source: Box<dyn ShardSource>,
+    /// Opened when damage is met.
+    second: OnceLock<Option<Box<dyn ShardSource>>>,
+}
+
+/// What is done about damage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Damaged {
+    /// The same bytes are looked for elsewhere ([`ShardSource::second`]).
+    ReadElsewhere,
+    /// It is told: what lies here is what is asked about.
+    Told,
 }
 
 impl Checkpoint {
-    /// Reads and checks manifest, footer, header and index of `rank`'s shard of `step`.
-    pub fn open(store: &dyn Store, step: u64, rank: u32) -> Result<Self> {
-        let manifest = read_manifest(store, step)?;
-        Self::open_shard(store, &Arc::new(manifest), rank)
-    }
-
+    /// Reads and checks footer, header and index of the shard of `rank` that `manifest` names.
     pub(crate) fn open_shard(
         store: &dyn Store,
         manifest: &Arc<Manifest>,
         rank: u32,
+        damaged: Damaged,
     ) -> Result<Self> {
         // A manifest that was decoded has one entry for each rank, in order.
         let entry = manifest.shards.get(rank as usize).ok_or_else(|| {
@@ -75,12 +82,25 @@ impl Checkpoint {
             EngineError::corrupt(store.location(), format!("`{}` is no shard's name", entry.file))
         })?;
         let source = store.open_shard(ShardId { step: manifest.step, rank, attempt })?;
-        let control = Control::new(source.as_ref())?;
-        let footer = control.footer(entry)?;
-        let header = control.header(&footer)?;
-        control.compare(&header, &footer, manifest, entry)?;
-        let index = control.index(&footer, &header)?;
-        Ok(Self { manifest: Arc::clone(manifest), header, index, source })
+        let (source, (header, index)) = match read_control(source.as_ref(), manifest, entry) {
+            Ok(control) => (source, control),
+            Err(error) if damaged == Damaged::ReadElsewhere && is_damage(&error) => {
+                let Some(second) = second_of(source.as_ref(), &error) else { return Err(error) };
+                // If that is no better, what lies here is what is told.
+                match read_control(second.as_ref(), manifest, entry) {
+                    Ok(control) => (second, control),
+                    Err(_) => return Err(error),
+                }
+            }
+            Err(error) => return Err(error),
+        };
+        let second = OnceLock::new();
+        Ok(Self { manifest: Arc::clone(manifest), header, index, source, second })
+    }
+
+    /// Where else the shard's bytes are, for one who met damage.
+    fn second(&self, met: &EngineError) -> Option<&dyn ShardSource> {
+        self.second.get_or_init(|| second_of(self.source.as_ref(), met)).as_deref()
     }
 
     /// The training step.
@@ -176,6 +196,60 @@ pub(crate) fn read_manifest(store: &dyn Store, step: u64) -> Result<Manifest> {
     } else {
         Err(EngineError::corrupt(file, format!("it is the manifest of step {}", manifest.step)))
     }
+}
+
+/// Whether an error says that bytes are not what they were, or cannot be had.
+fn is_damage(error: &EngineError) -> bool {
+    matches!(error, EngineError::Corrupt { .. } | EngineError::Io { .. })
+}
+
+/// Another way to a shard that is damaged, which is logged. One that cannot be opened is none.
+fn second_of(source: &dyn ShardSource, met: &EngineError) -> Option<Box<dyn ShardSource>> {
+    match source.second() {
+        Ok(Some(second)) => {
+            let (from, to) = (source.name(), second.name());
+            tracing::warn!(error = %met, from, to, "damage was met, reading the copy");
+            Some(second)
+        }
+        Ok(None) => None,
+        Err(error) => {
+            tracing::warn!(%error, "the copy of a damaged shard cannot be opened");
+            None
+        }
+    }
+}
+
+/// Header and index of a shard, checked from the manifest down.
+fn read_control(
+    source: &dyn ShardSource,
+    manifest: &Manifest,
+    entry: &ShardEntry,
+) -> Result<(Header, ShardIndex)> {
+    let control = Control::new(source)?;
+    let footer = control.footer(entry)?;
+    let header = control.header(&footer)?;
+    control.compare(&header, &footer, manifest, entry)?;
+    let index = control.index(&footer, &header)?;
+    Ok((header, index))
+}
+
+/// Reads whole blocks into a buffer and waits for them.
+pub(super) fn read_now(
+    source: &dyn ShardSource,
+    offset: u64,
+    buffer: Buffer,
+    bytes: usize,
+) -> Result<Buffer> {
+    let (sender, receiver) = crossbeam_channel::bounded(1);
+    let done = Box::new(move |result, buffer| {
+        // The receiver waits below; it cannot be gone.
+        let _gone = sender.send((result, buffer));
+    });
+    source.read(offset, buffer, bytes, done);
+    let (result, buffer): (Result<()>, Buffer) = receiver.recv().map_err(|_| {
+        EngineError::internal(format!("reading `{}`", source.name()), "the store dropped a read")
+    })?;
+    result.map(|()| buffer)
 }
 
 /// Gives a format error the name of the file that it was found in.
@@ -293,19 +367,7 @@ impl<'a> Control<'a> {
         let end = offset + bytes;
         while at < end {
             let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(CONTROL_BUFFER_BYTES);
-            let (sender, receiver) = crossbeam_channel::bounded(1);
-            let done = Box::new(move |result, buffer| {
-                // The receiver waits below; it cannot be gone.
-                let _gone = sender.send((result, buffer));
-            });
-            self.source.read(at, self.pool.take(), part, done);
-            let (result, buffer): (Result<()>, Buffer) = receiver.recv().map_err(|_| {
-                EngineError::internal(
-                    format!("reading `{}`", self.source.name()),
-                    "the store dropped a read",
-                )
-            })?;
-            result?;
+            let buffer = read_now(self.source, at, self.pool.take(), part)?;
             collected.extend_from_slice(&buffer[..part]);
             at += part as u64;
         }

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::Checkpoint;
+use super::{Checkpoint, is_damage, read_now};
 use crate::codec::{Codec, Decoder};
 use crate::copy::{copy, copy_with_checksum};
 use crate::error::IoContext;
@@ -44,11 +44,13 @@ pub struct ReadOptions {
     pub verify: bool,
     /// Threads that decode. Default: one per core, at most 16.
     pub workers: Option<u32>,
+    /// Read a chunk that is damaged here from the store's other copy, if it has one. Default true.
+    pub copies: bool,
 }
 
 impl Default for ReadOptions {
     fn default() -> Self {
-        Self { verify: true, workers: None }
+        Self { verify: true, workers: None, copies: true }
     }
 }
 
@@ -168,12 +170,6 @@ fn locate(checkpoint: &Checkpoint, target: &Target<'_>) -> Result<u64> {
 /// What [`run`] tells of each chunk; false stops the reading.
 pub(super) type Report<'a> = &'a (dyn Fn(usize, Result<()>) -> bool + Sync);
 
-struct Arrived<'a> {
-    job: ChunkJob<'a>,
-    result: Result<()>,
-    buffer: Buffer,
-}
-
 /// Reads, checks and delivers all `jobs`, in the order given.
 pub(super) fn run(
     checkpoint: &Checkpoint,
@@ -246,7 +242,7 @@ fn submit_all(
         let chunk =
             job.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|job| job.chunk);
         let record = checkpoint.record(chunk.expect("jobs are taken only after their read"));
-        let padded = (record.stored_bytes as usize).next_multiple_of(ALIGNMENT);
+        let padded = padded_bytes(record);
         let arrived = arrived.clone();
         let done = Box::new(move |result, buffer| {
             // Workers that stopped early need it no more.
@@ -272,10 +268,16 @@ fn work(
             continue;
         }
         let job = waiting[number].lock().unwrap_or_else(PoisonError::into_inner).take();
-        let job = job.expect("each read arrives once");
-        let chunk = job.chunk;
-        let delivered = delivery.deliver(Arrived { job, result, buffer });
-        if !report(chunk, delivered) {
+        let mut job = job.expect("each read arrives once");
+        let mut delivered = result.and_then(|()| delivery.deliver(&mut job, &buffer));
+        if let Err(error) = &delivered
+            && options.copies
+            && is_damage(error)
+            && delivery.deliver_copy(&mut job, buffer, error)
+        {
+            delivered = Ok(());
+        }
+        if !report(job.chunk, delivered) {
             stopped.store(true, Ordering::Relaxed);
         }
     }
@@ -290,12 +292,23 @@ struct Delivery<'c> {
 }
 
 impl Delivery<'_> {
-    fn deliver(&mut self, arrived: Arrived<'_>) -> Result<()> {
-        let Arrived { job, result, buffer } = arrived;
-        result?;
+    /// Whether the chunk is whole elsewhere, and was delivered from there. If not, the damage that
+    /// was met first is what counts.
+    fn deliver_copy(&mut self, job: &mut ChunkJob<'_>, buffer: Buffer, met: &EngineError) -> bool {
+        let Some(second) = self.checkpoint.second(met) else { return false };
+        let record = self.checkpoint.record(job.chunk);
+        let read = read_now(second, record.offset, buffer, padded_bytes(record));
+        let delivered = read.and_then(|buffer| self.deliver(job, &buffer));
+        if let Err(error) = &delivered {
+            tracing::warn!(%error, "the copy of a damaged chunk is no better");
+        }
+        delivered.is_ok()
+    }
+
+    fn deliver(&mut self, job: &mut ChunkJob<'_>, buffer: &Buffer) -> Result<()> {
         let record = *self.checkpoint.record(job.chunk);
         let stored_bytes = record.stored_bytes as usize;
-        let padded = &buffer[..stored_bytes.next_multiple_of(ALIGNMENT)];
+        let padded = &buffer[..padded_bytes(&record)];
         // Raw bytes in whole blocks have one checksum under two names: it is taken below.
         let one_checksum = record.codec == Codec::None && padded.len() == stored_bytes;
         if self.options.verify {
@@ -308,12 +321,16 @@ impl Delivery<'_> {
         self.decode(&record, job, &padded[..stored_bytes])
     }
 
-    fn decode(&mut self, record: &ChunkRecord, job: ChunkJob<'_>, stored: &[u8]) -> Result<()> {
+    fn decode(
+        &mut self,
+        record: &ChunkRecord,
+        job: &mut ChunkJob<'_>,
+        stored: &[u8],
+    ) -> Result<()> {
         let raw_bytes = record.raw_bytes as usize;
         let chunk = job.chunk;
-        let mut pieces = job.pieces;
         // The usual case of a large tensor: the chunk is decoded where it belongs.
-        if let [(0, memory)] = pieces.as_mut_slice()
+        if let [(0, memory)] = job.pieces.as_mut_slice()
             && memory.len() == raw_bytes
         {
             if record.codec == Codec::None && stored.len() == raw_bytes {
@@ -324,7 +341,7 @@ impl Delivery<'_> {
         }
         if record.codec == Codec::None {
             self.check_raw(chunk, stored, record)?;
-            scatter(pieces, stored);
+            scatter(&mut job.pieces, stored);
             return Ok(());
         }
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -335,7 +352,7 @@ impl Delivery<'_> {
         let raw = &mut scratch[..raw_bytes];
         self.decode_into(record, chunk, stored, raw)?;
         self.check_raw(chunk, raw, record)?;
-        scatter(pieces, raw);
+        scatter(&mut job.pieces, raw);
         self.scratch = scratch;
         Ok(())
     }
@@ -398,13 +415,18 @@ impl Delivery<'_> {
     }
 }
 
+/// Bytes of a chunk in the file, whole blocks.
+fn padded_bytes(record: &ChunkRecord) -> usize {
+    (record.stored_bytes as usize).next_multiple_of(ALIGNMENT)
+}
+
 fn checksum(bytes: &[u8]) -> u32 {
     tracing::trace_span!("checksum").in_scope(|| crc32c(bytes))
 }
 
-fn scatter(pieces: Vec<(usize, &mut [u8])>, raw: &[u8]) {
+fn scatter(pieces: &mut [(usize, &mut [u8])], raw: &[u8]) {
     let _span = tracing::trace_span!("scatter").entered();
     for (start, memory) in pieces {
-        copy(&raw[start..start + memory.len()], memory);
+        copy(&raw[*start..*start + memory.len()], memory);
     }
 }

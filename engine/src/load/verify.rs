@@ -13,7 +13,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::read::{ChunkJob, ReadOptions, run};
-use super::{Checkpoint, read_manifest};
+use super::{Checkpoint, Damaged, read_manifest};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
@@ -85,7 +85,7 @@ pub(crate) fn verify_step(
         Ok(manifest) => {
             let mut missing = Missing::default();
             for entry in &manifest.shards {
-                match Checkpoint::open_shard(store, &manifest, entry.rank) {
+                match Checkpoint::open_shard(store, &manifest, entry.rank, Damaged::Told) {
                     Ok(checkpoint) => verify_shard(&checkpoint, options, observer, &mut report)?,
                     Err(error @ EngineError::NotFound { .. }) => missing.add(&entry.file, error),
                     Err(error) => report.damage.push(whole_file(&entry.file, error)?),
@@ -154,7 +154,8 @@ fn verify_shard(
     let damage = Mutex::new(Vec::new());
     let unavailable = Mutex::new(None);
     let cancelled = AtomicBool::new(false);
-    run(checkpoint, jobs, ReadOptions { verify: true, ..options }, &|chunk, result| {
+    let options = ReadOptions { verify: true, copies: false, ..options };
+    run(checkpoint, jobs, options, &|chunk, result| {
         observer.advanced(u64::from(checkpoint.record(chunk).stored_bytes));
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {

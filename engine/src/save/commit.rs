@@ -22,7 +22,7 @@ use crate::format::checksum::to_hex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
-use crate::load::Checkpoint;
+use crate::load::{Checkpoint, Damaged, read_manifest};
 use crate::ranks::{Attempt, Begun, Ranks};
 use crate::store::{Publication, ShardId, ShardSink, ShardSize};
 use crate::{EngineError, Result};
@@ -251,7 +251,9 @@ fn publish(
 
 /// Reads manifest, header, footer, index and lengths of what was just committed.
 fn read_back(core: &Core, shard: ShardId, entry: &ShardEntry, written: &Manifest) -> Result<()> {
-    let checkpoint = Checkpoint::open(core.store.as_ref(), shard.step, shard.rank)?;
+    let store = core.store.as_ref();
+    let manifest = Arc::new(read_manifest(store, shard.step)?);
+    let checkpoint = Checkpoint::open_shard(store, &manifest, shard.rank, Damaged::Told)?;
     let read = checkpoint.manifest();
     let is_ours = match core.ranks {
         None => read == written,

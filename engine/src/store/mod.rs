@@ -264,6 +264,12 @@ pub trait ShardSource: Send + Sync + fmt::Debug {
 
     /// The file mapped into memory, private and copy-on-write, where the store can.
     fn map(&self) -> Result<memmap2::MmapMut>;
+
+    /// Another way to the same bytes, for when what came is damaged: a far store's copy, or the
+    /// same object once more where a network lies between. `None` where there is none.
+    fn second(&self) -> Result<Option<Box<dyn ShardSource>>> {
+        Ok(None)
+    }
 }
 
 /// Receives the outcome of [`ShardSource::read`].

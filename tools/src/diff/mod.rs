@@ -62,9 +62,8 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let engine = options.store.open()?;
     let doing = "comparing checkpoints of";
-    let open = |side: Side| {
-        opened::checkpoint(&engine, &options.store, Some(side.step), side.rank, doing)
-    };
+    let open =
+        |side: Side| opened::checkpoint(&engine, &options.store, Some(side.step), side.rank, doing);
     let sides = options.sides();
     let (a, b) = (open(sides.0)?, open(sides.1)?);
     let mut pairing = Pairing::of(a.index(), b.index());

@@ -12,7 +12,7 @@ use crate::store::{ReadDone, ShardId, ShardSource};
 use crate::{EngineError, Result};
 
 /// A shard in the bucket.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct S3ShardSource {
     shared: Arc<Shared>,
     key: String,
@@ -61,6 +61,11 @@ impl ShardSource for S3ShardSource {
             "it is no file on this machine",
             "load without `mmap=True`, or copy the checkpoint to a directory first",
         ))
+    }
+
+    // What was damaged on its way comes whole the next time.
+    fn second(&self) -> Result<Option<Box<dyn ShardSource>>> {
+        Ok(Some(Box::new(self.clone())))
     }
 }
 

@@ -34,9 +34,11 @@ use crate::transfer::Transferred;
 use crate::{EngineError, Result};
 
 mod far;
+mod near;
 mod uploader;
 
 use far::FarView;
+use near::NearShard;
 use uploader::{Removal, Uploader, Work};
 
 /// A near store and a far one.
@@ -157,7 +159,8 @@ impl Store for TieredStore {
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>> {
         match self.near.open_shard(shard) {
             Err(EngineError::NotFound { .. }) => self.far.open_shard(shard),
-            opened => opened,
+            Ok(near) => Ok(Box::new(NearShard { near, far: Arc::clone(&self.far), shard })),
+            Err(error) => Err(error),
         }
     }
 
