@@ -60,8 +60,9 @@ class Memory:
         for process in [pid, *descendants(pid)]:
             with contextlib.suppress(OSError):
                 fields = status_of(process)
-                own += fields["RssAnon"]
-                shared = max(shared, fields["RssShmem"])
+                # A process that is just ending has no memory left, and no such fields.
+                own += fields.get("RssAnon", 0)
+                shared = max(shared, fields.get("RssShmem", 0))
         return cls(own, shared)
 
 
