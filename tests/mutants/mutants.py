@@ -27,10 +27,12 @@ ROOT = HERE.parents[1]
 HEAD = re.compile(
     r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>crash|engine|readers) (?P<test>\S+)\n"
 )
+# As `make test` builds them.
+CARGO = ("cargo", "test", "--locked", "--release", "--workspace", "--quiet")
 TARGETS = {
-    "crash": ("-p", "integration-tests", "--test", "crash"),
-    "engine": ("-p", "dtr-engine", "--lib"),
-    "readers": ("-p", "integration-tests", "--test", "readers"),
+    "crash": ("--test", "crash"),
+    "engine": ("--lib",),
+    "readers": ("--test", "readers"),
 }
 LIMIT_SECONDS = 1800
 
@@ -88,12 +90,12 @@ class Copy:
 
     def build(self, mutant: Mutant) -> None:
         """Build the tests of a mutant."""
-        command = ("cargo", "test", "--locked", "--quiet", *TARGETS[mutant.binary], "--no-run")
+        command = (*CARGO, *TARGETS[mutant.binary], "--no-run")
         self.call(command, f"with `{mutant.patch.name}` the tests do not build")
 
     def test(self, mutant: Mutant) -> tuple[bool, str]:
         """Run the test of a mutant; say whether it passed, and what it printed."""
-        command = ("cargo", "test", "--locked", "--quiet", *TARGETS[mutant.binary])
+        command = (*CARGO, *TARGETS[mutant.binary])
         command = (*command, "--", mutant.test, "--exact", "--nocapture")
         done = self.run(command)
         if done.returncode == 0 and "1 passed" in done.stdout:

@@ -36,7 +36,7 @@ def crash_test(  # noqa: PLR0917
     name: str, promise: str, test: str, unit: str, full: int, batch: int
 ) -> Row:
     """Make the row of a test of the binary `crash`, which counts by `tests/crash/budget.rs`."""
-    cargo = ("cargo", "test", "--locked", "-p", "integration-tests", "--test", "crash")
+    cargo = ("cargo", "test", "--locked", "--release", "--workspace", "--test", "crash")
     return Row(
         name=name,
         promise=promise,
