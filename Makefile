@@ -78,7 +78,8 @@ native:
 	@$(cargo) build --locked --release -p dtr-python -p ckpt-tool -p coordinator
 	@$(put_module)
 
-# What `cargo test` builds, in one go and with the same features of dependencies, so that nothing is built twice.
+# What `cargo test` builds, in one go and with the same features of dependencies, so that nothing is built twice. The module
+# then holds the simulated device of the engine's tests besides; nothing in it can be told to use that.
 everything:
 	@$(cargo) build --locked --release --workspace --all-targets
 	@$(put_module)

@@ -46,6 +46,7 @@ _CGROUP_MEMORY = (
     ),
 )
 """Limit and use of this process's control group, by version 2 and version 1 of the interface."""
+_RANK_MAX = 2**32 - 1
 _MEMORY_SHARE = 0.8
 """Share of the available memory that a restore may fill to check everything first."""
 
@@ -621,7 +622,9 @@ class CheckpointManager:
         read: Callable[[_native.Checkpoint], _T],
     ) -> tuple[_T, LoadReport]:
         """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
+        # The format's ranks have 32 bits: a larger one is none of any checkpoint's.
         rank = None if from_rank is None else settings.integer("from_rank", from_rank)
+        rank = None if rank is None else min(rank, _RANK_MAX)
         shards = fallback.Shards(self._native, rank)
         if step is not None:
             number = settings.step_of(step, "load(step=...)")

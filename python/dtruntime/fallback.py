@@ -11,7 +11,13 @@ import errno
 import logging
 from typing import TYPE_CHECKING, TypeVar
 
-from dtruntime.errors import CheckpointError, CheckpointNotFound, Corrupt, StorageError
+from dtruntime.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    Corrupt,
+    InvalidArgument,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     import os
@@ -29,11 +35,20 @@ class Shards:
     def __init__(self, native: _native.Manager, from_rank: int | None) -> None:
         """Refer to the shards of a store."""
         self.native = native
+        self.failed: dict[int, str] = {}
+        """Steps that do not verify, with reasons."""
         self._rank = from_rank
 
     def open(self, step: int) -> _native.Checkpoint:
         """Open that of one step."""
-        return self.native.checkpoint(step, self._rank)
+        try:
+            return self.native.checkpoint(step, self._rank)
+        except InvalidArgument as error:
+            if not self.failed:
+                raise
+            # Not the step that the caller meant: say how it came to this one.
+            newer = "; ".join(f"step {n} does not verify: {why}" for n, why in self.failed.items())
+            raise InvalidArgument(error.what, f"{error.why}; {newer}", error.hint) from error
 
 
 def read_step(
@@ -56,7 +71,7 @@ def read_newest(
     read: Callable[[_native.Checkpoint], _T],
 ) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
     """Read the newest checkpoint that verifies; give the newer ones that do not, with reasons."""
-    failed: dict[int, str] = {}
+    failed = shards.failed
     vanished: set[int] = set()
     first_error: CheckpointError | None = None
     while True:
@@ -94,7 +109,8 @@ def read_agreed(
     could not, all of them go on to an older one.
     """
     native = shards.native
-    failed = {step: why for step, why in native.candidates() if why is not None}
+    failed = shards.failed
+    failed.update((step, why) for step, why in native.candidates() if why is not None)
     done: tuple[_native.Checkpoint, _T] | None = None
     while True:
         offered = [s for s, why in native.candidates() if why is None and s not in failed]

@@ -150,7 +150,19 @@ def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_p
             manager.load()
         with pytest.raises(InvalidArgument, match="no rank 2 saved it"):
             manager.load(from_rank=2)
+        with pytest.raises(InvalidArgument, match="no rank 4294967295 saved it"):
+            manager.load(from_rank=2**40)
+        with pytest.raises(InvalidArgument, match="not negative"):
+            manager.load(from_rank=-1)
         assert manager.load(step=1, from_rank=1)["rank"] == 1
+        [shard] = store.glob("step-000000000002/rank-00001.*.shard")
+        shard.write_bytes(shard.read_bytes()[:-1])
+        # Step 2 is gone for this rank, and step 1 is of three.
+        with (
+            CheckpointManager(store, read_only=True, rank=1, world_size=2) as other,
+            pytest.raises(InvalidArgument, match="3 ranks saved it.*step 2 does not verify"),
+        ):
+            other.load()
 
 
 def test_a_state_that_one_rank_cannot_save_fails_on_all_and_training_goes_on(coordinator, tmp_path):

@@ -22,7 +22,7 @@ use crate::support::{Random, State, finish};
 const CALL_MAX: Duration = Duration::from_mins(5);
 
 /// The same store through a proxy, with little patience.
-fn through(proxy: &Proxy, store: &Config) -> Config {
+pub(crate) fn through(proxy: &Proxy, store: &Config) -> Config {
     let mut config = config_at(&proxy.url(), store.path.to_str().unwrap());
     config.compression = Compression::None;
     config.s3.connect_timeout_ms = 2_000;
@@ -153,16 +153,20 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
     };
     let proxy = Proxy::start(place.server.address(), Arc::new(plan));
     let engine = open(Config { read_only: true, ..through(&proxy, &store) });
-    let checkpoint = engine.checkpoint(2).unwrap();
+    // The survey knows from then on what does not change.
+    engine.checkpoint(2).unwrap();
     let before = proxy.requests();
+    let checkpoint = engine.checkpoint(2).unwrap();
+    let opening = proxy.requests() - before;
     state.assert_equals(&checkpoint);
     let requests = proxy.requests() - before;
-    assert!(requests > 4, "{requests}");
-    for number in 0..requests {
+    assert!(requests > opening + 4, "{requests}");
+    // Footer, header, index, and every chunk; a listing or a length have no checksum.
+    for number in opening - 3..requests {
         let before = proxy.requests();
         hit.store(before + number, Ordering::SeqCst);
-        state.assert_equals(&checkpoint);
-        assert_eq!(proxy.requests() - before, requests + 1, "request {number} was not hit");
+        state.assert_equals(&engine.checkpoint(2).unwrap());
+        assert!(proxy.requests() - before > requests, "request {number} was not hit");
     }
 }
 

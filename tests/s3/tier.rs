@@ -1,14 +1,17 @@
 //! A directory that drains into S3: commit near, upload behind, read from where it is.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dtr_engine::config::Compression;
 use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
 
+use crate::faults::through;
 use crate::place::{PART_BYTES, Place, config_at, open};
+use crate::proxy::{Fault, Proxy};
 use crate::support::{State, config, finish, scratch};
 
 /// A directory in front of a store that nobody used before, and that store by itself.
@@ -82,8 +85,15 @@ fn damage(directory: &Path, offset: i64) {
 fn what_is_damaged_near_is_read_from_far() {
     let place = Place::new();
     // A chunk; then also the header, the index, the footer.
-    for offsets in [&[9_000, 70_000][..], &[9_000, 8], &[-5_000], &[-4_000]] {
-        let (directory, near, far) = tier(&place);
+    for (offsets, compression) in [
+        (&[9_000, 70_000][..], Compression::None),
+        (&[9_000, 70_000], Compression::Float),
+        (&[9_000, 8], Compression::None),
+        (&[-5_000], Compression::None),
+        (&[-4_000], Compression::None),
+    ] {
+        let (directory, mut near, far) = tier(&place);
+        near.compression = compression;
         let state = State::training(1, 1);
         let engine = open(near.clone());
         state.save(&engine, 5).unwrap();
@@ -97,7 +107,12 @@ fn what_is_damaged_near_is_read_from_far() {
         assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{offsets:?}: {error:?}");
         for read_only in [true, false] {
             let engine = open(Config { read_only, ..near.clone() });
-            state.assert_equals(&engine.checkpoint(5).unwrap());
+            let checkpoint = engine.checkpoint(5).unwrap();
+            state.assert_equals(&checkpoint);
+            let storages: Vec<u32> = (0..).take(checkpoint.index().storages.len()).collect();
+            checkpoint
+                .map(&storages, true)
+                .expect("what is whole here is mapped, the rest is read");
             let report = engine.verify(5, &()).unwrap();
             assert!(!report.damage.is_empty(), "verify tells of what lies near: {offsets:?}");
         }
@@ -107,6 +122,33 @@ fn what_is_damaged_near_is_read_from_far() {
         let error = reader.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
         assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{offsets:?}: {error:?}");
     }
+}
+
+#[test]
+fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
+    let place = Place::new();
+    let (directory, near, far) = tier(&place);
+    let state = State::training(1, 1);
+    let engine = open(near.clone());
+    state.save(&engine, 5).unwrap();
+    engine.close().unwrap();
+    damage(directory.path(), 9_000);
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = Arc::clone(&is_away);
+    let plan = move |_| {
+        let is_away = away.load(Ordering::SeqCst);
+        if is_away { Fault::Answer(503, "SlowDown") } else { Fault::None }
+    };
+    let proxy = Proxy::start(place.server.address(), Arc::new(plan));
+    let s3 = through(&proxy, &far).s3;
+    let reader = open(Config { read_only: true, s3, ..near });
+    let checkpoint = reader.checkpoint(5).unwrap();
+    is_away.store(true, Ordering::SeqCst);
+    let error = state.try_assert_equals(&checkpoint).unwrap_err();
+    assert!(matches!(error, EngineError::Unavailable { .. }), "{error:?}");
+    assert!(error.to_string().contains("chunk"), "says what was damaged: {error}");
+    is_away.store(false, Ordering::SeqCst);
+    state.assert_equals(&checkpoint);
 }
 
 #[test]

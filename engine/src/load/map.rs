@@ -37,14 +37,31 @@ impl Checkpoint {
         for &storage in storages {
             let Some(range) = self.contiguous(storage)? else { continue };
             let record = self.index.storages[storage as usize];
-            for chunk in self.chunks_of(record.raw_offset, record.bytes) {
-                if !std::mem::replace(&mut checked[chunk], true) {
-                    self.check_mapped(chunk, &map)?;
-                }
+            let chunks = self.chunks_of(record.raw_offset, record.bytes);
+            match self.check_all_mapped(chunks, &map, &mut checked) {
+                Ok(()) => drop(ranges.insert(storage, range)),
+                // Left out, it is read instead, and what is damaged here comes from there.
+                Err(error) if self.second(&error)?.is_some() => {}
+                Err(error) => return Err(error),
             }
-            ranges.insert(storage, range);
         }
         Ok(MappedShard { map, ranges })
+    }
+
+    /// Checks the chunks that were not yet.
+    fn check_all_mapped(
+        &self,
+        chunks: Range<usize>,
+        map: &MmapMut,
+        checked: &mut [bool],
+    ) -> Result<()> {
+        for chunk in chunks {
+            if !checked[chunk] {
+                self.check_mapped(chunk, map)?;
+                checked[chunk] = true;
+            }
+        }
+        Ok(())
     }
 
     /// Where a storage lies in the file if it lies there in one raw piece.

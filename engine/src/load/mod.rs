@@ -31,10 +31,12 @@ use crate::{Result, error::IoContext};
 
 mod map;
 mod read;
+mod second;
 mod verify;
 
 pub use map::MappedShard;
 pub use read::{ReadOptions, ReadStats, Target};
+use second::{is_damage, open_second, read_elsewhere};
 pub use verify::{Damage, VerifyObserver, VerifyReport};
 
 pub(crate) use verify::verify_step;
@@ -82,25 +84,34 @@ impl Checkpoint {
             EngineError::corrupt(store.location(), format!("`{}` is no shard's name", entry.file))
         })?;
         let source = store.open_shard(ShardId { step: manifest.step, rank, attempt })?;
-        let (source, (header, index)) = match read_control(source.as_ref(), manifest, entry) {
-            Ok(control) => (source, control),
-            Err(error) if damaged == Damaged::ReadElsewhere && is_damage(&error) => {
-                let Some(second) = second_of(source.as_ref(), &error) else { return Err(error) };
-                // If that is no better, what lies here is what is told.
-                match read_control(second.as_ref(), manifest, entry) {
-                    Ok(control) => (second, control),
-                    Err(_) => return Err(error),
-                }
+        let (control, mut second) = match read_control(source.as_ref(), manifest, entry) {
+            Ok(control) => (control, OnceLock::new()),
+            Err(met) if damaged == Damaged::ReadElsewhere && is_damage(&met) => {
+                let Some(second) = open_second(source.as_ref(), &met)? else { return Err(met) };
+                let read = |way: &dyn ShardSource| read_control(way, manifest, entry);
+                let control = read_elsewhere(second.as_ref(), met, read)?;
+                (control, OnceLock::from(Some(second)))
             }
             Err(error) => return Err(error),
         };
-        let second = OnceLock::new();
+        // Chunks that are whole here are read here; in a file of another length nothing is known.
+        let source = if source.file_bytes() == entry.bytes {
+            source
+        } else {
+            second.take().flatten().unwrap_or(source)
+        };
+        let (header, index) = control;
         Ok(Self { manifest: Arc::clone(manifest), header, index, source, second })
     }
 
     /// Where else the shard's bytes are, for one who met damage.
-    fn second(&self, met: &EngineError) -> Option<&dyn ShardSource> {
-        self.second.get_or_init(|| second_of(self.source.as_ref(), met)).as_deref()
+    fn second(&self, met: &EngineError) -> Result<Option<&dyn ShardSource>> {
+        if let Some(second) = self.second.get() {
+            return Ok(second.as_deref());
+        }
+        // A service that does not answer now is asked again for the next chunk.
+        let second = open_second(self.source.as_ref(), met)?;
+        Ok(self.second.get_or_init(|| second).as_deref())
     }
 
     /// The training step.
@@ -198,27 +209,6 @@ pub(crate) fn read_manifest(store: &dyn Store, step: u64) -> Result<Manifest> {
     }
 }
 
-/// Whether an error says that bytes are not what they were, or cannot be had.
-fn is_damage(error: &EngineError) -> bool {
-    matches!(error, EngineError::Corrupt { .. } | EngineError::Io { .. })
-}
-
-/// Another way to a shard that is damaged, which is logged. One that cannot be opened is none.
-fn second_of(source: &dyn ShardSource, met: &EngineError) -> Option<Box<dyn ShardSource>> {
-    match source.second() {
-        Ok(Some(second)) => {
-            let (from, to) = (source.name(), second.name());
-            tracing::warn!(error = %met, from, to, "damage was met, reading the copy");
-            Some(second)
-        }
-        Ok(None) => None,
-        Err(error) => {
-            tracing::warn!(%error, "the copy of a damaged shard cannot be opened");
-            None
-        }
-    }
-}
-
 /// Header and index of a shard, checked from the manifest down.
 fn read_control(
     source: &dyn ShardSource,
@@ -233,23 +223,22 @@ fn read_control(
     Ok((header, index))
 }
 
-/// Reads whole blocks into a buffer and waits for them.
-pub(super) fn read_now(
+/// Reads whole blocks into a buffer and waits for them; the buffer comes back either way.
+fn read_now(
     source: &dyn ShardSource,
     offset: u64,
     buffer: Buffer,
     bytes: usize,
-) -> Result<Buffer> {
+) -> Result<(Result<()>, Buffer)> {
     let (sender, receiver) = crossbeam_channel::bounded(1);
     let done = Box::new(move |result, buffer| {
         // The receiver waits below; it cannot be gone.
         let _gone = sender.send((result, buffer));
     });
     source.read(offset, buffer, bytes, done);
-    let (result, buffer): (Result<()>, Buffer) = receiver.recv().map_err(|_| {
+    receiver.recv().map_err(|_| {
         EngineError::internal(format!("reading `{}`", source.name()), "the store dropped a read")
-    })?;
-    result.map(|()| buffer)
+    })
 }
 
 /// Gives a format error the name of the file that it was found in.
@@ -367,7 +356,8 @@ impl<'a> Control<'a> {
         let end = offset + bytes;
         while at < end {
             let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(CONTROL_BUFFER_BYTES);
-            let buffer = read_now(self.source, at, self.pool.take(), part)?;
+            let (read, buffer) = read_now(self.source, at, self.pool.take(), part)?;
+            read?;
             collected.extend_from_slice(&buffer[..part]);
             at += part as u64;
         }

@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::{Checkpoint, is_damage, read_now};
+use super::second::{is_damage, read_elsewhere};
+use super::{Checkpoint, read_now};
 use crate::codec::{Codec, Decoder};
 use crate::copy::{copy, copy_with_checksum};
 use crate::error::IoContext;
@@ -269,14 +270,12 @@ fn work(
         }
         let job = waiting[number].lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut job = job.expect("each read arrives once");
-        let mut delivered = result.and_then(|()| delivery.deliver(&mut job, &buffer));
-        if let Err(error) = &delivered
-            && options.copies
-            && is_damage(error)
-            && delivery.deliver_copy(&mut job, buffer, error)
-        {
-            delivered = Ok(());
-        }
+        let delivered = match result.and_then(|()| delivery.deliver(&mut job, &buffer)) {
+            Err(met) if options.copies && is_damage(&met) => {
+                delivery.deliver_copy(&mut job, buffer, met)
+            }
+            delivered => delivered,
+        };
         if !report(job.chunk, delivered) {
             stopped.store(true, Ordering::Relaxed);
         }
@@ -292,17 +291,27 @@ struct Delivery<'c> {
 }
 
 impl Delivery<'_> {
-    /// Whether the chunk is whole elsewhere, and was delivered from there. If not, the damage that
-    /// was met first is what counts.
-    fn deliver_copy(&mut self, job: &mut ChunkJob<'_>, buffer: Buffer, met: &EngineError) -> bool {
-        let Some(second) = self.checkpoint.second(met) else { return false };
-        let record = self.checkpoint.record(job.chunk);
-        let read = read_now(second, record.offset, buffer, padded_bytes(record));
-        let delivered = read.and_then(|buffer| self.deliver(job, &buffer));
-        if let Err(error) = &delivered {
-            tracing::warn!(%error, "the copy of a damaged chunk is no better");
-        }
-        delivered.is_ok()
+    /// A chunk that came damaged, from elsewhere; checked whatever the options say.
+    fn deliver_copy(
+        &mut self,
+        job: &mut ChunkJob<'_>,
+        buffer: Buffer,
+        met: EngineError,
+    ) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let Some(second) = checkpoint.second(&met)? else { return Err(met) };
+        let record = *checkpoint.record(job.chunk);
+        let verify = std::mem::replace(&mut self.options.verify, true);
+        let mut spare = Some(buffer);
+        let delivered = read_elsewhere(second, met, |way| {
+            let buffer = spare.take().expect("each read gives it back");
+            let (read, buffer) = read_now(way, record.offset, buffer, padded_bytes(&record))?;
+            let delivered = read.and_then(|()| self.deliver(job, &buffer));
+            spare = Some(buffer);
+            delivered
+        });
+        self.options.verify = verify;
+        delivered
     }
 
     fn deliver(&mut self, job: &mut ChunkJob<'_>, buffer: &Buffer) -> Result<()> {
