@@ -160,7 +160,7 @@ def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_p
         # Step 2 is gone for this rank, and step 1 is of three.
         with (
             CheckpointManager(store, read_only=True, rank=1, world_size=2) as other,
-            pytest.raises(InvalidArgument, match="3 ranks saved it.*step 2 does not verify"),
+            pytest.raises(InvalidArgument, match=r"3 ranks saved it.*step 2 does not verify"),
         ):
             other.load()
 
