@@ -33,8 +33,8 @@ torture: native ## try every promise as often as its row says, for BUDGET minute
 
 check: everything ## formatting, lints, types, documentation and house rules, as CI runs them
 	$(cargo) fmt --all --check
-	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(cargo) doc --locked --workspace --no-deps
+	$(cargo) clippy --locked --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(cargo) doc --locked --release --workspace --no-deps
 	$(cargo) test --locked --release --workspace --test tidy
 	$(env) ruff format --check
 	$(env) ruff check
@@ -64,7 +64,7 @@ wheel: ## build the wheel into dist/, install it into a new environment and impo
 	@ls -l dist
 
 docs: ## build the documentation of every crate
-	$(cargo) doc --locked --workspace --no-deps
+	$(cargo) doc --locked --release --workspace --no-deps
 	@$(env) bash -c 'echo "$$CARGO_TARGET_DIR/doc/dtr_engine/index.html"'
 
 clean: ## remove what was built for this clone

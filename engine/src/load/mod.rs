@@ -170,13 +170,7 @@ impl Checkpoint {
         extent: Extent,
         buffer: Buffer,
     ) -> Receiver<(Result<()>, Buffer)> {
-        let (sender, receiver) = crossbeam_channel::bounded(1);
-        let done = Box::new(move |outcome, buffer| {
-            // A receiver that is gone wants it no more.
-            let _gone = sender.send((outcome, buffer));
-        });
-        self.source.read(extent.offset, buffer, extent.bytes, done);
-        receiver
+        start_reading(self.source.as_ref(), extent.offset, buffer, extent.bytes)
     }
 
     /// The chunks that hold `bytes` bytes from `raw_offset` of the raw layout.
@@ -223,6 +217,22 @@ fn read_control(
     Ok((header, index))
 }
 
+/// Starts reading whole blocks; the outcome comes with the buffer.
+fn start_reading(
+    source: &dyn ShardSource,
+    offset: u64,
+    buffer: Buffer,
+    bytes: usize,
+) -> Receiver<(Result<()>, Buffer)> {
+    let (sender, receiver) = crossbeam_channel::bounded(1);
+    let done = Box::new(move |outcome, buffer| {
+        // A receiver that is gone wants it no more.
+        let _gone = sender.send((outcome, buffer));
+    });
+    source.read(offset, buffer, bytes, done);
+    receiver
+}
+
 /// Reads whole blocks into a buffer and waits for them; the buffer comes back either way.
 fn read_now(
     source: &dyn ShardSource,
@@ -230,13 +240,7 @@ fn read_now(
     buffer: Buffer,
     bytes: usize,
 ) -> Result<(Result<()>, Buffer)> {
-    let (sender, receiver) = crossbeam_channel::bounded(1);
-    let done = Box::new(move |result, buffer| {
-        // The receiver waits below; it cannot be gone.
-        let _gone = sender.send((result, buffer));
-    });
-    source.read(offset, buffer, bytes, done);
-    receiver.recv().map_err(|_| {
+    start_reading(source, offset, buffer, bytes).recv().map_err(|_| {
         EngineError::internal(format!("reading `{}`", source.name()), "the store dropped a read")
     })
 }

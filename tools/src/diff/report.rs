@@ -20,8 +20,6 @@ const PARTS_MAX: usize = 16;
 /// The outcome of a comparison.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    #[serde(skip)]
-    sides: (Side, Side),
     a: u64,
     b: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -89,7 +87,6 @@ impl Report {
     pub(crate) fn new(sides: (Side, Side), consecutive: bool, pairing: Pairing) -> Self {
         let (a, b) = sides;
         let mut report = Self {
-            sides,
             a: a.step,
             b: b.step,
             a_rank: a.rank,
@@ -139,10 +136,14 @@ impl Report {
         of_part.add(&entry.change);
     }
 
+    fn sides(&self) -> (Side, Side) {
+        (Side { step: self.a, rank: self.a_rank }, Side { step: self.b, rank: self.b_rank })
+    }
+
     /// Writes it for people, with at most `limit` changes; 0 for all.
     pub(crate) fn write(&self, out: &mut dyn Write, limit: u64) -> io::Result<()> {
         let previous = if self.consecutive { ", the previous checkpoint" } else { "" };
-        let (a, b) = self.sides;
+        let (a, b) = self.sides();
         if self.identical {
             writeln!(out, "{b} is identical to {a}{previous}")?;
             return self.write_totals(out);
@@ -213,7 +214,7 @@ impl Report {
 
     /// Training that goes on while the weights stand still is a known way for a run to go wrong.
     fn write_suspicion(&self, out: &mut dyn Write) -> io::Result<()> {
-        let (a, b) = self.sides;
+        let (a, b) = self.sides();
         if self.tensors.equal > 0 && self.tensors.all_equal() {
             return writeln!(
                 out,
