@@ -123,6 +123,7 @@ impl State {
                     source: &storage.bytes,
                 })
                 .collect(),
+            replicated: Vec::new(),
             metadata: BTreeMap::new(),
             dataset_positions: BTreeMap::new(),
         }

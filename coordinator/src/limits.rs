@@ -10,6 +10,8 @@ use tonic::Status;
 const NAME_BYTES_MAX: usize = 256;
 /// Bytes of any other text.
 const TEXT_BYTES_MAX: usize = 4_096;
+/// Replicated entries that a shard names.
+const REPLICATED_MAX: usize = 8;
 /// Bytes of a message, but for registering a dataset's files.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Bytes of a message that lists files.
@@ -35,6 +37,11 @@ pub(crate) fn name(what: &str, value: &str) -> Result<(), Status> {
     Ok(())
 }
 
+/// A name, or the empty path of a state as a whole.
+fn name_or_none(what: &str, value: &str) -> Result<(), Status> {
+    if value.is_empty() { Ok(()) } else { name(what, value) }
+}
+
 /// A text that is not too long.
 pub(crate) fn text(what: &str, value: &str) -> Result<(), Status> {
     if value.len() > TEXT_BYTES_MAX || value.contains('\0') {
@@ -57,7 +64,7 @@ pub(crate) fn identity(identity: Option<&v1::Identity>) -> Result<(), Status> {
     name("worker_id", &identity.worker_id)
 }
 
-/// A file's name within a step: one component.
+/// A shard: its file's name within a step is one component.
 pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
     let Some(shard) = shard else { return Ok(()) };
     name("file", &shard.file)?;
@@ -67,7 +74,14 @@ pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
             "report the shard's name without a directory",
         ));
     }
-    Ok(())
+    if shard.replicated.len() > REPLICATED_MAX {
+        let given = shard.replicated.len();
+        return Err(refuse(
+            &format!("{given} entries are named as replicated, at most {REPLICATED_MAX} are"),
+            "name the first ones",
+        ));
+    }
+    shard.replicated.iter().try_for_each(|entry| name_or_none("replicated", entry))
 }
 
 fn refuse(why: &str, hint: &str) -> Status {
@@ -93,5 +107,11 @@ mod tests {
         for bad in ["../x", "/etc/passwd", "a/b", ".hidden", ""] {
             assert!(shard(Some(&of(bad))).is_err(), "{bad:?}");
         }
+        let names = |count| v1::Shard {
+            replicated: vec!["model".into(); count],
+            ..of("rank-00000.ab.shard")
+        };
+        assert!(shard(Some(&names(REPLICATED_MAX))).is_ok());
+        assert!(shard(Some(&names(REPLICATED_MAX + 1))).is_err());
     }
 }

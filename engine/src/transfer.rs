@@ -21,7 +21,7 @@ use crate::format::checksum::crc32c;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::io::buffer::{Buffer, BufferPool};
-use crate::load::{Checkpoint, Damaged, Extent, VerifyObserver, from_format};
+use crate::load::{Damaged, Extent, Shard, VerifyObserver, from_format};
 use crate::store::flow::Flow;
 use crate::store::{Piece, Publication, ShardId, ShardSink, ShardSize, Store};
 use crate::{EngineError, Result};
@@ -77,7 +77,6 @@ pub(crate) fn transfer(
         hint: "`ckpt-tool ls` lists those that exist".into(),
     })?;
     let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
-    let manifest = Arc::new(manifest);
     let mut transferred = Transferred { step, ..Transferred::default() };
     let replaces = match standing(destination, step)? {
         Some(there) if there == manifest.attempt => {
@@ -106,7 +105,7 @@ pub(crate) fn transfer(
         sinks.0.push(sink);
         shards.push((shard, entry.bytes));
         // Header, footer and index as they lie there now; the chunks' checksums are in the index.
-        Checkpoint::open_shard(destination, &manifest, entry.rank, Damaged::Told)?;
+        Shard::open(destination, &manifest, entry.rank, Damaged::Told)?;
     }
     destination.publish(Publication {
         step,
@@ -146,7 +145,7 @@ impl Drop for Sinks {
 struct Copy<'a> {
     source: &'a dyn Store,
     destination: &'a dyn Store,
-    manifest: &'a Arc<Manifest>,
+    manifest: &'a Manifest,
     environment: &'a Arc<dyn Environment>,
     observer: &'a dyn VerifyObserver,
     what: String,
@@ -157,8 +156,7 @@ type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
 
 impl Copy<'_> {
     fn shard(&self, entry: &ShardEntry) -> Result<(ShardId, Box<dyn ShardSink>)> {
-        let checkpoint =
-            Checkpoint::open_shard(self.source, self.manifest, entry.rank, Damaged::Told)?;
+        let checkpoint = Shard::open(self.source, self.manifest, entry.rank, Damaged::Told)?;
         let (rank, attempt) = parse_shard_file(&entry.file)
             .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
         let shard = ShardId { step: self.manifest.step, rank, attempt };
@@ -178,12 +176,12 @@ impl Copy<'_> {
         }
     }
 
-    fn extents(&self, checkpoint: &Checkpoint, sink: &mut dyn ShardSink) -> Result<()> {
+    fn extents(&self, checkpoint: &Shard, sink: &mut dyn ShardSink) -> Result<()> {
         let extents = checkpoint.extents();
         let buffer_bytes = extents.iter().map(|extent| extent.bytes).max().unwrap_or(0);
         let count = (BUFFERS_BYTES / buffer_bytes.max(1)).clamp(BUFFERS_MIN, 64);
         let pool = BufferPool::new(buffer_bytes, count)
-            .context("allocating buffers to copy", checkpoint.shard_name())?;
+            .context("allocating buffers to copy", checkpoint.name())?;
         let mut waiting = extents.into_iter();
         let mut next = waiting.next();
         let mut reading: VecDeque<Reading> = VecDeque::new();
@@ -204,7 +202,7 @@ impl Copy<'_> {
 
     fn pass_on(
         &self,
-        checkpoint: &Checkpoint,
+        checkpoint: &Shard,
         (extent, arrival): Reading,
         sink: &mut dyn ShardSink,
     ) -> Result<()> {
@@ -215,7 +213,7 @@ impl Copy<'_> {
         let crc32c = crc32c(&buffer[..extent.bytes]);
         if extent.crc32c.is_some_and(|expected| expected != crc32c) {
             return Err(EngineError::corrupt(
-                checkpoint.shard_name(),
+                checkpoint.name(),
                 format!(
                     "the {} bytes at offset {} have checksum {crc32c:08x}, the index says {:08x}",
                     extent.bytes,

@@ -12,7 +12,8 @@ use std::{env, fs};
 
 use dtr_engine::codec::Codec;
 use dtr_engine::format::index::{
-    ChunkRecord, GlobalSlice, IndexContext, ShardIndex, StorageRecord, TensorKind, TensorRecord,
+    ChunkRecord, GlobalSlice, IndexContext, Replica, ShardIndex, StorageRecord, TensorKind,
+    TensorRecord,
 };
 use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::manifest::{FORMAT_VERSION, Manifest, Retired, ShardEntry};
@@ -27,13 +28,35 @@ const FILE_BYTES: u64 = INDEX_OFFSET + 4096 + 4096;
 
 #[test]
 fn header() {
-    let header =
-        Header { attempt: attempt(), step: 1000, rank: 1, world_size: 2, chunk_bytes: CHUNK_BYTES };
+    let header = Header {
+        attempt: attempt(),
+        step: 1000,
+        rank: 1,
+        world_size: 2,
+        chunk_bytes: CHUNK_BYTES,
+        replicated: false,
+    };
     let golden = bytes("header.bin", &header.encode());
     assert_eq!(golden, header.encode());
     let decoded = Header::decode(&golden.try_into().expect("one block"));
     assert_eq!(decoded.as_ref(), Ok(&header));
     assert_text("header.txt", &decoded);
+}
+
+#[test]
+fn replicated_header() {
+    let header = Header {
+        attempt: attempt(),
+        step: 1000,
+        rank: 1,
+        world_size: 2,
+        chunk_bytes: CHUNK_BYTES,
+        replicated: true,
+    };
+    let golden = bytes("replicated_header.bin", &header.encode());
+    assert_eq!(golden, header.encode());
+    let block: [u8; BLOCK_BYTES] = golden.try_into().expect("one block");
+    assert_eq!(Header::decode(&block), Ok(header));
 }
 
 #[test]
@@ -46,6 +69,7 @@ fn footer() {
         header_crc32c: 0x89ab_cdef,
         file_bytes: FILE_BYTES,
         attempt: attempt(),
+        replicated: false,
     };
     let golden = bytes("footer.bin", &footer.encode());
     assert_eq!(golden, footer.encode());
@@ -58,19 +82,28 @@ fn footer() {
 /// The stored bytes may differ by zstd's version; what they decompress to may not.
 #[test]
 fn index() {
-    let index = sample_index();
+    check_index("index", &sample_index());
+}
+
+fn check_index(name: &str, index: &ShardIndex) {
     let encoded = index.encode().expect("the sample is valid");
-    let golden = bytes("index.bin", &encoded.stored);
+    let golden = bytes(&format!("{name}.bin"), &encoded.stored);
     let capacity = usize::try_from(encoded.raw_bytes).expect("a small index");
     assert!(decompress(&golden, capacity) == decompress(&encoded.stored, capacity));
+    let padded = (golden.len() as u64).next_multiple_of(4096);
     let context = IndexContext {
-        file_bytes: FILE_BYTES,
+        file_bytes: INDEX_OFFSET + padded + 4096,
         chunk_bytes: CHUNK_BYTES,
         index_offset: INDEX_OFFSET,
     };
     let decoded = ShardIndex::decode(&golden, encoded.raw_bytes, &context);
-    assert_eq!(decoded.as_ref(), Ok(&index));
-    assert_text("index.txt", &decoded);
+    assert_eq!(decoded.as_ref(), Ok(index));
+    assert_text(&format!("{name}.txt"), &decoded);
+}
+
+#[test]
+fn replicated_index() {
+    check_index("replicated_index", &sample_replicated_index());
 }
 
 #[test]
@@ -117,9 +150,24 @@ fn sample_index() -> ShardIndex {
     ShardIndex {
         nodes: sample_nodes(),
         storages: vec![
-            StorageRecord { raw_offset: 0, bytes: 65_536, element: ElementType::F32 },
-            StorageRecord { raw_offset: 65_536, bytes: 0, element: ElementType::Bf16 },
-            StorageRecord { raw_offset: 65_536, bytes: 100, element: ElementType::Bytes },
+            StorageRecord {
+                raw_offset: 0,
+                bytes: 65_536,
+                element: ElementType::F32,
+                replica: None,
+            },
+            StorageRecord {
+                raw_offset: 65_536,
+                bytes: 0,
+                element: ElementType::Bf16,
+                replica: None,
+            },
+            StorageRecord {
+                raw_offset: 65_536,
+                bytes: 100,
+                element: ElementType::Bytes,
+                replica: None,
+            },
         ],
         tensors: sample_tensors(),
         chunks: vec![
@@ -140,7 +188,19 @@ fn sample_index() -> ShardIndex {
                 raw_crc32c: 0x090a_0b0c,
             },
         ],
+        replicated: Vec::new(),
     }
+}
+
+/// The same, of two ranks that saved `model` alike.
+fn sample_replicated_index() -> ShardIndex {
+    let mut index = sample_index();
+    let storage = index.tensors[0].storage as usize;
+    let bytes = index.storages[storage].bytes;
+    index.storages[storage].bytes = 2 * bytes;
+    index.storages[storage].replica = Some(Replica { number: 0, start: bytes, bytes });
+    index.replicated = vec![1];
+    index
 }
 
 fn sample_nodes() -> Vec<Node> {

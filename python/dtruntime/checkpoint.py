@@ -24,6 +24,7 @@ from dtruntime.errors import (
 )
 from dtruntime.handle import SaveHandle, SaveInfo, Watcher
 from dtruntime.loading import Reader, device_of, select
+from dtruntime.replication import Replication, globs_of
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
 from dtruntime.state_tree import flatten, raw_bytes_of
@@ -78,6 +79,11 @@ class CheckpointManager:
         world_size: Default: the environment's ``WORLD_SIZE``, else 1. Where it is more, every rank
             saves its own state under the same step, and the checkpoint exists when all of them are
             durable, or not at all: this needs a store that all ranks reach, and a coordinator.
+        replicated: What all ranks hold alike, as globs over paths written with dots: with data
+            parallel training ``["model.*", "optimizer.*"]``. Its bytes are written once, each rank
+            a part, and any number of ranks can load it. What ``replicated`` names must be the same
+            on every rank: keys, plain values and shapes are compared before a checkpoint comes to
+            be, what the tensors hold is not.
         job: Name of the training run, written into manifests. Default: the environment's
             ``DTRUNTIME_JOB``, else ``default``.
         coordinator_url: Where ranks find each other. Default: the environment's
@@ -137,6 +143,7 @@ class CheckpointManager:
         save_interval_steps: int | None = None,
         rank: int | str | None = None,
         world_size: int | str | None = None,
+        replicated: Sequence[str] | str = (),
         job: str | None = None,
         coordinator_url: str | None = None,
         security: Security | None = None,
@@ -152,6 +159,7 @@ class CheckpointManager:
     ) -> None:
         self._path = settings.store_path(path, storage_path=storage_path, backend=backend)
         rank_number, ranks = settings.rank_and_world_size(rank, world_size)
+        globs = globs_of(replicated)
         engine_settings: dict[str, Any] = {
             "job": connecting.job_of(None) if job is None else job,
             "rank": rank_number,
@@ -198,6 +206,7 @@ class CheckpointManager:
             if self._ranks is not None:
                 self._ranks.leave()
             raise
+        self._replication = Replication(globs, self._native.share) if globs else None
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
         has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if has_uploads else None
@@ -268,8 +277,8 @@ class CheckpointManager:
             # First, so that copies of tensors outside the host's memory are not made beside it.
             with self._declining(number):
                 self._native.wait_until_finished()
-                flat = flatten(state)
-            parts = (flat.nodes, flat.tensors, flat.storages)
+                flat = flatten(state, self._replication)
+            parts = (flat.nodes, flat.tensors, flat.storages, flat.replicated)
             assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
@@ -334,14 +343,16 @@ class CheckpointManager:
             mmap: Map uncompressed tensors instead of reading them; they are writable, and changes
                 stay private. The rest is read.
             from_rank: Load what this rank saved, whatever the world size was then and is now.
-                Default: this process's own rank, and the world size must be what it was.
+                Default: this process's own rank; what is not ``replicated`` then needs as many
+                ranks as saved it.
 
         Returns:
             What was saved, with its types. Tensors that shared memory share memory.
 
         Raises:
             CheckpointNotFound: There is none, or not of this step.
-            InvalidArgument: Another number of ranks saved it, and ``from_rank`` is not given.
+            InvalidArgument: Another number of ranks saved it, what is asked for is not all
+                ``replicated``, and ``from_rank`` is not given.
             Corrupt: The step that was named, or every one there is, is damaged.
 
         >>> state = manager.load()
@@ -473,7 +484,7 @@ class CheckpointManager:
 
         >>> manager.prewarm({"model": model, "optimizer": optimizer})
         """
-        self._native.prewarm(raw_bytes_of(state))
+        self._native.prewarm(raw_bytes_of(state, self._replication))
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Wait for the save in flight, at most ``timeout`` seconds; tell whether none is left.

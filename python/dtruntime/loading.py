@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dtruntime.errors import InvalidArgument
+from dtruntime.replication import check_loadable
 from dtruntime.state_tree import TAG_DICT, Tree
 from dtruntime.tensors import (
     NUMPY,
@@ -72,8 +73,14 @@ class Reader:
 
     def load(self, keep: Sequence[bool] | None = None) -> Any:
         """Read and build the whole state, or the kept part of it."""
+        nodes = range(len(self.tree.nodes))
+        self.check_loadable(nodes if keep is None else (node for node in nodes if keep[node]))
         tensors = self.tensors(self.tree.tensors_below(0, keep))
         return self.tree.build(0, tensors.__getitem__, keep)
+
+    def check_loadable(self, asked: Iterable[int]) -> None:
+        """Refuse nodes that are another rank's own state."""
+        check_loadable(self.checkpoint, self.tree, self.checkpoint.paths, asked)
 
     def bytes_of(self, numbers: Iterable[int]) -> int:
         """Give the bytes of memory that ``tensors(numbers)`` needs."""

@@ -62,12 +62,14 @@ class Action:
 
     Attributes:
         item: The top-level key that it belongs to.
+        node: The node whose value it takes.
         tensors: Numbers of the tensors it needs.
         act: Makes the change, given those tensors by number.
 
     """
 
     item: Any
+    node: int
     tensors: Sequence[int]
     act: Callable[[Mapping[int, Any]], None]
 
@@ -137,6 +139,9 @@ def plan_restore(live: Any, reader: Reader, *, strict: bool) -> RestorePlan:
             "pass a dict of models, optimizers and tensors, or use `load()`",
         )
     planner.visit(live, 0, None)
+    ends = reader.tree.ends
+    actions = planner.plan.actions
+    reader.check_loadable(node for a in actions for node in range(a.node, ends[a.node]))
     return planner.plan
 
 
@@ -180,6 +185,7 @@ class _Planner:
         self.plan.actions.append(
             Action(
                 self._item,
+                index,
                 tree.tensors_below(index),
                 lambda tensors: act(tree.build(index, tensors.__getitem__)),
             )

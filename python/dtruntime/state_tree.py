@@ -40,6 +40,8 @@ from dtruntime.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from dtruntime.replication import Replication
+
 DEPTH_MAX = 128
 """Deepest nesting of containers."""
 
@@ -67,19 +69,28 @@ Node = tuple[int, Any] | tuple[int, Any, Any]
 
 
 class FlatState(NamedTuple):
-    """A state, taken apart. ``table`` keeps every tensor's memory alive."""
+    """A state, taken apart. ``table`` keeps every tensor's memory alive.
+
+    ``replicated`` are the topmost nodes of what all ranks save alike.
+    """
 
     nodes: list[Node]
     tensors: list[TensorRecord]
     storages: list[StorageRecord]
+    replicated: list[int]
     table: TensorTable
 
 
-def flatten(state: Any) -> FlatState:
+def flatten(state: Any, replication: Replication | None = None) -> FlatState:
     """Take a state apart.
+
+    Args:
+        state: The state.
+        replication: Finds what all ranks save alike, of which only this rank's part is read.
 
     Raises:
         UnsupportedValue: A value cannot be kept; the message names its key path.
+        InvalidArgument: Nothing is there that all ranks should save alike.
 
     >>> flatten({"epoch": 3, "lr": [0.1]}).nodes
     [(13, (2, False, False)), (2, 3, 'epoch'), (14, 1, 'lr'), (3, 0.1)]
@@ -88,16 +99,26 @@ def flatten(state: Any) -> FlatState:
     flattener = _Flattener()
     with _collector_paused():
         flattener.add(state, None, is_keyed=False)
-        tensors, storages = flattener.table.finish()
-    return FlatState(flattener.nodes, tensors, storages, flattener.table)
+        nodes, table = flattener.nodes, flattener.table
+        if replication is None:
+            return FlatState(nodes, *table.finish(), [], table)
+        table.lay_out()
+        shared = replication.of(nodes, table.storages(), table.sizes())
+        tensors, storages = table.finish(lambda storage: shared.part(storage) == (0, 0))
+        return FlatState(nodes, tensors, storages, shared.nodes, table)
 
 
-def raw_bytes_of(state: Any) -> int:
+def raw_bytes_of(state: Any, replication: Replication | None = None) -> int:
     """Give the bytes of tensor memory that saving ``state`` would write; copies nothing."""
     flattener = _Flattener()
     with _collector_paused():
         flattener.add(state, None, is_keyed=False)
-    return flattener.table.raw_bytes()
+    sizes = flattener.table.sizes()
+    if replication is None:
+        return sum(sizes)
+    shared = replication.of(flattener.nodes, flattener.table.storages(), sizes)
+    parts = (shared.part(storage) or (0, size) for storage, size in enumerate(sizes))
+    return sum(end - start for start, end in parts)
 
 
 @contextlib.contextmanager

@@ -86,12 +86,12 @@ class StorageRecord(NamedTuple):
     """Memory to save.
 
     ``memory`` is a contiguous numpy array, or pieces ``(address, length, at)`` that make up the
-    storage's ``bytes`` together.
+    storage's ``bytes`` together, or None where this rank writes none of them.
     """
 
     element: int
     bytes: int
-    memory: np.ndarray[Any, Any] | list[tuple[int, int, int]]
+    memory: np.ndarray[Any, Any] | list[tuple[int, int, int]] | None
 
 
 def hull_of(record: TensorRecord) -> Hull | None:
@@ -153,6 +153,7 @@ class _TorchStorage:
     is_cpu: bool
     element: int
     tensors: list[int] = field(default_factory=list)
+    spans: list[Span] | None = None  # what is saved of it, once that is known
 
 
 class TensorTable:
@@ -231,26 +232,47 @@ class TensorTable:
         self._numpy_storages.append((number, packed))
         return number
 
-    def finish(self) -> tuple[list[TensorRecord], list[StorageRecord]]:
+    def storages(self) -> list[int]:
+        """Give for each tensor the number of the storage that it views."""
+        numbers = [0] * len(self._records)
+        for storage, owner in enumerate(self._torch_storages.values()):
+            for number in owner.tensors:
+                numbers[number] = storage
+        for storage, (number, _) in enumerate(self._numpy_storages, len(self._torch_storages)):
+            numbers[number] = storage
+        return numbers
+
+    def sizes(self) -> list[int]:
+        """Give the bytes of each storage that ``finish`` would describe, at most."""
+        sizes = [
+            spans_bytes(lay_spans(self._hulls_of(owner), owner.bytes))
+            if owner.spans is None
+            else spans_bytes(owner.spans)
+            for owner in self._torch_storages.values()
+        ]
+        return sizes + [array.nbytes for _, array in self._numpy_storages]
+
+    def lay_out(self) -> None:
+        """Find what is saved of each storage; ``sizes`` is exact from then on."""
+        for owner in self._torch_storages.values():
+            self._lay_out(owner)
+
+    def finish(
+        self, is_unread: Callable[[int], bool] = lambda _: False
+    ) -> tuple[list[TensorRecord], list[StorageRecord]]:
         """Give the records of all tensors and of the storages that they view.
 
-        Storages that are not in host memory are copied there now.
+        Storages that are not in host memory are copied there now, but for those that are not read.
         """
         storages: list[StorageRecord] = []
         for owner in self._torch_storages.values():
-            storages.append(self._finish_torch(owner, len(storages)))
+            index = len(storages)
+            storages.append(self._finish_torch(owner, index, is_unread=is_unread(index)))
         for number, array in self._numpy_storages:
             self._records[number] = self._records[number]._replace(storage=len(storages))
             element = _NUMPY_ELEMENTS.get(self._records[number].dtype, ELEMENT_BYTES)
             storages.append(StorageRecord(element, array.nbytes, array))
         return self._records, storages
-
-    def raw_bytes(self) -> int:
-        """Give the bytes that ``finish`` would describe, at most; copies nothing."""
-        total = sum(array.nbytes for _, array in self._numpy_storages)
-        for owner in self._torch_storages.values():
-            total += spans_bytes(lay_spans(self._hulls_of(owner), owner.bytes))
-        return total
 
     def _append(self, seen: Any, saved: Any, record: TensorRecord, hull: Hull | None) -> int:
         number = len(self._records)
@@ -272,20 +294,28 @@ class TensorTable:
             self._dtypes[dtype] = known
         return known
 
-    def _finish_torch(self, owner: _TorchStorage, index: int) -> StorageRecord:
+    def _lay_out(self, owner: _TorchStorage) -> list[Span]:
+        if owner.spans is not None:
+            return owner.spans
         if len(owner.tensors) == 1:
             self._pack_lone(owner)
         hulls = self._hulls_of(owner)
         if not hulls:
-            spans: list[Span] = []
+            owner.spans = []
         elif hulls[0] == (0, owner.bytes):  # the usual case: the storage of one parameter
-            spans = [Span(0, owner.bytes, 0)]
+            owner.spans = [Span(0, owner.bytes, 0)]
         else:
-            spans = lay_spans(hulls, owner.bytes)
+            owner.spans = lay_spans(hulls, owner.bytes)
+        return owner.spans
+
+    def _finish_torch(self, owner: _TorchStorage, index: int, *, is_unread: bool) -> StorageRecord:
+        spans = self._lay_out(owner)
         for number in owner.tensors:
             self._records[number] = rebase(self._records[number], self._hulls[number], spans, index)
         if not spans:
             return StorageRecord(owner.element, 0, [])
+        if is_unread:
+            return StorageRecord(owner.element, spans_bytes(spans), None)
         storage = owner.storage if owner.is_cpu else owner.storage.cpu()
         self._keep_alive.append(storage)
         address = storage.data_ptr()

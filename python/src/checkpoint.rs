@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use dtr_engine::format::tree::Walk;
 use dtr_engine::load::{self, ReadOptions, Target};
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -61,12 +60,18 @@ impl Checkpoint {
 
     /// Display path of each node, in the order of `nodes`.
     fn paths(&self) -> Vec<String> {
-        let mut walk = Walk::new(&self.inner.index().nodes);
-        let mut paths = Vec::with_capacity(self.inner.index().nodes.len());
-        while walk.advance().is_some() {
-            paths.push(walk.path().to_string());
-        }
-        paths
+        tree::paths(&self.inner.index().nodes)
+    }
+
+    /// Topmost nodes of what all ranks saved alike, ascending: everything at and below them.
+    fn replicated(&self) -> Vec<u32> {
+        self.inner.index().replicated.clone()
+    }
+
+    /// Whether only that may be loaded, since another number of ranks saved the checkpoint.
+    #[getter]
+    fn is_replicated_only(&self) -> bool {
+        self.inner.is_replicated_only()
     }
 
     /// The tensors: `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad)`.

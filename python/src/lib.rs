@@ -36,6 +36,8 @@ mod native {
     use crate::manager::Manager;
     #[pymodule_export]
     use crate::tensor::MappedMemory;
+    #[pymodule_export]
+    use crate::tree::paths_of;
 
     /// Runs once, when the module is imported.
     #[pymodule_init]

@@ -10,7 +10,7 @@ use dtr_engine::engine::Engine;
 use dtr_engine::load::VerifyObserver;
 use dtr_engine::ranks::Coordinated;
 use dtr_engine::recovery::StepState;
-use dtr_engine::save::{SaveRequest, StorageInput};
+use dtr_engine::save::{SaveRequest, StorageInput, share_of};
 use dtr_engine::{EngineError, Result};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
@@ -66,19 +66,20 @@ impl Manager {
         self.engine.io_backend()
     }
 
-    /// Takes a snapshot of `state`, which is `(nodes, tensors, storages)`, and returns. The memory
-    /// that `storages` names must stay valid and unchanged until then. `annotations` are the user's
-    /// metadata and the datasets' positions, each a JSON object.
+    /// Takes a snapshot of `state`, which is `(nodes, tensors, storages, replicated)`, and returns.
+    /// The memory that `storages` names must stay valid and unchanged until then; `replicated` are
+    /// the topmost nodes of what all ranks save alike. `annotations` are the user's metadata and
+    /// the datasets' positions, each a JSON object.
     fn save(
         &self,
         py: Python<'_>,
         step: u64,
         rewind: bool,
-        state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>),
+        state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
         annotations: (&str, &str),
     ) -> PyResult<SaveHandle> {
         // Held until this returns: these lists keep arrays alive, the caller's table the rest.
-        let (nodes, tensors, storages) = state;
+        let (nodes, tensors, storages, replicated) = state;
         let nodes = tree::nodes_from_python(&nodes)?;
         let tensors = tree::tensors_from_python(&tensors)?;
         let sources =
@@ -90,11 +91,21 @@ impl Manager {
                 nodes,
                 tensors,
                 storages: sources.iter().map(input_of).collect(),
+                replicated,
                 metadata: json_object("`metadata`", annotations.0)?,
                 dataset_positions: json_object("`dataset_positions`", annotations.1)?,
             })
         })?;
         Ok(SaveHandle::new(handle, self.guard.clone()))
+    }
+
+    /// The part that this rank writes of each storage that all ranks save alike, as `(start, end)`;
+    /// `bytes` are the storages' lengths, by first appearance.
+    #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
+    fn share(&self, bytes: Vec<u64>) -> Vec<(u64, u64)> {
+        let config = self.engine.config();
+        let share = share_of(&bytes, config.rank, config.world_size);
+        share.into_iter().map(|part| (part.start, part.end)).collect()
     }
 
     /// Populates the staging arena for a state of `raw_bytes`.

@@ -46,13 +46,16 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// From `(element, bytes, memory)`, where memory is a contiguous array or a list of
-    /// `(address, bytes, at)`.
+    /// From `(element, bytes, memory)`, where memory is a contiguous array, a list of
+    /// `(address, bytes, at)`, or None for one that is not read.
     pub(crate) fn extract(item: &Bound<'_, PyAny>) -> PyResult<Self> {
         let (element, bytes, memory): (u8, u64, Bound<'_, PyAny>) = item.extract()?;
         let py = item.py();
         let element = element_of(element)
             .ok_or_else(|| misuse(py, "reading a storage", format!("unknown element {element}")))?;
+        if memory.is_none() {
+            return Ok(Self { element, bytes, pieces: Vec::new() });
+        }
         let pieces = match memory.cast::<PyUntypedArray>() {
             Ok(array) => {
                 let (address, bytes) = contiguous_memory(array)?;

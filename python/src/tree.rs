@@ -5,7 +5,7 @@
 //! other equal.
 
 use dtr_engine::format::index::{TensorKind, TensorRecord};
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{Key, Node, Value, Walk};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{
@@ -30,6 +30,22 @@ const NUMPY_DTYPE: u8 = 12;
 const DICT: u8 = 13;
 const LIST: u8 = 14;
 const TUPLE: u8 = 15;
+
+/// Display path of each node, in order.
+pub(crate) fn paths(nodes: &[Node]) -> Vec<String> {
+    let mut walk = Walk::new(nodes);
+    let mut paths = Vec::with_capacity(nodes.len());
+    while walk.advance().is_some() {
+        paths.push(walk.path().to_string());
+    }
+    paths
+}
+
+/// Display path of each of `nodes`, tuples as `Manager.save` takes them.
+#[pyfunction]
+pub(crate) fn paths_of(nodes: &Bound<'_, PyList>) -> PyResult<Vec<String>> {
+    Ok(paths(&nodes_from_python(nodes)?))
+}
 
 /// Nodes in preorder from a list of tuples.
 pub(crate) fn nodes_from_python(nodes: &Bound<'_, PyList>) -> PyResult<Vec<Node>> {

@@ -113,6 +113,7 @@ impl State {
             nodes,
             tensors: tensors.collect(),
             storages: storages.collect(),
+            replicated: Vec::new(),
             metadata: BTreeMap::from([(SAVE_KEY.into(), save.into())]),
             dataset_positions: BTreeMap::new(),
         }

@@ -109,6 +109,7 @@ impl State {
                     source: &storage.bytes,
                 })
                 .collect(),
+            replicated: Vec::new(),
             metadata: BTreeMap::from([("note".into(), "a state of the tests".into())]),
             dataset_positions: BTreeMap::new(),
         }

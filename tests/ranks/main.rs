@@ -8,6 +8,7 @@
 
 mod loads;
 mod losses;
+mod replicated;
 mod saves;
 mod schedules;
 #[path = "../engine/support.rs"]

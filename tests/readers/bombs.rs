@@ -30,7 +30,7 @@ const ALONE: &str = "DTR_TEST_ALONE";
 const NAME: &str = "bombs::a_small_file_that_asks_for_much_is_refused";
 
 /// Bombs when nobody asks for more.
-const SHORT: u64 = 50;
+const SHORT: u64 = 52;
 const SECONDS_MAX: f64 = 1.0;
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// Storages that are read where a checkpoint opens: more would be the reader's own wish.
@@ -57,6 +57,7 @@ const KINDS: &[Kind] = &[
     ("a tree that nests without end", tree_that_nests),
     ("a tensor that is larger than its storage", tensor_of_exabytes),
     ("a storage without chunks", storage_without_chunks),
+    ("a part of a storage of which no shard has the rest", part_without_the_rest),
     ("chunk columns that lie", columns_that_lie),
     ("damage in a chunk of many tensors", many_views_of_damage),
     ("an empty tensor beyond every number", empty_tensor_far_away),
@@ -414,6 +415,21 @@ fn storage_without_chunks(store: &Path, random: &mut Random) {
     message.storages[0].bytes = bytes;
     message.tensors[0] = tensor(0, &[bytes.min(1 << 60)]);
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
+}
+
+fn part_without_the_rest(store: &Path, random: &mut Random) {
+    let mut forged = Forged::whole();
+    forged.header.replicated = true;
+    let mut message = forged.message();
+    let held = message.storages[0].bytes;
+    let bytes = [1 << 40, 1 << 60, u64::MAX, held + 1][random.below(4)];
+    let start = [0, 1, bytes - held, u64::MAX][random.below(4)];
+    message.storages[0].bytes = bytes;
+    message.storages[0].replica = Some(proto::Replica { number: 0, start, bytes: held });
+    message.tensors[0] = tensor(0, &[bytes.min(1 << 60)]);
+    message.replicated = vec![0];
+    forged.index = Some(Index::of(&message));
+    forged.write(store);
 }
 
 fn columns_that_lie(store: &Path, random: &mut Random) {

@@ -85,6 +85,7 @@ impl Forged {
                 rank: 0,
                 world_size: 1,
                 chunk_bytes: CHUNK_BYTES,
+                replicated: false,
             },
             chunks,
             index: None,
@@ -124,6 +125,7 @@ impl Forged {
             header_crc32c: block_crc32c(&header),
             file_bytes,
             attempt: ATTEMPT,
+            replicated: self.header.replicated,
         };
         (self.footer)(&mut footer);
         let footer = footer.encode();
@@ -152,6 +154,7 @@ impl Forged {
             storages: vec![storage(0, raw_bytes)],
             tensors: vec![tensor(0, &[raw_bytes])],
             chunks: Some(columns),
+            replicated: Vec::new(),
         }
     }
 }
@@ -161,7 +164,7 @@ pub(crate) fn node(value: proto::node::Value) -> proto::Node {
 }
 
 pub(crate) fn storage(raw_offset: u64, bytes: u64) -> proto::Storage {
-    proto::Storage { raw_offset, bytes, element: proto::ElementType::Bytes.into() }
+    proto::Storage { raw_offset, bytes, element: proto::ElementType::Bytes.into(), replica: None }
 }
 
 /// Bytes, one after the other.

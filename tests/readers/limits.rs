@@ -73,6 +73,7 @@ fn request(step: u64, memory: &[Vec<u8>]) -> SaveRequest<'_> {
         nodes,
         tensors: tensors.collect(),
         storages: storages.collect(),
+        replicated: Vec::new(),
         metadata: BTreeMap::new(),
         dataset_positions: BTreeMap::new(),
     }

@@ -1,4 +1,4 @@
-//! A shard's raw layout, read window by window in bounded memory.
+//! A checkpoint's raw layout, of whole storages, read window by window in bounded memory.
 //!
 //! Always holds: a window holds whole chunks, so none is decoded twice while its window is at hand;
 //! at most [`WINDOWS_KEPT`] windows are; only storages that were asked for are read, and every byte
@@ -15,7 +15,7 @@ pub(crate) const WINDOW_BYTES: u64 = 16 << 20;
 /// Windows kept: the one in use, and its neighbours for readers that run beside each other.
 const WINDOWS_KEPT: usize = 3;
 
-/// The windows of one shard.
+/// The windows of one rank's checkpoint.
 #[derive(Debug)]
 pub(crate) struct Windows<'c> {
     checkpoint: &'c Checkpoint,
@@ -29,7 +29,7 @@ pub(crate) struct Windows<'c> {
 impl<'c> Windows<'c> {
     /// The windows over the storages for which `wanted` says yes; other bytes are zero.
     pub(crate) fn new(checkpoint: &'c Checkpoint, wanted: impl Fn(u32) -> bool) -> Self {
-        let storages = 0..checkpoint.index().storages.len();
+        let storages = 0..checkpoint.storages().len();
         let number = |storage| u32::try_from(storage).expect("storages are counted in 32 bits");
         Self {
             checkpoint,
@@ -41,7 +41,7 @@ impl<'c> Windows<'c> {
 
     /// Where a storage lies in the raw layout.
     pub(crate) fn storage(&self, storage: u32) -> StorageRecord {
-        self.checkpoint.index().storages[storage as usize]
+        self.checkpoint.storages()[storage as usize]
     }
 
     /// Calls `visit` with each window that overlaps the not empty `start..end` of the raw layout,
@@ -76,20 +76,20 @@ impl<'c> Windows<'c> {
     }
 
     fn read(&self, window: u64, mut memory: Vec<u8>) -> Result<Vec<u8>> {
-        let index = self.checkpoint.index();
+        let storages = self.checkpoint.storages();
         let start = window * self.bytes;
-        let end = index.raw_bytes().min(start + self.bytes);
+        let end = self.checkpoint.raw_bytes().min(start + self.bytes);
         memory.clear();
         memory.resize(in_memory(end.saturating_sub(start)), 0);
         let mut targets = Vec::new();
         let (mut rest, mut at) = (memory.as_mut_slice(), start);
-        let first = index.storages.partition_point(|record| record.raw_offset + record.bytes <= at);
-        for (storage, record) in index.storages.iter().enumerate().skip(first) {
+        let first = storages.partition_point(|record| record.raw_end() <= at);
+        for (storage, record) in storages.iter().enumerate().skip(first) {
             if record.raw_offset >= end {
                 break;
             }
             let from = record.raw_offset.max(start);
-            let until = (record.raw_offset + record.bytes).min(end);
+            let until = record.raw_end().min(end);
             if !self.wanted[storage] || from >= until {
                 continue;
             }

@@ -18,7 +18,7 @@ use crate::format::manifest::Manifest;
 use crate::io::buffer::BufferPool;
 use crate::io::{Io, open_backend};
 use crate::load::{
-    Checkpoint, Damaged, ReadOptions, VerifyObserver, VerifyReport, read_manifest, verify_step,
+    Checkpoint, ReadOptions, VerifyObserver, VerifyReport, Whose, read_manifest, verify_step,
 };
 use crate::ranks::Ranks;
 use crate::recovery::{StepState, Survey};
@@ -62,6 +62,7 @@ pub(crate) use core::Core;
 ///         element: ElementType::Bytes,
 ///         source: &weights,
 ///     }],
+///     replicated: vec![],
 ///     metadata: Default::default(),
 ///     dataset_positions: Default::default(),
 /// })?; // the weights may change from here on
@@ -305,25 +306,34 @@ impl Engine {
     }
 
     /// Opens this rank's shard of a committed step: manifest, footer, header and index are read and
-    /// checked, chunks are not. It is an error if another number of ranks saved it: what the ranks
-    /// that are not there saved would be lost without a word.
+    /// checked, chunks are not. If another number of ranks saved it, only what they saved alike can
+    /// be read ([`Checkpoint::is_replicated_only`]), and it is an error if that is nothing: what
+    /// the ranks that are not there saved would be lost without a word.
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
-        self.open_shard(step, self.config.rank, Some(self.config.world_size))
+        self.open_shard(step, None)
     }
 
     /// [`Engine::checkpoint`] of a rank that is named, whatever the number of ranks then and now.
     pub fn checkpoint_of_rank(&self, step: u64, rank: u32) -> Result<Checkpoint> {
-        self.open_shard(step, rank, None)
+        self.open_shard(step, Some(rank))
     }
 
-    fn open_shard(&self, step: u64, rank: u32, world_size: Option<u32>) -> Result<Checkpoint> {
+    fn open_shard(&self, step: u64, asked: Option<u32>) -> Result<Checkpoint> {
         let inner = self.inner(&format!("opening step {step}"))?;
         inner.core.check_exists(step)?;
         let store = inner.core.store.as_ref();
         let open = || {
             let manifest = read_manifest(store, step)?;
-            check_world_size(&manifest, world_size)?;
-            Checkpoint::open_shard(store, &Arc::new(manifest), rank, Damaged::ReadElsewhere)
+            let saved = manifest.world_size;
+            let Config { rank, world_size, .. } = self.config;
+            let (rank, whose) = match asked {
+                Some(asked) => (asked, Whose::Asked),
+                None if saved == world_size => (rank, Whose::Asked),
+                // Any will do.
+                None => (rank % saved, Whose::Another),
+            };
+            check_world_size(&manifest, whose, world_size)?;
+            Checkpoint::open(store, manifest, rank, whose)
         };
         match open() {
             // The writer replaced or removed it under our feet: what stands there now counts.
@@ -528,17 +538,20 @@ fn check_ranks(config: &Config, has_coordinator: bool) -> Result<()> {
     ))
 }
 
-fn check_world_size(manifest: &Manifest, expected: Option<u32>) -> Result<()> {
-    let saved = manifest.world_size;
-    match expected {
-        Some(expected) if expected != saved => Err(EngineError::invalid(
-            format!("opening step {} among {expected} ranks", manifest.step),
-            format!("{saved} ranks saved it, each its own state"),
-            "load what one of them saved: `load(from_rank=0)`, `restore(state, from_rank=0)`; or \
-             load it with as many ranks",
-        )),
-        _ => Ok(()),
+/// Refuses another number of ranks where no entry was saved alike by all of them.
+fn check_world_size(manifest: &Manifest, whose: Whose, expected: u32) -> Result<()> {
+    let has_replicated = manifest.shards.iter().any(|shard| !shard.replicated.is_empty());
+    if whose == Whose::Asked || has_replicated {
+        return Ok(());
     }
+    let saved = manifest.world_size;
+    Err(EngineError::invalid(
+        format!("opening step {} among {expected} ranks", manifest.step),
+        format!("{saved} ranks saved it, each its own state"),
+        "load what one of them saved: `load(from_rank=0)`, `restore(state, from_rank=0)`; or load \
+         it with as many ranks. What all ranks hold alike can be saved as `replicated=[...]`, \
+         which any number of ranks loads",
+    ))
 }
 
 /// Whether an error says that a file vanished.

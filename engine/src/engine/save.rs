@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::{Inner, Saving, memory};
 use crate::clock::elapsed;
+use crate::config::Config;
 use crate::error::IoContext;
 use crate::format::checksum;
 use crate::format::layout::{Layout, StorageSpec};
@@ -15,9 +16,10 @@ use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::BLOCK_BYTES;
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
-use crate::save::capture::{capture, fits};
+use crate::save::capture::{Origin, capture, fits};
 use crate::save::commit::CommitTask;
 use crate::save::job::Job;
+use crate::save::share::Share;
 use crate::save::write::IndexDraft;
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
 use crate::{EngineError, Result};
@@ -37,7 +39,7 @@ struct Begun<'a> {
     job: Arc<Job>,
     handle: SaveHandle,
     arena: Arc<BufferPool>,
-    storages: Vec<StorageInput<'a>>,
+    storages: Vec<Origin<'a>>,
 }
 
 impl Inner {
@@ -58,7 +60,7 @@ impl Inner {
     fn begin<'a>(
         &self,
         saving: &mut Saving,
-        request: SaveRequest<'a>,
+        mut request: SaveRequest<'a>,
         started: Duration,
     ) -> Result<Begun<'a>> {
         self.wait_for_last(None)?;
@@ -69,7 +71,9 @@ impl Inner {
             self.core.known_survey()?
         };
         let plan = check_save(&survey, request.step, request.rewind)?;
-        let layout = saving.layout(&request.storages, self.core.config.chunk_bytes)?;
+        let Config { rank, world_size, chunk_bytes, .. } = self.core.config;
+        let share = Share::plan(&request, rank, world_size)?;
+        let layout = saving.layout(&request.storages, &share, chunk_bytes)?;
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
         let arena = self.arena(saving, layout.raw_bytes())?;
 
@@ -94,37 +98,39 @@ impl Inner {
             // The committer fills in what makes it this attempt's.
             attempt: AttemptId([0; 16]).to_string(),
             created_unix_ms: 0,
-            dataset_positions: request.dataset_positions,
+            dataset_positions: std::mem::take(&mut request.dataset_positions),
             engine_version: env!("CARGO_PKG_VERSION").into(),
             format_version: FORMAT_VERSION,
             job: self.core.config.job.clone(),
-            metadata: request.metadata,
+            metadata: std::mem::take(&mut request.metadata),
             retired: plan.retired,
             shards: Vec::new(),
             step: request.step,
-            world_size: self.core.config.world_size,
+            world_size,
         };
-        check_manifest(&manifest)?;
-        let index = IndexDraft::new(&job.layout, request.nodes, request.tensors)?;
+        check_manifest(&manifest, &share.names)?;
+        let origins = origins_of(&request.storages, &share);
+        let index = IndexDraft::new(&job.layout, &share, request)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
             encoded,
             index,
             manifest,
+            replicated: share.names,
             replaces: plan.replaces,
             reserve_bytes,
             handle: handle.clone(),
             started,
         })?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
-        Ok(Begun { job, handle, arena, storages: request.storages })
+        Ok(Begun { job, handle, arena, storages: origins })
     }
 
     /// Takes the snapshot. If that fails, the handle's error is the one that is returned here.
     fn capture(
         &self,
         job: &Arc<Job>,
-        storages: &[StorageInput<'_>],
+        storages: &[Origin<'_>],
         arena: &Arc<BufferPool>,
         handle: &SaveHandle,
         started: Duration,
@@ -210,7 +216,7 @@ impl Inner {
 
 /// Whether the manifest can be written, whatever its shards turn out to be: what the user attached
 /// is refused here or never.
-fn check_manifest(manifest: &Manifest) -> Result<()> {
+fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
     let entry = |rank| ShardEntry {
         // The smallest shard: header, index, footer.
         bytes: 3 * BLOCK_BYTES as u64,
@@ -218,7 +224,7 @@ fn check_manifest(manifest: &Manifest) -> Result<()> {
         footer_crc32c: checksum::to_hex(0),
         rank,
         raw_bytes: 0,
-        replicated: Vec::new(),
+        replicated: replicated.to_vec(),
     };
     let shards = (0..manifest.world_size).map(entry).collect();
     let complete = Manifest { shards, ..manifest.clone() };
@@ -231,11 +237,30 @@ fn check_manifest(manifest: &Manifest) -> Result<()> {
     })
 }
 
+/// Where each storage's part is copied from.
+fn origins_of<'a>(storages: &[StorageInput<'a>], share: &Share) -> Vec<Origin<'a>> {
+    let origin = |(number, input): (usize, &StorageInput<'a>)| Origin {
+        source: input.source,
+        start: share.part(number, input).start,
+    };
+    storages.iter().enumerate().map(origin).collect()
+}
+
 impl Saving {
-    fn layout(&mut self, storages: &[StorageInput<'_>], chunk_bytes: u32) -> Result<Arc<Layout>> {
+    /// The layout of the parts that this rank writes.
+    fn layout(
+        &mut self,
+        storages: &[StorageInput<'_>],
+        share: &Share,
+        chunk_bytes: u32,
+    ) -> Result<Arc<Layout>> {
         let specs: Vec<StorageSpec> = storages
             .iter()
-            .map(|storage| StorageSpec { bytes: storage.bytes, element: storage.element })
+            .enumerate()
+            .map(|(number, input)| {
+                let part = share.part(number, input);
+                StorageSpec { bytes: part.end - part.start, element: input.element }
+            })
             .collect();
         if let Some(plan) = self.plan.as_ref().filter(|plan| plan.storages == specs) {
             return Ok(Arc::clone(&plan.layout));

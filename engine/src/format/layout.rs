@@ -73,7 +73,7 @@ struct Span {
 
 impl Span {
     fn end(&self) -> u64 {
-        self.record.raw_offset + self.record.bytes
+        self.record.raw_end()
     }
 }
 
@@ -94,7 +94,7 @@ impl Layout {
                 raw_offset.checked_add(bytes).filter(|end| *end <= RAW_BYTES_MAX).ok_or_else(
                     || too_large(&format!("storages of more than {RAW_BYTES_MAX} bytes")),
                 )?;
-            records.push(StorageRecord { raw_offset, bytes, element });
+            records.push(StorageRecord { raw_offset, bytes, element, replica: None });
         }
         Ok(Self::new(&records, &order, chunk_bytes))
     }

@@ -21,8 +21,11 @@ pub const BLOCK_BYTES: usize = 4096;
 /// Every region of a shard starts at a multiple of this many bytes, and is zero-padded to one.
 pub const REGION_ALIGNMENT: u64 = BLOCK_BYTES as u64;
 
-/// Features that a reader must know. Version 1 has none.
-const INCOMPATIBLE_KNOWN: u64 = 0;
+/// A feature that a reader must know: of storages that all ranks saved alike, the shard holds a
+/// part ([`Replica`](super::index::Replica)).
+const REPLICATED: u64 = 1;
+/// All of them.
+const INCOMPATIBLE_KNOWN: u64 = REPLICATED;
 
 const HEADER_MAGIC: [u8; 8] = *b"DTRSHARD";
 const FOOTER_MAGIC: [u8; 8] = *b"DTRSHEND";
@@ -78,12 +81,14 @@ pub struct Header {
     pub world_size: u32,
     /// Raw bytes per chunk.
     pub chunk_bytes: u32,
+    /// Whether the index names entries that all ranks saved alike.
+    pub replicated: bool,
 }
 
 impl Header {
     /// The block's bytes.
     pub fn encode(&self) -> [u8; BLOCK_BYTES] {
-        let mut block = begin(HEADER_MAGIC);
+        let mut block = begin(HEADER_MAGIC, self.replicated);
         put(&mut block, HEADER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, STEP_AT, self.step.to_le_bytes());
         put(&mut block, RANK_AT, self.rank.to_le_bytes());
@@ -94,8 +99,9 @@ impl Header {
 
     /// Reads a block, checking everything that can be checked without the rest of the file.
     pub fn decode(block: &[u8; BLOCK_BYTES]) -> Result<Self, FormatError> {
-        check(block, HEADER_MAGIC, "header")?;
+        let features = check(block, HEADER_MAGIC, "header")?;
         let header = Self {
+            replicated: features & REPLICATED != 0,
             attempt: AttemptId(take(block, HEADER_ATTEMPT_AT)),
             step: u64::from_le_bytes(take(block, STEP_AT)),
             rank: u32::from_le_bytes(take(block, RANK_AT)),
@@ -139,12 +145,14 @@ pub struct Footer {
     pub file_bytes: u64,
     /// Same as in the header.
     pub attempt: AttemptId,
+    /// Same as in the header.
+    pub replicated: bool,
 }
 
 impl Footer {
     /// The block's bytes.
     pub fn encode(&self) -> [u8; BLOCK_BYTES] {
-        let mut block = begin(FOOTER_MAGIC);
+        let mut block = begin(FOOTER_MAGIC, self.replicated);
         put(&mut block, FOOTER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, INDEX_OFFSET_AT, self.index_offset.to_le_bytes());
         put(&mut block, INDEX_STORED_BYTES_AT, self.index_stored_bytes.to_le_bytes());
@@ -157,8 +165,9 @@ impl Footer {
 
     /// Reads the last block of a file that is `file_bytes` long.
     pub fn decode(block: &[u8; BLOCK_BYTES], file_bytes: u64) -> Result<Self, FormatError> {
-        check(block, FOOTER_MAGIC, "footer")?;
+        let features = check(block, FOOTER_MAGIC, "footer")?;
         let footer = Self {
+            replicated: features & REPLICATED != 0,
             attempt: AttemptId(take(block, FOOTER_ATTEMPT_AT)),
             index_offset: u64::from_le_bytes(take(block, INDEX_OFFSET_AT)),
             index_stored_bytes: u64::from_le_bytes(take(block, INDEX_STORED_BYTES_AT)),
@@ -214,10 +223,12 @@ impl Footer {
 }
 
 /// A block with its preamble.
-fn begin(magic: [u8; 8]) -> [u8; BLOCK_BYTES] {
+fn begin(magic: [u8; 8], replicated: bool) -> [u8; BLOCK_BYTES] {
     let mut block = [0; BLOCK_BYTES];
     put(&mut block, MAGIC_AT, magic);
     put(&mut block, VERSION_AT, FORMAT_VERSION.to_le_bytes());
+    let incompatible = if replicated { REPLICATED } else { 0 };
+    put(&mut block, INCOMPATIBLE_AT, incompatible.to_le_bytes());
     block
 }
 
@@ -229,8 +240,8 @@ fn finish(mut block: [u8; BLOCK_BYTES]) -> [u8; BLOCK_BYTES] {
 }
 
 /// Checks magic, checksum, version and features: in this order, so that damage is never taken for
-/// a newer version.
-fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<(), FormatError> {
+/// a newer version. Returns the features that a reader must know.
+fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<u64, FormatError> {
     let found: [u8; 8] = take(block, MAGIC_AT);
     ensure!(
         found == magic,
@@ -243,7 +254,8 @@ fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<(), Fo
     ensure!(actual == expected, "the {name}'s checksum is {actual:08x}, expected {expected:08x}");
     let version = u32::from_le_bytes(take(block, VERSION_AT));
     check_version(version, name)?;
-    let unknown = u64::from_le_bytes(take(block, INCOMPATIBLE_AT)) & !INCOMPATIBLE_KNOWN;
+    let features = u64::from_le_bytes(take(block, INCOMPATIBLE_AT));
+    let unknown = features & !INCOMPATIBLE_KNOWN;
     if unknown != 0 {
         return Err(FormatError::Newer(format!(
             "the {name}, of format version {version}, needs features {unknown:#x}, which this \
@@ -251,7 +263,7 @@ fn check(block: &[u8; BLOCK_BYTES], magic: [u8; 8], name: &str) -> Result<(), Fo
             env!("CARGO_PKG_VERSION")
         )));
     }
-    Ok(())
+    Ok(features)
 }
 
 /// Refuses a version that this engine does not read.
@@ -287,6 +299,7 @@ mod tests {
             rank: 3,
             world_size: 8,
             chunk_bytes: 4 << 20,
+            replicated: false,
         }
     }
 
@@ -299,6 +312,7 @@ mod tests {
             header_crc32c: 0x89ab_cdef,
             file_bytes: 8192 + 8192 + 4096,
             attempt: AttemptId([0xab; 16]),
+            replicated: true,
         }
     }
 
@@ -382,6 +396,7 @@ mod tests {
         #[test]
         fn headers_round_trip(
             attempt: [u8; 16], step: u64, rank in 0..u32::MAX, more in 1..=u32::MAX, log in 16..=26,
+            replicated: bool,
         ) {
             let header = Header {
                 attempt: AttemptId(attempt),
@@ -389,6 +404,7 @@ mod tests {
                 rank,
                 world_size: rank.saturating_add(more),
                 chunk_bytes: 1_u32 << log,
+                replicated,
             };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
@@ -401,6 +417,7 @@ mod tests {
             index_raw_bytes in 1..=INDEX_BYTES_MAX,
             index_crc32c: u32,
             header_crc32c: u32,
+            replicated: bool,
         ) {
             let mut footer = Footer {
                 index_offset: page * REGION_ALIGNMENT,
@@ -410,6 +427,7 @@ mod tests {
                 header_crc32c,
                 file_bytes: 0,
                 attempt: AttemptId(attempt),
+                replicated,
             };
             footer.file_bytes =
                 footer.index_offset + footer.index_padded_bytes() + REGION_ALIGNMENT;
@@ -426,7 +444,7 @@ mod tests {
             prop_assert!(Footer::decode(&block, file_bytes).is_err());
             // The same with a right checksum: fields alone never panic.
             let _ = Header::decode(&resealed(finish(block), VERSION_AT, 1_u32.to_le_bytes()));
-            let mut sealed = begin(FOOTER_MAGIC);
+            let mut sealed = begin(FOOTER_MAGIC, true);
             sealed[PREAMBLE_END..].copy_from_slice(&block[PREAMBLE_END..]);
             prop_assert!(Footer::decode(&finish(sealed), file_bytes).is_err());
         }

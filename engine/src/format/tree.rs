@@ -272,6 +272,21 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// Index after the last node of the subtree whose top is `top`, or after the last node of a list
+/// that is no tree.
+pub fn subtree_end(nodes: &[Node], top: usize) -> usize {
+    let mut left = 1;
+    let mut end = top;
+    while left > 0
+        && let Some(node) = nodes.get(end)
+    {
+        left += node.value.children().map_or(0, |children| children.left);
+        left -= 1;
+        end += 1;
+    }
+    end
+}
+
 /// Every tensor node in order: the tensor's index and the node's path.
 pub fn tensor_paths(nodes: &[Node]) -> impl Iterator<Item = (u32, TreePath<'_>)> {
     let mut walk = Walk::new(nodes);

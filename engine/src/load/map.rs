@@ -25,23 +25,23 @@ pub struct MappedShard {
 impl Checkpoint {
     /// Maps the shard and finds the ranges of `storages`; see [`MappedShard::range_of`].
     pub fn map(&self, storages: &[u32], verify: bool) -> Result<MappedShard> {
-        let map = self.source.map()?;
+        let map = self.own.source.map()?;
         if map.len() as u64 != self.file_bytes() {
             return Err(EngineError::corrupt(
                 self.shard_name(),
                 format!("it has {} bytes now, it had {}", map.len(), self.file_bytes()),
             ));
         }
-        let mut checked = vec![!verify; self.index.chunks.len()];
+        let mut checked = vec![!verify; self.own.index.chunks.len()];
         let mut ranges = BTreeMap::new();
         for &storage in storages {
             let Some(range) = self.contiguous(storage)? else { continue };
-            let record = self.index.storages[storage as usize];
-            let chunks = self.chunks_of(record.raw_offset, record.bytes);
+            let record = self.own.index.storages[storage as usize];
+            let chunks = self.own.chunks_of(record.raw_offset..record.raw_end());
             match self.check_all_mapped(chunks, &map, &mut checked) {
                 Ok(()) => drop(ranges.insert(storage, range)),
                 // Left out, it is read instead, and what is damaged here comes from there.
-                Err(error) if self.second(&error)?.is_some() => {}
+                Err(error) if self.own.second(&error)?.is_some() => {}
                 Err(error) => return Err(error),
             }
         }
@@ -66,31 +66,36 @@ impl Checkpoint {
 
     /// Where a storage lies in the file if it lies there in one raw piece.
     fn contiguous(&self, storage: u32) -> Result<Option<Range<usize>>> {
-        let record = *self.index.storages.get(storage as usize).ok_or_else(|| {
+        self.check_readable(storage)?;
+        let record = *self.own.index.storages.get(storage as usize).ok_or_else(|| {
             EngineError::invalid(
                 format!("mapping storage {storage} of `{}`", self.shard_name()),
-                format!("the shard has {}", self.index.storages.len()),
+                format!("the shard has {}", self.own.index.storages.len()),
                 "ask for storages that the index lists",
             )
         })?;
-        let chunks = self.chunks_of(record.raw_offset, record.bytes);
-        let Some(first) = self.index.chunks.get(chunks.start).filter(|_| !chunks.is_empty()) else {
+        if self.parts.of(storage as usize).is_some() {
+            return Ok(None);
+        }
+        let chunks = self.own.chunks_of(record.raw_offset..record.raw_end());
+        let Some(first) = self.own.index.chunks.get(chunks.start).filter(|_| !chunks.is_empty())
+        else {
             return Ok(Some(0..0));
         };
         let mut expected = first.offset;
-        for chunk in &self.index.chunks[chunks] {
+        for chunk in &self.own.index.chunks[chunks] {
             if chunk.codec != Codec::None || chunk.offset != expected {
                 return Ok(None);
             }
             expected += u64::from(chunk.stored_bytes);
         }
-        let start = first.offset + record.raw_offset % u64::from(self.header.chunk_bytes);
+        let start = first.offset + record.raw_offset % u64::from(self.own.header.chunk_bytes);
         let in_memory = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
         Ok(Some(in_memory(start)..in_memory(start + record.bytes)))
     }
 
     fn check_mapped(&self, chunk: usize, map: &MmapMut) -> Result<()> {
-        let record = self.record(chunk);
+        let record = self.own.record(chunk);
         let start = usize::try_from(record.offset).unwrap_or(usize::MAX);
         let raw = &map[start..start + record.raw_bytes as usize];
         let padded = (record.stored_bytes as usize).next_multiple_of(ALIGNMENT);
@@ -103,7 +108,7 @@ impl Checkpoint {
             format!(
                 "chunk {chunk} at offset {}: its checksum is not the index's; tensors hit: {}",
                 record.offset,
-                self.tensors_in(chunk).join(", ")
+                self.tensors_in(&self.own, chunk).join(", ")
             ),
         ))
     }

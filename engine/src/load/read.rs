@@ -4,6 +4,7 @@
 //! if [`Checkpoint::read`] returns `Ok`; after an error, targets hold unspecified bytes.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,8 +12,9 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
+use super::parts::Part;
 use super::second::{is_damage, read_elsewhere};
-use super::{Checkpoint, read_now};
+use super::{Checkpoint, Shard, read_now};
 use crate::codec::{Codec, Decoder};
 use crate::copy::{copy, copy_with_checksum};
 use crate::error::IoContext;
@@ -30,7 +32,7 @@ const READ_WORKERS_MAX: usize = 16;
 /// Memory that a part of a storage is read into.
 #[derive(Debug)]
 pub struct Target<'a> {
-    /// Index into the shard's storages.
+    /// Index into [`Checkpoint::storages`].
     pub storage: u32,
     /// Bytes from the storage's start.
     pub offset: u64,
@@ -76,14 +78,14 @@ impl Checkpoint {
         let jobs = plan(self, targets)?;
         let mut stats = ReadStats { chunks: jobs.len() as u64, ..ReadStats::default() };
         for job in &jobs {
-            stats.raw_bytes += u64::from(self.record(job.chunk).raw_bytes);
-            stats.stored_bytes += u64::from(self.record(job.chunk).stored_bytes);
+            stats.raw_bytes += u64::from(job.record().raw_bytes);
+            stats.stored_bytes += u64::from(job.record().stored_bytes);
         }
         let outcome = Outcome::default();
-        run(self, jobs, options, &|chunk, result| match result {
+        run(jobs, options, &|shard, chunk, result| match result {
             Ok(()) => true,
             Err(error) => {
-                outcome.keep_first(self.name_tensors(chunk, error));
+                outcome.keep_first(self.name_tensors(shard, chunk, error));
                 false
             }
         })?;
@@ -92,15 +94,55 @@ impl Checkpoint {
         Ok(stats)
     }
 
-    pub(super) fn record(&self, chunk: usize) -> &ChunkRecord {
-        &self.index.chunks[chunk]
+    /// Refuses what belongs to another rank's state.
+    pub(super) fn check_readable(&self, storage: u32) -> Result<()> {
+        let record = self.own.index.storages.get(storage as usize);
+        if !self.is_replicated_only() || record.is_none_or(|record| record.replica.is_some()) {
+            return Ok(());
+        }
+        Err(EngineError::invalid(
+            format!("reading storage {storage} of `{}`", self.shard_name()),
+            format!(
+                "it is what rank {} alone saved, of {} ranks",
+                self.own.header.rank, self.own.header.world_size
+            ),
+            "open what a rank that is named saved, or read replicated entries only",
+        ))
     }
 
-    fn name_tensors(&self, chunk: usize, error: EngineError) -> EngineError {
+    fn shard(&self, number: usize) -> &Shard {
+        self.parts.other(number).unwrap_or(&self.own)
+    }
+
+    /// Where `bytes` of a storage lie: shards, and the ranges of their raw layouts, in order.
+    fn locate(&self, storage: u32, bytes: Range<u64>) -> Result<Vec<(usize, Range<u64>)>> {
+        self.check_readable(storage)?;
+        let record = self.own.index.storages.get(storage as usize);
+        let Some(record) = record.filter(|record| bytes.end <= record.bytes) else {
+            return Err(EngineError::invalid(
+                format!("reading storage {storage} of `{}`", self.shard_name()),
+                format!("bytes {} to {} are outside it", bytes.start, bytes.end),
+                "ask for ranges within the storages that the index lists",
+            ));
+        };
+        let raw = |start: u64, range: Range<u64>| start + range.start..start + range.end;
+        let Some(parts) = self.parts.of(storage as usize) else {
+            return Ok(vec![(0, raw(record.raw_offset, bytes))]);
+        };
+        let overlap = |part: &Part| {
+            let (start, end) = (part.held.start.max(bytes.start), part.held.end.min(bytes.end));
+            let there = &self.shard(part.shard).index.storages[part.storage];
+            let within = start.checked_sub(part.held.start)?..end.checked_sub(part.held.start)?;
+            (start < end).then(|| (part.shard, raw(there.raw_offset, within)))
+        };
+        Ok(parts.iter().filter_map(overlap).collect())
+    }
+
+    fn name_tensors(&self, shard: &Shard, chunk: usize, error: EngineError) -> EngineError {
         match error {
             EngineError::Corrupt { what, why, hint } => EngineError::Corrupt {
                 what,
-                why: format!("{why}; tensors hit: {}", self.tensors_in(chunk).join(", ")),
+                why: format!("{why}; tensors hit: {}", self.tensors_in(shard, chunk).join(", ")),
                 hint,
             },
             other => other,
@@ -123,90 +165,96 @@ impl Outcome {
 
 /// One chunk to read and where its bytes go.
 #[derive(Debug)]
-pub(super) struct ChunkJob<'a> {
+pub(super) struct ChunkJob<'c, 'a> {
+    pub(super) shard: &'c Shard,
     pub(super) chunk: usize,
     /// Bytes from the chunk's raw start, and the memory for what stands there.
     pub(super) pieces: Vec<(usize, &'a mut [u8])>,
 }
 
-/// Cuts the targets at chunk borders.
-fn plan<'a>(checkpoint: &Checkpoint, targets: Vec<Target<'a>>) -> Result<Vec<ChunkJob<'a>>> {
-    let chunk_bytes = u64::from(checkpoint.header.chunk_bytes);
-    let mut pieces: BTreeMap<usize, Vec<(usize, &'a mut [u8])>> = BTreeMap::new();
-    for target in targets {
-        let mut raw_offset = locate(checkpoint, &target)?;
-        let mut rest = target.memory;
-        while !rest.is_empty() {
-            let chunk = usize::try_from(raw_offset / chunk_bytes).unwrap_or(usize::MAX);
-            let start = usize::try_from(raw_offset % chunk_bytes).unwrap_or(usize::MAX);
-            let room = usize::try_from(chunk_bytes).unwrap_or(usize::MAX) - start;
-            let (piece, after) = rest.split_at_mut(room.min(rest.len()));
-            raw_offset += piece.len() as u64;
-            pieces.entry(chunk).or_default().push((start, piece));
-            rest = after;
+impl ChunkJob<'_, '_> {
+    pub(super) fn record(&self) -> &ChunkRecord {
+        self.shard.record(self.chunk)
+    }
+}
+
+/// By shard and chunk: pieces of the chunk.
+type Pieces<'a> = BTreeMap<(usize, usize), Vec<(usize, &'a mut [u8])>>;
+
+/// Cuts the targets at borders of parts and chunks.
+fn plan<'c, 'a>(
+    checkpoint: &'c Checkpoint,
+    targets: Vec<Target<'a>>,
+) -> Result<Vec<ChunkJob<'c, 'a>>> {
+    let mut pieces = Pieces::new();
+    for Target { storage, offset, mut memory } in targets {
+        let end = offset.saturating_add(memory.len() as u64);
+        for (shard, raw) in checkpoint.locate(storage, offset..end)? {
+            let bytes = usize::try_from(raw.end - raw.start).unwrap_or(usize::MAX);
+            let (part, after) = memory.split_at_mut(bytes);
+            let chunk_bytes = checkpoint.shard(shard).header.chunk_bytes;
+            cut(&mut pieces, (shard, chunk_bytes.into()), raw.start, part);
+            memory = after;
         }
     }
-    let mut jobs: Vec<_> =
-        pieces.into_iter().map(|(chunk, pieces)| ChunkJob { chunk, pieces }).collect();
-    jobs.sort_by_key(|job| checkpoint.record(job.chunk).offset);
+    let job = |((shard, chunk), pieces)| ChunkJob { shard: checkpoint.shard(shard), chunk, pieces };
+    let mut jobs: Vec<_> = pieces.into_iter().map(job).collect();
+    jobs.sort_by_key(|job| (job.shard.header.rank, job.record().offset));
     Ok(jobs)
 }
 
-/// Where a target starts in the raw layout.
-fn locate(checkpoint: &Checkpoint, target: &Target<'_>) -> Result<u64> {
-    let storage = checkpoint.index.storages.get(target.storage as usize);
-    let inside = storage.and_then(|storage| {
-        let end = target.offset.checked_add(target.memory.len() as u64)?;
-        (end <= storage.bytes).then_some(storage.raw_offset + target.offset)
-    });
-    inside.ok_or_else(|| {
-        EngineError::invalid(
-            format!("reading storage {} of `{}`", target.storage, checkpoint.shard_name()),
-            format!("{} bytes at offset {} are outside it", target.memory.len(), target.offset),
-            "ask for ranges within the storages that the index lists",
-        )
-    })
+/// Cuts memory for what lies from `raw_offset` of a shard's raw layout at borders of its chunks.
+fn cut<'a>(
+    pieces: &mut Pieces<'a>,
+    (shard, chunk_bytes): (usize, u64),
+    mut raw_offset: u64,
+    mut rest: &'a mut [u8],
+) {
+    while !rest.is_empty() {
+        let chunk = usize::try_from(raw_offset / chunk_bytes).unwrap_or(usize::MAX);
+        let start = usize::try_from(raw_offset % chunk_bytes).unwrap_or(usize::MAX);
+        let room = usize::try_from(chunk_bytes).unwrap_or(usize::MAX) - start;
+        let (piece, after) = rest.split_at_mut(room.min(rest.len()));
+        raw_offset += piece.len() as u64;
+        pieces.entry((shard, chunk)).or_default().push((start, piece));
+        rest = after;
+    }
 }
 
 /// What [`run`] tells of each chunk; false stops the reading.
-pub(super) type Report<'a> = &'a (dyn Fn(usize, Result<()>) -> bool + Sync);
+pub(super) type Report<'a> = &'a (dyn Fn(&Shard, usize, Result<()>) -> bool + Sync);
 
 /// Reads, checks and delivers all `jobs`, in the order given.
 pub(super) fn run(
-    checkpoint: &Checkpoint,
-    jobs: Vec<ChunkJob<'_>>,
+    jobs: Vec<ChunkJob<'_, '_>>,
     options: ReadOptions,
     report: Report<'_>,
 ) -> Result<()> {
-    if jobs.is_empty() {
-        return Ok(());
-    }
+    let Some(first) = jobs.first() else { return Ok(()) };
+    let name = first.shard.name();
     let workers = worker_count(options, jobs.len());
-    let pool = read_pool(checkpoint, jobs.len(), workers)?;
+    let pool = read_pool(&name, &jobs, workers)?;
     let stopped = AtomicBool::new(false);
     // Reads complete on the store's threads, which know nothing of the targets' lifetimes: they
     // hand back a number, and the jobs wait here.
-    let waiting: Vec<Mutex<Option<ChunkJob<'_>>>> =
-        jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
+    let waiting: Vec<Waiting<'_, '_>> = jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
     let (arrived, arrivals) = crossbeam_channel::unbounded::<(usize, Result<()>, Buffer)>();
     std::thread::scope(|scope| {
         let handles: Vec<_> = (0..workers)
             .map(|_| {
                 let arrivals = arrivals.clone();
                 let (waiting, stopped) = (&waiting, &stopped);
-                scope.spawn(move || {
-                    work(checkpoint, options, waiting, &arrivals, stopped, report);
-                })
+                scope.spawn(move || work(options, waiting, &arrivals, stopped, report))
             })
             .collect();
         drop(arrivals);
-        submit_all(checkpoint, &waiting, &pool, &arrived, &stopped);
+        submit_all(&waiting, &pool, &arrived, &stopped);
         // Workers end when the last read has arrived.
         drop(arrived);
         let panicked = handles.into_iter().any(|handle| handle.join().is_err());
         if panicked {
             return Err(EngineError::internal(
-                format!("reading `{}`", checkpoint.shard_name()),
+                format!("reading `{name}`"),
                 "a decoding thread panicked",
             ));
         }
@@ -214,23 +262,25 @@ pub(super) fn run(
     })
 }
 
+/// A job whose read is on its way.
+type Waiting<'c, 'a> = Mutex<Option<ChunkJob<'c, 'a>>>;
+
 fn worker_count(options: ReadOptions, jobs: usize) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let wanted = options.workers.map_or(cores, |workers| workers as usize);
     wanted.min(READ_WORKERS_MAX).min(jobs).max(1)
 }
 
-fn read_pool(checkpoint: &Checkpoint, jobs: usize, workers: usize) -> Result<Arc<BufferPool>> {
-    let buffer_bytes = checkpoint.header.chunk_bytes as usize;
+fn read_pool(name: &str, jobs: &[ChunkJob<'_, '_>], workers: usize) -> Result<Arc<BufferPool>> {
+    let chunk_bytes = jobs.iter().map(|job| job.shard.header.chunk_bytes).max();
+    let buffer_bytes = chunk_bytes.unwrap_or_default() as usize;
     let most = (READ_BUFFERS_BYTES / buffer_bytes).max(workers + 2);
-    BufferPool::new(buffer_bytes, most.min(jobs))
-        .context("allocating buffers to read", checkpoint.shard_name())
+    BufferPool::new(buffer_bytes, most.min(jobs.len())).context("allocating buffers to read", name)
 }
 
 /// Keeps as many reads in flight as there are buffers.
 fn submit_all(
-    checkpoint: &Checkpoint,
-    waiting: &[Mutex<Option<ChunkJob<'_>>>],
+    waiting: &[Waiting<'_, '_>],
     pool: &Arc<BufferPool>,
     arrived: &Sender<(usize, Result<()>, Buffer)>,
     stopped: &AtomicBool,
@@ -240,29 +290,30 @@ fn submit_all(
         if stopped.load(Ordering::Relaxed) {
             return;
         }
-        let chunk =
-            job.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|job| job.chunk);
-        let record = checkpoint.record(chunk.expect("jobs are taken only after their read"));
-        let padded = padded_bytes(record);
+        let read = job
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(|job| (job.shard, *job.record()));
+        let (shard, record) = read.expect("jobs are taken only after their read");
+        let padded = padded_bytes(&record);
         let arrived = arrived.clone();
         let done = Box::new(move |result, buffer| {
             // Workers that stopped early need it no more.
             let _stopped = arrived.send((number, result, buffer));
         });
-        checkpoint.source.read(record.offset, buffer, padded, done);
+        shard.source.read(record.offset, buffer, padded, done);
     }
 }
 
 fn work(
-    checkpoint: &Checkpoint,
     options: ReadOptions,
-    waiting: &[Mutex<Option<ChunkJob<'_>>>],
+    waiting: &[Waiting<'_, '_>],
     arrivals: &Receiver<(usize, Result<()>, Buffer)>,
     stopped: &AtomicBool,
     report: Report<'_>,
 ) {
-    let mut delivery =
-        Delivery { checkpoint, options, decoder: Decoder::new(), scratch: Vec::new() };
+    let mut delivery = Delivery { options, decoder: Decoder::new(), scratch: Vec::new() };
     // Buffers of stopped reads are still received, so that the submitter is never left waiting.
     while let Ok((number, result, buffer)) = arrivals.recv() {
         if stopped.load(Ordering::Relaxed) {
@@ -276,31 +327,33 @@ fn work(
             }
             delivered => delivered,
         };
-        if !report(job.chunk, delivered) {
+        if !report(job.shard, job.chunk, delivered) {
             stopped.store(true, Ordering::Relaxed);
         }
     }
 }
 
+/// A chunk, for messages.
+type At<'c> = (&'c Shard, usize);
+
 /// One worker's tools.
-struct Delivery<'c> {
-    checkpoint: &'c Checkpoint,
+struct Delivery {
     options: ReadOptions,
     decoder: Decoder,
     scratch: Vec<u8>,
 }
 
-impl Delivery<'_> {
+impl Delivery {
     /// A chunk that came damaged, from elsewhere; checked whatever the options say.
     fn deliver_copy(
         &mut self,
-        job: &mut ChunkJob<'_>,
+        job: &mut ChunkJob<'_, '_>,
         buffer: Buffer,
         met: EngineError,
     ) -> Result<()> {
-        let checkpoint = self.checkpoint;
-        let Some(second) = checkpoint.second(&met)? else { return Err(met) };
-        let record = *checkpoint.record(job.chunk);
+        let shard = job.shard;
+        let Some(second) = shard.second(&met)? else { return Err(met) };
+        let record = *job.record();
         let verify = std::mem::replace(&mut self.options.verify, true);
         let mut spare = Some(buffer);
         let delivered = read_elsewhere(second, met, |way| {
@@ -314,17 +367,18 @@ impl Delivery<'_> {
         delivered
     }
 
-    fn deliver(&mut self, job: &mut ChunkJob<'_>, buffer: &Buffer) -> Result<()> {
-        let record = *self.checkpoint.record(job.chunk);
+    fn deliver(&mut self, job: &mut ChunkJob<'_, '_>, buffer: &Buffer) -> Result<()> {
+        let record = *job.record();
+        let at = (job.shard, job.chunk);
         let stored_bytes = record.stored_bytes as usize;
         let padded = &buffer[..padded_bytes(&record)];
         // Raw bytes in whole blocks have one checksum under two names: it is taken below.
         let one_checksum = record.codec == Codec::None && padded.len() == stored_bytes;
         if self.options.verify {
             if one_checksum {
-                self.expect(job.chunk, "stored", record.raw_crc32c, record.stored_crc32c)?;
+                self.expect(at, "stored", record.raw_crc32c, record.stored_crc32c)?;
             } else {
-                self.expect(job.chunk, "stored", checksum(padded), record.stored_crc32c)?;
+                self.expect(at, "stored", checksum(padded), record.stored_crc32c)?;
             }
         }
         self.decode(&record, job, &padded[..stored_bytes])
@@ -333,23 +387,23 @@ impl Delivery<'_> {
     fn decode(
         &mut self,
         record: &ChunkRecord,
-        job: &mut ChunkJob<'_>,
+        job: &mut ChunkJob<'_, '_>,
         stored: &[u8],
     ) -> Result<()> {
         let raw_bytes = record.raw_bytes as usize;
-        let chunk = job.chunk;
+        let at = (job.shard, job.chunk);
         // The usual case of a large tensor: the chunk is decoded where it belongs.
         if let [(0, memory)] = job.pieces.as_mut_slice()
             && memory.len() == raw_bytes
         {
             if record.codec == Codec::None && stored.len() == raw_bytes {
-                return self.copy_checked(chunk, stored, memory, record);
+                return self.copy_checked(at, stored, memory, record);
             }
-            self.decode_into(record, chunk, stored, memory)?;
-            return self.check_raw(chunk, memory, record);
+            self.decode_into(record, at, stored, memory)?;
+            return self.check_raw(at, memory, record);
         }
         if record.codec == Codec::None {
-            self.check_raw(chunk, stored, record)?;
+            self.check_raw(at, stored, record)?;
             scatter(&mut job.pieces, stored);
             return Ok(());
         }
@@ -359,8 +413,8 @@ impl Delivery<'_> {
             scratch = vec![0; raw_bytes];
         }
         let raw = &mut scratch[..raw_bytes];
-        self.decode_into(record, chunk, stored, raw)?;
-        self.check_raw(chunk, raw, record)?;
+        self.decode_into(record, at, stored, raw)?;
+        self.check_raw(at, raw, record)?;
         scatter(&mut job.pieces, raw);
         self.scratch = scratch;
         Ok(())
@@ -369,7 +423,7 @@ impl Delivery<'_> {
     /// A raw chunk to where it belongs, checked on the way.
     fn copy_checked(
         &self,
-        chunk: usize,
+        at: At<'_>,
         stored: &[u8],
         memory: &mut [u8],
         record: &ChunkRecord,
@@ -379,46 +433,43 @@ impl Delivery<'_> {
             copy(stored, memory);
             return Ok(());
         }
-        self.expect(chunk, "raw", copy_with_checksum(stored, memory), record.raw_crc32c)
+        self.expect(at, "raw", copy_with_checksum(stored, memory), record.raw_crc32c)
     }
 
     fn decode_into(
         &mut self,
         record: &ChunkRecord,
-        chunk: usize,
+        at: At<'_>,
         stored: &[u8],
         raw: &mut [u8],
     ) -> Result<()> {
         let _span = tracing::trace_span!("decode").entered();
         self.decoder.decode(record.codec, stored, raw).map_err(|error| {
-            self.damaged(
-                chunk,
-                &format!("its {} bytes do not decode: {error}", record.codec.name()),
-            )
+            self.damaged(at, &format!("its {} bytes do not decode: {error}", record.codec.name()))
         })
     }
 
-    fn check_raw(&self, chunk: usize, raw: &[u8], record: &ChunkRecord) -> Result<()> {
+    fn check_raw(&self, at: At<'_>, raw: &[u8], record: &ChunkRecord) -> Result<()> {
         if !self.options.verify {
             return Ok(());
         }
-        self.expect(chunk, "raw", checksum(raw), record.raw_crc32c)
+        self.expect(at, "raw", checksum(raw), record.raw_crc32c)
     }
 
-    fn expect(&self, chunk: usize, which: &str, actual: u32, expected: u32) -> Result<()> {
+    fn expect(&self, at: At<'_>, which: &str, actual: u32, expected: u32) -> Result<()> {
         if actual == expected {
             return Ok(());
         }
         Err(self.damaged(
-            chunk,
+            at,
             &format!("its {which} bytes have checksum {actual:08x}, the index says {expected:08x}"),
         ))
     }
 
-    fn damaged(&self, chunk: usize, why: &str) -> EngineError {
-        let record = self.checkpoint.record(chunk);
+    fn damaged(&self, (shard, chunk): At<'_>, why: &str) -> EngineError {
+        let record = shard.record(chunk);
         EngineError::corrupt(
-            self.checkpoint.shard_name(),
+            shard.name(),
             format!("chunk {chunk} at offset {}: {why}", record.offset),
         )
     }

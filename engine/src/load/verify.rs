@@ -3,9 +3,9 @@
 //! Always holds: a report without damage means that every byte of every shard, padding included,
 //! was read and matched the digest its parent holds.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Write as _};
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -13,7 +13,8 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::read::{ChunkJob, ReadOptions, run};
-use super::{Checkpoint, Damaged, read_manifest};
+use super::{Checkpoint, Damaged, Shard, check_replicas, read_manifest};
+use crate::format::index::{ShardIndex, StorageRecord, TensorRecord};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
@@ -81,23 +82,42 @@ pub(crate) fn verify_step(
 ) -> Result<VerifyReport> {
     let start = Instant::now();
     let mut report = VerifyReport { step, ..VerifyReport::default() };
-    match read_manifest(store, step).map(Arc::new) {
+    match read_manifest(store, step) {
         Ok(manifest) => {
             let mut missing = Missing::default();
+            let mut has_replicated = false;
             for entry in &manifest.shards {
-                match Checkpoint::open_shard(store, &manifest, entry.rank, Damaged::Told) {
-                    Ok(checkpoint) => verify_shard(&checkpoint, options, observer, &mut report)?,
+                match Shard::open(store, &manifest, entry.rank, Damaged::Told) {
+                    Ok(shard) => {
+                        has_replicated |= shard.header.replicated;
+                        verify_shard(&shard, options, observer, &mut report)?;
+                    }
                     Err(error @ EngineError::NotFound { .. }) => missing.add(&entry.file, error),
                     Err(error) => report.damage.push(whole_file(&entry.file, error)?),
                 }
             }
             report.damage.extend(missing.judge(store, &manifest)?);
+            if has_replicated && report.damage.iter().all(|damage| damage.chunk.is_some()) {
+                report.damage.extend(verify_replicas(store, &manifest)?);
+            }
         }
         Err(error) => report.damage.push(whole_file("manifest.json", error)?),
     }
     report.damage.sort();
     report.seconds = start.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// Whether the shards, each sound in itself, are one checkpoint.
+fn verify_replicas(store: &dyn Store, manifest: &Manifest) -> Result<Option<Damage>> {
+    match check_replicas(store, manifest, 0) {
+        Ok(()) => Ok(None),
+        Err(EngineError::InvalidArgument { why, .. }) => {
+            let shard = "manifest.json".into();
+            Ok(Some(Damage { shard, chunk: None, why, tensors: Vec::new() }))
+        }
+        Err(error) => whole_file("manifest.json", error).map(Some),
+    }
 }
 
 /// Shards that are gone. That is damage while the manifest still names them; else the checkpoint
@@ -143,27 +163,28 @@ fn whole_file(file: &str, error: EngineError) -> Result<Damage> {
 }
 
 fn verify_shard(
-    checkpoint: &Checkpoint,
+    shard: &Shard,
     options: ReadOptions,
     observer: &dyn VerifyObserver,
     report: &mut VerifyReport,
 ) -> Result<()> {
-    let mut order: Vec<usize> = (0..checkpoint.index.chunks.len()).collect();
-    order.sort_by_key(|&chunk| checkpoint.record(chunk).offset);
-    let jobs = order.into_iter().map(|chunk| ChunkJob { chunk, pieces: Vec::new() }).collect();
+    let mut order: Vec<usize> = (0..shard.index.chunks.len()).collect();
+    order.sort_by_key(|&chunk| shard.record(chunk).offset);
+    let job = |chunk| ChunkJob { shard, chunk, pieces: Vec::new() };
+    let jobs = order.into_iter().map(job).collect();
     let damage = Mutex::new(Vec::new());
     let unavailable = Mutex::new(None);
     let cancelled = AtomicBool::new(false);
     let options = ReadOptions { verify: true, copies: false, ..options };
-    run(checkpoint, jobs, options, &|chunk, result| {
-        observer.advanced(u64::from(checkpoint.record(chunk).stored_bytes));
+    run(jobs, options, &|shard, chunk, result| {
+        observer.advanced(u64::from(shard.record(chunk).stored_bytes));
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {
                 // It says nothing about the chunk.
                 *unavailable.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                 return false;
             }
-            let found = checkpoint.damage_of(chunk, &error);
+            let found = shard.damage_of(chunk, &error);
             damage.lock().unwrap_or_else(PoisonError::into_inner).push(found);
         }
         cancelled.store(observer.is_cancelled(), Ordering::Relaxed);
@@ -174,13 +195,13 @@ fn verify_shard(
     }
     if cancelled.into_inner() {
         return Err(EngineError::Closed {
-            what: format!("verifying step {}", checkpoint.step()),
+            what: format!("verifying step {}", shard.header.step),
             why: "it was cancelled".into(),
             hint: "verify again for a complete report".into(),
         });
     }
     report.shards += 1;
-    for record in &checkpoint.index.chunks {
+    for record in &shard.index.chunks {
         report.chunks += 1;
         report.raw_bytes += u64::from(record.raw_bytes);
         report.stored_bytes += u64::from(record.stored_bytes);
@@ -189,7 +210,7 @@ fn verify_shard(
     Ok(())
 }
 
-impl Checkpoint {
+impl Shard {
     fn damage_of(&self, chunk: usize, error: &EngineError) -> Damage {
         let why = match error {
             EngineError::Corrupt { why, .. } => why.clone(),
@@ -199,46 +220,72 @@ impl Checkpoint {
             shard: shard_file_name(self.header.rank, self.header.attempt),
             chunk: Some(chunk as u64),
             why,
-            tensors: self.tensors_in(chunk),
+            tensors: tensors_over(&self.index, &self.bytes_in(chunk)),
         }
     }
 
-    /// Display paths of the first tensors with bytes in a chunk.
-    pub(super) fn tensors_in(&self, chunk: usize) -> Vec<String> {
+    /// By storage: its bytes that a chunk holds.
+    fn bytes_in(&self, chunk: usize) -> BTreeMap<usize, Range<u64>> {
         let start = chunk as u64 * u64::from(self.header.chunk_bytes);
-        let raw = start..start + u64::from(self.index.chunks[chunk].raw_bytes);
-        let mut walk = Walk::new(&self.index.nodes);
-        let mut names = Vec::new();
-        while let Some(node) = walk.advance()
-            && names.len() < TENSORS_NAMED_MAX
-        {
-            if let Value::Tensor(tensor) = node.value
-                && overlaps(&self.tensor_range(tensor), &raw)
-            {
-                names.push(name_of(walk.path()));
-            }
-        }
-        names
+        let end = start + u64::from(self.record(chunk).raw_bytes);
+        let storages = self.index.storages.iter().enumerate();
+        let inside = storages.filter_map(|(number, storage)| {
+            let (from, until) = (storage.raw_offset.max(start), storage.raw_end().min(end));
+            let bytes = |raw: u64| storage.held().start + (raw - storage.raw_offset);
+            (from < until).then(|| (number, bytes(from)..bytes(until)))
+        });
+        inside.collect()
     }
+}
 
-    /// The part of the raw layout that a tensor's items lie in.
-    fn tensor_range(&self, tensor: u32) -> Range<u64> {
-        let tensor = &self.index.tensors[tensor as usize];
-        let storage = &self.index.storages[tensor.storage as usize];
-        // One without items may be anywhere, beyond every number too.
-        if tensor.shape.contains(&0) {
-            return storage.raw_offset..storage.raw_offset;
+impl Checkpoint {
+    /// Display paths of the first tensors with bytes in a chunk of one of its shards.
+    pub(super) fn tensors_in(&self, shard: &Shard, chunk: usize) -> Vec<String> {
+        let mut bytes = shard.bytes_in(chunk);
+        if !std::ptr::eq(shard, &raw const self.own) {
+            // Only the own tree is known: replicated storages have the same number in each shard.
+            let number = |storage: &StorageRecord| storage.replica.map(|replica| replica.number);
+            let own = self.own.index.storages.iter().enumerate();
+            let own: HashMap<u32, usize> =
+                own.filter_map(|(index, storage)| Some((number(storage)?, index))).collect();
+            let of_own = |(there, bytes): (usize, Range<u64>)| {
+                Some((*own.get(&number(&shard.index.storages[there])?)?, bytes))
+            };
+            bytes = bytes.into_iter().filter_map(of_own).collect();
         }
-        let item_bytes = u64::from(tensor.item_bytes);
-        let start = storage.raw_offset + tensor.offset * item_bytes;
-        let last: u64 = tensor
-            .shape
-            .iter()
-            .zip(&tensor.strides)
-            .map(|(items, stride)| (items - 1) * stride)
-            .sum();
-        start..start + (last + 1) * item_bytes
+        tensors_over(&self.own.index, &bytes)
     }
+}
+
+/// Display paths of the first tensors that touch the given bytes of storages.
+fn tensors_over(index: &ShardIndex, bytes: &BTreeMap<usize, Range<u64>>) -> Vec<String> {
+    let mut walk = Walk::new(&index.nodes);
+    let mut names = Vec::new();
+    while let Some(node) = walk.advance()
+        && names.len() < TENSORS_NAMED_MAX
+    {
+        if let Value::Tensor(tensor) = node.value
+            && let record = &index.tensors[tensor as usize]
+            && let Some(bytes) = bytes.get(&(record.storage as usize))
+            && overlaps(&bytes_of(record), bytes)
+        {
+            names.push(name_of(walk.path()));
+        }
+    }
+    names
+}
+
+/// The bytes of its storage from a tensor's first item to its last.
+fn bytes_of(tensor: &TensorRecord) -> Range<u64> {
+    // One without items may be anywhere, beyond every number too.
+    if tensor.shape.contains(&0) {
+        return 0..0;
+    }
+    let item_bytes = u64::from(tensor.item_bytes);
+    let start = tensor.offset * item_bytes;
+    let steps = tensor.shape.iter().zip(&tensor.strides);
+    let last: u64 = steps.map(|(items, stride)| (items - 1) * stride).sum();
+    start..start + (last + 1) * item_bytes
 }
 
 /// A path as a message shows it: no longer than a message may be.

@@ -137,6 +137,7 @@ fn shard_of(entry: &ShardEntry) -> Result<v1::Shard> {
         bytes: entry.bytes,
         raw_bytes: entry.raw_bytes,
         footer_crc32c,
+        replicated: entry.replicated.clone(),
     })
 }
 
@@ -147,7 +148,7 @@ fn entry_of(shard: v1::Shard) -> ShardEntry {
         footer_crc32c: checksum::to_hex(shard.footer_crc32c),
         rank: shard.rank,
         raw_bytes: shard.raw_bytes,
-        replicated: Vec::new(),
+        replicated: shard.replicated,
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam_channel::Sender;
 
-use super::StorageInput;
+use super::StorageSource;
 use super::encode::EncodeTask;
 use super::job::Job;
 use crate::io::buffer::{Buffer, BufferPool};
@@ -19,10 +19,17 @@ use crate::{EngineError, Result};
 /// Most threads that copy: two saturate the memory of a small machine, four that of a socket.
 const CAPTURE_THREADS_MAX: usize = 4;
 
+/// Where a storage of the layout is copied from: `start` bytes into a source.
+#[derive(Clone, Copy)]
+pub(crate) struct Origin<'a> {
+    pub(crate) source: &'a dyn StorageSource,
+    pub(crate) start: u64,
+}
+
 /// Copies all chunks of `job` from `storages` and hands them to `workers`.
 pub(crate) fn capture(
     job: &Arc<Job>,
-    storages: &[StorageInput<'_>],
+    storages: &[Origin<'_>],
     arena: &Arc<BufferPool>,
     workers: &Sender<EncodeTask>,
 ) -> Result<()> {
@@ -60,7 +67,7 @@ fn thread_count(job: &Job) -> usize {
 
 struct Capture<'a> {
     job: &'a Arc<Job>,
-    storages: &'a [StorageInput<'a>],
+    storages: &'a [Origin<'a>],
     arena: &'a Arc<BufferPool>,
     next_chunk: AtomicUsize,
 }
@@ -98,7 +105,8 @@ impl Capture<'_> {
             let destination = &mut buffer[piece.chunk_offset..piece.chunk_offset + piece.length];
             match piece.storage {
                 Some(storage) => {
-                    self.storages[storage].source.read(piece.storage_offset, destination)?;
+                    let Origin { source, start } = self.storages[storage];
+                    source.read(start + piece.storage_offset, destination)?;
                 }
                 // Whatever the buffer held before.
                 None => destination.fill(0),

@@ -22,7 +22,7 @@ use crate::format::checksum::to_hex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
-use crate::load::{Checkpoint, Damaged, read_manifest};
+use crate::load::{Damaged, Shard, read_manifest};
 use crate::ranks::{Attempt, Begun, Ranks};
 use crate::store::{Publication, ShardId, ShardSink, ShardSize};
 use crate::{EngineError, Result};
@@ -35,6 +35,8 @@ pub(crate) struct CommitTask {
     pub(crate) index: IndexDraft,
     /// Complete but for the attempt, when it began, and the shards.
     pub(crate) manifest: Manifest,
+    /// Names of the entries that all ranks save alike.
+    pub(crate) replicated: Vec<String>,
     pub(crate) replaces: Option<AttemptId>,
     pub(crate) reserve_bytes: u64,
     pub(crate) handle: SaveHandle,
@@ -131,6 +133,7 @@ fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
 fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInfo> {
     let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } =
         task;
+    let replicated = task.replicated;
     let write_start = core.environment.monotonic();
     let shard = ShardId { step: job.step, rank: core.config.rank, attempt: begun.attempt };
     manifest.attempt = begun.attempt.to_string();
@@ -143,6 +146,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
         rank: shard.rank,
         world_size: core.config.world_size,
         chunk_bytes: job.layout.chunk_bytes(),
+        replicated: index.has_replicated(),
     };
     let pool = &core.control_pool;
     let written = write_shard(&job, index, &header, &encoded, sink.as_mut(), pool);
@@ -157,7 +161,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
     };
     let publish_start = core.environment.monotonic();
     let figures = sink.figures();
-    let entry = shard_entry(&job, shard, written);
+    let entry = shard_entry(&job, shard, written, replicated);
     match &core.ranks {
         None => {
             manifest.shards = vec![entry.clone()];
@@ -206,14 +210,19 @@ fn commit_together(
     })
 }
 
-fn shard_entry(job: &Job, shard: ShardId, written: WrittenShard) -> ShardEntry {
+fn shard_entry(
+    job: &Job,
+    shard: ShardId,
+    written: WrittenShard,
+    replicated: Vec<String>,
+) -> ShardEntry {
     ShardEntry {
         bytes: written.file_bytes,
         file: shard_file_name(shard.rank, shard.attempt),
         footer_crc32c: to_hex(written.footer_crc32c),
         rank: shard.rank,
         raw_bytes: job.layout.raw_bytes(),
-        replicated: Vec::new(),
+        replicated,
     }
 }
 
@@ -252,13 +261,12 @@ fn publish(
 /// Reads manifest, header, footer, index and lengths of what was just committed.
 fn read_back(core: &Core, shard: ShardId, entry: &ShardEntry, written: &Manifest) -> Result<()> {
     let store = core.store.as_ref();
-    let manifest = Arc::new(read_manifest(store, shard.step)?);
-    let checkpoint = Checkpoint::open_shard(store, &manifest, shard.rank, Damaged::Told)?;
-    let read = checkpoint.manifest();
+    let manifest = read_manifest(store, shard.step)?;
+    Shard::open(store, &manifest, shard.rank, Damaged::Told)?;
     let is_ours = match core.ranks {
-        None => read == written,
+        None => manifest == *written,
         // Another rank may have written it.
-        Some(_) => read.attempt == written.attempt && read.shards.contains(entry),
+        Some(_) => manifest.attempt == written.attempt && manifest.shards.contains(entry),
     };
     if is_ours {
         return Ok(());

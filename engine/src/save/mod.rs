@@ -34,10 +34,12 @@ mod handle;
 pub(crate) mod job;
 #[cfg(all(test, loom))]
 mod models;
+pub(crate) mod share;
 mod together;
 pub(crate) mod write;
 
 pub use handle::{SaveHandle, SaveInfo};
+pub use share::share_of;
 
 /// What to save.
 #[derive(Debug)]
@@ -52,6 +54,9 @@ pub struct SaveRequest<'a> {
     pub tensors: Vec<TensorRecord>,
     /// The memory to save, each storage once.
     pub storages: Vec<StorageInput<'a>>,
+    /// Topmost nodes, ascending, of what every rank saves alike: each writes a part of its bytes
+    /// ([`share_of`]), and any number of ranks can load it.
+    pub replicated: Vec<u32>,
     /// Attached to the manifest.
     pub metadata: BTreeMap<String, serde_json::Value>,
     /// Positions of datasets, attached to the manifest.

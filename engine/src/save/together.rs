@@ -9,6 +9,7 @@ use crate::error::CoordinationKind;
 use crate::format::checksum::crc32c;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
+use crate::load::check_replicas;
 use crate::ranks::{Attempt, Outcome, Ranks};
 use crate::store::{Publication, ShardId};
 use crate::{EngineError, Result};
@@ -67,6 +68,9 @@ impl Together<'_> {
         let what = || format!("publishing step {}", self.attempt.step);
         let _span = tracing::trace_span!("publish").entered();
         let shards = self.shards_of(manifest)?;
+        if manifest.shards.iter().any(|shard| !shard.replicated.is_empty()) {
+            check_replicas(self.core.store.as_ref(), manifest, self.entry.rank)?;
+        }
         let bytes =
             manifest.encode().map_err(|error| EngineError::internal(what(), error.to_string()))?;
         self.core.store.publish(Publication {

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
+use super::SaveRequest;
 use super::job::{EncodedChunk, Job, Message};
+use super::share::Share;
 use crate::codec::Codec;
 use crate::format::checksum::{combine, crc32c};
 use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, TensorRecord};
@@ -32,16 +34,19 @@ pub(crate) struct IndexDraft {
     nodes: Vec<Node>,
     tensors: Vec<TensorRecord>,
     storages: Vec<StorageRecord>,
+    replicated: Vec<u32>,
 }
 
 impl IndexDraft {
-    /// Storages of a request are in the caller's order; an index has them by raw offset.
-    pub(crate) fn new(
-        layout: &Layout,
-        nodes: Vec<Node>,
-        mut tensors: Vec<TensorRecord>,
-    ) -> Result<Self> {
-        let storages: Vec<StorageRecord> = layout.records().collect();
+    /// Storages of a request are in the caller's order; an index has them by raw offset. `layout`
+    /// is of the parts in `share`.
+    pub(crate) fn new(layout: &Layout, share: &Share, request: SaveRequest<'_>) -> Result<Self> {
+        let SaveRequest { nodes, mut tensors, replicated, storages: inputs, .. } = request;
+        let mut storages: Vec<StorageRecord> = layout.records().collect();
+        for (storage, input) in inputs.iter().enumerate() {
+            let record = &mut storages[layout.record_index(storage)];
+            (record.bytes, record.replica) = (input.bytes, share.replicas[storage]);
+        }
         for tensor in &mut tensors {
             let named = tensor.storage as usize;
             if named >= storages.len() {
@@ -53,7 +58,14 @@ impl IndexDraft {
             let position = layout.record_index(named);
             tensor.storage = u32::try_from(position).expect("STORAGES_MAX fits 32 bits");
         }
-        Ok(Self { nodes, tensors, storages })
+        Ok(Self { nodes, tensors, storages, replicated })
+    }
+}
+
+impl IndexDraft {
+    /// Whether it names entries that all ranks save alike.
+    pub(crate) fn has_replicated(&self) -> bool {
+        !self.replicated.is_empty()
     }
 }
 
@@ -72,8 +84,8 @@ pub(crate) fn write_shard(
     let mut writer = ShardWriter { job, attempt, sink, pool, next_offset };
     writer.write_at(0, &header)?;
     let chunks = writer.write_chunks(encoded)?;
-    let index =
-        ShardIndex { nodes: draft.nodes, storages: draft.storages, tensors: draft.tensors, chunks };
+    let IndexDraft { nodes, tensors, storages, replicated } = draft;
+    let index = ShardIndex { nodes, storages, tensors, chunks, replicated };
     writer.close(&index, block_crc32c(&header))
 }
 
@@ -162,6 +174,7 @@ impl ShardWriter<'_> {
             header_crc32c,
             file_bytes: footer_offset + BLOCK_BYTES as u64,
             attempt: self.attempt,
+            replicated: !index.replicated.is_empty(),
         };
         let block = footer.encode();
         self.write_at(footer_offset, &block)?;

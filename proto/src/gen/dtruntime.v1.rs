@@ -309,6 +309,9 @@ pub struct Shard {
     /// Checksum of the file's footer.
     #[prost(fixed32, tag = "5")]
     pub footer_crc32c: u32,
+    /// Display paths of the entries that all ranks saved alike, for the manifest.
+    #[prost(string, repeated, tag = "6")]
+    pub replicated: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportShardRequest {
@@ -3174,6 +3177,9 @@ pub struct ShardIndex {
     /// Chunks, in order of raw offset. Absent when there are none.
     #[prost(message, optional, tag = "4")]
     pub chunks: ::core::option::Option<ChunkColumns>,
+    /// Topmost nodes, ascending, of what all ranks saved alike: everything at and below them.
+    #[prost(fixed32, repeated, tag = "5")]
+    pub replicated: ::prost::alloc::vec::Vec<u32>,
 }
 /// One node of the state tree.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -3316,18 +3322,35 @@ pub struct Dict {
     #[prost(bool, tag = "3")]
     pub metadata: bool,
 }
-/// Where a storage lies in the raw layout.
+/// Where a storage lies in the raw layout, or as much of it as this shard holds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Storage {
     /// Bytes from the start of the raw layout; a multiple of 64.
     #[prost(uint64, tag = "1")]
     pub raw_offset: u64,
-    /// Length in bytes.
+    /// Length in bytes, of the whole storage.
     #[prost(uint64, tag = "2")]
     pub bytes: u64,
     /// What the bytes are.
     #[prost(enumeration = "ElementType", tag = "3")]
     pub element: i32,
+    /// Present for a storage that all ranks saved alike, each a part of it.
+    #[prost(message, optional, tag = "4")]
+    pub replica: ::core::option::Option<Replica>,
+}
+/// The part of a replicated storage that lies in this shard. Those of all shards tile the storage.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Replica {
+    /// Which one: replicated storages are counted from 0, by first appearance in the tree, and have
+    /// the same number in every shard.
+    #[prost(uint32, tag = "1")]
+    pub number: u32,
+    /// Where the part starts, in bytes from the storage's start.
+    #[prost(uint64, tag = "2")]
+    pub start: u64,
+    /// Bytes of the part; may be 0.
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
 }
 /// A view of a storage.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

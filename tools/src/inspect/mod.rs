@@ -90,10 +90,21 @@ struct Tensor {
 
 #[derive(Debug, Serialize)]
 struct Storage {
+    /// Where it lies in the shard's raw layout, or the part of it that the shard holds.
     raw_offset: u64,
     bytes: u64,
+    /// What of it the shard holds, where all ranks saved it alike and each a part.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<Held>,
     /// Paths of the tensors that view it.
     tensors: Vec<String>,
+}
+
+/// A part of a replicated storage.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Held {
+    start: u64,
+    bytes: u64,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -194,6 +205,7 @@ fn storages(index: &ShardIndex, tensors: &[Tensor]) -> Vec<Storage> {
         .map(|record| Storage {
             raw_offset: record.raw_offset,
             bytes: record.bytes,
+            held: record.replica.map(|part| Held { start: part.start, bytes: part.bytes }),
             tensors: Vec::new(),
         })
         .collect();

@@ -63,6 +63,7 @@ fn facts(inspected: &Inspected) -> Vec<(&'static str, String)> {
         ("size", size),
         ("tensors", tensors),
     ];
+    facts.extend(replicated(inspected).map(|text| ("replicated", text)));
     if !manifest.retired.is_empty() {
         let steps: Vec<String> =
             manifest.retired.iter().map(|retired| retired.step.to_string()).collect();
@@ -94,6 +95,18 @@ fn ranks(inspected: &Inspected) -> String {
         text::bytes(raw_bytes),
         inspected.rank
     )
+}
+
+/// What all ranks saved alike, and how much of it lies in this shard.
+fn replicated(inspected: &Inspected) -> Option<String> {
+    let shard = inspected.manifest.shards.get(inspected.rank as usize)?;
+    let names = shard.replicated.iter().map(|name| text::path(name));
+    let names: Vec<&str> = names.collect();
+    let parts = inspected.storages.iter().filter_map(|storage| Some((storage, storage.held?)));
+    let (held, whole) = parts
+        .fold((0, 0), |(held, whole), (storage, part)| (held + part.bytes, whole + storage.bytes));
+    let figures = || format!("{} of {} in this shard", text::bytes(held), text::bytes(whole));
+    (!names.is_empty()).then(|| format!("{}: {}", names.join(", "), figures()))
 }
 
 /// The largest first: what a person looks for.

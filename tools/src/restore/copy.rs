@@ -34,16 +34,14 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         ..Config::new(output)
     })?;
     let windows = Windows::new(checkpoint, |_| true);
-    let bar = Bar::new(index.raw_bytes(), "copying");
-    let sources: Vec<Source<'_>> = index
-        .storages
+    let bar = Bar::new(checkpoint.raw_bytes(), "copying");
+    let sources: Vec<Source<'_>> = checkpoint
+        .storages()
         .iter()
         .map(|record| Source { windows: &windows, raw_offset: record.raw_offset, bar: &bar })
         .collect();
-    let storages = index.storages.iter().zip(&sources).map(|(record, source)| StorageInput {
-        bytes: record.bytes,
-        element: record.element,
-        source,
+    let storages = checkpoint.storages().iter().zip(&sources).map(|(record, source)| {
+        StorageInput { bytes: record.bytes, element: record.element, source }
     });
     let handle = engine.save(SaveRequest {
         step: checkpoint.step(),
@@ -51,6 +49,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         nodes: index.nodes.clone(),
         tensors: index.tensors.clone(),
         storages: storages.collect(),
+        replicated: index.replicated.clone(),
         metadata: manifest.metadata.clone(),
         dataset_positions: manifest.dataset_positions.clone(),
     });

@@ -61,8 +61,7 @@ pub(super) fn select<'c>(
         .collect::<Result<Vec<_>>>()?;
     tensors.sort_by_key(|tensor| {
         let record = tensor.record;
-        let start = index.storages[record.storage as usize].raw_offset;
-        (std::cmp::Reverse(record.item_bytes), start, record.offset)
+        (std::cmp::Reverse(record.item_bytes), record.storage, record.offset)
     });
     Ok(tensors)
 }

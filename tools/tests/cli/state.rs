@@ -234,6 +234,7 @@ impl State {
                     source: bytes,
                 })
                 .collect(),
+            replicated: Vec::new(),
             metadata: BTreeMap::from([("note".into(), "from the tests".into())]),
             dataset_positions: BTreeMap::from([("text".into(), self.step.into())]),
         }

@@ -22,7 +22,7 @@ pub(super) fn storages(storages: &[StorageRecord]) -> Result<(), FormatError> {
         storages.len()
     );
     let mut end = 0;
-    for (index, StorageRecord { raw_offset, bytes, .. }) in storages.iter().enumerate() {
+    for (index, StorageRecord { raw_offset, bytes, replica, .. }) in storages.iter().enumerate() {
         ensure!(
             raw_offset.is_multiple_of(STORAGE_ALIGNMENT),
             "storage {index} starts at raw byte {raw_offset}, expected a multiple of \
@@ -32,7 +32,20 @@ pub(super) fn storages(storages: &[StorageRecord]) -> Result<(), FormatError> {
             *raw_offset >= end,
             "storage {index} starts at raw byte {raw_offset}, before the previous one ends at {end}"
         );
-        end = match raw_offset.checked_add(*bytes) {
+        let held = match replica {
+            None => Some(*bytes),
+            Some(part) => {
+                let end = part.start.checked_add(part.bytes);
+                let is_part = end.is_some_and(|end| end <= *bytes && *bytes <= RAW_BYTES_MAX);
+                is_part.then_some(part.bytes)
+            }
+        };
+        let Some(held) = held else {
+            return Err(FormatError::Damaged(format!(
+                "storage {index} of {bytes} bytes, at most {RAW_BYTES_MAX}, has no part {replica:?}"
+            )));
+        };
+        end = match raw_offset.checked_add(held) {
             Some(end) if end <= RAW_BYTES_MAX => end,
             _ => {
                 return Err(FormatError::Damaged(format!(

@@ -10,6 +10,8 @@
 //! nothing again; decoding takes memory in proportion to the stored bytes, and never more than in
 //! proportion to [`INDEX_BYTES_MAX`], whatever the bytes claim.
 
+use std::ops::Range;
+
 use super::FormatError;
 use super::layout::ElementType;
 use super::tree::{self, Node};
@@ -17,7 +19,10 @@ use crate::codec::Codec;
 
 mod check;
 mod frame;
+mod replicated;
 mod wire;
+
+pub use replicated::{Difference, difference, number_replicas};
 
 /// Most tensors in one shard.
 pub const TENSORS_MAX: usize = 1 << 22;
@@ -51,17 +56,49 @@ pub struct ShardIndex {
     pub tensors: Vec<TensorRecord>,
     /// Chunks, in order of raw offset.
     pub chunks: Vec<ChunkRecord>,
+    /// Topmost nodes, ascending, of what all ranks saved alike: everything at and below them.
+    pub replicated: Vec<u32>,
 }
 
-/// Where a storage lies in the raw layout.
+/// Where a storage lies in the raw layout, or as much of it as the shard holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StorageRecord {
     /// Bytes from the start of the raw layout; a multiple of 64.
     pub raw_offset: u64,
-    /// Length.
+    /// Length of the whole storage.
     pub bytes: u64,
     /// What the bytes are.
     pub element: ElementType,
+    /// Set for a storage that all ranks saved alike, each a part of it.
+    pub replica: Option<Replica>,
+}
+
+/// The part of a replicated storage that lies in one shard. Those of all shards tile the storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replica {
+    /// Which one: counted from 0 by first appearance below [`ShardIndex::replicated`], the same in
+    /// every shard.
+    pub number: u32,
+    /// Bytes from the storage's start.
+    pub start: u64,
+    /// Length of the part; may be 0.
+    pub bytes: u64,
+}
+
+impl StorageRecord {
+    /// The bytes of the storage that lie in this shard: all, unless it is replicated.
+    pub fn held(&self) -> Range<u64> {
+        match self.replica {
+            None => 0..self.bytes,
+            Some(part) => part.start..part.start + part.bytes,
+        }
+    }
+
+    /// Where it ends in the raw layout.
+    pub fn raw_end(&self) -> u64 {
+        let held = self.held();
+        self.raw_offset + (held.end - held.start)
+    }
 }
 
 /// Which library a tensor belongs to.
@@ -184,7 +221,7 @@ impl ShardIndex {
 
     /// Bytes of the raw layout: where its last storage ends.
     pub fn raw_bytes(&self) -> u64 {
-        self.storages.last().map_or(0, |storage| storage.raw_offset + storage.bytes)
+        self.storages.last().map_or(0, StorageRecord::raw_end)
     }
 
     /// Everything but chunks, which the length of the file bounds.
@@ -192,11 +229,20 @@ impl ShardIndex {
         (self.nodes.len() + self.storages.len() + self.tensors.len()) as u64
     }
 
+    /// The nodes of each entry that all ranks saved alike, in order.
+    pub fn replicated_nodes(&self) -> impl Iterator<Item = Range<usize>> {
+        self.replicated.iter().map(|&top| {
+            let top = top as usize;
+            top..tree::subtree_end(&self.nodes, top)
+        })
+    }
+
     /// Checks everything that does not depend on the file.
     fn validate(&self) -> Result<(), FormatError> {
         tree::validate(&self.nodes, self.tensors.len())?;
         check::storages(&self.storages)?;
         check::tensors(&self.tensors, &self.storages)?;
+        replicated::check(self)?;
         check::chunks(&self.chunks)
     }
 }

@@ -69,6 +69,7 @@ fn sample() -> ShardIndex {
         storages: layout.records().collect(),
         tensors: vec![tensor(0, &[250, 100], &[100, 1]), tensor(1, &[30_000], &[1])],
         chunks: place(&layout),
+        replicated: Vec::new(),
     }
 }
 
@@ -160,8 +161,104 @@ fn a_state_without_tensors_round_trips() {
     assert_eq!(reread(&index), Ok(index));
 }
 
+/// The sample, its first tensor saved by all ranks alike: half of its bytes are here.
+fn shared_sample() -> ShardIndex {
+    let f32s = |bytes| StorageSpec { bytes, element: ElementType::F32 };
+    let bytes = StorageSpec { bytes: 1000, element: ElementType::Bytes };
+    let layout = Layout::plan(&[f32s(50_000), f32s(120_000), bytes], CHUNK_BYTES).unwrap();
+    let mut storages: Vec<StorageRecord> = layout.records().collect();
+    storages[0].bytes = 100_000;
+    storages[0].replica = Some(Replica { number: 0, start: 50_000, bytes: 50_000 });
+    ShardIndex { storages, chunks: place(&layout), replicated: vec![1], ..sample() }
+}
+
+#[track_caller]
+fn assert_shared_change_refused(change: impl Fn(&mut ShardIndex), expected: &str) {
+    let mut index = shared_sample();
+    change(&mut index);
+    assert_refused(reread(&index), expected);
+    let why = index.encode().expect_err("the writer accepts it").to_string();
+    assert!(why.contains(expected), "{why}");
+}
+
+#[test]
+fn an_index_of_a_part_round_trips() {
+    assert_eq!(reread(&shared_sample()), Ok(shared_sample()));
+    assert_eq!(shared_sample().replicated_nodes().collect::<Vec<_>>(), [1..2]);
+    let whole = ShardIndex {
+        replicated: vec![0],
+        storages: (0..)
+            .zip(shared_sample().storages)
+            .take(2)
+            .map(|(number, storage)| {
+                let (start, bytes) = (storage.held().start, storage.raw_end() - storage.raw_offset);
+                StorageRecord { replica: Some(Replica { number, start, bytes }), ..storage }
+            })
+            .chain(shared_sample().storages.into_iter().skip(2))
+            .collect(),
+        ..shared_sample()
+    };
+    assert_eq!(reread(&whole), Ok(whole));
+}
+
+#[test]
+fn parts_that_contradict_the_tree_are_refused() {
+    fn part(number: u32, start: u64, bytes: u64) -> Option<Replica> {
+        Some(Replica { number, start, bytes })
+    }
+    let change = |change: fn(&mut ShardIndex), expected: &str| {
+        assert_shared_change_refused(change, expected);
+    };
+    change(|index| index.storages[0].replica = part(0, 50_001, 50_000), "has no part");
+    change(|index| index.storages[0].replica = part(0, u64::MAX, 50_000), "has no part");
+    change(|index| index.storages[0].replica = part(1, 50_000, 50_000), "expected 0");
+    change(
+        |index| {
+            index.storages[0] = StorageRecord { bytes: 50_000, replica: None, ..index.storages[0] }
+        },
+        "needs",
+    );
+    change(|index| index.storages[1].replica = part(1, 0, 120_000), "2 storages are replicated");
+    change(|index| index.replicated.clear(), "1 storages are replicated");
+    change(|index| index.replicated = vec![2], "storage 1 is replica None, expected 0");
+    change(|index| index.replicated = vec![1, 1], "node 1 is named as replicated");
+    change(|index| index.replicated = vec![0, 1], "node 1 is named as replicated");
+    change(|index| index.replicated = vec![3], "node 3 is named as replicated");
+    change(|index| index.replicated = vec![u32::MAX], "is named as replicated");
+}
+
+#[test]
+fn ranks_are_compared_by_what_they_share() {
+    let plain = |value| {
+        let mut index = shared_sample();
+        index.nodes[0] = node(None, dict(3));
+        index.nodes.push(node(Some("epoch"), value));
+        index.replicated.push(3);
+        index
+    };
+    let nan = || plain(Value::Float(f64::NAN));
+    assert_eq!(difference(&nan(), &nan()), None);
+    let found = difference(&plain(Value::Int(3)), &plain(Value::Int(4))).unwrap();
+    let shown = |text: &str| Some(text.to_owned());
+    assert_eq!((found.path.as_str(), found.left, found.right), ("epoch", shown("3"), shown("4")));
+    assert!(difference(&plain(Value::Float(0.0)), &plain(Value::Float(-0.0))).is_some());
+    // What is a rank's own, and which part it holds, may differ.
+    let mut other = shared_sample();
+    other.nodes[2] = node(Some("other"), Value::Tensor(1));
+    other.storages[0].replica = Some(Replica { number: 0, start: 0, bytes: 50_000 });
+    assert_eq!(difference(&shared_sample(), &other), None);
+    let mut reshaped = shared_sample();
+    reshaped.tensors[0] = tensor(0, &[100, 250], &[250, 1]);
+    assert_eq!(difference(&shared_sample(), &reshaped).unwrap().path, "weight");
+    let found = difference(&plain(Value::None), &shared_sample()).unwrap();
+    assert_eq!((found.path.as_str(), found.right), ("epoch", None));
+}
+
 #[test]
 fn the_wire_is_the_message_of_the_proto_file() {
+    let message = proto::ShardIndex::decode(&wire::encode(&shared_sample())[..]).unwrap();
+    assert_eq!((message.replicated.len(), message.storages[0].replica.unwrap().start), (1, 50_000));
+    assert_eq!(message.encode_to_vec(), wire::encode(&shared_sample()));
     let wire = wire::encode(&sample());
     let message = proto::ShardIndex::decode(&wire[..]).unwrap();
     assert_eq!(message.nodes.len(), 3);
@@ -402,6 +499,7 @@ fn a_large_state_round_trips() {
         storages: layout.records().collect(),
         tensors: (0..TENSORS).map(|i| tensor(i, &[4, 4], &[4, 1])).collect(),
         chunks: place(&layout),
+        replicated: Vec::new(),
     };
     assert!(reread(&index) == Ok(index));
 }

@@ -14,8 +14,8 @@ use prost::encoding::{self, DecodeContext, WireType};
 use proto::node::{Key as ProtoKey, Value as ProtoValue};
 
 use super::{
-    ChunkRecord, GlobalSlice, STORAGES_MAX, ShardIndex, StorageRecord, TENSORS_MAX, TensorKind,
-    TensorRecord,
+    ChunkRecord, GlobalSlice, Replica, STORAGES_MAX, ShardIndex, StorageRecord, TENSORS_MAX,
+    TensorKind, TensorRecord,
 };
 use crate::codec::Codec;
 use crate::format::FormatError;
@@ -27,6 +27,7 @@ const NODES: u32 = 1;
 const STORAGES: u32 = 2;
 const TENSORS: u32 = 3;
 const CHUNKS: u32 = 4;
+const REPLICATED: u32 = 5;
 
 /// Bytes that a chunk takes in its columns, and that all columns take besides: keys and lengths.
 const CHUNK_WIRE_BYTES: u64 = 4 + 8 + 4 + 4 + 1 + 4 + 4;
@@ -47,6 +48,7 @@ pub(super) fn encode(index: &ShardIndex) -> Vec<u8> {
     if !index.chunks.is_empty() {
         encoding::message::encode(CHUNKS, &chunks_to_proto(&index.chunks), &mut wire);
     }
+    encoding::fixed32::encode_packed(REPLICATED, &index.replicated, &mut wire);
     wire
 }
 
@@ -76,6 +78,11 @@ pub(super) fn decode(
                 let message = split_message(&mut wire, wire_type)?;
                 ensure!(columns.is_none(), "the index has its chunks twice");
                 columns = Some(decode_chunks(message, chunks_max)?);
+            }
+            REPLICATED => {
+                let numbers = split_message(&mut wire, wire_type)?;
+                ensure!(index.replicated.is_empty(), "the index has `replicated` twice");
+                index.replicated = replicated_from_wire(numbers)?;
             }
             _ => encoding::skip_field(wire_type, field, &mut wire, DecodeContext::default())
                 .map_err(|error| malformed(&error))?,
@@ -129,6 +136,13 @@ fn split_message<'a>(wire: &mut &'a [u8], wire_type: WireType) -> Result<&'a [u8
     };
     *wire = rest;
     Ok(message)
+}
+
+/// Packed numbers, which take no more memory than on the wire.
+fn replicated_from_wire(numbers: &[u8]) -> Result<Vec<u32>, FormatError> {
+    let (numbers, rest) = numbers.as_chunks::<4>();
+    ensure!(rest.is_empty(), "the index's `replicated` is cut short");
+    Ok(numbers.iter().map(|number| u32::from_le_bytes(*number)).collect())
 }
 
 fn decode_chunks(message: &[u8], chunks_max: u64) -> Result<Vec<ChunkRecord>, FormatError> {
@@ -246,6 +260,11 @@ fn storage_to_proto(storage: &StorageRecord) -> proto::Storage {
         raw_offset: storage.raw_offset,
         bytes: storage.bytes,
         element: element_to_proto(storage.element).into(),
+        replica: storage.replica.map(|part| proto::Replica {
+            number: part.number,
+            start: part.start,
+            bytes: part.bytes,
+        }),
     }
 }
 
@@ -256,6 +275,11 @@ fn storage_from_proto(storage: proto::Storage) -> Result<StorageRecord, String> 
         raw_offset: storage.raw_offset,
         bytes: storage.bytes,
         element: element_from_proto(element),
+        replica: storage.replica.map(|part| Replica {
+            number: part.number,
+            start: part.start,
+            bytes: part.bytes,
+        }),
     })
 }
 

@@ -1,0 +1,197 @@
+//! Where the bytes of what all ranks saved alike lie: each rank's shard holds a part.
+//!
+//! Always holds: the shards agree on what is replicated, node by node; the parts of each storage
+//! tile it. Shards that are not the reader's own are kept without their trees, so that memory does
+//! not grow with ranks times state.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::{Damaged, Shard};
+use crate::format::index::{Difference, ShardIndex, StorageRecord, difference};
+use crate::format::layout::{Layout, StorageSpec};
+use crate::format::manifest::Manifest;
+use crate::store::Store;
+use crate::{EngineError, Result};
+
+/// Shards that are opened at once.
+const OPENING_MAX: usize = 16;
+
+/// A part of a storage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// 0 is the reader's own shard, others follow by rank.
+    pub(super) shard: usize,
+    /// The storage's index there.
+    pub(super) storage: usize,
+    /// Bytes of the storage.
+    pub(super) held: Range<u64>,
+}
+
+/// What the reader's own shard does not hold.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    others: Vec<Shard>,
+    /// By index of a storage in the reader's shard: its parts, in order. None for one that lies
+    /// there whole.
+    of: BTreeMap<usize, Vec<Part>>,
+    /// The storages in a raw layout of their own, if some have parts elsewhere.
+    whole: Option<Vec<StorageRecord>>,
+}
+
+impl Parts {
+    /// Opens the shards that hold the rest of what `own` names, if there is a rest.
+    pub(super) fn open(store: &dyn Store, manifest: &Manifest, own: &Shard) -> Result<Self> {
+        if own.index.storages.iter().all(|storage| storage.held() == (0..storage.bytes)) {
+            return Ok(Self::default());
+        }
+        let opened = open_others(store, manifest, own, Damaged::ReadElsewhere)?;
+        let mut others = Vec::with_capacity(opened.len());
+        for (other, found) in opened {
+            if let Some(found) = found {
+                return Err(EngineError::corrupt(other.name(), disagreement(own, &other, &found)));
+            }
+            others.push(other);
+        }
+        let of = find_parts(own, &others)?;
+        let whole = Some(whole_storages(&own.index, own.header.chunk_bytes)?);
+        Ok(Self { others, of, whole })
+    }
+
+    pub(super) fn storages<'a>(&'a self, own: &'a Shard) -> &'a [StorageRecord] {
+        self.whole.as_deref().unwrap_or(&own.index.storages)
+    }
+
+    /// The parts of a storage; `None` if it lies whole in the reader's own shard.
+    pub(super) fn of(&self, storage: usize) -> Option<&[Part]> {
+        self.of.get(&storage).map(Vec::as_slice)
+    }
+
+    /// The shard that a part names, none of them the reader's own.
+    pub(super) fn other(&self, shard: usize) -> Option<&Shard> {
+        shard.checked_sub(1).and_then(|other| self.others.get(other))
+    }
+}
+
+/// Opens all shards but `own`, without their trees, which are compared with its own first.
+fn open_others(
+    store: &dyn Store,
+    manifest: &Manifest,
+    own: &Shard,
+    damaged: Damaged,
+) -> Result<Vec<(Shard, Option<Difference>)>> {
+    let ranks: Vec<u32> =
+        (0..manifest.world_size).filter(|rank| *rank != own.header.rank).collect();
+    let next = AtomicUsize::new(0);
+    let opened = Mutex::new(Vec::with_capacity(ranks.len()));
+    let open = || {
+        while let Some(rank) = ranks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let shard = Shard::open(store, manifest, *rank, damaged).map(|mut shard| {
+                let found = difference(&own.index, &shard.index);
+                let index = &mut shard.index;
+                (index.nodes, index.tensors) = (Vec::new(), Vec::new());
+                (shard, found)
+            });
+            let has_failed = shard.is_err();
+            opened.lock().unwrap_or_else(PoisonError::into_inner).push((*rank, shard));
+            if has_failed {
+                next.store(ranks.len(), Ordering::Relaxed);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..ranks.len().min(OPENING_MAX) {
+            scope.spawn(open);
+        }
+        open();
+    });
+    let mut opened = opened.into_inner().unwrap_or_else(PoisonError::into_inner);
+    opened.sort_by_key(|(rank, _)| *rank);
+    opened.into_iter().map(|(_, shard)| shard).collect()
+}
+
+/// By index of a storage in `own`: where its parts lie, in order. They tile it.
+fn find_parts(own: &Shard, others: &[Shard]) -> Result<BTreeMap<usize, Vec<Part>>> {
+    let mut by_number: BTreeMap<u32, Vec<Part>> = BTreeMap::new();
+    for (shard, index) in [own].into_iter().chain(others).map(|shard| &shard.index).enumerate() {
+        for (storage, record) in index.storages.iter().enumerate() {
+            let held = record.held();
+            if let Some(replica) = record.replica.filter(|_| !held.is_empty()) {
+                let part = Part { shard, storage, held };
+                by_number.entry(replica.number).or_default().push(part);
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    for (storage, record) in own.index.storages.iter().enumerate() {
+        let Some(replica) = record.replica.filter(|_| record.held() != (0..record.bytes)) else {
+            continue;
+        };
+        let mut parts = by_number.remove(&replica.number).unwrap_or_default();
+        parts.sort_by_key(|part| part.held.start);
+        let tiled = parts.iter().try_fold(0, |end, part| {
+            let follows = part.held.start == end;
+            follows.then_some(part.held.end)
+        });
+        if tiled != Some(record.bytes) {
+            let held: Vec<_> = parts.iter().map(|part| &part.held).collect();
+            return Err(EngineError::corrupt(
+                own.name(),
+                format!(
+                    "of the {} bytes of replicated storage {}, the shards hold {held:?}, expected \
+                     each byte once",
+                    record.bytes, replica.number
+                ),
+            ));
+        }
+        found.insert(storage, parts);
+    }
+    Ok(found)
+}
+
+/// The storages of an index, each whole, in its order.
+fn whole_storages(index: &ShardIndex, chunk_bytes: u32) -> Result<Vec<StorageRecord>> {
+    let spec =
+        |record: &StorageRecord| StorageSpec { bytes: record.bytes, element: record.element };
+    let specs: Vec<StorageSpec> = index.storages.iter().map(spec).collect();
+    let layout = Layout::plan(&specs, chunk_bytes)?;
+    let whole = |storage| {
+        let raw_offset = layout.raw_offset(storage);
+        let StorageRecord { bytes, element, .. } = index.storages[storage];
+        StorageRecord { raw_offset, bytes, element, replica: None }
+    };
+    Ok((0..index.storages.len()).map(whole).collect())
+}
+
+fn disagreement(own: &Shard, other: &Shard, found: &Difference) -> String {
+    let absent = || "not replicated".to_owned();
+    let (one, two) = (own.header.rank, other.header.rank);
+    format!(
+        "ranks {one} and {two} differ in what they saved alike: `{}` is {} on rank {one}, {} on \
+         rank {two}",
+        found.path,
+        found.left.clone().unwrap_or_else(absent),
+        found.right.clone().unwrap_or_else(absent),
+    )
+}
+
+/// Checks that the shards that a manifest names, published or not, agree on what is replicated and
+/// hold all of it.
+pub(crate) fn check_replicas(store: &dyn Store, manifest: &Manifest, rank: u32) -> Result<()> {
+    let own = Shard::open(store, manifest, rank, Damaged::Told)?;
+    let mut others = Vec::new();
+    for (other, found) in open_others(store, manifest, &own, Damaged::Told)? {
+        if let Some(found) = found {
+            return Err(EngineError::invalid(
+                format!("saving step {} with all ranks", manifest.step),
+                disagreement(&own, &other, &found),
+                "what `replicated` names must be the same on every rank: name less, or give every \
+                 rank the same",
+            ));
+        }
+        others.push(other);
+    }
+    find_parts(&own, &others).map(drop)
+}

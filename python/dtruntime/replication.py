@@ -1,0 +1,175 @@
+"""What all ranks save alike: which entries of a state, and which memory this rank need not give.
+
+Always holds: the entries are told by paths alone, so that ranks that were given the same globs and
+the same state come to the same result; what they hold is compared by the engine before a
+checkpoint comes to be.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dtruntime import _native
+from dtruntime.errors import InvalidArgument
+from dtruntime.state_tree import TAG_TENSOR, Tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from dtruntime.state_tree import Node
+
+_NAMED_MAX = 3
+"""Entries that an error names."""
+
+
+class Replicated(NamedTuple):
+    """The replicated part of one state.
+
+    Attributes:
+        nodes: The topmost nodes of its entries, ascending.
+        parts: By storage: the part that this rank writes, as ``(start, end)``.
+
+    """
+
+    nodes: list[int]
+    parts: dict[int, tuple[int, int]]
+
+    def part(self, storage: int) -> tuple[int, int] | None:
+        """Give this rank's part of a storage; None for one that is this rank's alone."""
+        return self.parts.get(storage)
+
+
+class Replication:
+    """Globs over the paths of a state, and how its memory is dealt among the ranks.
+
+    Args:
+        globs: As ``load(keys=...)`` takes them.
+        share: Gives this rank's part of each of so many bytes.
+
+    """
+
+    def __init__(
+        self, globs: Sequence[str], share: Callable[[list[int]], list[tuple[int, int]]]
+    ) -> None:
+        self._globs = globs
+        self._patterns = [re.compile(fnmatch.translate(glob)) for glob in globs]
+        self._share = share
+
+    def of(self, nodes: list[Node], storage_of: Sequence[int], sizes: Sequence[int]) -> Replicated:
+        """Find the entries in a state.
+
+        Args:
+            nodes: The state.
+            storage_of: By tensor: its storage.
+            sizes: By storage: its bytes.
+
+        Raises:
+            InvalidArgument: A glob matches nothing.
+
+        """
+        tree = Tree(nodes)
+        tops = self._tops(tree, _native.paths_of(nodes))
+        storages = dict.fromkeys(
+            storage_of[nodes[position][1]]
+            for top in tops
+            for position in range(top, tree.ends[top])
+            if nodes[position][0] == TAG_TENSOR
+        )
+        parts = self._share([sizes[storage] for storage in storages])
+        return Replicated(tops, dict(zip(storages, parts, strict=True)))
+
+    def _tops(self, tree: Tree, paths: list[str]) -> list[int]:
+        """Give the topmost nodes that match, or whose children all do."""
+        tops: list[int] = []
+        unmatched = set(self._patterns)
+
+        def is_replicated(index: int) -> bool:
+            is_container = tree.is_container(index)
+            if index or not is_container:
+                hits = [pattern for pattern in self._patterns if pattern.match(paths[index])]
+                if hits:
+                    unmatched.difference_update(hits)
+                    return True
+            if not is_container:
+                return False
+            children = [child for _, child in tree.children(index)]
+            found = [child for child in children if is_replicated(child)]
+            if found and len(found) == len(children):
+                return True
+            tops.extend(found)
+            return False
+
+        if is_replicated(0):
+            tops.append(0)
+        # A glob may match only below what another one has taken.
+        for pattern in list(unmatched):
+            if any(map(pattern.match, paths[1:])):
+                unmatched.discard(pattern)
+        if unmatched:
+            self._refuse(tree, paths, unmatched)
+        return sorted(tops)
+
+    def _refuse(self, tree: Tree, paths: list[str], unmatched: set[re.Pattern[str]]) -> None:
+        globs = zip(self._globs, self._patterns, strict=True)
+        missed = [repr(glob) for glob, pattern in globs if pattern in unmatched]
+        top = [paths[child] for _, child in tree.children(0)] if tree.is_container(0) else []
+        raise InvalidArgument(
+            f"saving with `replicated` = {list(self._globs)!r}",
+            f"nothing matches {', '.join(missed)}",
+            f"the state's top-level entries are {', '.join(top) or '(none)'}; globs are over paths "
+            "written with dots, such as `model.*`",
+        )
+
+
+def check_loadable(
+    checkpoint: _native.Checkpoint, tree: Tree, paths: Callable[[], list[str]], asked: Iterable[int]
+) -> None:
+    """Refuse what is not replicated, where another number of ranks saved the checkpoint.
+
+    Args:
+        checkpoint: What is read.
+        tree: Its tree.
+        paths: Gives the paths of its nodes.
+        asked: The nodes that are asked for.
+
+    Raises:
+        InvalidArgument: Some are the own state of a rank.
+
+    """
+    if not checkpoint.is_replicated_only:
+        return
+    tops = checkpoint.replicated()
+    shared = {node for top in tops for node in range(top, tree.ends[top])}
+    own = [index for index in asked if index not in shared and not _has_children(tree, index)]
+    if not own:
+        return
+    names = paths()
+    named = ", ".join(f"`{names[index] or 'the root'}`" for index in own[:_NAMED_MAX])
+    more = f" and {len(own) - _NAMED_MAX} more" if len(own) > _NAMED_MAX else ""
+    alike = ", ".join(f"`{names[top] or 'everything'}`" for top in tops[:_NAMED_MAX])
+    ranks = checkpoint.manifest()["world_size"]
+    raise InvalidArgument(
+        f"loading step {checkpoint.step}, which {ranks} ranks saved",
+        f"{named}{more} {'is' if len(own) == 1 else 'are'} what each of them saved for itself",
+        f"ask only for what they saved alike ({alike}), name a rank, as in `from_rank=0`, or load "
+        "with as many ranks",
+    )
+
+
+def _has_children(tree: Tree, index: int) -> bool:
+    return tree.ends[index] > index + 1
+
+
+def globs_of(replicated: Any) -> list[str]:
+    """Check the argument ``replicated``: a glob or several."""
+    globs = [replicated] if isinstance(replicated, str) else list(replicated)
+    wrong = next((glob for glob in globs if not isinstance(glob, str) or not glob), None)
+    if wrong is not None:
+        raise InvalidArgument(
+            f"`replicated` = {replicated!r}",
+            f"a glob is text that is not empty, got {wrong!r}",
+            'pass for example `replicated=["model.*", "optimizer.*"]`',
+        )
+    return globs
