@@ -80,7 +80,7 @@ class Reader:
 
     def check_loadable(self, asked: Iterable[int]) -> None:
         """Refuse nodes that are another rank's own state."""
-        check_loadable(self.checkpoint, self.tree, self.checkpoint.paths, asked)
+        check_loadable(self.checkpoint, self.tree, asked)
 
     def bytes_of(self, numbers: Iterable[int]) -> int:
         """Give the bytes of memory that ``tensors(numbers)`` needs."""

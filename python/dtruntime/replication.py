@@ -123,15 +123,12 @@ class Replication:
         )
 
 
-def check_loadable(
-    checkpoint: _native.Checkpoint, tree: Tree, paths: Callable[[], list[str]], asked: Iterable[int]
-) -> None:
+def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[int]) -> None:
     """Refuse what is not replicated, where another number of ranks saved the checkpoint.
 
     Args:
         checkpoint: What is read.
         tree: Its tree.
-        paths: Gives the paths of its nodes.
         asked: The nodes that are asked for.
 
     Raises:
@@ -145,7 +142,7 @@ def check_loadable(
     own = [index for index in asked if index not in shared and not _has_children(tree, index)]
     if not own:
         return
-    names = paths()
+    names = checkpoint.paths()
     named = ", ".join(f"`{names[index] or 'the root'}`" for index in own[:_NAMED_MAX])
     more = f" and {len(own) - _NAMED_MAX} more" if len(own) > _NAMED_MAX else ""
     alike = ", ".join(f"`{names[top] or 'everything'}`" for top in tops[:_NAMED_MAX])

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 4 --max-restarts 1 python/examples/train_ranks.py runs/ranks
 
 Every rank holds a slice of the optimizer's state, as with sharded optimizers, and saves it under
-the same step: the checkpoint exists when all of them are durable. Rank 0 hosts the coordinator.
+the same step: the checkpoint exists when all of them are durable. The model is the same on all of
+them, and is written once, a part by each. Rank 0 hosts the coordinator.
 ``--lose RANK:STEP`` makes a rank kill itself while it saves that step, once.
 """
 
@@ -60,7 +61,8 @@ def train(store: Path, lose: tuple[int, int] | None) -> None:
     owned = parameters[rank::world_size]
     optimizer = torch.optim.AdamW(owned, lr=1e-3)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with CheckpointManager(store, keep_last_n=2) as manager:
+    alike = ["model.*", "step"]
+    with CheckpointManager(store, keep_last_n=2, replicated=alike) as manager:
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
         with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)

@@ -100,11 +100,11 @@ impl Manager {
     }
 
     /// The part that this rank writes of each storage that all ranks save alike, as `(start, end)`;
-    /// `bytes` are the storages' lengths, by first appearance.
+    /// `sizes` are the storages' bytes, by first appearance.
     #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
-    fn share(&self, bytes: Vec<u64>) -> Vec<(u64, u64)> {
+    fn share(&self, sizes: Vec<u64>) -> Vec<(u64, u64)> {
         let config = self.engine.config();
-        let share = share_of(&bytes, config.rank, config.world_size);
+        let share = share_of(&sizes, config.rank, config.world_size);
         share.into_iter().map(|part| (part.start, part.end)).collect()
     }
 

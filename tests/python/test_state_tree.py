@@ -68,6 +68,7 @@ class _MemoryCheckpoint:
     """Stands for a native checkpoint whose storages lie in this process."""
 
     step = 1
+    is_replicated_only = False
 
     def __init__(self, flat):
         self._flat = flat

@@ -376,9 +376,9 @@ impl Delivery {
         let one_checksum = record.codec == Codec::None && padded.len() == stored_bytes;
         if self.options.verify {
             if one_checksum {
-                self.expect(at, "stored", record.raw_crc32c, record.stored_crc32c)?;
+                Self::expect(at, "stored", record.raw_crc32c, record.stored_crc32c)?;
             } else {
-                self.expect(at, "stored", checksum(padded), record.stored_crc32c)?;
+                Self::expect(at, "stored", checksum(padded), record.stored_crc32c)?;
             }
         }
         self.decode(&record, job, &padded[..stored_bytes])
@@ -433,7 +433,7 @@ impl Delivery {
             copy(stored, memory);
             return Ok(());
         }
-        self.expect(at, "raw", copy_with_checksum(stored, memory), record.raw_crc32c)
+        Self::expect(at, "raw", copy_with_checksum(stored, memory), record.raw_crc32c)
     }
 
     fn decode_into(
@@ -445,7 +445,7 @@ impl Delivery {
     ) -> Result<()> {
         let _span = tracing::trace_span!("decode").entered();
         self.decoder.decode(record.codec, stored, raw).map_err(|error| {
-            self.damaged(at, &format!("its {} bytes do not decode: {error}", record.codec.name()))
+            Self::damaged(at, &format!("its {} bytes do not decode: {error}", record.codec.name()))
         })
     }
 
@@ -453,20 +453,20 @@ impl Delivery {
         if !self.options.verify {
             return Ok(());
         }
-        self.expect(at, "raw", checksum(raw), record.raw_crc32c)
+        Self::expect(at, "raw", checksum(raw), record.raw_crc32c)
     }
 
-    fn expect(&self, at: At<'_>, which: &str, actual: u32, expected: u32) -> Result<()> {
+    fn expect(at: At<'_>, which: &str, actual: u32, expected: u32) -> Result<()> {
         if actual == expected {
             return Ok(());
         }
-        Err(self.damaged(
+        Err(Self::damaged(
             at,
             &format!("its {which} bytes have checksum {actual:08x}, the index says {expected:08x}"),
         ))
     }
 
-    fn damaged(&self, (shard, chunk): At<'_>, why: &str) -> EngineError {
+    fn damaged((shard, chunk): At<'_>, why: &str) -> EngineError {
         let record = shard.record(chunk);
         EngineError::corrupt(
             shard.name(),

@@ -10,7 +10,7 @@
 
 use dtr_engine::codec::{Codec, Decoder, Encoded, Encoder};
 use dtr_engine::format::checksum::{crc32c, to_hex};
-use dtr_engine::format::index::{IndexContext, ShardIndex, TensorRecord};
+use dtr_engine::format::index::{IndexContext, ShardIndex, TensorRecord, difference};
 use dtr_engine::format::layout::{ElementType, Layout};
 use dtr_engine::format::manifest::Manifest;
 use dtr_engine::format::names::{
@@ -152,7 +152,9 @@ fn check_index(index: &ShardIndex, context: &IndexContext) {
     let mut end = 0;
     for storage in &index.storages {
         assert!(u128::from(storage.raw_offset) >= end);
-        end = u128::from(storage.raw_offset) + u128::from(storage.bytes);
+        let held = storage.held();
+        assert!(held.start <= held.end && held.end <= storage.bytes);
+        end = u128::from(storage.raw_offset) + u128::from(held.end - held.start);
     }
     let chunks: u128 = index.chunks.iter().map(|chunk| u128::from(chunk.raw_bytes)).sum();
     assert_eq!(chunks, end, "chunks hold the raw layout");
@@ -184,6 +186,13 @@ fn check_index(index: &ShardIndex, context: &IndexContext) {
         assert!((tensor as usize) < index.tensors.len());
         let _text = path.to_string();
     }
+    let mut replicas = 0;
+    for nodes in index.replicated_nodes() {
+        assert!(nodes.start < nodes.end && nodes.end <= index.nodes.len());
+        replicas += 1;
+    }
+    assert_eq!(replicas, index.replicated.len());
+    assert!(difference(index, index).is_none());
     let layout = Layout::from_records(&index.storages, context.chunk_bytes);
     assert_eq!(layout.chunk_count(), index.chunks.len());
     for chunk in 0..layout.chunk_count() {

@@ -4,8 +4,7 @@
 //! that their tensors view are replicated, and are numbered by first appearance, so that shards
 //! whose entries are the same number them alike.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 
 use super::{ShardIndex, TensorRecord};
 use crate::format::FormatError;
@@ -17,15 +16,14 @@ const SHOWN_CHARS_MAX: usize = 80;
 /// Storages that tensors at and below the nodes `tops` view, by first appearance. Tensors and
 /// storages that nodes and tensors name must exist.
 pub fn number_replicas(nodes: &[Node], tensors: &[TensorRecord], tops: &[u32]) -> Vec<u32> {
-    let mut numbers: HashMap<u32, ()> = HashMap::new();
+    let mut seen = HashSet::new();
     let mut order = Vec::new();
     for &top in tops {
         let top = top as usize;
         for node in &nodes[top..tree::subtree_end(nodes, top)] {
             let Value::Tensor(tensor) = node.value else { continue };
             let storage = tensors[tensor as usize].storage;
-            if let Entry::Vacant(vacant) = numbers.entry(storage) {
-                vacant.insert(());
+            if seen.insert(storage) {
                 order.push(storage);
             }
         }

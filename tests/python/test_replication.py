@@ -1,0 +1,149 @@
+"""Which entries of a state all ranks save alike, and which memory is not touched for it."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtruntime import CheckpointManager, InvalidArgument, _native
+from dtruntime.replication import Replication
+from dtruntime.state_tree import Tree, flatten, raw_bytes_of
+
+
+def whole(sizes):
+    return [(0, size) for size in sizes]
+
+
+def tops(state, *globs, share=whole):
+    flat = flatten(state, Replication(globs, share))
+    paths = _native.paths_of(flat.nodes)
+    return [paths[node] for node in flat.replicated]
+
+
+STATE = {
+    "model": {"w": torch.zeros(4), "b": torch.zeros(2)},
+    "optimizer": {"state": {0: {"m": torch.zeros(4)}}, "groups": [{"lr": 0.1}, {"lr": 0.2}]},
+    "rng": torch.zeros(5),
+    "step": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        (["model.*"], ["model"]),
+        (["model"], ["model"]),
+        (["model.w"], ["model.w"]),
+        (["*.lr"], ["optimizer.groups"]),
+        (["optimizer.state.0.*", "step"], ["optimizer.state", "step"]),
+        (["step", "model.*", "model.w"], ["model", "step"]),
+        (["*"], [""]),
+        (["model.*", "optimizer.*", "rng", "step"], [""]),
+    ],
+)
+def test_globs_take_the_topmost_entries(globs, expected):
+    assert tops(STATE, *globs) == expected
+
+
+def test_a_container_without_entries_is_replicated_only_if_it_is_named():
+    state = {"empty": {}, "list": [], "x": 1}
+    assert tops(state, "x") == ["x"]
+    assert tops(state, "empty") == ["empty"]
+    assert tops(state, "*") == [""]
+
+
+def test_an_ordered_dict_keeps_its_metadata_with_its_entries():
+    assert tops({"net": torch.nn.Linear(2, 2).state_dict(), "x": 1}, "net.*") == ["net"]
+
+
+def test_a_leaf_may_be_the_whole_state():
+    assert tops(torch.zeros(3), "*") == [""]
+
+
+leaves = st.one_of(st.none(), st.integers(0, 3), st.just("text"))
+states = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@given(states, st.lists(st.sampled_from(["a", "a.*", "*b", "b.0", "*", "*.c"]), min_size=1))
+def test_entries_do_not_nest_and_cover_whatever_matches(state, globs):
+    try:
+        flat = flatten(state, Replication(globs, whole))
+    except InvalidArgument:  # a glob matches nothing
+        return
+    tree = Tree(flat.nodes)
+    paths = _native.paths_of(flat.nodes)
+    covered = [range(top, tree.ends[top]) for top in flat.replicated]
+    starts = [nodes.start for nodes in covered]
+    assert starts == sorted(starts)
+    assert all(one.stop <= other.start for one, other in itertools.pairwise(covered))
+    inside = {node for nodes in covered for node in nodes}
+    for node, path in enumerate(paths):
+        matches = any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+        if matches and (node or not tree.is_container(0)):
+            assert node in inside, path
+        if node in inside and not tree.is_container(node):
+            above = [p for n, p in enumerate(paths) if n <= node < tree.ends[n]]
+            assert any(fnmatch.fnmatchcase(p, glob) for p in above for glob in globs), path
+
+
+def test_memory_that_another_rank_writes_is_not_touched():
+    asked = []
+
+    def share(sizes):
+        asked.extend(sizes)
+        return [(0, 0), *whole(sizes[1:])]
+
+    state = {"own": torch.zeros(100), "a": torch.zeros(300), "b": np.zeros(7), "c": torch.ones(50)}
+    flat = flatten(state, Replication(["a", "b", "c"], share))
+    assert asked == [1200, 56, 200], "by first appearance"
+    memory = {flat.tensors[node[1]].storage for node in flat.nodes if node[-1] == "a"}
+    [not_read] = memory
+    assert flat.storages[not_read].memory is None
+    assert all(flat.storages[n].memory is not None for n in range(4) if n != not_read)
+    asked.clear()
+    assert raw_bytes_of(state, Replication(["a", "b", "c"], share)) == 400 + 56 + 200
+
+
+def test_tied_memory_is_dealt_once(tmp_path):
+    memory = torch.arange(1000.0)
+    state = {"model": {"w": memory, "tied": memory, "part": memory[10:20]}, "own": memory[5:7]}
+    with CheckpointManager(tmp_path, replicated="model.*") as manager:
+        manager.save(state, step=1)
+    with CheckpointManager(tmp_path, read_only=True, rank=3, world_size=7) as other:
+        loaded = other.load(keys="model.*")["model"]
+        assert loaded["w"] is loaded["tied"]
+        loaded["w"][10] = -1
+        assert loaded["part"][0] == -1
+        with pytest.raises(InvalidArgument, match=r"`own` is what each"):
+            other.load()
+
+
+def test_a_state_that_is_replicated_as_a_whole_loads_anywhere(tmp_path):
+    with CheckpointManager(tmp_path, replicated="*") as manager:
+        manager.save(STATE, step=1)
+    with CheckpointManager(tmp_path, read_only=True, rank=3, world_size=7) as other:
+        assert other.load()["step"] == 3
+        live = {"rng": torch.ones(5), "step": 0}
+        assert other.restore(live).skipped == {
+            "model": "not asked for",
+            "optimizer": "not asked for",
+        }
+        assert live["step"] == 3
+        assert not live["rng"].any()
+
+
+def test_a_wrong_argument_is_told(tmp_path):
+    with pytest.raises(InvalidArgument, match="a glob is text that is not empty, got 3"):
+        CheckpointManager(tmp_path, replicated=[3])
