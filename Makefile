@@ -28,6 +28,9 @@ test: everything ## run every test
 	$(cargo) test --locked --release --workspace
 	$(env) pytest tests/python
 
+test-s3: ## run the tests of S3 against Garage, or against the service in DTR_S3_ENDPOINT (builds Garage once, ten minutes)
+	@$(env) python tests/s3/garage.py $(ARGS)
+
 torture: native ## try every promise as often as its row says, for BUDGET minutes, going on where the last run ended (best as root)
 	@$(env) python tests/torture/torture.py --minutes $(BUDGET) $(ARGS)
 

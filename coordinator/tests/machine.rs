@@ -413,6 +413,7 @@ fn a_failed_rank_fails_the_save_on_all_and_late_ones_hear_of_it() {
         step: 10,
         attempt: attempt.clone(),
         reason: "no space".into(),
+        unpublished: false,
     }));
     let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
     assert_eq!(aborted.rank, Some(1));
@@ -470,6 +471,26 @@ fn an_attempt_whose_publisher_was_asked_may_be_published() {
         panic!()
     };
     assert!(aborted.may_be_published, "{aborted:?}");
+}
+
+#[test]
+fn a_publisher_that_refuses_to_publish_lets_the_shards_go() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    for (unpublished, step) in [(true, 10), (false, 20)] {
+        let attempt = table.attempt(&world[0], step);
+        table.report(&world[0], step, &attempt);
+        assert!(matches!(table.report(&world[1], step, &attempt), Some(Reply::Publish(_))));
+        table.ask(Event::AbortCheckpoint(v1::AbortCheckpointRequest {
+            identity: Some(world[1].clone()),
+            step,
+            attempt,
+            reason: "the ranks disagree".into(),
+            unpublished,
+        }));
+        let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
+        assert_eq!(aborted.may_be_published, !unpublished, "{aborted:?}");
+    }
 }
 
 #[test]

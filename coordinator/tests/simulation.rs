@@ -637,6 +637,7 @@ impl World {
             step,
             attempt,
             reason: "it took too long".into(),
+            unpublished: false,
         };
         self.call(worker, Phase::GivingUp, Event::AbortCheckpoint(request));
     }

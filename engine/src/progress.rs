@@ -3,6 +3,7 @@
 //! Always holds: counters only grow during one save; the figures are complete once it has ended.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -63,13 +64,15 @@ impl Progress {
 /// Figures of one save. Seconds are by a monotonic clock.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct SaveStats {
-    /// From the call to its return: what the training loop loses.
+    /// From the call to its return, with what preparing it took: what the training loop loses.
     pub stall_seconds: f64,
+    /// Of these, preparing: taking the state apart, and copies from a device.
+    pub prepare_seconds: f64,
     /// Of these, waiting for the previous save.
     pub wait_seconds: f64,
     /// Of these, copying into the staging arena.
     pub capture_seconds: f64,
-    /// From the call until everything was durable and published.
+    /// From the start of the preparation until everything was durable and published.
     pub durable_seconds: f64,
     /// Core-seconds of checksums and encoding, over all workers.
     pub encode_seconds: f64,
@@ -95,4 +98,72 @@ pub struct SaveStats {
     pub retries: u64,
     /// `uring`, `threads` or `s3`.
     pub io_backend: String,
+}
+
+/// Target of the events, at level `trace`, that say where the time of a save went: a collector of
+/// traces makes a span of each. Their fields: `trace`, the attempt's id, which all ranks and the
+/// coordinator know, so that it is the trace's id as well; `span`, a name, `save` for the whole;
+/// `ago_us` and `took_us`, when it began, counted back from the event, and how long it took, in
+/// microseconds; `job`, `step`, `rank`; `error`, empty if all went well.
+pub const SPAN_TARGET: &str = "dtruntime::span";
+
+/// A part of a save, in time since the caller began to prepare it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Phase {
+    pub(crate) name: &'static str,
+    pub(crate) start: Duration,
+    pub(crate) end: Duration,
+}
+
+impl SaveStats {
+    /// The phases of a save that took until `ended`. One that failed is known to its snapshot only.
+    pub(crate) fn phases(&self, ended: Duration, is_complete: bool) -> Vec<Phase> {
+        let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        let phase = |name, start, end| Phase { name, start, end };
+        let prepared = seconds(self.prepare_seconds);
+        let begun = prepared + seconds(self.wait_seconds);
+        let captured = begun + seconds(self.capture_seconds);
+        let mut phases = vec![
+            phase("save", Duration::ZERO, ended),
+            phase("prepare", Duration::ZERO, prepared),
+            phase("wait", prepared, begun),
+            phase("capture", begun, captured),
+        ];
+        if is_complete {
+            let durable = seconds(self.durable_seconds);
+            let written = durable.saturating_sub(seconds(self.publish_seconds));
+            let write = written.saturating_sub(seconds(self.write_seconds));
+            phases.push(phase("write", write, written));
+            phases.push(phase("publish", written, durable));
+            phases.push(phase("read back and retention", durable, ended.max(durable)));
+        }
+        phases
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_lie_within_the_save() {
+        let stats = SaveStats {
+            prepare_seconds: 0.5,
+            wait_seconds: 1.0,
+            capture_seconds: 0.25,
+            write_seconds: 2.0,
+            publish_seconds: 0.125,
+            durable_seconds: 4.0,
+            ..SaveStats::default()
+        };
+        let ended = Duration::from_millis(4500);
+        let phases = stats.phases(ended, true);
+        assert!(phases.iter().all(|phase| phase.start <= phase.end && phase.end <= ended));
+        let of = |name| phases.iter().find(|phase| phase.name == name).unwrap();
+        let millis = Duration::from_millis;
+        assert_eq!((of("capture").start, of("capture").end), (millis(1500), millis(1750)));
+        assert_eq!((of("write").start, of("write").end), (millis(1875), millis(3875)));
+        assert_eq!((of("publish").end, of("save").end), (millis(4000), ended));
+        assert_eq!(stats.phases(ended, false).len(), 4);
+    }
 }

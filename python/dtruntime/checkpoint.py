@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -277,12 +278,14 @@ class CheckpointManager:
             # First, so that copies of tensors outside the host's memory are not made beside it.
             with self._declining(number):
                 self._native.wait_until_finished()
+                begun = time.monotonic()
                 flat = flatten(state, self._replication)
             parts = (flat.nodes, flat.tensors, flat.storages, flat.replicated)
             assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
-                native = self._native.save(number, bool(rewind), parts, annotations)
+                prepared = time.monotonic() - begun
+                native = self._native.save(number, bool(rewind), parts, annotations, prepared)
                 handle = self._last = SaveHandle(native, self._watcher)
                 self._watcher.watch(handle, self._native)
                 handle._watch_upload(self._uploads, self._native)  # noqa: SLF001

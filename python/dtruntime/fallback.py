@@ -76,16 +76,18 @@ def read_newest(
     first_error: CheckpointError | None = None
     while True:
         # Listed anew each time: the writer may have replaced what vanished by something newer.
-        left = [s for s, _ in shards.native.candidates() if s not in failed and s not in vanished]
+        candidates = dict(shards.native.candidates())
+        left = [s for s in candidates if s not in failed and s not in vanished]
         if not left:
             raise _nothing_readable(store, failed) from first_error
         step = left[-1]
         try:
             checkpoint, result = read_step(shards, step, read)
-        except CheckpointNotFound:
-            vanished.add(step)
-        except (Corrupt, StorageError) as error:
-            if not _is_damage(error):
+        except (Corrupt, StorageError, CheckpointNotFound) as error:
+            if isinstance(error, CheckpointNotFound) and candidates[step] is None:
+                vanished.add(step)  # its writer deleted it meanwhile
+                continue
+            if isinstance(error, StorageError) and not _is_damage(error):
                 raise
             failed[step] = f"{error.what}: {error.why}"
             first_error = first_error or error
@@ -171,9 +173,9 @@ _MEDIUM_ERRORS = frozenset(
 """What the medium says of one file, and not of the store."""
 
 
-def _is_damage(error: Corrupt | StorageError) -> bool:
+def _is_damage(error: StorageError) -> bool:
     """Tell what this checkpoint has from what any other would have, too."""
-    return not isinstance(error, StorageError) or error.errno in _MEDIUM_ERRORS
+    return error.errno in _MEDIUM_ERRORS
 
 
 def _nothing_common(

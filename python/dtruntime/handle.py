@@ -50,6 +50,7 @@ class SaveStats:
 
     Attributes:
         stall_seconds: What the training loop lost: from the call to its return.
+        prepare_seconds: Of these, taking the state apart, and copies from a device.
         wait_seconds: Of these, waiting for the previous save.
         capture_seconds: Of these, copying into the staging arena.
         durable_seconds: From the call until everything was durable and published.
@@ -69,6 +70,7 @@ class SaveStats:
     """
 
     stall_seconds: float
+    prepare_seconds: float
     wait_seconds: float
     capture_seconds: float
     durable_seconds: float

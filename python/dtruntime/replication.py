@@ -7,13 +7,14 @@ checkpoint comes to be.
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import _native
 from dtruntime.errors import InvalidArgument
-from dtruntime.state_tree import TAG_TENSOR, Tree
+from dtruntime.state_tree import TAG_DICT, TAG_TENSOR, Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -81,35 +82,28 @@ class Replication:
         return Replicated(tops, dict(zip(storages, parts, strict=True)))
 
     def _tops(self, tree: Tree, paths: list[str]) -> list[int]:
-        """Give the topmost nodes that match, or whose children all do."""
+        """Give the topmost nodes that match.
+
+        A container is none for all of its children's sake: on another rank it may have one more.
+        """
         tops: list[int] = []
         unmatched = set(self._patterns)
-
-        def is_replicated(index: int) -> bool:
-            is_container = tree.is_container(index)
-            if index or not is_container:
-                hits = [pattern for pattern in self._patterns if pattern.match(paths[index])]
-                if hits:
-                    unmatched.difference_update(hits)
-                    return True
-            if not is_container:
-                return False
-            children = [child for _, child in tree.children(index)]
-            found = [child for child in children if is_replicated(child)]
-            if found and len(found) == len(children):
-                return True
-            tops.extend(found)
-            return False
-
-        if is_replicated(0):
-            tops.append(0)
+        end = 0
+        for index, path in enumerate(paths):
+            if index < end or (index == 0 and tree.is_container(0)):
+                continue
+            hits = [pattern for pattern in self._patterns if pattern.match(path)]
+            if hits:
+                unmatched.difference_update(hits)
+                tops.append(index)
+                end = tree.ends[index]
         # A glob may match only below what another one has taken.
         for pattern in list(unmatched):
             if any(map(pattern.match, paths[1:])):
                 unmatched.discard(pattern)
         if unmatched:
             self._refuse(tree, paths, unmatched)
-        return sorted(tops)
+        return tops
 
     def _refuse(self, tree: Tree, paths: list[str], unmatched: set[re.Pattern[str]]) -> None:
         globs = zip(self._globs, self._patterns, strict=True)
@@ -139,7 +133,13 @@ def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[i
         return
     tops = checkpoint.replicated()
     shared = {node for top in tops for node in range(top, tree.ends[top])}
-    own = [index for index in asked if index not in shared and not _has_children(tree, index)]
+    # What surrounds replicated entries, a module's versions in its `_metadata` too, is of no rank.
+    around = _metadata_around(tree, tops)
+    own = [
+        index
+        for index in asked
+        if index not in shared and index not in around and tree.ends[index] == index + 1
+    ]
     if not own:
         return
     names = checkpoint.paths()
@@ -155,8 +155,16 @@ def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[i
     )
 
 
-def _has_children(tree: Tree, index: int) -> bool:
-    return tree.ends[index] > index + 1
+def _metadata_around(tree: Tree, tops: Sequence[int]) -> set[int]:
+    """Give the nodes of `_metadata` of the dicts that have a replicated entry in them."""
+    around: set[int] = set()
+    for index, (tag, payload, *_) in enumerate(tree.nodes):
+        if tag != TAG_DICT or not payload[2]:
+            continue
+        after = bisect.bisect_right(tops, index)
+        if after < len(tops) and tops[after] < tree.ends[index]:
+            around.update(range(index + 1, tree.ends[index + 1]))
+    return around
 
 
 def globs_of(replicated: Any) -> list[str]:

@@ -69,7 +69,7 @@ impl Manager {
     /// Takes a snapshot of `state`, which is `(nodes, tensors, storages, replicated)`, and returns.
     /// The memory that `storages` names must stay valid and unchanged until then; `replicated` are
     /// the topmost nodes of what all ranks save alike. `annotations` are the user's metadata and
-    /// the datasets' positions, each a JSON object.
+    /// the datasets' positions, each a JSON object; `prepare_seconds` is what making `state` took.
     fn save(
         &self,
         py: Python<'_>,
@@ -77,6 +77,7 @@ impl Manager {
         rewind: bool,
         state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
         annotations: (&str, &str),
+        prepare_seconds: f64,
     ) -> PyResult<SaveHandle> {
         // Held until this returns: these lists keep arrays alive, the caller's table the rest.
         let (nodes, tensors, storages, replicated) = state;
@@ -92,6 +93,7 @@ impl Manager {
                 tensors,
                 storages: sources.iter().map(input_of).collect(),
                 replicated,
+                prepared: timeout_of(Some(prepare_seconds)).unwrap_or_default(),
                 metadata: json_object("`metadata`", annotations.0)?,
                 dataset_positions: json_object("`dataset_positions`", annotations.1)?,
             })

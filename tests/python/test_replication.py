@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import assert_same
 
 from dtruntime import CheckpointManager, InvalidArgument, _native
 from dtruntime.replication import Replication
@@ -37,14 +38,14 @@ STATE = {
 @pytest.mark.parametrize(
     ("globs", "expected"),
     [
-        (["model.*"], ["model"]),
+        (["model.*"], ["model.w", "model.b"]),
         (["model"], ["model"]),
         (["model.w"], ["model.w"]),
-        (["*.lr"], ["optimizer.groups"]),
-        (["optimizer.state.0.*", "step"], ["optimizer.state", "step"]),
-        (["step", "model.*", "model.w"], ["model", "step"]),
-        (["*"], [""]),
-        (["model.*", "optimizer.*", "rng", "step"], [""]),
+        (["*.lr"], ["optimizer.groups.0.lr", "optimizer.groups.1.lr"]),
+        (["optimizer.state.0.*", "step"], ["optimizer.state.0.m", "step"]),
+        (["step", "model.*", "model.w"], ["model.w", "model.b", "step"]),
+        (["*"], ["model", "optimizer", "rng", "step"]),
+        (["model", "optimizer.*", "rng"], ["model", "optimizer.state", "optimizer.groups", "rng"]),
     ],
 )
 def test_globs_take_the_topmost_entries(globs, expected):
@@ -55,11 +56,19 @@ def test_a_container_without_entries_is_replicated_only_if_it_is_named():
     state = {"empty": {}, "list": [], "x": 1}
     assert tops(state, "x") == ["x"]
     assert tops(state, "empty") == ["empty"]
-    assert tops(state, "*") == [""]
+    assert tops(state, "*") == ["empty", "list", "x"]
 
 
-def test_an_ordered_dict_keeps_its_metadata_with_its_entries():
-    assert tops({"net": torch.nn.Linear(2, 2).state_dict(), "x": 1}, "net.*") == ["net"]
+def test_a_part_of_a_module_loads_anywhere(tmp_path):
+    net = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 3)})
+    with CheckpointManager(tmp_path, replicated="net.body.*") as manager:
+        manager.save({"net": net, "x": 1}, step=1)
+    with CheckpointManager(tmp_path, read_only=True, rank=1, world_size=2) as other:
+        loaded = other.load(keys="net.body.*")["net"]
+        assert list(loaded) == ["body.weight", "body.bias"]
+        assert "body" in loaded._metadata
+        with pytest.raises(InvalidArgument, match=r"`net.head.weight`, `net.head.bias`, `x` are"):
+            other.load()
 
 
 def test_a_leaf_may_be_the_whole_state():
@@ -93,7 +102,7 @@ def test_entries_do_not_nest_and_cover_whatever_matches(state, globs):
         matches = any(fnmatch.fnmatchcase(path, glob) for glob in globs)
         if matches and (node or not tree.is_container(0)):
             assert node in inside, path
-        if node in inside and not tree.is_container(node):
+        if node in inside:
             above = [p for n, p in enumerate(paths) if n <= node < tree.ends[n]]
             assert any(fnmatch.fnmatchcase(p, glob) for p in above for glob in globs), path
 
@@ -147,3 +156,29 @@ def test_a_state_that_is_replicated_as_a_whole_loads_anywhere(tmp_path):
 def test_a_wrong_argument_is_told(tmp_path):
     with pytest.raises(InvalidArgument, match="a glob is text that is not empty, got 3"):
         CheckpointManager(tmp_path, replicated=[3])
+
+
+def test_own_memory_beside_replicated_memory_is_refused(tmp_path):
+    memory = torch.arange(1000.0)
+    grid = memory[:100].view(10, 10)
+    refused = [
+        {"w": memory[:500], "own": memory[500:]},
+        {"w": memory[:500], "own": memory[400:600]},
+        {"w": grid[:, :5], "own": grid[:, 5:]},
+        {"w": grid[:, :5], "own": grid[2, 6:8]},
+    ]
+    taken = [
+        {"w": memory, "own": memory[500:]},
+        {"w": grid.t(), "own": grid[:, 5:]},
+        {"w": [memory[:500], memory[500:]], "own": memory[400:600]},
+        {"w": grid[:, :5], "own": memory[200:300].clone()},
+        {"w": memory[:5], "own": memory[700:700]},
+    ]
+    with CheckpointManager(tmp_path, replicated="w") as manager:
+        for state in refused:
+            with pytest.raises(InvalidArgument, match=r"saving `own`.*shares memory"):
+                manager.save(state, step=1)
+        assert manager.all_steps() == []
+        for step, state in enumerate(taken):
+            manager.save(state, step=step)
+            assert_same(manager.load(step=step), state)

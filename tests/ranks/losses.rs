@@ -65,8 +65,8 @@ impl Ranks for Flaw {
         if self.strikes(Place::AfterCommit) { Err(gone()) } else { outcome }
     }
 
-    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()> {
-        self.ranks.abort(attempt, reason)
+    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
+        self.ranks.abort(attempt, reason, is_unpublished)
     }
 
     fn agree(&self, steps: &[u64], timeout: std::time::Duration) -> Result<Option<u64>> {

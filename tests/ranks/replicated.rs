@@ -1,5 +1,6 @@
 //! What all ranks save alike: written once, a part by each, and read at any world size.
 
+use dtr_engine::config::Compression;
 use dtr_engine::format::index::ShardIndex;
 use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::tree::Value;
@@ -206,8 +207,49 @@ fn ranks_that_disagree_save_nothing_and_are_told_where() {
         request.tensors[0].strides = vec![2, 1];
     });
     assert!(refused.iter().all(|error| error.contains("`tensor0` is a `uint8` tensor")));
-    assert_eq!(world.reader(0).steps().unwrap(), [1]);
+    let reader = world.reader(0);
+    assert_eq!(reader.steps().unwrap(), [1]);
+    // None of them was asked to publish and did not say that it will not: nothing is left.
+    let left: usize = reader.survey().unwrap().steps.iter().map(|step| step.orphans.len()).sum();
+    assert_eq!(left, 0, "{:?}", reader.survey());
     save_all(&ranks, 5);
+}
+
+#[test]
+fn memory_that_is_partly_a_rank_s_own_is_refused() {
+    let world = World::new(2);
+    let ranks = world.ranks();
+    let refused = together(&ranks, |rank| {
+        let mixed = Mixed::new(rank.number, 1);
+        let mut request = mixed.request(1);
+        // The first half is shared; what this rank has behind it, another would write.
+        let bytes = request.storages[0].bytes / 2;
+        request.tensors[0].shape = vec![bytes];
+        let last = request.tensors.last_mut().unwrap();
+        (last.storage, last.offset, last.shape) = (0, bytes - 1, vec![10]);
+        finish(&rank.engine.save(request)?)
+    });
+    for error in refusals(refused) {
+        assert!(error.contains("shares memory"), "{error}");
+    }
+    assert!(world.reader(0).steps().unwrap().is_empty());
+}
+
+#[test]
+fn ranks_may_cut_and_encode_as_they_like() {
+    let world = World::new(3);
+    let compressions = [Compression::None, Compression::Zstd, Compression::Float];
+    let open = |number: u32| {
+        let compression = compressions[number as usize];
+        let config = Config { chunk_bytes: 65_536 << number, compression, ..world.config(number) };
+        world.rank_through(number, config, |ranks| ranks)
+    };
+    let ranks: Vec<Rank> = (0..3).map(open).collect();
+    save_all(&ranks, 1);
+    for rank in &ranks {
+        Mixed::new(rank.number, 1).state.assert_equals(&rank.engine.checkpoint(1).unwrap());
+    }
+    Mixed::new(0, 1).assert_shared(&reader(&world, 0, 1).checkpoint(1).unwrap());
 }
 
 #[test]

@@ -74,8 +74,8 @@ impl Ranks for Lossy {
         self.through(|| self.ranks.commit(attempt, manifest_crc32c))
     }
 
-    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()> {
-        self.ranks.abort(attempt, reason)
+    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
+        self.ranks.abort(attempt, reason, is_unpublished)
     }
 
     fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {

@@ -12,9 +12,8 @@ use dtr_engine::config::Compression;
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::budget::{self, Budget};
-use crate::place::{Place, config_at, open, try_open};
+use crate::place::{Place, config_at, open, owner, try_open};
 use crate::proxy::{FAULTS, Fault, Plan, Proxy};
-use crate::server::OWNER;
 use crate::support::{Random, State, finish};
 
 /// Longer than any call may take with the timeouts of [`through`]: retention makes several
@@ -49,7 +48,8 @@ struct Seen {
 
 /// Saves, loads, lists, deletes and cleans, whatever fails in between.
 fn scenario(config: Config, seen: &mut Seen) {
-    let Some(engine) = timed(seen, || try_open(config, OWNER)) else { return };
+    let (key, secret) = owner();
+    let Some(engine) = timed(seen, || try_open(config, (&key, &secret))) else { return };
     for step in 1..=3 {
         let save = || finish(&engine.save(state_of(step).request(step))?);
         if timed(seen, save).is_some() {
@@ -92,7 +92,7 @@ fn judge(store: &Config, seen: &Seen) -> std::result::Result<(), String> {
         );
         // A service that answered is quoted with its code and the request's id.
         let is_quoted = !text.contains("the proxy says so") || text.contains("request id proxy-");
-        if !is_typed || !is_quoted || !text.contains("\nhint: ") || text.contains(OWNER.1) {
+        if !is_typed || !is_quoted || !text.contains("\nhint: ") || text.contains(&owner().1) {
             return Err(format!("an error that tells too little: {text}"));
         }
     }
@@ -121,7 +121,7 @@ fn judge(store: &Config, seen: &Seen) -> std::result::Result<(), String> {
 /// Runs the scenario in a store of its own, each request done by as `plan` says.
 fn run(place: &Place, plan: Plan) -> (Seen, u64, std::result::Result<(), String>) {
     let store = place.config();
-    let proxy = Proxy::start(place.server.address(), plan);
+    let proxy = Proxy::start(place.address(), plan);
     let mut seen = Seen::default();
     scenario(through(&proxy, &store), &mut seen);
     let judgement = judge(&store, &seen);
@@ -151,7 +151,7 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
         let is_hit = request == plan.load(Ordering::SeqCst);
         if is_hit { Fault::Corrupted } else { Fault::None }
     };
-    let proxy = Proxy::start(place.server.address(), Arc::new(plan));
+    let proxy = Proxy::start(place.address(), Arc::new(plan));
     let engine = open(Config { read_only: true, ..through(&proxy, &store) });
     // The survey knows from then on what does not change.
     engine.checkpoint(2).unwrap();

@@ -139,7 +139,7 @@ fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
         let is_away = away.load(Ordering::SeqCst);
         if is_away { Fault::Answer(503, "SlowDown") } else { Fault::None }
     };
-    let proxy = Proxy::start(place.server.address(), Arc::new(plan));
+    let proxy = Proxy::start(place.address(), Arc::new(plan));
     let s3 = through(&proxy, &far).s3;
     let reader = open(Config { read_only: true, s3, ..near });
     let checkpoint = reader.checkpoint(5).unwrap();
@@ -153,14 +153,16 @@ fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
 
 #[test]
 fn what_a_process_left_is_uploaded_by_the_next_and_no_part_twice() {
-    let place = Place::new();
+    let Some(place) = Place::own("it waits until parts have arrived at the service") else {
+        return;
+    };
     let (_directory, near, far) = tier(&place);
     let state = State::training(1, 6);
     // Slow enough to be caught in the act.
     let engine = open(Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() });
     let info = state.save(&engine, 1).unwrap();
     assert!(engine.uploaded(1, Some(Duration::ZERO)).unwrap().is_none());
-    while place.server.rules.arrived_parts() < 2 {
+    while place.rules().arrived_parts() < 2 {
         std::thread::sleep(Duration::from_millis(10));
     }
     // As a process that ends without closing.
@@ -171,7 +173,7 @@ fn what_a_process_left_is_uploaded_by_the_next_and_no_part_twice() {
     assert_eq!(uploaded.parts, info.stored_bytes.div_ceil(PART_BYTES));
     assert!(uploaded.resumed_parts >= 2, "{uploaded:?}");
     state.assert_equals(&open(far).checkpoint(1).unwrap());
-    assert!(place.server.rules.unfinished().is_empty());
+    assert_eq!(place.unfinished(), 0);
 }
 
 #[test]
@@ -237,10 +239,10 @@ fn a_rewind_and_an_overwritten_step_reach_the_far_store() {
 
 #[test]
 fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
-    let place = Place::new();
+    let Some(place) = Place::own("it lets the service refuse writes") else { return };
     let (_directory, near, far) = tier(&place);
     let engine = open(near.clone());
-    place.server.rules.refuses_writes.store(true, Ordering::Relaxed);
+    place.rules().refuses_writes.store(true, Ordering::Relaxed);
     let state = State::training(1, 0);
     for step in 1..=2 {
         state.save(&engine, step).unwrap();
@@ -251,8 +253,8 @@ fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
     let failed = engine.uploaded(1, None).unwrap().unwrap().unwrap_err();
     assert!(failed.to_string().contains("AccessDenied"), "{failed}");
     engine.close().unwrap();
-    place.server.rules.refuses_writes.store(false, Ordering::Relaxed);
+    place.rules().refuses_writes.store(false, Ordering::Relaxed);
     open(near).close().unwrap();
-    let far = open(config_at(&place.server.url(), far.path.to_str().unwrap()));
+    let far = open(config_at(&place.url(), far.path.to_str().unwrap()));
     assert_eq!(far.steps().unwrap(), [1, 2]);
 }

@@ -39,8 +39,10 @@ pub(super) struct Attempt {
     waiting: BTreeMap<u32, Ticket>,
     /// The rank that was asked to publish, and when.
     publisher: Option<(u32, u64)>,
-    /// Whether one was ever asked, or that is not known: before a restart one may have been.
-    may_be_published: bool,
+    /// The ranks that were ever asked, but for those that have said that they will not.
+    asked: BTreeSet<u32>,
+    /// Begun before a restart: who was asked then is not known.
+    is_recovered: bool,
 }
 
 /// An attempt that was given up: why, for ranks that still write their shard, and for those that
@@ -57,7 +59,7 @@ pub(super) struct AbortedAttempt {
 impl Attempt {
     /// One that just begins.
     fn new(now_ms: u64, record: v1::AttemptRecord) -> Self {
-        Self { may_be_published: false, ..Self::recovered(now_ms, record) }
+        Self { is_recovered: false, ..Self::recovered(now_ms, record) }
     }
 
     /// One that an earlier process of the coordinator kept.
@@ -69,8 +71,14 @@ impl Attempt {
             shards: BTreeMap::new(),
             waiting: BTreeMap::new(),
             publisher: None,
-            may_be_published: true,
+            asked: BTreeSet::new(),
+            is_recovered: true,
         }
+    }
+
+    /// Whether a rank may have published, or still may.
+    fn may_be_published(&self) -> bool {
+        self.is_recovered || !self.asked.is_empty()
     }
 
     fn is_complete(&self, world_size: u32) -> bool {
@@ -89,7 +97,7 @@ impl Attempt {
     fn ask(&mut self, now_ms: u64, rank: u32) -> Option<(Ticket, Reply)> {
         let ticket = self.waiting.remove(&rank)?;
         self.publisher = Some((rank, now_ms));
-        self.may_be_published = true;
+        self.asked.insert(rank);
         Some((ticket, Reply::Publish(self.shards.values().cloned().collect())))
     }
 
@@ -337,8 +345,11 @@ impl Job {
     ) -> Result<Reply, Refusal> {
         let (worker_id, rank) = self.member_of(request.identity.as_ref())?;
         let step = request.step;
-        let attempt = self.attempts.get(&step);
-        if attempt.is_some_and(|attempt| attempt.record.attempt == request.attempt) {
+        let attempt = self.attempts.get_mut(&step);
+        if let Some(attempt) = attempt.filter(|attempt| attempt.record.attempt == request.attempt) {
+            if request.unpublished {
+                attempt.asked.remove(&rank);
+            }
             let reason = format!("rank {rank} (`{worker_id}`) failed: {}", request.reason);
             self.give_up(scene, step, (Some(rank), reason));
         }
@@ -347,7 +358,7 @@ impl Job {
 
     fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, (rank, reason): (Option<u32>, String)) {
         let Some(attempt) = self.attempts.remove(&step) else { return };
-        let may_be_published = attempt.may_be_published;
+        let may_be_published = attempt.may_be_published();
         let aborted = v1::AttemptAborted { reason, rank, may_be_published };
         let key = Key::Attempt { job: self.name.clone(), step };
         scene.effects.changes.push(Change::remove(key));

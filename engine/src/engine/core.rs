@@ -236,7 +236,7 @@ impl Core {
         let Some(ranks) = &self.ranks else { return };
         let told = ranks
             .begin(step)
-            .and_then(|begun| ranks.abort(Attempt { step, id: begun.attempt }, reason));
+            .and_then(|begun| ranks.abort(Attempt { step, id: begun.attempt }, reason, true));
         if let Err(error) = told {
             // They were told by another rank already, or find out by the attempt's own timeout.
             tracing::debug!(step, %error, "declining a save");

@@ -63,6 +63,7 @@ pub(crate) use core::Core;
 ///         source: &weights,
 ///     }],
 ///     replicated: vec![],
+///     prepared: Default::default(),
 ///     metadata: Default::default(),
 ///     dataset_positions: Default::default(),
 /// })?; // the weights may change from here on

@@ -47,13 +47,14 @@ impl Inner {
         let step = request.step;
         let _span = tracing::trace_span!("save", step).entered();
         let started = self.core.environment.monotonic();
+        let prepared = request.prepared;
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = self.begin(&mut saving, request, started);
         // From here on the committer tells the other ranks of a failure.
         let Begun { job, handle, arena, storages } =
             begun.inspect_err(|error| self.core.decline(step, &error.to_string()))?;
-        self.capture(&job, &storages, &arena, &handle, started)?;
+        self.capture(&job, &storages, &arena, &handle, (started, prepared))?;
         Ok(handle)
     }
 
@@ -88,6 +89,7 @@ impl Inner {
             to_committer,
         ));
         job.update_stats(|stats| {
+            stats.prepare_seconds = request.prepared.as_secs_f64();
             stats.wait_seconds = waited.as_secs_f64();
             stats.staging_bytes = (arena.buffer_bytes() * arena.count()) as u64;
             stats.streamed = !fits(&job, &arena);
@@ -110,6 +112,7 @@ impl Inner {
         };
         check_manifest(&manifest, &share.names)?;
         let origins = origins_of(&request.storages, &share);
+        let prepared = request.prepared;
         let index = IndexDraft::new(&job.layout, &share, request)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
@@ -121,6 +124,7 @@ impl Inner {
             reserve_bytes,
             handle: handle.clone(),
             started,
+            prepared,
         })?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
         Ok(Begun { job, handle, arena, storages: origins })
@@ -133,7 +137,7 @@ impl Inner {
         storages: &[Origin<'_>],
         arena: &Arc<BufferPool>,
         handle: &SaveHandle,
-        started: Duration,
+        (started, prepared): (Duration, Duration),
     ) -> Result<()> {
         let environment = &self.core.environment;
         let capture_start = environment.monotonic();
@@ -142,7 +146,7 @@ impl Inner {
         let captured = capture(job, storages, arena, workers);
         job.update_stats(|stats| {
             stats.capture_seconds = elapsed(&**environment, capture_start).as_secs_f64();
-            stats.stall_seconds = elapsed(&**environment, started).as_secs_f64();
+            stats.stall_seconds = (prepared + elapsed(&**environment, started)).as_secs_f64();
         });
         match captured {
             Ok(()) => {

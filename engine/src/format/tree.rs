@@ -287,6 +287,37 @@ pub fn subtree_end(nodes: &[Node], top: usize) -> usize {
     end
 }
 
+/// [`subtree_end`] of every node of a tree.
+pub fn subtree_ends(nodes: &[Node]) -> Vec<usize> {
+    let mut ends = vec![0; nodes.len()];
+    for (index, node) in nodes.iter().enumerate().rev() {
+        let mut end = index + 1;
+        for _ in 0..node.value.children().map_or(0, |children| children.left) {
+            end = ends.get(end).copied().unwrap_or(nodes.len());
+        }
+        ends[index] = end;
+    }
+    ends
+}
+
+/// The children of the node `index`, without a dict's metadata; `ends` are the tree's
+/// [`subtree_ends`].
+pub fn children_of<'a>(
+    value: &Value,
+    index: usize,
+    ends: &'a [usize],
+) -> impl Iterator<Item = usize> + 'a {
+    let (count, first) = match *value {
+        Value::Dict { len, metadata, .. } => {
+            (len, if metadata { ends[index + 1] } else { index + 1 })
+        }
+        Value::List { len } | Value::Tuple { len } => (len, index + 1),
+        _ => (0, index + 1),
+    };
+    let children = std::iter::successors(Some(first), |child| ends.get(*child).copied());
+    children.take(count as usize)
+}
+
 /// Every tensor node in order: the tensor's index and the node's path.
 pub fn tensor_paths(nodes: &[Node]) -> impl Iterator<Item = (u32, TreePath<'_>)> {
     let mut walk = Walk::new(nodes);

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::{Damaged, Shard};
 use crate::format::index::{Difference, ShardIndex, StorageRecord, difference};
-use crate::format::layout::{Layout, StorageSpec};
+use crate::format::layout::{ElementType, Layout, StorageSpec};
 use crate::format::manifest::Manifest;
 use crate::store::Store;
 use crate::{EngineError, Result};
@@ -126,9 +126,7 @@ fn find_parts(own: &Shard, others: &[Shard]) -> Result<BTreeMap<usize, Vec<Part>
     }
     let mut found = BTreeMap::new();
     for (storage, record) in own.index.storages.iter().enumerate() {
-        let Some(replica) = record.replica.filter(|_| record.held() != (0..record.bytes)) else {
-            continue;
-        };
+        let Some(replica) = record.replica else { continue };
         let mut parts = by_number.remove(&replica.number).unwrap_or_default();
         parts.sort_by_key(|part| part.held.start);
         let tiled = parts.iter().try_fold(0, |end, part| {
@@ -146,15 +144,18 @@ fn find_parts(own: &Shard, others: &[Shard]) -> Result<BTreeMap<usize, Vec<Part>
                 ),
             ));
         }
-        found.insert(storage, parts);
+        if record.held() != (0..record.bytes) {
+            found.insert(storage, parts);
+        }
     }
     Ok(found)
 }
 
 /// The storages of an index, each whole, in its order.
 fn whole_storages(index: &ShardIndex, chunk_bytes: u32) -> Result<Vec<StorageRecord>> {
-    let spec =
-        |record: &StorageRecord| StorageSpec { bytes: record.bytes, element: record.element };
+    // Of one type, so that their order stays: other writers may have another one.
+    let element = ElementType::Bytes;
+    let spec = |record: &StorageRecord| StorageSpec { bytes: record.bytes, element };
     let specs: Vec<StorageSpec> = index.storages.iter().map(spec).collect();
     let layout = Layout::plan(&specs, chunk_bytes)?;
     let whole = |storage| {

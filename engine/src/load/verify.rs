@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::read::{ChunkJob, ReadOptions, run};
 use super::{Checkpoint, Damaged, Shard, check_replicas, read_manifest};
-use crate::format::index::{ShardIndex, StorageRecord, TensorRecord};
+use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
@@ -267,25 +267,12 @@ fn tensors_over(index: &ShardIndex, bytes: &BTreeMap<usize, Range<u64>>) -> Vec<
         if let Value::Tensor(tensor) = node.value
             && let record = &index.tensors[tensor as usize]
             && let Some(bytes) = bytes.get(&(record.storage as usize))
-            && overlaps(&bytes_of(record), bytes)
+            && overlaps(&record.hull(), bytes)
         {
             names.push(name_of(walk.path()));
         }
     }
     names
-}
-
-/// The bytes of its storage from a tensor's first item to its last.
-fn bytes_of(tensor: &TensorRecord) -> Range<u64> {
-    // One without items may be anywhere, beyond every number too.
-    if tensor.shape.contains(&0) {
-        return 0..0;
-    }
-    let item_bytes = u64::from(tensor.item_bytes);
-    let start = tensor.offset * item_bytes;
-    let steps = tensor.shape.iter().zip(&tensor.strides);
-    let last: u64 = steps.map(|(items, stride)| (items - 1) * stride).sum();
-    start..start + (last + 1) * item_bytes
 }
 
 /// A path as a message shows it: no longer than a message may be.

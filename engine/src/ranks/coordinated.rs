@@ -54,7 +54,7 @@ impl Ranks for Coordinated {
             )
         })?;
         if let Err(error) = self.check_world_size(begun.world_size) {
-            self.abort(Attempt { step, id: attempt }, &error.to_string())?;
+            self.abort(Attempt { step, id: attempt }, &error.to_string(), true)?;
             return Err(error);
         }
         Ok(Begun { attempt, created_unix_ms: begun.created_unix_ms })
@@ -97,9 +97,10 @@ impl Ranks for Coordinated {
         }
     }
 
-    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()> {
+    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
         let id = attempt.id.to_string();
-        self.worker.abort_checkpoint(attempt.step, &id, reason).join().map(drop).map_err(error_of)
+        let aborting = self.worker.abort_checkpoint(attempt.step, &id, reason, is_unpublished);
+        aborting.join().map(drop).map_err(error_of)
     }
 
     fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
@@ -115,7 +116,8 @@ impl Coordinated {
         pending: &Pending<ShardOutcome>,
     ) -> std::result::Result<ShardOutcome, ClientError> {
         let id = attempt.id.to_string();
-        let aborting = self.worker.abort_checkpoint(attempt.step, &id, "the save was cancelled");
+        let why = "the save was cancelled";
+        let aborting = self.worker.abort_checkpoint(attempt.step, &id, why, false);
         pending.wait(FAREWELL).unwrap_or_else(|| {
             drop(aborting);
             Err(ClientError {

@@ -40,8 +40,9 @@ pub trait Ranks: Send + Sync + fmt::Debug {
     /// has forgotten the reports, which then have to be sent again.
     fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool>;
 
-    /// Gives the attempt up on every rank.
-    fn abort(&self, attempt: Attempt, reason: &str) -> Result<()>;
+    /// Gives the attempt up on every rank; `is_unpublished` if this one was asked to publish, did
+    /// not, and will not.
+    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()>;
 
     /// Waits, for at most `timeout`, until every rank has said which steps it can load; gives the
     /// newest that all can, if there is one.

@@ -16,6 +16,7 @@ use super::handle::{SaveHandle, SaveInfo};
 use super::job::{Job, Message};
 use super::together::Together;
 use super::write::{IndexDraft, WrittenShard, write_shard};
+use crate::clock::elapsed;
 use crate::engine::Core;
 use crate::error::IoContext;
 use crate::format::checksum::to_hex;
@@ -23,6 +24,7 @@ use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
 use crate::load::{Damaged, Shard, read_manifest};
+use crate::progress::SPAN_TARGET;
 use crate::ranks::{Attempt, Begun, Ranks};
 use crate::store::{Publication, ShardId, ShardSink, ShardSize};
 use crate::{EngineError, Result};
@@ -42,6 +44,8 @@ pub(crate) struct CommitTask {
     pub(crate) handle: SaveHandle,
     /// When the caller called.
     pub(crate) started: Duration,
+    /// What the caller's preparation took before.
+    pub(crate) prepared: Duration,
 }
 
 /// The committer's thread and the queue towards it.
@@ -110,7 +114,9 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
             created_unix_ms: core.environment.unix_ms(),
         },
     };
+    let called = (task.started, task.prepared);
     let committed = commit_attempt(core, task, begun);
+    trace(core, &job, begun.attempt, called, committed.as_ref().err());
     if let (Err(error), Some(ranks)) = (&committed, &core.ranks) {
         // First, because telling the others may take a while.
         job.fail(error.duplicate());
@@ -119,21 +125,52 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     committed
 }
 
+/// Says where the time of an attempt went, for traces: one event for each span, as
+/// [`crate::progress::SPAN_TARGET`] describes.
+fn trace(
+    core: &Core,
+    job: &Job,
+    attempt: AttemptId,
+    (started, prepared): (Duration, Duration),
+    error: Option<&EngineError>,
+) {
+    let attempt = attempt.to_string();
+    let ended = prepared + elapsed(&*core.environment, started);
+    let error = error.map(EngineError::to_string).unwrap_or_default();
+    for phase in job.stats().phases(ended, error.is_empty()) {
+        tracing::trace!(
+            target: SPAN_TARGET,
+            trace = attempt,
+            span = phase.name,
+            ago_us = micros(ended.saturating_sub(phase.start)),
+            took_us = micros(phase.end.saturating_sub(phase.start)),
+            job = core.config.job,
+            step = job.step,
+            rank = core.config.rank,
+            error,
+        );
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Tells the other ranks that the attempt failed on this one.
 fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
     if matches!(error, EngineError::Coordination { .. }) {
         // They know, or the coordinator cannot be asked.
         return;
     }
-    if let Err(untold) = ranks.abort(attempt, &error.to_string()) {
+    if let Err(untold) = ranks.abort(attempt, &error.to_string(), false) {
         tracing::warn!(step = attempt.step, %untold, "other ranks wait for this save in vain");
     }
 }
 
 fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInfo> {
-    let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, started, .. } =
-        task;
-    let replicated = task.replicated;
+    let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, .. } = task;
+    let (replicated, started) = (task.replicated, task.started);
+    let prepared = task.prepared;
     let write_start = core.environment.monotonic();
     let shard = ShardId { step: job.step, rank: core.config.rank, attempt: begun.attempt };
     manifest.attempt = begun.attempt.to_string();
@@ -178,7 +215,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
     job.update_stats(|stats| {
         stats.write_seconds = publish_start.saturating_sub(write_start).as_secs_f64();
         stats.publish_seconds = published.saturating_sub(publish_start).as_secs_f64();
-        stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
+        stats.durable_seconds = (prepared + published.saturating_sub(started)).as_secs_f64();
         stats.stored_bytes = written.file_bytes;
         stats.parts = figures.parts;
         stats.retries = figures.retries;

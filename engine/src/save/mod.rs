@@ -20,6 +20,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use crate::Result;
 use crate::format::index::TensorRecord;
@@ -57,6 +58,9 @@ pub struct SaveRequest<'a> {
     /// Topmost nodes, ascending, of what every rank saves alike: each writes a part of its bytes
     /// ([`share_of`]), and any number of ranks can load it.
     pub replicated: Vec<u32>,
+    /// What making this request took the caller, flattening and copies from a device included: the
+    /// training loop lost it too.
+    pub prepared: Duration,
     /// Attached to the manifest.
     pub metadata: BTreeMap<String, serde_json::Value>,
     /// Positions of datasets, attached to the manifest.

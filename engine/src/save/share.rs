@@ -13,11 +13,12 @@
 //! Always holds: the parts of all ranks tile every storage; a rank has at most one part of each; no
 //! share is larger than the mean by more than a sixteenth of it and [`CUT_ALIGNMENT`] bytes.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use super::{SaveRequest, StorageInput};
-use crate::format::index::{Replica, number_replicas};
-use crate::format::tree::{Value, Walk};
+use crate::format::index::{Replica, TensorRecord, number_replicas};
+use crate::format::tree::{Value, Walk, children_of, subtree_end, subtree_ends, tensor_paths};
 use crate::{EngineError, Result};
 
 /// Cuts within a storage are at multiples of this many bytes: whole items, whole cache lines.
@@ -71,6 +72,7 @@ impl Share {
             ));
         }
         let order = number_replicas(nodes, tensors, replicated);
+        check_own(request, &order)?;
         let bytes: Vec<u64> =
             order.iter().map(|storage| storages[*storage as usize].bytes).collect();
         let mut replicas = vec![None; storages.len()];
@@ -91,20 +93,102 @@ impl Share {
     }
 }
 
+/// The entries' paths for people: `model.*` where each child of `model` is one.
 fn names_of(request: &SaveRequest<'_>) -> Vec<String> {
+    let SaveRequest { nodes, replicated, .. } = request;
+    if replicated.is_empty() {
+        return Vec::new();
+    }
+    let ends = subtree_ends(nodes);
+    let mut is_covered = vec![false; nodes.len()];
+    for &top in replicated {
+        is_covered[top as usize..ends[top as usize]].fill(true);
+    }
+    for (node, value) in nodes.iter().enumerate().rev() {
+        let mut children = children_of(&value.value, node, &ends).peekable();
+        let has_children = children.peek().is_some();
+        is_covered[node] |= has_children && children.all(|child| is_covered[child]);
+    }
     let mut names = Vec::new();
-    let mut walk = Walk::new(&request.nodes);
-    let mut tops = request.replicated.iter().take(NAMED_MAX).peekable();
-    let mut position = 0;
-    while tops.peek().is_some() && walk.advance().is_some() {
-        if tops.next_if(|top| **top == position).is_some() {
-            let mut name = walk.path().to_string().replace(char::is_control, "\u{fffd}");
-            name.truncate(name.floor_char_boundary(NAME_BYTES_MAX));
-            names.push(name);
+    let (mut walk, mut position, mut end) = (Walk::new(nodes), 0, 0);
+    while names.len() < NAMED_MAX && walk.advance().is_some() {
+        if position >= end && is_covered[position] {
+            end = ends[position];
+            let is_top = replicated.iter().any(|top| *top as usize == position);
+            names.push(name_of(walk.path().to_string(), is_top));
         }
         position += 1;
     }
     names
+}
+
+fn name_of(path: String, is_top: bool) -> String {
+    let mut name = path.replace(char::is_control, "\u{fffd}");
+    name.truncate(name.floor_char_boundary(NAME_BYTES_MAX));
+    match (is_top, name.is_empty()) {
+        (true, _) => name,
+        (false, true) => "*".into(),
+        (false, false) => name + ".*",
+    }
+}
+
+/// Refuses a tensor that is this rank's own and views memory that all ranks save alike, beyond what
+/// a replicated tensor fills: another rank may write those bytes, and has others there.
+fn check_own(request: &SaveRequest<'_>, order: &[u32]) -> Result<()> {
+    let SaveRequest { nodes, tensors, replicated, .. } = request;
+    let shared: HashSet<u32> = order.iter().copied().collect();
+    let mut alike = vec![false; tensors.len()];
+    for &top in replicated {
+        let top = top as usize;
+        for node in &nodes[top..subtree_end(nodes, top)] {
+            if let Value::Tensor(tensor) = node.value {
+                alike[tensor as usize] = true;
+            }
+        }
+    }
+    let is_at_risk = |tensor: usize| !alike[tensor] && shared.contains(&tensors[tensor].storage);
+    if !(0..tensors.len()).any(is_at_risk) {
+        return Ok(());
+    }
+    let filled = filled_by(tensors, &alike);
+    for (tensor, path) in tensor_paths(nodes).map(|(tensor, path)| (tensor as usize, path)) {
+        let record = &tensors[tensor];
+        let bytes = record.hull();
+        let is_filled = |part: &Range<u64>| part.start <= bytes.start && bytes.end <= part.end;
+        let parts = filled.get(&record.storage);
+        let is_inside = bytes.is_empty() || parts.is_some_and(|parts| parts.iter().any(is_filled));
+        if is_at_risk(tensor) && !is_inside {
+            let path = path.to_string();
+            return Err(EngineError::invalid(
+                format!("saving `{path}`"),
+                "it is this rank's own, and shares memory with a tensor that all ranks save alike, \
+                 whose bytes another rank may write",
+                "save a copy of it, `tensor.clone()`, or let `replicated` name it too",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// By storage: the bytes that replicated tensors fill without gaps, merged.
+fn filled_by(tensors: &[TensorRecord], alike: &[bool]) -> HashMap<u32, Vec<Range<u64>>> {
+    let mut filled: HashMap<u32, Vec<Range<u64>>> = HashMap::new();
+    let replicated = tensors.iter().zip(alike).filter(|(_, alike)| **alike);
+    for (tensor, _) in replicated.filter(|(tensor, _)| tensor.is_dense()) {
+        filled.entry(tensor.storage).or_default().push(tensor.hull());
+    }
+    for parts in filled.values_mut() {
+        parts.sort_by_key(|part| part.start);
+        let mut merged: Vec<Range<u64>> = Vec::with_capacity(parts.len());
+        for part in parts.drain(..) {
+            match merged.last_mut().filter(|last| part.start <= last.end) {
+                Some(last) => last.end = last.end.max(part.end),
+                None => merged.push(part),
+            }
+        }
+        *parts = merged;
+    }
+    filled
 }
 
 /// Where the storages begin and the last one ends.

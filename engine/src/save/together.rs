@@ -42,12 +42,18 @@ impl From<EngineError> for Failure {
 impl Together<'_> {
     /// Sees the attempt to its end. `manifest` is complete but for the shards.
     pub(super) fn commit(&self, manifest: &Manifest) -> std::result::Result<(), Failure> {
+        let mut has_published = false;
         loop {
             let is_cancelled = || self.job.has_failed();
             match self.ranks.report(self.attempt, &self.entry, &is_cancelled) {
                 Ok(Outcome::Committed) => return Ok(()),
                 Ok(Outcome::Publish(shards)) => {
-                    self.publish(&Manifest { shards, ..manifest.clone() })?;
+                    let complete = Manifest { shards, ..manifest.clone() };
+                    if let Err(error) = self.check_replicas(&complete) {
+                        return self.refuse(error, has_published);
+                    }
+                    has_published = true;
+                    self.publish(&complete)?;
                     if self.tell()? {
                         return Ok(());
                     }
@@ -64,13 +70,35 @@ impl Together<'_> {
         }
     }
 
+    /// Does not publish. Another rank may have been asked meanwhile: what becomes of the attempt is
+    /// the coordinator's to say, and the store's.
+    fn refuse(&self, error: EngineError, has_published: bool) -> std::result::Result<(), Failure> {
+        let told = self.ranks.abort(self.attempt, &error.to_string(), !has_published);
+        let outcome = told.and_then(|()| self.ranks.report(self.attempt, &self.entry, &|| false));
+        let may_be_published = match outcome {
+            Ok(Outcome::Committed) => return Ok(()),
+            Ok(Outcome::Aborted { may_be_published, .. }) => may_be_published,
+            Ok(Outcome::Publish(_)) | Err(_) => true,
+        };
+        if may_be_published && self.stands() {
+            return Ok(());
+        }
+        Err(Failure { error, may_be_published })
+    }
+
+    /// Whether the shards agree on what all ranks saved alike.
+    fn check_replicas(&self, manifest: &Manifest) -> Result<()> {
+        let has_replicated = |entry: &ShardEntry| !entry.replicated.is_empty();
+        if !manifest.shards.iter().chain([&self.entry]).any(has_replicated) {
+            return Ok(());
+        }
+        check_replicas(self.core.store.as_ref(), manifest, self.entry.rank)
+    }
+
     fn publish(&self, manifest: &Manifest) -> Result<()> {
         let what = || format!("publishing step {}", self.attempt.step);
         let _span = tracing::trace_span!("publish").entered();
         let shards = self.shards_of(manifest)?;
-        if manifest.shards.iter().any(|shard| !shard.replicated.is_empty()) {
-            check_replicas(self.core.store.as_ref(), manifest, self.entry.rank)?;
-        }
         let bytes =
             manifest.encode().map_err(|error| EngineError::internal(what(), error.to_string()))?;
         self.core.store.publish(Publication {

@@ -99,18 +99,21 @@ impl Worker {
         })
     }
 
-    /// Gives an attempt up on every rank, for this reason.
+    /// Gives an attempt up on every rank, for this reason; `unpublished` says that this rank, if it
+    /// was asked to publish the manifest, did not and will not.
     pub fn abort_checkpoint(
         &self,
         step: u64,
         attempt: &str,
         reason: &str,
+        unpublished: bool,
     ) -> Pending<v1::AbortCheckpointReply> {
         let request = v1::AbortCheckpointRequest {
             identity: Some(self.identity()),
             step,
             attempt: attempt.to_owned(),
             reason: super::worker::shortened(reason),
+            unpublished,
         };
         let what = format!("giving up the save of step {step}");
         self.connection.ask(&what, request, |channel, request| async move {

@@ -438,6 +438,9 @@ pub struct AbortCheckpointRequest {
     /// Why.
     #[prost(string, tag = "4")]
     pub reason: ::prost::alloc::string::String,
+    /// Whether the rank, if it was asked to publish the manifest, did not and will not.
+    #[prost(bool, tag = "5")]
+    pub unpublished: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AbortCheckpointReply {}

@@ -63,7 +63,7 @@ fn facts(inspected: &Inspected) -> Vec<(&'static str, String)> {
         ("size", size),
         ("tensors", tensors),
     ];
-    facts.extend(replicated(inspected).map(|text| ("replicated", text)));
+    facts.extend(replicated(inspected).map(|text| ("alike", text)));
     if !manifest.retired.is_empty() {
         let steps: Vec<String> =
             manifest.retired.iter().map(|retired| retired.step.to_string()).collect();
@@ -105,7 +105,7 @@ fn replicated(inspected: &Inspected) -> Option<String> {
     let parts = inspected.storages.iter().filter_map(|storage| Some((storage, storage.held?)));
     let (held, whole) = parts
         .fold((0, 0), |(held, whole), (storage, part)| (held + part.bytes, whole + storage.bytes));
-    let figures = || format!("{} of {} in this shard", text::bytes(held), text::bytes(whole));
+    let figures = || format!("{} of {} lie in this shard", text::bytes(held), text::bytes(whole));
     (!names.is_empty()).then(|| format!("{}: {}", names.join(", "), figures()))
 }
 

@@ -8,6 +8,7 @@ use dtr_engine::config::Compression;
 use dtr_engine::format::manifest::ShardEntry;
 use dtr_engine::format::names::AttemptId;
 use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::save::SaveRequest;
 use dtr_engine::{Config, Engine, Result};
 use safetensors::SafeTensors;
 
@@ -50,7 +51,7 @@ impl Ranks for Together {
         Ok(true)
     }
 
-    fn abort(&self, _attempt: Attempt, reason: &str) -> Result<()> {
+    fn abort(&self, _: Attempt, reason: &str, _: bool) -> Result<()> {
         panic!("no rank fails: {reason}");
     }
 
@@ -61,19 +62,24 @@ impl Ranks for Together {
 
 /// Step 30, whose ranks saved what one process saves at steps 10 and 20.
 fn saved_by_ranks() -> Store {
+    saved_alike(&[])
+}
+
+/// The same; what is at and below the nodes `replicated` saved once.
+fn saved_alike(replicated: &[u32]) -> Store {
     let store = Store::empty();
     let together = Arc::new(Together::default());
     std::thread::scope(|scope| {
         for rank in 0..RANKS {
             let ranks: Arc<dyn Ranks> = Arc::<Together>::clone(&together);
             let path = store.path();
-            scope.spawn(move || save(&path, ranks, rank));
+            scope.spawn(move || save(&path, ranks, rank, replicated));
         }
     });
     store
 }
 
-fn save(path: &Path, ranks: Arc<dyn Ranks>, rank: u32) {
+fn save(path: &Path, ranks: Arc<dyn Ranks>, rank: u32, replicated: &[u32]) {
     let config = Config {
         rank,
         world_size: RANKS,
@@ -85,7 +91,8 @@ fn save(path: &Path, ranks: Arc<dyn Ranks>, rank: u32) {
     };
     let engine = Engine::open_among(config, ranks).unwrap();
     let state = State { step: 30, ..State::at(10 + 10 * u64::from(rank)) };
-    engine.save(state.request()).unwrap().result(None).unwrap().unwrap();
+    let request = SaveRequest { replicated: replicated.to_vec(), ..state.request() };
+    engine.save(request).unwrap().result(None).unwrap().unwrap();
     engine.close().unwrap();
 }
 
@@ -149,4 +156,44 @@ fn a_rank_that_is_not_there_is_wrong_usage() {
     assert_golden("error-no-such-rank", &store.redact(&run.stderr));
     let run = store.run("restore", &["--output", store.beside("x.safetensors").to_str().unwrap()]);
     assert_golden("error-which-rank", &store.redact(&run.stderr));
+}
+
+/// The node of `model`, which both ranks have alike.
+const MODEL: u32 = 1;
+
+#[test]
+fn what_ranks_saved_alike_is_shown_compared_and_restored_whole() {
+    let store = saved_alike(&[MODEL]);
+    let shown = store.run("inspect", &["--rank", "1"]);
+    assert_golden("inspect-replicated", &store.redact(&shown.stdout));
+    let json = store.run("inspect", &["--json"]).json();
+    assert!(json["storages"].as_array().unwrap().iter().any(|one| one["held"].is_object()));
+    assert_eq!(store.run("verify", &[]).status, 0);
+
+    let separate = saved_by_ranks();
+    for rank in ["0", "1"] {
+        let file = |store: &Store| {
+            let output = store.beside("whole.safetensors");
+            let output = output.to_str().unwrap();
+            let run = store.run("restore", &["--rank", rank, "--output", output, "--force"]);
+            assert_eq!(run.status, 0, "{run:?}");
+            std::fs::read(output).unwrap()
+        };
+        assert!(file(&store) == file(&separate), "rank {rank}");
+    }
+    let diff = store.run("diff", &["30", "30", "--rank", "0", "--b-rank", "1"]);
+    let other = separate.run("diff", &["30", "30", "--rank", "0", "--b-rank", "1"]);
+    assert_eq!(store.redact(&diff.stdout), separate.redact(&other.stdout));
+
+    // One rank's part, in a store of its own, has the model for any number of ranks.
+    let alone = store.beside("alone");
+    let run = store.run("restore", &["--rank", "1", "--output", alone.to_str().unwrap()]);
+    assert_eq!(run.status, 0, "{run:?}");
+    let config = Config { read_only: true, rank: 1, world_size: 3, ..Config::new(&alone) };
+    let checkpoint = Engine::open(config).unwrap().checkpoint(30).unwrap();
+    assert!(checkpoint.is_replicated_only());
+    let copied = store.beside("copied");
+    assert_eq!(store.run("copy", &[copied.to_str().unwrap()]).status, 0);
+    let copied = Engine::open(Config { read_only: true, ..Config::new(&copied) }).unwrap();
+    assert!(copied.verify(30, &()).unwrap().damage.is_empty());
 }

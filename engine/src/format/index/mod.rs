@@ -135,6 +135,36 @@ pub struct TensorRecord {
     pub slice: Option<GlobalSlice>,
 }
 
+impl TensorRecord {
+    /// The bytes of its storage from its first item to its last; empty for one without items. The
+    /// numbers must be those of a checked index, or of a tensor that exists.
+    pub fn hull(&self) -> Range<u64> {
+        // One without items may be anywhere, beyond every number too.
+        if self.shape.contains(&0) {
+            return 0..0;
+        }
+        let item_bytes = u64::from(self.item_bytes);
+        let start = self.offset * item_bytes;
+        let steps = self.shape.iter().zip(&self.strides);
+        let last: u64 = steps.map(|(items, stride)| (items - 1) * stride).sum();
+        start..start + (last + 1) * item_bytes
+    }
+
+    /// Whether it has an item at each byte of its [hull](TensorRecord::hull), once.
+    pub fn is_dense(&self) -> bool {
+        let mut steps: Vec<(u64, u64)> =
+            self.strides.iter().copied().zip(self.shape.clone()).collect();
+        steps.retain(|(_, items)| *items != 1);
+        steps.sort_unstable();
+        let mut expected = 1_u64;
+        steps.iter().all(|(stride, items)| {
+            let is_next = *stride == expected;
+            expected = expected.saturating_mul(*items);
+            is_next
+        })
+    }
+}
+
 /// Where a slice stands in the tensor it was cut from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GlobalSlice {

@@ -5,13 +5,15 @@
 //! whose entries are the same number them alike.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use super::{ShardIndex, TensorRecord};
 use crate::format::FormatError;
 use crate::format::tree::{self, Key, Node, Segment, TreePath, Value, Walk};
 
-/// Characters of a value that a difference shows.
-const SHOWN_CHARS_MAX: usize = 80;
+/// Characters of a value, and of a path, that a difference shows.
+const SHOWN_CHARS_MAX: usize = 200;
+const PATH_CHARS_MAX: usize = 400;
 
 /// Storages that tensors at and below the nodes `tops` view, by first appearance. Tensors and
 /// storages that nodes and tensors name must exist.
@@ -63,7 +65,7 @@ pub(super) fn check(index: &ShardIndex) -> Result<(), FormatError> {
 /// Where two shards' replicated entries first differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// Display path.
+    /// Display path, cut if it is very long.
     pub path: String,
     /// What the first has there; `None` for nothing.
     pub left: Option<String>,
@@ -71,17 +73,70 @@ pub struct Difference {
     pub right: Option<String>,
 }
 
-/// Compares the replicated entries of two indexes: paths, plain values, shapes and memory. What the
-/// tensors hold is not compared: each rank wrote another part of it.
+/// Compares the replicated entries of two indexes: paths, plain values, and how tensors view what
+/// memory. What the tensors hold is not compared: each rank wrote another part of it.
+///
+/// Takes time in proportion to the indexes: a key that stands above many nodes is compared once.
 pub fn difference(left: &ShardIndex, right: &ShardIndex) -> Option<Difference> {
     let (mut left, mut right) = (Entries::new(left), Entries::new(right));
+    let mut compared = Compared::default();
     loop {
-        let (one, other) = (left.next(), right.next());
-        match (&one, &other) {
+        match (left.next(), right.next()) {
             (None, None) => return None,
-            (Some(one), Some(other)) if one.is_same(other) => {}
-            _ => return Some(Item::difference(one, other)),
+            (Some(one), Some(other)) => {
+                let is_same_place = one.is_top == other.is_top
+                    && if one.is_top {
+                        compared.are_same(left.path(), right.path())
+                    } else {
+                        // The nodes before were the same, so the paths are, but for the key.
+                        is_same_key(one.node.key.as_ref(), other.node.key.as_ref())
+                    };
+                if !is_same_place {
+                    let (path, left) = (left.shown_path(), Some(one.show()));
+                    return Some(Difference { path, left, right: None });
+                }
+                if let Some((one, other)) = one.difference(&other) {
+                    let path = left.shown_path();
+                    return Some(Difference { path, left: Some(one), right: Some(other) });
+                }
+            }
+            (Some(one), None) => {
+                let (path, left) = (left.shown_path(), Some(one.show()));
+                return Some(Difference { path, left, right: None });
+            }
+            (None, Some(other)) => {
+                let (path, right) = (right.shown_path(), Some(other.show()));
+                return Some(Difference { path, left: None, right });
+            }
         }
+    }
+}
+
+/// Paths of the entries that were compared last: what is the same memory as before is the same.
+#[derive(Default)]
+struct Compared<'a> {
+    left: Vec<Segment<'a>>,
+    right: Vec<Segment<'a>>,
+}
+
+impl<'a> Compared<'a> {
+    fn are_same(&mut self, left: &TreePath<'a>, right: &TreePath<'a>) -> bool {
+        let (left, right) = (&left.segments, &right.segments);
+        let is_same = left.len() == right.len()
+            && (0..left.len()).all(|at| {
+                let is_known = is_same_memory(self.left.get(at), left[at])
+                    && is_same_memory(self.right.get(at), right[at]);
+                is_known || is_same_segment(left[at], right[at])
+            });
+        (self.left, self.right) = (left.clone(), right.clone());
+        is_same
+    }
+}
+
+fn is_same_memory(before: Option<&Segment<'_>>, now: Segment<'_>) -> bool {
+    match (before, now) {
+        (Some(Segment::Key(before)), Segment::Key(now)) => std::ptr::eq(*before, now),
+        _ => false,
     }
 }
 
@@ -91,15 +146,15 @@ struct Entries<'a> {
     walk: Walk<'a>,
     position: usize,
     /// The entries not left yet: where each starts and ends.
-    ranges: std::iter::Peekable<Box<dyn Iterator<Item = std::ops::Range<usize>> + 'a>>,
+    ranges: std::iter::Peekable<Box<dyn Iterator<Item = Range<usize>> + 'a>>,
     /// Tensors by first appearance: two nodes may name one tensor.
     tensors: HashMap<u32, usize>,
 }
 
 /// One node, in terms that are the same in every shard.
 struct Item<'a> {
-    path: TreePath<'a>,
     node: &'a Node,
+    is_top: bool,
     tensor: Option<Viewed<'a>>,
 }
 
@@ -121,6 +176,15 @@ impl<'a> Entries<'a> {
             ranges: ranges.peekable(),
             tensors: HashMap::new(),
         }
+    }
+
+    /// Where the node last given stands.
+    fn path(&self) -> &TreePath<'a> {
+        self.walk.path()
+    }
+
+    fn shown_path(&self) -> String {
+        cut(self.path().to_string(), PATH_CHARS_MAX)
     }
 
     fn viewed(&mut self, number: u32) -> Viewed<'a> {
@@ -151,84 +215,102 @@ impl<'a> Iterator for Entries<'a> {
                     Value::Tensor(number) => Some(self.viewed(number)),
                     _ => None,
                 };
-                return Some(Item { path: self.walk.path().clone(), node, tensor });
+                return Some(Item { node, is_top: position == range.start, tensor });
             }
         }
     }
 }
 
 impl Item<'_> {
-    fn is_same(&self, other: &Item<'_>) -> bool {
-        let paths = self.path.segments.iter().zip(&other.path.segments);
-        self.path.segments.len() == other.path.segments.len()
-            && paths.into_iter().all(|(one, other)| is_same_segment(*one, *other))
-            && match (&self.tensor, &other.tensor) {
-                (Some(one), Some(other)) => one.is_same(other),
-                (None, None) => is_same_value(&self.node.value, &other.node.value),
-                _ => false,
-            }
-    }
-
-    fn difference(one: Option<Self>, other: Option<Self>) -> Difference {
-        let path_of = |item: &Option<Self>| item.as_ref().map(|item| item.path.to_string());
-        let shown = |item: Option<Self>| item.map(|item| item.show());
-        let (left, right) = (path_of(&one), path_of(&other));
-        match (left, right) {
-            (Some(left), Some(right)) if left != right => {
-                Difference { path: left.clone(), left: shown(one), right: None }
-            }
-            (left, right) => Difference {
-                path: left.or(right).unwrap_or_default(),
-                left: shown(one),
-                right: shown(other),
-            },
+    /// What the two are, if they are not the same.
+    fn difference(&self, other: &Item<'_>) -> Option<(String, String)> {
+        match (&self.tensor, &other.tensor) {
+            (Some(one), Some(other)) => one.difference(other),
+            (None, None) if is_same_value(&self.node.value, &other.node.value) => None,
+            _ => Some((self.show(), other.show())),
         }
     }
 
     fn show(&self) -> String {
-        let text = match &self.tensor {
-            Some(Viewed { record, storage_bytes, .. }) => format!(
-                "a `{}` tensor of shape {:?} and strides {:?}, over {storage_bytes} bytes",
-                record.dtype, record.shape, record.strides
-            ),
-            None => match &self.node.value {
-                Value::Int(value) => value.to_string(),
-                Value::Float(value) => format!("{value:?}"),
-                Value::Bool(value) => value.to_string(),
-                Value::Str(text) => format!("{text:?}"),
-                Value::Dict { len, .. } => format!("a dict of {len} entries"),
-                Value::List { len } => format!("a list of {len} items"),
-                Value::Tuple { len } => format!("a tuple of {len} items"),
-                other => format!("{other:?}"),
-            },
+        let text = match &self.node.value {
+            Value::Tensor(_) => self.tensor.as_ref().map_or_else(String::new, |viewed| {
+                format!("a `{}` tensor of shape {:?}", viewed.record.dtype, viewed.record.shape)
+            }),
+            Value::Int(value) => value.to_string(),
+            Value::Float(value) => format!("{value:?}"),
+            Value::Bool(value) => value.to_string(),
+            Value::Str(text) => format!("{text:?}"),
+            Value::Dict { len, .. } => format!("a dict of {len} entries"),
+            Value::List { len } => format!("a list of {len} items"),
+            Value::Tuple { len } => format!("a tuple of {len} items"),
+            other => format!("{other:?}"),
         };
-        match text.char_indices().nth(SHOWN_CHARS_MAX) {
-            Some((end, _)) => format!("{}...", &text[..end]),
-            None => text,
-        }
+        cut(text, SHOWN_CHARS_MAX)
     }
 }
 
 impl Viewed<'_> {
-    fn is_same(&self, other: &Viewed<'_>) -> bool {
-        let storage = other.record.storage;
-        let record = TensorRecord { storage, ..self.record.clone() };
-        record == *other.record
+    /// The first property in which two tensors differ, of each.
+    fn difference(&self, other: &Self) -> Option<(String, String)> {
+        if self.is_same(other) {
+            return None;
+        }
+        let mut pairs = self.properties().into_iter().zip(other.properties());
+        let (one, other) = pairs.find(|(one, other)| one != other)?;
+        Some((cut(one, SHOWN_CHARS_MAX), cut(other, SHOWN_CHARS_MAX)))
+    }
+
+    fn properties(&self) -> [String; 11] {
+        let TensorRecord { kind, dtype, item_bytes, shape, strides, offset, .. } = self.record;
+        [
+            format!("a {kind:?} tensor"),
+            format!("a `{dtype}` tensor"),
+            format!("a tensor of {item_bytes} bytes an item"),
+            format!("a `{dtype}` tensor of shape {shape:?}"),
+            format!("a tensor of strides {strides:?}"),
+            format!("a tensor that begins {offset} items into its memory"),
+            format!("a tensor with requires_grad={}", self.record.requires_grad),
+            format!("a tensor cut out as {:?}", self.record.slice),
+            format!("a tensor over {} bytes of memory", self.storage_bytes),
+            format!("tensor number {} of those that are replicated", self.appearance),
+            format!("a tensor over memory number {:?}", self.replica),
+        ]
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        let (one, two) = (self.record, other.record);
+        one.kind == two.kind
+            && one.item_bytes == two.item_bytes
+            && (&one.dtype, &one.shape, &one.strides) == (&two.dtype, &two.shape, &two.strides)
+            && (one.offset, one.requires_grad, &one.slice)
+                == (two.offset, two.requires_grad, &two.slice)
             && (self.appearance, self.replica, self.storage_bytes)
                 == (other.appearance, other.replica, other.storage_bytes)
     }
 }
 
+fn cut(text: String, chars_max: usize) -> String {
+    match text.char_indices().nth(chars_max) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
 fn is_same_segment(one: Segment<'_>, other: Segment<'_>) -> bool {
     match (one, other) {
-        (Segment::Key(Key::Float(one)), Segment::Key(Key::Float(other))) => {
-            one.to_bits() == other.to_bits()
-        }
+        (Segment::Key(one), Segment::Key(other)) => is_same_key(Some(one), Some(other)),
         (one, other) => one == other,
     }
 }
 
 /// Equal by bits: a NaN is what it is, and 0.0 is not -0.0.
+fn is_same_key(one: Option<&Key>, other: Option<&Key>) -> bool {
+    match (one, other) {
+        (Some(Key::Float(one)), Some(Key::Float(other))) => one.to_bits() == other.to_bits(),
+        (one, other) => one == other,
+    }
+}
+
 fn is_same_value(one: &Value, other: &Value) -> bool {
     match (one, other) {
         (Value::Float(one), Value::Float(other)) => one.to_bits() == other.to_bits(),
