@@ -15,12 +15,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant, SystemTime};
 
+use dtr_proto::span;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use crate::journal::{Journal, JournalError};
 use crate::metrics::Histograms;
-use crate::state::{Change, Effects, Event, Level, Measured, Moment, Reply, State, Ticket};
+use crate::state::{
+    Change, Effects, EndedAttempt, Event, Level, Measured, Moment, Reply, State, Ticket,
+};
 
 /// Calls that may wait to be decided; more are held back at their connections.
 const QUEUE_CALLS: usize = 16_384;
@@ -188,6 +191,9 @@ impl Decider {
             if let Some(Measured::CheckpointMs(took_ms)) = note.measured {
                 self.histograms.checkpoint_write.observe(Duration::from_millis(took_ms));
             }
+            if let Some(ended) = &note.ended {
+                trace(&note.job, ended);
+            }
         }
     }
 
@@ -253,4 +259,31 @@ pub fn system_clock() -> Clock {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Says where the time of an attempt went, for traces, as [`span`] describes.
+fn trace(job: &str, ended: &EndedAttempt) {
+    let EndedAttempt { attempt, step, begun_ms, asked_ms, ended_ms, error } = ended;
+    let tell = |name: &str, id: &str, parent: &str, start_ms: u64, end_ms: u64| {
+        let (ago_us, took_us) =
+            (1000 * ended_ms.saturating_sub(start_ms), 1000 * end_ms.saturating_sub(start_ms));
+        tracing::trace!(
+            target: span::TARGET,
+            trace = attempt,
+            span = name,
+            id,
+            parent,
+            ago_us,
+            took_us,
+            job,
+            step,
+            error,
+        );
+    };
+    tell("checkpoint", span::CHECKPOINT, "", *begun_ms, *ended_ms);
+    let complete_ms = asked_ms.unwrap_or(*ended_ms);
+    tell("all ranks write", "reports", span::CHECKPOINT, *begun_ms, complete_ms);
+    if let Some(asked_ms) = asked_ms {
+        tell("one rank publishes", "publish", span::CHECKPOINT, *asked_ms, *ended_ms);
+    }
 }

@@ -11,8 +11,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use coordinator::config::{Config, ConfigError, Sources};
 use coordinator::server::{self, ServeError};
+use coordinator::telemetry;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// Knows who is alive in a training run, holds barriers, completes checkpoints across ranks and
 /// deals out datasets.
@@ -77,13 +77,14 @@ fn act(arguments: Arguments) -> Result<(), ServeError> {
         say(&config.print());
         return Ok(());
     }
-    start_log();
+    telemetry::start("coordinator", "info");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| ServeError::Serve(error.to_string()))?;
     let outcome = runtime.block_on(serve(&config));
     runtime.shutdown_background();
+    telemetry::stop();
     outcome
 }
 
@@ -116,17 +117,6 @@ async fn serve(config: &Config) -> Result<(), ServeError> {
         }
     };
     server::run(config, listener, metrics, shutdown).await
-}
-
-/// Standard error, by `RUST_LOG` (default `info`) and `LOG_FORMAT` (`json`, or text).
-fn start_log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if std::env::var_os("LOG_FORMAT").is_some_and(|format| format == "json") {
-        builder.json().init();
-    } else {
-        builder.with_ansi(false).init();
-    }
 }
 
 fn say(text: &str) {

@@ -100,13 +100,6 @@ pub struct SaveStats {
     pub io_backend: String,
 }
 
-/// Target of the events, at level `trace`, that say where the time of a save went: a collector of
-/// traces makes a span of each. Their fields: `trace`, the attempt's id, which all ranks and the
-/// coordinator know, so that it is the trace's id as well; `span`, a name, `save` for the whole;
-/// `ago_us` and `took_us`, when it began, counted back from the event, and how long it took, in
-/// microseconds; `job`, `step`, `rank`; `error`, empty if all went well.
-pub const SPAN_TARGET: &str = "dtruntime::span";
-
 /// A part of a save, in time since the caller began to prepare it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Phase {

@@ -8,6 +8,8 @@
 #[cfg(feature = "client")]
 pub mod client;
 
+pub mod span;
+
 /// Version 1 of every message.
 #[path = "gen/dtruntime.v1.rs"]
 #[allow(

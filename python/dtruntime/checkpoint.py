@@ -83,8 +83,8 @@ class CheckpointManager:
         replicated: What all ranks hold alike, as globs over paths written with dots: with data
             parallel training ``["model.*", "optimizer.*"]``. Its bytes are written once, each rank
             a part, and any number of ranks can load it. What ``replicated`` names must be the same
-            on every rank: keys, plain values and shapes are compared before a checkpoint comes to
-            be, what the tensors hold is not.
+            on every rank: keys, plain values, shapes and the way tensors lie in memory are
+            compared before a checkpoint comes to be, what the tensors hold is not.
         job: Name of the training run, written into manifests. Default: the environment's
             ``DTRUNTIME_JOB``, else ``default``.
         coordinator_url: Where ranks find each other. Default: the environment's
@@ -285,7 +285,8 @@ class CheckpointManager:
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
                 prepared = time.monotonic() - begun
-                native = self._native.save(number, bool(rewind), parts, annotations, prepared)
+                call = (number, bool(rewind), prepared)
+                native = self._native.save(call, parts, annotations)
                 handle = self._last = SaveHandle(native, self._watcher)
                 self._watcher.watch(handle, self._native)
                 handle._watch_upload(self._uploads, self._native)  # noqa: SLF001

@@ -14,7 +14,6 @@ mod embedded;
 mod errors;
 mod guard;
 mod handle;
-mod log;
 mod manager;
 mod tensor;
 mod tree;
@@ -43,7 +42,8 @@ mod native {
     #[pymodule_init]
     #[expect(clippy::unnecessary_wraps, reason = "the signature that pyo3 asks for")]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        crate::log::start();
+        // Not through Python's `logging`: that needs the GIL, which our threads never take.
+        ::coordinator::telemetry::start("dtruntime", "warn");
         Ok(())
     }
 }

@@ -69,16 +69,16 @@ impl Manager {
     /// Takes a snapshot of `state`, which is `(nodes, tensors, storages, replicated)`, and returns.
     /// The memory that `storages` names must stay valid and unchanged until then; `replicated` are
     /// the topmost nodes of what all ranks save alike. `annotations` are the user's metadata and
-    /// the datasets' positions, each a JSON object; `prepare_seconds` is what making `state` took.
+    /// the datasets' positions, each a JSON object. `call` is the step, whether the training went
+    /// back, and the seconds that making `state` took.
     fn save(
         &self,
         py: Python<'_>,
-        step: u64,
-        rewind: bool,
+        call: (u64, bool, f64),
         state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
         annotations: (&str, &str),
-        prepare_seconds: f64,
     ) -> PyResult<SaveHandle> {
+        let (step, rewind, prepare_seconds) = call;
         // Held until this returns: these lists keep arrays alive, the caller's table the rest.
         let (nodes, tensors, storages, replicated) = state;
         let nodes = tree::nodes_from_python(&nodes)?;
@@ -232,7 +232,11 @@ impl Manager {
     /// Finishes the save in flight and gives everything back. Raises the error of a save that
     /// nobody looked at.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        self.guard.call(py, "closing the store", || self.engine.close())
+        self.guard.call(py, "closing the store", || {
+            let closed = self.engine.close();
+            ::coordinator::telemetry::flush();
+            closed
+        })
     }
 
     /// In a forked child: closes inherited descriptors raw, so that the parent's locks end with it.

@@ -151,13 +151,15 @@ def run(environment: dict[str, str], names: list[str]) -> int:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        skipped = []
+        output = []
         for line in process.stdout or ():
-            if found := re.match(r"skipped: (.*)", line):
-                skipped.append(found[1])
-            if re.match(r"test |test result|thread|  |error|skipped", line):
+            output.append(line)
+            if re.match(r"test |error", line):
                 print(line, end="", flush=True)
-    print(f"{len(skipped)} of them were skipped:", *sorted(skipped), sep="\n  ")
+    if process.returncode:
+        print("".join(output))
+    skipped = sorted(line[9:].rstrip() for line in output if line.startswith("skipped: "))
+    print(f"{len(skipped)} of them were skipped:", *skipped, sep="\n  ")
     return process.returncode
 
 

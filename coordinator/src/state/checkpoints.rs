@@ -21,8 +21,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use dtr_proto::v1;
 
 use super::{
-    COMMITS_KEPT, Change, Job, Key, Level, Measured, Note, Refusal, RefusalKind, Reply, Scene,
-    Ticket,
+    COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Measured, Note, Refusal, RefusalKind,
+    Reply, Scene, Ticket,
 };
 
 /// Attempts that a job may have in flight.
@@ -79,6 +79,17 @@ impl Attempt {
     /// Whether a rank may have published, or still may.
     fn may_be_published(&self) -> bool {
         self.is_recovered || !self.asked.is_empty()
+    }
+
+    fn ended(&self, step: u64, ended_ms: u64, error: String) -> EndedAttempt {
+        EndedAttempt {
+            attempt: self.record.attempt.clone(),
+            step,
+            begun_ms: self.begun_ms,
+            asked_ms: self.publisher.map(|(_, asked_ms)| asked_ms),
+            ended_ms,
+            error,
+        }
     }
 
     fn is_complete(&self, world_size: u32) -> bool {
@@ -325,17 +336,18 @@ impl Job {
         self.record.failures = 0;
         self.failed_ms = None;
         self.keep_job(scene);
-        for ticket in attempt.waiting.into_values() {
-            scene.effects.replies.push((ticket, Reply::Committed(commit.clone())));
-        }
         let took_ms = scene.at.now_ms - attempt.begun_ms;
         let text = format!(
             "step {step} is committed: {} bytes of {} ranks in {took_ms} ms",
             commit.bytes, commit.world_size
         );
         let measured = Some(Measured::CheckpointMs(took_ms));
-        let note = Note { job: self.name.clone(), level: Level::Info, text, measured };
+        let ended = Some(attempt.ended(step, scene.at.now_ms, String::new()));
+        let note = Note { job: self.name.clone(), level: Level::Info, text, measured, ended };
         scene.effects.notes.push(note);
+        for ticket in attempt.waiting.into_values() {
+            scene.effects.replies.push((ticket, Reply::Committed(commit.clone())));
+        }
     }
 
     pub(super) fn abort_checkpoint(
@@ -359,6 +371,7 @@ impl Job {
     fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, (rank, reason): (Option<u32>, String)) {
         let Some(attempt) = self.attempts.remove(&step) else { return };
         let may_be_published = attempt.may_be_published();
+        let ended = Some(attempt.ended(step, scene.at.now_ms, reason.clone()));
         let aborted = v1::AttemptAborted { reason, rank, may_be_published };
         let key = Key::Attempt { job: self.name.clone(), step };
         scene.effects.changes.push(Change::remove(key));
@@ -366,7 +379,8 @@ impl Job {
             scene.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
         }
         let text = format!("the save of step {step} is given up: {}", aborted.reason);
-        self.note(scene, Level::Warn, text);
+        let (job, measured) = (self.name.clone(), None);
+        scene.effects.notes.push(Note { job, level: Level::Warn, text, measured, ended });
         let (told, attempt) = (attempt.begun, attempt.record.attempt);
         let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
         let is_told_to_all = told.len() == world_size;

@@ -192,6 +192,25 @@ pub struct Note {
     pub text: String,
     /// A duration that metrics collect.
     pub measured: Option<Measured>,
+    /// An attempt that has ended, for traces.
+    pub ended: Option<EndedAttempt>,
+}
+
+/// An attempt that was committed or given up. Milliseconds of the machine's clock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndedAttempt {
+    /// Its id.
+    pub attempt: String,
+    /// The step.
+    pub step: u64,
+    /// When the first rank began it.
+    pub begun_ms: u64,
+    /// When a rank was asked to publish: all shards were durable then.
+    pub asked_ms: Option<u64>,
+    /// When it ended.
+    pub ended_ms: u64,
+    /// Why it was given up; empty if it was committed.
+    pub error: String,
 }
 
 /// How much a note matters.
@@ -473,7 +492,8 @@ impl Job {
     }
 
     fn note(&self, scene: &mut Scene<'_>, level: Level, text: String) {
-        scene.effects.notes.push(Note { job: self.name.clone(), level, text, measured: None });
+        let (job, measured, ended) = (self.name.clone(), None, None);
+        scene.effects.notes.push(Note { job, level, text, measured, ended });
     }
 
     fn keep_job(&self, scene: &mut Scene<'_>) {

@@ -18,13 +18,25 @@ pub(crate) struct Program {
     pub(crate) port: u16,
     pub(crate) metrics_port: u16,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     child: Option<Child>,
 }
 
 impl Program {
     /// Starts it in `folder`, where its journal and its log go.
     pub(crate) fn start(folder: &Path, arguments: &[&str]) -> Self {
+        Self::start_in(folder, arguments, &[])
+    }
+
+    /// The same, with variables of the environment.
+    pub(crate) fn start_in(
+        folder: &Path,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let mut program = Self {
+            environment: environment.iter().map(owned).collect(),
             folder: folder.to_owned(),
             port: free_port(),
             metrics_port: free_port(),
@@ -43,6 +55,7 @@ impl Program {
             .arg(format!("--metrics-address=127.0.0.1:{}", self.metrics_port))
             .arg(format!("--state-path={}", self.folder.join("journal.redb").display()))
             .args(&self.arguments)
+            .envs(self.environment.clone())
             .current_dir(&self.folder)
             .stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
+use dtr_proto::span;
 
 use super::handle::{SaveHandle, SaveInfo};
 use super::job::{Job, Message};
@@ -24,7 +25,6 @@ use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
 use crate::load::{Damaged, Shard, read_manifest};
-use crate::progress::SPAN_TARGET;
 use crate::ranks::{Attempt, Begun, Ranks};
 use crate::store::{Publication, ShardId, ShardSink, ShardSize};
 use crate::{EngineError, Result};
@@ -125,8 +125,7 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     committed
 }
 
-/// Says where the time of an attempt went, for traces: one event for each span, as
-/// [`crate::progress::SPAN_TARGET`] describes.
+/// Says where the time of an attempt went, for traces, as [`dtr_proto::span`] describes.
 fn trace(
     core: &Core,
     job: &Job,
@@ -137,16 +136,22 @@ fn trace(
     let attempt = attempt.to_string();
     let ended = prepared + elapsed(&*core.environment, started);
     let error = error.map(EngineError::to_string).unwrap_or_default();
+    let rank = core.config.rank;
+    let whole = format!("save/{rank}");
+    let above = if core.config.world_size > 1 { span::CHECKPOINT } else { "" };
     for phase in job.stats().phases(ended, error.is_empty()) {
+        let is_whole = phase.name == "save";
         tracing::trace!(
-            target: SPAN_TARGET,
+            target: span::TARGET,
             trace = attempt,
             span = phase.name,
+            id = format!("{}/{rank}", phase.name),
+            parent = if is_whole { above } else { &whole },
             ago_us = micros(ended.saturating_sub(phase.start)),
             took_us = micros(phase.end.saturating_sub(phase.start)),
             job = core.config.job,
             step = job.step,
-            rank = core.config.rank,
+            rank,
             error,
         );
     }

@@ -115,14 +115,14 @@ fn names_of(request: &SaveRequest<'_>) -> Vec<String> {
         if position >= end && is_covered[position] {
             end = ends[position];
             let is_top = replicated.iter().any(|top| *top as usize == position);
-            names.push(name_of(walk.path().to_string(), is_top));
+            names.push(name_of(&walk.path().to_string(), is_top));
         }
         position += 1;
     }
     names
 }
 
-fn name_of(path: String, is_top: bool) -> String {
+fn name_of(path: &str, is_top: bool) -> String {
     let mut name = path.replace(char::is_control, "\u{fffd}");
     name.truncate(name.floor_char_boundary(NAME_BYTES_MAX));
     match (is_top, name.is_empty()) {
