@@ -8,7 +8,7 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare compare-auto test torture check bench profile wheel docs clean native everything fmt
+.PHONY: help setup demo compare compare-auto test test-s3 torture check bench profile wheel docs clean native everything fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done

@@ -25,13 +25,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 HEAD = re.compile(
-    r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>crash|engine|readers) (?P<test>\S+)\n"
+    r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>crash|engine|ranks|readers) (?P<test>\S+)\n"
 )
 # As `make test` builds them.
 CARGO = ("cargo", "test", "--locked", "--release", "--workspace", "--quiet")
 TARGETS = {
     "crash": ("--test", "crash"),
     "engine": ("--lib",),
+    "ranks": ("--test", "ranks"),
     "readers": ("--test", "readers"),
 }
 LIMIT_SECONDS = 1800
