@@ -240,6 +240,31 @@ with CheckpointManager(store, replicated=ALIKE) as manager:
         assert torch.equal(named["rng"], generator.get_state())
 
 
+def test_a_shard_of_another_rank_that_is_gone_is_a_reason_to_fall_back_that_is_told(
+    coordinator, tmp_path
+):
+    store = tmp_path / "store"
+    run(
+        REPLICAS
+        + """
+with CheckpointManager(store, replicated=ALIKE) as manager:
+    for step in (1, 2):
+        manager.save(replica_of(step) | ({"log": "of rank 0"} if rank == 0 else {}), step=step)
+""",
+        store,
+        coordinator.url,
+        world_size=2,
+    )
+    [shard] = store.glob("step-000000000002/rank-00001.*.shard")
+    shard.unlink()
+    with CheckpointManager(store, read_only=True, rank=0, world_size=2) as evaluator:
+        state = evaluator.load()
+        assert (state["step"], state["log"]) == (1, "of rank 0")
+        [(step, why)] = evaluator.last_load.fell_back_from
+        assert step == 2
+        assert "rank-00001" in why
+
+
 def test_replicas_that_are_none_are_refused_on_every_rank_and_named(coordinator, tmp_path):
     outputs = run(
         """
