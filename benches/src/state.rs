@@ -124,6 +124,7 @@ impl State {
                 })
                 .collect(),
             replicated: Vec::new(),
+            waited: std::time::Duration::ZERO,
             prepared: std::time::Duration::ZERO,
             metadata: BTreeMap::new(),
             dataset_positions: BTreeMap::new(),

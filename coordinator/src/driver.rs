@@ -21,9 +21,7 @@ use tracing::{info, warn};
 
 use crate::journal::{Journal, JournalError};
 use crate::metrics::Histograms;
-use crate::state::{
-    Change, Effects, EndedAttempt, Event, Level, Measured, Moment, Reply, State, Ticket,
-};
+use crate::state::{Change, Effects, EndedAttempt, Event, Level, Moment, Reply, State, Ticket};
 
 /// Calls that may wait to be decided; more are held back at their connections.
 const QUEUE_CALLS: usize = 16_384;
@@ -188,10 +186,11 @@ impl Decider {
                 Level::Info => info!(job = note.job, "{}", note.text),
                 Level::Warn => warn!(job = note.job, "{}", note.text),
             }
-            if let Some(Measured::CheckpointMs(took_ms)) = note.measured {
-                self.histograms.checkpoint_write.observe(Duration::from_millis(took_ms));
-            }
             if let Some(ended) = &note.ended {
+                if ended.error.is_empty() {
+                    let took = Duration::from_millis(ended.ended_ms - ended.begun_ms);
+                    self.histograms.checkpoint_write.observe(took);
+                }
                 trace(&note.job, ended);
             }
         }

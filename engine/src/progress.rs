@@ -64,7 +64,7 @@ impl Progress {
 /// Figures of one save. Seconds are by a monotonic clock.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct SaveStats {
-    /// From the call to its return, with what preparing it took: what the training loop loses.
+    /// From the call to its return, waiting and preparing included: what the training loop loses.
     pub stall_seconds: f64,
     /// Of these, preparing: taking the state apart, and copies from a device.
     pub prepare_seconds: f64,
@@ -72,7 +72,7 @@ pub struct SaveStats {
     pub wait_seconds: f64,
     /// Of these, copying into the staging arena.
     pub capture_seconds: f64,
-    /// From the start of the preparation until everything was durable and published.
+    /// From the same moment until everything was durable and published.
     pub durable_seconds: f64,
     /// Core-seconds of checksums and encoding, over all workers.
     pub encode_seconds: f64,
@@ -100,7 +100,7 @@ pub struct SaveStats {
     pub io_backend: String,
 }
 
-/// A part of a save, in time since the caller began to prepare it.
+/// A part of a save, in time since the caller began to wait for it, or to prepare it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Phase {
     pub(crate) name: &'static str,
@@ -113,14 +113,14 @@ impl SaveStats {
     pub(crate) fn phases(&self, ended: Duration, is_complete: bool) -> Vec<Phase> {
         let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
         let phase = |name, start, end| Phase { name, start, end };
-        let prepared = seconds(self.prepare_seconds);
-        let begun = prepared + seconds(self.wait_seconds);
-        let captured = begun + seconds(self.capture_seconds);
+        let waited = seconds(self.wait_seconds);
+        let prepared = waited + seconds(self.prepare_seconds);
+        let captured = prepared + seconds(self.capture_seconds);
         let mut phases = vec![
             phase("save", Duration::ZERO, ended),
-            phase("prepare", Duration::ZERO, prepared),
-            phase("wait", prepared, begun),
-            phase("capture", begun, captured),
+            phase("wait", Duration::ZERO, waited),
+            phase("prepare", waited, prepared),
+            phase("capture", prepared, captured),
         ];
         if is_complete {
             let durable = seconds(self.durable_seconds);

@@ -29,7 +29,7 @@ class Manager:
     def io_backend(self) -> str: ...
     def save(
         self,
-        call: tuple[int, bool, float],
+        call: tuple[int, bool, tuple[float, float]],
         state: tuple[list[Node], list[TensorRecord], list[StorageRecord], list[int]],
         annotations: tuple[str, str],
     ) -> SaveHandle: ...

@@ -277,6 +277,7 @@ class CheckpointManager:
         with self._save_lock:
             # First, so that copies of tensors outside the host's memory are not made beside it.
             with self._declining(number):
+                called = time.monotonic()
                 self._native.wait_until_finished()
                 begun = time.monotonic()
                 flat = flatten(state, self._replication)
@@ -284,8 +285,8 @@ class CheckpointManager:
             assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
-                prepared = time.monotonic() - begun
-                call = (number, bool(rewind), prepared)
+                spent = (begun - called, time.monotonic() - begun)
+                call = (number, bool(rewind), spent)
                 native = self._native.save(call, parts, annotations)
                 handle = self._last = SaveHandle(native, self._watcher)
                 self._watcher.watch(handle, self._native)

@@ -169,9 +169,9 @@ def _metadata_around(tree: Tree, tops: Sequence[int]) -> set[int]:
 
 def globs_of(replicated: Any) -> list[str]:
     """Check the argument ``replicated``: a glob or several."""
-    globs = [replicated] if isinstance(replicated, str) else list(replicated)
-    wrong = next((glob for glob in globs if not isinstance(glob, str) or not glob), None)
-    if wrong is not None:
+    several = isinstance(replicated, (list, tuple))
+    globs = list(replicated) if several else [replicated]
+    for wrong in (glob for glob in globs if not isinstance(glob, str) or not glob):
         raise InvalidArgument(
             f"`replicated` = {replicated!r}",
             f"a glob is text that is not empty, got {wrong!r}",

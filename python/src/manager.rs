@@ -70,15 +70,16 @@ impl Manager {
     /// The memory that `storages` names must stay valid and unchanged until then; `replicated` are
     /// the topmost nodes of what all ranks save alike. `annotations` are the user's metadata and
     /// the datasets' positions, each a JSON object. `call` is the step, whether the training went
-    /// back, and the seconds that making `state` took.
+    /// back, and the seconds that the caller waited for the save before and made `state`.
     fn save(
         &self,
         py: Python<'_>,
-        call: (u64, bool, f64),
+        call: (u64, bool, (f64, f64)),
         state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
         annotations: (&str, &str),
     ) -> PyResult<SaveHandle> {
-        let (step, rewind, prepare_seconds) = call;
+        let (step, rewind, (wait_seconds, prepare_seconds)) = call;
+        let seconds = |seconds| timeout_of(Some(seconds)).unwrap_or_default();
         // Held until this returns: these lists keep arrays alive, the caller's table the rest.
         let (nodes, tensors, storages, replicated) = state;
         let nodes = tree::nodes_from_python(&nodes)?;
@@ -93,7 +94,8 @@ impl Manager {
                 tensors,
                 storages: sources.iter().map(input_of).collect(),
                 replicated,
-                prepared: timeout_of(Some(prepare_seconds)).unwrap_or_default(),
+                waited: seconds(wait_seconds),
+                prepared: seconds(prepare_seconds),
                 metadata: json_object("`metadata`", annotations.0)?,
                 dataset_positions: json_object("`dataset_positions`", annotations.1)?,
             })

@@ -114,6 +114,7 @@ impl State {
             tensors: tensors.collect(),
             storages: storages.collect(),
             replicated: Vec::new(),
+            waited: Duration::ZERO,
             prepared: Duration::ZERO,
             metadata: BTreeMap::from([(SAVE_KEY.into(), save.into())]),
             dataset_positions: BTreeMap::new(),

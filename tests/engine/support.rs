@@ -110,6 +110,7 @@ impl State {
                 })
                 .collect(),
             replicated: Vec::new(),
+            waited: std::time::Duration::ZERO,
             prepared: std::time::Duration::ZERO,
             metadata: BTreeMap::from([("note".into(), "a state of the tests".into())]),
             dataset_positions: BTreeMap::new(),

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from dtruntime import SaveInfo
+from dtruntime import CheckpointManager, SaveInfo
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -147,3 +147,15 @@ def test_a_callback_added_after_the_manager_was_closed_runs_at_once(open_manager
     called = []
     handle.add_done_callback(called.append)
     assert called == [handle]
+
+
+def test_the_stall_counts_waiting_and_taking_the_state_apart(tmp_path):
+    state = {"w": torch.zeros(3_000_000), "many": [torch.zeros(2) for _ in range(2000)]}
+    with CheckpointManager(tmp_path) as manager:
+        first = manager.save_async(state, step=1)
+        second = manager.save_async(state, step=2)
+        for stats in (first.result().stats, second.result().stats):
+            parts = stats.wait_seconds + stats.prepare_seconds + stats.capture_seconds
+            assert stats.prepare_seconds > 0
+            assert parts <= stats.stall_seconds
+        assert second.stats().wait_seconds > 0

@@ -156,6 +156,8 @@ def test_a_state_that_is_replicated_as_a_whole_loads_anywhere(tmp_path):
 def test_a_wrong_argument_is_told(tmp_path):
     with pytest.raises(InvalidArgument, match="a glob is text that is not empty, got 3"):
         CheckpointManager(tmp_path, replicated=[3])
+    with pytest.raises(InvalidArgument, match="a glob is text that is not empty, got True"):
+        CheckpointManager(tmp_path, replicated=True)
 
 
 def test_own_memory_beside_replicated_memory_is_refused(tmp_path):

@@ -74,6 +74,7 @@ fn request(step: u64, memory: &[Vec<u8>]) -> SaveRequest<'_> {
         tensors: tensors.collect(),
         storages: storages.collect(),
         replicated: Vec::new(),
+        waited: std::time::Duration::ZERO,
         prepared: std::time::Duration::ZERO,
         metadata: BTreeMap::new(),
         dataset_positions: BTreeMap::new(),

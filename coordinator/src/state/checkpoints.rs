@@ -21,8 +21,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use dtr_proto::v1;
 
 use super::{
-    COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Measured, Note, Refusal, RefusalKind,
-    Reply, Scene, Ticket,
+    COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene,
+    Ticket,
 };
 
 /// Attempts that a job may have in flight.
@@ -341,9 +341,8 @@ impl Job {
             "step {step} is committed: {} bytes of {} ranks in {took_ms} ms",
             commit.bytes, commit.world_size
         );
-        let measured = Some(Measured::CheckpointMs(took_ms));
         let ended = Some(attempt.ended(step, scene.at.now_ms, String::new()));
-        let note = Note { job: self.name.clone(), level: Level::Info, text, measured, ended };
+        let note = Note { job: self.name.clone(), level: Level::Info, text, ended };
         scene.effects.notes.push(note);
         for ticket in attempt.waiting.into_values() {
             scene.effects.replies.push((ticket, Reply::Committed(commit.clone())));
@@ -379,8 +378,8 @@ impl Job {
             scene.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
         }
         let text = format!("the save of step {step} is given up: {}", aborted.reason);
-        let (job, measured) = (self.name.clone(), None);
-        scene.effects.notes.push(Note { job, level: Level::Warn, text, measured, ended });
+        let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
+        scene.effects.notes.push(note);
         let (told, attempt) = (attempt.begun, attempt.record.attempt);
         let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
         let is_told_to_all = told.len() == world_size;

@@ -190,9 +190,7 @@ pub struct Note {
     pub level: Level,
     /// What happened and why.
     pub text: String,
-    /// A duration that metrics collect.
-    pub measured: Option<Measured>,
-    /// An attempt that has ended, for traces.
+    /// An attempt that has ended, for metrics and traces.
     pub ended: Option<EndedAttempt>,
 }
 
@@ -220,13 +218,6 @@ pub enum Level {
     Info,
     /// Somebody may have to act.
     Warn,
-}
-
-/// A duration that metrics collect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Measured {
-    /// From the begin of a checkpoint to its commit.
-    CheckpointMs(u64),
 }
 
 /// What all parts of a job's machine are handed.
@@ -492,8 +483,7 @@ impl Job {
     }
 
     fn note(&self, scene: &mut Scene<'_>, level: Level, text: String) {
-        let (job, measured, ended) = (self.name.clone(), None, None);
-        scene.effects.notes.push(Note { job, level, text, measured, ended });
+        scene.effects.notes.push(Note { job: self.name.clone(), level, text, ended: None });
     }
 
     fn keep_job(&self, scene: &mut Scene<'_>) {

@@ -63,6 +63,7 @@ pub(crate) use core::Core;
 ///         source: &weights,
 ///     }],
 ///     replicated: vec![],
+///     waited: Default::default(),
 ///     prepared: Default::default(),
 ///     metadata: Default::default(),
 ///     dataset_positions: Default::default(),

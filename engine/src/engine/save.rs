@@ -46,15 +46,16 @@ impl Inner {
     pub(super) fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
         let step = request.step;
         let _span = tracing::trace_span!("save", step).entered();
-        let started = self.core.environment.monotonic();
-        let prepared = request.prepared;
+        let called = self.core.environment.monotonic();
+        // What the caller did for this save before is a part of it.
+        let started = called.saturating_sub(request.waited + request.prepared);
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        let begun = self.begin(&mut saving, request, started);
+        let begun = self.begin(&mut saving, request, (called, started));
         // From here on the committer tells the other ranks of a failure.
         let Begun { job, handle, arena, storages } =
             begun.inspect_err(|error| self.core.decline(step, &error.to_string()))?;
-        self.capture(&job, &storages, &arena, &handle, (started, prepared))?;
+        self.capture(&job, &storages, &arena, &handle, started)?;
         Ok(handle)
     }
 
@@ -62,10 +63,10 @@ impl Inner {
         &self,
         saving: &mut Saving,
         mut request: SaveRequest<'a>,
-        started: Duration,
+        (called, started): (Duration, Duration),
     ) -> Result<Begun<'a>> {
         self.wait_for_last(None)?;
-        let waited = elapsed(&*self.core.environment, started);
+        let waited = request.waited + elapsed(&*self.core.environment, called);
         let survey = if request.rewind {
             self.core.survey_for_rewind()?
         } else {
@@ -112,7 +113,6 @@ impl Inner {
         };
         check_manifest(&manifest, &share.names)?;
         let origins = origins_of(&request.storages, &share);
-        let prepared = request.prepared;
         let index = IndexDraft::new(&job.layout, &share, request)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
@@ -124,7 +124,6 @@ impl Inner {
             reserve_bytes,
             handle: handle.clone(),
             started,
-            prepared,
         })?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
         Ok(Begun { job, handle, arena, storages: origins })
@@ -137,7 +136,7 @@ impl Inner {
         storages: &[Origin<'_>],
         arena: &Arc<BufferPool>,
         handle: &SaveHandle,
-        (started, prepared): (Duration, Duration),
+        started: Duration,
     ) -> Result<()> {
         let environment = &self.core.environment;
         let capture_start = environment.monotonic();
@@ -146,7 +145,7 @@ impl Inner {
         let captured = capture(job, storages, arena, workers);
         job.update_stats(|stats| {
             stats.capture_seconds = elapsed(&**environment, capture_start).as_secs_f64();
-            stats.stall_seconds = (prepared + elapsed(&**environment, started)).as_secs_f64();
+            stats.stall_seconds = elapsed(&**environment, started).as_secs_f64();
         });
         match captured {
             Ok(()) => {

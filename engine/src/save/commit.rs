@@ -42,10 +42,8 @@ pub(crate) struct CommitTask {
     pub(crate) replaces: Option<AttemptId>,
     pub(crate) reserve_bytes: u64,
     pub(crate) handle: SaveHandle,
-    /// When the caller called.
+    /// When the caller began to wait for this save, or to prepare it.
     pub(crate) started: Duration,
-    /// What the caller's preparation took before.
-    pub(crate) prepared: Duration,
 }
 
 /// The committer's thread and the queue towards it.
@@ -114,9 +112,9 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
             created_unix_ms: core.environment.unix_ms(),
         },
     };
-    let called = (task.started, task.prepared);
+    let started = task.started;
     let committed = commit_attempt(core, task, begun);
-    trace(core, &job, begun.attempt, called, committed.as_ref().err());
+    trace(core, &job, begun.attempt, started, committed.as_ref().err());
     if let (Err(error), Some(ranks)) = (&committed, &core.ranks) {
         // First, because telling the others may take a while.
         job.fail(error.duplicate());
@@ -130,11 +128,14 @@ fn trace(
     core: &Core,
     job: &Job,
     attempt: AttemptId,
-    (started, prepared): (Duration, Duration),
+    started: Duration,
     error: Option<&EngineError>,
 ) {
+    if !tracing::enabled!(target: span::TARGET, tracing::Level::TRACE) {
+        return;
+    }
     let attempt = attempt.to_string();
-    let ended = prepared + elapsed(&*core.environment, started);
+    let ended = elapsed(&*core.environment, started);
     let error = error.map(EngineError::to_string).unwrap_or_default();
     let rank = core.config.rank;
     let whole = format!("save/{rank}");
@@ -175,7 +176,6 @@ fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
 fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInfo> {
     let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, .. } = task;
     let (replicated, started) = (task.replicated, task.started);
-    let prepared = task.prepared;
     let write_start = core.environment.monotonic();
     let shard = ShardId { step: job.step, rank: core.config.rank, attempt: begun.attempt };
     manifest.attempt = begun.attempt.to_string();
@@ -220,7 +220,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
     job.update_stats(|stats| {
         stats.write_seconds = publish_start.saturating_sub(write_start).as_secs_f64();
         stats.publish_seconds = published.saturating_sub(publish_start).as_secs_f64();
-        stats.durable_seconds = (prepared + published.saturating_sub(started)).as_secs_f64();
+        stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
         stats.stored_bytes = written.file_bytes;
         stats.parts = figures.parts;
         stats.retries = figures.retries;

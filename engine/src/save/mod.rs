@@ -58,6 +58,8 @@ pub struct SaveRequest<'a> {
     /// Topmost nodes, ascending, of what every rank saves alike: each writes a part of its bytes
     /// ([`share_of`]), and any number of ranks can load it.
     pub replicated: Vec<u32>,
+    /// How long the caller waited for the save before, before it made this request.
+    pub waited: Duration,
     /// What making this request took the caller, flattening and copies from a device included: the
     /// training loop lost it too.
     pub prepared: Duration,

@@ -18,7 +18,9 @@ use std::ops::Range;
 
 use super::{SaveRequest, StorageInput};
 use crate::format::index::{Replica, TensorRecord, number_replicas};
-use crate::format::tree::{Value, Walk, children_of, subtree_end, subtree_ends, tensor_paths};
+use crate::format::tree::{
+    Value, Walk, children_of, subtree_end, subtree_ends, tensor_paths, validate,
+};
 use crate::{EngineError, Result};
 
 /// Cuts within a storage are at multiples of this many bytes: whole items, whole cache lines.
@@ -59,23 +61,24 @@ impl Share {
     /// Deals the storages of a request's replicated entries.
     pub(crate) fn plan(request: &SaveRequest<'_>, rank: u32, world_size: u32) -> Result<Self> {
         let SaveRequest { nodes, tensors, storages, replicated, .. } = request;
+        let mut replicas = vec![None; storages.len()];
+        if replicated.is_empty() {
+            return Ok(Self { replicas, names: Vec::new() });
+        }
+        validate(nodes, tensors.len())
+            .map_err(|error| EngineError::internal("planning a save", error.to_string()))?;
         let exist = replicated.iter().all(|top| (*top as usize) < nodes.len())
-            && tensors.iter().all(|tensor| (tensor.storage as usize) < storages.len())
-            && nodes.iter().all(|node| match node.value {
-                Value::Tensor(tensor) => (tensor as usize) < tensors.len(),
-                _ => true,
-            });
+            && tensors.iter().all(|tensor| (tensor.storage as usize) < storages.len());
         if !exist {
             return Err(EngineError::internal(
                 "planning a save",
-                "a node, tensor or storage is named that does not exist",
+                "a node or a storage is named that does not exist",
             ));
         }
         let order = number_replicas(nodes, tensors, replicated);
         check_own(request, &order)?;
         let bytes: Vec<u64> =
             order.iter().map(|storage| storages[*storage as usize].bytes).collect();
-        let mut replicas = vec![None; storages.len()];
         let parts = share_of(&bytes, rank, world_size);
         for ((number, storage), part) in (0..).zip(order).zip(parts) {
             let (start, bytes) = (part.start, part.end - part.start);
@@ -96,9 +99,6 @@ impl Share {
 /// The entries' paths for people: `model.*` where each child of `model` is one.
 fn names_of(request: &SaveRequest<'_>) -> Vec<String> {
     let SaveRequest { nodes, replicated, .. } = request;
-    if replicated.is_empty() {
-        return Vec::new();
-    }
     let ends = subtree_ends(nodes);
     let mut is_covered = vec![false; nodes.len()];
     for &top in replicated {

@@ -50,6 +50,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         tensors: index.tensors.clone(),
         storages: storages.collect(),
         replicated: index.replicated.clone(),
+        waited: std::time::Duration::ZERO,
         prepared: std::time::Duration::ZERO,
         metadata: manifest.metadata.clone(),
         dataset_positions: manifest.dataset_positions.clone(),

@@ -235,6 +235,7 @@ impl State {
                 })
                 .collect(),
             replicated: Vec::new(),
+            waited: Duration::ZERO,
             prepared: Duration::ZERO,
             metadata: BTreeMap::from([("note".into(), "from the tests".into())]),
             dataset_positions: BTreeMap::from([("text".into(), self.step.into())]),
