@@ -182,9 +182,13 @@ fn save(job: &mut Job, step: u64) {
         let number = u32::try_from(rank).unwrap();
         let shard = v1::Shard { rank: number, bytes: 1 << 30, ..v1::Shard::default() };
         let attempt = attempt.clone();
-        let shard = Some(shard);
-        let replies =
-            job.ask(Event::ReportShard(v1::ReportShardRequest { identity, step, attempt, shard }));
+        let replies = job.ask(Event::ReportShard(v1::ReportShardRequest {
+            identity,
+            step,
+            attempt,
+            shard: Some(shard),
+            ..v1::ReportShardRequest::default()
+        }));
         publishers += replies.len();
     }
     assert_eq!(publishers, 1);

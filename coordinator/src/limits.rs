@@ -84,6 +84,11 @@ pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
     shard.replicated.iter().try_for_each(|entry| name_or_none("replicated", entry))
 }
 
+/// Attempts that a rank offers to load.
+pub(crate) fn attempts(attempts: &[String]) -> Result<(), Status> {
+    attempts.iter().try_for_each(|attempt| name_or_none("attempts", attempt))
+}
+
 fn refuse(why: &str, hint: &str) -> Status {
     Status::invalid_argument(format!("{why}\nhint: {hint}"))
 }

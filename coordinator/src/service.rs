@@ -285,6 +285,7 @@ impl Checkpoints for Service {
         request: Request<v1::AgreeStepRequest>,
     ) -> Result<Response<v1::AgreeStepReply>, Status> {
         let request = self.enter_as(request, |request| request.identity.as_ref())?;
+        limits::attempts(&request.attempts)?;
         let reply = self.ask(Event::AgreeStep(request)).await?;
         answer!(reply, Reply::AgreeStep(reply) => reply)
     }

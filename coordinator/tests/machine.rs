@@ -117,6 +117,25 @@ impl Table {
             step,
             attempt: attempt.into(),
             shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
+            ..v1::ReportShardRequest::default()
+        }))
+    }
+
+    /// The same of a rank with a store of its own.
+    fn report_own(
+        &mut self,
+        identity: &v1::Identity,
+        (step, attempt): (u64, &str),
+        published_crc32c: Option<u32>,
+    ) -> Option<Reply> {
+        let rank = identity.worker_id[1..].parse().unwrap();
+        self.ask(Event::ReportShard(v1::ReportShardRequest {
+            identity: Some(identity.clone()),
+            step,
+            attempt: attempt.into(),
+            shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
+            own_store: true,
+            published_crc32c,
         }))
     }
 
@@ -371,6 +390,7 @@ fn ranks_agree_on_the_newest_common_step() {
             arrival: identity.incarnation,
             steps: steps.to_vec(),
             timeout_ms: 1_000,
+            attempts: vec![],
         }))
     };
     offer(&world[0], &[10, 20, 30]);
@@ -379,6 +399,81 @@ fn ranks_agree_on_the_newest_common_step() {
     assert_eq!(agreed.step, Some(20));
     let Some(Reply::AgreeStep(again)) = offer(&world[0], &[10]) else { panic!() };
     assert_eq!(again.step, Some(20));
+}
+
+#[test]
+fn the_same_step_of_different_attempts_is_not_common() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let mut offer = |identity: &v1::Identity, attempts: [&str; 2]| {
+        table.ask(Event::AgreeStep(v1::AgreeStepRequest {
+            identity: Some(identity.clone()),
+            arrival: identity.incarnation,
+            steps: vec![10, 20],
+            timeout_ms: 1_000,
+            attempts: attempts.map(String::from).to_vec(),
+        }))
+    };
+    offer(&world[0], ["a", "b"]);
+    let Some(Reply::AgreeStep(agreed)) = offer(&world[1], ["a", "stale"]) else { panic!() };
+    assert_eq!(agreed.step, Some(10));
+    let lacks = table.ask(Event::AgreeStep(v1::AgreeStepRequest {
+        identity: Some(world[0].clone()),
+        arrival: u64::MAX,
+        steps: vec![10, 20],
+        timeout_ms: 1_000,
+        attempts: vec!["a".into()],
+    }));
+    assert_eq!(refused(lacks.unwrap()).0, RefusalKind::Invalid);
+}
+
+#[test]
+fn ranks_with_stores_of_their_own_all_publish_before_the_commit() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    let ours = (10, attempt.as_str());
+    assert!(table.report_own(&world[0], ours, None).is_none());
+    assert!(matches!(table.report_own(&world[1], ours, None), Some(Reply::Publish(_))));
+    assert!(matches!(table.take_late()[..], [Reply::Publish(_)]));
+    assert!(table.report_own(&world[1], ours, Some(7)).is_none());
+    // A report that was lost on its way is answered again; one that waits is not asked twice.
+    assert!(matches!(table.report_own(&world[0], ours, None), Some(Reply::Publish(_))));
+    assert_eq!(table.take_late().len(), 0);
+    assert_eq!(refused(table.commit(&world[0], 10, &attempt)).0, RefusalKind::Invalid);
+    let Some(Reply::Committed(commit)) = table.report_own(&world[0], ours, Some(6)) else {
+        panic!()
+    };
+    assert_eq!((commit.bytes, commit.world_size, commit.manifest_crc32c), (20, 2, 6));
+    assert!(matches!(table.take_late()[..], [Reply::Committed(_)]));
+    assert!(matches!(table.report_own(&world[1], ours, Some(7)), Some(Reply::Committed(_))));
+}
+
+#[test]
+fn ranks_that_differ_in_whose_the_store_is_are_told() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    assert!(table.report_own(&world[0], (10, &attempt), None).is_none());
+    let (kind, why) = refused(table.report(&world[1], 10, &attempt).unwrap());
+    assert_eq!(kind, RefusalKind::Invalid);
+    assert!(why.contains("rank 1"), "{why}");
+}
+
+#[test]
+fn a_rank_that_is_lost_before_all_published_in_their_own_stores_takes_the_attempt_with_it() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    let ours = (10, attempt.as_str());
+    table.report_own(&world[0], ours, None);
+    table.report_own(&world[1], ours, None);
+    table.take_late();
+    assert!(table.report_own(&world[0], ours, Some(7)).is_none());
+    table.pass(40_000, &[&world[0]]);
+    let [Reply::AttemptAborted(aborted)] = &table.take_late()[..] else { panic!() };
+    // What it published counts for nothing, and is taken back.
+    assert_eq!((aborted.rank, aborted.may_be_published), (Some(1), false));
 }
 
 #[test]

@@ -320,6 +320,7 @@ fn a_commit_survives_a_kill() {
         step: 5,
         attempt: joined.attempt.clone(),
         shard: Some(shard),
+        ..v1::ReportShardRequest::default()
     };
     let mut stream = connection
         .ask("report", report, |channel, request| async move {

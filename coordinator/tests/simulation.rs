@@ -2,13 +2,15 @@
 //!
 //! Four simulated workers register, meet at a barrier, save a step together and go round. A seed
 //! draws everything: delays, losses, duplicates (and so reordering), partitions, paused and killed
-//! workers, coordinators that end before or after they kept something, clocks that jump. Then the
-//! world calms down, and the job must move on.
+//! workers, coordinators that end before or after they kept something, clocks that jump; and
+//! whether workers share a store or have one each. Then the world calms down, and the job must move
+//! on.
 //!
 //! What is checked, at every event:
 //! - epochs never go back, not even over a restart;
 //! - a barrier is released with one arrival of every rank, each really sent, none used twice;
-//! - a step has one commit, of an attempt whose shards were all written, and it is the store's;
+//! - a step has one commit, of an attempt whose shards were all written, and it is the store's, or
+//!   lies in every worker's own store and is never taken back there;
 //! - a process that was replaced, declared dead or left changes nothing;
 //! - nobody is declared dead that was heard of within the timeout, whatever clock and restarts do;
 //! - every call ends, and a calm job commits.
@@ -143,6 +145,7 @@ struct World {
     unkept: Vec<Decision>,
     model: Model,
     failures_max: u32,
+    has_own_stores: bool,
 }
 
 /// What must be true.
@@ -154,6 +157,8 @@ struct Model {
     generation: Option<u64>,
     shards: HashSet<(String, u32)>,
     manifests: BTreeMap<u64, String>,
+    /// Of each rank, where each has a store of its own.
+    own_manifests: Option<Vec<BTreeMap<u64, String>>>,
     commits: BTreeMap<u64, String>,
     commits_when_calm: Option<usize>,
     members: BTreeMap<String, v1::WorkerRecord>,
@@ -167,6 +172,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut chance = Chance(seed);
         let failures_max = if chance.percent(20) { 3 } else { 1_000_000 };
+        let has_own_stores = chance.percent(40);
         let worker = || Worker {
             phase: Phase::Down,
             incarnation: 0,
@@ -195,8 +201,9 @@ impl World {
             last_ticket: 0,
             disk: BTreeMap::new(),
             unkept: Vec::new(),
-            model: Model::new(seed),
+            model: Model::new(seed, has_own_stores),
             failures_max,
+            has_own_stores,
         };
         world.after(50, Action::Tick);
         world.after(3_000, Action::Fault);
@@ -573,7 +580,7 @@ impl World {
             },
             (Phase::Asking, Reply::Checkpoints(list)) => {
                 // As a manager does: the store says what is there, too.
-                let stored = self.model.manifests.keys().next_back().copied().unwrap_or(0);
+                let stored = self.model.newest_stored();
                 let step = list.commits.first().map_or(0, |commit| commit.step).max(stored) + 1;
                 let identity = Some(self.identity(worker));
                 let request = v1::BeginCheckpointRequest { identity, step, rewind: false };
@@ -583,7 +590,17 @@ impl World {
                 self.write_and_report(worker, step, begun.attempt);
             }
             (Phase::Reporting { step, attempt }, Reply::Publish(shards)) => {
-                self.publish(worker, step, attempt, &shards);
+                if self.has_own_stores {
+                    self.publish_here(worker, step, attempt, &shards);
+                } else {
+                    self.publish(worker, step, attempt, &shards);
+                }
+            }
+            (Phase::Reporting { step, attempt }, Reply::AttemptAborted(aborted)) => {
+                if !aborted.may_be_published {
+                    self.model.take_back(worker, step, &attempt);
+                }
+                self.meet(worker);
             }
             (_, Reply::Committed(_) | Reply::AttemptAborted(_) | Reply::Done) => self.meet(worker),
             (phase, reply) => panic!("seed {}: {phase:?} got {reply:?}", self.model.seed),
@@ -592,22 +609,38 @@ impl World {
 
     fn write_and_report(&mut self, worker: usize, step: u64, attempt: String) {
         self.model.shards.insert((attempt.clone(), rank(worker)));
+        self.report(worker, step, attempt, None);
+    }
+
+    fn report(&mut self, worker: usize, step: u64, attempt: String, published: Option<u32>) {
         let request = v1::ReportShardRequest {
             identity: Some(self.identity(worker)),
             step,
             attempt: attempt.clone(),
             shard: Some(v1::Shard { rank: rank(worker), bytes: step, ..v1::Shard::default() }),
+            own_store: self.has_own_stores,
+            published_crc32c: published,
         };
         self.call(worker, Phase::Reporting { step, attempt }, Event::ReportShard(request));
         let call = self.workers[worker].call;
         self.after(REPORT_MS, Action::GiveUp { worker, call });
     }
 
+    /// A worker's own store takes the first manifest of a step, too.
+    fn publish_here(&mut self, worker: usize, step: u64, attempt: String, shards: &[v1::Shard]) {
+        self.model.check_list(shards);
+        let own = self.model.own_manifests.as_mut().expect("each has a store");
+        let stands = own[worker].entry(step).or_insert_with(|| attempt.clone());
+        if *stands == attempt {
+            self.report(worker, step, attempt, Some(7));
+        } else {
+            self.meet(worker);
+        }
+    }
+
     /// The store takes the first manifest of a step.
     fn publish(&mut self, worker: usize, step: u64, attempt: String, shards: &[v1::Shard]) {
-        let ranks: Vec<u32> = shards.iter().map(|shard| shard.rank).collect();
-        let everybody: Vec<u32> = (0..WORLD_SIZE).collect();
-        self.model.assert(ranks == everybody, "the list of shards is not of every rank");
+        self.model.check_list(shards);
         let winner = self.model.manifests.entry(step).or_insert_with(|| attempt.clone());
         if *winner != attempt {
             self.meet(worker);
@@ -654,9 +687,12 @@ impl World {
 }
 
 impl Model {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, has_own_stores: bool) -> Self {
+        let own_manifests =
+            has_own_stores.then(|| (0..WORLD_SIZE).map(|_| BTreeMap::new()).collect());
         Self {
             seed,
+            own_manifests,
             epoch_told: 0,
             arrivals: BTreeMap::new(),
             arrivals_used: HashSet::new(),
@@ -669,6 +705,27 @@ impl Model {
             registering: None,
             heard_ms: HashMap::new(),
             trace: DefaultHasher::new(),
+        }
+    }
+
+    fn newest_stored(&self) -> u64 {
+        let stores = self.own_manifests.iter().flatten().chain([&self.manifests]);
+        stores.filter_map(|store| store.keys().next_back().copied()).max().unwrap_or(0)
+    }
+
+    fn check_list(&self, shards: &[v1::Shard]) {
+        let ranks: Vec<u32> = shards.iter().map(|shard| shard.rank).collect();
+        let everybody: Vec<u32> = (0..WORLD_SIZE).collect();
+        self.assert(ranks == everybody, "the list of shards is not of every rank");
+    }
+
+    /// A worker is told that an attempt is no checkpoint, and never will be.
+    fn take_back(&mut self, worker: usize, step: u64, attempt: &String) {
+        let is_committed = self.commits.get(&step) == Some(attempt);
+        self.assert(!is_committed, "a committed step is taken back");
+        let Some(own) = &mut self.own_manifests else { return };
+        if own[worker].get(&step) == Some(attempt) {
+            own[worker].remove(&step);
         }
     }
 
@@ -754,8 +811,14 @@ impl Model {
             let written = self.shards.contains(&(commit.attempt.clone(), rank));
             self.assert(written, "a commit names a shard that was not written");
         }
-        let published = self.manifests.get(&step);
-        self.assert(published == Some(&commit.attempt), "a commit is not the store's manifest");
+        let shared = [&self.manifests];
+        let mut stores = match &self.own_manifests {
+            Some(own) => own.iter().collect::<Vec<_>>(),
+            None => shared.to_vec(),
+        }
+        .into_iter();
+        let stands = stores.all(|store| store.get(&step) == Some(&commit.attempt));
+        self.assert(stands, "a commit is not the store's manifest");
         let earlier = self.commits.insert(step, commit.attempt.clone());
         let is_one = earlier.is_none_or(|earlier| earlier == commit.attempt);
         self.assert(is_one, "a step was committed twice");

@@ -13,7 +13,8 @@
 //!
 //! Always holds:
 //! - A step is committed only if every shard that its manifest names is listed with its exact
-//!   length, and no standing manifest retires that very attempt.
+//!   length, and no standing manifest retires that very attempt. To a rank with a store of its own,
+//!   which need not hold the shards of others, its own shard is what counts.
 //! - A manifest *stands* if it decodes, is of its directory's step, and is not itself retired.
 //!   Only earlier steps retire later ones, so one ascending pass decides all chains. Losing a shard
 //!   does not undo a retirement: what ceased to exist does not come back.
@@ -109,9 +110,29 @@ pub struct SavePlan {
     pub retired: Vec<Retired>,
 }
 
+/// The part that a rank with a store of its own answers for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnShare {
+    /// The rank.
+    pub rank: u32,
+    /// Among how many.
+    pub world_size: u32,
+}
+
+impl OwnShare {
+    /// Whether a shard of `manifest` may lie elsewhere.
+    fn may_miss(self, manifest: &Manifest, rank: u32) -> bool {
+        manifest.world_size == self.world_size && rank != self.rank
+    }
+}
+
 /// Decides what exists. `manifests` were read after `listing` was taken; one that the listing does
-/// not show yet is left for the next survey.
-pub fn survey(listing: &[StepListing], manifests: &BTreeMap<u64, ManifestState>) -> Survey {
+/// not show yet is left for the next survey. `share` is of a rank with a store of its own.
+pub fn survey(
+    listing: &[StepListing],
+    manifests: &BTreeMap<u64, ManifestState>,
+    share: Option<OwnShare>,
+) -> Survey {
     let standing = legible(listing, manifests);
     let retired = retirements(&standing);
     let mut steps: Vec<StepSurvey> = listing
@@ -119,7 +140,8 @@ pub fn survey(listing: &[StepListing], manifests: &BTreeMap<u64, ManifestState>)
         .map(|directory| {
             let manifest = standing.get(&directory.step).copied();
             let by = retired.get(&directory.step).copied();
-            let state = step_state(directory, manifests.get(&directory.step), manifest, by);
+            let read = manifests.get(&directory.step);
+            let state = step_state(directory, (read, manifest), by, share);
             StepSurvey {
                 step: directory.step,
                 attempt: manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)),
@@ -265,9 +287,9 @@ fn retirements(legible: &BTreeMap<u64, &Manifest>) -> BTreeMap<u64, u64> {
 
 fn step_state(
     directory: &StepListing,
-    read: Option<&ManifestState>,
-    legible: Option<&Manifest>,
+    (read, legible): (Option<&ManifestState>, Option<&Manifest>),
     retired_by: Option<u64>,
+    share: Option<OwnShare>,
 ) -> StepState {
     if !has_manifest(directory) {
         return StepState::Incomplete;
@@ -286,18 +308,24 @@ fn step_state(
                 manifest.step, directory.step
             ),
         },
-        (Some(ManifestState::Valid(_)), Some(manifest)) => match missing_shard(directory, manifest)
-        {
-            Some(why) => StepState::Damaged { why },
-            None => StepState::Committed,
-        },
+        (Some(ManifestState::Valid(_)), Some(manifest)) => {
+            match missing_shard(directory, manifest, share) {
+                Some(why) => StepState::Damaged { why },
+                None => StepState::Committed,
+            }
+        }
     }
 }
 
 /// The first shard that is not there with its exact length.
-fn missing_shard(directory: &StepListing, manifest: &Manifest) -> Option<String> {
+fn missing_shard(
+    directory: &StepListing,
+    manifest: &Manifest,
+    share: Option<OwnShare>,
+) -> Option<String> {
     manifest.shards.iter().find_map(|shard| {
         match directory.files.iter().find(|file| file.name == shard.file) {
+            None if share.is_some_and(|share| share.may_miss(manifest, shard.rank)) => None,
             None => Some(format!("shard `{}` is missing", shard.file)),
             Some(file) if file.bytes != shard.bytes => Some(format!(
                 "shard `{}` has {} bytes, and its manifest says {}",
@@ -428,7 +456,7 @@ mod tests {
         }
 
         fn survey(&self) -> Survey {
-            survey(&self.listing, &self.manifests)
+            survey(&self.listing, &self.manifests, None)
         }
 
         fn state(&self, step: u64) -> StepState {
@@ -457,6 +485,31 @@ mod tests {
         scene.files(10).pop();
         assert!(matches!(scene.state(10), StepState::Damaged { why } if why.contains("missing")));
         assert_eq!(scene.survey().newest(), None);
+    }
+
+    #[test]
+    fn a_rank_with_a_store_of_its_own_answers_for_its_own_shard() {
+        let mut both = manifest(10, 1, &[]);
+        let other = ShardEntry {
+            rank: 1,
+            file: names::shard_file_name(1, attempt(1)),
+            ..both.shards[0].clone()
+        };
+        both.shards.push(other);
+        both.world_size = 2;
+        let mut scene = Scene::default().checkpoint(10, 1, &[]);
+        scene.manifests.insert(10, ManifestState::Valid(Box::new(both)));
+        let committed = |scene: &Scene, share: Option<(u32, u32)>| {
+            let share = share.map(|(rank, world_size)| OwnShare { rank, world_size });
+            survey(&scene.listing, &scene.manifests, share).committed_steps() == [10]
+        };
+        assert!(committed(&scene, Some((0, 2))));
+        // It is its own that is missing; another world has no own; nobody in particular needs all.
+        for share in [Some((1, 2)), Some((0, 3)), None] {
+            assert!(!committed(&scene, share), "{share:?}");
+        }
+        scene.files(10)[1].bytes -= 1;
+        assert!(!committed(&scene, Some((0, 2))));
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! manifest -----------------------------------------------> published last, as it is
 //! ```
 //!
+//! Several ranks, each with a store of its own, bring their shards and publish once all are there.
+//!
 //! Always holds: the copy has the same attempt and the same bytes, each checked on its way; it
 //! exists only when all of it is there and was read back; what an interrupted copy brought over is
 //! not sent again where the store can tell.
@@ -69,14 +71,8 @@ pub(crate) fn transfer(
     observer: &dyn VerifyObserver,
 ) -> Result<Transferred> {
     let start = environment.monotonic();
-    let what = format!("copying step {step} to `{}`", destination.location());
-    let file = format!("{}, manifest of step {step}", source.location());
-    let bytes = source.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
-        what: what.clone(),
-        why: "there is no committed checkpoint of this step".into(),
-        hint: "`ckpt-tool ls` lists those that exist".into(),
-    })?;
-    let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
+    let what = naming(step, destination);
+    let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let mut transferred = Transferred { step, ..Transferred::default() };
     let replaces = match standing(destination, step)? {
         Some(there) if there == manifest.attempt => {
@@ -97,11 +93,7 @@ pub(crate) fn transfer(
     let mut shards = Vec::new();
     for entry in &manifest.shards {
         let (shard, sink) = copy.shard(entry)?;
-        let figures = sink.figures();
-        transferred.bytes += entry.bytes;
-        transferred.parts += figures.parts;
-        transferred.resumed_parts += figures.resumed_parts;
-        transferred.retries += figures.retries;
+        transferred.count(entry, sink.as_ref());
         sinks.0.push(sink);
         shards.push((shard, entry.bytes));
         // Header, footer and index as they lie there now; the chunks' checksums are in the index.
@@ -109,7 +101,7 @@ pub(crate) fn transfer(
     }
     destination.publish(Publication {
         step,
-        attempt: attempt_of(&manifest, &file)?,
+        attempt,
         manifest: &bytes,
         replaces,
         shards: &shards,
@@ -119,16 +111,110 @@ pub(crate) fn transfer(
     Ok(transferred)
 }
 
+/// Copies what one rank has of `step`. The copy is no checkpoint before [`publish_whole`].
+pub(crate) fn transfer_shard(
+    source: &dyn Store,
+    destination: &dyn Store,
+    (step, rank): (u64, u32),
+    environment: &Arc<dyn Environment>,
+    observer: &dyn VerifyObserver,
+) -> Result<Transferred> {
+    let start = environment.monotonic();
+    let what = naming(step, destination);
+    let Original { manifest, .. } = Original::read(source, step, &what)?;
+    let mut transferred = Transferred { step, ..Transferred::default() };
+    let entry = manifest.shards.iter().find(|entry| entry.rank == rank).ok_or_else(|| {
+        EngineError::internal(what.clone(), format!("the manifest names no shard of rank {rank}"))
+    })?;
+    let open = || Shard::open(destination, &manifest, rank, Damaged::Told).map(drop);
+    match open() {
+        Ok(()) => {
+            transferred.was_there = true;
+            return Ok(transferred);
+        }
+        Err(EngineError::NotFound { .. } | EngineError::Corrupt { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
+    let (_, sink) = copy.shard(entry)?;
+    open()?;
+    transferred.count(entry, sink.as_ref());
+    transferred.seconds = elapsed(&**environment, start).as_secs_f64();
+    Ok(transferred)
+}
+
+/// Publishes `step` at the destination, once every rank has brought its shard there; false before.
+/// Any rank may, and several at once.
+pub(crate) fn publish_whole(
+    source: &dyn Store,
+    destination: &dyn Store,
+    step: u64,
+) -> Result<bool> {
+    let what = naming(step, destination);
+    let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
+    let standing = standing(destination, step)?;
+    if standing.as_ref() == Some(&manifest.attempt) {
+        return Ok(true);
+    }
+    let files = destination.list_step(step)?.map(|listing| listing.files).unwrap_or_default();
+    let is_there = |entry: &ShardEntry| {
+        files.iter().any(|file| file.name == entry.file && file.bytes == entry.bytes)
+    };
+    if !manifest.shards.iter().all(is_there) {
+        return Ok(false);
+    }
+    destination.publish(Publication {
+        step,
+        attempt,
+        manifest: &bytes,
+        replaces: standing.as_deref().and_then(AttemptId::parse),
+        // They were just listed, each read back by the rank that brought it.
+        shards: &[],
+    })?;
+    Ok(true)
+}
+
+fn naming(step: u64, destination: &dyn Store) -> String {
+    format!("copying step {step} to `{}`", destination.location())
+}
+
+/// A checkpoint's manifest, as it lies in the store that it is copied from.
+struct Original {
+    manifest: Manifest,
+    bytes: Vec<u8>,
+    attempt: AttemptId,
+}
+
+impl Original {
+    fn read(source: &dyn Store, step: u64, what: &str) -> Result<Self> {
+        let file = format!("{}, manifest of step {step}", source.location());
+        let bytes = source.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
+            what: what.into(),
+            why: "there is no committed checkpoint of this step".into(),
+            hint: "`ckpt-tool ls` lists those that exist".into(),
+        })?;
+        let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
+        let attempt = AttemptId::parse(&manifest.attempt)
+            .ok_or_else(|| EngineError::corrupt(file, "its attempt is no attempt's name"))?;
+        Ok(Self { manifest, bytes, attempt })
+    }
+}
+
+impl Transferred {
+    fn count(&mut self, entry: &ShardEntry, sink: &dyn ShardSink) {
+        let figures = sink.figures();
+        self.bytes += entry.bytes;
+        self.parts += figures.parts;
+        self.resumed_parts += figures.resumed_parts;
+        self.retries += figures.retries;
+    }
+}
+
 /// The attempt of the checkpoint that a store holds. What does not decode is none: publishing
 /// decides what becomes of it.
 fn standing(store: &dyn Store, step: u64) -> Result<Option<String>> {
     let manifest = store.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
     Ok(manifest.map(|manifest| manifest.attempt))
-}
-
-fn attempt_of(manifest: &Manifest, file: &str) -> Result<AttemptId> {
-    AttemptId::parse(&manifest.attempt)
-        .ok_or_else(|| EngineError::corrupt(file, "its attempt is no attempt's name"))
 }
 
 /// Sinks whose shards are whole; given up unless the manifest was published.

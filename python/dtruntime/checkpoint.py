@@ -102,7 +102,9 @@ class CheckpointManager:
         remote: A store in S3, ``s3://bucket/prefix``, that checkpoints are brought to behind the
             training once they are committed in the directory ``path``; ``load`` takes what is not
             in the directory from there. What is not uploaded when the process ends is uploaded by
-            the next manager that writes; parts that arrived are not sent again.
+            the next manager that writes; parts that arrived are not sent again. Where several ranks
+            save, each machine may have a ``path`` of its own: every rank commits there and brings
+            its own part, and the checkpoint is in ``remote`` once all have.
         remote_bytes_per_second: What uploads take at most: bytes, or text such as ``"200MB"``.
         remove_before_upload: Whether retention may take what is not in ``remote`` yet.
         s3: How a store in S3 is reached, some of: ``region``, ``endpoint_url``, ``profile``,

@@ -147,8 +147,8 @@ class SaveHandle:
         staged: A future that is done once the snapshot is taken: the state may change from then on.
         uploaded: A future that is done once the checkpoint is in the remote store, with an
             ``UploadInfo``, or with the error of the upload; the local checkpoint stands. Without a
-            remote store it is done, with None. One that has not ended when the process does is
-            done by the next manager that writes.
+            remote store it is done, with None. Where several ranks save, it means all of them. One
+            that has not ended when the process does is done by the next manager that writes.
 
     """
 

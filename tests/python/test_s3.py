@@ -6,12 +6,14 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support import assert_same, run_script
+from coordinators import CoordinatorProcess
+from support import assert_same, run_script, script_environment
 
 from dtruntime import CheckpointManager, CheckpointNotFound, InvalidArgument, Unavailable
 
@@ -127,6 +129,68 @@ def test_a_directory_that_drains_into_s3(tmp_path):
         assert far.latest_step() == 4, "closing waits for the upload"
     with CheckpointManager(tmp_path / "alone") as manager:
         assert manager.save_async({}, step=1).uploaded.result(10) is None
+
+
+RANK_SCRIPT = """
+import os, sys
+import torch
+from dtruntime import *
+rank, path, action = int(os.environ["RANK"]), sys.argv[1], sys.argv[2]
+
+def state_of(step):
+    generator = torch.Generator().manual_seed(step * 100 + rank)
+    return {"w": torch.randn(50_000, generator=generator), "rank": rank}
+
+with CheckpointManager(path, remote="s3://checkpoints/runs/cluster", keep_last_n=2) as manager:
+    if action == "save":
+        for step in (1, 2, 3):
+            handle = manager.save_async(state_of(step), step=step)
+            assert handle.result().step == step
+            assert handle.uploaded.result(60).bytes > 0
+    loaded = manager.load()
+    assert torch.equal(loaded["w"], state_of(3)["w"]) and loaded["rank"] == rank
+    files = sorted(os.listdir(path + "/step-000000000003"))
+    print(manager.all_steps(), manager.last_load.step, files)
+"""
+
+
+def test_ranks_with_a_directory_each_and_one_store_in_s3(tmp_path):
+    coordinator = CoordinatorProcess(tmp_path)
+    coordinator.start()
+
+    def run(action: str) -> list[str]:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK_SCRIPT, tmp_path / f"machine-{rank}", action],
+                env=script_environment()
+                | {"RANK": str(rank), "WORLD_SIZE": "2", "COORDINATOR_URL": coordinator.url},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        ended = [rank.communicate(timeout=120) for rank in ranks]
+        for rank, (_, error) in zip(ranks, ended, strict=True):
+            assert rank.returncode == 0, error
+        return [out for out, _ in ended]
+
+    try:
+        for rank, output in enumerate(run("save")):
+            assert output.startswith("[2, 3] 3 ['manifest.json', ")
+            assert f"rank-{rank:05}" in output
+            assert f"rank-{1 - rank:05}" not in output, "each has its own shard, and no other's"
+        with CheckpointManager("s3://checkpoints/runs/cluster", read_only=True) as far:
+            assert far.all_steps() == [2, 3]
+            assert far.verify().ok
+            assert far.load(from_rank=1)["rank"] == 1
+        shutil.rmtree(tmp_path / "machine-1")  # a new machine takes its place
+        (tmp_path / "machine-1" / "step-000000000003").mkdir(parents=True)
+        first, second = run("load")
+        assert first.startswith("[2, 3] 3 ['manifest.json', ")
+        assert second == "[2, 3] 3 []\n"
+    finally:
+        coordinator.end()
 
 
 def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path):

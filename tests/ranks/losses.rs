@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dtr_engine::error::CoordinationKind;
-use dtr_engine::format::manifest::ShardEntry;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::{EngineError, Result};
 
 use crate::support::finish;
@@ -50,10 +49,10 @@ impl Ranks for Flaw {
     fn report(
         &self,
         attempt: Attempt,
-        shard: &ShardEntry,
+        report: Report<'_>,
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
-        let outcome = self.ranks.report(attempt, shard, is_cancelled);
+        let outcome = self.ranks.report(attempt, report, is_cancelled);
         if self.strikes(Place::AfterReport) { Err(gone()) } else { outcome }
     }
 
@@ -69,8 +68,8 @@ impl Ranks for Flaw {
         self.ranks.abort(attempt, reason, is_unpublished)
     }
 
-    fn agree(&self, steps: &[u64], timeout: std::time::Duration) -> Result<Option<u64>> {
-        self.ranks.agree(steps, timeout)
+    fn agree(&self, offered: &[Attempt], timeout: std::time::Duration) -> Result<Option<u64>> {
+        self.ranks.agree(offered, timeout)
     }
 }
 

@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dtr_engine::error::CoordinationKind;
-use dtr_engine::format::manifest::ShardEntry;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::{EngineError, Result};
 
 use crate::support::Random;
@@ -64,10 +63,10 @@ impl Ranks for Lossy {
     fn report(
         &self,
         attempt: Attempt,
-        shard: &ShardEntry,
+        report: Report<'_>,
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
-        self.through(|| self.ranks.report(attempt, shard, is_cancelled))
+        self.through(|| self.ranks.report(attempt, report, is_cancelled))
     }
 
     fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
@@ -78,8 +77,8 @@ impl Ranks for Lossy {
         self.ranks.abort(attempt, reason, is_unpublished)
     }
 
-    fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
-        self.ranks.agree(steps, timeout)
+    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
+        self.ranks.agree(offered, timeout)
     }
 }
 

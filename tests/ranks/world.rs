@@ -81,9 +81,17 @@ impl World {
         config: Config,
         wrap: impl FnOnce(Arc<dyn Ranks>) -> Arc<dyn Ranks>,
     ) -> Rank {
+        self.rank_opened(number, |ranks| Engine::open_among(config, wrap(ranks)).unwrap())
+    }
+
+    /// A rank whose engine `open` makes.
+    pub(crate) fn rank_opened(
+        &self,
+        number: u32,
+        open: impl FnOnce(Arc<dyn Ranks>) -> Engine,
+    ) -> Rank {
         let worker = self.register(number);
-        let ranks = wrap(Arc::new(Coordinated::new(Arc::clone(&worker), self.size)));
-        let engine = Engine::open_among(config, ranks).unwrap();
+        let engine = open(Arc::new(Coordinated::new(Arc::clone(&worker), self.size)));
         Rank { number, worker, engine }
     }
 

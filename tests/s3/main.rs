@@ -15,9 +15,12 @@ mod lifecycle;
 mod place;
 mod proxy;
 mod publishing;
+mod ranks;
 mod round_trip;
 mod server;
 #[path = "../engine/support.rs"]
 mod support;
 mod tier;
 mod transfer;
+#[path = "../ranks/world.rs"]
+mod world;

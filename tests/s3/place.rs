@@ -12,11 +12,13 @@
 
 use std::env;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dtr_engine::config::{S3Credentials, S3Settings};
 use dtr_engine::engine::GcOptions;
+use dtr_engine::ranks::Ranks;
 use dtr_engine::{Config, Engine, Result};
 use tempfile::TempDir;
 
@@ -156,14 +158,20 @@ pub(crate) fn open(config: Config) -> Engine {
 }
 
 pub(crate) fn try_open(config: Config, user: (&str, &str)) -> Result<Engine> {
-    Engine::open_as(
-        config,
-        S3Credentials {
-            access_key_id: user.0.into(),
-            secret_access_key: user.1.into(),
-            session_token: None,
-        },
-    )
+    Engine::open_as(config, credentials(user), None)
+}
+
+pub(crate) fn open_among(config: Config, ranks: Arc<dyn Ranks>) -> Engine {
+    let (key, secret) = owner();
+    Engine::open_as(config, credentials((&key, &secret)), Some(ranks)).unwrap()
+}
+
+fn credentials(user: (&str, &str)) -> S3Credentials {
+    S3Credentials {
+        access_key_id: user.0.into(),
+        secret_access_key: user.1.into(),
+        session_token: None,
+    }
 }
 
 /// In memory where there is such a place: what is tested is no device.

@@ -10,7 +10,7 @@
 //! - every wait ends: released, timed out (naming who is missing), epoch changed, or aborted;
 //! - an arrival that timed out, was withdrawn or was overtaken by a loss counts for nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use dtr_proto::v1::{self, wait_barrier_reply::Outcome};
 
@@ -45,9 +45,12 @@ struct Arrival {
     key: u64,
     ticket: Ticket,
     deadline_ms: u64,
-    /// Steps that the rank can load, where it was asked.
-    steps: Option<BTreeSet<u64>>,
+    /// What the rank can load, where it was asked.
+    offer: Option<Offer>,
 }
+
+/// Steps that a rank can load, each with its attempt.
+type Offer = BTreeMap<u64, String>;
 
 /// One rank's call.
 struct Call<'a> {
@@ -55,7 +58,7 @@ struct Call<'a> {
     name: &'a str,
     key: u64,
     timeout_ms: u64,
-    steps: Option<BTreeSet<u64>>,
+    offer: Option<Offer>,
 }
 
 impl Barrier {
@@ -123,12 +126,15 @@ impl Ended {
     }
 }
 
-/// The newest step that all of them offer.
+/// The newest step of which all of them offer the same attempt.
 fn newest_common<'a>(arrivals: impl Iterator<Item = &'a Arrival>) -> Option<u64> {
-    let mut offers = arrivals.filter_map(|arrival| arrival.steps.as_ref());
+    let mut offers = arrivals.filter_map(|arrival| arrival.offer.as_ref());
     let first = offers.next()?;
     let rest: Vec<_> = offers.collect();
-    first.iter().rev().find(|step| rest.iter().all(|steps| steps.contains(step))).copied()
+    let is_common = |(step, attempt): &(&u64, &String)| {
+        rest.iter().all(|offer| offer.get(step) == Some(*attempt))
+    };
+    first.iter().rev().find(is_common).map(|(step, _)| *step)
 }
 
 impl Job {
@@ -143,7 +149,7 @@ impl Job {
             name: &request.name,
             key: request.arrival,
             timeout_ms: request.timeout_ms,
-            steps: None,
+            offer: None,
         };
         self.arrive(scene, ticket, call)
     }
@@ -162,12 +168,21 @@ impl Job {
                 "offer the newest ones",
             ));
         }
+        let (steps, attempts) = (request.steps, request.attempts);
+        if !attempts.is_empty() && attempts.len() != steps.len() {
+            return Err(Refusal::new(
+                RefusalKind::Invalid,
+                format!("{} steps are offered with {} attempts", steps.len(), attempts.len()),
+                "name the attempt of every step, or of none",
+            ));
+        }
+        let attempts = attempts.into_iter().chain(std::iter::repeat(String::new()));
         let call = Call {
             identity: request.identity.as_ref(),
             name: AGREEMENT,
             key: request.arrival,
             timeout_ms: request.timeout_ms,
-            steps: Some(request.steps.into_iter().collect()),
+            offer: Some(steps.into_iter().zip(attempts).collect()),
         };
         self.arrive(scene, ticket, call)
     }
@@ -208,7 +223,7 @@ impl Job {
             key: call.key,
             ticket,
             deadline_ms: now_ms + call.timeout_ms,
-            steps: call.steps,
+            offer: call.offer,
         };
         if let Some(older) = barrier.waiting.insert(rank, arrival)
             && older.ticket != ticket

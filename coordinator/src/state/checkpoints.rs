@@ -9,6 +9,14 @@
 //! together. Once all shards are durable a lost rank changes nothing: if it was to publish, the
 //! next waiting rank is asked, and both would write the same bytes.
 //!
+//! Where each rank has a store of its own, every rank is asked, and reports again once the manifest
+//! is durable there; the last such report commits:
+//!
+//! ```text
+//! begin ──► reports ──► all are asked to publish ──► reports, published ──► commit
+//!   └──────────┴───────────────────┴──────────── a rank fails or is lost: aborted
+//! ```
+//!
 //! Always holds:
 //! - a step has at most one attempt at a time, and one commit; its attempt id never comes back;
 //! - an attempt is committed only with a shard of every rank of the job;
@@ -36,6 +44,10 @@ pub(super) struct Attempt {
     /// Ranks that know of it. After a restart nobody is known to, so everybody may.
     begun: BTreeSet<u32>,
     shards: BTreeMap<u32, v1::Shard>,
+    /// Whether each rank publishes in a store of its own; known with the first report.
+    has_own_stores: Option<bool>,
+    /// Checksums of the manifests that are durable in the ranks' own stores.
+    published: BTreeMap<u32, u32>,
     waiting: BTreeMap<u32, Ticket>,
     /// The rank that was asked to publish, and when.
     publisher: Option<(u32, u64)>,
@@ -69,6 +81,8 @@ impl Attempt {
             begun_ms: now_ms,
             begun: BTreeSet::new(),
             shards: BTreeMap::new(),
+            has_own_stores: None,
+            published: BTreeMap::new(),
             waiting: BTreeMap::new(),
             publisher: None,
             asked: BTreeSet::new(),
@@ -76,9 +90,14 @@ impl Attempt {
         }
     }
 
-    /// Whether a rank may have published, or still may.
+    /// Whether a rank may have published, or still may. In stores of their own ranks take back
+    /// what was not committed.
     fn may_be_published(&self) -> bool {
-        self.is_recovered || !self.asked.is_empty()
+        !self.each_publishes() && (self.is_recovered || !self.asked.is_empty())
+    }
+
+    fn each_publishes(&self) -> bool {
+        self.has_own_stores == Some(true)
     }
 
     fn ended(&self, step: u64, ended_ms: u64, error: String) -> EndedAttempt {
@@ -94,6 +113,63 @@ impl Attempt {
 
     fn is_complete(&self, world_size: u32) -> bool {
         self.shards.len() == usize::try_from(world_size).unwrap_or(usize::MAX)
+    }
+
+    /// Whether the manifest is durable in every rank's own store.
+    fn is_published_by_all(&self, world_size: u32) -> bool {
+        self.is_complete(world_size) && self.published.len() == self.shards.len()
+    }
+
+    fn commit(&self, step: u64, scene: &Scene<'_>, manifest_crc32c: u32) -> v1::Commit {
+        v1::Commit {
+            step,
+            attempt: self.record.attempt.clone(),
+            world_size: u32::try_from(self.shards.len()).unwrap_or(u32::MAX),
+            bytes: self.shards.values().map(|shard| shard.bytes).sum(),
+            raw_bytes: self.shards.values().map(|shard| shard.raw_bytes).sum(),
+            manifest_crc32c,
+            committed_unix_ms: scene.at.wall_ms,
+            epoch: self.record.epoch,
+        }
+    }
+
+    /// Takes a report in; whoever waited with an earlier one of the same rank.
+    fn take(
+        &mut self,
+        ticket: Ticket,
+        rank: u32,
+        report: Report,
+    ) -> Result<Option<Ticket>, Refusal> {
+        if self.has_own_stores.is_some_and(|known| known != report.own_store) {
+            return Err(Refusal::new(
+                RefusalKind::Invalid,
+                format!("rank {rank} and others differ in whether each has a store of its own"),
+                "give `remote` to every rank of the job, or to none",
+            ));
+        }
+        if self.shards.get(&rank).is_some_and(|earlier| *earlier != report.shard) {
+            return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
+        }
+        self.has_own_stores = Some(report.own_store);
+        self.begun.insert(rank);
+        self.shards.insert(rank, report.shard);
+        if let Some(crc32c) = report.published_crc32c {
+            self.published.insert(rank, crc32c);
+        }
+        Ok(self.waiting.insert(rank, ticket))
+    }
+
+    /// Asks whoever is to publish now that `rank` has reported.
+    fn ask_after_report(&mut self, now_ms: u64, rank: u32) -> Vec<(Ticket, Reply)> {
+        let has_published = |rank: &u32| self.published.contains_key(rank);
+        let asked: Vec<u32> = match self.publisher {
+            _ if self.each_publishes() => {
+                self.waiting.keys().copied().filter(|rank| !has_published(rank)).collect()
+            }
+            Some((publisher, _)) if publisher != rank => Vec::new(),
+            _ => vec![rank],
+        };
+        asked.into_iter().filter_map(|rank| self.ask(now_ms, rank)).collect()
     }
 
     fn reply(&self, world_size: u32) -> Reply {
@@ -224,7 +300,9 @@ impl Job {
         request: v1::ReportShardRequest,
     ) -> Result<Option<Reply>, Refusal> {
         let (_, rank) = self.member_of(request.identity.as_ref())?;
-        let v1::ReportShardRequest { step, attempt: id, shard, .. } = request;
+        let v1::ReportShardRequest {
+            step, attempt: id, shard, own_store, published_crc32c, ..
+        } = request;
         if let Some(commit) = self.commits.get(&step).filter(|commit| commit.attempt == id) {
             return Ok(Some(Reply::Committed(commit.clone())));
         }
@@ -236,21 +314,17 @@ impl Job {
         if shard.rank != rank {
             return Err(invalid_shard(&format!("it is of rank {}, not {rank}", shard.rank)));
         }
-        if attempt.shards.get(&rank).is_some_and(|earlier| *earlier != shard) {
-            return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
-        }
-        attempt.begun.insert(rank);
-        attempt.shards.insert(rank, shard);
-        if let Some(older) = attempt.waiting.insert(rank, ticket) {
+        if let Some(older) =
+            attempt.take(ticket, rank, Report { shard, own_store, published_crc32c })?
+        {
             scene.effects.replies.push((older, Reply::Refused(superseded(rank))));
         }
-        let asks = match attempt.publisher {
-            _ if !attempt.is_complete(world_size) => false,
-            None => true,
-            Some((publisher, _)) => publisher == rank,
-        };
-        if asks {
-            scene.effects.replies.extend(attempt.ask(scene.at.now_ms, rank));
+        if attempt.is_published_by_all(world_size) {
+            let crc32c = attempt.published.values().next().copied().unwrap_or_default();
+            let commit = attempt.commit(step, scene, crc32c);
+            self.settle(scene, &commit);
+        } else if attempt.is_complete(world_size) {
+            scene.effects.replies.extend(attempt.ask_after_report(scene.at.now_ms, rank));
         }
         Ok(None)
     }
@@ -300,16 +374,14 @@ impl Job {
                 "report the shard again: reports do not outlive the coordinator's process",
             ));
         }
-        let commit = v1::Commit {
-            step: *step,
-            attempt: id.clone(),
-            world_size,
-            bytes: attempt.shards.values().map(|shard| shard.bytes).sum(),
-            raw_bytes: attempt.shards.values().map(|shard| shard.raw_bytes).sum(),
-            manifest_crc32c: *manifest_crc32c,
-            committed_unix_ms: scene.at.wall_ms,
-            epoch: attempt.record.epoch,
-        };
+        if attempt.each_publishes() {
+            return Err(Refusal::new(
+                RefusalKind::Invalid,
+                format!("step {step} is published by each rank in a store of its own"),
+                "report the shard again, with the checksum of the manifest",
+            ));
+        }
+        let commit = attempt.commit(*step, scene, *manifest_crc32c);
         self.settle(scene, &commit);
         Ok(Reply::Committed(commit))
     }
@@ -401,7 +473,8 @@ impl Job {
         let mut incomplete = Vec::new();
         for (step, attempt) in &mut self.attempts {
             attempt.waiting.remove(&rank);
-            if !attempt.is_complete(world_size) {
+            // In stores of their own all must publish, and one that is gone may not have.
+            if !attempt.is_complete(world_size) || attempt.each_publishes() {
                 incomplete.push(*step);
             } else if attempt.publisher.is_some_and(|(publisher, _)| publisher == rank) {
                 attempt.publisher = None;
@@ -434,7 +507,7 @@ impl Job {
             let is_slow = attempt
                 .publisher
                 .is_some_and(|(_, asked_ms)| now_ms.saturating_sub(asked_ms) > publish_ms);
-            if is_slow && !attempt.waiting.is_empty() {
+            if is_slow && !attempt.waiting.is_empty() && !attempt.each_publishes() {
                 scene.effects.replies.extend(attempt.ask_next(now_ms));
             }
             if now_ms.saturating_sub(attempt.begun_ms) > scene.policy.checkpoint_timeout_ms {
@@ -452,7 +525,7 @@ impl Job {
         let is_missing = |rank: &u32| shards.is_some_and(|shards| !shards.contains_key(rank));
         let rank = (0..self.record.world_size).find(is_missing);
         let who = rank.map_or_else(
-            || "nobody published the manifest".to_owned(),
+            || "nobody published the manifest, or not every rank in its own store".to_owned(),
             |rank| format!("rank {rank} did not report"),
         );
         (rank, format!("{who} within {timeout_ms} ms"))
@@ -463,6 +536,13 @@ impl Job {
         let commits = self.commits.values().rev().take(limit).cloned().collect();
         Reply::Checkpoints(v1::ListCheckpointsReply { commits })
     }
+}
+
+/// What a rank says of its part.
+struct Report {
+    shard: v1::Shard,
+    own_store: bool,
+    published_crc32c: Option<u32>,
 }
 
 fn superseded(rank: u32) -> Refusal {

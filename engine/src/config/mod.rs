@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
+use crate::recovery::OwnShare;
 use crate::{EngineError, Result};
 
 mod s3;
@@ -238,14 +239,19 @@ impl Config {
                 "take both from the launcher: RANK and WORLD_SIZE",
             ));
         }
-        if self.world_size > 1 && self.remote.is_some() {
-            return Err(EngineError::invalid(
-                format!("settings `world_size` = {}, `remote`", self.world_size),
-                "checkpoints of several ranks are not brought to a second store",
-                "save to S3 directly, or leave `remote` unset and use `ckpt-tool copy`",
-            ));
-        }
         Ok(())
+    }
+
+    /// Whether this rank's store need not be that of the others: several ranks save, and what they
+    /// share is `remote`. Each then publishes, prunes and uploads what is its own.
+    pub fn has_own_store(&self) -> bool {
+        self.world_size > 1 && self.remote.is_some()
+    }
+
+    /// The part that a rank with a store of its own answers for.
+    pub(crate) fn own_share(&self) -> Option<OwnShare> {
+        let Self { rank, world_size, .. } = *self;
+        self.has_own_store().then_some(OwnShare { rank, world_size })
     }
 
     fn validate_sizes(&self) -> Result<()> {

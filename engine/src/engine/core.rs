@@ -14,7 +14,7 @@ use crate::config::{Compression, Config};
 use crate::error::IoContext;
 use crate::format::FormatError;
 use crate::format::manifest::{Manifest, Retired};
-use crate::format::names::MANIFEST_FILE;
+use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::io::buffer::BufferPool;
 use crate::ranks::{Attempt, Ranks};
 use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
@@ -176,7 +176,7 @@ impl Core {
             manifests.insert(step, (file.clone(), state));
         }
         let states = manifests.iter().map(|(step, (_, state))| (*step, state.clone())).collect();
-        let survey = recovery::survey(&listing, &states);
+        let survey = recovery::survey(&listing, &states, self.config.own_share());
         // What the device did not give this time is asked for again.
         manifests.retain(|step, _| !unread.contains(step));
         let mut book = self.book();
@@ -204,6 +204,16 @@ impl Core {
         let mut book = self.book();
         book.changes += 1;
         book.survey = None;
+    }
+
+    /// What this rank can load, by name: steps of other attempts are not the same.
+    pub(super) fn offers(&self, steps: &[u64]) -> Result<Vec<Attempt>> {
+        let survey = self.survey()?;
+        let offer = |step: &u64| Attempt {
+            step: *step,
+            id: survey.step(*step).and_then(|step| step.attempt).unwrap_or(AttemptId([0; 16])),
+        };
+        Ok(steps.iter().map(offer).collect())
     }
 
     /// Stored bytes that a state of `raw_bytes` will take, by the ratio of the save before.
@@ -261,7 +271,7 @@ impl Core {
     pub(crate) fn prune(&self, step: u64, retired: &[Retired]) -> Vec<u64> {
         self.book().verified = Some(step);
         self.note_change();
-        if self.config.rank != 0 {
+        if self.config.rank != 0 && !self.config.has_own_store() {
             // Rank 0 does it for all.
             return Vec::new();
         }

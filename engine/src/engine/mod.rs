@@ -167,11 +167,15 @@ impl Engine {
     }
 
     /// Opens the store that `config` names, with these credentials for what of it is in S3, instead
-    /// of those that the usual chain finds.
+    /// of those that the usual chain finds; together with other ranks, if they are given.
     #[cfg(feature = "s3")]
-    pub fn open_as(config: Config, credentials: S3Credentials) -> Result<Self> {
+    pub fn open_as(
+        config: Config,
+        credentials: S3Credentials,
+        ranks: Option<Arc<dyn Ranks>>,
+    ) -> Result<Self> {
         config.validate()?;
-        Self::open_any(config, Some(credentials), None)
+        Self::open_any(config, Some(credentials), ranks)
     }
 
     #[cfg(feature = "s3")]
@@ -232,7 +236,7 @@ impl Engine {
             Access::Read => TieredStore::reader(near, far),
             Access::Write | Access::WriteBeside { .. } => {
                 let (environment, rate) = (Arc::clone(environment), config.remote_bytes_per_second);
-                TieredStore::writer(near, far, environment, rate)?
+                TieredStore::writer(near, far, environment, rate, config.own_share())?
             }
         }))
     }
@@ -416,8 +420,8 @@ impl Engine {
     /// newest that all can; where one rank saves, its own newest.
     pub fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
         let inner = self.inner("agreeing with all ranks on the step to load")?;
-        let own = || Ok(steps.iter().max().copied());
-        inner.core.ranks.as_ref().map_or_else(own, |ranks| ranks.agree(steps, timeout))
+        let Some(ranks) = &inner.core.ranks else { return Ok(steps.iter().max().copied()) };
+        ranks.agree(&inner.core.offers(steps)?, timeout)
     }
 
     /// Waits for the save in flight, at most `timeout`; true if none is left. Raises the error of a

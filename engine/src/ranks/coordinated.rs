@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dtr_proto::client::{ClientError, ErrorKind, Pending, ShardOutcome, Worker};
+use dtr_proto::client::{ClientError, ErrorKind, Pending, ShardOutcome, ShardReport, Worker};
 use dtr_proto::v1;
 
-use super::{Attempt, Begun, Outcome, Ranks};
+use super::{Attempt, Begun, Outcome, Ranks, Report};
 use crate::error::CoordinationKind;
 use crate::format::checksum;
 use crate::format::manifest::ShardEntry;
@@ -63,11 +63,13 @@ impl Ranks for Coordinated {
     fn report(
         &self,
         attempt: Attempt,
-        shard: &ShardEntry,
+        report: Report<'_>,
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
         let id = attempt.id.to_string();
-        let pending = self.worker.report_shard(attempt.step, &id, shard_of(shard)?);
+        let Report { shard, own_store, published_crc32c } = report;
+        let report = ShardReport { shard: shard_of(shard)?, own_store, published_crc32c };
+        let pending = self.worker.report_shard(attempt.step, &id, report);
         let outcome = loop {
             if let Some(outcome) = pending.wait(LOOK) {
                 break outcome;
@@ -103,8 +105,9 @@ impl Ranks for Coordinated {
         aborting.join().map(drop).map_err(error_of)
     }
 
-    fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
-        self.worker.agree_step(steps.to_vec(), timeout).join().map_err(error_of)
+    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
+        let offered = offered.iter().map(|offer| (offer.step, offer.id.to_string()));
+        self.worker.agree_step(offered.collect(), timeout).join().map_err(error_of)
     }
 }
 

@@ -3,11 +3,14 @@
 //! ```text
 //! every rank: begin ──► write the shard, durable ──► report ──┬─ all but one wait
 //!                                                             └─ one publishes and commits
+//!
+//! with a store of its own, every rank:
+//!             begin ──► write the shard, durable ──► report ──► publish ──► report ──► wait
 //! ```
 //!
 //! Always holds: whether a checkpoint exists is said by its manifest in the store, never by the
 //! coordinator; a shard that was reported is deleted only when it is known that no rank was asked
-//! to publish it.
+//! to publish it, or in a store of its own that the manifest was taken back.
 
 use std::fmt;
 use std::time::Duration;
@@ -32,7 +35,7 @@ pub trait Ranks: Send + Sync + fmt::Debug {
     fn report(
         &self,
         attempt: Attempt,
-        shard: &ShardEntry,
+        report: Report<'_>,
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome>;
 
@@ -44,9 +47,20 @@ pub trait Ranks: Send + Sync + fmt::Debug {
     /// not, and will not.
     fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()>;
 
-    /// Waits, for at most `timeout`, until every rank has said which steps it can load; gives the
-    /// newest that all can, if there is one.
-    fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>>;
+    /// Waits, for at most `timeout`, until every rank has said which attempts it can load; gives
+    /// the step of the newest that all can, if there is one.
+    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>>;
+}
+
+/// What a rank says of its part in an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report<'a> {
+    /// Its durable shard.
+    pub shard: &'a ShardEntry,
+    /// Whether each rank publishes in a store of its own; the same on every rank.
+    pub own_store: bool,
+    /// Checksum of the manifest that is durable there.
+    pub published_crc32c: Option<u32>,
 }
 
 /// What every rank of an attempt is told.
@@ -70,7 +84,8 @@ pub struct Attempt {
 /// What became of an attempt, for one rank.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    /// This rank publishes the manifest, with these shards, by ascending rank.
+    /// This rank publishes the manifest, with these shards, by ascending rank; in a store of its
+    /// own, as every rank does.
     Publish(Vec<ShardEntry>),
     /// The checkpoint is committed.
     Committed,

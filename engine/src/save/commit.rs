@@ -216,6 +216,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
             commit_together(&together, &manifest, sink)?;
         }
     }
+    core.store.committed(shard.step);
     let published = core.environment.monotonic();
     job.update_stats(|stats| {
         stats.write_seconds = publish_start.saturating_sub(write_start).as_secs_f64();
@@ -245,7 +246,7 @@ fn commit_together(
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
     together.commit(manifest).map_err(|failure| {
-        if !failure.may_be_published {
+        if !failure.may_be_published && together.takes_back() {
             sink.abandon();
         }
         failure.error

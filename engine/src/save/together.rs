@@ -1,7 +1,8 @@
 //! The last step of a save by several ranks: report, publish where asked, hear of the commit.
 //!
-//! Always holds: success is told only when the manifest stands and is durable; what the coordinator
-//! does not say, the store does; a shard that a manifest may come to name is kept.
+//! Always holds: success is told only when the manifest stands and is durable, in every store where
+//! each rank has its own; what the coordinator does not say, a store that all share does; a shard
+//! that a manifest may come to name is kept.
 
 use super::job::Job;
 use crate::engine::Core;
@@ -10,7 +11,7 @@ use crate::format::checksum::crc32c;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::load::check_replicas;
-use crate::ranks::{Attempt, Outcome, Ranks};
+use crate::ranks::{Attempt, Outcome, Ranks, Report};
 use crate::store::{Publication, ShardId};
 use crate::{EngineError, Result};
 
@@ -42,10 +43,12 @@ impl From<EngineError> for Failure {
 impl Together<'_> {
     /// Sees the attempt to its end. `manifest` is complete but for the shards.
     pub(super) fn commit(&self, manifest: &Manifest) -> std::result::Result<(), Failure> {
+        if self.core.config.has_own_store() {
+            return self.commit_in_own_store(manifest);
+        }
         let mut has_published = false;
         loop {
-            let is_cancelled = || self.job.has_failed();
-            match self.ranks.report(self.attempt, &self.entry, &is_cancelled) {
+            match self.report(None, &|| self.job.has_failed()) {
                 Ok(Outcome::Committed) => return Ok(()),
                 Ok(Outcome::Publish(shards)) => {
                     let complete = Manifest { shards, ..manifest.clone() };
@@ -70,17 +73,59 @@ impl Together<'_> {
         }
     }
 
+    /// The same where each rank has a store of its own: there is a checkpoint only once all have
+    /// published, and what this one did counts for nothing before.
+    fn commit_in_own_store(&self, manifest: &Manifest) -> std::result::Result<(), Failure> {
+        let mut published_crc32c = None;
+        loop {
+            // Who has published hears how it ends: cancelling is for what can be undone alone.
+            let is_cancelled = || published_crc32c.is_none() && self.job.has_failed();
+            match self.report(published_crc32c, &is_cancelled)? {
+                Outcome::Committed => return Ok(()),
+                Outcome::Publish(shards) => {
+                    let complete = Manifest { shards, ..manifest.clone() };
+                    let published =
+                        self.check_replicas(&complete).and_then(|()| self.publish(&complete));
+                    if let Err(error) = published {
+                        return self.refuse(error, false);
+                    }
+                    published_crc32c = Some(self.standing_crc32c()?);
+                }
+                Outcome::Aborted { why, may_be_published } => {
+                    return Err(Failure { error: self.aborted(why), may_be_published });
+                }
+            }
+        }
+    }
+
+    fn report(
+        &self,
+        published_crc32c: Option<u32>,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
+        let own_store = self.core.config.has_own_store();
+        let report = Report { shard: &self.entry, own_store, published_crc32c };
+        self.ranks.report(self.attempt, report, is_cancelled)
+    }
+
+    /// Checksum of the manifest that stands, which may be that of another rank that was asked, too.
+    fn standing_crc32c(&self) -> Result<u32> {
+        let bytes = self.core.store.read_manifest(self.attempt.step)?;
+        Ok(crc32c(&bytes.unwrap_or_default()))
+    }
+
     /// Does not publish. Another rank may have been asked meanwhile: what becomes of the attempt is
     /// the coordinator's to say, and the store's.
     fn refuse(&self, error: EngineError, has_published: bool) -> std::result::Result<(), Failure> {
         let told = self.ranks.abort(self.attempt, &error.to_string(), !has_published);
-        let outcome = told.and_then(|()| self.ranks.report(self.attempt, &self.entry, &|| false));
+        let outcome = told.and_then(|()| self.report(None, &|| false));
         let may_be_published = match outcome {
             Ok(Outcome::Committed) => return Ok(()),
             Ok(Outcome::Aborted { may_be_published, .. }) => may_be_published,
             Ok(Outcome::Publish(_)) | Err(_) => true,
         };
-        if may_be_published && self.stands() {
+        let is_shared = !self.core.config.has_own_store();
+        if is_shared && may_be_published && self.stands() {
             return Ok(());
         }
         Err(Failure { error, may_be_published })
@@ -98,7 +143,11 @@ impl Together<'_> {
     fn publish(&self, manifest: &Manifest) -> Result<()> {
         let what = || format!("publishing step {}", self.attempt.step);
         let _span = tracing::trace_span!("publish").entered();
-        let shards = self.shards_of(manifest)?;
+        let mut shards = self.shards_of(manifest)?;
+        if self.core.config.has_own_store() {
+            // Those of the others need not be here.
+            shards.retain(|(shard, _)| shard.rank == self.entry.rank);
+        }
         let bytes =
             manifest.encode().map_err(|error| EngineError::internal(what(), error.to_string()))?;
         self.core.store.publish(Publication {
@@ -127,12 +176,11 @@ impl Together<'_> {
         })
     }
 
-    /// Tells the coordinator of the manifest that stands, which may be that of another rank that
-    /// was asked, too. False if the shard has to be reported again.
+    /// Tells the coordinator of the manifest that stands. False if the shard has to be reported
+    /// again.
     fn tell(&self) -> Result<bool> {
         let step = self.attempt.step;
-        let bytes = self.core.store.read_manifest(step)?.unwrap_or_default();
-        match self.ranks.commit(self.attempt, crc32c(&bytes)) {
+        match self.ranks.commit(self.attempt, self.standing_crc32c()?) {
             Ok(is_known) => Ok(is_known),
             Err(error) => {
                 tracing::warn!(step, %error, "the checkpoint is committed, and the coordinator \
@@ -158,6 +206,24 @@ impl Together<'_> {
         };
         // Publishing it again changes nothing, and makes sure of it.
         manifest.attempt == self.attempt.id.to_string() && store.publish(publication).is_ok()
+    }
+
+    /// Sees to it that no manifest names this rank's shard, after it is known that there will be no
+    /// checkpoint. False if that cannot be said.
+    pub(super) fn takes_back(&self) -> bool {
+        if !self.core.config.has_own_store() {
+            // Nobody published.
+            return true;
+        }
+        let Attempt { step, id } = self.attempt;
+        match self.core.store.unpublish(step, id) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(step, %error, "a manifest stays that not all ranks have: no load \
+                    will agree on it");
+                false
+            }
+        }
     }
 
     fn aborted(&self, why: String) -> EngineError {

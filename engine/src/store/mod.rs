@@ -30,6 +30,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Every step directory with what lies in it, by ascending step. Foreign names are left out.
     fn list(&self) -> Result<Vec<StepListing>>;
 
+    /// The same of one step; `None` if nothing of it is there.
+    fn list_step(&self, step: u64) -> Result<Option<StepListing>> {
+        Ok(self.list()?.into_iter().find(|listing| listing.step == step))
+    }
+
     /// The manifest's bytes, or `None` where the step has none. At most `MANIFEST_BYTES_MAX`.
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>>;
 
@@ -65,6 +70,13 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Makes a manifest visible, atomically and durably. `replaces` is the attempt whose manifest
     /// stands there now and goes; `None` if none does. Publishing the same attempt twice succeeds.
     fn publish(&self, publication: Publication<'_>) -> Result<()>;
+
+    /// Takes back a manifest of this attempt, if it stands there: the ranks, each with a store of
+    /// its own, did not all publish it. Its shard stays.
+    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()>;
+
+    /// Hears that `step` is committed, wherever that is decided: a far store gets it from now on.
+    fn committed(&self, _step: u64) {}
 
     /// Deletes a checkpoint: the manifest first, then its directory. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64) -> Result<u64>;

@@ -14,10 +14,22 @@ use super::worker::Worker;
 use crate::v1::checkpoints_client::CheckpointsClient;
 use crate::v1::{self, shard_outcome::Outcome};
 
+/// What a rank says of its part in an attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShardReport {
+    /// Its durable shard.
+    pub shard: v1::Shard,
+    /// Whether each rank publishes in a store of its own; the same on every rank.
+    pub own_store: bool,
+    /// Checksum of the manifest that is durable there.
+    pub published_crc32c: Option<u32>,
+}
+
 /// What became of an attempt, for one rank.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ShardOutcome {
-    /// This rank publishes the manifest, which names these shards, and commits.
+    /// This rank publishes the manifest, which names these shards, and commits; in a store of its
+    /// own, it reports again instead.
     Publish(Vec<v1::Shard>),
     /// The checkpoint is committed.
     Committed(v1::Commit),
@@ -58,7 +70,7 @@ impl Worker {
         &self,
         step: u64,
         attempt: &str,
-        written: v1::Shard,
+        report: ShardReport,
     ) -> Pending<ShardOutcome> {
         let what = format!("waiting for all ranks to save step {step}");
         let (worker, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
@@ -69,7 +81,9 @@ impl Worker {
                 identity: Some(worker.acknowledged_identity()),
                 step,
                 attempt,
-                shard: Some(written),
+                shard: Some(report.shard),
+                own_store: report.own_store,
+                published_crc32c: report.published_crc32c,
             };
             let call = |channel, request| async move {
                 let reply = CheckpointsClient::new(channel).report_shard(request).await?;
@@ -121,18 +135,24 @@ impl Worker {
         })
     }
 
-    /// Waits until every rank has offered the steps that it can load; the newest that all can, if
-    /// there is one.
-    pub fn agree_step(&self, steps: Vec<u64>, timeout: Duration) -> Pending<Option<u64>> {
+    /// Waits until every rank has offered the steps that it can load, each with its attempt; the
+    /// newest that all can, if there is one.
+    pub fn agree_step(
+        &self,
+        offered: Vec<(u64, String)>,
+        timeout: Duration,
+    ) -> Pending<Option<u64>> {
         let what = "agreeing with all ranks on the step to load";
         let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
         let arrival = self.next_arrival();
+        let (steps, attempts) = offered.into_iter().unzip();
         self.connection.start(what, async move {
             shared.check(what)?;
             let request = v1::AgreeStepRequest {
                 identity: Some(shared.acknowledged_identity()),
                 arrival,
                 steps,
+                attempts,
                 timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             };
             let call = |channel, request| async move {

@@ -327,6 +327,14 @@ pub struct ReportShardRequest {
     /// The durable shard.
     #[prost(message, optional, tag = "4")]
     pub shard: ::core::option::Option<Shard>,
+    /// Whether each rank publishes the manifest in a store of its own, instead of one rank for all;
+    /// the same on every rank. Every rank is asked then, and the attempt is committed by the last of
+    /// them that reports again, with the checksum below.
+    #[prost(bool, tag = "5")]
+    pub own_store: bool,
+    /// Checksum of the manifest that is durable in this rank's own store; absent before that.
+    #[prost(fixed32, optional, tag = "6")]
+    pub published_crc32c: ::core::option::Option<u32>,
 }
 /// What became of an attempt, for one rank.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -485,6 +493,9 @@ pub struct AgreeStepRequest {
     /// How long to wait for the others.
     #[prost(uint64, tag = "4")]
     pub timeout_ms: u64,
+    /// The attempt of each of these steps, in their order: only the same attempt of a step is common.
+    #[prost(string, repeated, tag = "5")]
+    pub attempts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgreeStepReply {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use dtr_engine::config::Compression;
 use dtr_engine::format::manifest::ShardEntry;
 use dtr_engine::format::names::AttemptId;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks};
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::save::SaveRequest;
 use dtr_engine::{Config, Engine, Result};
 use safetensors::SafeTensors;
@@ -32,11 +32,11 @@ impl Ranks for Together {
     fn report(
         &self,
         _attempt: Attempt,
-        shard: &ShardEntry,
+        report: Report<'_>,
         _is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
         let mut shards = self.shards.lock().unwrap();
-        shards.push(shard.clone());
+        shards.push(report.shard.clone());
         if shards.len() == RANKS as usize {
             shards.sort_by_key(|shard| shard.rank);
             return Ok(Outcome::Publish(shards.clone()));
@@ -55,8 +55,8 @@ impl Ranks for Together {
         panic!("no rank fails: {reason}");
     }
 
-    fn agree(&self, steps: &[u64], _timeout: Duration) -> Result<Option<u64>> {
-        Ok(steps.last().copied())
+    fn agree(&self, offered: &[Attempt], _timeout: Duration) -> Result<Option<u64>> {
+        Ok(offered.last().map(|offer| offer.step))
     }
 }
 

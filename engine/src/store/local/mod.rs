@@ -33,7 +33,7 @@ use super::{
 };
 use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
-use crate::format::names;
+use crate::format::names::{self, AttemptId};
 use crate::io::{EntryOp, EntryReply, Io};
 use crate::{EngineError, Result};
 
@@ -143,6 +143,10 @@ impl Store for LocalStore {
         steps.into_iter().filter_map(|step| self.shared.list_step(step).transpose()).collect()
     }
 
+    fn list_step(&self, step: u64) -> Result<Option<StepListing>> {
+        self.shared.list_step(step)
+    }
+
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
         self.shared.check_process("reading a manifest")?;
         let directory = self.shared.step_directory(step);
@@ -170,6 +174,11 @@ impl Store for LocalStore {
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
         self.writer("publishing a checkpoint")?;
         publish::publish(&self.shared, publication)
+    }
+
+    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()> {
+        self.writer("taking back a checkpoint")?;
+        publish::unpublish(&self.shared, step, attempt)
     }
 
     fn remove_checkpoint(&self, step: u64) -> Result<u64> {

@@ -54,6 +54,22 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
     })
 }
 
+/// Takes a manifest back; see [`crate::store::Store::unpublish`].
+pub(super) fn unpublish(shared: &Shared, step: u64, attempt: AttemptId) -> Result<()> {
+    let _changes = shared.changes();
+    if standing(shared, step, attempt)? != Standing::Ours {
+        return Ok(());
+    }
+    let directory = shared.step_directory(step);
+    let manifest = directory.join(names::MANIFEST_FILE);
+    match shared.io.entry(&EntryOp::RemoveFile(manifest.clone())) {
+        Ok(_) => shared.sync_directory(&directory),
+        // Another rank with the same directory was faster.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(EngineError::from_io("taking back", &manifest, error)),
+    }
+}
+
 /// What stands at a step, as seen by `attempt`.
 pub(super) fn standing(shared: &Shared, step: u64, attempt: AttemptId) -> Result<Standing> {
     let path = shared.step_directory(step).join(names::MANIFEST_FILE);

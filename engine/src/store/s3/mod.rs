@@ -102,6 +102,23 @@ impl S3Store {
         Ok(store)
     }
 
+    fn list_below(&self, prefix: &str) -> Result<Vec<StepListing>> {
+        let what = format!("listing `{}`", self.location());
+        let objects = self.shared.ask(&what, self.shared.list_objects(prefix, None))?;
+        let mut steps: Vec<StepListing> = Vec::new();
+        for object in objects {
+            let Some((step, name)) = self.shared.parse_key(&object.key) else { continue };
+            let file = FileListing { name, bytes: object.bytes, modified: object.modified };
+            match steps.last_mut() {
+                Some(last) if last.step == step => last.files.push(file),
+                _ => steps.push(StepListing { step, files: vec![file] }),
+            }
+        }
+        // By key they came; beyond twelve digits that is not by step.
+        steps.sort_by_key(|step| step.step);
+        Ok(steps)
+    }
+
     fn writer(&self, what: &str) -> Result<()> {
         self.shared.check_process(what)?;
         if self.access != Access::Read {
@@ -121,22 +138,12 @@ impl Store for S3Store {
     }
 
     fn list(&self) -> Result<Vec<StepListing>> {
-        let what = format!("listing `{}`", self.location());
         // Our own directories alone begin so: other things below the prefix cost nothing.
-        let prefix = self.shared.address.key("step-");
-        let objects = self.shared.ask(&what, self.shared.list_objects(&prefix, None))?;
-        let mut steps: Vec<StepListing> = Vec::new();
-        for object in objects {
-            let Some((step, name)) = self.shared.parse_key(&object.key) else { continue };
-            let file = FileListing { name, bytes: object.bytes, modified: object.modified };
-            match steps.last_mut() {
-                Some(last) if last.step == step => last.files.push(file),
-                _ => steps.push(StepListing { step, files: vec![file] }),
-            }
-        }
-        // By key they came; beyond twelve digits that is not by step.
-        steps.sort_by_key(|step| step.step);
-        Ok(steps)
+        self.list_below(&self.shared.address.key("step-"))
+    }
+
+    fn list_step(&self, step: u64) -> Result<Option<StepListing>> {
+        Ok(self.list_below(&self.shared.file_key(step, ""))?.pop())
     }
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
@@ -200,6 +207,13 @@ impl Store for S3Store {
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
         self.writer("publishing a checkpoint")?;
         publish::publish(&self.shared, publication)
+    }
+
+    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()> {
+        Err(EngineError::internal(
+            format!("taking back step {step}, attempt {attempt}, in `{}`", self.location()),
+            "a bucket is no rank's own store",
+        ))
     }
 
     fn remove_checkpoint(&self, step: u64) -> Result<u64> {

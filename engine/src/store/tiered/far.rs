@@ -1,7 +1,8 @@
 //! What a writer knows of the far store: its listing as of the opening, and every change since.
 //!
-//! Always holds: nobody else changes the far store, so asking it again is not needed; a save and
-//! the retention behind it never wait for a network.
+//! Always holds: nobody else changes the far store, or only as this writer would, where several
+//! ranks keep to one policy; so asking it again is not needed; a save and the retention behind it
+//! never wait for a network.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -47,12 +48,10 @@ impl FarView {
         }
     }
 
-    /// `step` has arrived: there lies now what lies in the near store.
-    pub(super) fn note_upload(&self, near: &dyn Store, step: u64) {
-        let listed = near.list().ok();
-        let files = listed.and_then(|steps| steps.into_iter().find(|near| near.step == step));
-        if let Some(files) = files {
-            self.lock().insert(step, files.files);
+    /// `step` has arrived: there lies now what lies in `store`.
+    pub(super) fn note_upload(&self, store: &dyn Store, step: u64) {
+        if let Ok(Some(listing)) = store.list_step(step) {
+            self.lock().insert(step, listing.files);
         }
     }
 

@@ -10,7 +10,10 @@
 //!
 //! Always holds:
 //! - The near store decides: what it committed exists; the far one has copies, byte for byte, each
-//!   of them whole or not there.
+//!   of them whole or not there. Only where the far one has an attempt of a step that was begun
+//!   later, by a writer on another machine, does that count: then the near one is out of date.
+//! - Several ranks may each have a near store of their own, before one far store: a step exists once
+//!   all near stores have its manifest, and in the far one once all have brought their shards.
 //! - A checkpoint that waits for its upload is told to retention, which leaves it alone.
 //! - What was not uploaded when the process ended is uploaded by the next writer; parts that
 //!   arrived are not sent again.
@@ -19,7 +22,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::flow::Flow;
@@ -29,7 +32,8 @@ use super::{
 };
 use crate::clock::Environment;
 use crate::format::manifest::Manifest;
-use crate::format::names::MANIFEST_FILE;
+use crate::format::names::{AttemptId, MANIFEST_FILE};
+use crate::recovery::OwnShare;
 use crate::transfer::Transferred;
 use crate::{EngineError, Result};
 
@@ -47,26 +51,59 @@ pub struct TieredStore {
     far: Arc<dyn Store>,
     /// Of a writer.
     uploader: Option<Uploader>,
+    /// Steps whose near checkpoint another machine's writer has replaced.
+    outdated: Mutex<BTreeSet<u64>>,
 }
 
 impl TieredStore {
     /// For reading both.
     pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Self {
-        Self { near, far, uploader: None }
+        Self { near, far, uploader: None, outdated: Mutex::default() }
     }
 
-    /// For writing: starts the uploader, with what earlier processes left to do.
+    /// For writing: starts the uploader, with what earlier processes left to do. `share` is of a
+    /// rank whose near store is its own.
     pub fn writer(
         near: Arc<dyn Store>,
         far: Arc<dyn Store>,
         environment: Arc<dyn Environment>,
         bytes_per_second: Option<u64>,
+        share: Option<OwnShare>,
     ) -> Result<Self> {
         let view = FarView::open(far.as_ref())?;
-        let waiting = not_uploaded((near.as_ref(), &near.list()?), (far.as_ref(), &view.list()))?;
-        let work = Work::new((&near, &far), view, waiting, environment, bytes_per_second);
-        let work = Arc::new(work);
-        Ok(Self { near, far, uploader: Some(Uploader::start(work)?) })
+        let here = attempts(near.as_ref(), &near.list()?)?;
+        let there = attempts(far.as_ref(), &view.list())?;
+        let Differences { waiting, outdated } = differences(&here, &there);
+        if !outdated.is_empty() {
+            tracing::warn!(
+                near = near.location(),
+                far = far.location(),
+                steps = ?outdated,
+                "another machine saved these steps again, later: its checkpoints count"
+            );
+        }
+        let limits = (bytes_per_second, share);
+        let work = Arc::new(Work::new((&near, &far), view, waiting, environment, limits));
+        let (uploader, outdated) = (Some(Uploader::start(work)?), Mutex::new(outdated));
+        Ok(Self { near, far, uploader, outdated })
+    }
+
+    /// Whether the far store's checkpoint of the step counts, though the near one has one, too.
+    fn is_outdated(&self, step: u64) -> bool {
+        self.outdated().contains(&step)
+    }
+
+    fn outdated(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        // Every critical section is one call of a set's.
+        self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a save of `step` may replace in the near store. Whether it may was decided by what both
+    /// stores hold; what lies here may be out of date, or not be there.
+    fn replaced_here(&self, step: u64) -> Result<Option<AttemptId>> {
+        let manifest =
+            self.near.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
+        Ok(manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)))
     }
 
     fn uploads(&self) -> Option<&Work> {
@@ -84,19 +121,32 @@ impl fmt::Debug for TieredStore {
     }
 }
 
-/// Steps that the near store committed and the far one does not have as they are.
-fn not_uploaded(
-    (near, near_listing): (&dyn Store, &[StepListing]),
-    (far, far_listing): (&dyn Store, &[StepListing]),
-) -> Result<BTreeSet<u64>> {
-    let there = attempts(far, far_listing)?;
-    let here = attempts(near, near_listing)?;
-    let differs = |step: &u64| here.get(step) != there.get(step);
-    Ok(here.keys().copied().filter(differs).collect())
+/// An attempt, and when it began, in milliseconds since 1970.
+type Begun = (u64, String);
+
+/// How the two stores differ when a writer opens them.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Differences {
+    /// Steps that the near store committed and the far one does not have as they are.
+    waiting: BTreeSet<u64>,
+    /// Steps of which the far store has an attempt that began later.
+    outdated: BTreeSet<u64>,
+}
+
+fn differences(here: &BTreeMap<u64, Begun>, there: &BTreeMap<u64, Begun>) -> Differences {
+    let mut differences = Differences::default();
+    for (step, (begun, attempt)) in here {
+        match there.get(step) {
+            Some((_, there)) if there == attempt => {}
+            Some((later, _)) if later > begun => drop(differences.outdated.insert(*step)),
+            _ => drop(differences.waiting.insert(*step)),
+        }
+    }
+    differences
 }
 
 /// The attempt of every checkpoint that can be read.
-fn attempts(store: &dyn Store, listing: &[StepListing]) -> Result<BTreeMap<u64, String>> {
+fn attempts(store: &dyn Store, listing: &[StepListing]) -> Result<BTreeMap<u64, Begun>> {
     let has_manifest =
         |step: &StepListing| step.files.iter().any(|file| file.name == MANIFEST_FILE);
     let steps: Vec<u64> =
@@ -104,7 +154,8 @@ fn attempts(store: &dyn Store, listing: &[StepListing]) -> Result<BTreeMap<u64, 
     let mut attempts = BTreeMap::new();
     for (step, manifest) in steps.iter().zip(store.read_manifests(&steps)) {
         let manifest = manifest?.and_then(|bytes| Manifest::decode(&bytes).ok());
-        attempts.extend(manifest.map(|manifest| (*step, manifest.attempt)));
+        let begun = manifest.map(|manifest| (manifest.created_unix_ms, manifest.attempt));
+        attempts.extend(begun.map(|begun| (*step, begun)));
     }
     Ok(attempts)
 }
@@ -118,7 +169,9 @@ impl Store for TieredStore {
         let mut steps: BTreeMap<u64, BTreeMap<String, FileListing>> = BTreeMap::new();
         // Of what is in both, the near one's counts.
         let far = self.uploads().map_or_else(|| self.far.list(), |work| Ok(work.view.list()))?;
-        for step in far.into_iter().chain(self.near.list()?) {
+        let mut near = self.near.list()?;
+        near.retain(|step| !self.is_outdated(step.step));
+        for step in far.into_iter().chain(near) {
             let files = steps.entry(step.step).or_default();
             files.extend(step.files.into_iter().map(|file| (file.name.clone(), file)));
         }
@@ -131,14 +184,16 @@ impl Store for TieredStore {
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
         match self.near.read_manifest(step)? {
-            Some(manifest) => Ok(Some(manifest)),
-            None => self.far.read_manifest(step),
+            Some(manifest) if !self.is_outdated(step) => Ok(Some(manifest)),
+            _ => self.far.read_manifest(step),
         }
     }
 
     fn read_manifests(&self, steps: &[u64]) -> Vec<Result<Option<Vec<u8>>>> {
         let mut read = self.near.read_manifests(steps);
-        let is_missing = |place: &usize| matches!(read.get(*place), Some(Ok(None)));
+        let is_missing = |place: &usize| {
+            matches!(read.get(*place), Some(Ok(None))) || self.is_outdated(steps[*place])
+        };
         let missing: Vec<usize> = (0..steps.len()).filter(is_missing).collect();
         let asked: Vec<u64> = missing.iter().map(|place| steps[*place]).collect();
         for (place, manifest) in missing.into_iter().zip(self.far.read_manifests(&asked)) {
@@ -165,11 +220,23 @@ impl Store for TieredStore {
     }
 
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
-        self.near.publish(publication)?;
-        if let Some(uploads) = self.uploads() {
-            uploads.add(publication.step);
-        }
+        let replaces = match publication.replaces {
+            Some(_) => self.replaced_here(publication.step)?,
+            None => None,
+        };
+        self.near.publish(Publication { replaces, ..publication })?;
+        self.outdated().remove(&publication.step);
         Ok(())
+    }
+
+    fn committed(&self, step: u64) {
+        if let Some(uploads) = self.uploads() {
+            uploads.add(step);
+        }
+    }
+
+    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()> {
+        self.near.unpublish(step, attempt)
     }
 
     // A reader's near store refuses what follows, and says why.
@@ -246,5 +313,25 @@ impl Store for TieredStore {
 
     fn now(&self) -> Result<SystemTime> {
         self.near.now()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempts(attempts: &[(u64, u64, &str)]) -> BTreeMap<u64, Begun> {
+        attempts.iter().map(|(step, begun, name)| (*step, (*begun, (*name).into()))).collect()
+    }
+
+    #[test]
+    fn of_two_attempts_the_one_begun_later_counts() {
+        let here =
+            attempts(&[(1, 10, "a"), (2, 20, "b"), (3, 30, "c"), (4, 40, "d"), (5, 50, "e")]);
+        let there =
+            attempts(&[(1, 10, "a"), (2, 21, "B"), (3, 29, "C"), (4, 40, "D"), (9, 1, "z")]);
+        let Differences { waiting, outdated } = differences(&here, &there);
+        assert_eq!(waiting, BTreeSet::from([3, 4, 5]));
+        assert_eq!(outdated, BTreeSet::from([2]));
     }
 }

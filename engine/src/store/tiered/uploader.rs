@@ -6,6 +6,8 @@
 //! - Removals are carried out in the order in which they were asked for: a checkpoint that retires
 //!   another goes after it.
 //! - One thread at a time removes; a step that is committed again is not removed any more.
+//! - Where several ranks save, each with a store of its own, each brings its own shard; whoever
+//!   finds all of them there publishes, and the others wait to see it. Rank 0 alone removes.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,12 +19,18 @@ use super::far::FarView;
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
 use crate::load::VerifyObserver;
+use crate::recovery::OwnShare;
 use crate::store::Store;
-use crate::transfer::{Overwrite, Transferred, transfer};
+use crate::transfer::{Overwrite, Transferred, publish_whole, transfer, transfer_shard};
 use crate::{EngineError, Result};
 
 /// First and longest pause before something is tried again.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
+
+/// First and longest pause before it is looked again whether all ranks have brought their shards.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+/// How long a store that is closing waits for shards of others.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// The thread that uploads.
 pub(super) struct Uploader {
@@ -63,6 +71,8 @@ pub(super) struct Work {
     pub(super) view: FarView,
     environment: Arc<dyn Environment>,
     bytes_per_second: Option<u64>,
+    /// Of a rank with a store of its own.
+    share: Option<OwnShare>,
     queue: Mutex<Queue>,
     changed: Condvar,
     /// Held by whoever removes from the far store.
@@ -80,20 +90,29 @@ pub(super) enum Removal {
 struct Queue {
     waiting: BTreeSet<u64>,
     current: Option<(u64, Arc<AtomicBool>)>,
+    /// Steps whose own shard is in the far store, and which wait for those of other ranks.
+    brought: BTreeMap<u64, Transferred>,
     outcomes: BTreeMap<u64, Result<Transferred>>,
     removals: VecDeque<Removal>,
-    /// Everything is tried once more at most.
-    draining: bool,
+    /// Everything is tried once more at most: since when.
+    draining: Option<Duration>,
     stopped: bool,
 }
 
 impl Queue {
+    /// Whether nothing is left to do but to wait for other ranks.
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.removals.is_empty()
     }
 
+    fn is_done(&self) -> bool {
+        self.is_idle() && self.brought.is_empty() && self.current.is_none()
+    }
+
     fn is_waiting(&self, step: u64) -> bool {
-        self.waiting.contains(&step) || self.current.as_ref().is_some_and(|(at, _)| *at == step)
+        self.waiting.contains(&step)
+            || self.brought.contains_key(&step)
+            || self.current.as_ref().is_some_and(|(at, _)| *at == step)
     }
 }
 
@@ -104,7 +123,7 @@ impl Work {
         view: FarView,
         waiting: BTreeSet<u64>,
         environment: Arc<dyn Environment>,
-        bytes_per_second: Option<u64>,
+        (bytes_per_second, share): (Option<u64>, Option<OwnShare>),
     ) -> Self {
         Self {
             near: Arc::clone(near),
@@ -112,6 +131,7 @@ impl Work {
             view,
             environment,
             bytes_per_second,
+            share,
             queue: Mutex::new(Queue { waiting, ..Queue::default() }),
             changed: Condvar::new(),
             removing: Mutex::new(()),
@@ -130,6 +150,7 @@ impl Work {
             cancelled.store(true, Ordering::Relaxed);
         }
         queue.outcomes.remove(&step);
+        queue.brought.remove(&step);
         // The upload takes the place of what was to go.
         queue.removals.retain(|removal| *removal != Removal::Checkpoint(step));
         queue.waiting.insert(step);
@@ -153,6 +174,7 @@ impl Work {
     /// True while the step is being uploaded.
     fn cancel_in(&self, queue: &mut Queue, step: u64) -> bool {
         queue.waiting.remove(&step);
+        queue.brought.remove(&step);
         let current = queue.current.as_ref().filter(|(at, _)| *at == step);
         if let Some((_, cancelled)) = current {
             cancelled.store(true, Ordering::Relaxed);
@@ -203,6 +225,10 @@ impl Work {
     /// Lets the far store go of something, behind.
     pub(super) fn remove_behind(&self, removal: Removal) {
         self.view.forget(&removal);
+        if self.share.is_some_and(|share| share.rank != 0) {
+            // Rank 0 does it for all.
+            return;
+        }
         self.lock().removals.push_back(removal);
         self.changed.notify_all();
     }
@@ -232,11 +258,10 @@ impl Work {
     /// Waits until everything is done, or failed once more.
     pub(super) fn drain(&self) {
         let mut queue = self.lock();
-        queue.draining = true;
+        queue.draining = Some(self.environment.monotonic());
         self.changed.notify_all();
-        let busy = |queue: &mut Queue| !queue.is_idle() || queue.current.is_some();
-        let queue = self.changed.wait_while(queue, busy);
-        queue.unwrap_or_else(PoisonError::into_inner).draining = false;
+        let queue = self.changed.wait_while(queue, |queue| !queue.is_done());
+        queue.unwrap_or_else(PoisonError::into_inner).draining = None;
     }
 
     fn stop(&self) {
@@ -250,22 +275,38 @@ impl Work {
     }
 
     fn run(&self) {
-        let mut pause = PAUSES.0;
+        let (mut pause, mut look) = (PAUSES.0, LOOKS.0);
         while self.waits_for_work() {
             let removed = self.removes_what_waits();
             let uploaded = self.uploads_the_next();
+            let waits_for_others = self.publishes_what_is_whole();
             if removed && uploaded {
                 pause = PAUSES.0;
+                look = if waits_for_others { self.wait_for_others(look) } else { LOOKS.0 };
             } else {
-                self.sleep(pause, |queue| queue.draining);
+                self.sleep(pause, |queue| queue.draining.is_some());
                 pause = (pause * 2).min(PAUSES.1);
             }
         }
     }
 
+    /// Pauses before the next look at what other ranks have brought; gives the pause after it.
+    fn wait_for_others(&self, look: Duration) -> Duration {
+        let queue = self.lock();
+        let (is_draining, is_idle) = (queue.draining.is_some(), queue.is_idle());
+        drop(queue);
+        if !is_idle {
+            return LOOKS.0;
+        }
+        let pause = if is_draining { LOOKS.0 } else { look };
+        self.sleep(pause, |queue| !queue.is_idle() || queue.draining.is_some() != is_draining);
+        (look * 2).min(LOOKS.1)
+    }
+
     /// True when there is something to do; false when the store is closed.
     fn waits_for_work(&self) -> bool {
-        let idle = |queue: &mut Queue| queue.is_idle() && !queue.stopped;
+        let idle =
+            |queue: &mut Queue| queue.is_idle() && queue.brought.is_empty() && !queue.stopped;
         let queue = self.changed.wait_while(self.lock(), idle);
         !queue.unwrap_or_else(PoisonError::into_inner).stopped
     }
@@ -275,7 +316,7 @@ impl Work {
         let Err(error) = self.remove_now() else { return true };
         let mut queue = self.lock();
         let left = queue.removals.len();
-        let tries_again = error.is_retryable() && !queue.draining;
+        let tries_again = error.is_retryable() && queue.draining.is_none();
         if !tries_again {
             // The next writer's retention finds them in the listing.
             queue.removals.clear();
@@ -291,11 +332,64 @@ impl Work {
         let Some((step, cancelled)) = self.next() else { return true };
         let pacer = Pacer::new(self, &cancelled);
         let (near, far) = (self.near.as_ref(), self.far.as_ref());
-        let outcome = transfer(near, far, step, Overwrite::Yes, &self.environment, &pacer);
-        if outcome.is_ok() {
+        let outcome = match self.share {
+            None => transfer(near, far, step, Overwrite::Yes, &self.environment, &pacer),
+            Some(OwnShare { rank, .. }) => {
+                transfer_shard(near, far, (step, rank), &self.environment, &pacer)
+            }
+        };
+        if outcome.is_ok() && self.share.is_none() {
             self.view.note_upload(near, step);
         }
         !self.book(step, &cancelled, outcome)
+    }
+
+    /// Publishes steps of which every rank has brought its shard. True if some still lack one.
+    fn publishes_what_is_whole(&self) -> bool {
+        let brought: Vec<u64> = self.lock().brought.keys().copied().collect();
+        for step in brought {
+            let published = publish_whole(self.near.as_ref(), self.far.as_ref(), step);
+            if matches!(published, Ok(true)) {
+                self.view.note_upload(self.far.as_ref(), step);
+            }
+            self.book_whole(step, published);
+        }
+        !self.lock().brought.is_empty()
+    }
+
+    /// Notes what came of waiting for the other ranks.
+    fn book_whole(&self, step: u64, published: Result<bool>) {
+        let mut queue = self.lock();
+        let is_late =
+            queue.draining.is_some_and(|since| elapsed(&*self.environment, since) >= FAREWELL);
+        let failure = match published {
+            Ok(true) => None,
+            Ok(false) if !is_late => return,
+            Ok(false) => Some(self.lacks_others(step)),
+            Err(error) if error.is_retryable() && queue.draining.is_none() => return,
+            Err(error) => Some(error),
+        };
+        // It may have been cancelled meanwhile.
+        let Some(transferred) = queue.brought.remove(&step) else { return };
+        if let Some(error) = &failure {
+            tracing::warn!(step, %error, "not every rank's shard is in the far store");
+        }
+        queue.outcomes.insert(step, failure.map_or(Ok(transferred), Err));
+        drop(queue);
+        self.changed.notify_all();
+    }
+
+    fn lacks_others(&self, step: u64) -> EngineError {
+        EngineError::Closed {
+            what: format!(
+                "waiting for all ranks to bring step {step} to `{}`",
+                self.far.location()
+            ),
+            why: "this rank's shard is there, and those of others are not yet".into(),
+            hint: "the rank that brings the last one publishes it; if a rank was lost, what its \
+                   store holds is uploaded when it is opened for writing again"
+                .into(),
+        }
     }
 
     /// The next step to upload.
@@ -317,15 +411,18 @@ impl Work {
         let was_cancelled = cancelled.load(Ordering::Relaxed);
         let tries_again = match &outcome {
             Ok(_) => false,
-            Err(error) => error.is_retryable() && !queue.draining && !was_cancelled,
+            Err(error) => error.is_retryable() && queue.draining.is_none() && !was_cancelled,
         };
         if let Err(error) = &outcome {
             tracing::warn!(step, %error, tries_again, "an upload failed");
         }
-        if tries_again {
-            queue.waiting.insert(step);
-        } else if !was_cancelled {
-            queue.outcomes.insert(step, outcome);
+        match outcome {
+            _ if tries_again => drop(queue.waiting.insert(step)),
+            _ if was_cancelled => {}
+            Ok(transferred) if self.share.is_some() => {
+                queue.brought.insert(step, transferred);
+            }
+            outcome => drop(queue.outcomes.insert(step, outcome)),
         }
         drop(queue);
         self.changed.notify_all();

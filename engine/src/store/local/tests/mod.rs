@@ -140,7 +140,7 @@ fn survey_of(store: &dyn Store) -> Survey {
             (step.step, state)
         })
         .collect();
-    survey(&listing, &manifests)
+    survey(&listing, &manifests, None)
 }
 
 fn read_shard(store: &dyn Store, id: ShardId) -> Vec<u8> {

@@ -1,0 +1,318 @@
+//! Ranks with a directory each, or one of each machine, that drain into one store in S3.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use dtr_engine::engine::GcOptions;
+use dtr_engine::error::CoordinationKind;
+use dtr_engine::save::SaveInfo;
+use dtr_engine::{Config, Engine, EngineError, Result};
+
+use crate::place::{Place, open, open_among};
+use crate::support::finish;
+use crate::world::{Rank, World, is_aborted, save_all, state_of, together};
+
+const LONG: Duration = Duration::from_mins(1);
+
+/// Which ranks share a directory.
+#[derive(Clone, Copy, Debug)]
+enum Machines {
+    OneEach,
+    OneForAll,
+}
+
+/// Ranks that have nothing in common but a coordinator and a store in S3.
+struct Cluster {
+    world: World,
+    far: Config,
+    machines: Machines,
+    keep_last_n: Option<u32>,
+    remote_bytes_per_second: Option<u64>,
+}
+
+impl Cluster {
+    fn new(place: &Place, size: u32, machines: Machines) -> Self {
+        Self {
+            world: World::new(size),
+            far: place.config(),
+            machines,
+            keep_last_n: None,
+            remote_bytes_per_second: None,
+        }
+    }
+
+    fn directory(&self, rank: u32) -> PathBuf {
+        match self.machines {
+            Machines::OneEach => self.world.path().join(format!("machine-{rank}")),
+            Machines::OneForAll => self.world.path().join("machine"),
+        }
+    }
+
+    fn config(&self, rank: u32) -> Config {
+        Config {
+            path: self.directory(rank),
+            s3: self.far.s3.clone(),
+            remote: Some(self.far.path.to_str().unwrap().into()),
+            keep_last_n: self.keep_last_n,
+            remote_bytes_per_second: self.remote_bytes_per_second,
+            ..self.world.config(rank)
+        }
+    }
+
+    fn ranks(&self) -> Vec<Rank> {
+        let open =
+            |rank| self.world.rank_opened(rank, |ranks| open_among(self.config(rank), ranks));
+        (0..self.world.size).map(open).collect()
+    }
+
+    /// The store in S3, to somebody who only reads.
+    fn far(&self) -> Engine {
+        open(Config { read_only: true, ..self.far.clone() })
+    }
+}
+
+fn step_in(directory: &Path, step: u64) -> PathBuf {
+    directory.join(format!("step-{step:012}"))
+}
+
+fn names_in(directory: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// All upload `step`: what came of it, by rank.
+fn uploaded(ranks: &[Rank], step: u64) {
+    for outcome in together(ranks, |rank| rank.engine.uploaded(step, Some(LONG))) {
+        outcome.unwrap().expect("it ends in time").unwrap();
+    }
+}
+
+fn agreed(ranks: &[Rank]) -> Vec<Option<u64>> {
+    let agree = |rank: &Rank| match rank.engine.agree(&rank.engine.steps()?, LONG) {
+        // Others took the place of workers that were dropped without a word.
+        Err(EngineError::Coordination { kind: CoordinationKind::MembershipChanged, .. }) => {
+            rank.engine.agree(&rank.engine.steps()?, LONG)
+        }
+        agreed => agreed,
+    };
+    together(ranks, agree).into_iter().map(Result::unwrap).collect()
+}
+
+fn rewind(rank: &Rank, step: u64) -> Result<SaveInfo> {
+    let state = state_of(rank.number, step + 500);
+    let mut request = state.request(step);
+    request.rewind = true;
+    finish(&rank.engine.save(request)?)
+}
+
+#[test]
+fn every_rank_commits_in_its_own_directory_and_one_checkpoint_arrives_in_s3() {
+    for machines in [Machines::OneEach, Machines::OneForAll] {
+        let place = Place::new();
+        let cluster = Cluster::new(&place, 3, machines);
+        let ranks = cluster.ranks();
+        for step in [1, 2] {
+            let infos = save_all(&ranks, step);
+            uploaded(&ranks, step);
+            let far = cluster.far();
+            let manifest = far.manifest(step).unwrap();
+            assert_eq!(manifest.shards.len(), 3);
+            assert!(infos.iter().all(|info| info.attempt == manifest.attempt));
+            assert_eq!(far.verify(step, &()).unwrap().damage, [], "{machines:?}");
+            for rank in &ranks {
+                let here = rank.engine.checkpoint(step).unwrap();
+                state_of(rank.number, step).assert_equals(&here);
+                let there = far.checkpoint_of_rank(step, rank.number).unwrap();
+                state_of(rank.number, step).assert_equals(&there);
+                let files = names_in(&step_in(&cluster.directory(rank.number), step));
+                let shards = if matches!(machines, Machines::OneEach) { 1 } else { 3 };
+                assert_eq!(files.len(), 1 + shards, "{files:?}");
+                // A shard of another machine comes from S3.
+                let other = (rank.number + 1) % 3;
+                let others = rank.engine.checkpoint_of_rank(step, other).unwrap();
+                state_of(other, step).assert_equals(&others);
+            }
+        }
+        assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
+        assert_eq!(place.unfinished(), 0);
+    }
+}
+
+#[test]
+fn a_new_machine_reads_from_s3_what_the_old_one_had() {
+    let place = Place::new();
+    let cluster = Cluster::new(&place, 2, Machines::OneEach);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 7);
+    uploaded(&ranks, 7);
+    drop(ranks);
+    std::fs::remove_dir_all(cluster.directory(1)).unwrap();
+    let ranks = cluster.ranks();
+    assert_eq!(agreed(&ranks), [Some(7), Some(7)]);
+    for rank in &ranks {
+        state_of(rank.number, 7).assert_equals(&rank.engine.checkpoint(7).unwrap());
+    }
+    save_all(&ranks, 8);
+    uploaded(&ranks, 8);
+    assert_eq!(cluster.far().steps().unwrap(), [7, 8]);
+}
+
+#[test]
+fn a_rank_that_cannot_publish_leaves_no_checkpoint_on_any() {
+    let place = Place::new();
+    let cluster = Cluster::new(&place, 3, Machines::OneEach);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 1);
+    // A directory lies where one rank's manifest is to be.
+    let obstacle = step_in(&cluster.directory(1), 2).join("manifest.json");
+    std::fs::create_dir_all(&obstacle).unwrap();
+    let outcomes = together(&ranks, |rank| rank.save(2));
+    for (rank, outcome) in outcomes.iter().enumerate() {
+        let error = outcome.as_ref().unwrap_err();
+        assert!(rank == 1 || is_aborted(error) && error.to_string().contains("rank 1"), "{error}");
+    }
+    for rank in 0..3 {
+        let left = names_in(&step_in(&cluster.directory(rank), 2));
+        assert!(left == ["manifest.json"] && rank == 1 || left.is_empty(), "rank {rank}: {left:?}");
+    }
+    std::fs::remove_dir(obstacle).unwrap();
+    assert!(ranks.iter().all(|rank| rank.engine.steps().unwrap() == [1]));
+    save_all(&ranks, 3);
+    uploaded(&ranks, 3);
+    assert_eq!(cluster.far().steps().unwrap(), [1, 3]);
+}
+
+#[test]
+fn a_step_that_one_machine_lost_before_it_was_uploaded_is_loaded_by_none_and_saved_again() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 2, Machines::OneEach);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 1);
+    uploaded(&ranks, 1);
+    drop(ranks);
+    // Step 2 does not get anywhere.
+    cluster.remote_bytes_per_second = Some(1);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 2);
+    drop(ranks);
+    std::fs::remove_dir_all(cluster.directory(1)).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let ranks = cluster.ranks();
+    assert_eq!(ranks[0].engine.steps().unwrap(), [1, 2]);
+    assert_eq!(agreed(&ranks), [Some(1), Some(1)]);
+    for rank in &ranks {
+        state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
+    }
+    assert_eq!(cluster.far().steps().unwrap(), [1]);
+    let infos: Vec<_> = together(&ranks, |rank| rewind(rank, 2)).into_iter().flatten().collect();
+    assert_eq!(infos.len(), 2);
+    uploaded(&ranks, 2);
+    let far = cluster.far();
+    assert_eq!(far.manifest(2).unwrap().attempt, infos[0].attempt);
+    for rank in &ranks {
+        let again = far.checkpoint_of_rank(2, rank.number).unwrap();
+        state_of(rank.number, 502).assert_equals(&again);
+    }
+}
+
+#[test]
+fn each_rank_prunes_its_directory_and_rank_0_the_store_in_s3() {
+    for machines in [Machines::OneEach, Machines::OneForAll] {
+        let place = Place::new();
+        let mut cluster = Cluster::new(&place, 2, machines);
+        cluster.keep_last_n = Some(2);
+        let ranks = cluster.ranks();
+        for step in 1..=5 {
+            save_all(&ranks, step);
+            uploaded(&ranks, step);
+        }
+        assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
+        for rank in 0..2 {
+            let mut steps = names_in(&cluster.directory(rank));
+            steps.retain(|name| name.starts_with("step-"));
+            assert_eq!(steps, ["step-000000000004", "step-000000000005"], "{machines:?}");
+        }
+        let far = cluster.far();
+        assert_eq!(far.steps().unwrap(), [4, 5]);
+        let now = GcOptions { dry_run: true, grace: Some(Duration::ZERO) };
+        assert_eq!(far.gc(now).unwrap().removed, [], "{machines:?}");
+    }
+}
+
+#[test]
+fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
+    let place = Place::new();
+    let cluster = Cluster::new(&place, 2, Machines::OneEach);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 1);
+    uploaded(&ranks, 1);
+    drop(ranks);
+    // Only rank 0 comes back, with a step that rank 1 has not brought.
+    let mut slow = cluster;
+    slow.remote_bytes_per_second = Some(1);
+    let ranks = slow.ranks();
+    save_all(&ranks, 2);
+    drop(ranks);
+    slow.remote_bytes_per_second = None;
+    let rank = slow.world.rank_opened(0, |ranks| open_among(slow.config(0), ranks));
+    assert!(rank.engine.uploaded(2, Some(Duration::from_millis(300))).unwrap().is_none());
+    rank.engine.drain().unwrap();
+    let error = rank.engine.uploaded(2, None).unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, EngineError::Closed { .. }), "{error}");
+    assert!(error.to_string().contains("those of others are not yet"), "{error}");
+    assert_eq!(slow.far().steps().unwrap(), [1]);
+    drop(rank);
+    // Whoever brings the last one publishes it.
+    let ranks = slow.ranks();
+    uploaded(&ranks[1..], 2);
+    assert_eq!(slow.far().steps().unwrap(), [1, 2]);
+}
+
+#[test]
+fn a_machine_that_comes_back_does_not_bring_its_old_checkpoints_over_newer_ones() {
+    let place = Place::new();
+    let world = World::new(1);
+    let far = place.config();
+    let machine = |name: &str| Config {
+        path: world.path().join(name),
+        s3: far.s3.clone(),
+        remote: Some(far.path.to_str().unwrap().into()),
+        ..world.config(0)
+    };
+    let save = |engine: &Engine, seed: u64, step: u64, rewind: bool| {
+        let state = state_of(0, seed);
+        let mut request = state.request(step);
+        request.rewind = rewind;
+        finish(&engine.save(request).unwrap()).unwrap()
+    };
+    let first = open(machine("first"));
+    for step in [1, 2] {
+        save(&first, step, step, false);
+    }
+    first.close().unwrap();
+    // Created later, by the clock of whoever saves.
+    let then = SystemTime::now();
+    while then.elapsed().unwrap() < Duration::from_millis(5) {
+        std::thread::yield_now();
+    }
+    let second = open(machine("second"));
+    state_of(0, 1).assert_equals(&second.checkpoint(1).unwrap());
+    let newer = save(&second, 77, 2, true);
+    second.close().unwrap();
+    let first = open(machine("first"));
+    assert_eq!(first.steps().unwrap(), [1, 2]);
+    assert_eq!(first.manifest(2).unwrap().attempt, newer.attempt);
+    state_of(0, 77).assert_equals(&first.checkpoint(2).unwrap());
+    first.drain().unwrap();
+    let reader = open(Config { read_only: true, ..far.clone() });
+    assert_eq!(reader.manifest(2).unwrap().attempt, newer.attempt);
+    save(&first, 3, 3, false);
+    let again = save(&first, 78, 2, true);
+    first.close().unwrap();
+    assert_eq!(reader.steps().unwrap(), [1, 2]);
+    assert_eq!(reader.manifest(2).unwrap().attempt, again.attempt);
+    state_of(0, 78).assert_equals(&reader.checkpoint(2).unwrap());
+}
