@@ -8,7 +8,7 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare compare-auto test test-s3 torture check bench profile wheel docs clean native everything fmt
+.PHONY: help setup demo compare compare-auto fleet test test-s3 torture check bench profile wheel docs clean native everything fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -23,6 +23,10 @@ compare: native ## measure beside torch.save, safetensors, DCP and torch_checkpo
 
 compare-auto: native ## measure compression="auto" on a slowed device (as root)
 	@$(env) python benches/compare/auto.py $(ARGS)
+
+fleet: native ## put the coordinator under the load of 10,000 workers, beside etcd and torch's store (four minutes)
+	@$(cargo) build --quiet --locked --release -p dtr-benches --example fleet
+	@$(env) python benches/compare/coordinator.py $(ARGS)
 
 test: everything ## run every test
 	$(cargo) test --locked --release --workspace

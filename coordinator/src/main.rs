@@ -14,6 +14,11 @@ use coordinator::server::{self, ServeError};
 use coordinator::telemetry;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Every call makes and drops hundreds of small things on several threads, which the C library's
+/// allocator makes wait for one another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Knows who is alive in a training run, holds barriers, completes checkpoints across ranks and
 /// deals out datasets.
 #[derive(Debug, Parser)]

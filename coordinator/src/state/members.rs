@@ -443,6 +443,9 @@ impl Job {
     }
 
     pub(super) fn tick_members(&mut self, scene: &mut Scene<'_>) {
+        if scene.at.now_ms < self.quiet_until_ms {
+            return;
+        }
         let timeout_ms = scene.policy.heartbeat_timeout_ms;
         let mut dead = Vec::new();
         for worker_id in self.holders.values() {
@@ -459,6 +462,30 @@ impl Job {
             self.lose(scene, &loss);
         }
         self.doubt(scene);
+        self.quiet_until_ms = self.next_due_ms(scene);
+    }
+
+    /// Before when no tick finds anything. Who is heard of, or registers, after this one is due no
+    /// sooner than the shortest limit allows.
+    fn next_due_ms(&self, scene: &Scene<'_>) -> u64 {
+        let timeout_ms = scene.policy.heartbeat_timeout_ms;
+        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
+        let stalled_ms = match scene.policy.progress_timeout_ms {
+            0 => u64::MAX,
+            stalled_ms => stalled_ms,
+        };
+        let due_ms = |worker_id: &String| {
+            let member = &self.members[worker_id];
+            let suspect_ms = if member.is_suspect { u64::MAX } else { suspect_ms };
+            let is_exempt = member.is_stalled || member.progress == 0;
+            let stalled_ms = if is_exempt { u64::MAX } else { stalled_ms };
+            let silent_ms = member.heard_ms.saturating_add(timeout_ms.min(suspect_ms));
+            silent_ms.min(member.progressed_ms.saturating_add(stalled_ms))
+        };
+        let shortest_ms = timeout_ms.min(suspect_ms).min(stalled_ms);
+        let latest_ms = scene.at.now_ms.saturating_add(shortest_ms);
+        // A limit is passed one millisecond after it was reached.
+        self.holders.values().map(due_ms).fold(latest_ms, u64::min).saturating_add(1)
     }
 
     /// Marks who missed heartbeats, and whose training loop stands still.

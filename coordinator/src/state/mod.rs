@@ -247,6 +247,8 @@ struct Job {
     members: BTreeMap<String, Member>,
     /// The living worker of each rank.
     holders: BTreeMap<u32, String>,
+    /// No tick before this finds a member that was silent, or stood still, for too long.
+    quiet_until_ms: u64,
     log: VecDeque<v1::MembershipChange>,
     /// When a failure was counted last, for restarts of several workers together.
     failed_ms: Option<u64>,

@@ -12,8 +12,8 @@
 //! - The near store decides: what it committed exists; the far one has copies, byte for byte, each
 //!   of them whole or not there. Only where the far one has an attempt of a step that began later,
 //!   by a writer on another machine, does that count: then the near one is out of date.
-//! - Several ranks may each have a near store of their own, before one far store: a step exists once
-//!   all near stores have its manifest, and in the far one once all have brought their shards.
+//! - Several ranks may each have a near store of their own, before one far store: a step exists
+//!   once all near stores have its manifest, and in the far one once all have brought their shards.
 //! - A checkpoint that waits for its upload is told to retention, which leaves it alone.
 //! - What was not uploaded when the process ended is uploaded by the next writer; parts that
 //!   arrived are not sent again.
