@@ -16,6 +16,7 @@ use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant, SystemTime};
 
 use dtr_proto::span;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
@@ -27,6 +28,9 @@ use crate::state::{Change, Effects, EndedAttempt, Event, Level, Moment, Reply, S
 const QUEUE_CALLS: usize = 16_384;
 /// How often time passes for the machine.
 const TICK: Duration = Duration::from_millis(50);
+
+/// Replies that a thread outside the runtime sends itself.
+const SENT_FROM_OUTSIDE_MAX: usize = 256;
 
 /// The way in: cheap to clone.
 #[derive(Clone, Debug)]
@@ -48,11 +52,14 @@ struct Call {
     reply: Option<oneshot::Sender<Reply>>,
 }
 
+/// Replies with those who wait for them.
+type Replies = Vec<(oneshot::Sender<Reply>, Reply)>;
+
 /// What one decision, or several, want kept before they are answered.
 #[derive(Default)]
 struct Batch {
     changes: Vec<Change>,
-    replies: Vec<(oneshot::Sender<Reply>, Reply)>,
+    replies: Replies,
     sequence: u64,
 }
 
@@ -70,7 +77,11 @@ impl Core {
         let durable = Arc::new(AtomicU64::new(0));
         let draining = Arc::new(AtomicBool::new(false));
         let keeper = Arc::clone(&durable);
-        spawn("keep", move || keep(&journal, &kept, &keeper, failed))?;
+        let runtime = Handle::current();
+        spawn("keep", move || {
+            let _entered = runtime.enter();
+            keep(&journal, &kept, &keeper, failed);
+        })?;
         let decider = Decider {
             state,
             clock,
@@ -225,16 +236,26 @@ fn keep(
         }
         durable.store(group.last().map_or(0, |batch| batch.sequence), Ordering::Release);
         for batch in group {
-            send(batch.replies);
+            send_from_outside(batch.replies);
         }
     }
 }
 
-fn send(replies: Vec<(oneshot::Sender<Reply>, Reply)>) {
+fn send(replies: Replies) {
     for (caller, reply) in replies {
         // A caller that hung up gets it when it asks again.
         let _gone = caller.send(reply);
     }
+}
+
+/// The same from outside the runtime. Waking thousands of tasks from there is slow: it is left to
+/// the runtime's own threads.
+fn send_from_outside(mut replies: Replies) {
+    while replies.len() > SENT_FROM_OUTSIDE_MAX {
+        let some = replies.split_off(replies.len() - SENT_FROM_OUTSIDE_MAX);
+        tokio::spawn(async move { send(some) });
+    }
+    send(replies);
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
