@@ -1,6 +1,8 @@
 //! The program as an operator meets it: messages, pages, tokens, TLS, and that it outlives kills.
 #![expect(clippy::unwrap_used, reason = "a test stops at its first surprise")]
 
+#[path = "support/budget.rs"]
+mod budget;
 mod support;
 
 use std::fs;
@@ -9,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use budget::{budget, tell};
 use dtr_proto::client::{Connection, ErrorKind, Options};
 use dtr_proto::v1;
 use dtr_proto::v1::admin_client::AdminClient;
@@ -264,8 +267,8 @@ fn mutual_tls_lets_in_who_has_a_certificate() {
 /// is lost, and nobody is taken for dead.
 #[test]
 fn kills_lose_nothing() {
-    const KILLS: u64 = 12;
-    const WORLD_SIZE: u32 = 16;
+    const WORLD_SIZE: u32 = 64;
+    let kills = budget(12);
     let folder = tempdir().unwrap();
     let arguments = ["--set=coordinator.heartbeat_interval_ms=100"];
     let mut program = Program::start(folder.path(), &arguments);
@@ -273,7 +276,7 @@ fn kills_lose_nothing() {
     let workers: Vec<_> =
         (0..WORLD_SIZE).map(|rank| register(&connection, rank, WORLD_SIZE).unwrap()).collect();
     let (mut generation, mut epoch) = (0, 0);
-    for round in 0..KILLS {
+    for round in kills.clone() {
         let waits: Vec<_> = workers
             .iter()
             .map(|worker| worker.wait_barrier(&worker.arrival("round", LONG)))
@@ -296,6 +299,7 @@ fn kills_lose_nothing() {
     }
     // Nobody was lost: the membership is what the registrations made it.
     assert_eq!(epoch, u64::from(WORLD_SIZE));
+    tell(&kills);
 }
 
 /// A commit that was answered is there after a kill; the attempt id is the same for all ranks.

@@ -15,7 +15,11 @@
 //! - nobody is declared dead that was heard of within the timeout, whatever clock and restarts do;
 //! - every call ends, and a calm job commits.
 //!
-//! `DTR_SEEDS=10000` runs more, `DTR_SEED=17` one. The same seed gives the same history.
+//! `DTR_TORTURE_STATES=10000` runs more, and `DTR_TORTURE_FIRST=17` begins with that seed. The same
+//! seed gives the same history.
+
+#[path = "support/budget.rs"]
+mod budget;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
@@ -43,14 +47,13 @@ const NO_CALL: u64 = u64::MAX - 1;
 
 #[test]
 fn seeds() {
-    let one = std::env::var("DTR_SEED").ok().and_then(|text| text.parse().ok());
-    let count = std::env::var("DTR_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(200);
-    let seeds = one.map_or(0..count, |seed: u64| seed..seed + 1);
+    let seeds = budget::budget(200);
     let mut commits = 0;
-    for seed in seeds {
+    for seed in seeds.clone() {
         commits += World::new(seed).run().commits.len();
     }
     assert!(commits > 0, "a simulation that commits nothing shows nothing");
+    budget::tell(&seeds);
 }
 
 #[test]

@@ -1,9 +1,7 @@
 //! Whatever is lost, and whenever: a checkpoint is complete or not there, and success is true.
 //!
-//! | variable             | meaning                                       |
-//! |----------------------|-----------------------------------------------|
-//! | `DTR_RANKS_SCHEDULES`| schedules to run instead of 8                 |
-//! | `DTR_RANKS_FIRST`    | number of the first one, which is its seed    |
+//! `DTR_TORTURE_STATES` sets how many schedules are run instead of 8, `DTR_TORTURE_FIRST` the number
+//! of the first one, which is its seed.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -12,6 +10,7 @@ use dtr_engine::error::CoordinationKind;
 use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::{EngineError, Result};
 
+use crate::budget::Budget;
 use crate::support::Random;
 use crate::world::{Rank, World, state_of, together};
 
@@ -124,18 +123,14 @@ fn run(seed: u64) -> (u64, u64) {
 
 #[test]
 fn whatever_is_lost_a_checkpoint_is_complete_or_not_there() {
-    let number = |name: &str, default| {
-        let given = std::env::var(name).ok();
-        given.map_or(default, |text| text.parse().expect("a whole number"))
-    };
-    let first: u64 = number("DTR_RANKS_FIRST", 0);
-    let count: u64 = number("DTR_RANKS_SCHEDULES", 8);
+    let Budget { first, states } = Budget::of(8);
     let (mut committed, mut failed) = (0, 0);
-    for seed in first..first + count {
+    for seed in first..first + states {
         let (good, bad) = run(seed);
         committed += good;
         failed += bad;
     }
-    println!("{count} schedules from seed {first}: {committed} commits, {failed} failed saves");
+    println!("{committed} commits, {failed} failed saves");
+    println!("torture: tried {states}, next {}", first + states);
     assert!(committed > 0 && failed > 0, "the schedules meet both");
 }

@@ -49,14 +49,18 @@ def crash_test(  # noqa: PLR0917
     )
 
 
-def reader_test(name: str, promise: str, test: str, unit: str, full: int, batch: int) -> Row:  # noqa: PLR0917
-    """Make the row of a test of the binary `readers`, which counts as `crash` does."""
-    row = crash_test(name, promise, test, unit, full, batch)
+def of_binary(binary: str, row: Row) -> Row:
+    """Make the row of a test of another binary, which counts as `crash` does."""
     return replace(
         row,
-        command=tuple("readers" if word == "crash" else word for word in row.command),
-        prepare=tuple("readers" if word == "crash" else word for word in row.prepare),
+        command=tuple(binary if word == "crash" else word for word in row.command),
+        prepare=tuple(binary if word == "crash" else word for word in row.prepare),
     )
+
+
+def reader_test(name: str, promise: str, test: str, unit: str, full: int, batch: int) -> Row:  # noqa: PLR0917
+    """Make the row of a test of the binary `readers`."""
+    return of_binary("readers", crash_test(name, promise, test, unit, full, batch))
 
 
 def flat_test(backend: str) -> Row:
@@ -65,11 +69,7 @@ def flat_test(backend: str) -> Row:
     row = crash_test(
         f"flat-{backend}", "memory, descriptors, threads flat", test, "saves", 5_000, 5_000
     )
-    return replace(
-        row,
-        command=tuple("engine" if word == "crash" else word for word in row.command),
-        prepare=tuple("engine" if word == "crash" else word for word in row.prepare),
-    )
+    return of_binary("engine", row)
 
 
 def fuzzer(target: str) -> Row:
@@ -198,6 +198,71 @@ ROWS: tuple[Row, ...] = (
         "inputs for each target",
         100_000,
         2_000,
+    ),
+    of_binary(
+        "s3",
+        crash_test(
+            "s3-faults",
+            "a bucket: one fault at any request loses nothing",
+            "faults::one_fault_at_any_request_loses_nothing",
+            "faults",
+            10_000,
+            60,
+        ),
+    ),
+    of_binary(
+        "s3",
+        crash_test(
+            "s3-schedules",
+            "... and whatever fails, how often: nothing wrong is visible",
+            "faults::whatever_the_schedule_nothing_wrong_is_visible",
+            "schedules",
+            500,
+            24,
+        ),
+    ),
+    of_binary(
+        "ranks",
+        crash_test(
+            "ranks",
+            "several ranks: whatever is lost, a checkpoint is complete or not there",
+            "schedules::whatever_is_lost_a_checkpoint_is_complete_or_not_there",
+            "schedules of six saves",
+            500,
+            8,
+        ),
+    ),
+    of_binary(
+        "simulation",
+        crash_test(
+            "job",
+            "one manifest a step, epochs never go back, barriers neither early nor endless, "
+            "who was fenced changes nothing",
+            "seeds",
+            "histories",
+            10_000,
+            200,
+        ),
+    ),
+    of_binary(
+        "program",
+        crash_test(
+            "coordinator-kill",
+            "a coordinator that is killed under 64 workers loses nothing",
+            "kills_lose_nothing",
+            "SIGKILLs",
+            50,
+            12,
+        ),
+    ),
+    Row(
+        name="network",
+        promise="a network that breaks between two machines costs saves and nothing else",
+        test="test_a_network_that_breaks_costs_saves_and_nothing_else",
+        command=("pytest", "-q", "-s", "tests/python/test_networks.py", "-k", "breaks"),
+        unit="rounds of 18 breaks",
+        full=20,
+        batch=1,
     ),
     *(fuzzer(target) for target in ("block", "codec", "frame", "index", "manifest", "names")),
     flat_test("uring"),

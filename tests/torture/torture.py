@@ -47,7 +47,7 @@ SLICE_SECONDS = 60.0
 TRIED = re.compile(r"torture: tried (\d+), next (\d+)(?:, end (\d+))?$", re.MULTILINE)
 SKIPPED = re.compile(r"torture: skipped: (.+)$", re.MULTILINE)
 # What decides how the engine behaves.
-SOURCES = ("engine/src", "engine/Cargo.toml", "proto/src", "Cargo.lock")
+SOURCES = ("engine/src", "engine/Cargo.toml", "coordinator/src", "proto/src", "Cargo.lock")
 
 
 @dataclass
