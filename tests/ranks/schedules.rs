@@ -1,7 +1,7 @@
 //! Whatever is lost, and whenever: a checkpoint is complete or not there, and success is true.
 //!
-//! `DTR_TORTURE_STATES` sets how many schedules are run instead of 8, `DTR_TORTURE_FIRST` the seed of
-//! the first one.
+//! `DTR_TORTURE_STATES` sets how many schedules are run instead of 8, `DTR_TORTURE_FIRST` the seed
+//! of the first one.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
