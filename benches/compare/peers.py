@@ -26,18 +26,18 @@ def cache_folder() -> Path:
     return (Path(given) if given else Path(home) / "dtruntime") / "compare"
 
 
-def folder() -> Path:
+def folder(file: Path = REQUIREMENTS) -> Path:
     """Give the folder of the peers, which may not be there yet."""
-    key = hashlib.sha256(REQUIREMENTS.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    key = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()[:16]
     return cache_folder() / f"peers-{key}"
 
 
-def ensure() -> Path:
+def ensure(file: Path = REQUIREMENTS) -> Path:
     """Give the folder of the peers, installing them first if need be."""
-    target = folder()
+    target = folder(file)
     if target.exists():
         return target
-    wanted = [text for text, requirement in requirements() if not is_here(requirement)]
+    wanted = [text for text, requirement in requirements(file) if not is_here(requirement)]
     print(f"installing {', '.join(wanted)} into {target}", file=sys.stderr)
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -49,9 +49,9 @@ def ensure() -> Path:
     return target
 
 
-def requirements() -> list[tuple[str, Requirement]]:
+def requirements(file: Path = REQUIREMENTS) -> list[tuple[str, Requirement]]:
     """Read the requirements that hold for this Python."""
-    lines = (line.split("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in file.read_text().splitlines())
     parsed = ((line, Requirement(line)) for line in lines if line)
     return [(t, r) for t, r in parsed if r.marker is None or r.marker.evaluate()]
 

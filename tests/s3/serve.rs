@@ -1,7 +1,7 @@
 //! The tests' S3 server as a program, for tests that are not written in Rust.
 //!
-//! `s3-server ROOT`: keeps its objects in ROOT, prints its URL and the credentials, and serves
-//! until its standard input ends, so that it never outlives whoever started it.
+//! `s3-server ROOT [PORT]`: keeps its objects in ROOT, prints its URL and the credentials, and
+//! serves until its standard input ends, so that it never outlives whoever started it.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -15,8 +15,10 @@ use std::path::Path;
 mod server;
 
 fn main() {
-    let root = std::env::args().nth(1).expect("usage: s3-server ROOT");
-    let server = server::Server::start(Path::new(&root), 0);
+    let mut arguments = std::env::args().skip(1);
+    let root = arguments.next().expect("usage: s3-server ROOT [PORT]");
+    let port = arguments.next().map_or(0, |port| port.parse().expect("a port"));
+    let server = server::Server::start(Path::new(&root), port);
     let (key, secret) = server::OWNER;
     println!("{} {} {key} {secret}", server.url(), server::BUCKET);
     std::io::stdout().flush().unwrap();

@@ -1,0 +1,350 @@
+"""Upload to and restore from one S3 service, beside `aws s3 cp` and `s3torchconnector`.
+
+    make compare-s3    about four minutes; the row of `aws` needs root, for port 80
+
+The service is that of the tests, a process of its own that keeps its objects in memory, on the same
+cores as the clients. Everybody saves the same tensors, seeded; clients take turns, each in a new
+process that saves once to warm up, then saves and restores once, timed. Every tensor that comes
+back is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import peers
+from machine import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+REQUIREMENTS = Path(__file__).with_name("requirements-s3.txt")
+MEMORY = Path("/dev/shm")  # noqa: S108  (the service's objects belong in memory)
+README_MARKS = ("<!-- s3:begin -->", "<!-- s3:end -->")
+PART_BYTES = 16 << 20
+TENSOR_BYTES = 32 << 20
+REGION = "us-east-1"
+CPU_MOST, RESTORE_LEAST, STALL_MOST = 0.5, 1.3, 1.15
+"""What is held to be good enough, beside s3torchconnector and a save into a directory."""
+
+
+def say(text: str) -> None:
+    """Tell whoever waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def state_of(size: int) -> dict[str, torch.Tensor]:
+    """Make tensors of so many bytes, in the mix of a training state; nothing repeats."""
+    generator = torch.Generator().manual_seed(7)
+    weights: dict[str, torch.Tensor] = {}
+    for number in range(size // TENSOR_BYTES):
+        values = torch.randn(TENSOR_BYTES // 4, generator=generator)
+        if number % 7 == 0:  # two of fourteen bytes a parameter are bf16
+            values = torch.cat([values, values.flip(0)]).to(torch.bfloat16)
+        weights[f"layer{number}"] = values
+    return weights
+
+
+def processor_seconds() -> float:
+    """Give the processor time of this process and of those that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def timed(act: Callable[[], Any]) -> dict[str, float]:
+    """Give the seconds that something takes, of the clock and of the processor."""
+    cpu, start = processor_seconds(), time.monotonic()
+    act()
+    return {"seconds": time.monotonic() - start, "cpu": processor_seconds() - cpu}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Stop unless every tensor is the same, bit by bit."""
+    for name, tensor in one.items():
+        if not torch.equal(tensor.view(torch.int16), other[name].view(torch.int16)):
+            raise SystemExit(
+                f"error: `{name}` came back changed\nhint: no figure of this run counts"
+            )
+
+
+def run_dtruntime(store: str, state: dict[str, torch.Tensor], compression: str) -> dict[str, Any]:
+    """Save and load with the engine."""
+    from dtruntime import CheckpointManager
+
+    found: dict[str, Any] = {}
+    with CheckpointManager(store, compression=compression, keep_last_n=1) as manager:
+        manager.save_async(state, step=1).result()
+
+        def save() -> None:
+            handle = manager.save_async(state, step=2)
+            found["stall"] = handle.result().stats.stall_seconds
+
+        found["save"] = timed(save)
+        found["load"] = timed(lambda: found.update(state=manager.load()))
+    same(state, found.pop("state"))
+    return found
+
+
+def run_connector(store: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Save and load with torch's distributed checkpoint and the connector."""
+    from s3torchconnector import S3ClientConfig
+    from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
+    from torch.distributed import checkpoint as dcp
+
+    config = S3ClientConfig(force_path_style=True, part_size=PART_BYTES)
+    options = {"region": REGION, "s3client_config": config}
+
+    def save(number: int) -> None:
+        writer = S3StorageWriter(path=f"{store}/{number}", **options)
+        dcp.state_dict_saver.save(state, storage_writer=writer, no_dist=True)
+
+    save(1)
+    loaded = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+
+    def load() -> None:
+        reader = S3StorageReader(path=f"{store}/2", **options)
+        dcp.state_dict_loader.load(loaded, storage_reader=reader, no_dist=True)
+
+    found = {"save": timed(lambda: save(2)), "load": timed(load)}
+    same(state, loaded)
+    return found
+
+
+def run_aws(store: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Upload and download a file of the same bytes."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        source, copy, config = (Path(folder) / name for name in ("state", "copy", "config"))
+        with source.open("wb") as file:
+            for tensor in state.values():
+                file.write(tensor.view(torch.uint8).numpy().data)
+        config.write_text(
+            f"[default]\nregion = {REGION}\ns3 =\n  preferred_transfer_client = crt\n"
+            f"  addressing_style = path\n  multipart_chunksize = {PART_BYTES}\n"
+        )
+        environment = os.environ | {"AWS_CONFIG_FILE": str(config)}
+        endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
+
+        def aws(*arguments: str) -> None:
+            command = ["/usr/bin/aws", *arguments]
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+        def transfer(one: str, other: str) -> None:
+            aws("--endpoint-url", endpoint, "s3", "cp", "--only-show-errors", one, other)
+
+        transfer(str(source), f"{store}/1")
+        found = {
+            "start": timed(lambda: aws("--version")),
+            "save": timed(lambda: transfer(str(source), f"{store}/2")),
+            "load": timed(lambda: transfer(f"{store}/2", str(copy))),
+        }
+        if copy.read_bytes() != source.read_bytes():
+            raise SystemExit(
+                "error: the file came back changed\nhint: no figure of this run counts"
+            )
+    return found
+
+
+CLIENTS: dict[str, Callable[[str, dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "dtruntime, `none`": lambda store, state: run_dtruntime(store, state, "none"),
+    "dtruntime": lambda store, state: run_dtruntime(store, state, "auto"),
+    "s3torchconnector, DCP": run_connector,
+    "aws s3 cp, CRT": run_aws,
+}
+
+
+def can_serve(port: int) -> bool:
+    """Tell whether this process may listen there."""
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def service(root: Path) -> Iterator[bool]:
+    """Run the service, and point the usual chain at it; tells whether `aws` finds it there."""
+    program = Path(os.environ["CARGO_TARGET_DIR"]) / "release" / "examples" / "s3-server"
+    # The version of `aws` that Debian has does not send its CRT client to other ports.
+    ports = ["80"] if can_serve(80) else []
+    with subprocess.Popen(
+        [program, root, *ports], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None  # noqa: S101
+        assert process.stdout is not None  # noqa: S101
+        url, _, key, secret = process.stdout.readline().split()
+        os.environ.update(
+            AWS_ACCESS_KEY_ID=key,
+            AWS_SECRET_ACCESS_KEY=secret,
+            AWS_ENDPOINT_URL=url,
+            AWS_ENDPOINT_URL_S3=url,
+            AWS_REGION=REGION,
+            AWS_CONFIG_FILE=os.devnull,
+            AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+        )
+        yield bool(ports)
+        process.stdin.close()
+
+
+def one_turn(client: str, size: int, root: Path) -> dict[str, Any]:
+    """Run one client in a process of its own, on an empty bucket."""
+    arguments = ["--client", client, "--mib", str(size >> 20)]
+    run = subprocess.run(
+        [sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True
+    )
+    for path in (root / "checkpoints").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def local_stall(size: int) -> float:
+    """Give the stall of a warm save into a directory."""
+    from dtruntime import CheckpointManager
+
+    state = state_of(size)
+    with (
+        tempfile.TemporaryDirectory(prefix="dtr-s3-") as folder,
+        CheckpointManager(folder, compression="none", keep_last_n=1) as manager,
+    ):
+        stalls = [
+            manager.save_async(state, step=step).result().stats.stall_seconds
+            for step in range(1, 7)
+        ]
+    return statistics.median(stalls[1:])
+
+
+def median(turns: list[dict[str, Any]], what: str, figure: str) -> float:
+    """Give the median of one figure."""
+    return float(statistics.median(turn[what][figure] for turn in turns))
+
+
+def table(found: dict[str, list[dict[str, Any]]], size: int, stall: float) -> str:
+    """Make the tables: what was measured, and what it must be."""
+    lines = [
+        "| | upload | restore | CPU of the upload | CPU of the restore |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for client, turns in found.items():
+        figures = [
+            median(turns, what, figure)
+            for what, figure in (
+                ("save", "seconds"),
+                ("load", "seconds"),
+                ("save", "cpu"),
+                ("load", "cpu"),
+            )
+        ]
+        speeds = [f"{seconds:.2f} s, {size / seconds / 1e6:.0f} MB/s" for seconds in figures[:2]]
+        lines.append(
+            f"| {client} | {' | '.join(speeds)} | {figures[2]:.2f} s | {figures[3]:.2f} s |"
+        )
+    ours, connector = found["dtruntime, `none`"], found["s3torchconnector, DCP"]
+    upload = median(ours, "save", "seconds")
+    aws_text, aws_is_met = "not run", None
+    if "aws s3 cp, CRT" in found:
+        aws = found["aws s3 cp, CRT"]
+        start = median(aws, "start", "seconds")
+        alone = median(aws, "save", "seconds") - start
+        aws_text = (
+            f"{upload / alone:.2f} of its time, less the {start:.2f} s that it takes to start"
+        )
+        aws_is_met = upload <= alone
+    peer = upload / median(connector, "save", "seconds")
+    cpu = median(ours, "save", "cpu") / median(connector, "save", "cpu")
+    restore = median(connector, "load", "seconds") / median(ours, "load", "seconds")
+    own_stall = statistics.median(turn["stall"] for turn in ours)
+    rows = [
+        ("upload beside `aws s3 cp`", "not slower", aws_text, aws_is_met),
+        ("upload beside s3torchconnector", "not slower", f"{peer:.2f} of its time", peer <= 1.0),
+        (
+            "CPU of the upload",
+            f"at most {CPU_MOST} of s3torchconnector's",
+            f"{cpu:.2f}",
+            cpu <= CPU_MOST,
+        ),
+        (
+            "restore",
+            f"at least {RESTORE_LEAST} of s3torchconnector's speed",
+            f"{restore:.2f}",
+            restore >= RESTORE_LEAST,
+        ),
+        (
+            "stall",
+            f"that of a save into a directory, {1e3 * stall:.0f} ms",
+            f"{1e3 * own_stall:.0f} ms",
+            own_stall <= STALL_MOST * stall,
+        ),
+    ]
+    lines += ["", "| figure of `none`, the same bytes | must be | was | |", "|---|---|---|---|"]
+    lines += [
+        f"| {what} | {must} | {was} | {verdict(is_met)} |" for what, must, was, is_met in rows
+    ]
+    return "\n".join(lines)
+
+
+def verdict(is_met: bool | None) -> str:
+    """Say whether a figure is what it must be; None where it was not measured."""
+    return "" if is_met is None else "met" if is_met else "**not met**"
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Let all clients take turns, and print the tables."""
+    size = options.mib << 20
+    os.environ["PYTHONPATH"] = f"{peers.ensure(REQUIREMENTS)}:{os.environ.get('PYTHONPATH', '')}"
+    stall = local_stall(size)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder, service(Path(folder)) as has_aws:
+        clients = list(CLIENTS)
+        if not (has_aws and Path("/usr/bin/aws").exists()):
+            say("`aws` is left out: it needs port 80, and Debian's awscli 2 with python3-awscrt")
+            clients.remove("aws s3 cp, CRT")
+        for number in range(options.rounds):
+            for client in clients:
+                say(f"round {number + 1}: {client}")
+                found.setdefault(client, []).append(one_turn(client, size, Path(folder)))
+        machine = describe(Path(folder))
+    text = (
+        f"{table(found, size, stall)}\n\n{size / 1e9:.2f} GB in {size // TENSOR_BYTES} tensors, "
+        f"parts of {PART_BYTES >> 20} MiB, medians of {options.rounds}. On {machine}."
+    )
+    print(text)
+    if options.readme is not None:
+        before, rest = options.readme.read_text().split(README_MARKS[0])
+        _, after = rest.split(README_MARKS[1])
+        options.readme.write_text(f"{before}{README_MARKS[0]}\n{text}\n{README_MARKS[1]}{after}")
+
+
+def main() -> None:
+    """Compare, or be one of the clients."""
+    parser = argparse.ArgumentParser(description="Uploads to one S3 service, and restores from it")
+    parser.add_argument("--mib", type=int, default=896, help="the size of the state")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--readme", type=Path, help="also put the tables there, between its marks")
+    parser.add_argument("--client", choices=CLIENTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.client is None:
+        compare(options)
+        return
+    found = CLIENTS[options.client]("s3://checkpoints/run", state_of(options.mib << 20))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
