@@ -172,6 +172,7 @@ fn save(job: &mut Job, step: u64) {
             identity,
             step,
             rewind: false,
+            tries: 0,
         }));
         let [Reply::BeginCheckpoint(begun)] = &begun[..] else { panic!("{begun:?}") };
         attempt.clone_from(&begun.attempt);

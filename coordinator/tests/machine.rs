@@ -12,6 +12,8 @@ struct Table {
     state: State,
     now_ms: u64,
     ticket: Ticket,
+    /// How often whoever begins a step has begun it before.
+    tries: u32,
     changes: Vec<Change>,
     late: Vec<(Ticket, Reply)>,
 }
@@ -23,7 +25,7 @@ impl Table {
 
     fn with(policy: Policy) -> Self {
         let state = State::new(policy, 1);
-        Self { state, now_ms: 0, ticket: 0, changes: Vec::new(), late: Vec::new() }
+        Self { state, now_ms: 0, ticket: 0, tries: 0, changes: Vec::new(), late: Vec::new() }
     }
 
     /// Lets an event happen; gives the reply to it, if there is one yet.
@@ -99,8 +101,14 @@ impl Table {
 
     fn begin(&mut self, identity: &v1::Identity, step: u64, rewind: bool) -> Reply {
         let identity = Some(identity.clone());
-        self.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest { identity, step, rewind }))
-            .unwrap()
+        let tries = self.tries;
+        self.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest {
+            identity,
+            step,
+            rewind,
+            tries,
+        }))
+        .unwrap()
     }
 
     fn attempt(&mut self, identity: &v1::Identity, step: u64) -> String {
@@ -425,6 +433,35 @@ fn the_same_step_of_different_attempts_is_not_common() {
         attempts: vec!["a".into()],
     }));
     assert_eq!(refused(lacks.unwrap()).0, RefusalKind::Invalid);
+}
+
+/// Else who is told of the old attempt would go on, and an attempt that another rank begins now
+/// would be what they are told of the next time, without end.
+#[test]
+fn ranks_that_try_a_step_again_are_not_late_for_the_attempt_before() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let attempt = table.attempt(&world[2], 10);
+    let give_up = |attempt: &str| {
+        Event::AbortCheckpoint(v1::AbortCheckpointRequest {
+            identity: Some(world[2].clone()),
+            step: 10,
+            attempt: attempt.into(),
+            reason: "it took too long".into(),
+            unpublished: true,
+        })
+    };
+    table.ask(give_up(&attempt));
+    for rank in [0, 1] {
+        let (kind, why) = refused(table.begin(&world[rank], 10, false));
+        assert_eq!(kind, RefusalKind::AttemptAborted, "rank {rank}: {why}");
+    }
+    // Rank 2 begins the next one alone: the others had gone on before it came.
+    let alone = table.attempt(&world[2], 10);
+    table.ask(give_up(&alone));
+    table.tries = 1;
+    let again: Vec<String> = world.iter().map(|member| table.attempt(member, 10)).collect();
+    assert!(again.iter().all(|attempt| *attempt == again[0]), "{again:?}");
 }
 
 #[test]

@@ -309,8 +309,11 @@ fn a_commit_survives_a_kill() {
     let mut program = Program::start(folder.path(), &[]);
     let connection = connect(&program.url());
     let worker = register(&connection, 0, 1).unwrap();
-    let begin =
-        v1::BeginCheckpointRequest { identity: Some(worker.identity()), step: 5, rewind: false };
+    let begin = v1::BeginCheckpointRequest {
+        identity: Some(worker.identity()),
+        step: 5,
+        ..Default::default()
+    };
     let joined = connection
         .ask("begin", begin, |channel, request| async move {
             CheckpointsClient::new(channel).begin_checkpoint(request).await

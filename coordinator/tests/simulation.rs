@@ -117,12 +117,22 @@ struct Worker {
     epoch: u64,
     joined_epoch: u64,
     arrivals: u64,
+    /// The step that it began last, and how often.
+    tries: (u64, u32),
     /// The call that it waits for, with what to send again.
     call: u64,
     event: Option<Event>,
     since_ms: u64,
     is_paused: bool,
     is_cut_off: bool,
+}
+
+impl Worker {
+    /// How often it has begun the step before this time.
+    fn next_try(&mut self, step: u64) -> u32 {
+        self.tries = if self.tries.0 == step { (step, self.tries.1 + 1) } else { (step, 0) };
+        self.tries.1
+    }
 }
 
 /// What one event led to, before it is kept: changes, and the replies that wait for them.
@@ -182,6 +192,7 @@ impl World {
             epoch: 0,
             joined_epoch: 0,
             arrivals: 0,
+            tries: (0, 0),
             call: 0,
             event: None,
             since_ms: 0,
@@ -551,6 +562,7 @@ impl World {
 
     fn restart_worker(&mut self, worker: usize) {
         self.workers[worker].phase = Phase::Down;
+        self.workers[worker].tries = (0, 0);
         self.workers[worker].call = 0;
         self.after(200, Action::Start { worker });
     }
@@ -586,7 +598,8 @@ impl World {
                 let stored = self.model.newest_stored();
                 let step = list.commits.first().map_or(0, |commit| commit.step).max(stored) + 1;
                 let identity = Some(self.identity(worker));
-                let request = v1::BeginCheckpointRequest { identity, step, rewind: false };
+                let tries = self.workers[worker].next_try(step);
+                let request = v1::BeginCheckpointRequest { identity, step, rewind: false, tries };
                 self.call(worker, Phase::Beginning { step }, Event::BeginCheckpoint(request));
             }
             (Phase::Beginning { step }, Reply::BeginCheckpoint(begun)) => {

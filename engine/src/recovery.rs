@@ -121,7 +121,7 @@ pub struct OwnShare {
 
 impl OwnShare {
     /// Whether a shard of `manifest` may lie elsewhere.
-    fn may_miss(self, manifest: &Manifest, rank: u32) -> bool {
+    pub(crate) fn may_miss(self, manifest: &Manifest, rank: u32) -> bool {
         manifest.world_size == self.world_size && rank != self.rank
     }
 }

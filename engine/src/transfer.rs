@@ -24,6 +24,7 @@ use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::load::{Damaged, Extent, Shard, VerifyObserver, from_format};
+use crate::recovery::OwnShare;
 use crate::store::flow::Flow;
 use crate::store::{Piece, Publication, ShardId, ShardSink, ShardSize, Store};
 use crate::{EngineError, Result};
@@ -111,57 +112,74 @@ pub(crate) fn transfer(
     Ok(transferred)
 }
 
-/// Copies what one rank has of `step`. The copy is no checkpoint before [`publish_whole`].
-pub(crate) fn transfer_shard(
+/// Copies what one rank has of `step`: its own shard, or, if that is not in its store because ranks
+/// have moved since, whatever is. The copy is no checkpoint before [`publish_whole`].
+pub(crate) fn transfer_share(
     source: &dyn Store,
     destination: &dyn Store,
-    (step, rank): (u64, u32),
+    (step, share): (u64, OwnShare),
     environment: &Arc<dyn Environment>,
     observer: &dyn VerifyObserver,
 ) -> Result<Transferred> {
     let start = environment.monotonic();
     let what = naming(step, destination);
     let Original { manifest, .. } = Original::read(source, step, &what)?;
-    let mut transferred = Transferred { step, ..Transferred::default() };
-    let entry = manifest.shards.iter().find(|entry| entry.rank == rank).ok_or_else(|| {
-        EngineError::internal(what.clone(), format!("the manifest names no shard of rank {rank}"))
-    })?;
-    let open = || Shard::open(destination, &manifest, rank, Damaged::Told).map(drop);
-    match open() {
-        Ok(()) => {
-            transferred.was_there = true;
-            return Ok(transferred);
-        }
-        Err(EngineError::NotFound { .. } | EngineError::Corrupt { .. }) => {}
-        Err(error) => return Err(error),
-    }
+    let mut transferred = Transferred { step, was_there: true, ..Transferred::default() };
+    let files = source.list_step(step)?.map(|listing| listing.files).unwrap_or_default();
+    let lies_here = |entry: &&ShardEntry| files.iter().any(|file| file.name == entry.file);
+    let is_own = |entry: &&ShardEntry| !share.may_miss(&manifest, entry.rank);
+    let here: Vec<&ShardEntry> = manifest.shards.iter().filter(lies_here).collect();
+    let own: Vec<&ShardEntry> = here.iter().copied().filter(is_own).collect();
     let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
-    let (_, sink) = copy.shard(entry)?;
-    open()?;
-    transferred.count(entry, sink.as_ref());
+    for entry in if own.is_empty() { here } else { own } {
+        let open = || Shard::open(destination, &manifest, entry.rank, Damaged::Told).map(drop);
+        match open() {
+            Ok(()) => continue,
+            Err(EngineError::NotFound { .. } | EngineError::Corrupt { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        transferred.was_there = false;
+        let (_, sink) = copy.shard(entry)?;
+        open()?;
+        transferred.count(entry, sink.as_ref());
+    }
     transferred.seconds = elapsed(&**environment, start).as_secs_f64();
     Ok(transferred)
 }
 
-/// Publishes `step` at the destination, once every rank has brought its shard there; false before.
-/// Any rank may, and several at once.
+/// What of a step that several ranks bring is at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Brought {
+    /// The checkpoint.
+    All,
+    /// Shards of other ranks are still missing.
+    Some,
+    /// Nothing, though this rank has brought its part: somebody removed it.
+    Nothing,
+}
+
+/// Publishes `step` at the destination, once every rank has brought its shard there. Any rank may,
+/// and several at once.
 pub(crate) fn publish_whole(
     source: &dyn Store,
     destination: &dyn Store,
     step: u64,
-) -> Result<bool> {
+) -> Result<Brought> {
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let standing = standing(destination, step)?;
     if standing.as_ref() == Some(&manifest.attempt) {
-        return Ok(true);
+        return Ok(Brought::All);
     }
     let files = destination.list_step(step)?.map(|listing| listing.files).unwrap_or_default();
     let is_there = |entry: &ShardEntry| {
         files.iter().any(|file| file.name == entry.file && file.bytes == entry.bytes)
     };
+    if !manifest.shards.iter().any(is_there) {
+        return Ok(Brought::Nothing);
+    }
     if !manifest.shards.iter().all(is_there) {
-        return Ok(false);
+        return Ok(Brought::Some);
     }
     destination.publish(Publication {
         step,
@@ -171,7 +189,7 @@ pub(crate) fn publish_whole(
         // They were just listed, each read back by the rank that brought it.
         shards: &[],
     })?;
-    Ok(true)
+    Ok(Brought::All)
 }
 
 fn naming(step: u64, destination: &dyn Store) -> String {

@@ -1,10 +1,13 @@
 //! Ranks with a directory each, or one of each machine, that drain into one store in S3.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dtr_engine::engine::GcOptions;
 use dtr_engine::error::CoordinationKind;
+use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::save::SaveInfo;
 use dtr_engine::{Config, Engine, EngineError, Result};
 
@@ -101,11 +104,49 @@ fn agreed(ranks: &[Rank]) -> Vec<Option<u64>> {
     together(ranks, agree).into_iter().map(Result::unwrap).collect()
 }
 
-fn rewind(rank: &Rank, step: u64) -> Result<SaveInfo> {
+/// Saves `step` with another state than it was saved with before.
+fn save_anew(rank: &Rank, step: u64, rewind: bool) -> Result<SaveInfo> {
     let state = state_of(rank.number, step + 500);
     let mut request = state.request(step);
-    request.rewind = true;
+    request.rewind = rewind;
     finish(&rank.engine.save(request)?)
+}
+
+/// Gives an attempt up once its manifest is in this rank's own store, while it is armed.
+#[derive(Debug)]
+struct Regrets {
+    ranks: Arc<dyn Ranks>,
+    is_armed: Arc<AtomicBool>,
+}
+
+impl Ranks for Regrets {
+    fn begin(&self, step: u64) -> Result<Begun> {
+        self.ranks.begin(step)
+    }
+
+    fn report(
+        &self,
+        attempt: Attempt,
+        report: Report<'_>,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
+        if report.published_crc32c.is_some() && self.is_armed.load(Ordering::Relaxed) {
+            self.ranks.abort(attempt, "the test wants it", false)?;
+        }
+        self.ranks.report(attempt, report, is_cancelled)
+    }
+
+    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
+        self.ranks.commit(attempt, manifest_crc32c)
+    }
+
+    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
+        self.ranks.abort(attempt, reason, is_unpublished)
+    }
+
+    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
+        self.ranks.agree(offered, timeout)
+    }
 }
 
 #[test]
@@ -207,8 +248,9 @@ fn a_step_that_one_machine_lost_before_it_was_uploaded_is_loaded_by_none_and_sav
         state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
     }
     assert_eq!(cluster.far().steps().unwrap(), [1]);
-    let infos: Vec<_> = together(&ranks, |rank| rewind(rank, 2)).into_iter().flatten().collect();
-    assert_eq!(infos.len(), 2);
+    // All went back to step 1, so what one alone has of step 2 is in nobody's way.
+    let again = together(&ranks, |rank| save_anew(rank, 2, false));
+    let infos: Vec<_> = again.into_iter().map(Result::unwrap).collect();
     uploaded(&ranks, 2);
     let far = cluster.far();
     assert_eq!(far.manifest(2).unwrap().attempt, infos[0].attempt);
@@ -240,6 +282,116 @@ fn each_rank_prunes_its_directory_and_rank_0_the_store_in_s3() {
         let now = GcOptions { dry_run: true, grace: Some(Duration::ZERO) };
         assert_eq!(far.gc(now).unwrap().removed, [], "{machines:?}");
     }
+}
+
+#[test]
+fn what_a_failed_rewind_replaced_stands_again() {
+    for machines in [Machines::OneEach, Machines::OneForAll] {
+        let place = Place::new();
+        let cluster = Cluster::new(&place, 3, machines);
+        let is_armed = Arc::new(AtomicBool::new(false));
+        let open = |number| {
+            cluster.world.rank_opened(number, |ranks| {
+                let is_armed = Arc::clone(&is_armed);
+                open_among(cluster.config(number), Arc::new(Regrets { ranks, is_armed }))
+            })
+        };
+        let ranks: Vec<_> = (0..3).map(open).collect();
+        let before = save_all(&ranks, 1);
+        is_armed.store(true, Ordering::Relaxed);
+        for outcome in together(&ranks, |rank| save_anew(rank, 1, true)) {
+            let error = outcome.unwrap_err();
+            assert!(is_aborted(&error), "{error}");
+        }
+        for rank in &ranks {
+            assert_eq!(rank.engine.manifest(1).unwrap().attempt, before[0].attempt);
+            state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
+        }
+        is_armed.store(false, Ordering::Relaxed);
+        let after = together(&ranks, |rank| save_anew(rank, 1, true));
+        let after: Vec<_> = after.into_iter().map(Result::unwrap).collect();
+        uploaded(&ranks, 1);
+        assert_eq!(cluster.far().manifest(1).unwrap().attempt, after[0].attempt);
+    }
+}
+
+#[test]
+fn the_newest_that_arrived_is_kept_until_a_newer_one_has() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 2, Machines::OneEach);
+    cluster.keep_last_n = Some(1);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 1);
+    uploaded(&ranks, 1);
+    drop(ranks);
+    cluster.remote_bytes_per_second = Some(1);
+    let ranks = cluster.ranks();
+    for step in [2, 3] {
+        save_all(&ranks, step);
+    }
+    drop(ranks);
+    assert_eq!(cluster.far().steps().unwrap(), [1]);
+    // One machine is lost, and with it steps 2 and 3; not step 1.
+    std::fs::remove_dir_all(cluster.directory(1)).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let ranks = cluster.ranks();
+    assert_eq!(agreed(&ranks), [Some(1), Some(1)]);
+    for rank in &ranks {
+        state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
+    }
+    for step in [2, 3, 4, 5] {
+        together(&ranks, |rank| save_anew(rank, step, false)).into_iter().for_each(|saved| {
+            saved.unwrap();
+        });
+        uploaded(&ranks, step);
+    }
+    assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
+    let steps = cluster.far().steps().unwrap();
+    assert!(steps.ends_with(&[5]) && steps.len() <= 2, "{steps:?}");
+}
+
+#[test]
+fn ranks_that_changed_machines_bring_what_lies_there() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 2, Machines::OneEach);
+    cluster.remote_bytes_per_second = Some(1);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 1);
+    drop(ranks);
+    let [one, other] = [0, 1].map(|rank| cluster.directory(rank));
+    let aside = cluster.world.path().join("aside");
+    std::fs::rename(&one, &aside).unwrap();
+    std::fs::rename(&other, &one).unwrap();
+    std::fs::rename(&aside, &other).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let ranks = cluster.ranks();
+    uploaded(&ranks, 1);
+    assert_eq!(cluster.far().verify(1, &()).unwrap().damage, []);
+    drop(ranks);
+    let ranks = cluster.ranks();
+    assert_eq!(agreed(&ranks), [Some(1), Some(1)]);
+    for rank in &ranks {
+        state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
+    }
+}
+
+#[test]
+fn replicated_entries_of_machines_that_share_nothing_are_refused_with_a_way_out() {
+    let place = Place::new();
+    let cluster = Cluster::new(&place, 2, Machines::OneEach);
+    let ranks = cluster.ranks();
+    let refused = together(&ranks, |rank| {
+        let state = state_of(0, 1);
+        let mut request = state.request(1);
+        request.replicated = vec![1];
+        finish(&rank.engine.save(request)?)
+    });
+    let errors: Vec<String> = refused.into_iter().map(|one| one.unwrap_err().to_string()).collect();
+    assert!(
+        errors.iter().any(|error| error.contains("give all ranks one directory")),
+        "{errors:?}"
+    );
+    save_all(&ranks, 2);
 }
 
 #[test]

@@ -43,6 +43,8 @@ pub(super) struct Attempt {
     begun_ms: u64,
     /// Ranks that know of it. After a restart nobody is known to, so everybody may.
     begun: BTreeSet<u32>,
+    /// The most often that one of them had tried the step before.
+    tries: u32,
     shards: BTreeMap<u32, v1::Shard>,
     /// Whether each rank publishes in a store of its own; known with the first report.
     has_own_stores: Option<bool>,
@@ -63,7 +65,9 @@ pub(super) struct Attempt {
 pub(super) struct AbortedAttempt {
     attempt: String,
     aborted: v1::AttemptAborted,
-    /// Ranks that take part in the step's next attempt: they knew of this one.
+    /// The most often that one of its ranks had tried the step before.
+    tries: u32,
+    /// Ranks that knew of it, or have heard since.
     told: BTreeSet<u32>,
     is_told_to_all: bool,
 }
@@ -80,6 +84,7 @@ impl Attempt {
             record,
             begun_ms: now_ms,
             begun: BTreeSet::new(),
+            tries: 0,
             shards: BTreeMap::new(),
             has_own_stores: None,
             published: BTreeMap::new(),
@@ -208,9 +213,10 @@ impl Job {
         self.give_up_left(scene, (rank, &worker_id), step);
         if let Some(attempt) = self.attempts.get_mut(&step) {
             attempt.begun.insert(rank);
+            attempt.tries = attempt.tries.max(request.tries);
             return Ok(attempt.reply(self.record.world_size));
         }
-        self.tell_of_aborted(rank, step)?;
+        self.tell_of_aborted(rank, step, request.tries)?;
         self.check_step(step, request.rewind)?;
         self.refuse_if_incomplete(step)?;
         if self.attempts.len() >= ATTEMPTS_MAX {
@@ -229,6 +235,7 @@ impl Job {
         let key = Key::Attempt { job: self.name.clone(), step };
         scene.effects.changes.push(Change::put(key, &record));
         let mut attempt = Attempt::new(scene.at.now_ms, record);
+        attempt.tries = request.tries;
         attempt.begun.insert(rank);
         let reply = attempt.reply(self.record.world_size);
         self.attempts.insert(step, attempt);
@@ -250,11 +257,12 @@ impl Job {
         }
     }
 
-    /// Refuses a rank that was not there when the step's last attempt was given up, once.
-    fn tell_of_aborted(&mut self, rank: u32, step: u64) -> Result<(), Refusal> {
+    /// Refuses a rank that was not there when the step's last attempt was given up, once. One that
+    /// has tried the step more often than those that were comes for the next attempt.
+    fn tell_of_aborted(&mut self, rank: u32, step: u64, tries: u32) -> Result<(), Refusal> {
         let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
         let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
-        if last.is_told_to_all || !last.told.insert(rank) {
+        if last.is_told_to_all || tries > last.tries || !last.told.insert(rank) {
             self.aborted.remove(&step);
             return Ok(());
         }
@@ -452,13 +460,14 @@ impl Job {
         let text = format!("the save of step {step} is given up: {}", aborted.reason);
         let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
         scene.effects.notes.push(note);
-        let (told, attempt) = (attempt.begun, attempt.record.attempt);
+        let (told, tries, attempt) = (attempt.begun, attempt.tries, attempt.record.attempt);
         let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
         let is_told_to_all = told.len() == world_size;
         if self.aborted.len() >= ATTEMPTS_MAX {
             self.aborted.pop_first();
         }
-        self.aborted.insert(step, AbortedAttempt { attempt, aborted, told, is_told_to_all });
+        let known = AbortedAttempt { attempt, aborted, tries, told, is_told_to_all };
+        self.aborted.insert(step, known);
     }
 
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.

@@ -68,6 +68,10 @@ struct Book {
     protected: Option<u64>,
     /// Newest that was read back.
     verified: Option<u64>,
+    /// The newest when steps were last offered to other ranks.
+    newest_offered: Option<u64>,
+    /// The step that all agreed on, and the newest that this rank had then, where that is later.
+    not_common: Option<(u64, u64)>,
 }
 
 /// What a manifest means that the device does not give.
@@ -209,11 +213,28 @@ impl Core {
     /// What this rank can load, by name: steps of other attempts are not the same.
     pub(super) fn offers(&self, steps: &[u64]) -> Result<Vec<Attempt>> {
         let survey = self.survey()?;
+        self.book().newest_offered = survey.newest();
         let offer = |step: &u64| Attempt {
             step: *step,
             id: survey.step(*step).and_then(|step| step.attempt).unwrap_or(AttemptId([0; 16])),
         };
         Ok(steps.iter().map(offer).collect())
+    }
+
+    /// All ranks agreed to load `step`: what this one alone has of later ones is no checkpoint.
+    pub(super) fn note_agreed(&self, step: Option<u64>) {
+        let mut book = self.book();
+        let newest = book.newest_offered;
+        book.not_common = step.zip(newest).filter(|(agreed, newest)| newest > agreed);
+    }
+
+    /// Whether saving `step` goes back only over what other ranks do not have: checkpoints in this
+    /// rank's own store that were published here and never committed, or were lost elsewhere.
+    pub(super) fn goes_over_own_only(&self, step: u64) -> bool {
+        let not_common = self.book().not_common;
+        not_common.is_some_and(|(agreed, newest)| {
+            self.config.has_own_store() && (agreed + 1..=newest).contains(&step)
+        })
     }
 
     /// Stored bytes that a state of `raw_bytes` will take, by the ratio of the save before.
@@ -285,7 +306,7 @@ impl Core {
 
     fn try_prune(&self, step: u64, retired: &[Retired]) -> Result<Vec<u64>> {
         let survey = self.survey()?;
-        let protected = self.protected_with(step);
+        let protected = self.protected_with(step, &survey);
         let mut plan = plan_retention(&survey, Policy::from(&self.config), &protected);
         // What a rewind retired is wanted nowhere; the rest is kept until the far store has it.
         plan.retain(|step| {
@@ -312,9 +333,12 @@ impl Core {
         Ok(plan)
     }
 
-    fn protected_with(&self, step: u64) -> Vec<u64> {
+    fn protected_with(&self, step: u64, survey: &Survey) -> Vec<u64> {
+        let exists =
+            |step: &u64| survey.step(*step).is_some_and(|step| step.state == StepState::Committed);
+        let arrived = self.store.arrived().into_iter().rev().find(exists);
         let book = self.book();
-        [Some(step), book.protected, book.verified].into_iter().flatten().collect()
+        [Some(step), book.protected, book.verified, arrived].into_iter().flatten().collect()
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {

@@ -233,7 +233,7 @@ impl Engine {
         }
         let far = Self::open_far(config, credentials)?;
         Ok(Arc::new(match access_of(config) {
-            Access::Read => TieredStore::reader(near, far),
+            Access::Read => TieredStore::reader(near, far)?,
             Access::Write | Access::WriteBeside { .. } => {
                 let (environment, rate) = (Arc::clone(environment), config.remote_bytes_per_second);
                 TieredStore::writer(near, far, environment, rate, config.own_share())?
@@ -353,7 +353,8 @@ impl Engine {
         let inner = self.inner(&format!("verifying step {step}"))?;
         inner.core.check_exists(step)?;
         let options = ReadOptions { workers: self.config.workers, ..ReadOptions::default() };
-        verify_step(inner.core.store.as_ref(), step, options, observer)
+        let share = self.config.own_share();
+        verify_step(inner.core.store.as_ref(), step, (options, share), observer)
     }
 
     /// What came of bringing a step to the far store, or `None` if it has not ended within
@@ -421,7 +422,9 @@ impl Engine {
     pub fn agree(&self, steps: &[u64], timeout: Duration) -> Result<Option<u64>> {
         let inner = self.inner("agreeing with all ranks on the step to load")?;
         let Some(ranks) = &inner.core.ranks else { return Ok(steps.iter().max().copied()) };
-        ranks.agree(&inner.core.offers(steps)?, timeout)
+        let agreed = ranks.agree(&inner.core.offers(steps)?, timeout)?;
+        inner.core.note_agreed(agreed);
+        Ok(agreed)
     }
 
     /// Waits for the save in flight, at most `timeout`; true if none is left. Raises the error of a

@@ -18,6 +18,7 @@ use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
+use crate::recovery::OwnShare;
 use crate::store::Store;
 use crate::{EngineError, Result};
 
@@ -73,11 +74,12 @@ impl VerifyObserver for () {
     fn advanced(&self, _stored_bytes: u64) {}
 }
 
-/// Verifies all shards of `step`. Damage is in the report; an error means that nothing is known.
+/// Verifies all shards of `step`. Damage is in the report; an error means that nothing is known. A
+/// shard of another rank that may lie in a store of that rank's own is verified if it is found.
 pub(crate) fn verify_step(
     store: &dyn Store,
     step: u64,
-    options: ReadOptions,
+    (options, share): (ReadOptions, Option<OwnShare>),
     observer: &dyn VerifyObserver,
 ) -> Result<VerifyReport> {
     let start = Instant::now();
@@ -92,6 +94,8 @@ pub(crate) fn verify_step(
                         has_replicated |= shard.header.replicated;
                         verify_shard(&shard, options, observer, &mut report)?;
                     }
+                    Err(EngineError::NotFound { .. })
+                        if share.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
                     Err(error @ EngineError::NotFound { .. }) => missing.add(&entry.file, error),
                     Err(error) => report.damage.push(whole_file(&entry.file, error)?),
                 }

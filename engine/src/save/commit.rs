@@ -245,8 +245,10 @@ fn commit_together(
     manifest: &Manifest,
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
+    // Where it has to be taken back, what stood there before stands there again.
+    let replaced = together.replaced()?;
     together.commit(manifest).map_err(|failure| {
-        if !failure.may_be_published && together.takes_back() {
+        if !failure.may_be_published && together.takes_back(replaced.as_deref()) {
             sink.abandon();
         }
         failure.error

@@ -84,12 +84,15 @@ impl Together<'_> {
                 Outcome::Committed => return Ok(()),
                 Outcome::Publish(shards) => {
                     let complete = Manifest { shards, ..manifest.clone() };
-                    let published =
-                        self.check_replicas(&complete).and_then(|()| self.publish(&complete));
-                    if let Err(error) = published {
-                        return self.refuse(error, false);
+                    let published = self
+                        .check_replicas(&complete)
+                        .map_err(shards_are_elsewhere)
+                        .and_then(|()| self.publish(&complete))
+                        .and_then(|()| self.standing_crc32c());
+                    match published {
+                        Ok(crc32c) => published_crc32c = Some(crc32c),
+                        Err(error) => return self.refuse(error, false),
                     }
-                    published_crc32c = Some(self.standing_crc32c()?);
                 }
                 Outcome::Aborted { why, may_be_published } => {
                     return Err(Failure { error: self.aborted(why), may_be_published });
@@ -208,15 +211,29 @@ impl Together<'_> {
         manifest.attempt == self.attempt.id.to_string() && store.publish(publication).is_ok()
     }
 
+    /// The manifest that a rewind replaces in this rank's own store.
+    pub(super) fn replaced(&self) -> Result<Option<Vec<u8>>> {
+        if self.replaces.is_none() || !self.core.config.has_own_store() {
+            return Ok(None);
+        }
+        let Attempt { step, id } = self.attempt;
+        let bytes = self.core.store.read_manifest(step)?;
+        let is_ours = |bytes: &Vec<u8>| {
+            Manifest::decode(bytes).is_ok_and(|manifest| manifest.attempt == id.to_string())
+        };
+        // Another rank with the same directory may have published already, and knows.
+        Ok(bytes.filter(|bytes| !is_ours(bytes)))
+    }
+
     /// Sees to it that no manifest names this rank's shard, after it is known that there will be no
     /// checkpoint. False if that cannot be said.
-    pub(super) fn takes_back(&self) -> bool {
+    pub(super) fn takes_back(&self, replaced: Option<&[u8]>) -> bool {
         if !self.core.config.has_own_store() {
             // Nobody published.
             return true;
         }
         let Attempt { step, id } = self.attempt;
-        match self.core.store.unpublish(step, id) {
+        match self.core.store.unpublish(step, id, replaced) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(step, %error, "a manifest stays that not all ranks have: no load \
@@ -233,5 +250,20 @@ impl Together<'_> {
             why,
             hint: "training may go on: save a later step; earlier checkpoints are untouched".into(),
         }
+    }
+}
+
+/// Says what is missing where replicated entries are saved by ranks that do not see each other's
+/// shards.
+fn shards_are_elsewhere(error: EngineError) -> EngineError {
+    match error {
+        EngineError::NotFound { what, why, .. } => EngineError::InvalidArgument {
+            what,
+            why: format!("{why}; each rank checks what all save as `replicated` in all shards"),
+            hint: "give all ranks one directory, or save to S3 directly, or save without \
+                   `replicated`: then each rank's part is its own"
+                .into(),
+        },
+        error => error,
     }
 }

@@ -72,8 +72,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn publish(&self, publication: Publication<'_>) -> Result<()>;
 
     /// Takes back a manifest of this attempt, if it stands there: the ranks, each with a store of
-    /// its own, did not all publish it. Its shard stays.
-    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()>;
+    /// its own, did not all publish it. Puts the manifest back that it replaced. Shards stay.
+    fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()>;
 
     /// Hears that `step` is committed, wherever that is decided: a far store gets it from now on.
     fn committed(&self, _step: u64) {}
@@ -115,6 +115,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Whether retention may take a checkpoint: not while it waits to be brought to a far store.
     fn may_remove(&self, _step: u64) -> bool {
         true
+    }
+
+    /// Steps that are whole in the far store, ascending: retention keeps the newest of them until
+    /// a newer one has arrived, so that a machine that is lost does not take all with it.
+    fn arrived(&self) -> Vec<u64> {
+        Vec::new()
     }
 
     /// What came of bringing a step to the far store; `None` if it has not ended within `timeout`,

@@ -43,7 +43,7 @@ impl Worker {
     pub fn begin_checkpoint(&self, step: u64, rewind: bool) -> Pending<v1::BeginCheckpointReply> {
         let what = format!("beginning to save step {step} with all ranks");
         let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
-        let name = what.clone();
+        let (name, tries) = (what.clone(), self.next_try(step));
         self.connection.start(&what, async move {
             shared.check(&name)?;
             let call = |channel, request| async move {
@@ -53,6 +53,7 @@ impl Worker {
                 identity: Some(shared.acknowledged_identity()),
                 step,
                 rewind,
+                tries,
             };
             let reply = inner.ask(&name, Wait::Short, request(), call).await;
             match shared.learn(&inner, reply).await {

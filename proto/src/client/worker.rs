@@ -70,6 +70,8 @@ pub(super) struct Shared {
     incarnation: u64,
     progress: AtomicU64,
     arrivals: AtomicU64,
+    /// The step that was begun last, and how often.
+    tries: Mutex<(u64, u32)>,
     view: Mutex<View>,
     changed: Condvar,
 }
@@ -167,6 +169,13 @@ impl Worker {
     pub(super) fn next_arrival(&self) -> u64 {
         let count = self.shared.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
         (self.reply.epoch << 32) + count
+    }
+
+    /// How often the step has been begun before this time.
+    pub(super) fn next_try(&self, step: u64) -> u32 {
+        let mut tries = self.shared.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        *tries = if tries.0 == step { (step, tries.1.saturating_add(1)) } else { (step, 0) };
+        tries.1
     }
 
     /// Waits at a barrier.
@@ -276,6 +285,7 @@ async fn register(
         incarnation,
         progress: AtomicU64::new(0),
         arrivals: AtomicU64::new(0),
+        tries: Mutex::default(),
         view: Mutex::new(view),
         changed: Condvar::new(),
     });

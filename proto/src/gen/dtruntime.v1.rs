@@ -278,6 +278,9 @@ pub struct BeginCheckpointRequest {
     /// Whether the step may lie at or below the newest committed one.
     #[prost(bool, tag = "3")]
     pub rewind: bool,
+    /// How often this rank has begun this step before: ranks that try one again do so together.
+    #[prost(uint32, tag = "4")]
+    pub tries: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BeginCheckpointReply {

@@ -176,9 +176,9 @@ impl Store for LocalStore {
         publish::publish(&self.shared, publication)
     }
 
-    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()> {
+    fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
         self.writer("taking back a checkpoint")?;
-        publish::unpublish(&self.shared, step, attempt)
+        publish::unpublish(&self.shared, (step, attempt), replaced)
     }
 
     fn remove_checkpoint(&self, step: u64) -> Result<u64> {

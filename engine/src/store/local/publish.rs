@@ -55,17 +55,42 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
 }
 
 /// Takes a manifest back; see [`crate::store::Store::unpublish`].
-pub(super) fn unpublish(shared: &Shared, step: u64, attempt: AttemptId) -> Result<()> {
+pub(super) fn unpublish(
+    shared: &Shared,
+    (step, attempt): (u64, AttemptId),
+    replaced: Option<&[u8]>,
+) -> Result<()> {
     let _changes = shared.changes();
-    if standing(shared, step, attempt)? != Standing::Ours {
-        return Ok(());
-    }
     let directory = shared.step_directory(step);
     let manifest = directory.join(names::MANIFEST_FILE);
-    match shared.io.entry(&EntryOp::RemoveFile(manifest.clone())) {
+    // Another rank with the same directory may have been faster.
+    let stands = match standing(shared, step, attempt)? {
+        Standing::Ours => true,
+        Standing::Nothing => false,
+        Standing::Other(_) | Standing::Damaged(_) | Standing::Newer(_) => return Ok(()),
+    };
+    let operation = match replaced {
+        Some(bytes) => {
+            let from = directory.join(names::manifest_temporary_name_of(attempt, shared.rank));
+            record::write_new(&shared.io, &from, bytes)?;
+            if stands {
+                EntryOp::RenameReplace { from, to: manifest.clone() }
+            } else {
+                EntryOp::RenameNew { from, to: manifest.clone() }
+            }
+        }
+        None if stands => EntryOp::RemoveFile(manifest.clone()),
+        None => return Ok(()),
+    };
+    match shared.io.entry(&operation) {
         Ok(_) => shared.sync_directory(&directory),
-        // Another rank with the same directory was faster.
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            if let EntryOp::RenameNew { from, .. } = &operation {
+                discard(shared, from);
+            }
+            Ok(())
+        }
         Err(error) => Err(EngineError::from_io("taking back", &manifest, error)),
     }
 }

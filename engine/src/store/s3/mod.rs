@@ -209,7 +209,7 @@ impl Store for S3Store {
         publish::publish(&self.shared, publication)
     }
 
-    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()> {
+    fn unpublish(&self, step: u64, attempt: AttemptId, _: Option<&[u8]>) -> Result<()> {
         Err(EngineError::internal(
             format!("taking back step {step}, attempt {attempt}, in `{}`", self.location()),
             "a bucket is no rank's own store",

@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::uploader::Removal;
 use crate::Result;
+use crate::format::names::MANIFEST_FILE;
 use crate::store::{FileListing, StepListing, Store};
 
 /// The far store's files by step, and by name.
@@ -28,6 +29,14 @@ impl FarView {
             files: files.clone(),
         };
         self.lock().iter().map(listing).collect()
+    }
+
+    /// Steps that have a manifest, ascending.
+    pub(super) fn committed(&self) -> Vec<u64> {
+        let steps = self.lock();
+        let has_manifest =
+            |files: &Vec<FileListing>| files.iter().any(|file| file.name == MANIFEST_FILE);
+        steps.iter().filter(|(_, files)| has_manifest(files)).map(|(step, _)| *step).collect()
     }
 
     pub(super) fn has(&self, step: u64, name: &str) -> bool {

@@ -57,8 +57,11 @@ pub struct TieredStore {
 
 impl TieredStore {
     /// For reading both.
-    pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Self {
-        Self { near, far, uploader: None, outdated: Mutex::default() }
+    pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Result<Self> {
+        let here = attempts(near.as_ref(), &near.list()?)?;
+        let there = attempts(far.as_ref(), &far.list()?)?;
+        let outdated = Mutex::new(differences(&here, &there).outdated);
+        Ok(Self { near, far, uploader: None, outdated })
     }
 
     /// For writing: starts the uploader, with what earlier processes left to do. `share` is of a
@@ -235,8 +238,12 @@ impl Store for TieredStore {
         }
     }
 
-    fn unpublish(&self, step: u64, attempt: AttemptId) -> Result<()> {
-        self.near.unpublish(step, attempt)
+    fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
+        self.near.unpublish(step, attempt, replaced)
+    }
+
+    fn arrived(&self) -> Vec<u64> {
+        self.uploads().map(Work::arrived).unwrap_or_default()
     }
 
     // A reader's near store refuses what follows, and says why.

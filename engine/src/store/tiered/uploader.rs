@@ -21,7 +21,7 @@ use crate::error::IoContext;
 use crate::load::VerifyObserver;
 use crate::recovery::OwnShare;
 use crate::store::Store;
-use crate::transfer::{Overwrite, Transferred, publish_whole, transfer, transfer_shard};
+use crate::transfer::{Brought, Overwrite, Transferred, publish_whole, transfer, transfer_share};
 use crate::{EngineError, Result};
 
 /// First and longest pause before something is tried again.
@@ -334,9 +334,7 @@ impl Work {
         let (near, far) = (self.near.as_ref(), self.far.as_ref());
         let outcome = match self.share {
             None => transfer(near, far, step, Overwrite::Yes, &self.environment, &pacer),
-            Some(OwnShare { rank, .. }) => {
-                transfer_shard(near, far, (step, rank), &self.environment, &pacer)
-            }
+            Some(share) => transfer_share(near, far, (step, share), &self.environment, &pacer),
         };
         if outcome.is_ok() && self.share.is_none() {
             self.view.note_upload(near, step);
@@ -348,8 +346,16 @@ impl Work {
     fn publishes_what_is_whole(&self) -> bool {
         let brought: Vec<u64> = self.lock().brought.keys().copied().collect();
         for step in brought {
+            let mut queue = self.lock();
+            if queue.stopped || !queue.brought.contains_key(&step) {
+                continue;
+            }
+            // Whoever cancels it waits for this.
+            let cancelled = Arc::new(AtomicBool::new(false));
+            queue.current = Some((step, cancelled));
+            drop(queue);
             let published = publish_whole(self.near.as_ref(), self.far.as_ref(), step);
-            if matches!(published, Ok(true)) {
+            if matches!(published, Ok(Brought::All)) {
                 self.view.note_upload(self.far.as_ref(), step);
             }
             self.book_whole(step, published);
@@ -358,25 +364,48 @@ impl Work {
     }
 
     /// Notes what came of waiting for the other ranks.
-    fn book_whole(&self, step: u64, published: Result<bool>) {
+    fn book_whole(&self, step: u64, published: Result<Brought>) {
+        // What is older than one that is whole is waited for no more: a rank was lost with it, or
+        // it has been there, and retention took it.
+        let newest = self.arrived().last().copied();
         let mut queue = self.lock();
+        queue.current = None;
         let is_late =
             queue.draining.is_some_and(|since| elapsed(&*self.environment, since) >= FAREWELL);
-        let failure = match published {
-            Ok(true) => None,
-            Ok(false) if !is_late => return,
-            Ok(false) => Some(self.lacks_others(step)),
-            Err(error) if error.is_retryable() && queue.draining.is_none() => return,
-            Err(error) => Some(error),
+        let is_past = newest.is_some_and(|newest| step < newest) || is_late;
+        let outcome = match published {
+            Ok(Brought::All) => Some(Ok(())),
+            Ok(_) if is_past => Some(Err(self.lacks_others(step))),
+            Ok(Brought::Some) => None,
+            Ok(Brought::Nothing) => {
+                // It is brought once more.
+                if queue.brought.remove(&step).is_some() {
+                    queue.waiting.insert(step);
+                }
+                None
+            }
+            Err(error) if error.is_retryable() && queue.draining.is_none() => None,
+            Err(error) => Some(Err(error)),
         };
-        // It may have been cancelled meanwhile.
-        let Some(transferred) = queue.brought.remove(&step) else { return };
-        if let Some(error) = &failure {
-            tracing::warn!(step, %error, "not every rank's shard is in the far store");
+        if let Some(outcome) = outcome
+            // It may have been cancelled meanwhile.
+            && let Some(transferred) = queue.brought.remove(&step)
+        {
+            if let Err(error) = &outcome {
+                tracing::warn!(step, %error, "not every rank's shard is in the far store");
+            }
+            queue.outcomes.insert(step, outcome.map(|()| transferred));
         }
-        queue.outcomes.insert(step, failure.map_or(Ok(transferred), Err));
         drop(queue);
         self.changed.notify_all();
+    }
+
+    /// Steps that are whole in the far store, ascending.
+    pub(super) fn arrived(&self) -> Vec<u64> {
+        let mut complete = self.view.committed();
+        let queue = self.lock();
+        complete.retain(|step| !queue.is_waiting(*step));
+        complete
     }
 
     fn lacks_others(&self, step: u64) -> EngineError {
@@ -387,7 +416,8 @@ impl Work {
             ),
             why: "this rank's shard is there, and those of others are not yet".into(),
             hint: "the rank that brings the last one publishes it; if a rank was lost, what its \
-                   store holds is uploaded when it is opened for writing again"
+                   store holds is uploaded when it is opened for writing again; a newer step that \
+                   is whole there takes its place"
                 .into(),
         }
     }
