@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -260,14 +260,16 @@ class Trial:
         return found
 
     def break_for(self, way: str, seconds: float) -> list[dict]:
-        """Break the network while a step is saved."""
+        """Break the network, and mend it while a step is saved."""
+        self.breaks += 1
+        with ExitStack() as broken:
+            broken.enter_context(self.network.broken(way))
 
-        def meanwhile() -> None:
-            self.breaks += 1
-            with self.network.broken(way):
+            def meanwhile() -> None:
                 time.sleep(seconds)
+                broken.close()
 
-        return self.save(meanwhile)
+            return self.save(meanwhile)
 
     def shake(self, chance: random.Random) -> None:
         """Break it again and again while a step is saved: a loose contact."""

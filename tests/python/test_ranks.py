@@ -390,7 +390,7 @@ def test_ranks_without_a_coordinator_are_told_what_is_missing(tmp_path, monkeypa
     monkeypatch.delenv("COORDINATOR_URL", raising=False)
     with pytest.raises(InvalidArgument, match="coordinator_url="):
         CheckpointManager(tmp_path, rank=0, world_size=2)
-    with pytest.raises(InvalidArgument, match="ckpt-tool copy"):
+    with pytest.raises(InvalidArgument, match="coordinator_url="):
         CheckpointManager(tmp_path, rank=0, world_size=2, remote="s3://bucket/run")
 
 

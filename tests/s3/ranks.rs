@@ -340,9 +340,8 @@ fn the_newest_that_arrived_is_kept_until_a_newer_one_has() {
         state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
     }
     for step in [2, 3, 4, 5] {
-        together(&ranks, |rank| save_anew(rank, step, false)).into_iter().for_each(|saved| {
-            saved.unwrap();
-        });
+        let saved = together(&ranks, |rank| save_anew(rank, step, false));
+        assert!(saved.iter().all(Result::is_ok), "{saved:?}");
         uploaded(&ranks, step);
     }
     assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));

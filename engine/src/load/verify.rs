@@ -79,7 +79,7 @@ impl VerifyObserver for () {
 pub(crate) fn verify_step(
     store: &dyn Store,
     step: u64,
-    (options, share): (ReadOptions, Option<OwnShare>),
+    (options, own): (ReadOptions, Option<OwnShare>),
     observer: &dyn VerifyObserver,
 ) -> Result<VerifyReport> {
     let start = Instant::now();
@@ -95,7 +95,7 @@ pub(crate) fn verify_step(
                         verify_shard(&shard, options, observer, &mut report)?;
                     }
                     Err(EngineError::NotFound { .. })
-                        if share.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
+                        if own.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
                     Err(error @ EngineError::NotFound { .. }) => missing.add(&entry.file, error),
                     Err(error) => report.damage.push(whole_file(&entry.file, error)?),
                 }
