@@ -119,21 +119,24 @@ impl Table {
     }
 
     fn report(&mut self, identity: &v1::Identity, step: u64, attempt: &str) -> Option<Reply> {
-        let rank = identity.worker_id[1..].parse().unwrap();
-        self.ask(Event::ReportShard(v1::ReportShardRequest {
-            identity: Some(identity.clone()),
-            step,
-            attempt: attempt.into(),
-            shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
-            ..v1::ReportShardRequest::default()
-        }))
+        self.report_as(identity, (step, attempt), false, None)
     }
 
     /// The same of a rank with a store of its own.
     fn report_own(
         &mut self,
         identity: &v1::Identity,
+        attempt: (u64, &str),
+        published_crc32c: Option<u32>,
+    ) -> Option<Reply> {
+        self.report_as(identity, attempt, true, published_crc32c)
+    }
+
+    fn report_as(
+        &mut self,
+        identity: &v1::Identity,
         (step, attempt): (u64, &str),
+        own_store: bool,
         published_crc32c: Option<u32>,
     ) -> Option<Reply> {
         let rank = identity.worker_id[1..].parse().unwrap();
@@ -142,7 +145,7 @@ impl Table {
             step,
             attempt: attempt.into(),
             shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
-            own_store: true,
+            own_store,
             published_crc32c,
         }))
     }

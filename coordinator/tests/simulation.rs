@@ -724,9 +724,14 @@ impl Model {
         }
     }
 
+    /// What lies in the store that all share, or in each one's own.
+    fn stores(&self) -> &[BTreeMap<u64, String>] {
+        self.own_manifests.as_deref().unwrap_or(std::slice::from_ref(&self.manifests))
+    }
+
     fn newest_stored(&self) -> u64 {
-        let stores = self.own_manifests.iter().flatten().chain([&self.manifests]);
-        stores.filter_map(|store| store.keys().next_back().copied()).max().unwrap_or(0)
+        let newest = self.stores().iter().filter_map(|store| store.keys().next_back().copied());
+        newest.max().unwrap_or(0)
     }
 
     fn check_list(&self, shards: &[v1::Shard]) {
@@ -827,13 +832,8 @@ impl Model {
             let written = self.shards.contains(&(commit.attempt.clone(), rank));
             self.assert(written, "a commit names a shard that was not written");
         }
-        let shared = [&self.manifests];
-        let mut stores = match &self.own_manifests {
-            Some(own) => own.iter().collect::<Vec<_>>(),
-            None => shared.to_vec(),
-        }
-        .into_iter();
-        let stands = stores.all(|store| store.get(&step) == Some(&commit.attempt));
+        let has_it = |store: &BTreeMap<_, _>| store.get(&step) == Some(&commit.attempt);
+        let stands = self.stores().iter().all(has_it);
         self.assert(stands, "a commit is not the store's manifest");
         let earlier = self.commits.insert(step, commit.attempt.clone());
         let is_one = earlier.is_none_or(|earlier| earlier == commit.attempt);
