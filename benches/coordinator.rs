@@ -104,7 +104,7 @@ fn register_request(rank: u32, world_size: u32) -> v1::RegisterRequest {
         world_size,
         ip: "10.0.0.1".into(),
         port: 8080,
-        advertise_address: String::new(),
+        ..v1::RegisterRequest::default()
     }
 }
 

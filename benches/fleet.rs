@@ -287,6 +287,7 @@ async fn report(member: Member, step: u64, attempt: String, own_store: bool) {
             shard: Some(shard.clone()),
             own_store,
             published_crc32c,
+            replicated_crc32c: None,
         };
         let mut outcomes = client.report_shard(request).await.unwrap().into_inner();
         let mut is_asked = false;

@@ -14,6 +14,8 @@ struct Table {
     ticket: Ticket,
     /// How often whoever begins a step has begun it before.
     tries: u32,
+    /// What each report says of what all ranks save alike.
+    replicated_crc32c: Option<u32>,
     changes: Vec<Change>,
     late: Vec<(Ticket, Reply)>,
 }
@@ -25,7 +27,15 @@ impl Table {
 
     fn with(policy: Policy) -> Self {
         let state = State::new(policy, 1);
-        Self { state, now_ms: 0, ticket: 0, tries: 0, changes: Vec::new(), late: Vec::new() }
+        Self {
+            state,
+            now_ms: 0,
+            ticket: 0,
+            tries: 0,
+            replicated_crc32c: None,
+            changes: Vec::new(),
+            late: Vec::new(),
+        }
     }
 
     /// Lets an event happen; gives the reply to it, if there is one yet.
@@ -67,6 +77,20 @@ impl Table {
             incarnation,
             rank,
             world_size,
+            ..v1::RegisterRequest::default()
+        };
+        self.ask(Event::Register(request)).unwrap()
+    }
+
+    /// A process of a job of two ranks comes back.
+    fn rejoin(&mut self, id: &str, rank: u32, incarnation: u64, rejoins: u64) -> Reply {
+        let request = v1::RegisterRequest {
+            job: "j".into(),
+            worker_id: id.into(),
+            incarnation,
+            rank,
+            world_size: 2,
+            rejoins,
             ..v1::RegisterRequest::default()
         };
         self.ask(Event::Register(request)).unwrap()
@@ -147,6 +171,7 @@ impl Table {
             shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
             own_store,
             published_crc32c,
+            replicated_crc32c: self.replicated_crc32c,
         }))
     }
 
@@ -208,6 +233,65 @@ fn a_registration_sent_twice_is_one() {
     assert_eq!(refused(table.try_register(0, 2, 7)).0, RefusalKind::Fenced);
     assert_eq!(refused(table.heartbeat(&first)).0, RefusalKind::Fenced);
     assert!(matches!(table.heartbeat(&second), Reply::Heartbeat(_)));
+}
+
+#[test]
+fn a_process_that_was_taken_for_dead_comes_back_while_its_rank_is_empty() {
+    let policy =
+        Policy { heartbeat_timeout_ms: 3_000, max_worker_failures: 9, ..Policy::default() };
+    let mut table = Table::with(policy);
+    let world = table.world(2);
+    table.pass(4_000, &[&world[0]]);
+    assert_eq!(refused(table.heartbeat(&world[1])).0, RefusalKind::Fenced);
+    // Only the process that had the rank, and in its own place.
+    for (id, rank, rejoins) in [("w1", 1, 99), ("w1", 0, 11), ("other", 1, 11)] {
+        assert_eq!(refused(table.rejoin(id, rank, 50, rejoins)).0, RefusalKind::Fenced, "{id}");
+    }
+    let Reply::Register(back) = table.rejoin("w1", 1, 50, 11) else { panic!() };
+    // Sent again, it is the same registration, and what the old incarnation says is not heard.
+    assert!(matches!(table.rejoin("w1", 1, 50, 11), Reply::Register(again) if again == back));
+    assert_eq!(refused(table.heartbeat(&world[1])).0, RefusalKind::Fenced);
+    let identity = v1::Identity { incarnation: 50, epoch: back.epoch, ..world[1].clone() };
+    table.attempt(&identity, 10);
+    // With all of them gone, the run is still the same.
+    table.pass(4_000, &[]);
+    let Reply::Register(first) = table.rejoin("w0", 0, 60, 10) else { panic!() };
+    let Reply::Register(second) = table.rejoin("w1", 1, 61, 50) else { panic!() };
+    assert_eq!((first.run, second.run), (back.run, back.run));
+}
+
+#[test]
+fn a_process_whose_place_was_taken_does_not_come_back() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.pass(4_000, &[&world[0]]);
+    table.register(1, 2, 40);
+    assert_eq!(refused(table.rejoin("w1", 1, 50, 11)).0, RefusalKind::Fenced);
+    table.pass(9_000, &[&world[0]]);
+    assert!(matches!(table.register_as("other", 1, 2, 41), Reply::Register(_)));
+    assert_eq!(refused(table.rejoin("w1", 1, 51, 40)).0, RefusalKind::Fenced);
+    // Nor into a job that is aborted, or that began anew.
+    table.leave(&world[0], "");
+    let abort = v1::AbortJobRequest { job: "j".into(), reason: "enough".into() };
+    table.ask(Event::AbortJob(abort));
+    assert_eq!(refused(table.rejoin("w0", 0, 52, 10)).0, RefusalKind::JobAborted);
+}
+
+#[test]
+fn ranks_that_save_other_things_alike_are_told_before_anything_is_published() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let attempt = table.attempt(&world[0], 10);
+    table.attempt(&world[1], 10);
+    table.attempt(&world[2], 10);
+    table.replicated_crc32c = Some(7);
+    assert!(table.report_own(&world[2], (10, &attempt), None).is_none());
+    table.replicated_crc32c = None;
+    let reply = table.report_own(&world[1], (10, &attempt), None);
+    let Some(Reply::AttemptAborted(aborted)) = reply else { panic!("{reply:?}") };
+    assert!(aborted.reason.starts_with("ranks 1 and 2 differ in what they saved alike"));
+    assert!(!aborted.may_be_published);
+    assert!(matches!(table.late.pop(), Some((_, Reply::AttemptAborted(_)))));
 }
 
 #[test]
@@ -460,9 +544,10 @@ fn ranks_that_try_a_step_again_are_not_late_for_the_attempt_before() {
         assert_eq!(kind, RefusalKind::AttemptAborted, "rank {rank}: {why}");
     }
     // Rank 2 begins the next one alone: the others had gone on before it came.
+    table.tries = 1;
     let alone = table.attempt(&world[2], 10);
     table.ask(give_up(&alone));
-    table.tries = 1;
+    table.tries = 2;
     let again: Vec<String> = world.iter().map(|member| table.attempt(member, 10)).collect();
     assert!(again.iter().all(|attempt| *attempt == again[0]), "{again:?}");
 }
@@ -556,10 +641,41 @@ fn a_failed_rank_fails_the_save_on_all_and_late_ones_hear_of_it() {
     let (kind, why) = refused(table.begin(&world[2], 10, false));
     assert_eq!(kind, RefusalKind::AttemptAborted);
     assert!(why.contains("no space"), "{why}");
+    // A call that was sent twice begins nothing: its caller has heard already.
+    for member in [&world[0], &world[2]] {
+        assert_eq!(refused(table.begin(member, 10, false)).0, RefusalKind::AttemptAborted);
+    }
     // All three know: the next attempt is theirs together.
+    table.tries = 1;
     let next = table.attempt(&world[2], 10);
     assert_ne!(next, attempt);
     assert_eq!(table.attempt(&world[0], 10), next);
+}
+
+#[test]
+fn a_rank_that_went_on_does_not_let_the_others_wait_for_an_earlier_step() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.report(&world[0], 10, &attempt);
+    // Rank 1 failed before it came to step 10, and saves the next one.
+    table.attempt(&world[1], 20);
+    let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
+    assert_eq!(aborted.reason, "rank 1 (`w1`) went on to step 20 without reporting it");
+}
+
+#[test]
+fn a_new_process_begins_a_step_that_was_given_up_before_it_came() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.attempt(&world[0], 10);
+    table.attempt(&world[1], 10);
+    table.pass(4_000, &[&world[0]]);
+    let first = table.register(1, 2, 40);
+    let attempt = table.attempt(&first, 10);
+    let known = v1::Identity { epoch: first.epoch, ..world[0].clone() };
+    table.tries = 1;
+    assert_eq!(table.attempt(&known, 10), attempt);
 }
 
 #[test]

@@ -465,9 +465,15 @@ impl World {
     }
 
     fn register(&mut self, worker: usize) {
+        self.register_anew(worker, 0);
+    }
+
+    /// Registers a new process, or one that had the incarnation `rejoins`.
+    fn register_anew(&mut self, worker: usize, rejoins: u64) {
         let incarnation = self.chance.next();
         self.workers[worker].incarnation = incarnation;
         let request = v1::RegisterRequest {
+            rejoins,
             job: JOB.into(),
             worker_id: name(worker),
             incarnation,
@@ -548,6 +554,13 @@ impl World {
 
     fn refused(&mut self, worker: usize, kind: RefusalKind) {
         match kind {
+            RefusalKind::Fenced
+                if self.workers[worker].phase != Phase::Registering && self.chance.percent(50) =>
+            {
+                // The process lives, with what it knows of its tries and arrivals.
+                let former = self.workers[worker].incarnation;
+                self.register_anew(worker, former);
+            }
             RefusalKind::Fenced | RefusalKind::JobAborted => self.restart_worker(worker),
             // Who registers tries again; of a call sent twice the first copy is let go.
             RefusalKind::Conflict => {}
@@ -636,6 +649,7 @@ impl World {
             shard: Some(v1::Shard { rank: rank(worker), bytes: step, ..v1::Shard::default() }),
             own_store: self.has_own_stores,
             published_crc32c: published,
+            replicated_crc32c: None,
         };
         self.call(worker, Phase::Reporting { step, attempt }, Event::ReportShard(request));
         let call = self.workers[worker].call;

@@ -59,7 +59,8 @@ fn save(worker: &Worker, step: u64) -> String {
     let attempt = worker.begin_checkpoint(step, false).join().unwrap().attempt;
     let shard =
         v1::Shard { rank: 0, file: "rank-00000.shard".into(), bytes: 9, ..v1::Shard::default() };
-    let report = ShardReport { shard, own_store: false, published_crc32c: None };
+    let report =
+        ShardReport { shard, own_store: false, published_crc32c: None, replicated_crc32c: None };
     let reported = worker.report_shard(step, &attempt, report).join().unwrap();
     assert!(matches!(reported, ShardOutcome::Publish(_)));
     worker.commit_checkpoint(step, &attempt, 77).join().unwrap();

@@ -211,8 +211,8 @@ class CheckpointManager:
             raise
         self._replication = Replication(globs, self._native.share) if globs else None
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
-        has_uploads = remote is not None and not self._read_only
-        self._uploads = Watcher(shows_progress=False) if has_uploads else None
+        self._has_uploads = remote is not None and not self._read_only
+        self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
         lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
         if sigterm is not None:
             lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)
@@ -643,7 +643,8 @@ class CheckpointManager:
         # The format's ranks have 32 bits: a larger one is none of any checkpoint's.
         rank = None if from_rank is None else settings.integer("from_rank", from_rank)
         rank = None if rank is None else min(rank, _RANK_MAX)
-        shards = fallback.Shards(self._native, rank)
+        awaits_upload = self._has_uploads and self._ranks is not None
+        shards = fallback.Shards(self._native, rank, awaits_upload=awaits_upload)
         if step is not None:
             number = settings.step_of(step, "load(step=...)")
             checkpoint, result = fallback.read_step(shards, number, read)

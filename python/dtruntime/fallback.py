@@ -32,23 +32,43 @@ _logger = logging.getLogger("dtruntime")
 class Shards:
     """What this rank reads of each step: its own shard, or that of a rank that was named."""
 
-    def __init__(self, native: _native.Manager, from_rank: int | None) -> None:
-        """Refer to the shards of a store."""
+    def __init__(
+        self, native: _native.Manager, from_rank: int | None, *, awaits_upload: bool = False
+    ) -> None:
+        """Refer to the shards of a store; parts of other ranks may still be on their way there."""
         self.native = native
         self.failed: dict[int, str] = {}
         """Steps that do not verify, with reasons."""
         self._rank = from_rank
+        self._awaits_upload = awaits_upload
 
     def open(self, step: int) -> _native.Checkpoint:
         """Open that of one step."""
         try:
-            return self.native.checkpoint(step, self._rank)
+            return self._open(step)
         except InvalidArgument as error:
             if not self.failed:
                 raise
             # Not the step that the caller meant: say how it came to this one.
             newer = "; ".join(f"step {n} does not verify: {why}" for n, why in self.failed.items())
             raise InvalidArgument(error.what, f"{error.why}; {newer}", error.hint) from error
+
+    def _open(self, step: int) -> _native.Checkpoint:
+        try:
+            return self.native.checkpoint(step, self._rank)
+        except CheckpointNotFound:
+            if not self._awaits_upload or not self._arrives(step):
+                raise
+        return self.native.checkpoint(step, self._rank)
+
+    def _arrives(self, step: int) -> bool:
+        """Wait until every rank has brought its part; False if it is not on its way."""
+        _logger.info("step %d: waiting until every rank has brought its part", step)
+        try:
+            return self.native.uploaded(step, _ARRIVAL_SECONDS) is not None
+        except CheckpointError as error:
+            _logger.info("step %d does not arrive: %s", step, error)
+            return False
 
 
 def read_step(
@@ -157,6 +177,8 @@ _OFFERED_MAX = 1000
 """Newest steps that a rank offers to load."""
 _LOADING_SECONDS = 6 * 3600.0
 """How long ranks may differ in loading the same step."""
+_ARRIVAL_SECONDS = 3600.0
+"""How long what other ranks hold of a step may take to arrive in the remote store."""
 _FAREWELL_SECONDS = 10.0
 
 _MEDIUM_ERRORS = frozenset(

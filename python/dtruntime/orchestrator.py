@@ -69,8 +69,9 @@ class MembershipChange(NamedTuple):
     """Somebody came or went.
 
     Attributes:
-        kind: ``joined``, ``left``, ``failed``, ``died``, ``replaced``, or ``fenced``: this worker
-            itself is no member any more.
+        kind: ``joined``, ``left``, ``failed``, ``died``, ``replaced``; ``rejoined``: this worker
+            itself had been taken for dead and is a member again; or ``fenced``: it is none any
+            more, since another process has its place.
         worker_id: Whom it is about.
         rank: Its rank.
         epoch: The number that the membership got by it; 0 if ``fenced``.

@@ -256,7 +256,7 @@ impl Worker {
     }
 
     /// The next notice within so many seconds: a dict whose `kind` is `joined`, `left`, `failed`,
-    /// `died`, `replaced`, `aborted` or `fenced`.
+    /// `died`, `replaced`, `rejoined`, `aborted` or `fenced`.
     fn next_notice<'py>(
         &self,
         py: Python<'py>,
@@ -355,6 +355,11 @@ fn notice_to_python<'py>(py: Python<'py>, notice: &Notice) -> PyResult<Bound<'py
         Notice::Aborted(reason) => {
             dict.set_item("kind", "aborted")?;
             dict.set_item("reason", reason)?;
+        }
+        Notice::Rejoined(epoch) => {
+            dict.set_item("kind", "rejoined")?;
+            dict.set_item("epoch", epoch)?;
+            dict.set_item("reason", "it was taken for dead, and is a member again")?;
         }
         Notice::Fenced(error) => {
             dict.set_item("kind", "fenced")?;

@@ -337,17 +337,20 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
         process.end()
 
 
-def test_a_worker_that_was_stopped_is_fenced(coordinator, make):
-    source = STAYS.replace("orch = ", "global orch; orch = ").replace(
+STOPPED = STAYS.replace(
+    "TrainingOrchestrator()",
+    "TrainingOrchestrator(on_membership_change=lambda change: kinds.append(change.kind))",
+).replace("orch = ", "global orch, kinds; kinds = []; orch = ")
+
+
+def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
+    source = STOPPED.replace(
         "exec(sys.stdin.read())",
         """
-    async def go_on():
-        try:
-            await orch.wait_barrier("b", timeout=5)
-        except Exception as error:
-            print(type(error).__name__)
     sys.stdin.readline()
-    asyncio.run(go_on())
+    while "rejoined" not in kinds:
+        time.sleep(0.01)
+    print(asyncio.run(orch.wait_barrier("b", timeout=30)))
     """,
     )
 
@@ -360,8 +363,46 @@ def test_a_worker_that_was_stopped_is_fenced(coordinator, make):
         other.send_signal(signal.SIGSTOP)
         await until(lambda: "died" in [change.kind for change in changes])
         other.send_signal(signal.SIGCONT)
-        out, error = other.communicate("go on\n", timeout=30)
-        assert out == "WorkerFenced\n", error
+        await until(lambda: changes[-1].kind == "joined")
+        other.stdin.write("go on\n")
+        other.stdin.flush()
+        with pytest.raises(MembershipChanged, match="it was silent for"):
+            await one.wait_barrier("b")
+        assert await one.wait_barrier("b") == 0
+        assert other.stdout.read() == "0\n"
+        assert other.wait(30) == 0
+
+    asyncio.run(act())
+
+
+def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
+    source = STOPPED.replace(
+        "exec(sys.stdin.read())",
+        """
+    while "fenced" not in kinds:
+        time.sleep(0.01)
+    try:
+        asyncio.run(orch.wait_barrier("b", timeout=30))
+    except Exception as error:
+        print(type(error).__name__, error.why)
+    """,
+    )
+
+    async def act():
+        changes = []
+        one = make(0, 2, on_membership_change=changes.append)
+        await one.register_worker("127.0.0.1", 1)
+        other = start_worker(source, coordinator.url, RANK=1, WORLD_SIZE=2)
+        assert other.stdout.readline() == "registered\n"
+        other.send_signal(signal.SIGSTOP)
+        await until(lambda: "died" in [change.kind for change in changes])
+        second = make(1, 2)
+        await second.register_worker("127.0.0.1", 1)
+        other.send_signal(signal.SIGCONT)
+        out, error = other.communicate(timeout=30)
+        assert out == "WorkerFenced another process took the place of `worker-1`\n", error
+
+    asyncio.run(act())
 
     asyncio.run(act())
 

@@ -284,13 +284,8 @@ class Trial:
         self.save(meanwhile)
 
     def recover(self) -> None:
-        """Save on; who was taken for dead is started again, with all others, as launchers do."""
-        for _ in range(3):
-            found = self.save()
-            if all("saved" in outcome for outcome in found):
-                return
-            self.ask("open")
-        raise AssertionError(f"nothing is saved any more: {[w.heard for w in self.workers]}")
+        """Save on: who was taken for dead becomes a member again by itself, and nobody restarts."""
+        wait_until(lambda: all("saved" in outcome for outcome in self.save()))
 
     def check(self, store: Path) -> None:
         """Who was told of success finds it; what is there is whole."""

@@ -193,6 +193,64 @@ def test_ranks_with_a_directory_each_and_one_store_in_s3(tmp_path):
         coordinator.end()
 
 
+ALIKE_SCRIPT = """
+import os, sys
+import torch
+from dtruntime import *
+path, action = sys.argv[1:]
+
+def state_of(step):
+    generator = torch.Generator().manual_seed(step)
+    weights = torch.randn(50_000, generator=generator)
+    return {"model": {"w": weights}, "rank": int(os.environ["RANK"])}
+
+rate = 1 if action == "save" else None
+manager = CheckpointManager(
+    path, remote="s3://checkpoints/runs/alike", replicated=["model.*"], remote_bytes_per_second=rate
+)
+if action == "save":
+    manager.save_async(state_of(1), step=1).result()
+    os._exit(9)
+loaded = manager.load()
+assert torch.equal(loaded["model"]["w"], state_of(1)["model"]["w"])
+assert loaded["rank"] == state_of(1)["rank"]
+print(manager.last_load.step)
+manager.close()
+"""
+
+
+def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_path):
+    coordinator = CoordinatorProcess(tmp_path)
+    coordinator.start()
+
+    def run(action: str) -> list[tuple[int, str, str]]:
+        environment = script_environment() | {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", ALIKE_SCRIPT, tmp_path / f"machine-{rank}", action],
+                env=environment | {"RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [rank.communicate(timeout=120) for rank in ranks]
+        return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+    try:
+        assert [code for code, _, _ in run("save")] == [9, 9]
+        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+            assert far.all_steps() == []
+        found = run("load")
+        assert [out for _, out, _ in found] == ["1\n", "1\n"], found
+        # A job of another size finds what all held alike.
+        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+            assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
+    finally:
+        coordinator.end()
+
+
 def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path):
     patience = {"attempts": 1, "connect_timeout_ms": 300, "request_timeout_ms": 300}
     manager = CheckpointManager(tmp_path / "near", remote=STORE, s3=patience)

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use dtr_engine::engine::GcOptions;
 use dtr_engine::error::CoordinationKind;
 use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
-use dtr_engine::save::SaveInfo;
+use dtr_engine::save::{SaveInfo, SaveRequest};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::place::{Place, open, open_among};
@@ -374,22 +374,59 @@ fn ranks_that_changed_machines_bring_what_lies_there() {
     }
 }
 
+/// Saves a state that all ranks hold alike, `count` tensors of it as replicated.
+fn save_alike(rank: &Rank, step: u64, count: u32) -> Result<SaveInfo> {
+    let state = state_of(0, step);
+    let request = SaveRequest { replicated: (1..=count).collect(), ..state.request(step) };
+    finish(&rank.engine.save(request)?)
+}
+
 #[test]
-fn replicated_entries_of_machines_that_share_nothing_are_refused_with_a_way_out() {
+fn what_all_save_alike_is_written_once_and_read_from_s3() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 3, Machines::OneEach);
+    let count = u32::try_from(state_of(0, 1).0.len()).unwrap();
+    let ranks = cluster.ranks();
+    let saved = together(&ranks, |rank| save_alike(rank, 1, count));
+    let raw_bytes: u64 = saved.into_iter().map(|info| info.unwrap().raw_bytes).sum();
+    let state_bytes: usize = state_of(0, 1).0.iter().map(|storage| storage.bytes.len()).sum();
+    let written_twice = raw_bytes - state_bytes as u64;
+    assert!(written_twice < 3 * 64 * u64::from(count), "padding only: {written_twice}");
+    uploaded(&ranks, 1);
+    drop(ranks);
+    // What is committed on all machines and not yet there is read once it is.
+    cluster.remote_bytes_per_second = Some(1);
+    let ranks = cluster.ranks();
+    for outcome in together(&ranks, |rank| save_alike(rank, 2, count)) {
+        outcome.unwrap();
+    }
+    assert_eq!(agreed(&ranks), [Some(2); 3]);
+    let error = ranks[1].engine.checkpoint(2).unwrap_err();
+    assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
+    drop(ranks);
+    cluster.remote_bytes_per_second = None;
+    let ranks = cluster.ranks();
+    uploaded(&ranks, 2);
+    for (rank, step) in ranks.iter().flat_map(|rank| [(rank, 1), (rank, 2)]) {
+        state_of(0, step).assert_equals(&rank.engine.checkpoint(step).unwrap());
+        let step = step_in(&cluster.directory(rank.number), step);
+        assert_eq!(names_in(&step).len(), 2, "the manifest, and this rank's shard");
+    }
+    assert_eq!(cluster.far().verify(2, &()).unwrap().damage, []);
+}
+
+#[test]
+fn machines_that_hold_other_things_alike_are_told_before_anything_is_published() {
     let place = Place::new();
     let cluster = Cluster::new(&place, 2, Machines::OneEach);
     let ranks = cluster.ranks();
-    let refused = together(&ranks, |rank| {
-        let state = state_of(0, 1);
-        let mut request = state.request(1);
-        request.replicated = vec![1];
-        finish(&rank.engine.save(request)?)
-    });
-    let errors: Vec<String> = refused.into_iter().map(|one| one.unwrap_err().to_string()).collect();
-    assert!(
-        errors.iter().any(|error| error.contains("give all ranks one directory")),
-        "{errors:?}"
-    );
+    let refused = together(&ranks, |rank| save_alike(rank, 1, 2 - rank.number));
+    for (rank, outcome) in ranks.iter().zip(refused) {
+        let error = outcome.unwrap_err();
+        assert!(error.to_string().contains("ranks 0 and 1 differ in what they saved alike"));
+        assert_eq!(rank.engine.steps().unwrap(), [0; 0]);
+        assert_eq!(names_in(&step_in(&cluster.directory(rank.number), 1)), [""; 0]);
+    }
     save_all(&ranks, 2);
 }
 

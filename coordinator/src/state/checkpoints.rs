@@ -41,15 +41,16 @@ const ATTEMPTS_MAX: usize = 64;
 pub(super) struct Attempt {
     record: v1::AttemptRecord,
     begun_ms: u64,
-    /// Ranks that know of it. After a restart nobody is known to, so everybody may.
-    begun: BTreeSet<u32>,
-    /// The most often that one of them had tried the step before.
-    tries: u32,
+    /// Ranks that know of it, each with how often it had tried the step before. After a restart
+    /// nobody is known to, so everybody may.
+    begun: BTreeMap<u32, u32>,
     shards: BTreeMap<u32, v1::Shard>,
     /// Whether each rank publishes in a store of its own; known with the first report.
     has_own_stores: Option<bool>,
     /// Checksums of the manifests that are durable in the ranks' own stores.
     published: BTreeMap<u32, u32>,
+    /// Checksums of the structure of what the ranks save alike, where each has a store of its own.
+    replicated: BTreeMap<u32, Option<u32>>,
     waiting: BTreeMap<u32, Ticket>,
     /// The rank that was asked to publish, and when.
     publisher: Option<(u32, u64)>,
@@ -67,9 +68,18 @@ pub(super) struct AbortedAttempt {
     aborted: v1::AttemptAborted,
     /// The most often that one of its ranks had tried the step before.
     tries: u32,
-    /// Ranks that knew of it, or have heard since.
-    told: BTreeSet<u32>,
-    is_told_to_all: bool,
+    /// Ranks that knew of it, or have heard since, each with how often it had tried the step before;
+    /// `None` of a rank whose process is another one since.
+    told: BTreeMap<u32, Option<u32>>,
+}
+
+impl AbortedAttempt {
+    /// Whether a rank that has tried the step so often before comes for the next attempt: it does
+    /// not know of this one, or has given it up. A call that was sent again does neither.
+    fn is_past(&self, rank: u32, tries: u32) -> bool {
+        let is_next = |told: &Option<u32>| told.is_none_or(|told| tries > told);
+        tries > self.tries || self.told.get(&rank).is_some_and(is_next)
+    }
 }
 
 impl Attempt {
@@ -83,11 +93,11 @@ impl Attempt {
         Self {
             record,
             begun_ms: now_ms,
-            begun: BTreeSet::new(),
-            tries: 0,
+            begun: BTreeMap::new(),
             shards: BTreeMap::new(),
             has_own_stores: None,
             published: BTreeMap::new(),
+            replicated: BTreeMap::new(),
             waiting: BTreeMap::new(),
             publisher: None,
             asked: BTreeSet::new(),
@@ -156,12 +166,20 @@ impl Attempt {
             return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
         }
         self.has_own_stores = Some(report.own_store);
-        self.begun.insert(rank);
+        self.replicated.insert(rank, report.replicated_crc32c);
+        self.begun.entry(rank).or_insert(0);
         self.shards.insert(rank, report.shard);
         if let Some(crc32c) = report.published_crc32c {
             self.published.insert(rank, crc32c);
         }
         Ok(self.waiting.insert(rank, ticket))
+    }
+
+    /// Another rank than `rank`, whose entries that all save alike are not those of `rank`.
+    fn differs_from(&self, rank: u32) -> Option<u32> {
+        let own = self.replicated.get(&rank)?;
+        let differs = |(_, other): &(&u32, &Option<u32>)| *other != own;
+        self.replicated.iter().find(differs).map(|(other, _)| *other)
     }
 
     /// Asks whoever is to publish now that `rank` has reported.
@@ -212,8 +230,7 @@ impl Job {
         let step = request.step;
         self.give_up_left(scene, (rank, &worker_id), step);
         if let Some(attempt) = self.attempts.get_mut(&step) {
-            attempt.begun.insert(rank);
-            attempt.tries = attempt.tries.max(request.tries);
+            attempt.begun.insert(rank, request.tries);
             return Ok(attempt.reply(self.record.world_size));
         }
         self.tell_of_aborted(rank, step, request.tries)?;
@@ -235,21 +252,21 @@ impl Job {
         let key = Key::Attempt { job: self.name.clone(), step };
         scene.effects.changes.push(Change::put(key, &record));
         let mut attempt = Attempt::new(scene.at.now_ms, record);
-        attempt.tries = request.tries;
-        attempt.begun.insert(rank);
+        attempt.begun.insert(rank, request.tries);
         let reply = attempt.reply(self.record.world_size);
         self.attempts.insert(step, attempt);
         Ok(reply)
     }
 
-    /// A rank saves one step at a time: what it has not reported of others, it never will.
+    /// A rank saves one step at a time, and goes on to later ones: what it has not reported of
+    /// others that it began, or of earlier ones, it never will.
     fn give_up_left(&mut self, scene: &mut Scene<'_>, (rank, worker_id): (u32, &str), step: u64) {
-        let is_left = |attempt: &Attempt| {
-            attempt.begun.contains(&rank) && !attempt.shards.contains_key(&rank)
+        let is_left = |(other, attempt): &(&u64, &Attempt)| {
+            let knows = attempt.begun.contains_key(&rank) || **other < step;
+            **other != step && knows && !attempt.shards.contains_key(&rank)
         };
-        let others = self.attempts.iter().filter(|(other, _)| **other != step);
         let left: Vec<u64> =
-            others.filter(|(_, attempt)| is_left(attempt)).map(|(other, _)| *other).collect();
+            self.attempts.iter().filter(is_left).map(|(other, _)| *other).collect();
         for other in left {
             let reason =
                 format!("rank {rank} (`{worker_id}`) went on to step {step} without reporting it");
@@ -257,17 +274,16 @@ impl Job {
         }
     }
 
-    /// Refuses a rank that was not there when the step's last attempt was given up, once. One that
-    /// has tried the step more often than those that were comes for the next attempt.
+    /// Refuses a rank that was not there when the step's last attempt was given up, once, and a call
+    /// for that attempt that is sent again.
     fn tell_of_aborted(&mut self, rank: u32, step: u64, tries: u32) -> Result<(), Refusal> {
-        let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
         let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
-        if last.is_told_to_all || tries > last.tries || !last.told.insert(rank) {
+        if last.is_past(rank, tries) {
             self.aborted.remove(&step);
             return Ok(());
         }
         let reason = last.aborted.reason.clone();
-        last.is_told_to_all = last.told.len() == world_size;
+        last.told.insert(rank, Some(tries));
         Err(Refusal::new(
             RefusalKind::AttemptAborted,
             format!("the save of step {step} was given up: {reason}"),
@@ -309,7 +325,13 @@ impl Job {
     ) -> Result<Option<Reply>, Refusal> {
         let (_, rank) = self.member_of(request.identity.as_ref())?;
         let v1::ReportShardRequest {
-            step, attempt: id, shard, own_store, published_crc32c, ..
+            step,
+            attempt: id,
+            shard,
+            own_store,
+            published_crc32c,
+            replicated_crc32c,
+            ..
         } = request;
         if let Some(commit) = self.commits.get(&step).filter(|commit| commit.attempt == id) {
             return Ok(Some(Reply::Committed(commit.clone())));
@@ -322,12 +344,13 @@ impl Job {
         if shard.rank != rank {
             return Err(invalid_shard(&format!("it is of rank {}, not {rank}", shard.rank)));
         }
-        if let Some(older) =
-            attempt.take(ticket, rank, Report { shard, own_store, published_crc32c })?
-        {
+        let report = Report { shard, own_store, published_crc32c, replicated_crc32c };
+        if let Some(older) = attempt.take(ticket, rank, report)? {
             scene.effects.replies.push((older, Reply::Refused(superseded(rank))));
         }
-        if attempt.is_published_by_all(world_size) {
+        if let Some(other) = attempt.differs_from(rank) {
+            self.give_up(scene, step, (None, unlike(rank, other)));
+        } else if attempt.is_published_by_all(world_size) {
             let crc32c = attempt.published.values().next().copied().unwrap_or_default();
             let commit = attempt.commit(step, scene, crc32c);
             self.settle(scene, &commit);
@@ -346,7 +369,7 @@ impl Job {
                 may_be_published: true,
             },
             |aborted| {
-                aborted.told.insert(rank);
+                aborted.told.entry(rank).or_insert(Some(0));
                 aborted.aborted.clone()
             },
         )
@@ -460,13 +483,13 @@ impl Job {
         let text = format!("the save of step {step} is given up: {}", aborted.reason);
         let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
         scene.effects.notes.push(note);
-        let (told, tries, attempt) = (attempt.begun, attempt.tries, attempt.record.attempt);
-        let world_size = usize::try_from(self.record.world_size).unwrap_or(usize::MAX);
-        let is_told_to_all = told.len() == world_size;
+        let tries = attempt.begun.values().copied().max().unwrap_or_default();
+        let told = attempt.begun.into_iter().map(|(rank, tries)| (rank, Some(tries))).collect();
+        let attempt = attempt.record.attempt;
         if self.aborted.len() >= ATTEMPTS_MAX {
             self.aborted.pop_first();
         }
-        let known = AbortedAttempt { attempt, aborted, tries, told, is_told_to_all };
+        let known = AbortedAttempt { attempt, aborted, tries, told };
         self.aborted.insert(step, known);
     }
 
@@ -494,9 +517,12 @@ impl Job {
             let reason = format!("rank {rank} (`{worker_id}`) was lost: {reason}");
             self.give_up(scene, step, (Some(rank), reason));
         }
-        // Who had not heard hears of the loss instead: its epoch is stale.
+    }
+
+    /// A new process has a rank: it knows nothing of attempts that were given up before.
+    pub(super) fn renew_rank_of_attempts(&mut self, rank: u32) {
         for aborted in self.aborted.values_mut() {
-            aborted.is_told_to_all = true;
+            aborted.told.insert(rank, None);
         }
     }
 
@@ -552,6 +578,15 @@ struct Report {
     shard: v1::Shard,
     own_store: bool,
     published_crc32c: Option<u32>,
+    replicated_crc32c: Option<u32>,
+}
+
+fn unlike(rank: u32, other: u32) -> String {
+    let (one, two) = (rank.min(other), rank.max(other));
+    format!(
+        "ranks {one} and {two} differ in what they saved alike: `replicated` names entries that do \
+         not have the same names, types, shapes and plain values on both"
+    )
 }
 
 fn superseded(rank: u32) -> Refusal {

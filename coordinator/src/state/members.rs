@@ -7,12 +7,13 @@
 //!
 //! Always holds:
 //! - a rank has at most one living worker, and a living worker one process (its incarnation);
-//! - a process that was replaced, declared dead or left changes nothing any more;
+//! - a process that was replaced, declared dead or left changes nothing any more; one that was
+//!   taken for dead may come back to its rank, under a new incarnation, while nobody else has it;
 //! - a death is counted once; a worker that leaves is none; nobody dies before a whole timeout of
 //!   silence on this clock, nor because this process stood still;
 //! - a run ends when nobody of it lives; the next registration begins a new one.
 
-use dtr_proto::v1::{self, ChangeKind, WorkerState};
+use dtr_proto::v1::{self, ChangeKind, WorkerRecord, WorkerState};
 
 use super::{
     CHANGES_KEPT, Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, WORLD_SIZE_MAX,
@@ -24,7 +25,7 @@ const SUSPECT_AFTER_INTERVALS: u64 = 3;
 /// A worker: what is kept of it, and what is only remembered.
 #[derive(Debug, Default)]
 pub(super) struct Member {
-    pub(super) record: v1::WorkerRecord,
+    pub(super) record: WorkerRecord,
     /// When it was heard of last, or died.
     pub(super) heard_ms: u64,
     progress: u64,
@@ -92,7 +93,12 @@ impl Job {
         if known.is_some_and(|known| known.record.former_incarnation == request.incarnation) {
             return Err(ended(&request.worker_id, &self.name));
         }
-        self.make_room(scene, &request)?;
+        if request.rejoins == 0 {
+            self.make_room(scene, &request)?;
+            self.renew_rank_of_attempts(request.rank);
+        } else {
+            self.check_may_rejoin(&request)?;
+        }
         let epoch = self.join(scene, request);
         Ok(self.welcome(scene, incarnation, epoch))
     }
@@ -127,6 +133,22 @@ impl Job {
             self.refuse_if_aborted()?;
         }
         Ok(())
+    }
+
+    /// Lets a process that was taken for dead have its rank again, in the same run and while nobody
+    /// else has it: with what it holds in memory nothing was lost.
+    fn check_may_rejoin(&self, request: &v1::RegisterRequest) -> Result<(), Refusal> {
+        self.refuse_if_aborted()?;
+        let is_same = |member: &Member| {
+            let WorkerRecord { incarnation, rank, .. } = member.record;
+            (incarnation, rank) == (request.rejoins, request.rank) && !member.is_alive()
+        };
+        let is_known = self.members.get(&request.worker_id).is_some_and(is_same);
+        let is_taken = self.holders.contains_key(&request.rank);
+        if is_known && !is_taken && request.world_size == self.record.world_size {
+            return Ok(());
+        }
+        Err(replaced(&request.worker_id))
     }
 
     fn check_rank_is_free(
@@ -185,7 +207,7 @@ impl Job {
         let former = self.members.get(&worker_id);
         let former_incarnation = former.map_or(0, |former| former.record.incarnation);
         self.record.epoch += 1;
-        let record = v1::WorkerRecord {
+        let record = WorkerRecord {
             incarnation,
             rank,
             ip,
@@ -319,11 +341,7 @@ impl Job {
             return Err(Refusal::unregistered(&self.name));
         };
         if member.record.incarnation != identity.incarnation {
-            return Err(Refusal::new(
-                RefusalKind::Fenced,
-                format!("another process took the place of `{}`", identity.worker_id),
-                "end this process, or give its worker an id of its own",
-            ));
+            return Err(replaced(&identity.worker_id));
         }
         if !member.is_alive() {
             return Err(ended(&identity.worker_id, &self.name));
@@ -516,7 +534,7 @@ impl Job {
         }
     }
 
-    pub(super) fn restore_member(&mut self, worker_id: String, record: v1::WorkerRecord) {
+    pub(super) fn restore_member(&mut self, worker_id: String, record: WorkerRecord) {
         // The machine's time begins anew with it: everybody was heard of at 0.
         let member = Member { record, ..Member::default() };
         if member.is_alive() {
@@ -580,10 +598,19 @@ fn check_rank(request: &v1::RegisterRequest) -> Result<(), Refusal> {
     Ok(())
 }
 
+fn replaced(worker_id: &str) -> Refusal {
+    Refusal::new(
+        RefusalKind::Fenced,
+        format!("another process took the place of `{worker_id}`"),
+        "end this process, or give its worker an id of its own",
+    )
+}
+
 fn ended(worker_id: &str, job: &str) -> Refusal {
     Refusal::new(
         RefusalKind::Fenced,
         format!("this process of `{worker_id}` left job `{job}`, or was declared dead"),
-        "register again: `await orchestrator.register_worker(ip, port)`",
+        "it registers again by itself with its next heartbeat, unless it left: then \
+         `await orchestrator.register_worker(ip, port)`",
     )
 }

@@ -67,8 +67,9 @@ impl Ranks for Coordinated {
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
         let id = attempt.id.to_string();
-        let Report { shard, own_store, published_crc32c } = report;
-        let report = ShardReport { shard: shard_of(shard)?, own_store, published_crc32c };
+        let Report { shard, own_store, published_crc32c, replicated_crc32c } = report;
+        let shard = shard_of(shard)?;
+        let report = ShardReport { shard, own_store, published_crc32c, replicated_crc32c };
         let pending = self.worker.report_shard(attempt.step, &id, report);
         let outcome = loop {
             if let Some(outcome) = pending.wait(LOOK) {

@@ -212,7 +212,9 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
         Some(ranks) => {
             let attempt = Attempt { step: shard.step, id: shard.attempt };
             let (ranks, entry) = (ranks.as_ref(), entry.clone());
-            let together = Together { core, ranks, job: &job, attempt, entry, replaces };
+            let replicated_crc32c = written.replicated_crc32c;
+            let together =
+                Together { core, ranks, job: &job, attempt, entry, replicated_crc32c, replaces };
             commit_together(&together, &manifest, sink)?;
         }
     }

@@ -23,6 +23,8 @@ pub(super) struct Together<'a> {
     pub(super) attempt: Attempt,
     /// This rank's shard, which is durable.
     pub(super) entry: ShardEntry,
+    /// Checksum of the structure of what all ranks save alike.
+    pub(super) replicated_crc32c: Option<u32>,
     pub(super) replaces: Option<AttemptId>,
 }
 
@@ -84,12 +86,8 @@ impl Together<'_> {
                 Outcome::Committed => return Ok(()),
                 Outcome::Publish(shards) => {
                     let complete = Manifest { shards, ..manifest.clone() };
-                    let published = self
-                        .check_replicas(&complete)
-                        .map_err(shards_are_elsewhere)
-                        .and_then(|()| self.publish(&complete))
-                        .and_then(|()| self.standing_crc32c());
-                    match published {
+                    // What all save alike was compared by its checksums: the shards are elsewhere.
+                    match self.publish(&complete).and_then(|()| self.standing_crc32c()) {
                         Ok(crc32c) => published_crc32c = Some(crc32c),
                         Err(error) => return self.refuse(error, false),
                     }
@@ -107,7 +105,8 @@ impl Together<'_> {
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
         let own_store = self.core.config.has_own_store();
-        let report = Report { shard: &self.entry, own_store, published_crc32c };
+        let replicated_crc32c = self.replicated_crc32c.filter(|_| own_store);
+        let report = Report { shard: &self.entry, own_store, published_crc32c, replicated_crc32c };
         self.ranks.report(self.attempt, report, is_cancelled)
     }
 
@@ -250,20 +249,5 @@ impl Together<'_> {
             why,
             hint: "training may go on: save a later step; earlier checkpoints are untouched".into(),
         }
-    }
-}
-
-/// Says what is missing where replicated entries are saved by ranks that do not see each other's
-/// shards.
-fn shards_are_elsewhere(error: EngineError) -> EngineError {
-    match error {
-        EngineError::NotFound { what, why, .. } => EngineError::InvalidArgument {
-            what,
-            why: format!("{why}; each rank checks what all save as `replicated` in all shards"),
-            hint: "give all ranks one directory, or save to S3 directly, or save without \
-                   `replicated`: then each rank's part is its own"
-                .into(),
-        },
-        error => error,
     }
 }

@@ -11,7 +11,9 @@ use super::job::{EncodedChunk, Job, Message};
 use super::share::Share;
 use crate::codec::Codec;
 use crate::format::checksum::{combine, crc32c};
-use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, TensorRecord};
+use crate::format::index::{
+    ChunkRecord, ShardIndex, StorageRecord, TensorRecord, structure_crc32c,
+};
 use crate::format::layout::Layout;
 use crate::format::names::AttemptId;
 use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
@@ -26,6 +28,8 @@ use crate::{EngineError, Result};
 pub(crate) struct WrittenShard {
     pub(crate) file_bytes: u64,
     pub(crate) footer_crc32c: u32,
+    /// Checksum of the structure of what all ranks save alike.
+    pub(crate) replicated_crc32c: Option<u32>,
 }
 
 /// The part of a shard's index that is known before its chunks are.
@@ -180,7 +184,11 @@ impl ShardWriter<'_> {
         self.write_at(footer_offset, &block)?;
         drop(span);
         tracing::trace_span!("sync").in_scope(|| self.sink.finish(footer.file_bytes))?;
-        Ok(WrittenShard { file_bytes: footer.file_bytes, footer_crc32c: block_crc32c(&block) })
+        Ok(WrittenShard {
+            file_bytes: footer.file_bytes,
+            footer_crc32c: block_crc32c(&block),
+            replicated_crc32c: structure_crc32c(index),
+        })
     }
 
     /// Writes whole blocks from memory that is not a pool's, buffer by buffer. Returns the checksum

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tonic::{Response, Status};
 
 use super::connection::{Pending, Wait};
-use super::error::ErrorKind;
+use super::error::{ClientError, ErrorKind};
 use super::worker::Worker;
 use crate::v1::checkpoints_client::CheckpointsClient;
 use crate::v1::{self, shard_outcome::Outcome};
@@ -23,6 +23,8 @@ pub struct ShardReport {
     pub own_store: bool,
     /// Checksum of the manifest that is durable there.
     pub published_crc32c: Option<u32>,
+    /// With a store of its own: checksum of the structure of what all ranks save alike.
+    pub replicated_crc32c: Option<u32>,
 }
 
 /// What became of an attempt, for one rank.
@@ -55,18 +57,22 @@ impl Worker {
                 rewind,
                 tries,
             };
-            let reply = inner.ask(&name, Wait::Short, request(), call).await;
-            match shared.learn(&inner, reply).await {
-                Err(error) if error.kind == ErrorKind::MembershipChanged => {
-                    let reply = inner.ask(&name, Wait::Short, request(), call).await;
-                    shared.learn(&inner, reply).await
-                }
-                reply => reply,
+            let ask = async || {
+                let reply = inner.ask(&name, Wait::Short, request(), call).await;
+                shared.learn(&inner, reply).await
+            };
+            let reply = ask().await;
+            let has_changed = |error: &ClientError| error.kind == ErrorKind::MembershipChanged;
+            // The same try: it is told if the others have given that up meanwhile.
+            if reply.as_ref().is_err_and(has_changed) || shared.is_back_after(&reply).await {
+                return ask().await;
             }
+            reply
         })
     }
 
-    /// Reports a durable shard, and waits for what becomes of the attempt.
+    /// Reports a durable shard, and waits for what becomes of the attempt: a worker that is taken for
+    /// dead meanwhile and comes back asks again.
     pub fn report_shard(
         &self,
         step: u64,
@@ -78,20 +84,25 @@ impl Worker {
         let (name, attempt) = (what.clone(), attempt.to_owned());
         self.connection.start(&what, async move {
             worker.check(&name)?;
-            let request = v1::ReportShardRequest {
+            let request = || v1::ReportShardRequest {
                 identity: Some(worker.acknowledged_identity()),
                 step,
-                attempt,
-                shard: Some(report.shard),
+                attempt: attempt.clone(),
+                shard: Some(report.shard.clone()),
                 own_store: report.own_store,
                 published_crc32c: report.published_crc32c,
+                replicated_crc32c: report.replicated_crc32c,
             };
             let call = |channel, request| async move {
                 let reply = CheckpointsClient::new(channel).report_shard(request).await?;
                 outcome_of(reply.into_inner()).await.map(Response::new)
             };
-            let reply = inner.ask(&name, Wait::Long, request, call).await;
-            worker.learn(&inner, reply).await
+            let ask = async || {
+                let reply = inner.ask(&name, Wait::Long, request(), call).await;
+                worker.learn(&inner, reply).await
+            };
+            let reply = ask().await;
+            if worker.is_back_after(&reply).await { ask().await } else { reply }
         })
     }
 

@@ -1,10 +1,14 @@
 //! A registered worker: its identity, its heartbeats and what it waits for.
+//!
+//! Always holds: one thing registers a worker again that was taken for dead, its heartbeat; whoever
+//! learns of it first wakes that up, and gives the call's own error to its caller.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
@@ -20,6 +24,8 @@ const NOTICES_MAX: usize = 1_024;
 const LEAVE: Duration = Duration::from_secs(2);
 /// How long a registration that others stand in the way of is tried again.
 const CONFLICT: Duration = Duration::from_mins(1);
+/// How long a call waits for this worker to be a member again.
+const RETURN: Duration = Duration::from_secs(10);
 /// Heartbeats in a row without an answer before the connection is made anew.
 const MISSES_MAX: u32 = 2;
 
@@ -49,6 +55,8 @@ pub enum Notice {
     Changed(v1::MembershipChange),
     /// The job is aborted, for this reason.
     Aborted(String),
+    /// This process was taken for dead, and is a member again since this change of the membership.
+    Rejoined(u64),
     /// This process is no member any more.
     Fenced(ClientError),
 }
@@ -65,19 +73,29 @@ pub struct Worker {
 /// What the heartbeat and the callers share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    job: String,
-    worker_id: String,
-    incarnation: u64,
+    registration: Registration,
     progress: AtomicU64,
     arrivals: AtomicU64,
     /// The step that was begun last, and how often.
     tries: Mutex<(u64, u32)>,
     view: Mutex<View>,
     changed: Condvar,
+    /// Has the heartbeat look now.
+    look: Notify,
+    /// The heartbeat has been answered, or will not be any more.
+    looked: Notify,
 }
 
 #[derive(Debug, Default)]
 struct View {
+    /// This process, as the coordinator knows it.
+    incarnation: u64,
+    /// When it joined, or joined again.
+    joined_epoch: u64,
+    /// It was told that it is no member, and has not tried to come back yet.
+    is_fenced: bool,
+    /// Drawn for coming back: the same one until that is answered.
+    next_incarnation: Option<u64>,
     /// The newest change that this worker's caller was told of by an outcome.
     acknowledged_epoch: u64,
     /// The newest change that a heartbeat brought.
@@ -117,7 +135,7 @@ impl Worker {
 
     /// The job.
     pub fn job(&self) -> &str {
-        &self.shared.job
+        &self.shared.registration.job
     }
 
     /// The connection that it uses.
@@ -127,8 +145,7 @@ impl Worker {
 
     /// Who this worker is, as calls say it.
     pub fn identity(&self) -> v1::Identity {
-        let view = self.shared.view();
-        self.shared.identity(view.acknowledged_epoch)
+        self.shared.acknowledged_identity()
     }
 
     /// The newest membership number that a heartbeat brought.
@@ -168,7 +185,7 @@ impl Worker {
 
     pub(super) fn next_arrival(&self) -> u64 {
         let count = self.shared.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
-        (self.reply.epoch << 32) + count
+        (self.shared.view().joined_epoch << 32) + count
     }
 
     /// How often the step has been begun before this time.
@@ -215,7 +232,7 @@ impl Worker {
 
     /// Everybody in the job.
     pub fn list(&self) -> Pending<v1::ListWorkersReply> {
-        let request = v1::ListWorkersRequest { job: self.shared.job.clone() };
+        let request = v1::ListWorkersRequest { job: self.job().to_owned() };
         self.connection.ask("listing workers", request, |channel, request| async move {
             MembershipClient::new(channel).list_workers(request).await
         })
@@ -225,7 +242,7 @@ impl Worker {
     /// coordinator does not answer soon, it notices by itself.
     pub fn leave(&self, failure: &str) -> Result<(), ClientError> {
         self.heartbeats.abort();
-        let what = format!("leaving job `{}`", self.shared.job);
+        let what = format!("leaving job `{}`", self.job());
         {
             let mut view = self.shared.view();
             if view.ended.is_some() {
@@ -264,30 +281,20 @@ async fn register(
     what: &str,
     registration: Registration,
 ) -> Result<Worker, ClientError> {
-    let Registration { job, worker_id, rank, world_size, ip, port, advertise_address } =
-        registration;
     let incarnation = chance();
-    let request = v1::RegisterRequest {
-        job: job.clone(),
-        worker_id: worker_id.clone(),
-        incarnation,
-        rank,
-        world_size,
-        ip,
-        port,
-        advertise_address,
-    };
+    let request = registration.request(incarnation, 0);
     let reply = insist(connection.inner(), what, &request).await?;
-    let view = View { acknowledged_epoch: reply.epoch, seen_epoch: reply.epoch, ..View::default() };
+    let mut view = View::default();
+    view.join(incarnation, reply.epoch);
     let shared = Arc::new(Shared {
-        job,
-        worker_id,
-        incarnation,
+        registration,
         progress: AtomicU64::new(0),
         arrivals: AtomicU64::new(0),
         tries: Mutex::default(),
         view: Mutex::new(view),
         changed: Condvar::new(),
+        look: Notify::new(),
+        looked: Notify::new(),
     });
     let interval = Duration::from_millis(reply.heartbeat_interval_ms.max(1));
     let beats = beat(Arc::clone(&shared), Arc::clone(connection.inner()), interval);
@@ -331,15 +338,24 @@ async fn beat(shared: Arc<Shared>, inner: Arc<Inner>, interval: Duration) {
     let limit = interval.max(Duration::from_secs(2));
     let mut misses: u32 = 0;
     loop {
-        ticks.tick().await;
-        match shared.beat_once(&inner, limit).await {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shared.look.notified() => {}
+        }
+        let beat = match shared.beat_once(&inner, limit).await {
+            Err(error) if error.kind == ErrorKind::Fenced => {
+                shared.rejoin(&inner, limit, &error).await
+            }
+            beat => beat,
+        };
+        match beat {
             Ok(()) => {
                 if misses > 0 {
                     info!("the coordinator at `{}` answers again", inner.url());
                 }
                 misses = 0;
             }
-            Err(error) if error.kind == ErrorKind::Fenced => {
+            Err(error) if !is_passing(&error) => {
                 shared.end(error);
                 return;
             }
@@ -356,23 +372,48 @@ async fn beat(shared: Arc<Shared>, inner: Arc<Inner>, interval: Duration) {
     }
 }
 
+/// Whether a heartbeat that failed like this is just tried again.
+fn is_passing(error: &ClientError) -> bool {
+    !matches!(
+        error.kind,
+        ErrorKind::Fenced | ErrorKind::JobAborted | ErrorKind::Conflict | ErrorKind::Invalid
+    )
+}
+
+impl Registration {
+    fn request(&self, incarnation: u64, rejoins: u64) -> v1::RegisterRequest {
+        v1::RegisterRequest {
+            job: self.job.clone(),
+            worker_id: self.worker_id.clone(),
+            incarnation,
+            rank: self.rank,
+            world_size: self.world_size,
+            ip: self.ip.clone(),
+            port: self.port,
+            advertise_address: self.advertise_address.clone(),
+            rejoins,
+        }
+    }
+}
+
 impl Shared {
     fn view(&self) -> MutexGuard<'_, View> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn identity(&self, epoch: u64) -> v1::Identity {
-        v1::Identity {
-            job: self.job.clone(),
-            worker_id: self.worker_id.clone(),
-            incarnation: self.incarnation,
-            epoch,
-        }
+    fn identity(&self, incarnation: u64, epoch: u64) -> v1::Identity {
+        let Registration { job, worker_id, .. } = &self.registration;
+        v1::Identity { job: job.clone(), worker_id: worker_id.clone(), incarnation, epoch }
     }
 
     pub(super) fn acknowledged_identity(&self) -> v1::Identity {
-        let epoch = self.view().acknowledged_epoch;
-        self.identity(epoch)
+        let view = self.view();
+        self.identity(view.incarnation, view.acknowledged_epoch)
+    }
+
+    fn seen_identity(&self) -> v1::Identity {
+        let view = self.view();
+        self.identity(view.incarnation, view.seen_epoch)
     }
 
     /// The error that every call of this worker ends with from now on, if there is one.
@@ -383,9 +424,8 @@ impl Shared {
     }
 
     async fn beat_once(&self, inner: &Inner, limit: Duration) -> Result<(), ClientError> {
-        let seen_epoch = self.view().seen_epoch;
         let request = v1::HeartbeatRequest {
-            identity: Some(self.identity(seen_epoch)),
+            identity: Some(self.seen_identity()),
             progress: self.progress.load(Ordering::Relaxed),
         };
         let call = |channel, request| async move {
@@ -396,8 +436,70 @@ impl Shared {
         Ok(())
     }
 
+    /// Comes back after the coordinator took this process for dead: with everything that it holds
+    /// in memory it is as good as before.
+    async fn rejoin(
+        &self,
+        inner: &Inner,
+        limit: Duration,
+        fenced: &ClientError,
+    ) -> Result<(), ClientError> {
+        let (former, incarnation) = {
+            let mut view = self.view();
+            view.is_fenced = true;
+            (view.incarnation, *view.next_incarnation.get_or_insert_with(chance))
+        };
+        let request = self.registration.request(incarnation, former);
+        let call = |channel, request| async move {
+            MembershipClient::new(channel).register(request).await
+        };
+        let Registration { job, worker_id, .. } = &self.registration;
+        let what = format!("registering worker `{worker_id}` in job `{job}` again");
+        let reply = inner.ask(&what, Wait::Once(limit), request, call).await?;
+        warn!("{fenced}");
+        info!("worker `{worker_id}` is a member of job `{job}` again");
+        let mut view = self.view();
+        view.join(incarnation, reply.epoch);
+        view.push(Notice::Rejoined(reply.epoch));
+        drop(view);
+        self.tell_changed();
+        Ok(())
+    }
+
+    /// Whether this process is known to be no member, and whether that is for good.
+    fn standing(&self) -> (bool, bool) {
+        let view = self.view();
+        (view.is_fenced, view.ended.is_some())
+    }
+
+    /// A call was refused because this process is no member: the heartbeat sees to it.
+    fn note_fenced(&self) {
+        self.view().is_fenced = true;
+        self.look.notify_one();
+    }
+
+    /// Whether a call failed only because this process was taken for dead, and it is a member again
+    /// by now: then the call can be made again.
+    pub(super) async fn is_back_after<T>(&self, reply: &Result<T, ClientError>) -> bool {
+        if !reply.as_ref().is_err_and(|error| error.kind == ErrorKind::Fenced) {
+            return false;
+        }
+        let is_answered = async {
+            loop {
+                let looked = self.looked.notified();
+                let (is_out, has_ended) = self.standing();
+                if !is_out || has_ended {
+                    return !has_ended;
+                }
+                looked.await;
+            }
+        };
+        tokio::time::timeout(RETURN, is_answered).await.unwrap_or(false)
+    }
+
     fn take_in(&self, reply: v1::HeartbeatReply) {
         let mut view = self.view();
+        view.is_fenced = false;
         view.seen_epoch = view.seen_epoch.max(reply.epoch);
         if reply.fence <= view.acknowledged_epoch {
             view.acknowledged_epoch = view.acknowledged_epoch.max(reply.epoch);
@@ -409,7 +511,13 @@ impl Shared {
             view.abort_reason = Some(reply.abort_reason.clone());
             view.push(Notice::Aborted(reply.abort_reason));
         }
+        drop(view);
+        self.tell_changed();
+    }
+
+    fn tell_changed(&self) {
         self.changed.notify_all();
+        self.looked.notify_waiters();
     }
 
     /// Passes a reply on; a refusal that concerns the membership is taken in before.
@@ -420,7 +528,7 @@ impl Shared {
     ) -> Result<T, ClientError> {
         if let Err(error) = &reply {
             match error.kind {
-                ErrorKind::Fenced => self.end(error.clone()),
+                ErrorKind::Fenced => self.note_fenced(),
                 ErrorKind::MembershipChanged => self.catch_up(inner).await,
                 _ => {}
             }
@@ -484,11 +592,20 @@ impl Shared {
             view.push(Notice::Fenced(error.clone()));
             view.ended = Some(error);
         }
-        self.changed.notify_all();
+        drop(view);
+        self.tell_changed();
     }
 }
 
 impl View {
+    /// Is a member since `epoch`.
+    fn join(&mut self, incarnation: u64, epoch: u64) {
+        (self.incarnation, self.next_incarnation) = (incarnation, None);
+        (self.joined_epoch, self.seen_epoch) = (epoch, epoch);
+        self.acknowledged_epoch = epoch;
+        self.is_fenced = false;
+    }
+
     fn push(&mut self, notice: Notice) {
         if self.notices.len() == NOTICES_MAX {
             self.notices.pop_front();

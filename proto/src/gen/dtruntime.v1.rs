@@ -41,6 +41,10 @@ pub struct RegisterRequest {
     /// The address that others should use instead of `ip`, if one is given.
     #[prost(string, tag = "8")]
     pub advertise_address: ::prost::alloc::string::String,
+    /// The incarnation that this process had, where it was taken for dead and comes back: it is let in
+    /// if nobody has taken its place since. 0 for a process that is new.
+    #[prost(fixed64, tag = "9")]
+    pub rejoins: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RegisterReply {
@@ -338,6 +342,10 @@ pub struct ReportShardRequest {
     /// Checksum of the manifest that is durable in this rank's own store; absent before that.
     #[prost(fixed32, optional, tag = "6")]
     pub published_crc32c: ::core::option::Option<u32>,
+    /// With `own_store`: checksum of the structure of what all ranks save alike, absent where there is
+    /// none. Ranks that do not see each other's shards are compared by it.
+    #[prost(fixed32, optional, tag = "7")]
+    pub replicated_crc32c: ::core::option::Option<u32>,
 }
 /// What became of an attempt, for one rank.
 #[derive(Clone, PartialEq, ::prost::Message)]

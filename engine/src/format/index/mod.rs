@@ -22,7 +22,7 @@ mod frame;
 mod replicated;
 mod wire;
 
-pub use replicated::{Difference, difference, number_replicas};
+pub use replicated::{Difference, difference, number_replicas, structure_crc32c};
 
 /// Most tensors in one shard.
 pub const TENSORS_MAX: usize = 1 << 22;

@@ -7,8 +7,9 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::{ShardIndex, TensorRecord};
+use super::{ShardIndex, TensorRecord, wire};
 use crate::format::FormatError;
+use crate::format::checksum::Digest;
 use crate::format::tree::{self, Key, Node, Segment, TreePath, Value, Walk};
 
 /// Characters of a value, and of a path, that a difference shows.
@@ -109,6 +110,41 @@ pub fn difference(left: &ShardIndex, right: &ShardIndex) -> Option<Difference> {
                 return Some(Difference { path, left: None, right });
             }
         }
+    }
+}
+
+/// A checksum of what [`difference`] compares, for ranks that do not see each other's shards; `None`
+/// where nothing is replicated. Two indexes without a difference have the same.
+pub fn structure_crc32c(index: &ShardIndex) -> Option<u32> {
+    if index.replicated.is_empty() {
+        return None;
+    }
+    let mut digest = Digest::new();
+    let mut entries = Entries::new(index);
+    while let Some(item) = entries.next() {
+        if item.is_top {
+            let path = entries.path();
+            digest.update(&(path.segments.len() as u64).to_le_bytes());
+            path.segments.iter().for_each(|segment| take_in(&mut digest, &segment_bytes(segment)));
+        }
+        take_in(&mut digest, &item.bytes());
+    }
+    Some(digest.finish())
+}
+
+/// With its length, so that no two lists of parts look the same.
+fn take_in(digest: &mut Digest, part: &[u8]) {
+    digest.update(&(part.len() as u64).to_le_bytes());
+    digest.update(part);
+}
+
+fn segment_bytes(segment: &Segment<'_>) -> Vec<u8> {
+    match segment {
+        Segment::Key(key) => {
+            wire::node_bytes(&Node { key: Some((*key).clone()), value: Value::None })
+        }
+        Segment::Index(position) => (*position as u64).to_le_bytes().to_vec(),
+        Segment::Metadata => b"metadata".to_vec(),
     }
 }
 
@@ -229,6 +265,19 @@ impl Item<'_> {
             (None, None) if is_same_value(&self.node.value, &other.node.value) => None,
             _ => Some((self.show(), other.show())),
         }
+    }
+
+    /// The same bytes in every shard.
+    fn bytes(&self) -> Vec<u8> {
+        let Some(viewed) = &self.tensor else { return wire::node_bytes(self.node) };
+        let key = Node { key: self.node.key.clone(), value: Value::None };
+        let replica = viewed.replica.unwrap_or(u32::MAX);
+        let record = TensorRecord { storage: replica, ..viewed.record.clone() };
+        let mut bytes = wire::node_bytes(&key);
+        bytes.extend((viewed.appearance as u64).to_le_bytes());
+        bytes.extend(viewed.storage_bytes.to_le_bytes());
+        bytes.extend(wire::tensor_bytes(&record));
+        bytes
     }
 
     fn show(&self) -> String {

@@ -252,6 +252,22 @@ fn ranks_are_compared_by_what_they_share() {
     assert_eq!(difference(&shared_sample(), &reshaped).unwrap().path, "weight");
     let found = difference(&plain(Value::None), &shared_sample()).unwrap();
     assert_eq!((found.path.as_str(), found.right), ("epoch", None));
+    // A checksum of it tells the same.
+    let alike = [(nan(), nan()), (shared_sample(), other)];
+    for (one, two) in &alike {
+        assert_eq!((structure_crc32c(one), difference(one, two)), (structure_crc32c(two), None));
+    }
+    let different = [
+        (plain(Value::Int(3)), plain(Value::Int(4))),
+        (plain(Value::Float(0.0)), plain(Value::Float(-0.0))),
+        (shared_sample(), reshaped),
+        (plain(Value::None), shared_sample()),
+    ];
+    for (one, two) in &different {
+        assert!(structure_crc32c(one).is_some());
+        assert_ne!(structure_crc32c(one), structure_crc32c(two));
+    }
+    assert_eq!(structure_crc32c(&sample()), None);
 }
 
 #[test]

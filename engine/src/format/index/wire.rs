@@ -161,6 +161,16 @@ fn malformed(error: &prost::DecodeError) -> FormatError {
     FormatError::Damaged(format!("the index is no message of its kind: {error}"))
 }
 
+/// A node's bytes.
+pub(super) fn node_bytes(node: &Node) -> Vec<u8> {
+    node_to_proto(node).encode_to_vec()
+}
+
+/// A tensor's bytes.
+pub(super) fn tensor_bytes(tensor: &TensorRecord) -> Vec<u8> {
+    tensor_to_proto(tensor).encode_to_vec()
+}
+
 fn node_to_proto(node: &Node) -> proto::Node {
     proto::Node {
         key: node.key.as_ref().map(key_to_proto),
