@@ -7,6 +7,7 @@ use crate::tree::{Finding, Member, Tree};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-proto", &[]),
     ("dtr-engine", &["dtr-proto"]),
+    ("dtr-cuda", &[]),
     ("coordinator", &["dtr-proto"]),
     ("dtr-python", &["coordinator", "dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
@@ -23,6 +24,7 @@ const BARRED_FROM: &[(&str, &[&str], &str)] = &[
         &["pyo3", "numpy", "cudarc", "tonic"],
         "the engine sees bytes, not who sent them",
     ),
+    ("dtr-cuda", &["pyo3", "numpy"], "addresses and streams are all it takes of Python"),
     ("coordinator", &["pyo3", "numpy", "cudarc"], "the coordinator runs where no worker does"),
     ("ckpt-tool", &["pyo3", "cudarc"], "the tool runs where neither Python nor a GPU is"),
 ];

@@ -6,6 +6,14 @@ use crate::tree::{Finding, Tree};
 
 /// The files that may hold `unsafe`, and why safe code was not enough.
 const MAY_HOLD_UNSAFE: &[(&str, &str)] = &[
+    ("cuda/src/context.rs", "the CUDA driver is a library in C"),
+    ("cuda/src/device.rs", "a device's memory and streams are known by their addresses"),
+    ("cuda/src/driver.rs", "the CUDA driver is a library in C"),
+    ("cuda/src/memory.rs", "a device's memory is known by its address"),
+    ("cuda/src/pinned.rs", "a device reads and writes memory that the caller owns"),
+    ("cuda/src/stream.rs", "the CUDA driver is a library in C"),
+    ("cuda/tests/stand_in/library.rs", "the stand-in for the CUDA driver is a library in C"),
+    ("cuda/tests/stand_in/scene.rs", "memory that a device writes to, and its address"),
     ("engine/src/codec/planes/mod.rs", "vector instructions, chosen at run time"),
     ("engine/src/copy.rs", "streaming stores, and memory that is known by its address"),
     ("engine/src/io/buffer.rs", "aligned memory with madvise, which no safe type gives"),
