@@ -10,8 +10,8 @@
 //!   forward           <--precede--                             --> takeoff is told: buffer is free
 //! ```
 //!
-//! The crate knows no Python, no torch and not the engine: it is given addresses, handles of
-//! streams, and boxes that own memory. It builds without CUDA; the driver is looked for when
+//! The crate knows no Python and no torch: it is given addresses, handles of streams, and boxes that
+//! own memory. [`DeviceStorage`] is how the engine sees a tensor. The crate builds without CUDA; the driver is looked for when
 //! [`probe`] or [`Device::open`] is called, and its absence is an error like any other.
 //!
 //! Always holds:
@@ -71,6 +71,7 @@ mod error;
 mod lane;
 mod memory;
 mod pinned;
+mod storage;
 mod stream;
 
 pub use context::MemoryInfo;
@@ -81,3 +82,4 @@ pub use error::{CudaError, Refusal};
 pub use lane::BATCH_BYTES;
 pub use memory::DeviceBuffer;
 pub use pinned::Pinned;
+pub use storage::{ArenaPin, DeviceStorage, Piece, engine_error, shared_device};

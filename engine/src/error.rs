@@ -105,6 +105,16 @@ pub enum EngineError {
         /// How to go on.
         hint: String,
     },
+    /// Look at the GPU, or keep the tensors on the CPU: its driver refused an operation.
+    #[error("{what}: {why}\nhint: {hint}")]
+    Accelerator {
+        /// The operation.
+        what: String,
+        /// What the driver said.
+        why: String,
+        /// How to go on.
+        hint: String,
+    },
     /// Load again before saving: live memory was changed in part when an in-place restore failed.
     #[error("{what}: {why}\nhint: {hint}")]
     RestoreIncomplete {
@@ -185,6 +195,7 @@ impl EngineError {
             | Self::Io { hint, .. }
             | Self::Unavailable { hint, .. }
             | Self::RestoreIncomplete { hint, .. }
+            | Self::Accelerator { hint, .. }
             | Self::Closed { hint, .. }
             | Self::Coordination { hint, .. }
             | Self::Internal { hint, .. } => hint,
@@ -212,6 +223,7 @@ impl EngineError {
             | Self::Corrupt { .. }
             | Self::UnsupportedFormat { .. }
             | Self::RestoreIncomplete { .. }
+            | Self::Accelerator { .. }
             | Self::Closed { .. }
             | Self::Internal { .. } => false,
         }
@@ -315,6 +327,7 @@ impl EngineError {
             NoSpace,
             Unavailable,
             RestoreIncomplete,
+            Accelerator,
             Closed,
             Internal
         )

@@ -11,6 +11,7 @@
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.datasets import DatasetInfo, DatasetRegistry
 from dtruntime.errors import (
+    AcceleratorError,
     BarrierTimeout,
     CheckpointError,
     CheckpointNotFound,
@@ -42,6 +43,7 @@ from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
 
 __all__ = [
+    "AcceleratorError",
     "BarrierTimeout",
     "CheckpointError",
     "CheckpointManager",

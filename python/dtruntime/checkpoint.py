@@ -15,20 +15,30 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dtruntime import _native, connecting, embedded, fallback, lifecycle, membership, settings
+from dtruntime import (
+    _native,
+    connecting,
+    embedded,
+    fallback,
+    gpus,
+    lifecycle,
+    membership,
+    settings,
+)
 from dtruntime.connecting import Security
 from dtruntime.errors import (
+    AcceleratorError,
     CheckpointError,
     Closed,
     InvalidArgument,
     RestoreIncomplete,
 )
-from dtruntime.handle import SaveHandle, SaveInfo, Watcher
+from dtruntime.handle import Copied, SaveHandle, SaveInfo, Watcher
 from dtruntime.loading import Reader, device_of, select
 from dtruntime.replication import Replication, globs_of
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
-from dtruntime.state_tree import flatten, raw_bytes_of
+from dtruntime.state_tree import FlatState, flatten, needs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +95,10 @@ class CheckpointManager:
             a part, and any number of ranks can load it. What ``replicated`` names must be the same
             on every rank: keys, plain values, shapes and the way tensors lie in memory are
             compared before a checkpoint comes to be, what the tensors hold is not.
+        consistency: What keeps tensors on GPUs from changing before they were copied, if a save
+            does not say: ``strict`` copies them before ``save_async`` returns, ``overlap`` beside
+            forward and backward (it needs ``optimizer=``), ``device-snapshot`` from clones on the
+            GPU.
         job: Name of the training run, written into manifests. Default: the environment's
             ``DTRUNTIME_JOB``, else ``default``.
         coordinator_url: Where ranks find each other. Default: the environment's
@@ -147,6 +161,7 @@ class CheckpointManager:
         rank: int | str | None = None,
         world_size: int | str | None = None,
         replicated: Sequence[str] | str = (),
+        consistency: str = "strict",
         job: str | None = None,
         coordinator_url: str | None = None,
         security: Security | None = None,
@@ -182,6 +197,7 @@ class CheckpointManager:
         for name, value in (("keep_last_n", keep_last_n), ("keep_every", keep_every)):
             if value is not None:
                 engine_settings[name] = settings.integer(name, value)
+        self._consistency = settings.choice("consistency", consistency, gpus.MODES)
         self._interval = settings.interval("save_interval_steps", save_interval_steps)
         if sigterm is not None:
             settings.choice("sigterm", sigterm, ("finish", "drop"))
@@ -235,6 +251,8 @@ class CheckpointManager:
         rewind: bool = False,
         metadata: Mapping[str, Any] | None = None,
         dataset_positions: Mapping[str, Any] | None = None,
+        consistency: str | None = None,
+        optimizer: Any = None,
     ) -> SaveHandle:
         """Take a snapshot of ``state`` and write it as checkpoint ``step`` in the background.
 
@@ -243,14 +261,19 @@ class CheckpointManager:
 
         Args:
             state: Tensors, arrays and plain values in nested dicts, lists and tuples; objects with
-                ``state_dict()`` stand for what that returns. Tensors outside the host's memory are
-                copied there before the snapshot.
+                ``state_dict()`` stand for what that returns.
             step: The training step: later than every committed one, or see ``rewind``.
             rewind: The training went back to before ``step``: checkpoints of later steps cease to
                 exist when this one is committed, and one of the same step is replaced.
             metadata: Attached to the checkpoint, as JSON. Where several ranks save, pass the same
                 on all of them: one rank's is kept.
             dataset_positions: The same.
+            consistency: What keeps tensors on GPUs from changing before they were copied:
+                ``strict``, ``overlap`` or ``device-snapshot``. Default: the manager's. Tensors in
+                the host's memory are always copied before this returns.
+            optimizer: With ``overlap``: the optimizer, or all of them, whose steps change the
+                state. Their next step waits on the GPU; whatever else changes the state calls
+                ``handle.before_update()`` first.
 
         Returns:
             A handle: await it, or ask for its ``result()``.
@@ -276,22 +299,29 @@ class CheckpointManager:
                 settings.json_object("dataset_positions", dataset_positions),
             )
             self._check_can_save(number)
+            chosen = gpus.choose(consistency or self._consistency, optimizer)
         with self._save_lock:
             # First, so that copies of tensors outside the host's memory are not made beside it.
             with self._declining(number):
                 called = time.monotonic()
                 self._native.wait_until_finished()
                 begun = time.monotonic()
-                flat = flatten(state, self._replication)
-            parts = (flat.nodes, flat.tensors, flat.storages, flat.replicated)
+                flat = flatten(state, self._replication, chosen)
             assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
                 spent = (begun - called, time.monotonic() - begun)
                 call = (number, bool(rewind), spent)
-                native = self._native.save(call, parts, annotations)
-                handle = self._last = SaveHandle(native, self._watcher)
+                try:
+                    native = self._take(call, flat, annotations, chosen)
+                except AcceleratorError as error:
+                    chosen = gpus.fall_back(chosen, error)
+                    flat = flatten(state, self._replication, chosen)
+                    native = self._take(call, flat, annotations, chosen)
+                behind = Copied([*chosen.streams], flat.table) if chosen.goes_on_behind else None
+                handle = self._last = SaveHandle(native, self._watcher, behind)
                 self._watcher.watch(handle, self._native)
+                chosen.hold_updates(native.precede)
                 handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
             finally:
                 self._is_capturing = False
@@ -308,6 +338,8 @@ class CheckpointManager:
         rewind: bool = False,
         metadata: Mapping[str, Any] | None = None,
         dataset_positions: Mapping[str, Any] | None = None,
+        consistency: str | None = None,
+        optimizer: Any = None,
     ) -> SaveInfo:
         """Save like ``save_async`` and wait until the checkpoint is durable.
 
@@ -324,6 +356,8 @@ class CheckpointManager:
             rewind=rewind,
             metadata=metadata,
             dataset_positions=dataset_positions,
+            consistency=consistency,
+            optimizer=optimizer,
         )
         return handle.result()
 
@@ -491,7 +525,9 @@ class CheckpointManager:
 
         >>> manager.prewarm({"model": model, "optimizer": optimizer})
         """
-        self._native.prewarm(raw_bytes_of(state, self._replication))
+        raw_bytes, ordinals = needs_of(state, self._replication)
+        usable = ordinals if ordinals and gpus.are_usable() else []
+        self._native.prewarm(raw_bytes, gpus.current_streams(usable))
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Wait for the save in flight, at most ``timeout`` seconds; tell whether none is left.
@@ -614,6 +650,18 @@ class CheckpointManager:
                 "restore again, from this step or another, before saving",
             ) from self._incomplete
 
+    def _take(
+        self,
+        call: tuple[int, bool, tuple[float, float]],
+        flat: FlatState,
+        annotations: tuple[str, str],
+        chosen: gpus.Consistency,
+    ) -> _native.SaveHandle:
+        """Have the engine take the snapshot."""
+        parts = (flat.nodes, flat.tensors, flat.storages, flat.replicated)
+        devices = (list(chosen.streams.items()), chosen.goes_on_behind)
+        return self._native.save(call, parts, annotations, devices)
+
     def _newest(self) -> int:
         latest = self.latest_step()
         if latest is None:
@@ -666,13 +714,14 @@ class CheckpointManager:
 
     def _apply(self, plan: RestorePlan, reader: Reader) -> None:
         """Carry a plan out, all at once where memory allows, else by top-level items."""
-        everything = [number for action in plan.actions for number in action.tensors]
-        fits = reader.bytes_of(everything) <= _MEMORY_SHARE * _available_memory_bytes()
+        needed = [n for action in plan.actions for n in action.tensors if n not in action.devices]
+        fits = reader.bytes_of(needed) <= _MEMORY_SHARE * _available_memory_bytes()
         has_begun = False
         try:
             for actions in [plan.actions] if fits else plan.items():
                 numbers = [number for action in actions for number in action.tensors]
-                tensors = reader.tensors(numbers)
+                devices = {n: place for action in actions for n, place in action.devices.items()}
+                tensors = reader.tensors(numbers, devices)
                 for action in actions:
                     has_begun = True
                     action.act(tensors)

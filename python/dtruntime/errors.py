@@ -97,6 +97,10 @@ class RestoreIncomplete(CheckpointError):  # noqa: N818
     """Restore again before saving: live memory was changed in part when a restore failed."""
 
 
+class AcceleratorError(CheckpointError):
+    """Look at the GPU, or keep the tensors on the CPU: its driver refused an operation."""
+
+
 class Closed(CheckpointError):  # noqa: N818
     """Open a new manager: this one was closed, or belongs to the parent of a forked process."""
 

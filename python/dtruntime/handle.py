@@ -15,6 +15,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dtruntime import gpus
 from dtruntime.errors import CheckpointError
 from dtruntime.progress import ProgressBar
 
@@ -136,6 +137,14 @@ class UploadInfo:
     seconds: float
 
 
+@dataclass
+class Copied:
+    """What is copied behind a save: from which GPUs, and what keeps the tensors alive meanwhile."""
+
+    ordinals: list[int]
+    table: object
+
+
 class SaveHandle:
     """A save in flight, or ended. Made by ``CheckpointManager.save_async``.
 
@@ -145,6 +154,7 @@ class SaveHandle:
 
     Attributes:
         staged: A future that is done once the snapshot is taken: the state may change from then on.
+            Only a save with another ``consistency`` than ``strict`` returns before.
         uploaded: A future that is done once the checkpoint is in the remote store, with an
             ``UploadInfo``, or with the error of the upload; the local checkpoint stands. Without a
             remote store it is done, with None. Where several ranks save, it means all of them. One
@@ -152,8 +162,11 @@ class SaveHandle:
 
     """
 
-    def __init__(self, native: _native.SaveHandle, watcher: Watcher) -> None:
+    def __init__(
+        self, native: _native.SaveHandle, watcher: Watcher, copied_behind: Copied | None = None
+    ) -> None:
         self._native = native
+        self._copied_behind = copied_behind
         self._watcher = watcher
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[SaveHandle], object]] = []
@@ -162,7 +175,9 @@ class SaveHandle:
         # A running future cannot be cancelled, so neither can the save, through any await of it.
         self._ended.set_running_or_notify_cancel()
         self.staged: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self.staged.set_result(None)
+        self.staged.set_running_or_notify_cancel()
+        if copied_behind is None:
+            self.staged.set_result(None)
         self.uploaded: concurrent.futures.Future[UploadInfo | None] = concurrent.futures.Future()
         self.uploaded.set_running_or_notify_cancel()
 
@@ -218,6 +233,18 @@ class SaveHandle:
         """Give seconds and bytes per phase, so far; complete once the save has ended."""
         return SaveStats(**self._native.stats())
 
+    def before_update(self) -> None:
+        """Let what the current streams are given from now on wait until the state was copied.
+
+        On GPUs, after a save with ``consistency="overlap"``: call it before anything else than the
+        next step of the optimizers that were named changes the state. It does not wait itself,
+        unless the state is larger than the staging memory: then until the rest fits. Does nothing
+        where everything was copied already.
+        """
+        behind = self._copied_behind
+        if behind is not None:
+            self._native.precede(gpus.current_streams(behind.ordinals))
+
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Call ``callback(handle)`` once the save has ended, on the manager's callback thread.
 
@@ -257,6 +284,13 @@ class SaveHandle:
             self.uploaded.set_exception(error)
         else:
             self.uploaded.set_result(None if info is None else UploadInfo(**info))
+
+    def _stage(self) -> None:
+        """Resolve ``staged`` when nothing reads the state any more; called once, by the watcher."""
+        if self._copied_behind is not None:
+            self._native.wait_captured()
+            self._copied_behind.table = None
+            self.staged.set_result(None)
 
     def _announce(self) -> None:
         """Resolve the future and run the callbacks; called once, by the watcher."""
@@ -320,6 +354,7 @@ class Watcher:
     def _follow(self, handle: SaveHandle, manager: _native.Manager) -> None:
         del manager  # the closure of `watch` keeps it alive
         native = handle._native  # noqa: SLF001  (the two halves of one mechanism)
+        handle._stage()  # noqa: SLF001
         if self._bar is None:
             native.wait()
         else:

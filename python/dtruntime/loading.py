@@ -8,12 +8,14 @@ matched its checksums (or the caller waived that).
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dtruntime import gpus
 from dtruntime.errors import InvalidArgument
 from dtruntime.replication import check_loadable
 from dtruntime.state_tree import TAG_DICT, Tree
@@ -32,9 +34,11 @@ from dtruntime.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from dtruntime import _native
+
+_logger = logging.getLogger("dtruntime")
 
 
 class _Memory(NamedTuple):
@@ -87,8 +91,14 @@ class Reader:
         groups = self._group(numbers).items()
         return sum(spans_bytes(self._spans(storage, group)) for (storage, _), group in groups)
 
-    def tensors(self, numbers: Iterable[int]) -> dict[int, Any]:
-        """Read tensors, by number, into fresh memory."""
+    def tensors(
+        self, numbers: Iterable[int], devices: Mapping[int, Any] | None = None
+    ) -> dict[int, Any]:
+        """Read tensors, by number, into fresh memory.
+
+        ``devices`` gives torch devices for some of them, where they are wanted elsewhere than the
+        reader's.
+        """
         groups = self._group(numbers)
         made: dict[int, Any] = {}
         if self._mmap:
@@ -97,15 +107,20 @@ class Reader:
                 made |= self._views(key[1], memory)
         fresh: dict[tuple[int, bool], _Memory] = {}
         targets: list[Any] = []
+        ordinals: set[int] = set()
         for (storage, is_numpy), group in groups.items():
             spans = self._spans(storage, group)
-            holder = _allocate(spans_bytes(spans), is_numpy=is_numpy)
+            wanted = {devices.get(number) for number in group} if devices else set()
+            device = wanted.pop() if len(wanted) == 1 else None
+            holder = self._allocate(spans_bytes(spans), device, is_numpy=is_numpy)
+            if not is_numpy and holder.device.type == "cuda":
+                ordinals.add(holder.device.index)
             records = self.records
             views = {n: rebase(records[n], hull_of(records[n]), spans, storage) for n in group}
             fresh[storage, is_numpy] = _Memory(holder, views)
             targets += _targets(storage, spans, holder, is_numpy=is_numpy)
         if targets:
-            self.checkpoint.read(targets, self._verify)
+            self.checkpoint.read(targets, self._verify, gpus.current_streams(ordinals))
         for (_, is_numpy), memory in fresh.items():
             made |= self._views(is_numpy, memory)
         return made
@@ -140,27 +155,35 @@ class Reader:
             mapped[storage, is_numpy] = _Memory(holder, views)
         return mapped
 
+    def _allocate(self, count: int, device: Any, *, is_numpy: bool) -> Any:
+        """Make memory on ``device``, the reader's if that is None; the host's where it has none."""
+        if is_numpy:
+            return np.empty(count, np.uint8)
+        torch = import_torch("loading a tensor")
+        device = self._device if device is None else device
+        if device is not None and device.type == "cuda" and gpus.are_usable():
+            try:
+                return torch.UntypedStorage(count, device=device)
+            except torch.OutOfMemoryError as error:
+                _logger.warning("%s has no memory for a copy, the host has: %s", device, error)
+        return torch.UntypedStorage(count)
+
     def _views(self, is_numpy: bool, memory: _Memory) -> dict[int, Any]:
         if is_numpy:
             return {n: _array(memory.holder, record) for n, record in memory.views.items()}
         storage = memory.holder
-        if self._device is not None:
+        if self._device is not None and storage.device.type == "cpu":
             moved = type(storage)(storage.nbytes(), device=self._device)
             storage = moved.copy_(storage)
         return {n: _tensor(storage, record) for n, record in memory.views.items()}
 
 
-def _allocate(count: int, *, is_numpy: bool) -> Any:
-    if is_numpy:
-        return np.empty(count, np.uint8)
-    return import_torch("loading a tensor").UntypedStorage(count)
-
-
 def _targets(storage: int, spans: Iterable[Span], holder: Any, *, is_numpy: bool) -> list[Any]:
     if is_numpy:
         return [(storage, start, holder[at : at + end - start]) for start, end, at in spans]
-    address = holder.data_ptr()
-    return [(storage, start, (address + at, end - start)) for start, end, at in spans]
+    address, device = holder.data_ptr(), holder.device
+    place = (device.index,) if device.type == "cuda" else ()
+    return [(storage, start, (*place, address + at, end - start)) for start, end, at in spans]
 
 
 def _tensor(storage: Any, record: TensorRecord) -> Any:

@@ -65,6 +65,7 @@ class Action:
         node: The node whose value it takes.
         tensors: Numbers of the tensors it needs.
         act: Makes the change, given those tensors by number.
+        devices: By number: the GPU of the live tensor that takes the tensor, if it is on one.
 
     """
 
@@ -72,6 +73,7 @@ class Action:
     node: int
     tensors: Sequence[int]
     act: Callable[[Mapping[int, Any]], None]
+    devices: Mapping[int, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -179,8 +181,10 @@ class _Planner:
     def _misfit(self, index: int, why: str) -> None:
         self.plan.misfits[self._paths[index] or "the root"] = why
 
-    def _do(self, index: int, act: Callable[[Any], None]) -> None:
-        """Plan ``act(value)`` with the value at ``index``."""
+    def _do(
+        self, index: int, act: Callable[[Any], None], devices: Mapping[int, Any] | None = None
+    ) -> None:
+        """Plan ``act(value)`` with the value at ``index``; ``devices`` want its tensors."""
         tree = self._tree
         self.plan.actions.append(
             Action(
@@ -188,6 +192,7 @@ class _Planner:
                 index,
                 tree.tensors_below(index),
                 lambda tensors: act(tree.build(index, tensors.__getitem__)),
+                devices or {},
             )
         )
 
@@ -199,9 +204,14 @@ class _Planner:
             return
         why = self._tensor_misfit(live, index)
         if why is None:
-            self._do(index, lambda value: _copy_tensor(live, value))
+            self._do(index, lambda value: _copy_tensor(live, value), self._devices_of(live, index))
         else:
             self._misfit(index, why)
+
+    def _devices_of(self, live: Any, index: int) -> dict[int, Any]:
+        """Give the GPU of a live tensor, by the number of the tensor that it takes."""
+        tag, number = self._tree.nodes[index][:2]
+        return {number: live.device} if tag == TAG_TENSOR and live.is_cuda else {}
 
     def _tensor_misfit(self, live: Any, index: int) -> str | None:
         tag, number = self._tree.nodes[index][:2]
@@ -237,22 +247,29 @@ class _Planner:
         if self._tree.nodes[index][0] != TAG_DICT:
             self._misfit(index, "a module is live, and the checkpoint has no dict")
             return
-        drop = self._compare_module(live, index)
+        drop, devices = self._compare_module(live, index)
 
         def act(value: dict[str, Any]) -> None:
             for key in drop:
                 del value[key]
             live.load_state_dict(value, strict=self._strict)
 
-        self._do(index, act)
+        self._do(index, act, devices)
 
-    def _compare_module(self, live: Any, index: int) -> list[Any]:
-        """Note what differs between a module and its saved state; give the keys not to load."""
+    def _compare_module(self, live: Any, index: int) -> tuple[list[Any], dict[int, Any]]:
+        """Note what differs between a module and its saved state.
+
+        Returns:
+            The keys not to load, and the GPUs that the module's tensors are on, by the numbers of
+            the tensors that they take.
+
+        """
         expected = live.state_dict(keep_vars=True)
         saved = dict(self._tree.children(index))
         prefix = self._prefix(index)
         self.plan.missing += [f"{prefix}{key}" for key in expected if key not in saved]
         drop = []
+        devices: dict[int, Any] = {}
         for key, child in saved.items():
             if key not in expected:
                 self.plan.unexpected.append(self._paths[child])
@@ -261,7 +278,9 @@ class _Planner:
                 if why is not None:
                     self._misfit(child, why)
                     drop.append(key)
-        return drop
+                else:
+                    devices |= self._devices_of(expected[key], child)
+        return drop, devices
 
     def _dict(self, live: dict[Any, Any], index: int) -> None:
         if self._tree.nodes[index][0] != TAG_DICT:

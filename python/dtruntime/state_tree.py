@@ -40,6 +40,7 @@ from dtruntime.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from dtruntime.gpus import Consistency
     from dtruntime.replication import Replication
 
 DEPTH_MAX = 128
@@ -81,12 +82,17 @@ class FlatState(NamedTuple):
     table: TensorTable
 
 
-def flatten(state: Any, replication: Replication | None = None) -> FlatState:
+def flatten(
+    state: Any,
+    replication: Replication | None = None,
+    consistency: Consistency | None = None,
+) -> FlatState:
     """Take a state apart.
 
     Args:
         state: The state.
         replication: Finds what all ranks save alike, of which only this rank's part is read.
+        consistency: How tensors on GPUs are treated. Default: torch copies them to the host.
 
     Raises:
         UnsupportedValue: A value cannot be kept; the message names its key path.
@@ -101,24 +107,30 @@ def flatten(state: Any, replication: Replication | None = None) -> FlatState:
         flattener.add(state, None, is_keyed=False)
         nodes, table = flattener.nodes, flattener.table
         if replication is None:
-            return FlatState(nodes, *table.finish(), [], table)
+            return FlatState(nodes, *table.finish(consistency=consistency), [], table)
         table.lay_out()
         shared = replication.of(nodes, table.storages(), table.sizes())
-        tensors, storages = table.finish(lambda storage: shared.part(storage) == (0, 0))
+        is_unread = lambda storage: shared.part(storage) == (0, 0)  # noqa: E731
+        tensors, storages = table.finish(is_unread, consistency)
         return FlatState(nodes, tensors, storages, shared.nodes, table)
 
 
-def raw_bytes_of(state: Any, replication: Replication | None = None) -> int:
-    """Give the bytes of tensor memory that saving ``state`` would write; copies nothing."""
+def needs_of(state: Any, replication: Replication | None = None) -> tuple[int, list[int]]:
+    """Give what saving ``state`` needs; copies nothing.
+
+    Returns:
+        The bytes of tensor memory that it would write, and the GPUs that it would copy from.
+
+    """
     flattener = _Flattener()
     with _collector_paused():
         flattener.add(state, None, is_keyed=False)
-    sizes = flattener.table.sizes()
+    sizes, gpus = flattener.table.sizes(), flattener.table.gpus()
     if replication is None:
-        return sum(sizes)
+        return sum(sizes), gpus
     shared = replication.of(flattener.nodes, flattener.table.storages(), sizes)
     parts = (shared.part(storage) or (0, size) for storage, size in enumerate(sizes))
-    return sum(end - start for start, end in parts)
+    return sum(end - start for start, end in parts), gpus
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from dtruntime.errors import UnsupportedFormat, UnsupportedValue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from dtruntime.gpus import Consistency
+
 # Kinds of tensors, as the index numbers them.
 TORCH = 0
 TORCH_PARAMETER = 1
@@ -82,16 +84,24 @@ class TensorRecord(NamedTuple):
     requires_grad: bool
 
 
+Piece = tuple[int, int, int]
+"""Contiguous memory: its address, its length, and the byte of the storage that it stands at."""
+
+Memory = list[Piece] | tuple[int, list[Piece], bool]
+"""A storage's memory: the host's, or a GPU's number, its memory, and whether that is cloned."""
+
+
 class StorageRecord(NamedTuple):
     """Memory to save.
 
     ``memory`` is a contiguous numpy array, or pieces ``(address, length, at)`` that make up the
-    storage's ``bytes`` together, or None where this rank writes none of them.
+    storage's ``bytes`` together, or None where this rank writes none of them. Of a GPU's memory it
+    is the device's number, the pieces, and whether they are cloned there first.
     """
 
     element: int
     bytes: int
-    memory: np.ndarray[Any, Any] | list[tuple[int, int, int]] | None
+    memory: np.ndarray[Any, Any] | Memory | None
 
 
 def hull_of(record: TensorRecord) -> Hull | None:
@@ -242,6 +252,12 @@ class TensorTable:
             numbers[number] = storage
         return numbers
 
+    def gpus(self) -> list[int]:
+        """Give the numbers of the CUDA devices that tensors lie on."""
+        owners = self._torch_storages.values()
+        devices = {owner.storage.device for owner in owners if not owner.is_cpu}
+        return sorted(device.index for device in devices if device.type == "cuda")
+
     def sizes(self) -> list[int]:
         """Give the bytes of each storage that ``finish`` would describe, at most."""
         sizes = [
@@ -258,16 +274,23 @@ class TensorTable:
             self._lay_out(owner)
 
     def finish(
-        self, is_unread: Callable[[int], bool] = lambda _: False
+        self,
+        is_unread: Callable[[int], bool] = lambda _: False,
+        consistency: Consistency | None = None,
     ) -> tuple[list[TensorRecord], list[StorageRecord]]:
         """Give the records of all tensors and of the storages that they view.
 
-        Storages that are not in host memory are copied there now, but for those that are not read.
+        Storages that are neither in host memory nor where ``consistency`` has a place for them are
+        copied to the host now, but for those that are not read.
         """
         storages: list[StorageRecord] = []
         for owner in self._torch_storages.values():
             index = len(storages)
-            storages.append(self._finish_torch(owner, index, is_unread=is_unread(index)))
+            spans = self._finish_views(owner, index)
+            memory: Memory | None = [] if not spans else None
+            if spans and not is_unread(index):
+                memory = self._memory_of(owner, spans, consistency)
+            storages.append(StorageRecord(owner.element, spans_bytes(spans), memory))
         for number, array in self._numpy_storages:
             self._records[number] = self._records[number]._replace(storage=len(storages))
             element = _NUMPY_ELEMENTS.get(self._records[number].dtype, ELEMENT_BYTES)
@@ -308,19 +331,23 @@ class TensorTable:
             owner.spans = lay_spans(hulls, owner.bytes)
         return owner.spans
 
-    def _finish_torch(self, owner: _TorchStorage, index: int, *, is_unread: bool) -> StorageRecord:
+    def _finish_views(self, owner: _TorchStorage, index: int) -> list[Span]:
         spans = self._lay_out(owner)
         for number in owner.tensors:
             self._records[number] = rebase(self._records[number], self._hulls[number], spans, index)
-        if not spans:
-            return StorageRecord(owner.element, 0, [])
-        if is_unread:
-            return StorageRecord(owner.element, spans_bytes(spans), None)
-        storage = owner.storage if owner.is_cpu else owner.storage.cpu()
+        return spans
+
+    def _memory_of(
+        self, owner: _TorchStorage, spans: Iterable[Span], consistency: Consistency | None
+    ) -> Memory:
+        storage, place = owner.storage, None
+        if not owner.is_cpu:
+            place = consistency.place(storage) if consistency is not None else None
+            storage = storage if place is not None else storage.cpu()
         self._keep_alive.append(storage)
         address = storage.data_ptr()
         pieces = [(address + start, end - start, at) for start, end, at in spans]
-        return StorageRecord(owner.element, spans_bytes(spans), pieces)
+        return pieces if place is None else (place.ordinal, pieces, place.is_cloned)
 
     def _pack_lone(self, owner: _TorchStorage) -> None:
         """Make a widely strided tensor contiguous where nothing else views its storage."""

@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use dtr_engine::load::{self, ReadOptions, Target};
+use dtr_cuda::Direction;
+use dtr_engine::Result;
+use dtr_engine::load::{self, ReadOptions};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
+use crate::device::{self, Streams, Target};
 use crate::errors::json_to_python;
 use crate::guard::Guard;
-use crate::tensor::{FreshMemory, array_of_mapping};
+use crate::tensor::array_of_mapping;
 use crate::tree;
 
 /// Bytes that are read without looking for signals.
@@ -31,6 +34,26 @@ impl Checkpoint {
 
     fn what(&self) -> String {
         format!("reading `{}`", self.inner.shard_name())
+    }
+
+    /// Reads into host and devices; the stored bytes read.
+    fn read_batch(&self, batch: &mut [Target], verify: bool) -> Result<u64> {
+        let destinations: Vec<_> =
+            batch.iter().map(device::destination_of).collect::<Result<_>>()?;
+        let pairs = batch.iter().zip(&destinations);
+        let device_targets = pairs.filter_map(|(target, memory)| {
+            memory.as_ref().and_then(|memory| device::device_target(target, memory))
+        });
+        let device_targets = device_targets.collect();
+        let mut targets = Vec::with_capacity(batch.len());
+        for target in batch {
+            if let Target::Host(memory) = target {
+                memory.advise_huge_pages();
+                targets.push(memory.target());
+            }
+        }
+        let options = ReadOptions { verify, ..ReadOptions::default() };
+        Ok(self.inner.read_to(targets, device_targets, options)?.stored_bytes)
     }
 }
 
@@ -84,21 +107,24 @@ impl Checkpoint {
         self.inner.index().storages.iter().map(|storage| storage.bytes).collect()
     }
 
-    /// Fills memory: each target is `(storage, offset, array)` or `(storage, offset, (address,
-    /// bytes))`. Returns the stored bytes read. After an error, targets hold unspecified bytes.
-    fn read(&self, py: Python<'_>, targets: &Bound<'_, PyList>, verify: bool) -> PyResult<u64> {
+    /// Fills memory: each target is `(storage, offset, memory)`, where memory is an array,
+    /// `(address, bytes)`, or `(device, address, bytes)`, which is filled after what `streams` have
+    /// been given so far. Returns the stored bytes read. After an error, targets hold unspecified
+    /// bytes.
+    #[pyo3(signature = (targets, verify, streams=Vec::new()))]
+    fn read(
+        &self,
+        py: Python<'_>,
+        targets: &Bound<'_, PyList>,
+        verify: bool,
+        streams: Streams,
+    ) -> PyResult<u64> {
         let mut memory =
-            targets.iter().map(|item| FreshMemory::extract(&item)).collect::<PyResult<Vec<_>>>()?;
+            targets.iter().map(|item| Target::extract(&item)).collect::<PyResult<Vec<_>>>()?;
         let mut stored_bytes = 0;
+        self.guard.call(py, &self.what(), || device::follow(Direction::Up, &streams))?;
         for batch in batches(&mut memory) {
-            stored_bytes += self.guard.call(py, &self.what(), || {
-                for target in batch.iter() {
-                    target.advise_huge_pages();
-                }
-                let targets: Vec<Target<'_>> = batch.iter_mut().map(FreshMemory::target).collect();
-                let options = ReadOptions { verify, ..ReadOptions::default() };
-                Ok(self.inner.read(targets, options)?.stored_bytes)
-            })?;
+            stored_bytes += self.guard.call(py, &self.what(), || self.read_batch(batch, verify))?;
             py.check_signals()?;
         }
         Ok(stored_bytes)
@@ -125,7 +151,7 @@ impl Checkpoint {
 }
 
 /// Cuts targets into runs of about [`READ_BATCH_BYTES`].
-fn batches(mut memory: &mut [FreshMemory]) -> impl Iterator<Item = &mut [FreshMemory]> {
+fn batches(mut memory: &mut [Target]) -> impl Iterator<Item = &mut [Target]> {
     std::iter::from_fn(move || {
         if memory.is_empty() {
             return None;

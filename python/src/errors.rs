@@ -35,6 +35,7 @@ fn class_name(error: &EngineError) -> &'static str {
         EngineError::Io { .. } => "StorageError",
         EngineError::Unavailable { .. } => "Unavailable",
         EngineError::RestoreIncomplete { .. } => "RestoreIncomplete",
+        EngineError::Accelerator { .. } => "AcceleratorError",
         EngineError::Closed { .. } => "Closed",
         EngineError::Coordination { kind, .. } => coordination_class(*kind),
         // `Internal`, and whatever a later engine adds: this file then lacks an arm, which is a
@@ -82,6 +83,7 @@ fn what_of(error: &EngineError) -> Option<&str> {
         | EngineError::NoSpace { what, .. }
         | EngineError::Unavailable { what, .. }
         | EngineError::RestoreIncomplete { what, .. }
+        | EngineError::Accelerator { what, .. }
         | EngineError::Closed { what, .. }
         | EngineError::Coordination { what, .. }
         | EngineError::Internal { what, .. } => Some(what),

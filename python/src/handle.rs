@@ -5,6 +5,7 @@ use std::time::Duration;
 use dtr_engine::save;
 use pyo3::prelude::*;
 
+use crate::device::{self, Streams};
 use crate::errors::json_to_python;
 use crate::guard::{Guard, timeout_of};
 
@@ -44,6 +45,22 @@ impl SaveHandle {
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
         let wait = |slice: Duration| Ok(self.inner.wait(Some(slice)));
         self.guard.wait(py, &self.what(), timeout_of(timeout), wait)
+    }
+
+    /// Waits, at most `timeout` seconds, until nothing of the state is read any more; true if so.
+    #[pyo3(signature = (timeout=None))]
+    fn wait_captured(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        let wait = |slice: Duration| Ok(self.inner.wait_captured(Some(slice)));
+        self.guard.wait(py, &self.what(), timeout_of(timeout), wait)
+    }
+
+    /// Lets what these streams are given from now on wait, on their devices, until the state was
+    /// copied. Blocks until every copy was begun, which takes long only where the state is larger
+    /// than the staging memory.
+    fn precede(&self, py: Python<'_>, streams: Streams) -> PyResult<()> {
+        let wait = |slice: Duration| Ok(self.inner.wait_begun(Some(slice)));
+        self.guard.wait(py, &self.what(), None, wait)?;
+        self.guard.call(py, &self.what(), || device::precede(&streams))
     }
 
     /// The outcome as a dict, once it has come; None before. Raises the save's error, which then

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 mod checkpoint;
 mod coordinator;
+mod device;
 mod embedded;
 mod errors;
 mod guard;
@@ -27,6 +28,8 @@ mod native {
     use crate::checkpoint::Checkpoint;
     #[pymodule_export]
     use crate::coordinator::{BarrierCall, Coordinator, Worker};
+    #[pymodule_export]
+    use crate::device::cuda_devices;
     #[pymodule_export]
     use crate::embedded::EmbeddedCoordinator;
     #[pymodule_export]

@@ -5,22 +5,23 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use dtr_cuda::Direction;
 use dtr_engine::config::Config;
 use dtr_engine::engine::Engine;
 use dtr_engine::load::VerifyObserver;
 use dtr_engine::ranks::Coordinated;
 use dtr_engine::recovery::StepState;
-use dtr_engine::save::{SaveRequest, StorageInput, share_of};
+use dtr_engine::save::{SaveRequest, share_of};
 use dtr_engine::{EngineError, Result};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use crate::checkpoint::Checkpoint;
 use crate::coordinator::Worker;
+use crate::device::{self, Prepared, Source, Streams};
 use crate::errors::{json_to_python, to_python};
 use crate::guard::{Guard, timeout_of};
 use crate::handle::SaveHandle;
-use crate::tensor::Source;
 use crate::tree;
 
 /// The engine, opened on one store.
@@ -71,12 +72,18 @@ impl Manager {
     /// the topmost nodes of what all ranks save alike. `annotations` are the user's metadata and
     /// the datasets' positions, each a JSON object. `call` is the step, whether the training went
     /// back, and the seconds that the caller waited for the save before and made `state`.
+    ///
+    /// Of devices, `devices` gives the current streams, and whether copies from them go on behind:
+    /// the memory then stays valid and unchanged until `wait_captured` of the handle, but for what
+    /// is cloned first.
+    #[pyo3(signature = (call, state, annotations, devices=None))]
     fn save(
         &self,
         py: Python<'_>,
         call: (u64, bool, (f64, f64)),
         state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
         annotations: (&str, &str),
+        devices: Option<(Streams, bool)>,
     ) -> PyResult<SaveHandle> {
         let (step, rewind, (wait_seconds, prepare_seconds)) = call;
         let seconds = |seconds| timeout_of(Some(seconds)).unwrap_or_default();
@@ -86,19 +93,28 @@ impl Manager {
         let tensors = tree::tensors_from_python(&tensors)?;
         let sources =
             storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
+        let (streams, behind) = devices.unwrap_or_default();
         let handle = self.guard.call(py, &format!("saving step {step}"), || {
-            self.engine.save(SaveRequest {
+            device::pin_for(&self.engine, &streams)?;
+            device::follow(Direction::Down, &streams)?;
+            let sources = sources.iter().map(Source::prepare).collect::<Result<Vec<_>>>()?;
+            if behind {
+                // What was cloned may change as soon as the streams go on.
+                device::precede(&streams)?;
+            }
+            let request = SaveRequest {
                 step,
                 rewind,
                 nodes,
                 tensors,
-                storages: sources.iter().map(input_of).collect(),
+                storages: sources.iter().map(Prepared::input).collect(),
                 replicated,
                 waited: seconds(wait_seconds),
                 prepared: seconds(prepare_seconds),
                 metadata: json_object("`metadata`", annotations.0)?,
                 dataset_positions: json_object("`dataset_positions`", annotations.1)?,
-            })
+            };
+            if behind { self.engine.save_behind(request) } else { self.engine.save(request) }
         })?;
         Ok(SaveHandle::new(handle, self.guard.clone()))
     }
@@ -112,9 +128,14 @@ impl Manager {
         share.into_iter().map(|part| (part.start, part.end)).collect()
     }
 
-    /// Populates the staging arena for a state of `raw_bytes`.
-    fn prewarm(&self, py: Python<'_>, raw_bytes: u64) -> PyResult<()> {
-        self.guard.call(py, "prewarming the staging arena", || self.engine.prewarm(raw_bytes))
+    /// Populates the staging arena for a state of `raw_bytes`, pinned for the devices of `streams`.
+    #[pyo3(signature = (raw_bytes, streams=Vec::new()))]
+    #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
+    fn prewarm(&self, py: Python<'_>, raw_bytes: u64, streams: Streams) -> PyResult<()> {
+        self.guard.call(py, "prewarming the staging arena", || {
+            device::pin_for(&self.engine, &streams)?;
+            self.engine.prewarm(raw_bytes)
+        })
     }
 
     /// The committed steps, ascending.
@@ -257,10 +278,6 @@ impl VerifyObserver for Cancellation {
     fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
-}
-
-fn input_of(source: &Source) -> StorageInput<'_> {
-    StorageInput { bytes: source.bytes(), element: source.element(), source }
 }
 
 fn json_object(what: &str, text: &str) -> Result<BTreeMap<String, serde_json::Value>> {

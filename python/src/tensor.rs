@@ -3,7 +3,7 @@
 //!
 //! Why safe code is not enough: torch hands out addresses, not buffers (`memoryview(tensor)` is a
 //! `TypeError`, and DLPack refuses some dtypes), and copying through Python objects would double
-//! the memory and the time. Always holds: a [`Source`] or a target is used only while the call that
+//! the memory and the time. Always holds: a [`HostSource`] or a target is used only while the call that
 //! got it runs, during which Python's arguments keep the memory's owner alive; every access is
 //! checked against the length that came with the address.
 #![expect(unsafe_code, reason = "torch's and numpy's memory is reached by address")]
@@ -37,22 +37,21 @@ impl Piece {
     }
 }
 
-/// A storage to save: pieces laid end to end.
+/// A storage in the host's memory to save: pieces laid end to end.
 #[derive(Debug)]
-pub(crate) struct Source {
+pub(crate) struct HostSource {
     element: ElementType,
     bytes: u64,
     pieces: Vec<Piece>,
 }
 
-impl Source {
+impl HostSource {
     /// From `(element, bytes, memory)`, where memory is a contiguous array, a list of
     /// `(address, bytes, at)`, or None for one that is not read.
     pub(crate) fn extract(item: &Bound<'_, PyAny>) -> PyResult<Self> {
         let (element, bytes, memory): (u8, u64, Bound<'_, PyAny>) = item.extract()?;
         let py = item.py();
-        let element = element_of(element)
-            .ok_or_else(|| misuse(py, "reading a storage", format!("unknown element {element}")))?;
+        let element = element_of(py, element)?;
         if memory.is_none() {
             return Ok(Self { element, bytes, pieces: Vec::new() });
         }
@@ -88,7 +87,7 @@ impl Source {
     }
 }
 
-impl StorageSource for Source {
+impl StorageSource for HostSource {
     fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()> {
         let mut next = self.pieces.partition_point(|piece| piece.end() <= offset);
         let mut at = offset;
@@ -119,10 +118,9 @@ impl StorageSource for Source {
     }
 }
 
-fn element_of(number: u8) -> Option<ElementType> {
-    [ElementType::Bytes, ElementType::F16, ElementType::Bf16, ElementType::F32, ElementType::F64]
-        .into_iter()
-        .find(|element| *element as u8 == number)
+pub(crate) fn element_of(py: Python<'_>, number: u8) -> PyResult<ElementType> {
+    let known = ElementType::ALL.into_iter().find(|element| *element as u8 == number);
+    known.ok_or_else(|| misuse(py, "reading a storage", format!("unknown element {number}")))
 }
 
 /// Memory to fill with a part of a storage.

@@ -7,9 +7,9 @@ use crate::tree::{Finding, Member, Tree};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-proto", &[]),
     ("dtr-engine", &["dtr-proto"]),
-    ("dtr-cuda", &[]),
+    ("dtr-cuda", &["dtr-engine"]),
     ("coordinator", &["dtr-proto"]),
-    ("dtr-python", &["coordinator", "dtr-engine", "dtr-proto"]),
+    ("dtr-python", &["coordinator", "dtr-cuda", "dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
     ("dtr-benches", &["coordinator", "dtr-engine", "dtr-proto"]),
     ("dtr-fuzz", &["dtr-engine"]),

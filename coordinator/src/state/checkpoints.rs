@@ -68,8 +68,8 @@ pub(super) struct AbortedAttempt {
     aborted: v1::AttemptAborted,
     /// The most often that one of its ranks had tried the step before.
     tries: u32,
-    /// Ranks that knew of it, or have heard since, each with how often it had tried the step before;
-    /// `None` of a rank whose process is another one since.
+    /// Ranks that knew of it, or have heard since, each with how often it had tried the step
+    /// before; `None` of a rank whose process is another one since.
     told: BTreeMap<u32, Option<u32>>,
 }
 

@@ -13,4 +13,5 @@ mod library;
 mod order;
 mod pinning;
 mod random;
+mod saves;
 mod scene;

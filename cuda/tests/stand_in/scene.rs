@@ -13,7 +13,9 @@ use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{env, slice, thread};
 
-use dtr_cuda::{CudaError, Device, DeviceBuffer, Direction, Landing, Pinned, Takeoff};
+use dtr_cuda::{
+    CudaError, Device, DeviceBuffer, DeviceStorage, Direction, Landing, Piece, Pinned, Takeoff,
+};
 
 use crate::library::{Counters, StandIn};
 
@@ -131,6 +133,18 @@ impl Memory {
         // SAFETY: allocated memory of the host that nobody writes to at the moment.
         unsafe { slice::from_raw_parts(start, self.bytes) }.to_vec()
     }
+}
+
+/// The memory as a storage of two pieces, cut after `cut` bytes.
+pub(crate) fn storage_of(device: &Arc<Device>, memory: &Memory, cut: usize) -> DeviceStorage {
+    let (cut, bytes) = (cut as u64, memory.bytes as u64);
+    let pieces = [(0, cut), (cut, bytes)].map(|(at, end)| Piece {
+        address: memory.address + at,
+        bytes: end - at,
+        at,
+    });
+    // SAFETY: the tests free the memory after everything of it has landed.
+    unsafe { DeviceStorage::new(device, pieces.into()) }.unwrap()
 }
 
 impl Drop for Memory {

@@ -16,12 +16,14 @@ use crate::clock::{Environment, System};
 use crate::config::{Config, S3Address, S3Credentials};
 use crate::format::manifest::Manifest;
 use crate::io::buffer::BufferPool;
+use crate::io::pin::Pin;
 use crate::io::{Io, open_backend};
 use crate::load::{
     Checkpoint, ReadOptions, VerifyObserver, VerifyReport, Whose, read_manifest, verify_step,
 };
 use crate::ranks::Ranks;
 use crate::recovery::{StepState, Survey};
+use crate::save::capture::Until;
 use crate::save::commit::Committer;
 use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
@@ -99,6 +101,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Saving {
     arena: Option<Arc<BufferPool>>,
+    /// Registers the arena with a device's driver.
+    pin: Option<Arc<dyn Pin>>,
     plan: Option<save::CachedPlan>,
 }
 
@@ -281,11 +285,28 @@ impl Engine {
     /// Takes a snapshot of the request's storages and returns; the checkpoint is written behind.
     /// Waits for a save in flight first. Raises the error of an earlier save that nobody looked at.
     pub fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
+        self.save_until(request, Until::Landed)
+    }
+
+    /// [`Engine::save`], but copies from devices go on behind the caller: what they read stays valid
+    /// and unchanged until [`SaveHandle::wait_captured`], also if the save fails.
+    pub fn save_behind(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
+        self.save_until(request, Until::Begun)
+    }
+
+    fn save_until(&self, request: SaveRequest<'_>, until: Until) -> Result<SaveHandle> {
         let what = format!("saving step {}", request.step);
         let inner = self.writer(&what)?;
         let decline = |error: &EngineError| inner.core.decline(request.step, &error.to_string());
         inner.core.check_healthy(&what).inspect_err(decline)?;
-        inner.save(request)
+        inner.save(request, until)
+    }
+
+    /// Has the staging arena registered with a device's driver, as it is and as it will be. Where
+    /// that is refused, copies from devices are slow, which is logged.
+    pub fn pin_staging(&self, pin: &Arc<dyn Pin>) -> Result<()> {
+        self.writer("pinning the staging arena")?.pin(pin);
+        Ok(())
     }
 
     /// Allocates and populates the staging arena for a state of `raw_bytes`, ahead of the first

@@ -15,8 +15,9 @@ use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::BLOCK_BYTES;
 use crate::io::buffer::BufferPool;
+use crate::io::pin::Pin;
 use crate::recovery::check_save;
-use crate::save::capture::{Origin, capture, fits};
+use crate::save::capture::{Origin, Until, capture, fits};
 use crate::save::commit::CommitTask;
 use crate::save::job::Job;
 use crate::save::share::Share;
@@ -42,8 +43,16 @@ struct Begun<'a> {
     storages: Vec<Origin<'a>>,
 }
 
+/// What taking the snapshot goes by.
+struct Capturing<'a> {
+    job: &'a Arc<Job>,
+    handle: &'a SaveHandle,
+    started: Duration,
+    until: Until,
+}
+
 impl Inner {
-    pub(super) fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
+    pub(super) fn save(&self, request: SaveRequest<'_>, until: Until) -> Result<SaveHandle> {
         let step = request.step;
         let _span = tracing::trace_span!("save", step).entered();
         let called = self.core.environment.monotonic();
@@ -55,7 +64,8 @@ impl Inner {
         // From here on the committer tells the other ranks of a failure.
         let Begun { job, handle, arena, storages } =
             begun.inspect_err(|error| self.core.decline(step, &error.to_string()))?;
-        self.capture(&job, &storages, &arena, &handle, started)?;
+        let capturing = Capturing { job: &job, handle: &handle, started, until };
+        self.capture(&capturing, &storages, &arena)?;
         Ok(handle)
     }
 
@@ -73,7 +83,8 @@ impl Inner {
         let plan = check_save(&survey, request.step, rewind)?;
         let Config { rank, world_size, chunk_bytes, .. } = self.core.config;
         let share = Share::plan(&request, rank, world_size)?;
-        let layout = saving.layout(&request.storages, &share, chunk_bytes)?;
+        let origins = origins_of(&request.storages, &share);
+        let layout = saving.layout(&request.storages, &share, &origins, chunk_bytes)?;
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
         let arena = self.arena(saving, layout.raw_bytes())?;
 
@@ -110,7 +121,6 @@ impl Inner {
             world_size,
         };
         check_manifest(&manifest, &share.names)?;
-        let origins = origins_of(&request.storages, &share);
         let index = IndexDraft::new(&job.layout, &share, request)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
@@ -130,24 +140,25 @@ impl Inner {
     /// Takes the snapshot. If that fails, the handle's error is the one that is returned here.
     fn capture(
         &self,
-        job: &Arc<Job>,
+        capturing: &Capturing<'_>,
         storages: &[Origin<'_>],
         arena: &Arc<BufferPool>,
-        handle: &SaveHandle,
-        started: Duration,
     ) -> Result<()> {
+        let Capturing { job, handle, started, until } = *capturing;
         let environment = &self.core.environment;
         let capture_start = environment.monotonic();
         let workers = self.workers.as_ref().ok_or_else(no_writer)?.queue()?;
         let failed = FailUnlessDone { job };
-        let captured = capture(job, storages, arena, workers);
+        let captured = capture(job, storages, arena, workers, until);
         job.update_stats(|stats| {
             stats.capture_seconds = elapsed(&**environment, capture_start).as_secs_f64();
             stats.stall_seconds = elapsed(&**environment, started).as_secs_f64();
         });
         match captured {
             Ok(()) => {
-                job.flow.captured();
+                if job.arrivals.wait_landed(Some(Duration::ZERO)) {
+                    job.flow.captured();
+                }
                 std::mem::forget(failed);
                 Ok(())
             }
@@ -193,8 +204,21 @@ impl Inner {
             .context("populating the staging arena for", self.core.store.location())
     }
 
+    /// Has the staging arena registered with a device's driver, as it is and as it will be.
+    pub(super) fn pin(&self, pin: &Arc<dyn Pin>) {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(arena) = &saving.arena {
+            pin_arena(arena, pin.as_ref());
+        }
+        saving.pin = Some(Arc::clone(pin));
+    }
+
     /// The staging arena, grown if this state wants more than it has. No save is in flight.
     fn arena(&self, saving: &mut Saving, raw_bytes: u64) -> Result<Arc<BufferPool>> {
+        if let Some(last) = self.last() {
+            // Copies of a save that failed may still be under way.
+            last.wait_captured(None);
+        }
         let config = &self.core.config;
         let wanted = memory::arena_chunks(config, raw_bytes, memory::memory_bytes());
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
@@ -208,6 +232,9 @@ impl Inner {
                 saving.arena = None;
                 let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
                     .context("allocating the staging arena for", self.core.store.location())?;
+                if let Some(pin) = &saving.pin {
+                    pin_arena(&arena, pin.as_ref());
+                }
                 saving.arena = Some(Arc::clone(&arena));
                 Ok(arena)
             }
@@ -238,10 +265,18 @@ fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
     })
 }
 
+/// Copies from devices work without it, at a fraction of the rate.
+fn pin_arena(arena: &BufferPool, pin: &dyn Pin) {
+    if let Err(error) = arena.pin(pin) {
+        tracing::warn!(%error, "the staging arena is not pinned: copies from devices are slow");
+    }
+}
+
 /// Where each storage's part is copied from.
 fn origins_of<'a>(storages: &[StorageInput<'a>], share: &Share) -> Vec<Origin<'a>> {
     let origin = |(number, input): (usize, &StorageInput<'a>)| Origin {
         source: input.source,
+        device: input.source.device(),
         start: share.part(number, input).start,
     };
     storages.iter().enumerate().map(origin).collect()
@@ -253,6 +288,7 @@ impl Saving {
         &mut self,
         storages: &[StorageInput<'_>],
         share: &Share,
+        origins: &[Origin<'_>],
         chunk_bytes: u32,
     ) -> Result<Arc<Layout>> {
         let specs: Vec<StorageSpec> = storages
@@ -260,7 +296,11 @@ impl Saving {
             .enumerate()
             .map(|(number, input)| {
                 let part = share.part(number, input);
-                StorageSpec { bytes: part.end - part.start, element: input.element }
+                StorageSpec {
+                    bytes: part.end - part.start,
+                    element: input.element,
+                    on_device: origins[number].device.is_some(),
+                }
             })
             .collect();
         if let Some(plan) = self.plan.as_ref().filter(|plan| plan.storages == specs) {
@@ -286,6 +326,7 @@ struct FailUnlessDone<'a> {
 impl Drop for FailUnlessDone<'_> {
     fn drop(&mut self) {
         self.job.fail(EngineError::internal("capturing a storage", "the copy panicked"));
+        self.job.arrivals.all_begun();
     }
 }
 

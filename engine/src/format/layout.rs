@@ -50,6 +50,9 @@ pub struct StorageSpec {
     pub bytes: u64,
     /// What the bytes are.
     pub element: ElementType,
+    /// Whether they lie in the memory of a device: chunks of the host's memory and of a device's
+    /// are captured in different ways.
+    pub on_device: bool,
 }
 
 /// Where every storage lies, and what every chunk holds.
@@ -78,17 +81,21 @@ impl Span {
 }
 
 impl Layout {
-    /// Lays storages out: wider element types first, input order within one type.
+    /// Lays storages out: the host's before a device's, wider element types first, input order
+    /// within one type.
     pub fn plan(storages: &[StorageSpec], chunk_bytes: u32) -> Result<Self> {
         if storages.len() > STORAGES_MAX {
             return Err(too_large(&format!("{} storages, at most {STORAGES_MAX}", storages.len())));
         }
         let mut order: Vec<usize> = (0..storages.len()).collect();
-        order.sort_by_key(|&storage| Reverse(storages[storage].element));
+        order.sort_by_key(|&storage| {
+            let StorageSpec { element, on_device, .. } = storages[storage];
+            (on_device, Reverse(element))
+        });
         let mut raw_bytes = 0_u64;
         let mut records = Vec::with_capacity(order.len());
         for &storage in &order {
-            let StorageSpec { bytes, element } = storages[storage];
+            let StorageSpec { bytes, element, .. } = storages[storage];
             let raw_offset = raw_bytes.next_multiple_of(STORAGE_ALIGNMENT);
             raw_bytes =
                 raw_offset.checked_add(bytes).filter(|end| *end <= RAW_BYTES_MAX).ok_or_else(
@@ -130,6 +137,11 @@ impl Layout {
     /// Position of an input storage among [`Layout::records`]: what a tensor record names.
     pub fn record_index(&self, storage: usize) -> usize {
         self.positions[storage] as usize
+    }
+
+    /// Where an input storage lies.
+    pub fn record(&self, storage: usize) -> StorageRecord {
+        self.spans[self.record_index(storage)].record
     }
 
     /// The storages as an index lists them: by ascending raw offset.
@@ -275,7 +287,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn spec(bytes: u64, element: ElementType) -> StorageSpec {
-        StorageSpec { bytes, element }
+        StorageSpec { bytes, element, on_device: false }
     }
 
     #[test]

@@ -24,13 +24,14 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use rustix::process::{Pid, getpid};
 
 use super::ALIGNMENT;
+use super::pin::{Pin, Pinned};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Size of a huge page where it matters (x86-64, and AArch64 with 4 KiB pages); elsewhere only an
@@ -50,6 +51,8 @@ pub struct BufferPool {
     returned: Condvar,
     /// The process that has the memory.
     owner: Pid,
+    /// Its registration with a device's driver.
+    pinned: OnceLock<Box<dyn Pinned>>,
 }
 
 /// Which buffers are where.
@@ -86,7 +89,21 @@ impl BufferPool {
             state: Mutex::new(State { free: (0..count).rev().collect(), lost: 0, parked: 0 }),
             returned: Condvar::new(),
             owner: getpid(),
+            pinned: OnceLock::new(),
         }))
+    }
+
+    /// Registers the memory with a device's driver, until the pool and every buffer are gone. Does
+    /// nothing if it is.
+    pub fn pin(&self, pin: &dyn Pin) -> crate::Result<()> {
+        self.assert_owner();
+        if self.pinned.get().is_none() {
+            let start = self.mapping.base.as_ptr();
+            let pinned = pin.pin(start, self.buffer_bytes, self.count)?;
+            // Registered twice at once, one of them has it.
+            let _ = self.pinned.set(pinned);
+        }
+        Ok(())
     }
 
     /// Gives every page its memory now, with up to `threads` threads, so that no later write pays
@@ -225,6 +242,8 @@ impl fmt::Debug for BufferPool {
 
 impl Drop for BufferPool {
     fn drop(&mut self) {
+        // Before the memory goes.
+        drop(self.pinned.take());
         if self.is_owner() {
             self.mapping.unmap();
         }

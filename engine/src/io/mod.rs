@@ -27,8 +27,10 @@ pub mod buffer;
 mod conformance;
 mod files;
 mod inbox;
+pub mod lent;
 #[cfg(all(test, loom))]
 mod models;
+pub mod pin;
 pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;

@@ -12,6 +12,8 @@
 //! length read from the medium is bounded by the file before memory is allocated for it; only the
 //! chunks that a request touches are read.
 
+use std::sync::{Arc, OnceLock};
+
 use crossbeam_channel::Receiver;
 
 use crate::Result;
@@ -20,10 +22,11 @@ use crate::format::FormatError;
 use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
 use crate::format::shard::Header;
-use crate::io::buffer::Buffer;
+use crate::io::buffer::{Buffer, BufferPool};
 use crate::store::{ShardSource, Store};
 
 mod control;
+mod device;
 mod map;
 mod parts;
 mod read;
@@ -31,6 +34,7 @@ mod second;
 mod shard;
 mod verify;
 
+pub use device::{Departure, DeviceDestination, DeviceTarget};
 pub use map::MappedShard;
 use parts::Parts;
 pub(crate) use parts::check_replicas;
@@ -48,6 +52,8 @@ pub struct Checkpoint {
     own: Shard,
     parts: Parts,
     whose: Whose,
+    /// Where chunks for devices are decoded, made when the first is.
+    staging: OnceLock<Arc<BufferPool>>,
 }
 
 /// Whether the shard is the reader's own.
@@ -70,7 +76,7 @@ impl Checkpoint {
     ) -> Result<Self> {
         let own = Shard::open(store, &manifest, rank, Damaged::ReadElsewhere)?;
         let parts = Parts::open(store, &manifest, &own)?;
-        Ok(Self { manifest, own, parts, whose })
+        Ok(Self { manifest, own, parts, whose, staging: OnceLock::new() })
     }
 
     /// The training step.

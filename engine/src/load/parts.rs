@@ -155,7 +155,8 @@ fn find_parts(own: &Shard, others: &[Shard]) -> Result<BTreeMap<usize, Vec<Part>
 fn whole_storages(index: &ShardIndex, chunk_bytes: u32) -> Result<Vec<StorageRecord>> {
     // Of one type, so that their order stays: other writers may have another one.
     let element = ElementType::Bytes;
-    let spec = |record: &StorageRecord| StorageSpec { bytes: record.bytes, element };
+    let spec =
+        |record: &StorageRecord| StorageSpec { bytes: record.bytes, element, on_device: false };
     let specs: Vec<StorageSpec> = index.storages.iter().map(spec).collect();
     let layout = Layout::plan(&specs, chunk_bytes)?;
     let whole = |storage| {

@@ -1,7 +1,8 @@
 //! Reading chunks: many reads in flight, a worker per core that checks, decodes and delivers.
 //!
 //! Always holds: each byte of a target is written by exactly one chunk; a target is complete only
-//! if [`Checkpoint::read`] returns `Ok`; after an error, targets hold unspecified bytes.
+//! if [`Checkpoint::read`] returns `Ok`; after an error, targets hold unspecified bytes. Nothing is
+//! on its way to a device when it returns.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,6 +13,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
+use super::device::{Departure, Destination, DeviceDestination, DeviceTarget, UnderWay};
 use super::parts::Part;
 use super::second::{is_damage, read_elsewhere};
 use super::{Checkpoint, Shard, read_now};
@@ -73,25 +75,67 @@ pub struct ReadStats {
 impl Checkpoint {
     /// Fills every target, or fails.
     pub fn read(&self, targets: Vec<Target<'_>>, options: ReadOptions) -> Result<ReadStats> {
+        self.read_to(targets, Vec::new(), options)
+    }
+
+    /// Fills every target, in the host's memory and in devices', or fails.
+    pub fn read_to(
+        &self,
+        targets: Vec<Target<'_>>,
+        device_targets: Vec<DeviceTarget<'_>>,
+        options: ReadOptions,
+    ) -> Result<ReadStats> {
         let _span = tracing::trace_span!("load").entered();
         let start = Instant::now();
-        let jobs = plan(self, targets)?;
+        let staging = self.staging_for(&device_targets, options)?;
+        let jobs = plan(self, wanted(targets, device_targets))?;
         let mut stats = ReadStats { chunks: jobs.len() as u64, ..ReadStats::default() };
         for job in &jobs {
             stats.raw_bytes += u64::from(job.record().raw_bytes);
             stats.stored_bytes += u64::from(job.record().stored_bytes);
         }
         let outcome = Outcome::default();
-        run(jobs, options, &|shard, chunk, result| match result {
-            Ok(()) => true,
+        let under_way = Arc::new(UnderWay::default());
+        let ways = Ways { staging, under_way: Arc::clone(&under_way) };
+        let ran = run(jobs, options, &ways, &|shard, chunk, result| match result {
+            Ok(()) => !under_way.has_failed(),
             Err(error) => {
                 outcome.keep_first(self.name_tensors(shard, chunk, error));
                 false
             }
-        })?;
+        });
+        // Also after a failure: the devices' memory is the caller's again when this returns.
+        let arrived = under_way.wait();
+        ran?;
         outcome.into_result()?;
+        arrived?;
         stats.seconds = start.elapsed().as_secs_f64();
         Ok(stats)
+    }
+
+    /// Buffers that chunks for devices are decoded into, registered with the driver of the first.
+    fn staging_for(
+        &self,
+        targets: &[DeviceTarget<'_>],
+        options: ReadOptions,
+    ) -> Result<Option<Arc<BufferPool>>> {
+        let Some(first) = targets.first() else { return Ok(None) };
+        if let Some(staging) = self.staging.get() {
+            return Ok(Some(Arc::clone(staging)));
+        }
+        let shards = (0..).map_while(|number| match number {
+            0 => Some(&self.own),
+            number => self.parts.other(number),
+        });
+        let chunk_bytes = shards.map(|shard| shard.header.chunk_bytes).max().unwrap_or_default();
+        // One being decoded into and one on its way, by each worker.
+        let count = 2 * worker_count(options, usize::MAX) + 2;
+        let staging = BufferPool::new(chunk_bytes as usize, count)
+            .context("allocating buffers to read", self.shard_name())?;
+        if let Err(error) = staging.pin(first.memory.pin()) {
+            tracing::warn!(%error, "memory is not pinned: copies to devices are slow");
+        }
+        Ok(Some(Arc::clone(self.staging.get_or_init(|| staging))))
     }
 
     /// Refuses what belongs to another rank's state.
@@ -169,7 +213,7 @@ pub(super) struct ChunkJob<'c, 'a> {
     pub(super) shard: &'c Shard,
     pub(super) chunk: usize,
     /// Bytes from the chunk's raw start, and the memory for what stands there.
-    pub(super) pieces: Vec<(usize, &'a mut [u8])>,
+    pub(super) pieces: Vec<(usize, Destination<'a>)>,
 }
 
 impl ChunkJob<'_, '_> {
@@ -179,19 +223,34 @@ impl ChunkJob<'_, '_> {
 }
 
 /// By shard and chunk: pieces of the chunk.
-type Pieces<'a> = BTreeMap<(usize, usize), Vec<(usize, &'a mut [u8])>>;
+type Pieces<'a> = BTreeMap<(usize, usize), Vec<(usize, Destination<'a>)>>;
+
+/// A part of a storage, and where it goes.
+type Wanted<'a> = (u32, u64, Destination<'a>);
+
+fn wanted<'a>(targets: Vec<Target<'a>>, device_targets: Vec<DeviceTarget<'a>>) -> Vec<Wanted<'a>> {
+    let host = targets.into_iter().map(|target| {
+        let Target { storage, offset, memory } = target;
+        (storage, offset, Destination::Host(memory))
+    });
+    let devices = device_targets.into_iter().map(|target| {
+        let DeviceTarget { storage, offset, bytes, memory, at } = target;
+        (storage, offset, Destination::Device { memory, at, bytes })
+    });
+    host.chain(devices).collect()
+}
 
 /// Cuts the targets at borders of parts and chunks.
 fn plan<'c, 'a>(
     checkpoint: &'c Checkpoint,
-    targets: Vec<Target<'a>>,
+    targets: Vec<Wanted<'a>>,
 ) -> Result<Vec<ChunkJob<'c, 'a>>> {
     let mut pieces = Pieces::new();
-    for Target { storage, offset, mut memory } in targets {
+    for (storage, offset, mut memory) in targets {
         let end = offset.saturating_add(memory.len() as u64);
         for (shard, raw) in checkpoint.locate(storage, offset..end)? {
             let bytes = usize::try_from(raw.end - raw.start).unwrap_or(usize::MAX);
-            let (part, after) = memory.split_at_mut(bytes);
+            let (part, after) = memory.split_at(bytes);
             let chunk_bytes = checkpoint.shard(shard).header.chunk_bytes;
             cut(&mut pieces, (shard, chunk_bytes.into()), raw.start, part);
             memory = after;
@@ -208,13 +267,14 @@ fn cut<'a>(
     pieces: &mut Pieces<'a>,
     (shard, chunk_bytes): (usize, u64),
     mut raw_offset: u64,
-    mut rest: &'a mut [u8],
+    mut rest: Destination<'a>,
 ) {
     while !rest.is_empty() {
         let chunk = usize::try_from(raw_offset / chunk_bytes).unwrap_or(usize::MAX);
         let start = usize::try_from(raw_offset % chunk_bytes).unwrap_or(usize::MAX);
         let room = usize::try_from(chunk_bytes).unwrap_or(usize::MAX) - start;
-        let (piece, after) = rest.split_at_mut(room.min(rest.len()));
+        let count = room.min(rest.len());
+        let (piece, after) = rest.split_at(count);
         raw_offset += piece.len() as u64;
         pieces.entry((shard, chunk)).or_default().push((start, piece));
         rest = after;
@@ -228,6 +288,7 @@ pub(super) type Report<'a> = &'a (dyn Fn(&Shard, usize, Result<()>) -> bool + Sy
 pub(super) fn run(
     jobs: Vec<ChunkJob<'_, '_>>,
     options: ReadOptions,
+    ways: &Ways,
     report: Report<'_>,
 ) -> Result<()> {
     let Some(first) = jobs.first() else { return Ok(()) };
@@ -244,7 +305,10 @@ pub(super) fn run(
             .map(|_| {
                 let arrivals = arrivals.clone();
                 let (waiting, stopped) = (&waiting, &stopped);
-                scope.spawn(move || work(options, waiting, &arrivals, stopped, report))
+                scope.spawn(move || {
+                    let delivery = Delivery::new(options, ways.clone());
+                    work(delivery, waiting, &arrivals, stopped, report);
+                })
             })
             .collect();
         drop(arrivals);
@@ -307,13 +371,12 @@ fn submit_all(
 }
 
 fn work(
-    options: ReadOptions,
+    mut delivery: Delivery,
     waiting: &[Waiting<'_, '_>],
     arrivals: &Receiver<(usize, Result<()>, Buffer)>,
     stopped: &AtomicBool,
     report: Report<'_>,
 ) {
-    let mut delivery = Delivery { options, decoder: Decoder::new(), scratch: Vec::new() };
     // Buffers of stopped reads are still received, so that the submitter is never left waiting.
     while let Ok((number, result, buffer)) = arrivals.recv() {
         if stopped.load(Ordering::Relaxed) {
@@ -322,7 +385,7 @@ fn work(
         let job = waiting[number].lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut job = job.expect("each read arrives once");
         let delivered = match result.and_then(|()| delivery.deliver(&mut job, &buffer)) {
-            Err(met) if options.copies && is_damage(&met) => {
+            Err(met) if delivery.options.copies && is_damage(&met) => {
                 delivery.deliver_copy(&mut job, buffer, met)
             }
             delivered => delivered,
@@ -336,14 +399,27 @@ fn work(
 /// A chunk, for messages.
 type At<'c> = (&'c Shard, usize);
 
+/// How chunks get to devices.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ways {
+    /// There where there is a device to read to.
+    staging: Option<Arc<BufferPool>>,
+    under_way: Arc<UnderWay>,
+}
+
 /// One worker's tools.
 struct Delivery {
     options: ReadOptions,
+    ways: Ways,
     decoder: Decoder,
     scratch: Vec<u8>,
 }
 
 impl Delivery {
+    fn new(options: ReadOptions, ways: Ways) -> Self {
+        Self { options, ways, decoder: Decoder::new(), scratch: Vec::new() }
+    }
+
     /// A chunk that came damaged, from elsewhere; checked whatever the options say.
     fn deliver_copy(
         &mut self,
@@ -392,8 +468,11 @@ impl Delivery {
     ) -> Result<()> {
         let raw_bytes = record.raw_bytes as usize;
         let at = (job.shard, job.chunk);
+        if job.pieces.iter().any(|(_, piece)| piece.is_device()) {
+            return self.send_to_device(record, job, stored);
+        }
         // The usual case of a large tensor: the chunk is decoded where it belongs.
-        if let [(0, memory)] = job.pieces.as_mut_slice()
+        if let [(0, Destination::Host(memory))] = job.pieces.as_mut_slice()
             && memory.len() == raw_bytes
         {
             if record.codec == Codec::None && stored.len() == raw_bytes {
@@ -417,6 +496,40 @@ impl Delivery {
         self.check_raw(at, raw, record)?;
         scatter(&mut job.pieces, raw);
         self.scratch = scratch;
+        Ok(())
+    }
+
+    /// A chunk of which some goes to a device: decoded and checked first, then on its way.
+    fn send_to_device(
+        &mut self,
+        record: &ChunkRecord,
+        job: &mut ChunkJob<'_, '_>,
+        stored: &[u8],
+    ) -> Result<()> {
+        let at = (job.shard, job.chunk);
+        let Some(staging) = &self.ways.staging else {
+            return Err(EngineError::internal("reading to a device", "there is no staging memory"));
+        };
+        let mut buffer = staging.take();
+        let raw = &mut buffer[..record.raw_bytes as usize];
+        if record.codec == Codec::None && stored.len() == raw.len() {
+            self.copy_checked(at, stored, raw, record)?;
+        } else {
+            self.decode_into(record, at, stored, raw)?;
+            self.check_raw(at, raw, record)?;
+        }
+        scatter(&mut job.pieces, raw);
+        let buffer = Arc::new(buffer);
+        let mut devices = BTreeMap::new();
+        for (start, piece) in &job.pieces {
+            if let Destination::Device { memory, at, bytes } = piece {
+                let range = *start..*start + *bytes;
+                memory.begin(*at, Departure::new(&buffer, range, &self.ways.under_way));
+                devices.insert(memory.ordinal(), *memory);
+            }
+        }
+        // Whoever waits for a buffer may wait for this one.
+        devices.into_values().for_each(DeviceDestination::flush);
         Ok(())
     }
 
@@ -484,9 +597,12 @@ fn checksum(bytes: &[u8]) -> u32 {
     tracing::trace_span!("checksum").in_scope(|| crc32c(bytes))
 }
 
-fn scatter(pieces: &mut [(usize, &mut [u8])], raw: &[u8]) {
+/// Copies what of a chunk goes to the host's memory.
+fn scatter(pieces: &mut [(usize, Destination<'_>)], raw: &[u8]) {
     let _span = tracing::trace_span!("scatter").entered();
-    for (start, memory) in pieces {
-        copy(&raw[*start..*start + memory.len()], memory);
+    for (start, piece) in pieces {
+        if let Destination::Host(memory) = piece {
+            copy(&raw[*start..*start + memory.len()], memory);
+        }
     }
 }

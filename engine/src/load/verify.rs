@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::read::{ChunkJob, ReadOptions, run};
+use super::read::{ChunkJob, ReadOptions, Ways, run};
 use super::{Checkpoint, Damaged, Shard, check_replicas, read_manifest};
 use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
@@ -180,7 +180,7 @@ fn verify_shard(
     let unavailable = Mutex::new(None);
     let cancelled = AtomicBool::new(false);
     let options = ReadOptions { verify: true, copies: false, ..options };
-    run(jobs, options, &|shard, chunk, result| {
+    run(jobs, options, &Ways::default(), &|shard, chunk, result| {
         observer.advanced(u64::from(shard.record(chunk).stored_bytes));
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {

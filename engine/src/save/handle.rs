@@ -86,6 +86,18 @@ impl SaveHandle {
         }
     }
 
+    /// Waits, at most `timeout`, until every copy from a device was begun: what the device is told to
+    /// do from then on can be told to wait for them. True if so.
+    pub fn wait_begun(&self, timeout: Option<Duration>) -> bool {
+        self.shared.job.arrivals.wait_begun(timeout)
+    }
+
+    /// Waits, at most `timeout`, until nobody reads the storages any more, whether the save has
+    /// failed or not. True if so.
+    pub fn wait_captured(&self, timeout: Option<Duration>) -> bool {
+        self.shared.job.arrivals.wait_landed(timeout)
+    }
+
     /// The outcome, or `None` if it has not come within `timeout`. An error counts as seen.
     pub fn result(&self, timeout: Option<Duration>) -> Option<Result<SaveInfo>> {
         self.wait(timeout);

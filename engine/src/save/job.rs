@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 
 use super::adapt::{Adaptation, Outlook};
+use super::arrivals::Arrivals;
 use crate::EngineError;
 use crate::codec::Codec;
 use crate::config::Compression;
@@ -27,6 +28,8 @@ pub(crate) struct Job {
     pub(crate) layout: Arc<Layout>,
     pub(crate) compression: Compression,
     pub(crate) progress: Progress,
+    /// What is on its way from devices.
+    pub(crate) arrivals: Arrivals,
     /// What is on its way to the device.
     pub(crate) flow: Arc<Flow>,
     pub(crate) adaptation: Arc<Adaptation>,
@@ -89,6 +92,7 @@ impl Job {
     ) -> Self {
         Self {
             progress: Progress::new(layout.raw_bytes()),
+            arrivals: Arrivals::new(),
             chunks_left: AtomicUsize::new(layout.chunk_count()),
             step,
             layout,

@@ -10,7 +10,8 @@
 //!
 //! Always holds:
 //! - [`crate::Engine::save`] returns only after every byte was copied: what the caller does to its
-//!   storages afterwards cannot change the checkpoint.
+//!   storages afterwards cannot change the checkpoint. [`crate::Engine::save_behind`] does so for the
+//!   host's memory, and copies a device's behind the caller.
 //! - Memory is bounded by the arena and the encode pool; each stage waits only for stages after it,
 //!   so nothing deadlocks.
 //! - Workers start when the capture is complete, unless the state is larger than the arena: while
@@ -20,6 +21,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::Result;
@@ -28,6 +30,7 @@ use crate::format::layout::ElementType;
 use crate::format::tree::Node;
 
 pub(crate) mod adapt;
+pub(crate) mod arrivals;
 pub(crate) mod capture;
 pub(crate) mod commit;
 pub(crate) mod encode;
@@ -39,6 +42,7 @@ pub(crate) mod share;
 mod together;
 pub(crate) mod write;
 
+pub use arrivals::Gap;
 pub use handle::{SaveHandle, SaveInfo};
 pub use share::share_of;
 
@@ -95,6 +99,26 @@ impl fmt::Debug for StorageInput<'_> {
 pub trait StorageSource: Sync {
     /// Fills `destination` from `offset` bytes into the storage.
     fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()>;
+
+    /// Where the storage lies in the memory of a device: what copies out of it, in the place of
+    /// [`StorageSource::read`].
+    fn device(&self) -> Option<Arc<dyn DeviceSource>> {
+        None
+    }
+}
+
+/// Memory of a device, whose bytes arrive some time after they were asked for.
+pub trait DeviceSource: fmt::Debug + Send + Sync {
+    /// Begins to fill `gap` from `offset` bytes into the storage, and returns. The bytes are those
+    /// of the moment that the device was told of by the caller; copies of one device are made in
+    /// the order in which they were begun.
+    fn begin(&self, offset: u64, gap: Gap);
+
+    /// Sees to it that what was begun on the same device arrives without waiting for more.
+    fn flush(&self);
+
+    /// The device's number: sources of one device share a queue of copies.
+    fn ordinal(&self) -> u32;
 }
 
 /// Memory that is at hand already.

@@ -57,8 +57,8 @@ fn place(layout: &Layout) -> Vec<ChunkRecord> {
 
 /// Three storages in four chunks.
 fn sample() -> ShardIndex {
-    let f32s = |bytes| StorageSpec { bytes, element: ElementType::F32 };
-    let bytes = StorageSpec { bytes: 1000, element: ElementType::Bytes };
+    let f32s = |bytes| StorageSpec { bytes, element: ElementType::F32, on_device: false };
+    let bytes = StorageSpec { bytes: 1000, element: ElementType::Bytes, on_device: false };
     let layout = Layout::plan(&[f32s(100_000), f32s(120_000), bytes], CHUNK_BYTES).unwrap();
     ShardIndex {
         nodes: vec![
@@ -163,8 +163,8 @@ fn a_state_without_tensors_round_trips() {
 
 /// The sample, its first tensor saved by all ranks alike: half of its bytes are here.
 fn shared_sample() -> ShardIndex {
-    let f32s = |bytes| StorageSpec { bytes, element: ElementType::F32 };
-    let bytes = StorageSpec { bytes: 1000, element: ElementType::Bytes };
+    let f32s = |bytes| StorageSpec { bytes, element: ElementType::F32, on_device: false };
+    let bytes = StorageSpec { bytes: 1000, element: ElementType::Bytes, on_device: false };
     let layout = Layout::plan(&[f32s(50_000), f32s(120_000), bytes], CHUNK_BYTES).unwrap();
     let mut storages: Vec<StorageRecord> = layout.records().collect();
     storages[0].bytes = 100_000;
@@ -507,7 +507,10 @@ fn a_state_that_repeats_itself_is_stored_as_it_is_and_read() {
 #[test]
 fn a_large_state_round_trips() {
     const TENSORS: u32 = 50_000;
-    let specs = vec![StorageSpec { bytes: 64, element: ElementType::F32 }; TENSORS as usize];
+    let specs = vec![
+        StorageSpec { bytes: 64, element: ElementType::F32, on_device: false };
+        TENSORS as usize
+    ];
     let layout = Layout::plan(&specs, CHUNK_BYTES).unwrap();
     let leaf = |i| Node { key: Some(Key::Int(i64::from(i))), value: Value::Tensor(i) };
     let index = ShardIndex {

@@ -1,0 +1,188 @@
+//! torch's tensors on GPUs, as the engine saves and fills them: addresses and streams.
+//!
+//! Always holds: copies from a device follow what the caller's streams had been given when the save
+//! was called; what is cloned was cloned before those streams go on. Devices are opened without the
+//! GIL, once in a process.
+//!
+//! Why `unsafe`: torch hands out addresses and handles of streams, not what they stand for.
+#![expect(unsafe_code, reason = "torch's streams and memory are reached by address")]
+
+use std::sync::Arc;
+
+use dtr_cuda::{ArenaPin, DeviceStorage, Direction, Piece, engine_error, probe, shared_device};
+use dtr_engine::engine::Engine;
+use dtr_engine::format::layout::ElementType;
+use dtr_engine::io::pin::Pin;
+use dtr_engine::load::DeviceTarget;
+use dtr_engine::save::{StorageInput, StorageSource};
+use dtr_engine::{EngineError, Result};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::errors::to_python;
+use crate::tensor::{FreshMemory, HostSource, element_of};
+
+/// The caller's current streams: number of the device, and handle.
+pub(crate) type Streams = Vec<(u32, u64)>;
+
+/// How many CUDA devices there are. Raises `AcceleratorError` where there is no driver that serves.
+#[pyfunction]
+pub(crate) fn cuda_devices(py: Python<'_>) -> PyResult<u32> {
+    let driver = py.detach(probe);
+    driver
+        .map(|driver| driver.devices)
+        .map_err(|error| to_python(py, &engine_error("looking for GPUs", &error)))
+}
+
+/// Lets copies of `direction` wait for what the streams have been given so far.
+pub(crate) fn follow(direction: Direction, streams: &Streams) -> Result<()> {
+    for &(ordinal, stream) in streams {
+        let device = shared_device(ordinal)?;
+        // SAFETY: torch's current stream of this device; torch keeps its streams for ever.
+        let followed = unsafe { device.follow(direction, stream) };
+        followed.map_err(|error| engine_error("waiting for the current stream", &error))?;
+    }
+    Ok(())
+}
+
+/// Lets what the streams are given from now on wait for the copies from their devices so far.
+pub(crate) fn precede(streams: &Streams) -> Result<()> {
+    for &(ordinal, stream) in streams {
+        let device = shared_device(ordinal)?;
+        // SAFETY: torch's current stream of this device; torch keeps its streams for ever.
+        let preceded = unsafe { device.precede(Direction::Down, stream) };
+        preceded.map_err(|error| engine_error("holding the current stream back", &error))?;
+    }
+    Ok(())
+}
+
+/// A storage to save, wherever it lies.
+#[derive(Debug)]
+pub(crate) enum Source {
+    Host(HostSource),
+    Device(Described),
+}
+
+/// Memory of a device, as Python describes it.
+#[derive(Debug)]
+pub(crate) struct Described {
+    element: ElementType,
+    bytes: u64,
+    ordinal: u32,
+    pieces: Vec<Piece>,
+    /// Whether it is cloned on the device, and the clone saved.
+    is_cloned: bool,
+}
+
+impl Source {
+    /// From `(element, bytes, memory)`: `(device, pieces, whether it is cloned)`, or as
+    /// [`HostSource::extract`] takes it.
+    pub(crate) fn extract(item: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (element, bytes, memory): (u8, u64, Bound<'_, PyAny>) = item.extract()?;
+        let Ok(place) = memory.cast::<PyTuple>() else {
+            return HostSource::extract(item).map(Self::Host);
+        };
+        let (ordinal, pieces, is_cloned): (u32, Vec<(u64, u64, u64)>, bool) = place.extract()?;
+        let element = element_of(item.py(), element)?;
+        let piece = |(address, bytes, at)| Piece { address, bytes, at };
+        let pieces = pieces.into_iter().map(piece).collect();
+        Ok(Self::Device(Described { element, bytes, ordinal, pieces, is_cloned }))
+    }
+
+    /// Ready to be captured, with its device opened.
+    pub(crate) fn prepare(&self) -> Result<Prepared<'_>> {
+        match self {
+            Self::Host(source) => Ok(Prepared::Host(source)),
+            Self::Device(described) => described.storage().map(|storage| {
+                let element = described.element;
+                Prepared::Device { storage, element }
+            }),
+        }
+    }
+}
+
+impl Described {
+    fn storage(&self) -> Result<DeviceStorage> {
+        let device = shared_device(self.ordinal)?;
+        // SAFETY: the caller keeps torch's tensors until the copies are over, as `save` demands.
+        let storage = unsafe { DeviceStorage::new(&device, self.pieces.clone()) }?;
+        if storage.bytes() != self.bytes {
+            let why = format!("its pieces have {} bytes, not {}", storage.bytes(), self.bytes);
+            return Err(EngineError::internal("reading a storage of a device", why));
+        }
+        if self.is_cloned { storage.clone_on_device() } else { Ok(storage) }
+    }
+}
+
+/// A storage that can be captured.
+#[derive(Debug)]
+pub(crate) enum Prepared<'a> {
+    Host(&'a HostSource),
+    Device { storage: DeviceStorage, element: ElementType },
+}
+
+impl Prepared<'_> {
+    pub(crate) fn input(&self) -> StorageInput<'_> {
+        match self {
+            Self::Host(source) => {
+                StorageInput { bytes: source.bytes(), element: source.element(), source: *source }
+            }
+            Self::Device { storage, element } => {
+                let source: &dyn StorageSource = storage;
+                StorageInput { bytes: storage.bytes(), element: *element, source }
+            }
+        }
+    }
+}
+
+/// Has the engine's staging arena pinned by the first device that is saved from.
+pub(crate) fn pin_for(engine: &Engine, streams: &Streams) -> Result<()> {
+    let Some(&(ordinal, _)) = streams.first() else { return Ok(()) };
+    let pin: Arc<dyn Pin> = Arc::new(ArenaPin::new(&shared_device(ordinal)?));
+    engine.pin_staging(&pin)
+}
+
+/// Memory to fill with a part of a storage, wherever it lies.
+#[derive(Debug)]
+pub(crate) enum Target {
+    Host(FreshMemory),
+    Device { storage: u32, offset: u64, ordinal: u32, address: u64, bytes: usize },
+}
+
+impl Target {
+    /// From `(storage, offset, memory)`: `(device, address, bytes)`, or as [`FreshMemory::extract`]
+    /// takes it.
+    pub(crate) fn extract(item: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (storage, offset, memory): (u32, u64, Bound<'_, PyAny>) = item.extract()?;
+        match memory.extract::<(u32, u64, usize)>() {
+            Ok((ordinal, address, bytes)) => {
+                Ok(Self::Device { storage, offset, ordinal, address, bytes })
+            }
+            Err(_) => FreshMemory::extract(item).map(Self::Host),
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Host(memory) => memory.bytes(),
+            Self::Device { bytes, .. } => *bytes,
+        }
+    }
+}
+
+/// The device's memory behind a target; none for one in the host's memory.
+pub(crate) fn destination_of(target: &Target) -> Result<Option<DeviceStorage>> {
+    let Target::Device { ordinal, address, bytes, .. } = *target else { return Ok(None) };
+    let piece = Piece { address, bytes: bytes as u64, at: 0 };
+    // SAFETY: memory of torch's that the caller keeps, and keeps to itself, until the read returns.
+    unsafe { DeviceStorage::new(&shared_device(ordinal)?, vec![piece]) }.map(Some)
+}
+
+/// A target in `memory`, which [`destination_of`] made of it.
+pub(crate) fn device_target<'a>(
+    target: &Target,
+    memory: &'a DeviceStorage,
+) -> Option<DeviceTarget<'a>> {
+    let Target::Device { storage, offset, bytes, .. } = *target else { return None };
+    Some(DeviceTarget { storage, offset, bytes, memory, at: 0 })
+}

@@ -1,0 +1,244 @@
+"""Tensors on GPUs, against a stand-in for the driver: what each way to be consistent keeps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import script_environment
+
+from dtruntime import AcceleratorError, CheckpointManager, InvalidArgument, gpus
+from dtruntime.tensors import NUMPY, StorageRecord, TensorRecord
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with CheckpointManager(tmp_path / "store", chunk_bytes="64KiB") as manager:
+        yield manager
+
+
+def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.bool]
+
+
+@pytest.mark.parametrize("mode", gpus.MODES[::2])
+def test_tensors_of_gpu_and_host_come_back_bit_by_bit(device, manager, mode):
+    values = {str(dtype): noise(n, 300, 257, dtype=dtype) for n, dtype in enumerate(DTYPES)}
+    state = {
+        "gpu": {name: device.tensor(value) for name, value in values.items()},
+        "host": {name: value.clone() for name, value in values.items()},
+        "array": np.arange(10),
+        "step": 7,
+    }
+    state["view"] = state["gpu"]["torch.float32"][10:20].t()
+    copies = device.calls("cuMemcpyDtoHAsync_v2")
+    handle = manager.save_async(state, step=1, consistency=mode)
+    handle.result()
+    assert device.calls("cuMemcpyDtoHAsync_v2") > copies, "the driver copied, not torch"
+    assert handle.staged.result(10) is None
+    loaded = manager.load()
+    for name, value in values.items():
+        assert torch.equal(loaded["gpu"][name], value)
+        assert torch.equal(loaded["host"][name], value)
+    assert torch.equal(loaded["view"], values["torch.float32"][10:20].t())
+    assert loaded["view"].untyped_storage()._cdata == (
+        loaded["gpu"]["torch.float32"].untyped_storage()._cdata
+    )
+
+
+@pytest.mark.parametrize("mode", ["strict", "device-snapshot"])
+def test_what_the_stream_does_next_is_not_saved(device, manager, mode):
+    before, after = noise(1, 100_000), noise(2, 100_000)
+    weight = device.tensor(torch.zeros(100_000))
+    device.write(weight, before)
+    handle = manager.save_async({"w": weight}, step=1, consistency=mode)
+    device.write(weight, after)
+    handle.result()
+    device.settle()
+    assert torch.equal(weight, after)
+    assert torch.equal(manager.load()["w"], before)
+
+
+def test_an_overlapped_save_returns_before_the_copies_and_the_step_waits(device, manager):
+    weight = device.tensor(noise(1, 100_000)).requires_grad_()
+    average = device.tensor(noise(2, 100_000))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moment = device.tensor(optimizer.state[weight]["exp_avg"])
+    optimizer.state[weight]["exp_avg"] = moment
+    state = {"w": weight, "optimizer": optimizer, "average": average}
+    expected = weight.detach().clone(), moment.clone(), average.clone()
+    device.hold_copies(True)
+    handle = manager.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
+    assert not handle.staged.done()
+    assert manager._native.wait_until_finished(0.05) is False
+    # What the optimizer does not update was cloned, in the order of the stream.
+    device.write(average, torch.zeros(100_000))
+    # On a GPU the step's kernels would wait; on the host the step itself has to.
+    held = []
+    precede = gpus.current_streams
+
+    def wait(ordinals):
+        held.append(list(ordinals))
+        device.hold_copies(False)
+        assert handle._native.wait_captured(30)
+        return precede(ordinals)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpus, "current_streams", wait)
+        optimizer.step()
+        optimizer.step()
+    assert held == [[0]], "the first step waits, and no other"
+    handle.result()
+    assert handle.staged.done()
+    device.settle()
+    assert not torch.equal(weight, expected[0])
+    assert torch.equal(average, torch.zeros(100_000))
+    loaded = manager.load()
+    assert torch.equal(loaded["w"], expected[0])
+    assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], expected[1])
+    assert torch.equal(loaded["average"], expected[2])
+
+
+def test_a_caller_can_hold_updates_back_himself(device, manager):
+    before, after = noise(1, 100_000), noise(2, 100_000)
+    weight = device.tensor(before).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    handle = manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+    handle.before_update()
+    device.write(weight, after)
+    handle.result()
+    device.settle()
+    assert torch.equal(manager.load()["w"], before)
+    # Of a save that is over, nothing is left to wait for.
+    handle.before_update()
+
+
+def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
+    gpus._say_once.cache_clear()
+    before = noise(1, 100_000)
+    weight = device.tensor(before)
+    device.fail("cuMemAllocAsync", 1, 2)
+    with caplog.at_level(logging.WARNING, "dtruntime"):
+        handle = manager.save_async({"w": weight}, step=1, consistency="device-snapshot")
+    assert handle.staged.done()
+    assert "saves are strict: cloning a tensor on the GPU" in caplog.text
+    handle.result()
+    assert torch.equal(manager.load()["w"], before)
+
+
+def test_prewarmed_memory_is_pinned(device, manager):
+    state = {"w": device.tensor(noise(1, 1_000_000))}
+    registered = device.calls("cuMemHostRegister_v2")
+    manager._native.prewarm(4_000_000, [(0, 0)])
+    assert device.calls("cuMemHostRegister_v2") == registered + 1
+    manager.save(state, step=1)
+    assert device.calls("cuMemHostRegister_v2") == registered + 1, "once for the arena"
+
+
+def test_memory_of_a_gpu_is_filled(device, manager):
+    values = noise(3, 400_000)
+    manager.save({"w": values, "v": values[:7]}, step=1)
+    checkpoint = manager._native.checkpoint(1)
+    target = device.tensor(torch.zeros(400_000))
+    place = (0, target.data_ptr(), 1_600_000)
+    device.write(target, torch.ones(400_000))  # what the stream still has to do comes first
+    checkpoint.read([(0, 0, place)], True, [(0, 0)])
+    device.settle()
+    assert torch.equal(target, values)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_record_of_a_gpu_is_checked(manager):
+    record = TensorRecord(0, NUMPY, "|u1", 1, (10,), (1,), 0, False)
+    for pieces in ([(1, 5, 0)], [(1, 5, 0), (6, 5, 4)]):
+        parts = ([(14, 0)], [record], [StorageRecord(0, 10, (0, pieces, False))], [])
+        with pytest.raises(Exception, match="its pieces"):
+            manager._native.save((1, False, (0, 0)), parts, ("{}", "{}"), ([(0, 0)], False))
+
+
+@pytest.mark.usefixtures("device")
+def test_a_gpu_that_is_not_there_is_named(manager):
+    record = TensorRecord(0, NUMPY, "|u1", 1, (10,), (1,), 0, False)
+    parts = ([(14, 0)], [record], [StorageRecord(0, 10, (5, [(1, 10, 0)], False))], [])
+    with pytest.raises(AcceleratorError, match="opening `cuda:5`") as caught:
+        manager._native.save((1, False, (0, 0)), parts, ("{}", "{}"), ([], False))
+    assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"consistency": "lazy"}, "expected one of"),
+        ({"consistency": "overlap"}, "the next step of every optimizer"),
+        ({"consistency": "overlap", "optimizer": []}, "the next step of every optimizer"),
+    ],
+)
+def test_a_mode_that_cannot_be_is_refused(manager, arguments, why):
+    with pytest.raises(InvalidArgument, match=why):
+        manager.save_async({"epoch": 1}, step=1, **arguments)
+    assert manager.all_steps() == []
+
+
+def test_a_captured_optimizer_is_saved_strictly(manager, caplog):
+    gpus._say_once.cache_clear()
+    optimizer = torch.optim.AdamW([torch.ones(3, requires_grad=True)], capturable=True)
+    with caplog.at_level(logging.WARNING, "dtruntime"):
+        manager.save({"o": optimizer}, step=1, consistency="overlap", optimizer=optimizer)
+    assert "`capturable`" in caplog.text
+
+
+def test_without_a_driver_torch_copies():
+    script = """
+import logging
+logging.basicConfig()
+from dtruntime import gpus
+print(gpus.are_usable())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if ran.stdout == "True\n":
+        pytest.skip("this machine has a GPU")
+    assert ran.stdout == "False\n"
+    assert "tensors on GPUs are copied by torch" in ran.stderr
+    assert "looking for GPUs: starting the CUDA driver" in ran.stderr
+
+
+LOST = "DTR_TEST_LOSES_THE_GPU"
+
+
+def test_a_lost_gpu_fails_the_save_and_the_host_goes_on(device, manager):
+    if LOST not in os.environ:  # nothing on the device succeeds any more in a process that lost it
+        name = "test_a_lost_gpu_fails_the_save_and_the_host_goes_on"
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-k", name, __file__],
+            env=script_environment() | {LOST: "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout
+        return
+    state = {"w": device.tensor(noise(1, 1_000_000)), "host": noise(2, 10)}
+    manager.save(state, step=1)
+    device.lose(700)
+    for mode in ("strict", "device-snapshot"):
+        with pytest.raises(AcceleratorError, match="dmesg"):
+            manager.save(state, step=2, consistency=mode)
+    manager.save({"host": noise(2, 10)}, step=2)
+    assert manager.all_steps() == [1, 2]
+    assert torch.equal(manager.load(step=1)["w"], noise(1, 1_000_000))
