@@ -112,6 +112,7 @@ impl Checkpoint {
     /// been given so far. Returns the stored bytes read. After an error, targets hold unspecified
     /// bytes.
     #[pyo3(signature = (targets, verify, streams=Vec::new()))]
+    #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
     fn read(
         &self,
         py: Python<'_>,

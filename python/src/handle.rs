@@ -57,6 +57,7 @@ impl SaveHandle {
     /// Lets what these streams are given from now on wait, on their devices, until the state was
     /// copied. Blocks until every copy was begun, which takes long only where the state is larger
     /// than the staging memory.
+    #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
     fn precede(&self, py: Python<'_>, streams: Streams) -> PyResult<()> {
         let wait = |slice: Duration| Ok(self.inner.wait_begun(Some(slice)));
         self.guard.wait(py, &self.what(), None, wait)?;

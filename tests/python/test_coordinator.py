@@ -404,8 +404,6 @@ def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
 
     asyncio.run(act())
 
-    asyncio.run(act())
-
 
 def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
     async def act():

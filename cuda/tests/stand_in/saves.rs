@@ -307,7 +307,7 @@ fn any_failed_copy_fails_the_save_and_leaves_the_one_before() {
         scene.fail(name, nth, 1);
         let handle = engine.save_behind(request(&tensors, 2)).unwrap();
         let error = finish(&handle).unwrap_err();
-        assert!(handle.wait_captured(Some(Duration::from_secs(60))));
+        assert!(handle.wait_captured(Some(Duration::from_mins(1))));
         assert!(matches!(error, EngineError::Accelerator { .. }), "{name:?} {nth}: {error}");
         assert_eq!(engine.steps().unwrap(), [1]);
     }

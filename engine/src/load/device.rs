@@ -69,9 +69,7 @@ impl Destination<'_> {
     pub(super) fn is_device(&self) -> bool {
         matches!(self, Self::Device { .. })
     }
-}
 
-impl<'a> Destination<'a> {
     /// The first `count` bytes of it, and the rest.
     pub(super) fn split_at(self, count: usize) -> (Self, Self) {
         match self {
