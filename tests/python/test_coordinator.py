@@ -364,13 +364,12 @@ def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
         await until(lambda: "died" in [change.kind for change in changes])
         other.send_signal(signal.SIGCONT)
         await until(lambda: changes[-1].kind == "joined")
-        other.stdin.write("go on\n")
-        other.stdin.flush()
+        ended = asyncio.create_task(asyncio.to_thread(other.communicate, "go on\n", 30))
         with pytest.raises(MembershipChanged, match="it was silent for"):
             await one.wait_barrier("b")
         assert await one.wait_barrier("b") == 0
-        assert other.stdout.read() == "0\n"
-        assert other.wait(30) == 0
+        out, error = await ended
+        assert (other.returncode, out) == (0, "0\n"), error
 
     asyncio.run(act())
 
