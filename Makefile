@@ -8,7 +8,7 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare compare-auto compare-s3 fleet test test-s3 torture check bench profile wheel docs clean native everything fmt
+.PHONY: help setup demo compare compare-auto compare-s3 fleet test test-gpu test-s3 torture check bench bench-gpu profile wheel docs clean native everything fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -38,6 +38,9 @@ test: everything ## run every test
 test-s3: ## run the tests of S3 against Garage, or against the service in DTR_S3_ENDPOINT (builds Garage once, ten minutes)
 	@$(env) python tests/s3/garage.py $(ARGS)
 
+test-gpu: native ## try everything on this machine's GPU (a few minutes; says so where there is none)
+	@$(env) python tests/gpu/check.py $(ARGS)
+
 torture: native ## try every promise as often as its row says, for BUDGET minutes, going on where the last run ended (best as root)
 	@$(env) python tests/torture/torture.py --minutes $(BUDGET) $(ARGS)
 
@@ -54,6 +57,9 @@ check: everything ## formatting, lints, types, documentation and house rules, as
 bench: ## measure saves, loads and stalls with criterion (six minutes), and write its HTML report
 	$(cargo) bench --locked --workspace
 	@$(env) bash -c 'echo "$$CARGO_TARGET_DIR/criterion/report/index.html"'
+
+bench-gpu: native ## measure saves and loads on this machine's GPU beside PyTorch's own
+	@$(env) python benches/compare/gpu.py $(ARGS)
 
 profile: ## show where the CPU time of a save and of a load goes, span by span
 	@$(cargo) run --locked --release -p dtr-benches --example profile

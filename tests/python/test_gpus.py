@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,3 +243,17 @@ def test_a_lost_gpu_fails_the_save_and_the_host_goes_on(device, manager):
     manager.save({"host": noise(2, 10)}, step=2)
     assert manager.all_steps() == [1, 2]
     assert torch.equal(manager.load(step=1)["w"], noise(1, 1_000_000))
+
+
+def test_the_script_for_a_real_gpu_runs_without_one():
+    script = Path(__file__).parents[1] / "gpu" / "check.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--device", "cpu", "--quick"],
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("passed") == 4, ran.stdout
+    assert ran.stdout.endswith("done, 3 skipped\n"), ran.stdout

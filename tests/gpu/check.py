@@ -1,0 +1,272 @@
+"""Try the package on a real GPU, in one command that needs only PyTorch and the package.
+
+    make test-gpu                             # here
+    python tests/gpu/check.py                 # anywhere, after `pip install dtruntime-...whl`
+    python tests/gpu/check.py --device cpu    # the same script where there is no GPU
+
+Every check says what it tried and how often; the first one that fails ends the script with 1. What
+cannot be tried says why, and is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dtruntime import CheckpointManager, InvalidArgument, gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DTYPES = [
+    "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
+    "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
+]  # fmt: skip
+
+
+class Checks:
+    """What was tried, and what could not be."""
+
+    def __init__(self, device: torch.device, folder: Path, scale: int) -> None:
+        self.device = device
+        self.folder = folder
+        self.scale = scale
+        self.skipped: list[str] = []
+
+    def manager(self, name: str, **settings: Any) -> CheckpointManager:
+        """Open a store of its own."""
+        return CheckpointManager(self.folder / name, keep_last_n=2, **settings)
+
+    def skip(self, what: str, why: str) -> None:
+        """Count something that cannot be tried."""
+        self.skipped.append(what)
+        print(f"skipped  {what}: {why}")
+
+    def noise(self, seed: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Make bits of any kind, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator)
+        if dtype is torch.bool:
+            raw %= 2
+        return raw.to(torch.uint8).view(dtype).to(self.device)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors are the same bit by bit, wherever they are."""
+    first, second = (tensor.detach().contiguous().cpu() for tensor in (one, other))
+    return first.dtype == second.dtype and torch.equal(
+        first.view(-1).view(torch.uint8), second.view(-1).view(torch.uint8)
+    )
+
+
+def every_dtype_comes_back(checks: Checks) -> str:
+    """Save tensors of every dtype, views and tied ones; load them to the host and to the device."""
+    count = 0
+    state: dict[str, torch.Tensor] = {}
+    for seed, name in enumerate(DTYPES):
+        for size in (0, 1, 1_000, 1_000_003 // checks.scale):
+            state[f"{name}-{size}"] = checks.noise(seed, size, getattr(torch, name))
+    matrix = checks.noise(99, 60_000).view(200, 300)
+    state |= {"matrix": matrix, "view": matrix[3:50, ::7], "transposed": matrix.t()}
+    for mode in ("strict", "device-snapshot"):
+        with checks.manager(f"dtypes-{mode}", consistency=mode) as manager:
+            manager.save(state, step=1)
+            for place in (None, checks.device):
+                loaded = manager.load(map_location=place)
+                for name, tensor in state.items():
+                    assert same_bits(loaded[name], tensor), (mode, name)
+                    assert place is None or loaded[name].device.type == checks.device.type
+                    count += 1
+                tied = {loaded[n].untyped_storage().data_ptr() for n in ("matrix", "transposed")}
+                assert len(tied) == 1, "tensors that shared memory share it"
+            live = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+            manager.restore(live)
+            assert all(same_bits(live[name], state[name]) for name in state)
+            count += len(state)
+    return f"{count} tensors"
+
+
+def what_training_does_next_is_not_saved(checks: Checks) -> str:
+    """Change every tensor right after the save has returned, in each mode."""
+    count = 0
+    for mode in gpus.MODES:
+        with checks.manager(f"next-{mode}") as manager:
+            for step in range(1, 21):
+                weight = (
+                    checks.noise(step, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
+                )
+                buffer = checks.noise(step + 100, 2_000_000 // checks.scale)
+                optimizer = torch.optim.SGD([weight], lr=1.0)
+                weight.grad = torch.ones_like(weight)
+                expected = weight.detach().clone(), buffer.clone()
+                chosen: dict[str, Any] = {"optimizer": optimizer} if mode == "overlap" else {}
+                state = {"w": weight, "b": buffer}
+                handle = manager.save_async(state, step=step, consistency=mode, **chosen)
+                optimizer.step()
+                buffer.fill_(0)
+                handle.result()
+                loaded = manager.load()
+                assert same_bits(loaded["w"], expected[0]), (mode, step)
+                assert same_bits(loaded["b"], expected[1]), (mode, step)
+                count += 1
+    return f"{count} saves"
+
+
+def train(
+    checks: Checks, steps: int, save: Callable[[int, dict[str, Any], Any], object]
+) -> list[float]:
+    """Train a small net; give the losses."""
+    torch.manual_seed(1)
+    width = 512 // min(checks.scale, 4)
+    layers = [torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 1)).to(checks.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    state = {"model": model, "optimizer": optimizer}
+    losses = []
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randn(64, width, generator=generator).to(checks.device)
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        save(step, state, optimizer)
+    return losses
+
+
+def training_does_not_notice(checks: Checks) -> str:
+    """Train with a save after each step, in each mode; the losses are those of a run without."""
+    steps = 100 // min(checks.scale, 10)
+    expected = train(checks, steps, lambda *_: None)
+    for mode in gpus.MODES:
+        with checks.manager(f"train-{mode}", consistency=mode) as manager:
+
+            def save(step: int, state: dict[str, Any], optimizer: object) -> None:
+                chosen: dict[str, Any] = {"optimizer": optimizer} if mode == "overlap" else {}  # noqa: B023
+                manager.save_async(state, step=step, **chosen)
+
+            assert train(checks, steps, save) == expected, mode
+            manager.wait_until_finished()
+            assert manager.latest_step() == steps
+            assert manager.verify().ok
+    return f"{steps} saves in each of {len(gpus.MODES)} modes"
+
+
+def memory_stays_flat(checks: Checks) -> str:
+    """Save and load again and again; nothing is kept on the device."""
+    if checks.device.type != "cuda":
+        checks.skip("memory_stays_flat", "there is no GPU")
+        return ""
+    state = {"w": checks.noise(1, 8_000_000 // checks.scale)}
+    used = []
+    with checks.manager("flat", consistency="device-snapshot") as manager:
+        for step in range(1, 51):
+            manager.save_async(state, step=step).result()
+            del manager.load(map_location=checks.device)["w"]
+            gc.collect()
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(checks.device)
+            used.append(total - free)
+    assert max(used[10:]) <= max(used[:10]) + (1 << 20), used
+    return f"50 saves and loads, {used[-1] >> 20} MiB used at the end"
+
+
+def graphs_are_refused(checks: Checks) -> str:
+    """Save while a CUDA graph is captured: refused, and the capture goes on."""
+    if checks.device.type != "cuda":
+        checks.skip("graphs_are_refused", "there is no GPU")
+        return ""
+    weight = checks.noise(1, 1000)
+    with checks.manager("graph") as manager:
+        manager.save({"w": weight}, step=1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            weight.add_(1)
+            try:
+                manager.save({"w": weight}, step=2)
+            except Exception as error:  # noqa: BLE001  (whatever it is, its text is looked at)
+                assert "graph" in str(error), error
+            else:
+                raise AssertionError("a save inside a capture was let through")
+        graph.replay()
+        manager.save({"w": weight}, step=2)
+        assert manager.all_steps() == [1, 2]
+    return "1 capture"
+
+
+def bad_calls_are_explained(checks: Checks) -> str:
+    """Ask for what cannot be."""
+    weight = checks.noise(1, 10).requires_grad_()
+    with checks.manager("calls") as manager:
+        calls: list[dict[str, Any]] = [{"consistency": "lazy"}, {"consistency": "overlap"}]
+        for wrong in calls:
+            try:
+                manager.save({"w": weight}, step=1, **wrong)
+            except InvalidArgument as error:
+                assert error.hint
+            else:
+                raise AssertionError(f"{wrong} was let through")
+    return "2 calls"
+
+
+def the_sanitizer_finds_nothing(checks: Checks) -> str:
+    """Run a small part of this again under NVIDIA's compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer")
+    if checks.device.type != "cuda" or tool is None:
+        why = "there is no GPU" if checks.device.type != "cuda" else "it is not installed"
+        checks.skip("the_sanitizer_finds_nothing", why)
+        return ""
+    script = [sys.executable, __file__, "--quick", "--only", "what_training_does_next_is_not_saved"]
+    ran = subprocess.run(
+        [tool, "--error-exitcode", "9", *script], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return "memcheck of one check"
+
+
+CHECKS = [
+    every_dtype_comes_back,
+    what_training_does_next_is_not_saved,
+    training_does_not_notice,
+    memory_stays_flat,
+    graphs_are_refused,
+    bad_calls_are_explained,
+    the_sanitizer_finds_nothing,
+]
+
+
+def main() -> None:
+    """Try everything, or what is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer saves")
+    parser.add_argument("--only", help="the one check to run")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("skipped  everything: PyTorch sees no GPU here (`--device cpu` runs the script)")
+        return
+    if device.type == "cuda":
+        print(f"on {torch.cuda.get_device_name(device)}, torch {torch.__version__}")
+        assert gpus.are_usable(), "the package cannot reach the driver that PyTorch uses"
+    with tempfile.TemporaryDirectory() as folder:
+        checks = Checks(device, Path(folder), 20 if options.quick else 1)
+        for check in CHECKS:
+            if options.only in (None, check.__name__):
+                tried = check(checks)
+                if tried:
+                    print(f"passed   {check.__name__}: {tried}")
+    print(f"done, {len(checks.skipped)} skipped")
+
+
+if __name__ == "__main__":
+    main()
