@@ -10,9 +10,10 @@
 //!   forward           <--precede--                             --> takeoff is told: buffer is free
 //! ```
 //!
-//! The crate knows no Python and no torch: it is given addresses, handles of streams, and boxes that
-//! own memory. [`DeviceStorage`] is how the engine sees a tensor. The crate builds without CUDA; the driver is looked for when
-//! [`probe`] or [`Device::open`] is called, and its absence is an error like any other.
+//! The crate knows no Python and no torch: it is given addresses, handles of streams, and boxes
+//! that own memory. [`DeviceStorage`] is how the engine sees a tensor. The crate builds without
+//! CUDA; the driver is looked for when [`probe`] or [`Device::open`] is called, and its absence is
+//! an error like any other.
 //!
 //! Always holds:
 //! - Nothing panics, whatever the driver lacks or says; with [`Pinned`] memory nothing waits for

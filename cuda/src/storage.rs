@@ -66,9 +66,9 @@ impl DeviceStorage {
     ///
     /// # Safety
     ///
-    /// The pieces are memory of `device` until no save that it was given to, and no read, has a copy
-    /// under way: [`SaveHandle::wait_captured`](dtr_engine::save::SaveHandle::wait_captured), or the
-    /// end of the read.
+    /// The pieces are memory of `device` until no save that it was given to, and no read, has a
+    /// copy under way: [`SaveHandle::wait_captured`](dtr_engine::save::SaveHandle::wait_captured),
+    /// or the end of the read.
     pub unsafe fn new(device: &Arc<Device>, pieces: Vec<Piece>) -> Result<Self> {
         let end = pieces.iter().try_fold(0, |end, piece| (piece.at == end).then(|| piece.end()));
         if end.is_none() {

@@ -3,8 +3,8 @@
 //!
 //! Why safe code is not enough: torch hands out addresses, not buffers (`memoryview(tensor)` is a
 //! `TypeError`, and DLPack refuses some dtypes), and copying through Python objects would double
-//! the memory and the time. Always holds: a [`HostSource`] or a target is used only while the call that
-//! got it runs, during which Python's arguments keep the memory's owner alive; every access is
+//! the memory and the time. Always holds: a [`HostSource`] or a target is used only while the call
+//! that got it runs, during which Python's arguments keep the memory's owner alive; every access is
 //! checked against the length that came with the address.
 #![expect(unsafe_code, reason = "torch's and numpy's memory is reached by address")]
 

@@ -274,8 +274,8 @@ impl Job {
         }
     }
 
-    /// Refuses a rank that was not there when the step's last attempt was given up, once, and a call
-    /// for that attempt that is sent again.
+    /// Refuses a rank that was not there when the step's last attempt was given up, once, and a
+    /// call for that attempt that is sent again.
     fn tell_of_aborted(&mut self, rank: u32, step: u64, tries: u32) -> Result<(), Refusal> {
         let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
         if last.is_past(rank, tries) {

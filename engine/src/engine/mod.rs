@@ -288,8 +288,8 @@ impl Engine {
         self.save_until(request, Until::Landed)
     }
 
-    /// [`Engine::save`], but copies from devices go on behind the caller: what they read stays valid
-    /// and unchanged until [`SaveHandle::wait_captured`], also if the save fails.
+    /// [`Engine::save`], but copies from devices go on behind the caller: what they read stays
+    /// valid and unchanged until [`SaveHandle::wait_captured`], also if the save fails.
     pub fn save_behind(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
         self.save_until(request, Until::Begun)
     }

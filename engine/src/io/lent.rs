@@ -9,7 +9,8 @@
 //! Always holds: parts of one buffer do not overlap; the buffer goes on exactly once, when no part
 //! of it is left.
 //!
-//! Why `unsafe`: the borrow checker knows no parts of one buffer that are owned by different threads.
+//! Why `unsafe`: the borrow checker knows no parts of one buffer that are owned by different
+//! threads.
 #![expect(unsafe_code, reason = "parts of one buffer that several threads own")]
 
 use std::fmt;

@@ -61,7 +61,8 @@ pub struct Report<'a> {
     pub own_store: bool,
     /// Checksum of the manifest that is durable there.
     pub published_crc32c: Option<u32>,
-    /// With a store of its own: checksum of the structure of what all ranks save alike, if anything.
+    /// With a store of its own: checksum of the structure of what all ranks save alike, if
+    /// anything.
     pub replicated_crc32c: Option<u32>,
 }
 

@@ -1,8 +1,8 @@
 //! Chunks whose bytes are on their way from a device.
 //!
 //! ```text
-//! capture: begin, begin, begin ... ──► all begun        the training may be told to wait, on the device
-//! device:        landed, landed ... ──► all landed      nobody reads the tensors any more
+//! capture: begin, begin, begin ... ──► all begun      the training can be told to wait for them
+//! device:        landed, landed ...  ──► all landed    nobody reads the tensors any more
 //! ```
 //!
 //! Always holds: a chunk goes to the workers only if every gap in it was filled, or the save has

@@ -6,11 +6,11 @@
 //! ```
 //!
 //! Always holds: when [`capture`] returns `Ok`, every chunk was handed to the workers and no source
-//! is read again, but by copies that were left to go on behind the caller ([`Until::Begun`]). If the
-//! state fits the arena, workers get their first chunk of the host's memory only after the last byte
-//! of it was copied, so that the copy has the memory bandwidth to itself; if not, they get each
-//! chunk at once, because their buffers are needed again. Nobody waits for a buffer while copies
-//! that could give one back wait for more of their kind.
+//! is read again, but by copies that were left to go on behind the caller ([`Until::Begun`]). If
+//! the state fits the arena, workers get their first chunk of the host's memory only after the last
+//! byte of it was copied, so that the copy has the memory bandwidth to itself; if not, they get
+//! each chunk at once, because their buffers are needed again. Nobody waits for a buffer while
+//! copies that could give one back wait for more of their kind.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -270,8 +270,8 @@ impl Devices {
         }
     }
 
-    /// Begins `chunks`, all of devices, on a thread of its own: with a state that is larger than the
-    /// arena that takes as long as the medium does.
+    /// Begins `chunks`, all of devices, on a thread of its own: with a state that is larger than
+    /// the arena that takes as long as the medium does.
     fn begin_behind(self, chunks: Range<usize>) -> Result<()> {
         let job = Arc::clone(&self.job);
         let thread = std::thread::Builder::new().name("dtr-capture".into());

@@ -86,8 +86,8 @@ impl SaveHandle {
         }
     }
 
-    /// Waits, at most `timeout`, until every copy from a device was begun: what the device is told to
-    /// do from then on can be told to wait for them. True if so.
+    /// Waits, at most `timeout`, until every copy from a device was begun: what the device is told
+    /// to do from then on can be told to wait for them. True if so.
     pub fn wait_begun(&self, timeout: Option<Duration>) -> bool {
         self.shared.job.arrivals.wait_begun(timeout)
     }

@@ -10,8 +10,8 @@
 //!
 //! Always holds:
 //! - [`crate::Engine::save`] returns only after every byte was copied: what the caller does to its
-//!   storages afterwards cannot change the checkpoint. [`crate::Engine::save_behind`] does so for the
-//!   host's memory, and copies a device's behind the caller.
+//!   storages afterwards cannot change the checkpoint. [`crate::Engine::save_behind`] does so for
+//!   the host's memory, and copies a device's behind the caller.
 //! - Memory is bounded by the arena and the encode pool; each stage waits only for stages after it,
 //!   so nothing deadlocks.
 //! - Workers start when the capture is complete, unless the state is larger than the arena: while

@@ -71,8 +71,8 @@ impl Worker {
         })
     }
 
-    /// Reports a durable shard, and waits for what becomes of the attempt: a worker that is taken for
-    /// dead meanwhile and comes back asks again.
+    /// Reports a durable shard, and waits for what becomes of the attempt: a worker that is taken
+    /// for dead meanwhile and comes back asks again.
     pub fn report_shard(
         &self,
         step: u64,

@@ -113,8 +113,8 @@ pub fn difference(left: &ShardIndex, right: &ShardIndex) -> Option<Difference> {
     }
 }
 
-/// A checksum of what [`difference`] compares, for ranks that do not see each other's shards; `None`
-/// where nothing is replicated. Two indexes without a difference have the same.
+/// A checksum of what [`difference`] compares, for ranks that do not see each other's shards;
+/// `None` where nothing is replicated. Two indexes without a difference have the same.
 pub fn structure_crc32c(index: &ShardIndex) -> Option<u32> {
     if index.replicated.is_empty() {
         return None;
