@@ -14,7 +14,7 @@ from support import assert_same
 
 from dtruntime import CheckpointManager, InvalidArgument, _native
 from dtruntime.replication import Replication
-from dtruntime.state_tree import Tree, flatten, raw_bytes_of
+from dtruntime.state_tree import Tree, flatten, needs_of
 
 
 def whole(sizes):
@@ -122,7 +122,7 @@ def test_memory_that_another_rank_writes_is_not_touched():
     assert flat.storages[not_read].memory is None
     assert all(flat.storages[n].memory is not None for n in range(4) if n != not_read)
     asked.clear()
-    assert raw_bytes_of(state, Replication(["a", "b", "c"], share)) == 400 + 56 + 200
+    assert needs_of(state, Replication(["a", "b", "c"], share)) == (400 + 56 + 200, [])
 
 
 def test_tied_memory_is_dealt_once(tmp_path):

@@ -92,7 +92,7 @@ class _MemoryCheckpoint:
     def storages(self):
         return [len(data) for data in self._bytes]
 
-    def read(self, targets, verify):
+    def read(self, targets, verify, streams):
         import ctypes
 
         assert verify
