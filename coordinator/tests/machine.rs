@@ -261,6 +261,24 @@ fn a_process_that_was_taken_for_dead_comes_back_while_its_rank_is_empty() {
 }
 
 #[test]
+fn a_rank_that_is_lost_while_it_waits_is_told_so() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.report(&world[1], 10, &attempt);
+    table.pass(4_000, &[&world[0]]);
+    // Else its call would wait for ever: it may come back, and ask again.
+    let [Reply::Refused(refusal)] = &table.take_late()[..] else { panic!() };
+    assert_eq!(refusal.kind, RefusalKind::Fenced);
+    let Reply::Register(back) = table.rejoin("w1", 1, 50, 11) else { panic!() };
+    let identity = v1::Identity { incarnation: 50, epoch: back.epoch, ..world[1].clone() };
+    let Some(Reply::AttemptAborted(aborted)) = table.report(&identity, 10, &attempt) else {
+        panic!()
+    };
+    assert!(aborted.reason.starts_with("rank 1 (`w1`) was lost"), "{aborted:?}");
+}
+
+#[test]
 fn a_process_whose_place_was_taken_does_not_come_back() {
     let mut table = Table::new();
     let world = table.world(2);
@@ -270,8 +288,9 @@ fn a_process_whose_place_was_taken_does_not_come_back() {
     table.pass(9_000, &[&world[0]]);
     assert!(matches!(table.register_as("other", 1, 2, 41), Reply::Register(_)));
     assert_eq!(refused(table.rejoin("w1", 1, 51, 40)).0, RefusalKind::Fenced);
-    // Nor into a job that is aborted, or that began anew.
+    // Nor after it left, or into a job that is aborted.
     table.leave(&world[0], "");
+    assert_eq!(refused(table.rejoin("w0", 0, 52, 10)).0, RefusalKind::Fenced);
     let abort = v1::AbortJobRequest { job: "j".into(), reason: "enough".into() };
     table.ask(Event::AbortJob(abort));
     assert_eq!(refused(table.rejoin("w0", 0, 52, 10)).0, RefusalKind::JobAborted);

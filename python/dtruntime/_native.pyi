@@ -6,6 +6,7 @@ __all__ = [
     "Manager",
     "MappedMemory",
     "SaveHandle",
+    "Sources",
     "Worker",
     "cuda_devices",
     "paths_of",
@@ -28,12 +29,15 @@ class Manager:
     ) -> Manager: ...
     @property
     def io_backend(self) -> str: ...
+    def prepare(
+        self, storages: list[StorageRecord], streams: list[tuple[int, int]], behind: bool
+    ) -> Sources: ...
     def save(
         self,
         call: tuple[int, bool, tuple[float, float]],
-        state: tuple[list[Node], list[TensorRecord], list[StorageRecord], list[int]],
+        state: tuple[list[Node], list[TensorRecord], list[int]],
+        sources: Sources,
         annotations: tuple[str, str],
-        devices: tuple[list[tuple[int, int]], bool] | None = None,
     ) -> SaveHandle: ...
     def share(self, sizes: list[int]) -> list[tuple[int, int]]: ...
     def prewarm(self, raw_bytes: int, streams: list[tuple[int, int]] = ...) -> None: ...
@@ -50,6 +54,9 @@ class Manager:
     def drain(self) -> None: ...
     def close(self) -> None: ...
     def close_after_fork(self) -> None: ...
+
+@final
+class Sources: ...
 
 @final
 class SaveHandle:

@@ -306,23 +306,18 @@ class CheckpointManager:
                 called = time.monotonic()
                 self._native.wait_until_finished()
                 begun = time.monotonic()
-                flat = flatten(state, self._replication, chosen)
-            assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
+                flat, sources, chosen = self._prepare(state, chosen)
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
                 spent = (begun - called, time.monotonic() - begun)
                 call = (number, bool(rewind), spent)
-                try:
-                    native = self._take(call, flat, annotations, chosen)
-                except AcceleratorError as error:
-                    chosen = gpus.fall_back(chosen, error)
-                    flat = flatten(state, self._replication, chosen)
-                    native = self._take(call, flat, annotations, chosen)
-                behind = Copied([*chosen.streams], flat.table) if chosen.goes_on_behind else None
-                handle = self._last = SaveHandle(native, self._watcher, behind)
-                self._watcher.watch(handle, self._native)
-                chosen.hold_updates(native.precede)
-                handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
+                chosen.arm()
+                parts = (flat.nodes, flat.tensors, flat.replicated)
+                native = self._native.save(call, parts, sources, annotations)
+                handle = self._hand_out(native, flat, chosen)
+            except BaseException:
+                chosen.disarm()
+                raise
             finally:
                 self._is_capturing = False
                 lifecycle.resume_termination()
@@ -650,17 +645,37 @@ class CheckpointManager:
                 "restore again, from this step or another, before saving",
             ) from self._incomplete
 
-    def _take(
-        self,
-        call: tuple[int, bool, tuple[float, float]],
-        flat: FlatState,
-        annotations: tuple[str, str],
-        chosen: gpus.Consistency,
-    ) -> _native.SaveHandle:
-        """Have the engine take the snapshot."""
-        parts = (flat.nodes, flat.tensors, flat.storages, flat.replicated)
-        devices = (list(chosen.streams.items()), chosen.goes_on_behind)
-        return self._native.save(call, parts, annotations, devices)
+    def _prepare(
+        self, state: Any, chosen: gpus.Consistency
+    ) -> tuple[FlatState, _native.Sources, gpus.Consistency]:
+        """Take a state apart and make its memory ready, strictly if a GPU refuses more."""
+        while True:
+            flat = flatten(state, self._replication, chosen)
+            streams = list(chosen.streams.items())
+            try:
+                sources = self._native.prepare(flat.storages, streams, chosen.goes_on_behind)
+            except AcceleratorError as error:
+                chosen = gpus.fall_back(chosen, error)
+            else:
+                return flat, sources, chosen
+
+    def _hand_out(
+        self, native: _native.SaveHandle, flat: FlatState, chosen: gpus.Consistency
+    ) -> SaveHandle:
+        """Give the handle of a save, with whatever waits for its copies told of it."""
+        assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
+        behind = Copied([*chosen.streams], flat.table) if chosen.goes_on_behind else None
+        try:
+            chosen.guard(native)
+            handle = self._last = SaveHandle(native, self._watcher, behind)
+            self._watcher.watch(handle, self._native)
+            handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
+        except BaseException:
+            # Nobody would keep the tensors as they are: what is saved of them is not to be.
+            native.cancel("the call that began it was interrupted")
+            native.wait_captured()
+            raise
+        return handle
 
     def _newest(self) -> int:
         latest = self.latest_step()
@@ -712,16 +727,30 @@ class CheckpointManager:
         self.last_load = report
         return result, report
 
+    @staticmethod
+    def _fits(plan: RestorePlan, reader: Reader) -> bool:
+        """Tell whether there is memory for everything at once, in the host and in GPUs."""
+        by_place: dict[Any, list[int]] = {}
+        for action in plan.actions:
+            for number in action.tensors:
+                by_place.setdefault(action.devices.get(number), []).append(number)
+        in_host = reader.bytes_of(by_place.pop(None, []))
+        on_gpus = {place: reader.bytes_of(numbers) for place, numbers in by_place.items()}
+        has_memory = in_host <= _MEMORY_SHARE * _available_memory_bytes()
+        return has_memory and gpus.have_room(on_gpus)
+
     def _apply(self, plan: RestorePlan, reader: Reader) -> None:
         """Carry a plan out, all at once where memory allows, else by top-level items."""
-        needed = [n for action in plan.actions for n in action.tensors if n not in action.devices]
-        fits = reader.bytes_of(needed) <= _MEMORY_SHARE * _available_memory_bytes()
+        fits = self._fits(plan, reader)
         has_begun = False
         try:
             for actions in [plan.actions] if fits else plan.items():
                 numbers = [number for action in actions for number in action.tensors]
                 devices = {n: place for action in actions for n, place in action.devices.items()}
                 tensors = reader.tensors(numbers, devices)
+                if not has_begun and self._last is not None:
+                    # What a save still copies from GPUs must not change under it.
+                    self._last.before_update()
                 for action in actions:
                     has_begun = True
                     action.act(tensors)

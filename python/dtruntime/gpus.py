@@ -18,13 +18,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import _native
 from dtruntime.errors import AcceleratorError, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 MODES = ("strict", "overlap", "device-snapshot")
 """How a save of tensors on GPUs can be consistent."""
@@ -54,6 +55,7 @@ class Consistency:
         self.streams: dict[int, int] = {}
         """By device: the current stream, of every device that the state lies on."""
         self._updated = _storages_of(optimizers) if mode == "overlap" else frozenset()
+        self._hold: Hold | None = None
 
     @property
     def goes_on_behind(self) -> bool:
@@ -71,23 +73,63 @@ class Consistency:
             return Place(device.index, storage._cdata not in self._updated)  # noqa: SLF001
         return Place(device.index, self.mode == "device-snapshot")
 
-    def hold_updates(self, wait: Callable[[list[tuple[int, int]]], None]) -> None:
-        """Let the optimizers' next steps wait: ``wait`` holds streams back."""
+    def arm(self) -> None:
+        """Let the optimizers' next steps wait for the copies, before the first one is begun."""
         if self.mode == "overlap" and self.streams:
+            self._hold = Hold([*self.streams])
             for optimizer in self.optimizers:
-                _before_next_step(optimizer, lambda: wait(current_streams(self.streams)))
+                _gate_of(optimizer).pending.append(self._hold)
+
+    def guard(self, native: _native.SaveHandle) -> None:
+        """Name the save whose copies the next steps wait for."""
+        if self._hold is not None:
+            self._hold.native = native
+
+    def disarm(self) -> None:
+        """Let the next steps go: there is nothing to wait for."""
+        if self._hold is not None:
+            self._hold.native = None
 
 
-def _before_next_step(optimizer: Any, act: Callable[[], None]) -> None:
-    def hook(*_: object) -> None:
-        handle.remove()
-        act()
+class Hold:
+    """Copies from GPUs that something waits for before it changes the tensors."""
 
-    handle = optimizer.register_step_pre_hook(hook)
+    def __init__(self, ordinals: list[int]) -> None:
+        self.native: _native.SaveHandle | None = None
+        self._ordinals = ordinals
+
+    def hold_streams(self) -> None:
+        """Let what the current streams are given from now on wait for the copies."""
+        if self.native is not None:
+            self.native.precede(current_streams(self._ordinals))
+
+
+class _Gate:
+    """What an optimizer's next step waits for. Its hook stays: torch iterates over them."""
+
+    def __init__(self) -> None:
+        self.pending: list[Hold] = []
+
+    def __call__(self, *_: object) -> None:
+        while self.pending:
+            self.pending[0].hold_streams()  # one that fails holds the step that is tried again, too
+            del self.pending[0]
+
+
+_gates: weakref.WeakKeyDictionary[Any, _Gate] = weakref.WeakKeyDictionary()
+
+
+def _gate_of(optimizer: Any) -> _Gate:
+    gate = _gates.get(optimizer)
+    if gate is None:
+        gate = _Gate()
+        optimizer.register_step_pre_hook(gate)
+        _gates[optimizer] = gate
+    return gate
 
 
 def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
-    """Give the storages that only steps of these optimizers change."""
+    """Give the storages that only steps of these optimizers change, all of their bytes."""
     torch = sys.modules["torch"]
     tensors = []
     for optimizer in optimizers:
@@ -95,7 +137,43 @@ def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
             tensors += group["params"]
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)  # noqa: SLF001
+    covered: dict[int, set[tuple[int, int]]] = {}
+    storages = {}
+    for tensor in tensors:
+        if tensor.is_contiguous():
+            storage = tensor.untyped_storage()
+            start = tensor.storage_offset() * tensor.itemsize
+            end = start + tensor.numel() * tensor.itemsize
+            covered.setdefault(storage._cdata, set()).add((start, end))  # noqa: SLF001
+            storages[storage._cdata] = storage  # noqa: SLF001
+    return frozenset(
+        number for number, parts in covered.items() if _cover(parts, storages[number].nbytes())
+    )
+
+
+def _cover(parts: Iterable[tuple[int, int]], count: int) -> bool:
+    """Tell whether parts cover all bytes up to ``count``.
+
+    >>> _cover({(0, 4), (4, 9)}, 9), _cover({(0, 4), (5, 9)}, 9)
+    (True, False)
+    """
+    reached = 0
+    for start, end in sorted(parts):
+        if start > reached:
+            return False
+        reached = max(reached, end)
+    return reached >= count
+
+
+def have_room(needed: Mapping[Any, int]) -> bool:
+    """Tell whether GPUs have memory for so many bytes each, what torch keeps of it included."""
+    for device, count in needed.items():
+        cuda = sys.modules["torch"].cuda
+        free, _ = cuda.mem_get_info(device)
+        cached = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        if count > free + cached:
+            return False
+    return True
 
 
 def current_stream(ordinal: int) -> int:

@@ -90,7 +90,7 @@ impl Source {
     }
 
     /// Ready to be captured, with its device opened.
-    pub(crate) fn prepare(&self) -> Result<Prepared<'_>> {
+    pub(crate) fn prepare(self) -> Result<Prepared> {
         match self {
             Self::Host(source) => Ok(Prepared::Host(source)),
             Self::Device(described) => described.storage().map(|storage| {
@@ -114,18 +114,27 @@ impl Described {
     }
 }
 
+/// The storages of a state, ready to be captured.
+#[pyclass(frozen, module = "dtruntime._native")]
+#[derive(Debug)]
+pub(crate) struct Sources {
+    pub(crate) sources: Vec<Prepared>,
+    /// Whether copies from devices go on when the save has returned.
+    pub(crate) behind: bool,
+}
+
 /// A storage that can be captured.
 #[derive(Debug)]
-pub(crate) enum Prepared<'a> {
-    Host(&'a HostSource),
+pub(crate) enum Prepared {
+    Host(HostSource),
     Device { storage: DeviceStorage, element: ElementType },
 }
 
-impl Prepared<'_> {
+impl Prepared {
     pub(crate) fn input(&self) -> StorageInput<'_> {
         match self {
             Self::Host(source) => {
-                StorageInput { bytes: source.bytes(), element: source.element(), source: *source }
+                StorageInput { bytes: source.bytes(), element: source.element(), source }
             }
             Self::Device { storage, element } => {
                 let source: &dyn StorageSource = storage;

@@ -29,7 +29,7 @@ mod native {
     #[pymodule_export]
     use crate::coordinator::{BarrierCall, Coordinator, Worker};
     #[pymodule_export]
-    use crate::device::cuda_devices;
+    use crate::device::{Sources, cuda_devices};
     #[pymodule_export]
     use crate::embedded::EmbeddedCoordinator;
     #[pymodule_export]

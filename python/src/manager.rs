@@ -18,7 +18,7 @@ use pyo3::types::PyList;
 
 use crate::checkpoint::Checkpoint;
 use crate::coordinator::Worker;
-use crate::device::{self, Prepared, Source, Streams};
+use crate::device::{self, Prepared, Source, Sources, Streams};
 use crate::errors::{json_to_python, to_python};
 use crate::guard::{Guard, timeout_of};
 use crate::handle::SaveHandle;
@@ -67,54 +67,69 @@ impl Manager {
         self.engine.io_backend()
     }
 
-    /// Takes a snapshot of `state`, which is `(nodes, tensors, storages, replicated)`, and returns.
-    /// The memory that `storages` names must stay valid and unchanged until then; `replicated` are
-    /// the topmost nodes of what all ranks save alike. `annotations` are the user's metadata and
-    /// the datasets' positions, each a JSON object. `call` is the step, whether the training went
-    /// back, and the seconds that the caller waited for the save before and made `state`.
-    ///
-    /// Of devices, `devices` gives the current streams, and whether copies from them go on behind:
-    /// the memory then stays valid and unchanged until `wait_captured` of the handle, but for what
-    /// is cloned first.
-    #[pyo3(signature = (call, state, annotations, devices=None))]
-    fn save(
+    /// Makes `storages` ready to be saved. Of devices, `streams` are the current streams, whose
+    /// work so far comes first, and `behind` says whether copies from devices go on when the save
+    /// has returned. Whoever catches an error of this has begun nothing.
+    #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
+    fn prepare(
         &self,
         py: Python<'_>,
-        call: (u64, bool, (f64, f64)),
-        state: (Bound<'_, PyList>, Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
-        annotations: (&str, &str),
-        devices: Option<(Streams, bool)>,
-    ) -> PyResult<SaveHandle> {
-        let (step, rewind, (wait_seconds, prepare_seconds)) = call;
-        let seconds = |seconds| timeout_of(Some(seconds)).unwrap_or_default();
-        // Held until this returns: these lists keep arrays alive, the caller's table the rest.
-        let (nodes, tensors, storages, replicated) = state;
-        let nodes = tree::nodes_from_python(&nodes)?;
-        let tensors = tree::tensors_from_python(&tensors)?;
+        storages: &Bound<'_, PyList>,
+        streams: Streams,
+        behind: bool,
+    ) -> PyResult<Sources> {
         let sources =
             storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
-        let (streams, behind) = devices.unwrap_or_default();
-        let handle = self.guard.call(py, &format!("saving step {step}"), || {
+        self.guard.call(py, "preparing a save", || {
             device::pin_for(&self.engine, &streams)?;
             device::follow(Direction::Down, &streams)?;
-            let sources = sources.iter().map(Source::prepare).collect::<Result<Vec<_>>>()?;
+            let sources = sources.into_iter().map(Source::prepare).collect::<Result<_>>()?;
             if behind {
                 // What was cloned may change as soon as the streams go on.
                 device::precede(&streams)?;
             }
+            Ok(Sources { sources, behind })
+        })
+    }
+
+    /// Takes a snapshot of `state`, which is `(nodes, tensors, replicated)`, and of its storages
+    /// `sources`, and returns. The memory that those name must stay valid and unchanged until then;
+    /// that of devices which is not cloned, if it is copied behind, until `wait_captured` of the
+    /// handle. `replicated` are the topmost nodes of what all ranks save alike. `annotations` are
+    /// the user's metadata and the datasets' positions, each a JSON object. `call` is the step,
+    /// whether the training went back, and the seconds that the caller waited for the save before
+    /// and made `state`.
+    fn save(
+        &self,
+        py: Python<'_>,
+        call: (u64, bool, (f64, f64)),
+        state: (Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
+        sources: &Sources,
+        annotations: (&str, &str),
+    ) -> PyResult<SaveHandle> {
+        let (step, rewind, (wait_seconds, prepare_seconds)) = call;
+        let seconds = |seconds| timeout_of(Some(seconds)).unwrap_or_default();
+        let (nodes, tensors, replicated) = state;
+        let nodes = tree::nodes_from_python(&nodes)?;
+        let tensors = tree::tensors_from_python(&tensors)?;
+        let handle = self.guard.call(py, &format!("saving step {step}"), || {
             let request = SaveRequest {
                 step,
                 rewind,
                 nodes,
                 tensors,
-                storages: sources.iter().map(Prepared::input).collect(),
+                storages: sources.sources.iter().map(Prepared::input).collect(),
                 replicated,
                 waited: seconds(wait_seconds),
                 prepared: seconds(prepare_seconds),
                 metadata: json_object("`metadata`", annotations.0)?,
                 dataset_positions: json_object("`dataset_positions`", annotations.1)?,
             };
-            if behind { self.engine.save_behind(request) } else { self.engine.save(request) }
+            if sources.behind {
+                self.engine.save_behind(request)
+            } else {
+                self.engine.save(request)
+            }
         })?;
         Ok(SaveHandle::new(handle, self.guard.clone()))
     }

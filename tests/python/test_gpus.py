@@ -13,8 +13,14 @@ import pytest
 import torch
 from support import script_environment
 
-from dtruntime import AcceleratorError, CheckpointManager, InvalidArgument, gpus
-from dtruntime.tensors import NUMPY, StorageRecord, TensorRecord
+from dtruntime import (
+    AcceleratorError,
+    CheckpointError,
+    CheckpointManager,
+    InvalidArgument,
+    gpus,
+)
+from dtruntime.tensors import StorageRecord
 
 
 @pytest.fixture
@@ -124,6 +130,108 @@ def test_a_caller_can_hold_updates_back_himself(device, manager):
     handle.before_update()
 
 
+def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
+    before = noise(1, 100_000)
+    weight = device.tensor(before).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    held = []
+    with CheckpointManager(tmp_path / "best") as best:
+        for store in (manager, best):
+            state = {"w": weight, "lr": 1}
+            store.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
+        optimizer.register_step_pre_hook(lambda *_: held.append("another hook"))
+
+        def wait(ordinals):
+            held.append(list(ordinals))
+            for store in (manager, best):
+                assert store._last._native.wait_captured(30)
+            return [(0, 0)]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpus, "current_streams", wait)
+            optimizer.step()
+        assert held == [[0], [0], "another hook"]
+        for store in (manager, best):
+            store.wait_until_finished()
+            assert torch.equal(store.load()["w"], before)
+
+
+def test_a_step_that_could_not_wait_waits_when_it_is_tried_again(device, manager):
+    weight = device.tensor(noise(1, 1_000)).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+    asked = []
+
+    def interrupted(ordinals):
+        asked.append(list(ordinals))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return [(0, 0)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpus, "current_streams", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        optimizer.step()
+        optimizer.step()
+    assert asked == [[0], [0]]
+
+
+def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatch):
+    weight = device.tensor(noise(1, 100_000)).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager._watcher, "watch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+    with pytest.raises(CheckpointError, match="was interrupted"):
+        manager.wait_until_finished()
+    assert manager.all_steps() == []
+    manager.save({"w": weight}, step=1)
+
+
+def test_a_restore_waits_for_a_save_that_still_copies(device, manager):
+    old, new = noise(1, 100_000), noise(2, 100_000)
+    weight = device.tensor(old).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    manager.save({"w": weight}, step=1)
+    with torch.no_grad():
+        weight.copy_(new)
+    device.hold_copies(True)
+    handle = manager.save_async({"w": weight}, step=2, consistency="overlap", optimizer=optimizer)
+
+    def wait(ordinals):
+        device.hold_copies(False)
+        assert handle._native.wait_captured(30)
+        return [(ordinal, 0) for ordinal in ordinals]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpus, "current_streams", lambda ordinals: wait(ordinals) if ordinals else [])
+        manager.restore({"w": weight}, step=1)
+    assert torch.equal(weight, old)
+    handle.result()
+    assert torch.equal(manager.load(step=2)["w"], new)
+
+
+def test_memory_that_an_optimizer_fills_in_part_is_cloned(device, manager):
+    flat = device.tensor(noise(1, 1_000))
+    weight, buffer = flat[:600].requires_grad_(), flat[600:]
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    clones = device.calls("cuMemAllocAsync")
+    state = {"w": weight, "b": buffer}
+    manager.save(state, step=1, consistency="overlap", optimizer=optimizer)
+    assert device.calls("cuMemAllocAsync") == clones + 1
+    other = torch.optim.SGD([weight, buffer.requires_grad_()], lr=0.1)
+    manager.save(state, step=2, consistency="overlap", optimizer=other)
+    assert device.calls("cuMemAllocAsync") == clones + 1, "the optimizer fills all of it"
+
+
 def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
     gpus._say_once.cache_clear()
     before = noise(1, 100_000)
@@ -160,19 +268,17 @@ def test_memory_of_a_gpu_is_filled(device, manager):
 
 @pytest.mark.usefixtures("device")
 def test_a_record_of_a_gpu_is_checked(manager):
-    record = TensorRecord(0, NUMPY, "|u1", 1, (10,), (1,), 0, False)
     for pieces in ([(1, 5, 0)], [(1, 5, 0), (6, 5, 4)]):
-        parts = ([(14, 0)], [record], [StorageRecord(0, 10, (0, pieces, False))], [])
+        storages = [StorageRecord(0, 10, (0, pieces, False))]
         with pytest.raises(Exception, match="its pieces"):
-            manager._native.save((1, False, (0, 0)), parts, ("{}", "{}"), ([(0, 0)], False))
+            manager._native.prepare(storages, [(0, 0)], False)
 
 
 @pytest.mark.usefixtures("device")
 def test_a_gpu_that_is_not_there_is_named(manager):
-    record = TensorRecord(0, NUMPY, "|u1", 1, (10,), (1,), 0, False)
-    parts = ([(14, 0)], [record], [StorageRecord(0, 10, (5, [(1, 10, 0)], False))], [])
+    storages = [StorageRecord(0, 10, (5, [(1, 10, 0)], False))]
     with pytest.raises(AcceleratorError, match="opening `cuda:5`") as caught:
-        manager._native.save((1, False, (0, 0)), parts, ("{}", "{}"), ([], False))
+        manager._native.prepare(storages, [], False)
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
 
 

@@ -96,6 +96,7 @@ class _MemoryCheckpoint:
         import ctypes
 
         assert verify
+        assert streams == []
         for storage, offset, memory in targets:
             if isinstance(memory, np.ndarray):
                 memory[:] = np.frombuffer(self._bytes[storage], np.uint8)[

@@ -30,7 +30,7 @@ use dtr_proto::v1;
 
 use super::{
     COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene,
-    Ticket,
+    Ticket, members::ended,
 };
 
 /// Attempts that a job may have in flight.
@@ -504,7 +504,11 @@ impl Job {
         let now_ms = scene.at.now_ms;
         let mut incomplete = Vec::new();
         for (step, attempt) in &mut self.attempts {
-            attempt.waiting.remove(&rank);
+            if let Some(ticket) = attempt.waiting.remove(&rank) {
+                // It may live, and asks again once it is a member.
+                let refused = Reply::Refused(ended(worker_id, &self.name));
+                scene.effects.replies.push((ticket, refused));
+            }
             // In stores of their own all must publish, and one that is gone may not have.
             if !attempt.is_complete(world_size) || attempt.each_publishes() {
                 incomplete.push(*step);

@@ -141,7 +141,8 @@ impl Job {
         self.refuse_if_aborted()?;
         let is_same = |member: &Member| {
             let WorkerRecord { incarnation, rank, .. } = member.record;
-            (incarnation, rank) == (request.rejoins, request.rank) && !member.is_alive()
+            (incarnation, rank) == (request.rejoins, request.rank)
+                && member.record.state() == WorkerState::Dead
         };
         let is_known = self.members.get(&request.worker_id).is_some_and(is_same);
         let is_taken = self.holders.contains_key(&request.rank);
@@ -606,7 +607,7 @@ fn replaced(worker_id: &str) -> Refusal {
     )
 }
 
-fn ended(worker_id: &str, job: &str) -> Refusal {
+pub(super) fn ended(worker_id: &str, job: &str) -> Refusal {
     Refusal::new(
         RefusalKind::Fenced,
         format!("this process of `{worker_id}` left job `{job}`, or was declared dead"),

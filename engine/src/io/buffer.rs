@@ -51,8 +51,8 @@ pub struct BufferPool {
     returned: Condvar,
     /// The process that has the memory.
     owner: Pid,
-    /// Its registration with a device's driver.
-    pinned: OnceLock<Box<dyn Pinned>>,
+    /// Its registration with a device's driver; `None` where that refused.
+    pinned: OnceLock<Option<Box<dyn Pinned>>>,
 }
 
 /// Which buffers are where.
@@ -94,16 +94,15 @@ impl BufferPool {
     }
 
     /// Registers the memory with a device's driver, until the pool and every buffer are gone. Does
-    /// nothing if it is.
+    /// nothing if it is, or if that was refused before: trying takes seconds.
     pub fn pin(&self, pin: &dyn Pin) -> crate::Result<()> {
         self.assert_owner();
-        if self.pinned.get().is_none() {
-            let start = self.mapping.base.as_ptr();
-            let pinned = pin.pin(start, self.buffer_bytes, self.count)?;
-            // Registered twice at once, one of them has it.
-            let _ = self.pinned.set(pinned);
-        }
-        Ok(())
+        let mut refusal = Ok(());
+        self.pinned.get_or_init(|| {
+            let pinned = pin.pin(self.mapping.base.as_ptr(), self.buffer_bytes, self.count);
+            pinned.map_err(|error| refusal = Err(error)).ok()
+        });
+        refusal
     }
 
     /// Gives every page its memory now, with up to `threads` threads, so that no later write pays

@@ -147,7 +147,10 @@ impl Drop for Gap {
 /// What becomes of a chunk when all its gaps are closed.
 pub(crate) fn hand_on(task: EncodeTask, workers: &Sender<EncodeTask>) {
     let job = Arc::clone(&task.job);
-    if !job.has_failed() {
+    if job.has_failed() {
+        // Its buffer is back before anybody is told.
+        drop(task);
+    } else {
         job.progress.add_captured(job.layout.chunk_raw_bytes(task.index) as u64);
         // Workers that have ended want nothing any more: the engine is closed.
         let _closed = workers.send(task);

@@ -60,9 +60,13 @@ pub(crate) fn capture(
     let _span = tracing::trace_span!("capture").entered();
     let devices = Devices::of(job, storages, arena, workers);
     let chunks = Chunks::of(job, storages, until);
-    let captured = capture_here(job, storages, &devices, chunks.here);
-    if until == Until::Begun && captured.is_ok() && !chunks.behind.is_empty() {
-        return devices.begin_behind(chunks.behind);
+    let mut captured = capture_here(job, storages, &devices, chunks.here);
+    let devices = Arc::new(devices);
+    if captured.is_ok() && !chunks.behind.is_empty() {
+        captured = begin_behind(&devices, chunks.behind);
+        if captured.is_ok() {
+            return Ok(());
+        }
     }
     devices.flush();
     job.arrivals.all_begun();
@@ -161,6 +165,8 @@ impl Capture<'_> {
                 }
             }
         }
+        // Another copier may wait for a buffer that only what was begun here gives back.
+        self.devices.flush();
         Ok(held_back)
     }
 
@@ -270,18 +276,8 @@ impl Devices {
         }
     }
 
-    /// Begins `chunks`, all of devices, on a thread of its own: with a state that is larger than
-    /// the arena that takes as long as the medium does.
-    fn begin_behind(self, chunks: Range<usize>) -> Result<()> {
-        let job = Arc::clone(&self.job);
-        let thread = std::thread::Builder::new().name("dtr-capture".into());
-        let started = thread.spawn(move || self.begin_all(chunks));
-        // Without the thread nothing was begun, and nothing will be.
-        let started = started.context("starting a thread for", "capturing").map(drop);
-        started.inspect_err(|_| job.arrivals.all_begun())
-    }
-
     fn begin_all(&self, chunks: Range<usize>) {
+        let _whatever_happens = AllBegun(&self.job);
         for index in chunks {
             if self.job.has_failed() {
                 break;
@@ -293,15 +289,38 @@ impl Devices {
             self.begin(index, buffer);
         }
         self.flush();
-        self.job.arrivals.all_begun();
-        self.job.arrivals.wait_landed(None);
-        self.job.flow.captured();
     }
 
     fn send(&self, task: EncodeTask) -> Result<()> {
         self.workers.send(task).map_err(|_| {
             EngineError::internal("handing a chunk to the workers", "all workers have ended")
         })
+    }
+}
+
+/// Begins `chunks`, all of devices, on a thread of its own: with a state that is larger than the
+/// arena that takes as long as the medium does.
+fn begin_behind(devices: &Arc<Devices>, chunks: Range<usize>) -> Result<()> {
+    let devices = Arc::clone(devices);
+    let thread = std::thread::Builder::new().name("dtr-capture".into());
+    let started = thread.spawn(move || {
+        devices.begin_all(chunks);
+        devices.job.arrivals.wait_landed(None);
+        devices.job.flow.captured();
+    });
+    started.context("starting a thread for", "capturing").map(drop)
+}
+
+/// Says that nothing more will be begun, even if the thread that should have panicked.
+struct AllBegun<'a>(&'a Job);
+
+impl Drop for AllBegun<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0
+                .fail(EngineError::internal("capturing a storage", "the copying thread panicked"));
+        }
+        self.0.arrivals.all_begun();
     }
 }
 

@@ -94,8 +94,8 @@ struct View {
     joined_epoch: u64,
     /// It was told that it is no member, and has not tried to come back yet.
     is_fenced: bool,
-    /// Drawn for coming back: the same one until that is answered.
-    next_incarnation: Option<u64>,
+    /// Drawn for coming back: the same one until that is answered; and whether it was sent before.
+    next: Option<(u64, bool)>,
     /// The newest change that this worker's caller was told of by an outcome.
     acknowledged_epoch: u64,
     /// The newest change that a heartbeat brought.
@@ -256,15 +256,21 @@ impl Worker {
             ));
             self.shared.changed.notify_all();
         }
-        let request =
-            v1::LeaveRequest { identity: Some(self.identity()), failure: shortened(failure) };
+        let failure = shortened(failure);
+        let identities = self.shared.identities();
         let inner = Arc::clone(self.connection.inner());
         let name = what.clone();
         let pending = self.connection.start(&what, async move {
             let call = |channel, request| async move {
                 MembershipClient::new(channel).leave(request).await
             };
-            inner.ask(&name, Wait::Once(LEAVE), request, call).await
+            let mut left = Ok(v1::LeaveReply::default());
+            for identity in identities {
+                let request =
+                    v1::LeaveRequest { identity: Some(identity), failure: failure.clone() };
+                left = inner.ask(&name, Wait::Once(LEAVE), request, call).await;
+            }
+            left
         });
         pending.join().map(drop)
     }
@@ -285,7 +291,8 @@ async fn register(
     let request = registration.request(incarnation, 0);
     let reply = insist(connection.inner(), what, &request).await?;
     let mut view = View::default();
-    view.join(incarnation, reply.epoch);
+    view.join(incarnation, Some(reply.epoch));
+    (view.seen_epoch, view.acknowledged_epoch) = (reply.epoch, reply.epoch);
     let shared = Arc::new(Shared {
         registration,
         progress: AtomicU64::new(0),
@@ -411,6 +418,14 @@ impl Shared {
         self.identity(view.incarnation, view.acknowledged_epoch)
     }
 
+    /// Who this process is, and who it may have become by a registration on its way.
+    fn identities(&self) -> Vec<v1::Identity> {
+        let view = self.view();
+        let next = view.next.map(|(next, _)| next);
+        let known = [Some(view.incarnation), next].into_iter().flatten();
+        known.map(|incarnation| self.identity(incarnation, view.acknowledged_epoch)).collect()
+    }
+
     fn seen_identity(&self) -> v1::Identity {
         let view = self.view();
         self.identity(view.incarnation, view.seen_epoch)
@@ -444,22 +459,25 @@ impl Shared {
         limit: Duration,
         fenced: &ClientError,
     ) -> Result<(), ClientError> {
-        let (former, incarnation) = {
-            let mut view = self.view();
-            view.is_fenced = true;
-            (view.incarnation, *view.next_incarnation.get_or_insert_with(chance))
-        };
+        let (former, incarnation, was_sent) = self.view().draw_next();
         let request = self.registration.request(incarnation, former);
         let call = |channel, request| async move {
             MembershipClient::new(channel).register(request).await
         };
         let Registration { job, worker_id, .. } = &self.registration;
         let what = format!("registering worker `{worker_id}` in job `{job}` again");
-        let reply = inner.ask(&what, Wait::Once(limit), request, call).await?;
+        let reply = match inner.ask(&what, Wait::Once(limit), request, call).await {
+            Err(error) if error.kind == ErrorKind::Fenced && was_sent => {
+                // An earlier copy may have been let in, unheard, and have died since.
+                self.view().join(incarnation, None);
+                return Err(ClientError { kind: ErrorKind::Unavailable, ..error });
+            }
+            reply => reply?,
+        };
         warn!("{fenced}");
         info!("worker `{worker_id}` is a member of job `{job}` again");
         let mut view = self.view();
-        view.join(incarnation, reply.epoch);
+        view.join(incarnation, Some(reply.epoch));
         view.push(Notice::Rejoined(reply.epoch));
         drop(view);
         self.tell_changed();
@@ -598,12 +616,21 @@ impl Shared {
 }
 
 impl View {
-    /// Is a member since `epoch`.
-    fn join(&mut self, incarnation: u64, epoch: u64) {
-        (self.incarnation, self.next_incarnation) = (incarnation, None);
-        (self.joined_epoch, self.seen_epoch) = (epoch, epoch);
-        self.acknowledged_epoch = epoch;
-        self.is_fenced = false;
+    /// Is a member since `epoch`, or may have been. What happened meanwhile it is still to be told.
+    fn join(&mut self, incarnation: u64, epoch: Option<u64>) {
+        (self.incarnation, self.next) = (incarnation, None);
+        if let Some(epoch) = epoch {
+            self.joined_epoch = epoch;
+            self.is_fenced = false;
+        }
+    }
+
+    /// The incarnation that it had, the one to come back with, and whether that was sent before.
+    fn draw_next(&mut self) -> (u64, u64, bool) {
+        self.is_fenced = true;
+        let (next, was_sent) = self.next.unwrap_or_else(|| (chance(), false));
+        self.next = Some((next, true));
+        (self.incarnation, next, was_sent)
     }
 
     fn push(&mut self, notice: Notice) {
