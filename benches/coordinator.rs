@@ -171,8 +171,7 @@ fn save(job: &mut Job, step: u64) {
         let begun = job.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest {
             identity,
             step,
-            rewind: false,
-            tries: 0,
+            ..v1::BeginCheckpointRequest::default()
         }));
         let [Reply::BeginCheckpoint(begun)] = &begun[..] else { panic!("{begun:?}") };
         attempt.clone_from(&begun.attempt);

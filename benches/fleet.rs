@@ -249,7 +249,7 @@ async fn save(members: &[Member], step: u64, own_store: bool) -> Duration {
     for member in members.iter().cloned() {
         begins.spawn(async move {
             let identity = Some(member.identity);
-            let request = v1::BeginCheckpointRequest { identity, step, rewind: false, tries: 0 };
+            let request = v1::BeginCheckpointRequest { identity, step, ..Default::default() };
             let begun = CheckpointsClient::new(member.channel).begin_checkpoint(request).await;
             begun.unwrap().into_inner().attempt
         });

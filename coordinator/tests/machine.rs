@@ -124,6 +124,17 @@ impl Table {
     }
 
     fn begin(&mut self, identity: &v1::Identity, step: u64, rewind: bool) -> Reply {
+        self.begin_knowing(identity, step, rewind, identity.epoch)
+    }
+
+    /// The same of a call that was made for the first time when `known_epoch` was the newest.
+    fn begin_knowing(
+        &mut self,
+        identity: &v1::Identity,
+        step: u64,
+        rewind: bool,
+        known_epoch: u64,
+    ) -> Reply {
         let identity = Some(identity.clone());
         let tries = self.tries;
         self.ask(Event::BeginCheckpoint(v1::BeginCheckpointRequest {
@@ -131,6 +142,7 @@ impl Table {
             step,
             rewind,
             tries,
+            known_epoch,
         }))
         .unwrap()
     }
@@ -276,6 +288,28 @@ fn a_rank_that_is_lost_while_it_waits_is_told_so() {
         panic!()
     };
     assert!(aborted.reason.starts_with("rank 1 (`w1`) was lost"), "{aborted:?}");
+}
+
+/// Else it begins the next attempt alone, or is sent away from the one that the others wait in.
+#[test]
+fn who_was_lost_and_comes_back_is_late_with_an_old_call_and_not_with_a_new_one() {
+    for (known_epoch, is_late) in [(2, true), (4, false)] {
+        let mut table = Table::new();
+        let world = table.world(2);
+        let attempt = table.attempt(&world[0], 10);
+        table.report(&world[0], 10, &attempt);
+        table.pass(4_000, &[&world[0]]);
+        let Reply::Register(back) = table.rejoin("w1", 1, 50, 11) else { panic!() };
+        let identity = v1::Identity { incarnation: 50, epoch: back.epoch, ..world[1].clone() };
+        let reply = table.begin_knowing(&identity, 10, false, known_epoch);
+        let is_refused = matches!(reply, Reply::Refused(_));
+        assert_eq!((back.epoch, is_refused), (4, is_late), "{reply:?}");
+        // The others come again, whatever was first.
+        table.tries = 1;
+        let known = v1::Identity { epoch: back.epoch, ..world[0].clone() };
+        let next = table.attempt(&known, 10);
+        assert_eq!(table.attempt(&identity, 10), next);
+    }
 }
 
 #[test]

@@ -612,7 +612,13 @@ impl World {
                 let step = list.commits.first().map_or(0, |commit| commit.step).max(stored) + 1;
                 let identity = Some(self.identity(worker));
                 let tries = self.workers[worker].next_try(step);
-                let request = v1::BeginCheckpointRequest { identity, step, rewind: false, tries };
+                let request = v1::BeginCheckpointRequest {
+                    identity,
+                    step,
+                    rewind: false,
+                    tries,
+                    known_epoch: self.workers[worker].epoch,
+                };
                 self.call(worker, Phase::Beginning { step }, Event::BeginCheckpoint(request));
             }
             (Phase::Beginning { step }, Reply::BeginCheckpoint(begun)) => {

@@ -68,17 +68,31 @@ pub(super) struct AbortedAttempt {
     aborted: v1::AttemptAborted,
     /// The most often that one of its ranks had tried the step before.
     tries: u32,
-    /// Ranks that knew of it, or have heard since, each with how often it had tried the step
-    /// before; `None` of a rank whose process is another one since.
-    told: BTreeMap<u32, Option<u32>>,
+    /// Ranks that knew of it, or have heard since, or were lost.
+    told: BTreeMap<u32, Told>,
+}
+
+/// What a rank knows of an attempt that was given up.
+#[derive(Clone, Copy, Debug)]
+enum Told {
+    /// It was there, or has heard, having tried the step so often before.
+    Tries(u32),
+    /// Its process was lost at this epoch, and may come back.
+    Lost(u64),
+    /// Its process is another one since.
+    Renewed,
 }
 
 impl AbortedAttempt {
-    /// Whether a rank that has tried the step so often before comes for the next attempt: it does
-    /// not know of this one, or has given it up. A call that was sent again does neither.
-    fn is_past(&self, rank: u32, tries: u32) -> bool {
-        let is_next = |told: &Option<u32>| told.is_none_or(|told| tries > told);
-        tries > self.tries || self.told.get(&rank).is_some_and(is_next)
+    /// Whether a rank that begins the step comes for the next attempt. A call that was sent again
+    /// does not, nor one that a lost rank had made before it was lost.
+    fn is_past(&self, rank: u32, request: &v1::BeginCheckpointRequest) -> bool {
+        let is_next = |told: &Told| match *told {
+            Told::Tries(told) => request.tries > told,
+            Told::Lost(epoch) => request.known_epoch >= epoch,
+            Told::Renewed => true,
+        };
+        request.tries > self.tries || self.told.get(&rank).is_some_and(is_next)
     }
 }
 
@@ -233,7 +247,7 @@ impl Job {
             attempt.begun.insert(rank, request.tries);
             return Ok(attempt.reply(self.record.world_size));
         }
-        self.tell_of_aborted(rank, step, request.tries)?;
+        self.tell_of_aborted(rank, request)?;
         self.check_step(step, request.rewind)?;
         self.refuse_if_incomplete(step)?;
         if self.attempts.len() >= ATTEMPTS_MAX {
@@ -276,14 +290,19 @@ impl Job {
 
     /// Refuses a rank that was not there when the step's last attempt was given up, once, and a
     /// call for that attempt that is sent again.
-    fn tell_of_aborted(&mut self, rank: u32, step: u64, tries: u32) -> Result<(), Refusal> {
+    fn tell_of_aborted(
+        &mut self,
+        rank: u32,
+        request: &v1::BeginCheckpointRequest,
+    ) -> Result<(), Refusal> {
+        let step = request.step;
         let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
-        if last.is_past(rank, tries) {
+        if last.is_past(rank, request) {
             self.aborted.remove(&step);
             return Ok(());
         }
         let reason = last.aborted.reason.clone();
-        last.told.insert(rank, Some(tries));
+        last.told.insert(rank, Told::Tries(request.tries));
         Err(Refusal::new(
             RefusalKind::AttemptAborted,
             format!("the save of step {step} was given up: {reason}"),
@@ -369,7 +388,7 @@ impl Job {
                 may_be_published: true,
             },
             |aborted| {
-                aborted.told.entry(rank).or_insert(Some(0));
+                aborted.told.entry(rank).or_insert(Told::Tries(0));
                 aborted.aborted.clone()
             },
         )
@@ -484,7 +503,8 @@ impl Job {
         let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
         scene.effects.notes.push(note);
         let tries = attempt.begun.values().copied().max().unwrap_or_default();
-        let told = attempt.begun.into_iter().map(|(rank, tries)| (rank, Some(tries))).collect();
+        let begun = attempt.begun.into_iter();
+        let told = begun.map(|(rank, tries)| (rank, Told::Tries(tries))).collect();
         let attempt = attempt.record.attempt;
         if self.aborted.len() >= ATTEMPTS_MAX {
             self.aborted.pop_first();
@@ -521,12 +541,15 @@ impl Job {
             let reason = format!("rank {rank} (`{worker_id}`) was lost: {reason}");
             self.give_up(scene, step, (Some(rank), reason));
         }
+        for aborted in self.aborted.values_mut() {
+            aborted.told.insert(rank, Told::Lost(self.record.epoch));
+        }
     }
 
     /// A new process has a rank: it knows nothing of attempts that were given up before.
     pub(super) fn renew_rank_of_attempts(&mut self, rank: u32) {
         for aborted in self.aborted.values_mut() {
-            aborted.told.insert(rank, None);
+            aborted.told.insert(rank, Told::Renewed);
         }
     }
 

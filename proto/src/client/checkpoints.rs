@@ -46,6 +46,7 @@ impl Worker {
         let what = format!("beginning to save step {step} with all ranks");
         let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
         let (name, tries) = (what.clone(), self.next_try(step));
+        let known_epoch = self.known_epoch();
         self.connection.start(&what, async move {
             shared.check(&name)?;
             let call = |channel, request| async move {
@@ -56,16 +57,20 @@ impl Worker {
                 step,
                 rewind,
                 tries,
+                known_epoch,
             };
             let ask = async || {
                 let reply = inner.ask(&name, Wait::Short, request(), call).await;
                 shared.learn(&inner, reply).await
             };
-            let reply = ask().await;
             let has_changed = |error: &ClientError| error.kind == ErrorKind::MembershipChanged;
-            // The same try: it is told if the others have given that up meanwhile.
-            if reply.as_ref().is_err_and(has_changed) || shared.is_back_after(&reply).await {
-                return ask().await;
+            let mut reply = ask().await;
+            // The same try: it is told if the others have given that up meanwhile. Who comes back
+            // hears of its loss besides.
+            for _ in 0..2 {
+                if reply.as_ref().is_err_and(has_changed) || shared.is_back_after(&reply).await {
+                    reply = ask().await;
+                }
             }
             reply
         })

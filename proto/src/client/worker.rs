@@ -188,6 +188,12 @@ impl Worker {
         (self.shared.view().joined_epoch << 32) + count
     }
 
+    /// The newest membership number that this process knows.
+    pub(super) fn known_epoch(&self) -> u64 {
+        let view = self.shared.view();
+        view.seen_epoch.max(view.joined_epoch)
+    }
+
     /// How often the step has been begun before this time.
     pub(super) fn next_try(&self, step: u64) -> u32 {
         let mut tries = self.shared.tries.lock().unwrap_or_else(PoisonError::into_inner);

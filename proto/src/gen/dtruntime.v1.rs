@@ -285,6 +285,10 @@ pub struct BeginCheckpointRequest {
     /// How often this rank has begun this step before: ranks that try one again do so together.
     #[prost(uint32, tag = "4")]
     pub tries: u32,
+    /// The newest membership number that the worker knew when it made this call for the first time: who
+    /// was lost and made it before that is late for what the others gave up.
+    #[prost(uint64, tag = "5")]
+    pub known_epoch: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BeginCheckpointReply {
