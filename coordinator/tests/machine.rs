@@ -313,6 +313,24 @@ fn who_was_lost_and_comes_back_is_late_with_an_old_call_and_not_with_a_new_one()
 }
 
 #[test]
+fn who_comes_back_does_not_begin_alone_what_the_others_were_refused() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.pass(4_000, &[&world[0]]);
+    let known = v1::Identity { epoch: 3, ..world[0].clone() };
+    assert_eq!(refused(table.begin(&known, 10, false)).0, RefusalKind::AttemptAborted);
+    let Reply::Register(back) = table.rejoin("w1", 1, 50, 11) else { panic!() };
+    let identity = v1::Identity { incarnation: 50, epoch: back.epoch, ..world[1].clone() };
+    // The call that it had made before it was lost; then the next of both.
+    let (kind, why) = refused(table.begin_knowing(&identity, 10, false, 2));
+    assert_eq!(kind, RefusalKind::AttemptAborted);
+    assert!(why.contains("rank 1 (`w1`) is gone"), "{why}");
+    table.tries = 1;
+    let next = table.attempt(&identity, 10);
+    assert_eq!(table.attempt(&known, 10), next);
+}
+
+#[test]
 fn a_process_whose_place_was_taken_does_not_come_back() {
     let mut table = Table::new();
     let world = table.world(2);

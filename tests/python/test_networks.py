@@ -211,7 +211,8 @@ class Worker:
 
     def _log(self) -> None:
         with self.process.stderr:
-            self.log = self.process.stderr.read()
+            for line in self.process.stderr:
+                self.log += line
 
     def tell(self, what: object) -> None:
         """Tell it to save a step, or to ``open`` its manager anew."""
@@ -248,7 +249,11 @@ class Trial:
             worker.tell(what)
         meanwhile()
         pairs = list(zip(self.workers, before, strict=True))
-        wait_until(lambda: all(len(worker.heard) > count for worker, count in pairs), 60)
+        try:
+            wait_until(lambda: all(len(worker.heard) > count for worker, count in pairs), 60)
+        except AssertionError:
+            said = [(worker.heard[count:], worker.log[-2_000:]) for worker, count in pairs]
+            raise AssertionError(f"{what!r} has no end on every rank: {said}") from None
         return [worker.heard[count] for worker, count in pairs]
 
     def save(self, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:

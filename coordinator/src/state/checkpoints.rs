@@ -30,7 +30,7 @@ use dtr_proto::v1;
 
 use super::{
     COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene,
-    Ticket, members::ended,
+    Ticket, members::LostMember, members::ended,
 };
 
 /// Attempts that a job may have in flight.
@@ -249,7 +249,7 @@ impl Job {
         }
         self.tell_of_aborted(rank, request)?;
         self.check_step(step, request.rewind)?;
-        self.refuse_if_incomplete(step)?;
+        self.refuse_if_incomplete(rank, request)?;
         if self.attempts.len() >= ATTEMPTS_MAX {
             return Err(Refusal::new(
                 RefusalKind::Conflict,
@@ -324,14 +324,35 @@ impl Job {
 
     /// Refuses a save that cannot end: a worker was lost, and nobody took its place. A rank that
     /// never came is waited for.
-    fn refuse_if_incomplete(&self, step: u64) -> Result<(), Refusal> {
-        let Some(member) = self.lost_member() else { return Ok(()) };
+    fn refuse_if_incomplete(
+        &mut self,
+        rank: u32,
+        request: &v1::BeginCheckpointRequest,
+    ) -> Result<(), Refusal> {
+        let Some(LostMember { worker_id, rank: lost }) = self.lost_member() else { return Ok(()) };
+        let step = request.step;
+        let reason = format!(
+            "step {step} cannot be saved by all ranks: rank {lost} (`{worker_id}`) is gone"
+        );
+        // For whoever comes back, or comes late: this one has given the step up.
+        let refused = self.aborted.entry(step).or_insert_with(|| AbortedAttempt {
+            attempt: String::new(),
+            aborted: v1::AttemptAborted {
+                reason: reason.clone(),
+                rank: Some(lost),
+                may_be_published: false,
+            },
+            tries: request.tries,
+            told: BTreeMap::from([(lost, Told::Lost(self.record.fence))]),
+        });
+        refused.tries = refused.tries.max(request.tries);
+        refused.told.insert(rank, Told::Tries(request.tries));
+        while self.aborted.len() > ATTEMPTS_MAX {
+            self.aborted.pop_first();
+        }
         Err(Refusal::new(
             RefusalKind::AttemptAborted,
-            format!(
-                "step {step} cannot be saved by all ranks: rank {} (`{}`) is gone",
-                member.rank, member.worker_id
-            ),
+            reason,
             "training may go on; save again once a worker has taken its place",
         ))
     }
