@@ -287,8 +287,13 @@ class SaveHandle:
 
     def _stage(self) -> None:
         """Resolve ``staged`` when nothing reads the state any more; called once, by the watcher."""
-        if self._copied_behind is not None:
+        if self._copied_behind is None:
+            return
+        try:
             self._native.wait_captured()
+        except CheckpointError as error:  # the tensors stay alive: nobody knows what reads them
+            self.staged.set_exception(error)
+        else:
             self._copied_behind.table = None
             self.staged.set_result(None)
 
