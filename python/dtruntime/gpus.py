@@ -78,7 +78,7 @@ class Consistency:
         if self.mode == "overlap" and self.streams:
             self._hold = Hold([*self.streams])
             for optimizer in self.optimizers:
-                _gate_of(optimizer).pending.append(self._hold)
+                _gate_of(optimizer).add(self._hold)
 
     def guard(self, native: _native.SaveHandle) -> None:
         """Name the save whose copies the next steps wait for."""
@@ -98,6 +98,10 @@ class Hold:
         self.native: _native.SaveHandle | None = None
         self._ordinals = ordinals
 
+    def is_over(self) -> bool:
+        """Tell whether the save has ended: nothing of it is copied any more."""
+        return self.native is not None and self.native.done() and self.native.wait_captured(0)
+
     def hold_streams(self) -> None:
         """Let what the current streams are given from now on wait for the copies."""
         if self.native is not None:
@@ -109,6 +113,10 @@ class _Gate:
 
     def __init__(self) -> None:
         self.pending: list[Hold] = []
+
+    def add(self, hold: Hold) -> None:
+        """Take one more in; of those that are over nothing is left to wait for."""
+        self.pending = [*(earlier for earlier in self.pending if not earlier.is_over()), hold]
 
     def __call__(self, *_: object) -> None:
         while self.pending:

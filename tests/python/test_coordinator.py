@@ -343,6 +343,18 @@ STOPPED = STAYS.replace(
 ).replace("orch = ", "global orch, kinds; kinds = []; orch = ")
 
 
+async def stopped_until_dead(source: str, coordinator, make):
+    """Start rank 1 with ``source`` beside rank 0, and stop it for longer than it may be silent."""
+    changes = []
+    one = make(0, 2, on_membership_change=changes.append)
+    await one.register_worker("127.0.0.1", 1)
+    other = start_worker(source, coordinator.url, RANK=1, WORLD_SIZE=2)
+    assert other.stdout.readline() == "registered\n"
+    other.send_signal(signal.SIGSTOP)
+    await until(lambda: "died" in [change.kind for change in changes])
+    return one, other, changes
+
+
 def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
     source = STOPPED.replace(
         "exec(sys.stdin.read())",
@@ -359,13 +371,7 @@ def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
     )
 
     async def act():
-        changes = []
-        one = make(0, 2, on_membership_change=changes.append)
-        await one.register_worker("127.0.0.1", 1)
-        other = start_worker(source, coordinator.url, RANK=1, WORLD_SIZE=2)
-        assert other.stdout.readline() == "registered\n"
-        other.send_signal(signal.SIGSTOP)
-        await until(lambda: "died" in [change.kind for change in changes])
+        one, other, changes = await stopped_until_dead(source, coordinator, make)
         other.send_signal(signal.SIGCONT)
         await until(lambda: changes[-1].kind == "joined")
         ended = asyncio.create_task(asyncio.to_thread(other.communicate, "go on\n", 30))
@@ -392,13 +398,7 @@ def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
     )
 
     async def act():
-        changes = []
-        one = make(0, 2, on_membership_change=changes.append)
-        await one.register_worker("127.0.0.1", 1)
-        other = start_worker(source, coordinator.url, RANK=1, WORLD_SIZE=2)
-        assert other.stdout.readline() == "registered\n"
-        other.send_signal(signal.SIGSTOP)
-        await until(lambda: "died" in [change.kind for change in changes])
+        _, other, _ = await stopped_until_dead(source, coordinator, make)
         second = make(1, 2)
         await second.register_worker("127.0.0.1", 1)
         other.send_signal(signal.SIGCONT)

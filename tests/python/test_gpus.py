@@ -179,6 +179,14 @@ def test_a_step_that_could_not_wait_waits_when_it_is_tried_again(device, manager
     assert asked == [[0], [0]]
 
 
+def test_an_optimizer_that_never_steps_keeps_no_saves(device, manager):
+    weight = device.tensor(noise(1, 1_000)).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for step in range(1, 6):
+        manager.save({"w": weight}, step=step, consistency="overlap", optimizer=optimizer)
+    assert len(gpus._gate_of(optimizer).pending) == 1
+
+
 def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatch):
     weight = device.tensor(noise(1, 100_000)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
