@@ -82,14 +82,15 @@ impl Table {
         self.ask(Event::Register(request)).unwrap()
     }
 
-    /// A process of a job of two ranks comes back.
+    /// A process that was taken for dead comes back.
     fn rejoin(&mut self, id: &str, rank: u32, incarnation: u64, rejoins: u64) -> Reply {
+        let world_size = self.job().world_size;
         let request = v1::RegisterRequest {
             job: "j".into(),
             worker_id: id.into(),
             incarnation,
             rank,
-            world_size: 2,
+            world_size,
             rejoins,
             ..v1::RegisterRequest::default()
         };
@@ -459,6 +460,32 @@ fn a_job_that_starts_over_fails_once() {
     }
     assert_eq!(table.job().failures, 1);
     assert_eq!(table.job().abort_reason, "");
+}
+
+/// A switch that is down for longer than a timeout is no reason to end a job of a thousand workers.
+#[test]
+fn workers_that_fall_silent_together_fail_once_and_who_comes_back_did_not_fail() {
+    let policy = Policy { heartbeat_timeout_ms: 9_000, ..Policy::default() };
+    let mut table = Table::with(policy);
+    let world = table.world(4);
+    // Their last heartbeats are not of the same moment.
+    for (step, _) in world.iter().enumerate() {
+        table.pass(400, &world[step..].iter().collect::<Vec<_>>());
+    }
+    table.pass(10_000, &[]);
+    assert_eq!((table.job().workers_alive, table.job().failures), (0, 1));
+    for rank in 0..4 {
+        let id = format!("w{rank}");
+        let back = table.rejoin(&id, rank, 50 + u64::from(rank), 10 + u64::from(rank));
+        assert!(matches!(back, Reply::Register(_)), "{back:?}");
+    }
+    let job = table.job();
+    assert_eq!((job.workers_alive, job.failures, job.abort_reason), (4, 0, String::new()));
+    // Beside one that is heard, each is a failure of its own, taken back if it comes back.
+    let keeper = v1::Identity { incarnation: 53, ..world[3].clone() };
+    table.pass(10_000, &[&keeper]);
+    assert_eq!((table.job().workers_alive, table.job().failures), (1, 3));
+    assert!(table.job().abort_reason.starts_with("3 failures"), "{}", table.job().abort_reason);
 }
 
 #[test]

@@ -126,7 +126,6 @@ class Coordinator(CoordinatorProcess):
     def __init__(self, network: Network, folder: Path) -> None:
         timeout = int(1000 * TIMEOUT_SECONDS)
         super().__init__(folder, heartbeat_timeout_ms=timeout, failure_backoff_ms=0)
-        self.settings["max_worker_failures"] = 1_000_000
         self.network = network
 
     @property

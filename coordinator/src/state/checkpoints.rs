@@ -476,8 +476,7 @@ impl Job {
             changes.push(Change::remove(Key::Commit { job: self.name.clone(), step: oldest }));
         }
         self.commit_count += 1;
-        self.record.failures = 0;
-        self.failed_ms = None;
+        self.forgive();
         self.keep_job(scene);
         let took_ms = scene.at.now_ms - attempt.begun_ms;
         let text = format!(

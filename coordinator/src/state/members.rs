@@ -9,8 +9,10 @@
 //! - a rank has at most one living worker, and a living worker one process (its incarnation);
 //! - a process that was replaced, declared dead or left changes nothing any more; one that was
 //!   taken for dead may come back to its rank, under a new incarnation, while nobody else has it;
-//! - a death is counted once; a worker that leaves is none; nobody dies before a whole timeout of
-//!   silence on this clock, nor because this process stood still;
+//! - a death is counted once, and not at all if its process comes back; while nobody of the job is
+//!   heard, all deaths are one, for the network is what failed; a worker that leaves is none;
+//! - nobody dies before a whole timeout of silence on this clock, nor because this process stood
+//!   still;
 //! - a run ends when nobody of it lives; the next registration begins a new one.
 
 use dtr_proto::v1::{self, ChangeKind, WorkerRecord, WorkerState};
@@ -32,6 +34,8 @@ pub(super) struct Member {
     progressed_ms: u64,
     is_suspect: bool,
     is_stalled: bool,
+    /// Its end is one of the job's failures.
+    is_failure: bool,
 }
 
 /// How a job loses a worker.
@@ -188,8 +192,7 @@ impl Job {
         let finished = self.members.values().all(|m| m.record.state() == WorkerState::Left);
         let was_aborted = !self.record.abort_reason.is_empty();
         if finished || was_aborted || world_size != self.record.world_size {
-            self.record.failures = 0;
-            self.failed_ms = None;
+            self.forgive();
         }
         for worker_id in std::mem::take(&mut self.members).into_keys() {
             let key = Key::Worker { job: self.name.clone(), worker_id };
@@ -207,6 +210,11 @@ impl Job {
         self.drop_former_holders(scene, rank, &worker_id);
         let former = self.members.get(&worker_id);
         let former_incarnation = former.map_or(0, |former| former.record.incarnation);
+        if request.rejoins != 0 && former.is_some_and(|former| former.is_failure) {
+            // It lives, and with it all that it holds.
+            self.record.failures = self.record.failures.saturating_sub(1);
+        }
+        self.is_silence_counted = false;
         self.record.epoch += 1;
         let record = WorkerRecord {
             incarnation,
@@ -271,6 +279,7 @@ impl Job {
         let worker_id = self.member_of(request.identity.as_ref())?.0;
         let known_epoch = request.identity.as_ref().map_or(0, |identity| identity.epoch);
         self.heartbeat_count += 1;
+        self.is_silence_counted = false;
         let member = self.members.get_mut(&worker_id).expect("it was just found");
         member.hear(scene.at.now_ms, request.progress);
         let changes = if known_epoch == self.record.epoch {
@@ -404,9 +413,8 @@ impl Job {
         let level = if is_leave { Level::Info } else { Level::Warn };
         let text = format!("`{}` (rank {rank}) is gone: {}", loss.worker_id, loss.reason);
         self.note(scene, level, text);
-        if self.counts_as_failure(scene.at.now_ms, scene.policy.heartbeat_timeout_ms, loss.kind) {
-            self.record.failures += 1;
-            self.failed_ms = Some(scene.at.now_ms);
+        if self.counts_as_failure(scene, loss.kind) {
+            self.count_failure(scene, loss);
         }
         self.keep_job(scene);
         self.break_barriers(scene);
@@ -424,15 +432,42 @@ impl Job {
         }
     }
 
-    /// Workers that are started again together are replaced one by one: that is one failure.
-    fn counts_as_failure(&self, now_ms: u64, window_ms: u64, kind: ChangeKind) -> bool {
+    /// Workers that are started again together are replaced one by one: that is one failure. So are
+    /// the deaths of workers that fell silent together.
+    fn counts_as_failure(&self, scene: &Scene<'_>, kind: ChangeKind) -> bool {
+        let now_ms = scene.at.now_ms;
+        let window_ms = scene.policy.heartbeat_timeout_ms;
         match kind {
-            ChangeKind::Failed | ChangeKind::Died => true,
+            ChangeKind::Failed => true,
+            ChangeKind::Died => !self.is_silence_counted || self.is_anybody_heard(scene),
             ChangeKind::Replaced => {
                 self.failed_ms.is_none_or(|failed_ms| now_ms - failed_ms > window_ms)
             }
             _ => false,
         }
+    }
+
+    /// Whether a living worker is not even suspect.
+    fn is_anybody_heard(&self, scene: &Scene<'_>) -> bool {
+        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
+        let silent_ms = |id| scene.at.now_ms.saturating_sub(self.members[id].heard_ms);
+        self.holders.values().any(|id| silent_ms(id) <= suspect_ms)
+    }
+
+    fn count_failure(&mut self, scene: &Scene<'_>, loss: &Loss<'_>) {
+        self.record.failures += 1;
+        self.failed_ms = Some(scene.at.now_ms);
+        self.is_silence_counted = !self.is_anybody_heard(scene);
+        if let Some(member) = self.members.get_mut(loss.worker_id) {
+            member.is_failure = true;
+        }
+    }
+
+    /// Counts failures from none again.
+    pub(super) fn forgive(&mut self) {
+        self.record.failures = 0;
+        self.failed_ms = None;
+        self.members.values_mut().for_each(|member| member.is_failure = false);
     }
 
     fn lose_everybody(&mut self, scene: &mut Scene<'_>, reason: &str) {

@@ -252,6 +252,8 @@ struct Job {
     log: VecDeque<v1::MembershipChange>,
     /// When a failure was counted last, for restarts of several workers together.
     failed_ms: Option<u64>,
+    /// Nobody was heard of since the failure that was counted last.
+    is_silence_counted: bool,
     barriers: BTreeMap<String, Barrier>,
     attempts: BTreeMap<u64, Attempt>,
     aborted: BTreeMap<u64, AbortedAttempt>,
