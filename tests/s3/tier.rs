@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dtr_engine::config::Compression;
+use dtr_engine::engine::GcOptions;
 use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
 
@@ -217,6 +218,25 @@ fn what_retention_lets_go_near_leaves_the_far_store_too() {
     assert!(engine.delete(3).unwrap() > 0);
     assert!(engine.delete(2).unwrap() > 0);
     assert!(open(far).steps().unwrap().is_empty());
+}
+
+/// Another rank may be bringing a shard of the checkpoint that takes its place.
+#[test]
+fn a_step_that_never_arrived_takes_no_shard_of_another_rank_with_it() {
+    let Some(place) = Place::own("it looks at the objects") else { return };
+    let (_directory, near, far) = tier(&place);
+    let prefix = far.path.to_str().unwrap().strip_prefix("s3://checkpoints/").unwrap();
+    let step = place.objects(prefix).join("step-000000000001");
+    let others = step.join(format!("rank-00001.{}.shard", "5".repeat(32)));
+    // Hours: nothing arrives while the test looks.
+    let engine = open(Config { remote_bytes_per_second: Some(1), ..near });
+    State::training(1, 0).save(&engine, 1).unwrap();
+    std::fs::create_dir_all(&step).unwrap();
+    std::fs::write(&others, b"fresh").unwrap();
+    engine.delete(1).unwrap();
+    assert!(others.exists());
+    let report = open(far).gc(GcOptions { dry_run: true, grace: Some(Duration::ZERO) }).unwrap();
+    assert_eq!(report.removed.len(), 1, "{report:?}");
 }
 
 #[test]
