@@ -12,20 +12,18 @@ import logging
 import os
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dtruntime import (
     _native,
     connecting,
-    embedded,
     fallback,
     gpus,
     lifecycle,
     membership,
     settings,
 )
-from dtruntime.connecting import Security
+from dtruntime.applying import Application
 from dtruntime.errors import (
     AcceleratorError,
     CheckpointError,
@@ -34,7 +32,7 @@ from dtruntime.errors import (
     RestoreIncomplete,
 )
 from dtruntime.handle import Copied, SaveHandle, SaveInfo, Watcher
-from dtruntime.loading import Reader, device_of, select
+from dtruntime.loading import Reader, device_of
 from dtruntime.replication import Replication, globs_of
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
@@ -46,21 +44,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from dtruntime.connecting import Security
+
 _T = TypeVar("_T")
 _logger = logging.getLogger("dtruntime")
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP_MEMORY = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
-"""Limit and use of this process's control group, by version 2 and version 1 of the interface."""
 _RANK_MAX = 2**32 - 1
-_MEMORY_SHARE = 0.8
-"""Share of the available memory that a restore may fill to check everything first."""
 
 
 class CheckpointManager:
@@ -214,7 +203,14 @@ class CheckpointManager:
         self.last_load: LoadReport | None = None
         """What the last ``load`` or ``restore`` read; None before the first."""
         self._agreement_timeout = float(agreement_timeout)
-        self._ranks = self._join_ranks(engine_settings, coordinator_url, security)
+        self._ranks = None
+        if ranks > 1 and not self._read_only:
+            self._ranks = membership.enter(
+                engine_settings["job"],
+                (rank_number, ranks),
+                (coordinator_url, security),
+                self._agreement_timeout,
+            )
         try:
             self._native = _native.Manager(
                 self._path,
@@ -400,7 +396,7 @@ class CheckpointManager:
 
         def read(checkpoint: _native.Checkpoint) -> Any:
             reader = Reader(checkpoint, verify=self._verify_on_load, mmap=mmap, device=device)
-            keep = None if globs is None else self._select(reader, globs, strict=strict)
+            keep = None if globs is None else reader.select(globs, strict=strict)
             return reader.load(keep)
 
         state, _ = self._read(step, from_rank, read)
@@ -447,7 +443,11 @@ class CheckpointManager:
             plan = plan_restore(state, reader, strict=strict)
             if strict:
                 plan.check()
-            self._apply(plan, reader)
+            application = Application(plan, reader)
+            try:
+                application.run(self._end_copies)
+            finally:
+                self._incomplete = application.incomplete or self._incomplete
             return plan
 
         plan, report = self._read(step, from_rank, read)
@@ -594,29 +594,6 @@ class CheckpointManager:
         mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
         return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
 
-    def _join_ranks(
-        self, engine_settings: dict[str, Any], url: str | None, security: Security | None
-    ) -> membership.Membership | None:
-        """Become a worker of the job, if several ranks write and a coordinator is known."""
-        if engine_settings["world_size"] == 1 or self._read_only:
-            return None
-        rank, world_size = engine_settings["rank"], engine_settings["world_size"]
-        url = url or os.environ.get("COORDINATOR_URL")
-        if url is None:
-            found = embedded.find(rank)
-            if found is None:
-                return None  # the engine says what is missing
-            url, security = found
-        coordinator = connecting.connect(url, security or Security(), connecting.PATIENCE_SECONDS)
-        place = membership.Place(coordinator.url, engine_settings["job"], None, rank, world_size)
-        ranks = membership.join(place, coordinator, ("", 0, ""))
-        try:
-            membership.meet(ranks, self._agreement_timeout)
-        except BaseException:
-            ranks.leave()
-            raise
-        return ranks
-
     @contextlib.contextmanager
     def _declining(self, step: int) -> Iterator[None]:
         """Tell the other ranks if this one does not come to save ``step``."""
@@ -677,24 +654,16 @@ class CheckpointManager:
             raise
         return handle
 
+    def _end_copies(self) -> None:
+        """Wait for what a save still copies from GPUs: it must not change under it."""
+        if self._last is not None:
+            self._last.before_update()
+
     def _newest(self) -> int:
         latest = self.latest_step()
         if latest is None:
             raise fallback.no_checkpoint(self._path)
         return latest
-
-    def _select(self, reader: Reader, globs: Sequence[str], *, strict: bool) -> list[bool]:
-        paths = reader.checkpoint.paths()
-        keep, unmatched = select(reader.tree, paths, globs)
-        if unmatched and strict:
-            top = [paths[child] for _, child in reader.tree.children(0)] if paths else []
-            raise InvalidArgument(
-                f"loading `keys` = {list(globs)!r} of step {reader.checkpoint.step}",
-                f"nothing matches {', '.join(map(repr, unmatched))}",
-                f"the checkpoint's top-level entries are {', '.join(top) or '(none)'}; "
-                "`strict=False` ignores globs that match nothing",
-            )
-        return keep
 
     def _read(
         self,
@@ -726,56 +695,3 @@ class CheckpointManager:
         self._native.protect(checkpoint.step)
         self.last_load = report
         return result, report
-
-    @staticmethod
-    def _fits(plan: RestorePlan, reader: Reader) -> bool:
-        """Tell whether there is memory for everything at once, in the host and in GPUs."""
-        by_place: dict[Any, list[int]] = {}
-        for action in plan.actions:
-            for number in action.tensors:
-                by_place.setdefault(action.devices.get(number), []).append(number)
-        in_host = reader.bytes_of(by_place.pop(None, []))
-        on_gpus = {place: reader.bytes_of(numbers) for place, numbers in by_place.items()}
-        has_memory = in_host <= _MEMORY_SHARE * _available_memory_bytes()
-        return has_memory and gpus.have_room(on_gpus)
-
-    def _apply(self, plan: RestorePlan, reader: Reader) -> None:
-        """Carry a plan out, all at once where memory allows, else by top-level items."""
-        fits = self._fits(plan, reader)
-        has_begun = False
-        try:
-            for actions in [plan.actions] if fits else plan.items():
-                numbers = [number for action in actions for number in action.tensors]
-                devices = {n: place for action in actions for n, place in action.devices.items()}
-                tensors = reader.tensors(numbers, devices)
-                if not has_begun and self._last is not None:
-                    # What a save still copies from GPUs must not change under it.
-                    self._last.before_update()
-                for action in actions:
-                    has_begun = True
-                    action.act(tensors)
-        except BaseException as error:
-            if not has_begun:
-                raise
-            self._incomplete = RestoreIncomplete(
-                f"restoring step {plan.step}",
-                f"the live state was changed in part when this failed: {error}",
-                "restore again, from this step or another, before using or saving the state",
-            )
-            if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
-                raise
-            raise self._incomplete from error
-
-
-def _available_memory_bytes() -> int:
-    """Give the memory that can be had without swapping; everything, where it is not told."""
-    available = 1 << 62
-    with contextlib.suppress(OSError, ValueError):
-        for line in _MEMINFO.read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    for limit, used in _CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # `max`: no limit
-            room = int(limit.read_text("ascii")) - int(used.read_text("ascii"))
-            available = min(available, max(room, 0))
-    return available

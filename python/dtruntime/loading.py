@@ -82,6 +82,25 @@ class Reader:
         tensors = self.tensors(self.tree.tensors_below(0, keep))
         return self.tree.build(0, tensors.__getitem__, keep)
 
+    def select(self, globs: Sequence[str], *, strict: bool) -> list[bool]:
+        """Give which nodes the globs ask for.
+
+        Raises:
+            InvalidArgument: A glob matches nothing, and ``strict`` is set.
+
+        """
+        paths = self.checkpoint.paths()
+        keep, unmatched = select(self.tree, paths, globs)
+        if unmatched and strict:
+            top = [paths[child] for _, child in self.tree.children(0)] if paths else []
+            raise InvalidArgument(
+                f"loading `keys` = {list(globs)!r} of step {self.checkpoint.step}",
+                f"nothing matches {', '.join(map(repr, unmatched))}",
+                f"the checkpoint's top-level entries are {', '.join(top) or '(none)'}; "
+                "`strict=False` ignores globs that match nothing",
+            )
+        return keep
+
     def check_loadable(self, asked: Iterable[int]) -> None:
         """Refuse nodes that are another rank's own state."""
         check_loadable(self.checkpoint, self.tree, asked)

@@ -18,6 +18,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dtruntime import connecting, embedded
+from dtruntime.connecting import Security
 from dtruntime.errors import BarrierTimeout, CheckpointError, JobAborted, MembershipChanged
 
 if TYPE_CHECKING:
@@ -110,6 +112,43 @@ def join(
         with _lock:
             _live.append(membership)
         return membership
+
+
+def enter(
+    job: str,
+    ranks: tuple[int, int],
+    way: tuple[str | None, Security | None],
+    timeout: float,
+) -> Membership | None:
+    """Become a worker of a job of several ranks, and wait until all of them have.
+
+    Args:
+        job: The training run.
+        ranks: This process's rank, and how many there are.
+        way: The coordinator's URL and how to get in. Default: the environment's
+            ``COORDINATOR_URL``, else the one that rank 0 hosts under ``torchrun``.
+        timeout: How long to wait for the other ranks, in seconds.
+
+    Returns:
+        None if no coordinator is known.
+
+    """
+    url, security = way
+    rank, world_size = ranks
+    url = url or os.environ.get("COORDINATOR_URL")
+    if url is None:
+        found = embedded.find(rank)
+        if found is None:
+            return None
+        url, security = found
+    coordinator = connecting.connect(url, security or Security(), connecting.PATIENCE_SECONDS)
+    membership = join(Place(coordinator.url, job, None, rank, world_size), coordinator, ("", 0, ""))
+    try:
+        meet(membership, timeout)
+    except BaseException:
+        membership.leave()
+        raise
+    return membership
 
 
 def meet(membership: Membership, timeout: float) -> None:

@@ -1,7 +1,7 @@
 """Restoring in place: which live object takes which part of a checkpoint.
 
 Deciding is apart from acting: ``plan_restore`` compares the live state with the checkpoint's tree
-and changes nothing; ``RestorePlan.apply`` then carries its actions out.
+and changes nothing; ``applying.Application`` then carries the plan's actions out.
 
 The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part.
 A dict, list or tuple that holds any of these is walked; one that holds plain data only becomes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import assert_same, flip_byte, shard_of
 
-from dtruntime import Corrupt, InvalidArgument, RestoreIncomplete, checkpoint
+from dtruntime import Corrupt, InvalidArgument, RestoreIncomplete, applying
 
 
 def train(model, optimizer, scheduler, generator, steps: int) -> list[float]:
@@ -225,7 +225,7 @@ def test_a_restore_that_fails_half_way_locks_saving(manager):
 def test_without_memory_items_are_restored_one_by_one(open_manager, store, monkeypatch):
     manager = open_manager(compression="none")
     manager.save({"a": torch.ones(60_000), "b": torch.ones(60_000)}, step=1)
-    monkeypatch.setattr(checkpoint, "_available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(applying, "available_memory_bytes", lambda: 1)
     live = {"a": torch.zeros(60_000), "b": torch.zeros(60_000)}
     manager.restore(live)
     assert live["a"].all()
@@ -241,4 +241,4 @@ def test_without_memory_items_are_restored_one_by_one(open_manager, store, monke
 
 
 def test_available_memory_is_plausible():
-    assert 1 << 26 < checkpoint._available_memory_bytes() < 1 << 62
+    assert 1 << 26 < applying.available_memory_bytes() < 1 << 62

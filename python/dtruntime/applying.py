@@ -1,0 +1,107 @@
+"""Carrying a restore plan out: reads what it needs and changes the live state.
+
+Always holds: where memory allows, everything is read and checked before anything is changed;
+elsewhere one top-level entry is read and changed after the other. A state that was changed in part
+is known to be a mixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtruntime import gpus
+from dtruntime.errors import RestoreIncomplete
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from dtruntime.loading import Reader
+    from dtruntime.restore import Action, RestorePlan
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_MEMORY = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+"""Limit and use of this process's control group, by version 2 and version 1 of the interface."""
+_MEMORY_SHARE = 0.8
+"""Share of the available memory that may be filled to check everything first."""
+
+
+class Application:
+    """One plan being carried out.
+
+    Attributes:
+        incomplete: Why the live state is a mixture, once it is one.
+
+    """
+
+    def __init__(self, plan: RestorePlan, reader: Reader) -> None:
+        self.incomplete: RestoreIncomplete | None = None
+        self._plan = plan
+        self._reader = reader
+
+    def run(self, before_change: Callable[[], object]) -> None:
+        """Change the live state; ``before_change`` is called once, before the first change.
+
+        Raises:
+            RestoreIncomplete: It failed half-way.
+            CheckpointError: It failed before, and nothing was changed.
+
+        """
+        groups = [self._plan.actions] if self._fits() else self._plan.items()
+        has_begun = False
+        try:
+            for actions in groups:
+                tensors = self._read(actions)
+                if not has_begun:
+                    before_change()
+                for action in actions:
+                    has_begun = True
+                    action.act(tensors)
+        except BaseException as error:
+            if not has_begun:
+                raise
+            self.incomplete = RestoreIncomplete(
+                f"restoring step {self._plan.step}",
+                f"the live state was changed in part when this failed: {error}",
+                "restore again, from this step or another, before using or saving the state",
+            )
+            if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
+                raise
+            raise self.incomplete from error
+
+    def _read(self, actions: Iterable[Action]) -> dict[int, Any]:
+        numbers = [number for action in actions for number in action.tensors]
+        devices = {n: place for action in actions for n, place in action.devices.items()}
+        return self._reader.tensors(numbers, devices)
+
+    def _fits(self) -> bool:
+        """Tell whether there is memory for everything at once, in the host and in GPUs."""
+        by_place: dict[Any, list[int]] = {}
+        for action in self._plan.actions:
+            for number in action.tensors:
+                by_place.setdefault(action.devices.get(number), []).append(number)
+        in_host = self._reader.bytes_of(by_place.pop(None, []))
+        on_gpus = {place: self._reader.bytes_of(numbers) for place, numbers in by_place.items()}
+        has_memory = in_host <= _MEMORY_SHARE * available_memory_bytes()
+        return has_memory and gpus.have_room(on_gpus)
+
+
+def available_memory_bytes() -> int:
+    """Give the memory that can be had without swapping; everything, where it is not told."""
+    available = 1 << 62
+    with contextlib.suppress(OSError, ValueError):
+        for line in _MEMINFO.read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    for limit, used in _CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # `max`: no limit
+            room = int(limit.read_text("ascii")) - int(used.read_text("ascii"))
+            available = min(available, max(room, 0))
+    return available
