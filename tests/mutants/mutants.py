@@ -5,9 +5,10 @@
 
 A mutant is a patch beside this file. It takes one thing out that a promise rests on, and opens
 with what that is and with the test that must catch it, of the tests of a promise (`crash`,
-`readers`) or of the engine's own (`engine`). Each is applied by itself to a copy of the tree, which
-is built in a directory of its own; a mutant is caught if it builds and its test fails, and each of
-those tests passes without a mutant. The copy and what was built stay in the cache for the next run.
+`readers`, `ranks`, `s3`, `stand_in` for GPUs, `machine` for the coordinator) or of the engine's own
+(`engine`). Each is applied by itself to a copy of the tree, which is built in a directory of its
+own; a mutant is caught if it builds and its test fails, and each of those tests passes without a
+mutant. The copy and what was built stay in the cache for the next run.
 
 `make torture` runs this as one of its rows, mutants by their number in the order of their names.
 """
@@ -24,16 +25,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-HEAD = re.compile(
-    r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>crash|engine|ranks|readers) (?P<test>\S+)\n"
-)
+HEAD = re.compile(r"Mutant: (?P<what>.+)\nCaught by: (?P<binary>[a-z0-9_]+) (?P<test>\S+)\n")
 # As `make test` builds them.
 CARGO = ("cargo", "test", "--locked", "--release", "--workspace", "--quiet")
 TARGETS = {
     "crash": ("--test", "crash"),
     "engine": ("--lib",),
+    "machine": ("--test", "machine"),
     "ranks": ("--test", "ranks"),
     "readers": ("--test", "readers"),
+    "s3": ("--test", "s3"),
+    "stand_in": ("--test", "stand_in"),
 }
 LIMIT_SECONDS = 1800
 
@@ -51,7 +53,7 @@ class Mutant:
     def read(cls, patch: Path) -> Mutant:
         """Read the head of a patch."""
         head = HEAD.match(patch.read_text())
-        if head is None:
+        if head is None or head["binary"] not in TARGETS:
             raise SystemExit(
                 f"error: `{patch}` does not open with `Mutant: ...` and `Caught by: ...`\n"
                 "hint: see the other patches"
