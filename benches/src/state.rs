@@ -18,6 +18,7 @@ use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::tree::{Key, Node, Value};
 use dtr_engine::load::{Checkpoint, ReadOptions, ReadStats, Target};
 use dtr_engine::save::{SaveRequest, StorageInput};
+use fastrand::Rng;
 
 /// Bytes of one parameter: weight, master, and both moments.
 pub const PARAMETER_BYTES: u64 = 2 + 4 + 4 + 4;
@@ -238,18 +239,18 @@ fn tensor_lengths(parameters: u64) -> Vec<usize> {
 
 /// The four storages of one tensor, as [`ROLES`] orders them.
 fn generate_tensor(seed: u64, parameters: usize) -> [Vec<u8>; 4] {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     // Layers differ in how wide their weights spread.
-    let deviation = [0.01, 0.02, 0.04][usize::from(random.next().to_le_bytes()[7]) % 3];
+    let deviation = [0.01, 0.02, 0.04][random.usize(..3)];
     let [mut weights, mut masters, mut first, mut second] =
         [2, 4, 4, 4].map(|width| vec![0; parameters * width]);
     let masters_and_weights = masters.chunks_exact_mut(4).zip(weights.chunks_exact_mut(2));
     let moments = first.chunks_exact_mut(4).zip(second.chunks_exact_mut(4));
     for ((master, weight), (first, second)) in masters_and_weights.zip(moments) {
-        let value = random.normal(deviation);
-        let square = random.positive();
+        let value = normal(&mut random, deviation);
+        let square = positive(&mut random);
         // A mean gradient is some tenths of the root of the mean square.
-        let mean = random.normal(0.3) * square.sqrt();
+        let mean = normal(&mut random, 0.3) * square.sqrt();
         master.copy_from_slice(&value.to_le_bytes());
         weight.copy_from_slice(&bf16(value).to_le_bytes());
         first.copy_from_slice(&mean.to_le_bytes());
@@ -266,42 +267,29 @@ fn bf16(value: f32) -> u16 {
     u16::from_le_bytes([low, high])
 }
 
-/// Numbers without a pattern, from a seed (splitmix64, Steele, Lea and Flood 2014).
-struct Random(u64);
+/// About normal with deviation 1, at most 3.5: a sum of four uniform numbers (Irwin and Hall).
+#[expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "34 bits in 53")]
+fn standard(random: &mut Rng) -> f64 {
+    // Of four uniform numbers below 2^32: their mean, and the root of their variance.
+    const MEAN: i64 = 2 << 32;
+    const DEVIATION: f64 = 4_294_967_296.0 * 0.577_350_269_189_625_8;
+    let (a, b) = (random.u64(..), random.u64(..));
+    let low = u64::from(u32::MAX);
+    let sum = (a & low) + (a >> 32) + (b & low) + (b >> 32);
+    (sum as i64 - MEAN) as f64 / DEVIATION
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
+#[expect(clippy::cast_possible_truncation, reason = "rounds to the nearest")]
+fn normal(random: &mut Rng, deviation: f64) -> f32 {
+    (standard(random) * deviation) as f32
+}
 
-    /// About normal with deviation 1, at most 3.5: a sum of four uniform numbers (Irwin and Hall).
-    #[expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "34 bits in 53")]
-    fn standard(&mut self) -> f64 {
-        // Of four uniform numbers below 2^32: their mean, and the root of their variance.
-        const MEAN: i64 = 2 << 32;
-        const DEVIATION: f64 = 4_294_967_296.0 * 0.577_350_269_189_625_8;
-        let (a, b) = (self.next(), self.next());
-        let low = u64::from(u32::MAX);
-        let sum = (a & low) + (a >> 32) + (b & low) + (b >> 32);
-        (sum as i64 - MEAN) as f64 / DEVIATION
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "rounds to the nearest")]
-    fn normal(&mut self, deviation: f64) -> f32 {
-        (self.standard() * deviation) as f32
-    }
-
-    /// About log-normal around 2^-30, most within five octaves: the bits of a float, read as a
-    /// number, are nearly its logarithm.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 88 to 106")]
-    fn positive(&mut self) -> f32 {
-        let exponent = 127.0 - 30.0 + 2.5 * self.standard();
-        f32::from_bits((exponent * f64::from(1 << 23)) as u32)
-    }
+/// About log-normal around 2^-30, most within five octaves: the bits of a float, read as a
+/// number, are nearly its logarithm.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 88 to 106")]
+fn positive(random: &mut Rng) -> f32 {
+    let exponent = 127.0 - 30.0 + 2.5 * standard(random);
+    f32::from_bits((exponent * f64::from(1 << 23)) as u32)
 }
 
 #[cfg(test)]
@@ -319,7 +307,7 @@ mod tests {
     #[test]
     fn a_seed_makes_the_same_bytes_everywhere() {
         let state = State::generate(1, BYTES);
-        assert_eq!(state.crc32c(), 0x5e2f_09e6);
+        assert_eq!(state.crc32c(), 0xa4c1_46cc);
         assert_eq!(state.crc32c(), State::generate(1, BYTES).crc32c());
         assert_ne!(state.crc32c(), State::generate(2, BYTES).crc32c());
     }

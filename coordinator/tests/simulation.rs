@@ -29,6 +29,7 @@ use coordinator::state::{
     Change, Effects, Event, Key, Moment, Policy, RefusalKind, Reply, State, Ticket,
 };
 use dtr_proto::v1::{self, WorkerState, wait_barrier_reply::Outcome};
+use fastrand::Rng;
 use prost::Message;
 
 const WORLD_SIZE: u32 = 4;
@@ -61,26 +62,6 @@ fn the_same_seed_is_the_same_history() {
     for seed in [1, 2, 3] {
         let hash = |seed| World::new(seed).run().trace.finish();
         assert_eq!(hash(seed), hash(seed), "seed {seed}");
-    }
-}
-
-/// splitmix64.
-struct Chance(u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let value = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        value ^ (value >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    fn percent(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
     }
 }
 
@@ -139,7 +120,7 @@ impl Worker {
 type Decision = (Vec<Change>, Vec<(Ticket, Reply)>);
 
 struct World {
-    chance: Chance,
+    chance: Rng,
     now_ms: u64,
     /// How far the coordinator's clock is off.
     clock_ms: i64,
@@ -183,9 +164,9 @@ struct Model {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut chance = Chance(seed);
-        let failures_max = if chance.percent(20) { 3 } else { 1_000_000 };
-        let has_own_stores = chance.percent(40);
+        let mut chance = Rng::with_seed(seed);
+        let failures_max = if chance.u32(..100) < 20 { 3 } else { 1_000_000 };
+        let has_own_stores = chance.u32(..100) < 40;
         let worker = || Worker {
             phase: Phase::Down,
             incarnation: 0,
@@ -222,7 +203,7 @@ impl World {
         world.after(50, Action::Tick);
         world.after(3_000, Action::Fault);
         for worker in 0..world.workers.len() {
-            let delay_ms = world.chance.below(2_000);
+            let delay_ms = world.chance.u64(..2_000);
             world.after(delay_ms, Action::Start { worker });
         }
         world
@@ -285,15 +266,15 @@ impl World {
     /// Sends something one way: late, twice, or never.
     fn send(&mut self, worker: usize, make: impl Fn() -> Action) {
         let is_lost =
-            self.workers[worker].is_cut_off || (!self.is_calm() && self.chance.percent(8));
+            self.workers[worker].is_cut_off || (!self.is_calm() && self.chance.u32(..100) < 8);
         if is_lost {
             return;
         }
-        let slow = if !self.is_calm() && self.chance.percent(5) { 2_000 } else { 40 };
-        let delay_ms = 1 + self.chance.below(slow);
+        let slow = if !self.is_calm() && self.chance.u32(..100) < 5 { 2_000 } else { 40 };
+        let delay_ms = 1 + self.chance.u64(..slow);
         self.after(delay_ms, make());
-        if !self.is_calm() && self.chance.percent(8) {
-            let delay_ms = 1 + self.chance.below(3_000);
+        if !self.is_calm() && self.chance.u32(..100) < 8 {
+            let delay_ms = 1 + self.chance.u64(..3_000);
             self.after(delay_ms, make());
         }
     }
@@ -326,7 +307,7 @@ impl World {
     // The coordinator.
 
     fn coordinate(&mut self, ticket: Ticket, event: Event) {
-        let random = (u128::from(self.chance.next()) << 64) | u128::from(self.chance.next());
+        let random = self.chance.u128(..);
         let clock = i64::try_from(self.now_ms).expect("short") + self.clock_ms;
         let at = Moment { now_ms: u64::try_from(clock).unwrap_or(0), wall_ms: self.now_ms, random };
         let is_stale = self.model.is_stale(&event);
@@ -369,7 +350,7 @@ impl World {
 
     /// The journal writes; sometimes later than the next decision.
     fn keep_some(&mut self) {
-        if !self.is_calm() && self.chance.percent(15) {
+        if !self.is_calm() && self.chance.u32(..100) < 15 {
             return;
         }
         for (changes, replies) in std::mem::take(&mut self.unkept) {
@@ -391,7 +372,7 @@ impl World {
 
     /// Ends and starts again: what was not kept never happened.
     fn restart(&mut self) {
-        let keeps_last = self.chance.percent(50);
+        let keeps_last = self.chance.u32(..100) < 50;
         if keeps_last {
             self.keep_some();
         }
@@ -411,14 +392,14 @@ impl World {
         if self.is_calm() {
             return;
         }
-        let worker = usize::try_from(self.chance.below(u64::from(WORLD_SIZE))).expect("small");
-        let long_ms = 500 + self.chance.below(12_000);
-        match self.chance.below(8) {
+        let worker = self.chance.usize(..self.workers.len());
+        let long_ms = 500 + self.chance.u64(..12_000);
+        match self.chance.u64(..8) {
             0 | 1 => self.restart(),
             2 => {
-                let jump = i64::try_from(self.chance.below(7_200_000)).expect("small");
+                let jump = self.chance.i64(0..7_200_000);
                 self.jumps_ms.push(self.now_ms);
-                self.clock_ms += if self.chance.percent(70) { jump } else { -jump };
+                self.clock_ms += if self.chance.u32(..100) < 70 { jump } else { -jump };
             }
             3 | 4 => {
                 self.workers[worker].is_cut_off = true;
@@ -435,7 +416,7 @@ impl World {
             }
             _ => self.leave(worker, long_ms),
         }
-        let pause_ms = 500 + self.chance.below(8_000);
+        let pause_ms = 500 + self.chance.u64(..8_000);
         self.after(pause_ms, Action::Fault);
     }
 
@@ -470,7 +451,7 @@ impl World {
 
     /// Registers a new process, or one that had the incarnation `rejoins`.
     fn register_anew(&mut self, worker: usize, rejoins: u64) {
-        let incarnation = self.chance.next();
+        let incarnation = self.chance.u64(..);
         self.workers[worker].incarnation = incarnation;
         let request = v1::RegisterRequest {
             rejoins,
@@ -555,7 +536,8 @@ impl World {
     fn refused(&mut self, worker: usize, kind: RefusalKind) {
         match kind {
             RefusalKind::Fenced
-                if self.workers[worker].phase != Phase::Registering && self.chance.percent(50) =>
+                if self.workers[worker].phase != Phase::Registering
+                    && self.chance.u32(..100) < 50 =>
             {
                 // The process lives, with what it knows of its tries and arrivals.
                 let former = self.workers[worker].incarnation;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use dtr_engine::codec::planes::Kernels;
 use dtr_engine::codec::{Codec, CodecError, Decoder, Encoded, Encoder};
 use dtr_engine::format::layout::ElementType;
+use fastrand::Rng;
 
 const CHUNK_BYTES: usize = 4 << 20;
 const CHUNKS: usize = 24;
@@ -19,13 +20,13 @@ const PASSES: usize = 7;
 
 fn main() -> Result<(), CodecError> {
     let data = [
-        ("bytes, 6 bits", ElementType::Bytes, chunks(|random| vec![random.byte() & 0x3f])),
-        ("f16 weights", ElementType::F16, chunks(|random| f16(random.weight()).to_vec())),
-        ("bf16 weights", ElementType::Bf16, chunks(|random| bf16(random.weight()).to_vec())),
-        ("f32 weights", ElementType::F32, chunks(|random| random.weight().to_le_bytes().to_vec())),
-        ("f64 weights", ElementType::F64, chunks(|random| random.weight_f64().to_vec())),
+        ("bytes, 6 bits", ElementType::Bytes, chunks(|random| vec![random.u8(..) & 0x3f])),
+        ("f16 weights", ElementType::F16, chunks(|random| f16(weight(random)).to_vec())),
+        ("bf16 weights", ElementType::Bf16, chunks(|random| bf16(weight(random)).to_vec())),
+        ("f32 weights", ElementType::F32, chunks(|random| weight(random).to_le_bytes().to_vec())),
+        ("f64 weights", ElementType::F64, chunks(|random| weight_f64(random).to_vec())),
         ("f32 zeros", ElementType::F32, chunks(|_| vec![0; 4])),
-        ("f32 noise", ElementType::F32, chunks(|random| vec![random.byte(); 1])),
+        ("f32 noise", ElementType::F32, chunks(|random| vec![random.u8(..); 1])),
     ];
 
     println!("{:<14} {:<6} {:>10} {:>10} {:>8}", "data", "codec", "encode", "decode", "stored");
@@ -140,8 +141,8 @@ fn gib_per_second(bytes: usize, time: Duration) -> String {
 }
 
 /// Chunks of the elements that `element` makes.
-fn chunks(mut element: impl FnMut(&mut Random) -> Vec<u8>) -> Vec<Vec<u8>> {
-    let mut random = Random(42);
+fn chunks(mut element: impl FnMut(&mut Rng) -> Vec<u8>) -> Vec<Vec<u8>> {
+    let mut random = Rng::with_seed(42);
     let mut chunk = || {
         let mut raw = Vec::with_capacity(CHUNK_BYTES + 8);
         while raw.len() < CHUNK_BYTES {
@@ -152,42 +153,20 @@ fn chunks(mut element: impl FnMut(&mut Random) -> Vec<u8>) -> Vec<Vec<u8>> {
     (0..CHUNKS).map(|_| chunk()).collect()
 }
 
-/// SplitMix64.
-struct Random(u64);
+/// Normal, deviation 0.02, by Box and Muller; its lowest bits are noise.
+fn weight_f64(random: &mut Rng) -> [u8; 8] {
+    let (radius, angle) = (1.0 - random.f64(), random.f64());
+    let value = 0.02 * (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos();
+    value.to_le_bytes()
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.next().to_le_bytes()[0]
-    }
-
-    /// Above 0, at most 1.
-    fn unit(&mut self) -> f64 {
-        let [a, b, c, d, ..] = self.next().to_le_bytes();
-        (f64::from(u32::from_le_bytes([a, b, c, d])) + 1.0) / 4_294_967_296.0
-    }
-
-    /// Normal, deviation 0.02, by Box and Muller; its lowest bits are noise.
-    fn weight_f64(&mut self) -> [u8; 8] {
-        let (radius, angle) = (self.unit(), self.unit());
-        let value = 0.02 * (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos();
-        value.to_le_bytes()
-    }
-
-    /// [`Random::weight_f64`] rounded towards zero.
-    fn weight(&mut self) -> f32 {
-        let bits = u64::from_le_bytes(self.weight_f64());
-        let (sign, exponent) = ((bits >> 32) & 0x8000_0000, (bits >> 52) & 0x7ff);
-        let bits = sign | (exponent.saturating_sub(896) << 23) | ((bits >> 29) & 0x7f_ffff);
-        let [a, b, c, d, ..] = bits.to_le_bytes();
-        f32::from_le_bytes([a, b, c, d])
-    }
+/// [`weight_f64`] rounded towards zero.
+fn weight(random: &mut Rng) -> f32 {
+    let bits = u64::from_le_bytes(weight_f64(random));
+    let (sign, exponent) = ((bits >> 32) & 0x8000_0000, (bits >> 52) & 0x7ff);
+    let bits = sign | (exponent.saturating_sub(896) << 23) | ((bits >> 29) & 0x7f_ffff);
+    let [a, b, c, d, ..] = bits.to_le_bytes();
+    f32::from_le_bytes([a, b, c, d])
 }
 
 /// The upper half of a float32.

@@ -17,10 +17,11 @@ use dtr_engine::format::names::{
 };
 use dtr_engine::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
 use dtr_engine::{Config, Engine, EngineError};
+use fastrand::Rng;
 
 use super::budget::{self, Budget, scratch};
 use super::check::Tools;
-use super::state::{self, CHUNK_BYTES, Random, State};
+use super::state::{self, CHUNK_BYTES, State};
 
 /// Bits that are flipped, and lengths that are tried, when nobody asks for more.
 const SHORT: u64 = 20_000;
@@ -426,24 +427,24 @@ fn shards_of_two_ranks_exchanged_are_found() {
 fn damage_of_several_places_is_found_too() {
     let directory = scratch();
     let (victim, [shard, manifest]) = start(directory.path());
-    let mut random = Random::new(3);
+    let mut random = Rng::with_seed(3);
     for _ in 0..500 {
-        let part = if random.below(4) == 0 { &manifest } else { &shard };
+        let part = if random.usize(..4) == 0 { &manifest } else { &shard };
         let mut bytes = part.bytes.clone();
         let count = bytes.len();
-        match random.below(3) {
+        match random.usize(..3) {
             // A stretch of zeros, of garbage, or of what stands elsewhere in the file.
             0 => {
-                let at = random.below(count);
+                let at = random.usize(..count);
                 bytes[at..count.min(at + 4096)].fill(0);
             }
             1 => {
-                let at = random.below(count);
-                let garbage = random.bytes(count.min(at + 512) - at);
+                let at = random.usize(..count);
+                let garbage = state::bytes(&mut random, count.min(at + 512) - at);
                 bytes[at..at + garbage.len()].copy_from_slice(&garbage);
             }
             _ => {
-                let (from, to) = (random.below(count), random.below(count));
+                let (from, to) = (random.usize(..count), random.usize(..count));
                 let length = (count - from).min(count - to).min(4096);
                 bytes.copy_within(from..from + length, to);
             }

@@ -13,13 +13,14 @@ use dtr_engine::Config;
 use dtr_engine::config::{DirectIo, IoBackend};
 use dtr_engine::io::sim::OpKind;
 use dtr_engine::io::{Io, open_backend};
+use fastrand::Rng;
 
 use super::budget::{self, Budget};
 use super::check::{Tools, view};
 use super::device::{Image, Thin};
 use super::history::View;
 use super::process::{Mounts, with_own_mounts};
-use super::state::{self, CHUNK_BYTES, Random, State};
+use super::state::{self, CHUNK_BYTES, State};
 use super::tap::{Operation, Tap, Watcher};
 
 /// Devices when nobody asks for more.
@@ -73,12 +74,12 @@ fn wear_out(
     states: &[Arc<State>],
     tally: &Tally,
 ) -> Result<(), String> {
-    let mut random = Random::new(number);
+    let mut random = Rng::with_seed(number);
     let mut thin = Thin::new(image, MEMORY_BYTES, directory);
     let store = thin.path().join("store");
-    let backend = [IoBackend::Auto, IoBackend::Threads][random.below(2)];
+    let backend = [IoBackend::Auto, IoBackend::Threads][random.usize(..2)];
     // Three times in four through the page cache, where only the sync can tell.
-    let direct_io = if random.below(4) == 0 { DirectIo::Auto } else { DirectIo::Off };
+    let direct_io = if random.usize(..4) == 0 { DirectIo::Auto } else { DirectIo::Off };
     let syncs = Arc::new(Syncs::default());
     let io: Arc<dyn Io> = Tap::new(open_backend(backend, direct_io).unwrap(), &syncs);
     let tools = Tools::new();
@@ -88,7 +89,7 @@ fn wear_out(
     };
     save(1, 0).map_err(|error| format!("the first save: {error}"))?;
     // From hardly enough for the names to nearly enough for all.
-    thin.leave(4096 * (32 + random.next() % (CHUNKS as u64 * 15)));
+    thin.leave(4096 * (32 + random.u64(..CHUNKS as u64 * 15)));
     let outcome = save(2, 1);
     let failed = syncs.failed.lock().unwrap().len() as u64;
     if outcome.is_ok() && failed > 0 {

@@ -28,12 +28,13 @@ use dtr_engine::format::names::{MANIFEST_FILE, parse_shard_file, parse_step_dir}
 use dtr_engine::io::sim::OpKind;
 use dtr_engine::io::{Direction, EntryOp, Io, Length, OpenMode, open_backend};
 use dtr_engine::{Config, Engine};
+use fastrand::Rng;
 
 use super::budget::{self, Budget};
 use super::check::{Tools, check, view};
 use super::history::{Range, View};
 use super::process::{end_with_parent, rerun};
-use super::state::{self, CHUNK_BYTES, Random, State};
+use super::state::{self, CHUNK_BYTES, State};
 use super::tap::{Operation, Tap, Watcher};
 
 /// Stories told when nobody asks for more. Two processes are killed in each.
@@ -130,36 +131,35 @@ impl Orders {
     }
 
     /// Every point and side in turn.
-    fn stop(self) -> Option<Stop> {
+    fn stop(self, random: &mut Rng) -> Option<Stop> {
         let at = usize::try_from(self.number % (POINTS.len() * SIDES.len()) as u64).unwrap();
-        let occurrence = Random::new(self.number).next() % 3;
+        let occurrence = random.u64(..3);
         let stop = Stop { point: POINTS[at / 2], side: SIDES[at % 2], occurrence };
         self.stops.then_some(stop)
     }
+}
 
-    fn config(self, store: &Path) -> Config {
-        let codecs = [Compression::None, Compression::Zstd, Compression::Float];
-        let compression = codecs[Random::new(self.number).below(codecs.len())];
-        let keep_last_n = Some(u32::try_from(KEPT).unwrap());
-        Config { compression, keep_last_n, gc_grace_seconds: 0, ..state::config(store) }
-    }
+fn some_config(store: &Path, random: &mut Rng) -> Config {
+    let codecs = [Compression::None, Compression::Zstd, Compression::Float];
+    let compression = codecs[random.usize(..codecs.len())];
+    let keep_last_n = Some(u32::try_from(KEPT).unwrap());
+    Config { compression, keep_last_n, gc_grace_seconds: 0, ..state::config(store) }
+}
 
-    fn backend(self) -> Arc<dyn Io> {
-        let mut random = Random::new(self.number ^ 0xb0);
-        let direct_io = [DirectIo::Auto, DirectIo::Off][random.below(2)];
-        // `Auto` is io_uring where the kernel has it.
-        let backend = [IoBackend::Auto, IoBackend::Threads][random.below(2)];
-        open_backend(backend, direct_io).unwrap()
-    }
+fn some_backend(random: &mut Rng) -> Arc<dyn Io> {
+    let direct_io = [DirectIo::Auto, DirectIo::Off][random.usize(..2)];
+    // `Auto` is io_uring where the kernel has it.
+    let backend = [IoBackend::Auto, IoBackend::Threads][random.usize(..2)];
+    open_backend(backend, direct_io).unwrap()
 }
 
 /// A save of a story, the same for whoever makes or checks it.
 fn state_of(number: u64, save: u64) -> State {
-    let mut random = Random::new(number.wrapping_mul(1 << 20) ^ save);
+    let mut random = Rng::with_seed(number.wrapping_mul(1 << 20) ^ save);
     // One in eight is large enough to be synced also while it is written.
-    let chunks = if random.below(8) == 0 { 20 } else { 2 };
-    let sizes = [random.below(chunks * CHUNK_BYTES as usize), random.below(30_000)];
-    State::new(random.next(), &sizes)
+    let chunks = if random.usize(..8) == 0 { 20 } else { 2 };
+    let sizes = [random.usize(..chunks * CHUNK_BYTES as usize), random.usize(..30_000)];
+    State::new(random.u64(..), &sizes)
 }
 
 /// A line for the parent. Begins on a line of its own, whatever the test harness printed.
@@ -213,16 +213,22 @@ impl Watcher for Gate {
 /// The child's life.
 fn work(store: &Path, orders: Orders) -> ! {
     end_with_parent();
-    let gate =
-        Gate { stop: orders.stop(), seen: AtomicU64::new(0), is_shut: AtomicBool::new(false) };
-    let io: Arc<dyn Io> = Tap::new(orders.backend(), &Arc::new(gate));
+    // The children of a story have a configuration and a backend in common.
+    let mut random = Rng::with_seed(orders.number);
+    let gate = Gate {
+        stop: orders.stop(&mut random),
+        seen: AtomicU64::new(0),
+        is_shut: AtomicBool::new(false),
+    };
+    let io: Arc<dyn Io> = Tap::new(some_backend(&mut random), &Arc::new(gate));
+    let config = some_config(store, &mut random);
     let components = Components { io, environment: Arc::new(System::default()) };
-    let engine = Engine::open_with(orders.config(store), components).unwrap();
-    let mut random = Random::new(orders.number ^ (orders.first_save << 32));
+    let engine = Engine::open_with(config, components).unwrap();
+    let mut random = Rng::with_seed(random.u64(..) ^ orders.first_save);
     let mut save = orders.first_save;
     loop {
         let steps = engine.steps().unwrap();
-        match (random.below(8), steps.as_slice()) {
+        match (random.usize(..8), steps.as_slice()) {
             (0, [oldest, _, ..]) => {
                 say(&format!("begin delete {oldest}"));
                 engine.delete(*oldest).unwrap();
@@ -236,7 +242,7 @@ fn work(store: &Path, orders: Orders) -> ! {
                 let newest = steps.last().copied().unwrap_or(0);
                 // Over the newest, to before it, or on.
                 let step =
-                    if turn < 4 && newest > 1 { newest - random.next() % 2 } else { newest + 1 };
+                    if turn < 4 && newest > 1 { newest - random.u64(..2) } else { newest + 1 };
                 say(&format!("begin save {step} {save}"));
                 let state = state_of(orders.number, save);
                 let mut request = state.request(step, usize::try_from(save).unwrap());
@@ -397,7 +403,7 @@ struct Tally {
 
 fn tell(number: u64, store: &Path, tools: &Tools, tally: &Mutex<Tally>) -> Result<(), String> {
     let mut record = Record::new(number);
-    let mut random = Random::new(number ^ 0x5eed);
+    let mut random = Rng::with_seed(number ^ 0x5eed);
     // A child stands at a point, and is killed there.
     let mut talk = Talk::start(store, Orders { number, first_save: 0, stops: true });
     let mut stood = None;
@@ -415,9 +421,9 @@ fn tell(number: u64, store: &Path, tools: &Tools, tally: &Mutex<Tally>) -> Resul
     // The next one goes on in the same store, and is killed at a random time.
     let first_save = record.states.len() as u64;
     let mut talk = Talk::start(store, Orders { number, first_save, stops: false });
-    let calls = record.calls + random.next() % 4;
+    let calls = record.calls + random.u64(..4);
     talk.listen(&mut record, |record, _| record.calls >= calls)?;
-    std::thread::sleep(Duration::from_micros(random.next() % 5_000));
+    std::thread::sleep(Duration::from_micros(random.u64(..5_000)));
     talk.kill(&mut record);
     let checked = check(store, true, &record.legal(), &record.states, tools);
     checked.map_err(|why| format!("killed at a random time: {why}"))?;

@@ -29,9 +29,10 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use dtr_engine::io::Length;
+use fastrand::Rng;
 
 use super::recorder::Op;
-use super::state::Random;
+use super::state;
 
 /// Sizes of the blocks that a device writes whole.
 const BLOCK_BYTES: [usize; 2] = [512, 4096];
@@ -127,22 +128,22 @@ impl Content {
     }
 
     /// Some of the blocks of a write, and what else may stand where the others should.
-    fn tear(&mut self, offset: usize, bytes: &[u8], random: &mut Random) {
+    fn tear(&mut self, offset: usize, bytes: &[u8], random: &mut Rng) {
         // Every second of those that are not there whole is not there at all.
-        if random.below(2) == 0 {
+        if random.bool() {
             return;
         }
-        let block_bytes = BLOCK_BYTES[random.below(BLOCK_BYTES.len())];
+        let block_bytes = BLOCK_BYTES[random.usize(..BLOCK_BYTES.len())];
         // A write that the power cut short has a beginning; others lose blocks anywhere.
-        let beginning = (random.below(2) == 0).then(|| random.below(bytes.len() / block_bytes + 1));
+        let beginning = random.bool().then(|| random.usize(..=bytes.len() / block_bytes));
         for (number, block) in bytes.chunks(block_bytes).enumerate() {
             let at = offset + number * block_bytes;
-            match (beginning, random.below(4)) {
+            match (beginning, random.usize(..4)) {
                 (Some(beginning), _) if number < beginning => self.put(at, block),
                 (Some(_), _) | (None, 0) => {}
                 (None, 1) => self.put(at, block),
                 (None, 2) => self.put(at, &vec![0; block.len()]),
-                (None, _) => self.put(at, &random.bytes(block.len())),
+                (None, _) => self.put(at, &state::bytes(random, block.len())),
             }
         }
     }
@@ -189,7 +190,7 @@ impl Medium {
     pub(crate) fn image(&self, point: usize, fate: Fate) -> Image {
         let durable = self.durable(point);
         let mut random = match fate {
-            Fate::Random(seed) => Some(Random::new(seed)),
+            Fate::Random(seed) => Some(Rng::with_seed(seed)),
             _ => None,
         };
         let mut dirs: BTreeMap<usize, BTreeMap<&str, Node>> = BTreeMap::new();
@@ -201,7 +202,7 @@ impl Medium {
                     Fate::None => false,
                     Fate::AllBut(left_out) => at != left_out,
                     Fate::Only(kept) => at == kept,
-                    Fate::Random(_) => random.as_mut().is_some_and(|random| random.below(2) == 0),
+                    Fate::Random(_) => random.as_mut().is_some_and(Rng::bool),
                 };
             match event {
                 Event::Entries { dir, changes } if whole => {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use dtr_engine::Config;
 use dtr_engine::config::{DirectIo, IoBackend};
 use dtr_engine::io::{Io, open_backend};
+use fastrand::Rng;
 
 use super::budget::{self, Budget, scratch};
 use super::check::{Tools, check};
@@ -19,7 +20,6 @@ use super::device::{Device, Images, Layer, Switch};
 use super::history::Call::{Clean, Delete, Reopen, Rewind, Save};
 use super::history::{Call, Player, store};
 use super::process::{Mounts, with_own_mounts};
-use super::state::Random;
 use super::tap::{Operation, Tap, Watcher};
 
 /// Cuts when nobody asks for more.
@@ -104,10 +104,7 @@ fn cases() -> Vec<Case> {
             }
         }
     }
-    let mut random = Random::new(0);
-    for last in (1..cases.len()).rev() {
-        cases.swap(last, random.below(last + 1));
-    }
+    Rng::with_seed(0).shuffle(&mut cases);
     cases
 }
 

@@ -7,13 +7,14 @@
 use std::path::Path;
 
 use dtr_engine::config::Compression;
+use fastrand::Rng;
 
 use super::budget::{self, Budget, Seen};
 use super::check::{Tools, check};
 use super::history::Call::{Clean, Delete, Reopen, Rewind, Save};
 use super::history::{Call, History, Player, store};
 use super::medium::Fate;
-use super::state::Random;
+use super::state;
 
 /// States that are tried when nobody asks for more.
 const SHORT: u64 = 5_000;
@@ -47,21 +48,18 @@ impl Campaign {
             }
         }
         // A part of them is a part of every history.
-        let mut random = Random::new(0);
-        for last in (1..systematic.len()).rev() {
-            systematic.swap(last, random.below(last + 1));
-        }
+        Rng::with_seed(0).shuffle(&mut systematic);
         Self { histories, systematic }
     }
 
     fn case(&self, number: u64) -> Case {
         let known = usize::try_from(number).ok().and_then(|number| self.systematic.get(number));
         known.copied().unwrap_or_else(|| {
-            let mut random = Random::new(number);
-            let history = random.below(self.histories.len());
+            let mut random = Rng::with_seed(number);
+            let history = random.usize(..self.histories.len());
             let History { first, length, .. } = self.histories[history];
-            let point = first + random.below(length + 1 - first);
-            Case { history, point, fate: Fate::Random(random.next()) }
+            let point = first + random.usize(..length + 1 - first);
+            Case { history, point, fate: Fate::Random(random.u64(..)) }
         })
     }
 
@@ -98,10 +96,15 @@ impl Campaign {
         let mut image = history.medium.image(case.point, case.fate);
         let exists = image.has_directory(&store());
         if exists {
-            let lock = [None, Some(Vec::new()), Some(Random::new(number).bytes(4096))];
-            let which = Random::new(number).below(lock.len());
-            if let Some(bytes) = &lock[which] {
-                image.add_file(store().join("writer.lock"), bytes.clone());
+            // Of other numbers than those that drew the case.
+            let mut random = Rng::with_seed(number).fork();
+            let lock = match random.usize(..3) {
+                0 => None,
+                1 => Some(Vec::new()),
+                _ => Some(state::bytes(&mut random, 4096)),
+            };
+            if let Some(bytes) = lock {
+                image.add_file(store().join("writer.lock"), bytes);
             }
         }
         let legal = history.legal(case.point);

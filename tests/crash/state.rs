@@ -20,45 +20,23 @@ use dtr_engine::io::{Io, open_backend};
 use dtr_engine::load::{Checkpoint, ReadOptions, Target};
 use dtr_engine::save::{SaveHandle, SaveRequest, StorageInput};
 use dtr_engine::{Engine, Result};
+use fastrand::Rng;
 
 pub(crate) const CHUNK_BYTES: u32 = 64 << 10;
 /// Where a manifest says which save of its history it is.
 const SAVE_KEY: &str = "save";
 
-/// Numbers without a pattern, from a seed (splitmix64, Steele, Lea and Flood 2014).
-#[derive(Debug)]
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
+/// Bytes; every fourth repeats the one before, so that codecs have something to do.
+pub(crate) fn bytes(random: &mut Rng, count: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = Vec::with_capacity(count + 8);
+    while bytes.len() < count {
+        bytes.extend(random.u64(..).to_le_bytes());
+        let last = bytes.len() - 1;
+        bytes[last] = bytes[last - 1];
+        bytes[last - 4] = bytes[last - 5];
     }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// Less than `bound`, which is not 0.
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % bound as u64).unwrap()
-    }
-
-    /// Bytes; every fourth repeats the one before, so that codecs have something to do.
-    pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = Vec::with_capacity(count + 8);
-        while bytes.len() < count {
-            bytes.extend(self.next().to_le_bytes());
-            let last = bytes.len() - 1;
-            bytes[last] = bytes[last - 1];
-            bytes[last - 4] = bytes[last - 5];
-        }
-        bytes.truncate(count);
-        bytes
-    }
+    bytes.truncate(count);
+    bytes
 }
 
 /// Storages of bytes, each with one tensor over all of it.
@@ -70,17 +48,17 @@ pub(crate) struct State {
 impl State {
     /// One storage for each of `sizes`, in bytes.
     pub(crate) fn new(seed: u64, sizes: &[usize]) -> Self {
-        let mut random = Random::new(seed);
-        Self { storages: sizes.iter().map(|bytes| random.bytes(*bytes)).collect() }
+        let mut random = Rng::with_seed(seed);
+        Self { storages: sizes.iter().map(|size| bytes(&mut random, *size)).collect() }
     }
 
     /// Storages of runs of one value, which codecs shrink to little.
     pub(crate) fn repetitive(seed: u64, sizes: &[usize]) -> Self {
-        let mut random = Random::new(seed);
+        let mut random = Rng::with_seed(seed);
         let storages = sizes
             .iter()
-            .map(|bytes| {
-                random.bytes(bytes.div_ceil(8)).iter().flat_map(|byte| [*byte; 8]).collect()
+            .map(|size| {
+                bytes(&mut random, size.div_ceil(8)).iter().flat_map(|byte| [*byte; 8]).collect()
             })
             .collect();
         Self { storages }
@@ -168,9 +146,7 @@ impl Environment for Counter {
 
     fn attempt_id(&self) -> Result<AttemptId> {
         let count = self.0.fetch_add(1, Ordering::Relaxed);
-        let mut random = Random::new(count);
-        let halves = [random.next().to_le_bytes(), random.next().to_le_bytes()];
-        Ok(AttemptId(halves.concat().try_into().unwrap()))
+        Ok(AttemptId(Rng::with_seed(count).u128(..).to_le_bytes()))
     }
 }
 

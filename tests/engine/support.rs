@@ -11,29 +11,13 @@ use dtr_engine::format::tree::{Key, Node, Value};
 use dtr_engine::load::{Checkpoint, ReadOptions, Target};
 use dtr_engine::save::{SaveHandle, SaveInfo, SaveRequest, StorageInput};
 use dtr_engine::{Config, Engine, Result};
+use fastrand::Rng;
 
-/// Numbers without a pattern, from a seed (splitmix64, Steele, Lea and Flood 2014).
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// Between -1 and 1, denser around 0, as weights are.
-    #[expect(clippy::cast_precision_loss, reason = "any float will do")]
-    fn weight(&mut self) -> f32 {
-        let sum: i64 = (0..4).map(|_| i64::from((self.next() >> 48) as u16) - 32768).sum();
-        sum as f32 / 131_072.0
-    }
+/// Between -1 and 1, denser around 0, as weights are.
+#[expect(clippy::cast_precision_loss, reason = "any float will do")]
+fn weight(random: &mut Rng) -> f32 {
+    let sum: i64 = (0..4).map(|_| i64::from(random.u16(..)) - 32768).sum();
+    sum as f32 / 131_072.0
 }
 
 /// One storage of a [`State`].
@@ -51,9 +35,9 @@ impl State {
     /// Weights, moments, indexes and odd ends: about `scale` times 6 MiB, sizes that cross chunk
     /// borders, and storages of 0, 1 and 63 bytes.
     pub(crate) fn training(seed: u64, scale: usize) -> Self {
-        let mut random = Random::new(seed);
+        let mut random = Rng::with_seed(seed);
         let mut floats =
-            |count: usize| -> Vec<f32> { (0..count).map(|_| random.weight()).collect() };
+            |count: usize| -> Vec<f32> { (0..count).map(|_| weight(&mut random)).collect() };
         let f32_bytes =
             |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let bf16_bytes = |values: &[f32]| -> Vec<u8> {

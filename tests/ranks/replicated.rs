@@ -7,8 +7,9 @@ use dtr_engine::format::tree::Value;
 use dtr_engine::load::{Checkpoint, ReadOptions, Target};
 use dtr_engine::save::{SaveInfo, SaveRequest};
 use dtr_engine::{Config, Engine, EngineError, Result};
+use fastrand::Rng;
 
-use crate::support::{Random, State, Storage, finish};
+use crate::support::{State, Storage, finish};
 use crate::world::{Rank, World, refusals, together};
 
 /// What one rank has: the first storages are the same on all of them.
@@ -29,23 +30,21 @@ impl Mixed {
 
     /// Sizes, types and what is shared by chance.
     fn random(seed: u64, rank: u32) -> Self {
-        let storages = |seed: u64, count: u64| -> Vec<Storage> {
-            let mut random = Random::new(seed);
+        let storages = |mut random: Rng, count: usize| -> Vec<Storage> {
             let mut storage = || {
-                let mut below = |count: usize| usize::try_from(random.next() >> 1).unwrap() % count;
-                let element = ElementType::ALL[below(ElementType::ALL.len())];
-                let most = [1, 100, 70_000, 600_000][below(4)];
-                let bytes = below(most);
-                let words = (0..bytes.div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
-                let bytes = words.take(bytes).collect();
+                let element = ElementType::ALL[random.usize(..ElementType::ALL.len())];
+                let most = [1, 100, 70_000, 600_000][random.usize(..4)];
+                let mut bytes = vec![0; random.usize(..most)];
+                random.fill(&mut bytes);
                 Storage { element, bytes }
             };
             (0..count).map(|_| storage()).collect()
         };
-        let counts = Random::new(seed).next();
-        let mut all = storages(seed ^ 1, 1 + counts % 7);
+        let mut random = Rng::with_seed(seed);
+        let mut all = storages(random.fork(), random.usize(1..=7));
         let shared = all.len();
-        all.extend(storages(seed ^ u64::from(rank + 2) << 8, counts >> 8 & 3));
+        let own = random.usize(..4);
+        all.extend(storages(Rng::with_seed(random.u64(..) ^ u64::from(rank)), own));
         Self { state: State(all), shared }
     }
 
@@ -256,7 +255,7 @@ fn ranks_may_cut_and_encode_as_they_like() {
 fn states_by_chance_come_back_at_every_world_size() {
     for seed in 0..12_u64 {
         println!("seed {seed}");
-        let world = World::new(1 + u32::try_from(Random::new(seed).next() % 5).unwrap());
+        let world = World::new(1 + u32::try_from(seed % 5).unwrap());
         let ranks = world.ranks();
         let saved = together(&ranks, |rank| Mixed::random(seed, rank.number).save(rank, 1));
         saved.into_iter().collect::<Result<Vec<_>>>().unwrap();

@@ -9,9 +9,9 @@ use std::time::Duration;
 use dtr_engine::error::CoordinationKind;
 use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::{EngineError, Result};
+use fastrand::Rng;
 
 use crate::budget::Budget;
-use crate::support::Random;
 use crate::world::{Rank, World, state_of, together};
 
 const RANKS: u32 = 3;
@@ -21,14 +21,12 @@ const STEPS: u64 = 6;
 #[derive(Debug)]
 struct Lossy {
     ranks: Arc<dyn Ranks>,
-    random: Mutex<u64>,
+    random: Mutex<Rng>,
 }
 
 impl Lossy {
     fn chance(&self) -> u64 {
-        let mut seed = self.random.lock().unwrap();
-        *seed = Random::new(*seed).next();
-        *seed % 100
+        self.random.lock().unwrap().u64(..100)
     }
 
     /// The call, lost on its way there, or on its way back.
@@ -95,7 +93,7 @@ fn run(seed: u64) -> (u64, u64) {
     let world = World::new(RANKS);
     let open = |number| {
         world.rank_through(number, world.config(number), |ranks| {
-            let random = Mutex::new(seed * 1_000_003 + u64::from(number));
+            let random = Mutex::new(Rng::with_seed(seed * 1_000_003 + u64::from(number)));
             Arc::new(Lossy { ranks, random })
         })
     };

@@ -15,6 +15,7 @@ use std::{env, fs};
 use dtr_engine::load::{ReadOptions, Target};
 use dtr_engine::{Config, EngineError};
 use dtr_proto::v1 as proto;
+use fastrand::Rng;
 use proto::node::Value;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -23,7 +24,7 @@ use super::forge::{
     CHUNK_BYTES, Chunk, FLOAT, Forged, GZIP, Index, STEP, ZSTD, node, signed, storage, tensor,
     write_manifest,
 };
-use super::state::{self, Counter, Random};
+use super::state::{self, Counter};
 
 /// Set in the process that measures.
 const ALONE: &str = "DTR_TEST_ALONE";
@@ -37,7 +38,7 @@ const MEMORY_BYTES_MAX: u64 = 64 << 20;
 const READ_BYTES_MAX: u64 = 1 << 20;
 
 /// A kind of bomb: its name, and how to put one into a store.
-type Kind = (&'static str, fn(&Path, &mut Random));
+type Kind = (&'static str, fn(&Path, &mut Rng));
 
 const KINDS: &[Kind] = &[
     ("a footer of terabytes", footer_of_terabytes),
@@ -95,7 +96,7 @@ fn set_off_all() {
         let kind = usize::try_from(number).unwrap() % KINDS.len();
         let (name, place) = KINDS[kind];
         let directory = scratch();
-        place(directory.path(), &mut Random::new(number));
+        place(directory.path(), &mut Rng::with_seed(number));
         let again = format!(
             "bomb {number}, {name}; again with DTR_TORTURE_FIRST={number} DTR_TORTURE_STATES=1"
         );
@@ -191,7 +192,7 @@ fn status_bytes(name: &str) -> u64 {
     kib << 10
 }
 
-fn footer_of_terabytes(store: &Path, random: &mut Random) {
+fn footer_of_terabytes(store: &Path, random: &mut Rng) {
     let footer: [fn(&mut dtr_engine::format::shard::Footer); 6] = [
         |footer| footer.index_raw_bytes = 1 << 40,
         |footer| footer.index_raw_bytes = 1 << 30,
@@ -200,22 +201,22 @@ fn footer_of_terabytes(store: &Path, random: &mut Random) {
         |footer| footer.file_bytes = 1 << 42,
         |footer| footer.index_offset = u64::MAX - 4095,
     ];
-    Forged { footer: footer[random.below(footer.len())], ..Forged::whole() }.write(store);
+    Forged { footer: footer[random.usize(..footer.len())], ..Forged::whole() }.write(store);
 }
 
-fn header_with_impossible_chunks(store: &Path, random: &mut Random) {
+fn header_with_impossible_chunks(store: &Path, random: &mut Rng) {
     let mut forged = Forged::whole();
     let sizes = [0, 1, 4096, CHUNK_BYTES + 1, 128 << 20, 1 << 31, u32::MAX];
-    forged.header.chunk_bytes = sizes[random.below(sizes.len())];
+    forged.header.chunk_bytes = sizes[random.usize(..sizes.len())];
     forged.write(store);
 }
 
-fn file_of_terabytes(store: &Path, random: &mut Random) {
-    let hole_bytes = 4096 * (1 + random.next() % (1 << 28));
+fn file_of_terabytes(store: &Path, random: &mut Rng) {
+    let hole_bytes = 4096 * (1 + random.u64(..1 << 28));
     Forged { hole_bytes, ..Forged::whole() }.write(store);
 }
 
-fn manifest_of_exabytes(store: &Path, random: &mut Random) {
+fn manifest_of_exabytes(store: &Path, random: &mut Rng) {
     let manifest: [fn(&mut dtr_engine::format::manifest::Manifest); 4] = [
         |manifest| manifest.shards[0].bytes = 1 << 60,
         |manifest| manifest.shards[0].bytes = u64::MAX - 4095,
@@ -225,10 +226,10 @@ fn manifest_of_exabytes(store: &Path, random: &mut Random) {
             manifest.shards[0].bytes = 0;
         },
     ];
-    Forged { manifest: manifest[random.below(manifest.len())], ..Forged::whole() }.write(store);
+    Forged { manifest: manifest[random.usize(..manifest.len())], ..Forged::whole() }.write(store);
 }
 
-fn manifest_of_many_shards(store: &Path, _: &mut Random) {
+fn manifest_of_many_shards(store: &Path, _: &mut Rng) {
     let manifest = |manifest: &mut dtr_engine::format::manifest::Manifest| {
         use dtr_engine::format::names::shard_file_name;
         manifest.world_size = 4000;
@@ -263,39 +264,39 @@ fn list_of(item: &str, bytes: usize) -> String {
     list
 }
 
-fn manifest_of_many_values(store: &Path, random: &mut Random) {
+fn manifest_of_many_values(store: &Path, random: &mut Rng) {
     let items = ["0", "[]", "\"\"", "null", "[0]"];
-    let list = list_of(items[random.below(items.len())], (4 + random.below(4)) << 20);
-    let key = ["metadata", "dataset_positions"][random.below(2)];
+    let list = list_of(items[random.usize(..items.len())], (4 + random.usize(..4)) << 20);
+    let key = ["metadata", "dataset_positions"][random.usize(..2)];
     write_metadata(store, key, &format!("\"{key}\": {{\"x\": {list}}}"));
 }
 
-fn manifest_of_many_objects(store: &Path, random: &mut Random) {
+fn manifest_of_many_objects(store: &Path, random: &mut Rng) {
     let items = ["{\"\":0}", "{\"a\":{\"b\":{}}}", "{\"\":[]}"];
-    let list = list_of(items[random.below(items.len())], (1 + random.below(4)) << 20);
+    let list = list_of(items[random.usize(..items.len())], (1 + random.usize(..4)) << 20);
     write_metadata(store, "metadata", &format!("\"metadata\": {{\"x\": {list}}}"));
 }
 
-fn manifest_of_many_names(store: &Path, random: &mut Random) {
+fn manifest_of_many_names(store: &Path, random: &mut Rng) {
     Forged::whole().write(store);
     let path = store
         .join(dtr_engine::format::names::step_dir_name(STEP))
         .join(dtr_engine::format::names::MANIFEST_FILE);
     let text = fs::read_to_string(&path).unwrap();
     let (_, body) = text.split_once("\",").unwrap();
-    let list = list_of("\"a\"", (4 + random.below(4)) << 20);
+    let list = list_of("\"a\"", (4 + random.usize(..4)) << 20);
     let json =
         format!("{{{body}").replacen("\"replicated\": []", &format!("\"replicated\": {list}"), 1);
     write_manifest(store, &signed(&json));
 }
 
-fn manifest_that_nests(store: &Path, random: &mut Random) {
-    let depth = 200 + random.below(1 << 20);
-    let (open, close) = [("[", "]"), ("{\"a\":", "}")][random.below(2)];
+fn manifest_that_nests(store: &Path, random: &mut Rng) {
+    let depth = 200 + random.usize(..1 << 20);
+    let (open, close) = [("[", "]"), ("{\"a\":", "}")][random.usize(..2)];
     let mut value = open.repeat(depth);
     value.push('0');
     value.push_str(&close.repeat(depth));
-    let key = ["metadata", "unknown"][random.below(2)];
+    let key = ["metadata", "unknown"][random.usize(..2)];
     if key == "metadata" {
         write_metadata(store, "metadata", &format!("\"metadata\": {{\"x\": {value}}}"));
     } else {
@@ -324,16 +325,16 @@ fn zstd_of_runs(blocks: usize, byte: u8, says_length: bool) -> Vec<u8> {
     frame
 }
 
-fn index_of_gigabytes(store: &Path, random: &mut Random) {
-    let blocks = [64, 1000, 8192, 8191, 100_000][random.below(5)];
-    let stored = zstd_of_runs(blocks, u8::try_from(random.below(256)).unwrap(), true);
+fn index_of_gigabytes(store: &Path, random: &mut Rng) {
+    let blocks = [64, 1000, 8192, 8191, 100_000][random.usize(..5)];
+    let stored = zstd_of_runs(blocks, random.u8(..), true);
     let raw_bytes = blocks as u64 * (128 << 10);
     Forged { index: Some(Index { stored, raw_bytes }), ..Forged::whole() }.write(store);
 }
 
 /// The wire of a list of `count` nodes that are `None`.
-fn index_of_many_nodes(store: &Path, random: &mut Random) {
-    let count = (1 << 20) + random.below(15 << 20);
+fn index_of_many_nodes(store: &Path, random: &mut Rng) {
+    let count = (1 << 20) + random.usize(..15 << 20);
     let list = node(Value::List(u32::try_from(count).unwrap()));
     let mut wire = Vec::new();
     prost::encoding::message::encode(1, &list, &mut wire);
@@ -343,12 +344,12 @@ fn index_of_many_nodes(store: &Path, random: &mut Random) {
     Forged { index: Some(Index::of_wire(&wire)), ..Forged::new(Vec::new()) }.write(store);
 }
 
-fn index_of_many_records(store: &Path, random: &mut Random) {
-    let count = (1 << 20) + random.below(3 << 20);
+fn index_of_many_records(store: &Path, random: &mut Rng) {
+    let count = (1 << 20) + random.usize(..3 << 20);
     let mut wire = Vec::new();
     prost::encoding::message::encode(1, &node(Value::None(proto::Unit {})), &mut wire);
     let mut item = Vec::new();
-    if random.below(2) == 0 {
+    if random.bool() {
         prost::encoding::message::encode(2, &storage(0, 0), &mut item);
         wire.extend(item.repeat(count));
     } else {
@@ -359,9 +360,9 @@ fn index_of_many_records(store: &Path, random: &mut Random) {
     Forged { index: Some(Index::of_wire(&wire)), ..Forged::new(Vec::new()) }.write(store);
 }
 
-fn index_whose_length_lies(store: &Path, random: &mut Random) {
+fn index_whose_length_lies(store: &Path, random: &mut Rng) {
     let mut index = Index::of(&Forged::whole().message());
-    index.raw_bytes = match random.below(5) {
+    index.raw_bytes = match random.usize(..5) {
         0 => index.raw_bytes + 1,
         1 => index.raw_bytes - 1,
         2 => 1,
@@ -371,10 +372,10 @@ fn index_whose_length_lies(store: &Path, random: &mut Random) {
     Forged { index: Some(index), ..Forged::whole() }.write(store);
 }
 
-fn tree_with_a_lying_count(store: &Path, random: &mut Random) {
+fn tree_with_a_lying_count(store: &Path, random: &mut Rng) {
     let mut message = Forged::whole().message();
-    let count = [2, 1000, 1 << 24, u32::MAX - 1, u32::MAX][random.below(5)];
-    let root = match random.below(3) {
+    let count = [2, 1000, 1 << 24, u32::MAX - 1, u32::MAX][random.usize(..5)];
+    let root = match random.usize(..3) {
         0 => Value::List(count),
         1 => Value::Tuple(count),
         _ => Value::Dict(proto::Dict { len: count, ordered: true, metadata: true }),
@@ -383,8 +384,8 @@ fn tree_with_a_lying_count(store: &Path, random: &mut Random) {
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
 }
 
-fn tree_that_nests(store: &Path, random: &mut Random) {
-    let depth = 129 + random.below(100_000);
+fn tree_that_nests(store: &Path, random: &mut Rng) {
+    let depth = 129 + random.usize(..100_000);
     let mut message = Forged::whole().message();
     let leaf = message.nodes.pop().unwrap();
     message.nodes = vec![node(Value::List(1)); depth];
@@ -392,10 +393,10 @@ fn tree_that_nests(store: &Path, random: &mut Random) {
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
 }
 
-fn tensor_of_exabytes(store: &Path, random: &mut Random) {
+fn tensor_of_exabytes(store: &Path, random: &mut Rng) {
     let mut message = Forged::whole().message();
     let tensor = &mut message.tensors[0];
-    match random.below(6) {
+    match random.usize(..6) {
         0 => tensor.shape = vec![1 << 62],
         1 => tensor.strides = vec![1 << 62],
         2 => tensor.offset = u64::MAX,
@@ -409,21 +410,21 @@ fn tensor_of_exabytes(store: &Path, random: &mut Random) {
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
 }
 
-fn storage_without_chunks(store: &Path, random: &mut Random) {
+fn storage_without_chunks(store: &Path, random: &mut Rng) {
     let mut message = Forged::whole().message();
-    let bytes = [1 << 40, 1 << 60, u64::MAX, 5001][random.below(4)];
+    let bytes = [1 << 40, 1 << 60, u64::MAX, 5001][random.usize(..4)];
     message.storages[0].bytes = bytes;
     message.tensors[0] = tensor(0, &[bytes.min(1 << 60)]);
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
 }
 
-fn part_without_the_rest(store: &Path, random: &mut Random) {
+fn part_without_the_rest(store: &Path, random: &mut Rng) {
     let mut forged = Forged::whole();
     forged.header.replicated = true;
     let mut message = forged.message();
     let held = message.storages[0].bytes;
-    let bytes = [1 << 40, 1 << 60, u64::MAX, held + 1][random.below(4)];
-    let start = [0, 1, bytes - held, u64::MAX][random.below(4)];
+    let bytes = [1 << 40, 1 << 60, u64::MAX, held + 1][random.usize(..4)];
+    let start = [0, 1, bytes - held, u64::MAX][random.usize(..4)];
     message.storages[0].bytes = bytes;
     message.storages[0].replica = Some(proto::Replica { number: 0, start, bytes: held });
     message.tensors[0] = tensor(0, &[bytes.min(1 << 60)]);
@@ -432,10 +433,10 @@ fn part_without_the_rest(store: &Path, random: &mut Random) {
     forged.write(store);
 }
 
-fn columns_that_lie(store: &Path, random: &mut Random) {
+fn columns_that_lie(store: &Path, random: &mut Rng) {
     let mut message = Forged::whole().message();
     let columns = message.chunks.as_mut().unwrap();
-    match random.below(7) {
+    match random.usize(..7) {
         0 => columns.raw_bytes[0] = u32::MAX,
         1 => columns.stored_bytes[0] = u32::MAX,
         2 => columns.offset[0] = u64::MAX,
@@ -448,7 +449,7 @@ fn columns_that_lie(store: &Path, random: &mut Random) {
 }
 
 /// Chunks whose checksums are wrong, and tensors that lie in all of them, under long names.
-fn many_views_of_damage(store: &Path, random: &mut Random) {
+fn many_views_of_damage(store: &Path, random: &mut Rng) {
     const CHUNKS: usize = 64;
     const TENSORS: u32 = 20_000;
     let chunk = Chunk { raw_crc32c: 1, ..Chunk::raw(vec![7; CHUNK_BYTES as usize]) };
@@ -456,7 +457,7 @@ fn many_views_of_damage(store: &Path, random: &mut Random) {
     let mut message = forged.message();
     let all = message.storages[0].bytes;
     message.tensors = vec![tensor(0, &[all]); TENSORS as usize];
-    let long_key = "k".repeat(random.below(1 << 20));
+    let long_key = "k".repeat(random.usize(..1 << 20));
     let mut nodes = vec![
         node(Value::Dict(proto::Dict { len: 1, ordered: false, metadata: false })),
         node(Value::List(TENSORS)),
@@ -469,7 +470,7 @@ fn many_views_of_damage(store: &Path, random: &mut Random) {
 }
 
 /// Legal; what reports the damage must not count on where it lies.
-fn empty_tensor_far_away(store: &Path, _: &mut Random) {
+fn empty_tensor_far_away(store: &Path, _: &mut Rng) {
     let mut forged = Forged::whole();
     forged.chunks[0].raw_crc32c ^= 1;
     let mut message = forged.message();
@@ -489,15 +490,15 @@ fn packed(codec: u8, stored: Vec<u8>, raw_bytes: u32) -> Forged {
     forged
 }
 
-fn zstd_chunk(store: &Path, random: &mut Random) {
-    let blocks = [1, 100, 8192, 16_000][random.below(4)];
-    let frame = zstd_of_runs(blocks, 0, random.below(2) == 0);
+fn zstd_chunk(store: &Path, random: &mut Rng) {
+    let blocks = [1, 100, 8192, 16_000][random.usize(..4)];
+    let frame = zstd_of_runs(blocks, 0, random.bool());
     packed(ZSTD, frame, CHUNK_BYTES).write(store);
 }
 
-fn gzip_chunk(store: &Path, random: &mut Random) {
+fn gzip_chunk(store: &Path, random: &mut Rng) {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    for _ in 0..=random.below(64) {
+    for _ in 0..=random.usize(..64) {
         encoder.write_all(&vec![0; 1 << 20]).unwrap();
     }
     let mut member = encoder.finish().unwrap();
@@ -507,11 +508,11 @@ fn gzip_chunk(store: &Path, random: &mut Random) {
 }
 
 /// What the header of a float chunk claims, as random bytes that begin like one.
-fn float_chunk(store: &Path, random: &mut Random) {
-    let width = [1, 2, 4, 8, 255][random.below(5)];
-    let log2 = [0, 17, 20, 21, 63, 255][random.below(6)];
+fn float_chunk(store: &Path, random: &mut Rng) {
+    let width = [1, 2, 4, 8, 255][random.usize(..5)];
+    let log2 = [0, 17, 20, 21, 63, 255][random.usize(..6)];
     let mut stored = vec![1, width, u8::from(width > 1), log2];
-    let raw_bytes = [u32::MAX, CHUNK_BYTES, 64 << 20, 0][random.below(4)];
+    let raw_bytes = [u32::MAX, CHUNK_BYTES, 64 << 20, 0][random.usize(..4)];
     stored.extend(raw_bytes.to_le_bytes());
     // A frame that claims the most, and zeros.
     stored.extend([0x2f, 0xff, 0xff, 0xff]);
@@ -519,10 +520,10 @@ fn float_chunk(store: &Path, random: &mut Random) {
     packed(FLOAT, stored, 16 << 20).write(store);
 }
 
-fn garbage_chunk(store: &Path, random: &mut Random) {
-    let codec = [FLOAT, ZSTD, GZIP][random.below(3)];
-    let count = 1 + random.below(60_000);
-    packed(codec, random.bytes(count), CHUNK_BYTES).write(store);
+fn garbage_chunk(store: &Path, random: &mut Rng) {
+    let codec = [FLOAT, ZSTD, GZIP][random.usize(..3)];
+    let count = 1 + random.usize(..60_000);
+    packed(codec, state::bytes(random, count), CHUNK_BYTES).write(store);
 }
 
 #[test]

@@ -24,11 +24,12 @@ use dtr_engine::format::names::{
 use dtr_engine::format::tree::{Key, Node, Value};
 use dtr_engine::recovery::StepState;
 use dtr_engine::{Config, Engine, EngineError};
+use fastrand::Rng;
 use serde_json::json;
 
 use super::budget::{Budget, scratch};
 use super::forge::signed;
-use super::state::{self, Counter, Random, State};
+use super::state::{self, Counter, State};
 
 /// Attacks when nobody asks for more.
 const SHORT: u64 = 100;
@@ -45,7 +46,7 @@ enum Left {
     Nothing,
 }
 
-type Attack = (&'static str, fn(&Ground, &mut Random) -> Left);
+type Attack = (&'static str, fn(&Ground, &mut Rng) -> Left);
 
 const ATTACKS: &[Attack] = &[
     ("the step's directory is a link", step_is_a_link),
@@ -68,7 +69,7 @@ fn no_name_and_no_link_leads_out_of_the_store() {
     for number in budget.first..budget.first + budget.states {
         let (name, attack) = ATTACKS[usize::try_from(number).unwrap() % ATTACKS.len()];
         let ground = Ground::new();
-        let left = attack(&ground, &mut Random::new(number));
+        let left = attack(&ground, &mut Rng::with_seed(number));
         let before = snapshot(&ground.outside());
         if let Err(why) = ground.use_store(left) {
             panic!(
@@ -241,7 +242,7 @@ fn replace_by_link(path: &Path, target: &Path) {
     symlink(target, path).unwrap();
 }
 
-fn step_is_a_link(ground: &Ground, random: &mut Random) -> Left {
+fn step_is_a_link(ground: &Ground, random: &mut Rng) -> Left {
     let targets = [
         ground.outside().join(step_dir_name(STEP)),
         Path::new("../outside").join(step_dir_name(STEP)),
@@ -250,32 +251,32 @@ fn step_is_a_link(ground: &Ground, random: &mut Random) -> Left {
         PathBuf::from("/"),
         PathBuf::from("."),
     ];
-    replace_by_link(&ground.step(), &targets[random.below(targets.len())]);
+    replace_by_link(&ground.step(), &targets[random.usize(..targets.len())]);
     Left::Nothing
 }
 
-fn manifest_is_a_link(ground: &Ground, random: &mut Random) -> Left {
+fn manifest_is_a_link(ground: &Ground, random: &mut Rng) -> Left {
     let there = ground.outside().join(step_dir_name(STEP)).join(MANIFEST_FILE);
     let ours = ground.manifest();
     // Also a link to what is right, and would open.
     let copy = ground.outside().join("copy");
     fs::copy(&ours, &copy).unwrap();
     let targets = [there, copy, ground.outside().join("nowhere"), "/dev/zero".into()];
-    replace_by_link(&ours, &targets[random.below(targets.len())]);
+    replace_by_link(&ours, &targets[random.usize(..targets.len())]);
     Left::Nothing
 }
 
-fn shard_is_a_link(ground: &Ground, random: &mut Random) -> Left {
+fn shard_is_a_link(ground: &Ground, random: &mut Rng) -> Left {
     let shard = ground.shard();
     let copy = ground.outside().join("copy");
     fs::copy(&shard, &copy).unwrap();
     let relative = PathBuf::from("../../outside/copy");
     let targets = [copy, relative, "/dev/zero".into(), ground.outside().join("precious")];
-    replace_by_link(&shard, &targets[random.below(targets.len())]);
+    replace_by_link(&shard, &targets[random.usize(..targets.len())]);
     Left::Nothing
 }
 
-fn temporary_is_a_link(ground: &Ground, random: &mut Random) -> Left {
+fn temporary_is_a_link(ground: &Ground, random: &mut Rng) -> Left {
     let mut attempts = vec![AttemptId([7; 16])];
     // Those that the store draws next.
     let ids = Counter::starting_at(fs::metadata(ground.store()).unwrap().ino());
@@ -284,9 +285,9 @@ fn temporary_is_a_link(ground: &Ground, random: &mut Random) -> Left {
         let directory = ground.store().join(step_dir_name(step));
         fs::create_dir_all(&directory).unwrap();
         for attempt in &attempts {
-            let name = match random.below(2) {
+            let name = match random.usize(..2) {
                 0 => manifest_temporary_name(*attempt),
-                _ => shard_file_name(u32::try_from(1 + random.below(3)).unwrap(), *attempt),
+                _ => shard_file_name(random.u32(1..=3), *attempt),
             };
             symlink(ground.outside().join("precious"), directory.join(name)).unwrap();
         }
@@ -294,25 +295,25 @@ fn temporary_is_a_link(ground: &Ground, random: &mut Random) -> Left {
     Left::Whole
 }
 
-fn orphan_is_a_link(ground: &Ground, random: &mut Random) -> Left {
-    let rank = u32::try_from(random.below(9)).unwrap();
+fn orphan_is_a_link(ground: &Ground, random: &mut Rng) -> Left {
+    let rank = random.u32(..9);
     let name = shard_file_name(rank, AttemptId([0xbb; 16]));
     let targets = [ground.outside().join("precious"), ground.outside(), "/etc/passwd".into()];
-    symlink(&targets[random.below(targets.len())], ground.step().join(name)).unwrap();
+    symlink(&targets[random.usize(..targets.len())], ground.step().join(name)).unwrap();
     Left::Whole
 }
 
-fn orphan_is_a_hard_link(ground: &Ground, random: &mut Random) -> Left {
-    let rank = u32::try_from(random.below(9)).unwrap();
+fn orphan_is_a_hard_link(ground: &Ground, random: &mut Rng) -> Left {
+    let rank = random.u32(..9);
     let name = shard_file_name(rank, AttemptId([0xbb; 16]));
     fs::hard_link(ground.outside().join("precious"), ground.step().join(name)).unwrap();
     Left::Whole
 }
 
-fn shard_is_no_file(ground: &Ground, random: &mut Random) -> Left {
+fn shard_is_no_file(ground: &Ground, random: &mut Rng) -> Left {
     let shard = ground.shard();
     fs::remove_file(&shard).unwrap();
-    match random.below(3) {
+    match random.usize(..3) {
         0 => fs::create_dir(&shard).unwrap(),
         1 => drop(std::os::unix::net::UnixListener::bind(&shard).unwrap()),
         _ => rustix::fs::mknodat(
@@ -327,7 +328,7 @@ fn shard_is_no_file(ground: &Ground, random: &mut Random) -> Left {
     Left::Nothing
 }
 
-fn manifest_names_a_shard_elsewhere(ground: &Ground, random: &mut Random) -> Left {
+fn manifest_names_a_shard_elsewhere(ground: &Ground, random: &mut Rng) -> Left {
     let outside = ground.outside().join(step_dir_name(STEP));
     let there = outside.join(shard_of(&outside.join(MANIFEST_FILE)));
     let there = there.to_str().unwrap();
@@ -350,13 +351,13 @@ fn manifest_names_a_shard_elsewhere(ground: &Ground, random: &mut Random) -> Lef
         "a".repeat(1 << 16),
     ];
     rewrite_manifest(ground, |manifest| {
-        manifest["shards"][0]["file"] = json!(names[random.below(names.len())]);
+        manifest["shards"][0]["file"] = json!(names[random.usize(..names.len())]);
     });
     Left::Nothing
 }
 
 /// What is retired is deleted: by number, and never by a name.
-fn manifest_retires_elsewhere(ground: &Ground, random: &mut Random) -> Left {
+fn manifest_retires_elsewhere(ground: &Ground, random: &mut Rng) -> Left {
     let retired = [
         json!([{"attempt": "../../outside", "step": 4}]),
         json!([{"attempt": "00000000000000000000000000000000", "step": "../../outside"}]),
@@ -364,7 +365,7 @@ fn manifest_retires_elsewhere(ground: &Ground, random: &mut Random) -> Left {
         json!(["../outside"]),
     ];
     rewrite_manifest(ground, |manifest| {
-        manifest["retired"] = retired[random.below(retired.len())].clone();
+        manifest["retired"] = retired[random.usize(..retired.len())].clone();
     });
     Left::Nothing
 }
@@ -379,7 +380,7 @@ fn rewrite_manifest(ground: &Ground, change: impl FnOnce(&mut serde_json::Value)
 }
 
 /// Names that a person may take for a step's.
-fn step_has_an_odd_name(ground: &Ground, random: &mut Random) -> Left {
+fn step_has_an_odd_name(ground: &Ground, random: &mut Rng) -> Left {
     let names: [&[u8]; 12] = [
         b"step-00000000000\xd9\xa4",
         "step-00000000000\u{ff14}".as_bytes(),
@@ -394,12 +395,12 @@ fn step_has_an_odd_name(ground: &Ground, random: &mut Random) -> Left {
         b" step-000000000004",
         "step-000000000004\u{202e}".as_bytes(),
     ];
-    let name = std::ffi::OsStr::from_bytes(names[random.below(names.len())]);
+    let name = std::ffi::OsStr::from_bytes(names[random.usize(..names.len())]);
     copy_directory(&ground.outside().join(step_dir_name(STEP)), &ground.store().join(name));
     Left::Whole
 }
 
-fn file_has_an_odd_name(ground: &Ground, random: &mut Random) -> Left {
+fn file_has_an_odd_name(ground: &Ground, random: &mut Rng) -> Left {
     let names: [&[u8]; 9] = [
         b"rank-00000.5a.shard",
         b"rank-00000.5A5A5A5A5A5A5A5A5A5A5A5A5A5A5A5A.shard",
@@ -411,7 +412,7 @@ fn file_has_an_odd_name(ground: &Ground, random: &mut Random) -> Left {
         "rank-00000\u{2024}5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a.shard".as_bytes(),
         b"...",
     ];
-    let name = std::ffi::OsStr::from_bytes(names[random.below(names.len())]);
+    let name = std::ffi::OsStr::from_bytes(names[random.usize(..names.len())]);
     fs::copy(ground.outside().join("precious"), ground.step().join(name)).unwrap();
     Left::Whole
 }
@@ -425,7 +426,7 @@ fn copy_directory(from: &Path, to: &Path) {
 }
 
 /// A tensor's name is text in the index and nothing else: it is saved, shown, and read back.
-fn tensors_have_odd_names(ground: &Ground, random: &mut Random) -> Left {
+fn tensors_have_odd_names(ground: &Ground, random: &mut Rng) -> Left {
     let names = [
         "../../outside/precious",
         "/etc/passwd",
@@ -443,7 +444,7 @@ fn tensors_have_odd_names(ground: &Ground, random: &mut Random) -> Left {
         "step-000000000001/manifest.json",
     ];
     let long = "n".repeat(1 << 20);
-    let mut pick = || match random.below(names.len() + 1) {
+    let mut pick = || match random.usize(..=names.len()) {
         number if number < names.len() => names[number],
         _ => long.as_str(),
     };

@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use fastrand::Rng;
+
 use super::budget::Budget;
-use super::state::Random;
+use super::state;
 
 #[expect(unreachable_pub, reason = "a crate of its own, to the fuzzers")]
 #[path = "../fuzz/src/lib.rs"]
@@ -38,24 +40,24 @@ fn every_committed_input_is_read_or_refused() {
 }
 
 /// An input of the corpus with a few bytes changed, cut, or repeated; or bytes without a pattern.
-fn mutated(corpus: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
-    let mut bytes = match random.below(8) {
+fn mutated(corpus: &[Vec<u8>], random: &mut Rng) -> Vec<u8> {
+    let mut bytes = match random.usize(..8) {
         0 => {
-            let count = random.below(3000);
-            random.bytes(count)
+            let count = random.usize(..3000);
+            state::bytes(random, count)
         }
-        _ => corpus[random.below(corpus.len())].clone(),
+        _ => corpus[random.usize(..corpus.len())].clone(),
     };
-    for _ in 0..random.below(6) {
-        let at = random.below(bytes.len() + 1);
-        match random.below(4) {
+    for _ in 0..random.usize(..6) {
+        let at = random.usize(..=bytes.len());
+        match random.usize(..4) {
             0 => bytes.truncate(at),
-            1 => bytes.insert(at, random.next().to_le_bytes()[0]),
+            1 => bytes.insert(at, random.u8(..)),
             2 => {
                 let tail = bytes[at..].to_vec();
                 bytes.extend(tail);
             }
-            _ if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
+            _ if at < bytes.len() => bytes[at] ^= 1 << random.usize(..8),
             _ => {}
         }
     }
@@ -68,7 +70,7 @@ fn random_inputs_are_read_or_refused() {
     let corpora: Vec<_> = TARGETS.iter().map(|(name, _)| corpus_of(name)).collect();
     for number in budget.first..budget.first + budget.states {
         for ((name, target), corpus) in TARGETS.iter().zip(&corpora) {
-            let input = mutated(corpus, &mut Random::new(number));
+            let input = mutated(corpus, &mut Rng::with_seed(number));
             let ended = std::panic::catch_unwind(|| target(&input));
             assert!(ended.is_ok(), "{name}, input {number}: DTR_TORTURE_FIRST={number} again");
         }

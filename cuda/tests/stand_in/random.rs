@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::thread;
 
 use dtr_cuda::{Device, Direction};
+use fastrand::Rng;
 
 use crate::scene::{
-    CallerStream, Log, Memory, Random, Scene, clone_part, copy_down_clone, copy_down_from, copy_up,
-    follow, noise, precede,
+    CallerStream, Log, Memory, Scene, clone_part, copy_down_clone, copy_down_from, copy_up, follow,
+    noise, precede,
 };
 
 const SLOTS: usize = 8;
@@ -27,7 +28,7 @@ struct Played {
     up: Log,
     /// What each landing should get, by its index.
     expected: BTreeMap<usize, Vec<u8>>,
-    random: Random,
+    random: Rng,
 }
 
 impl Played {
@@ -41,21 +42,21 @@ impl Played {
             down: Log::default(),
             up: Log::default(),
             expected: BTreeMap::new(),
-            random: Random::new(seed),
+            random: Rng::with_seed(seed),
         }
     }
 
     fn act(&mut self) {
-        let (first, last) = (self.random.below(SLOTS), self.random.below(SLOTS));
+        let (first, last) = (self.random.usize(..SLOTS), self.random.usize(..SLOTS));
         let offset = first.min(last) * SLOT_BYTES;
-        let bytes = (first.max(last) + 1) * SLOT_BYTES - offset - self.random.below(SLOT_BYTES);
-        match self.random.below(5) {
+        let bytes = (first.max(last) + 1) * SLOT_BYTES - offset - self.random.usize(..SLOT_BYTES);
+        match self.random.usize(..5) {
             0 => self.train(offset, bytes),
             1 => self.save(offset, bytes),
             2 => self.save_by_clone(offset, bytes),
             3 => self.restore(offset, bytes),
             _ => {
-                let direction = [Direction::Down, Direction::Up][self.random.below(2)];
+                let direction = [Direction::Down, Direction::Up][self.random.usize(..2)];
                 self.device.flush(direction).unwrap();
             }
         }
@@ -63,7 +64,7 @@ impl Played {
 
     /// The caller's stream changes memory behind all copies.
     fn train(&mut self, offset: usize, bytes: usize) {
-        let content = noise(self.random.next(), bytes);
+        let content = noise(self.random.u64(..), bytes);
         precede(&self.device, Direction::Down, &self.stream).unwrap();
         precede(&self.device, Direction::Up, &self.stream).unwrap();
         self.stream.write(&self.memory, offset, &content);
@@ -96,7 +97,7 @@ impl Played {
 
     /// Copies up run behind the caller's stream, which waits for the copies down.
     fn restore(&mut self, offset: usize, bytes: usize) {
-        let content = noise(self.random.next(), bytes);
+        let content = noise(self.random.u64(..), bytes);
         precede(&self.device, Direction::Down, &self.stream).unwrap();
         follow(&self.device, Direction::Up, &self.stream).unwrap();
         copy_up(&self.device, self.up.takeoff(&content), &self.memory, offset);
@@ -122,9 +123,9 @@ impl Played {
 fn random_saves_and_restores_are_those_of_the_model() {
     for seed in 0..SEEDS {
         let scene = Scene::new();
-        let mut random = Random::new(seed);
+        let mut random = Rng::with_seed(seed);
         let mut played = [Played::new(0, 2 * seed), Played::new(1, 2 * seed + 1)];
-        scene.delay_copies([0, 20, 100][random.below(3)]);
+        scene.delay_copies([0, 20, 100][random.usize(..3)]);
         thread::scope(|scope| {
             for one in &mut played {
                 scope.spawn(|| (0..ACTIONS).for_each(|_| one.act()));

@@ -14,8 +14,9 @@ use dtr_engine::io::pin::Pin;
 use dtr_engine::load::{DeviceTarget, ReadOptions, Target};
 use dtr_engine::save::{SaveHandle, SaveRequest, StorageInput, StorageSource};
 use dtr_engine::{Config, Engine, EngineError, Result};
+use fastrand::Rng;
 
-use crate::scene::{CallerStream, Memory, Random, Scene, follow, noise, precede, storage_of};
+use crate::scene::{CallerStream, Memory, Scene, follow, noise, precede, storage_of};
 
 const CHUNK_BYTES: u32 = 64 << 10;
 
@@ -110,14 +111,14 @@ fn finish(handle: &SaveHandle) -> Result<()> {
 
 /// Tensors of the host and of two devices, of odd sizes.
 fn mixed(devices: &[Arc<Device>; 2], seed: u64) -> Vec<Tensor> {
-    let mut random = Random::new(seed);
+    let mut random = Rng::with_seed(seed);
     let mut sizes = vec![0, 1, 63, 300_000, 65_536, 1_000_003];
-    sizes.extend((0..12).map(|_| random.below(200_000)));
+    sizes.extend((0..12).map(|_| random.usize(..200_000)));
     (0..)
         .zip(sizes)
         .map(|(number, bytes)| {
             let content = noise(seed * 100 + number, bytes);
-            match random.below(3) {
+            match random.usize(..3) {
                 0 => Tensor::Host(content),
                 device => Tensor::on(&devices[device - 1], &content),
             }

@@ -16,6 +16,7 @@ use std::{env, slice, thread};
 use dtr_cuda::{
     CudaError, Device, DeviceBuffer, DeviceStorage, Direction, Landing, Piece, Pinned, Takeoff,
 };
+use fastrand::Rng;
 
 use crate::library::{Counters, StandIn};
 
@@ -413,30 +414,8 @@ pub(crate) fn precede(
 
 /// Bytes without a short period, different for each `seed`.
 pub(crate) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
-    let mut random = Random::new(seed);
-    (0..bytes).map(|_| random.next().to_le_bytes()[5]).collect()
-}
-
-/// Numbers that look random and are the same for the same seed (splitmix64).
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// A number below `limit`.
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
-        let limit = u64::try_from(limit).unwrap();
-        usize::try_from(self.next() % limit).unwrap()
-    }
+    let mut random = Rng::with_seed(seed);
+    (0..bytes).map(|_| random.u8(..)).collect()
 }
 
 /// Runs `body`, the rest of the test `name`, in a process of its own, where no driver has been

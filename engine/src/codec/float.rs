@@ -424,12 +424,9 @@ mod tests {
 
     /// bfloat16s with four exponents; sign and mantissa are noise.
     fn elements(count: usize) -> Vec<u8> {
-        let mut state = 7_u32;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state.to_le_bytes()[3]
-        };
-        (0..count).flat_map(|_| [next(), 0x3c | (next() & 0x81)]).collect()
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut noise = || random.u8(..);
+        (0..count).flat_map(|_| [noise(), 0x3c | (noise() & 0x81)]).collect()
     }
 
     fn encode(width: usize, raw: &[u8]) -> Vec<u8> {

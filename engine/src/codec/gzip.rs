@@ -154,11 +154,8 @@ mod tests {
 
     #[test]
     fn a_stream_that_ran_out_of_room_does_not_break_the_next() {
-        let mut state = 1_u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state.to_le_bytes()[3]
-        };
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut noise = || random.u8(..);
         let mut compressor = Compressor::new();
         for raw_bytes in (1000..60_000).step_by(1111) {
             let raw: Vec<u8> = (0..raw_bytes).map(|_| noise()).collect();

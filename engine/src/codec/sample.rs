@@ -146,11 +146,8 @@ mod tests {
     #[test]
     fn guesses_tell_noise_constants_and_the_rest_apart() {
         let mut sampler = Sampler::new(Kernels::detect());
-        let mut state = 1_u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state.to_le_bytes()[3]
-        };
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut noise = || random.u8(..);
         // Little-endian pairs: noise below, a constant or one of four bytes above; the rotation
         // moves bit 7 of the upper byte, which is clear, into the lower one.
         for (mask, expected) in [(0, Guess::Constant), (3, Guess::Compressible)] {

@@ -1,5 +1,6 @@
 //! Properties that hold for every codec.
 
+use fastrand::Rng;
 use proptest::prelude::*;
 
 use super::*;
@@ -28,28 +29,10 @@ const KINDS: [Kind; 6] = [
     Kind::Spikes,
 ];
 
-/// SplitMix64: the same seed gives the same bytes everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// Above 0, at most 1.
-    fn unit(&mut self) -> f32 {
-        let [low, high, ..] = self.next().to_le_bytes();
-        (f32::from(u16::from_le_bytes([low, high])) + 1.0) / 65536.0
-    }
-
-    /// A weight: normal, deviation 0.02, by Box and Muller.
-    fn weight(&mut self) -> f32 {
-        let (radius, angle) = (self.unit(), self.unit());
-        0.02 * (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * angle).cos()
-    }
+/// A weight: normal, deviation 0.02, by Box and Muller.
+fn weight(random: &mut Rng) -> f32 {
+    let (radius, angle) = (1.0 - random.f32(), random.f32());
+    0.02 * (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * angle).cos()
 }
 
 /// The upper half of a float32.
@@ -71,16 +54,16 @@ fn f16(value: f32) -> [u8; 2] {
 }
 
 fn chunk(kind: Kind, seed: u64, bytes: usize) -> Vec<u8> {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let mut raw = Vec::with_capacity(bytes + 8);
     while raw.len() < bytes {
         match kind {
-            Kind::Random => raw.extend(random.next().to_le_bytes()),
+            Kind::Random => raw.extend(random.u64(..).to_le_bytes()),
             Kind::Constant => raw.extend(seed.to_le_bytes()),
-            Kind::GaussianF32 => raw.extend(random.weight().to_le_bytes()),
-            Kind::GaussianBf16 => raw.extend(bf16(random.weight())),
-            Kind::GaussianF16 => raw.extend(f16(random.weight())),
-            Kind::Spikes if random.next().is_multiple_of(1000) => raw.push(1),
+            Kind::GaussianF32 => raw.extend(weight(&mut random).to_le_bytes()),
+            Kind::GaussianBf16 => raw.extend(bf16(weight(&mut random))),
+            Kind::GaussianF16 => raw.extend(f16(weight(&mut random))),
+            Kind::Spikes if random.u32(..1000) == 0 => raw.push(1),
             Kind::Spikes => raw.extend([0; 8]),
         }
     }
@@ -173,19 +156,18 @@ proptest! {
     ) {
         let raw = chunk(kind, seed, 20_001);
         let Some(stored) = encode(codec, element, &raw) else { return Ok(()) };
-        let (mut random, mut decoder) = (Random(seed), Decoder::new());
+        let (mut random, mut decoder) = (Rng::with_seed(seed), Decoder::new());
         let mut back = vec![0; raw.len()];
-        let mut index = |bound: usize| usize::try_from(random.next() >> 1).unwrap() % bound;
 
         for _ in 0..20 {
             let mut flipped = stored.clone();
             for _ in 0..flips {
-                flipped[index(stored.len())] ^= 1 << index(8);
+                flipped[random.usize(..stored.len())] ^= 1 << random.u32(..8);
             }
             // Whether the content is right is for checksums to say.
             let _ = decoder.decode(codec, &flipped, &mut back);
 
-            let cut = &stored[..index(stored.len())];
+            let cut = &stored[..random.usize(..stored.len())];
             prop_assert!(decoder.decode(codec, cut, &mut back).is_err());
         }
         let longer = [&stored[..], &[0]].concat();

@@ -26,6 +26,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use fastrand::Rng;
 use rustix::io::Errno;
 
 use super::buffer::Buffer;
@@ -361,14 +362,14 @@ const DELAYED_MAX: usize = 8;
 
 /// Completions that wait for their turn.
 struct Delayed {
-    random: u64,
+    random: Rng,
     in_flight: usize,
     waiting: Vec<(Done, io::Result<usize>, Buffer)>,
 }
 
 impl Delayed {
     fn new(seed: u64) -> Self {
-        Self { random: seed, in_flight: 0, waiting: Vec::new() }
+        Self { random: Rng::with_seed(seed), in_flight: 0, waiting: Vec::new() }
     }
 
     /// Takes the completions that are due now, in the order to deliver them.
@@ -376,18 +377,10 @@ impl Delayed {
         let keep = if self.in_flight == 0 { 0 } else { DELAYED_MAX };
         let mut due = Vec::new();
         while self.waiting.len() > keep {
-            let index = self.draw(self.waiting.len());
+            let index = self.random.usize(..self.waiting.len());
             due.push(self.waiting.swap_remove(index));
         }
         due
-    }
-
-    /// A number below `bound` (splitmix64).
-    fn draw(&mut self, bound: usize) -> usize {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((mixed ^ (mixed >> 31)) % bound as u64).expect("below a usize")
     }
 }
 

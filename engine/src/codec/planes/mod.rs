@@ -210,15 +210,9 @@ mod tests {
 
     /// Bytes that never repeat with a short period.
     fn bytes(count: usize) -> Vec<u8> {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        std::iter::repeat_with(|| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[3]
-        })
-        .take(count)
-        .collect()
+        let mut bytes = vec![0; count];
+        fastrand::Rng::with_seed(1).fill(&mut bytes);
+        bytes
     }
 
     /// Splits into planes that begin `skew` bytes into their buffers, and returns the planes.

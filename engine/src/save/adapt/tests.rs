@@ -10,6 +10,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use fastrand::Rng;
+
 use super::*;
 use crate::clock::Manual;
 use crate::store::flow::{Flow, Pace, SyncBegun};
@@ -71,7 +73,7 @@ struct Save<'a> {
     landed_bytes: u64,
     stored_bytes: u64,
     sync: Option<Sync>,
-    random: u64,
+    random: Rng,
 }
 
 /// A sync that is under way.
@@ -100,7 +102,7 @@ impl<'a> Save<'a> {
             landed_bytes: 0,
             stored_bytes: 0,
             sync: None,
-            random: 0x9e37_79b9_7f4a_7c15,
+            random: Rng::with_seed(1),
         }
     }
 
@@ -237,8 +239,7 @@ impl<'a> Save<'a> {
         };
         if encodes {
             // No two chunks take the same time.
-            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let varied = 0.8 + 0.4 * (self.random >> 40) as f64 / (1_u64 << 24) as f64;
+            let varied = 0.8 + 0.4 * self.random.f64();
             let seconds = CHUNK_BYTES as f64 / self.scene.encode_rate * varied;
             let until = self.now + seconds / self.scene.core_share;
             self.workers[index] = Worker::Encodes { since: self.now, until };
