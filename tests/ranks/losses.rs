@@ -5,16 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dtr_engine::error::CoordinationKind;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::{EngineError, Result};
 
 use crate::support::finish;
-use crate::world::{TIMEOUT, World, save_all, state_of, together};
+use crate::world::{Between, Beyond, Call, TIMEOUT, World, save_all, state_of, together};
 
 /// Fails one call of a rank, before or after it had its effect.
 #[derive(Debug)]
 struct Flaw {
-    ranks: Arc<dyn Ranks>,
     armed: AtomicBool,
     place: Place,
 }
@@ -41,35 +39,18 @@ fn gone() -> EngineError {
     }
 }
 
-impl Ranks for Flaw {
-    fn begin(&self, step: u64) -> Result<Begun> {
-        self.ranks.begin(step)
-    }
-
-    fn report(
-        &self,
-        attempt: Attempt,
-        report: Report<'_>,
-        is_cancelled: &dyn Fn() -> bool,
-    ) -> Result<Outcome> {
-        let outcome = self.ranks.report(attempt, report, is_cancelled);
-        if self.strikes(Place::AfterReport) { Err(gone()) } else { outcome }
-    }
-
-    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
-        if self.strikes(Place::BeforeCommit) {
+impl Between for Flaw {
+    fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T> {
+        if call == Call::Commit && self.strikes(Place::BeforeCommit) {
             return Err(gone());
         }
-        let outcome = self.ranks.commit(attempt, manifest_crc32c);
-        if self.strikes(Place::AfterCommit) { Err(gone()) } else { outcome }
-    }
-
-    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
-        self.ranks.abort(attempt, reason, is_unpublished)
-    }
-
-    fn agree(&self, offered: &[Attempt], timeout: std::time::Duration) -> Result<Option<u64>> {
-        self.ranks.agree(offered, timeout)
+        let outcome = go();
+        let is_lost = match call {
+            Call::Begin => false,
+            Call::Report(..) => self.strikes(Place::AfterReport),
+            Call::Commit => self.strikes(Place::AfterCommit),
+        };
+        if is_lost { Err(gone()) } else { outcome }
     }
 }
 
@@ -79,7 +60,8 @@ fn a_publisher_whose_calls_are_lost_has_published_all_the_same() {
         let world = World::new(3);
         let open = |number| {
             world.rank_through(number, world.config(number), |ranks| {
-                Arc::new(Flaw { ranks, armed: AtomicBool::new(true), place })
+                let between = Flaw { armed: AtomicBool::new(true), place };
+                Arc::new(Beyond { between, ranks })
             })
         };
         let ranks: Vec<_> = (0..3).map(open).collect();

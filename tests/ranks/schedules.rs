@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dtr_engine::error::CoordinationKind;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
 use dtr_engine::{EngineError, Result};
 use fastrand::Rng;
 
 use crate::budget::Budget;
-use crate::world::{Rank, World, state_of, together};
+use crate::world::{Between, Beyond, Call, Rank, World, state_of, together};
 
 const RANKS: u32 = 3;
 const STEPS: u64 = 6;
@@ -20,7 +19,6 @@ const STEPS: u64 = 6;
 /// Loses requests and replies by chance.
 #[derive(Debug)]
 struct Lossy {
-    ranks: Arc<dyn Ranks>,
     random: Mutex<Rng>,
 }
 
@@ -28,17 +26,18 @@ impl Lossy {
     fn chance(&self) -> u64 {
         self.random.lock().unwrap().u64(..100)
     }
+}
 
-    /// The call, lost on its way there, or on its way back.
-    fn through<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
+impl Between for Lossy {
+    fn pass<T>(&self, _: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T> {
         match self.chance() {
             0..6 => Err(lost("there")),
-            6..12 => call().and_then(|_| Err(lost("back"))),
+            6..12 => go().and_then(|_| Err(lost("back"))),
             12..20 => {
                 std::thread::sleep(Duration::from_millis(self.chance() / 4));
-                call()
+                go()
             }
-            _ => call(),
+            _ => go(),
         }
     }
 }
@@ -49,33 +48,6 @@ fn lost(way: &str) -> EngineError {
         what: "calling".into(),
         why: format!("the call was lost on its way {way}"),
         hint: "call again".into(),
-    }
-}
-
-impl Ranks for Lossy {
-    fn begin(&self, step: u64) -> Result<Begun> {
-        self.through(|| self.ranks.begin(step))
-    }
-
-    fn report(
-        &self,
-        attempt: Attempt,
-        report: Report<'_>,
-        is_cancelled: &dyn Fn() -> bool,
-    ) -> Result<Outcome> {
-        self.through(|| self.ranks.report(attempt, report, is_cancelled))
-    }
-
-    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
-        self.through(|| self.ranks.commit(attempt, manifest_crc32c))
-    }
-
-    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
-        self.ranks.abort(attempt, reason, is_unpublished)
-    }
-
-    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
-        self.ranks.agree(offered, timeout)
     }
 }
 
@@ -94,7 +66,7 @@ fn run(seed: u64) -> (u64, u64) {
     let open = |number| {
         world.rank_through(number, world.config(number), |ranks| {
             let random = Mutex::new(Rng::with_seed(seed * 1_000_003 + u64::from(number)));
-            Arc::new(Lossy { ranks, random })
+            Arc::new(Beyond { between: Lossy { random }, ranks })
         })
     };
     let ranks: Vec<_> = (0..RANKS).map(open).collect();

@@ -3,12 +3,13 @@
 //! Always holds: every rank is an engine and a worker of its own, as in a process of its own; ranks
 //! save and load at the same time, each on a thread.
 
+use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator::embedded::Embedded;
-use dtr_engine::ranks::{Coordinated, Ranks};
+use dtr_engine::ranks::{Attempt, Begun, Coordinated, Outcome, Ranks, Report};
 use dtr_engine::save::SaveInfo;
 use dtr_engine::{Config, Engine, EngineError, Result};
 use dtr_proto::client::{Connection, Options, Registration, Worker};
@@ -31,6 +32,55 @@ pub(crate) struct Rank {
     pub(crate) number: u32,
     pub(crate) worker: Arc<Worker>,
     pub(crate) engine: Engine,
+}
+
+/// What a rank asks of the others, and may be kept from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Call<'a> {
+    Begin,
+    Report(Attempt, Report<'a>),
+    Commit,
+}
+
+/// What comes between a rank and the others.
+pub(crate) trait Between: Debug + Send + Sync {
+    /// What the rank hears of `call`, which `go` makes.
+    fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T>;
+}
+
+/// Ranks whose calls go through what comes between, but for those that nothing is done to here.
+#[derive(Debug)]
+pub(crate) struct Beyond<B> {
+    pub(crate) between: B,
+    pub(crate) ranks: Arc<dyn Ranks>,
+}
+
+impl<B: Between> Ranks for Beyond<B> {
+    fn begin(&self, step: u64) -> Result<Begun> {
+        self.between.pass(Call::Begin, || self.ranks.begin(step))
+    }
+
+    fn report(
+        &self,
+        attempt: Attempt,
+        report: Report<'_>,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
+        let go = || self.ranks.report(attempt, report, is_cancelled);
+        self.between.pass(Call::Report(attempt, report), go)
+    }
+
+    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
+        self.between.pass(Call::Commit, || self.ranks.commit(attempt, manifest_crc32c))
+    }
+
+    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
+        self.ranks.abort(attempt, reason, is_unpublished)
+    }
+
+    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
+        self.ranks.agree(offered, timeout)
+    }
 }
 
 impl World {
@@ -146,7 +196,7 @@ pub(crate) fn save_all(ranks: &[Rank], step: u64) -> Vec<SaveInfo> {
 }
 
 /// The text of an error that every rank got.
-pub(crate) fn refusals<T: std::fmt::Debug>(outcomes: Vec<Result<T>>) -> Vec<String> {
+pub(crate) fn refusals<T: Debug>(outcomes: Vec<Result<T>>) -> Vec<String> {
     outcomes.into_iter().map(|outcome| outcome.unwrap_err().to_string()).collect()
 }
 

@@ -7,13 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use dtr_engine::engine::GcOptions;
 use dtr_engine::error::CoordinationKind;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
+use dtr_engine::ranks::{Ranks, Report};
 use dtr_engine::save::{SaveInfo, SaveRequest};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::place::{Place, open, open_among};
 use crate::support::finish;
-use crate::world::{Rank, World, is_aborted, save_all, state_of, together};
+use crate::world::{Between, Beyond, Call, Rank, World, is_aborted, save_all, state_of, together};
 
 const LONG: Duration = Duration::from_mins(1);
 
@@ -119,33 +119,14 @@ struct Regrets {
     is_armed: Arc<AtomicBool>,
 }
 
-impl Ranks for Regrets {
-    fn begin(&self, step: u64) -> Result<Begun> {
-        self.ranks.begin(step)
-    }
-
-    fn report(
-        &self,
-        attempt: Attempt,
-        report: Report<'_>,
-        is_cancelled: &dyn Fn() -> bool,
-    ) -> Result<Outcome> {
-        if report.published_crc32c.is_some() && self.is_armed.load(Ordering::Relaxed) {
+impl Between for Regrets {
+    fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T> {
+        if let Call::Report(attempt, Report { published_crc32c: Some(_), .. }) = call
+            && self.is_armed.load(Ordering::Relaxed)
+        {
             self.ranks.abort(attempt, "the test wants it", false)?;
         }
-        self.ranks.report(attempt, report, is_cancelled)
-    }
-
-    fn commit(&self, attempt: Attempt, manifest_crc32c: u32) -> Result<bool> {
-        self.ranks.commit(attempt, manifest_crc32c)
-    }
-
-    fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()> {
-        self.ranks.abort(attempt, reason, is_unpublished)
-    }
-
-    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
-        self.ranks.agree(offered, timeout)
+        go()
     }
 }
 
@@ -292,8 +273,9 @@ fn what_a_failed_rewind_replaced_stands_again() {
         let is_armed = Arc::new(AtomicBool::new(false));
         let open = |number| {
             cluster.world.rank_opened(number, |ranks| {
-                let is_armed = Arc::clone(&is_armed);
-                open_among(cluster.config(number), Arc::new(Regrets { ranks, is_armed }))
+                let between =
+                    Regrets { ranks: Arc::clone(&ranks), is_armed: Arc::clone(&is_armed) };
+                open_among(cluster.config(number), Arc::new(Beyond { between, ranks }))
             })
         };
         let ranks: Vec<_> = (0..3).map(open).collect();
