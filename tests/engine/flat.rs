@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -19,10 +18,8 @@ use dtr_engine::io::{EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer, 
 use dtr_engine::load::{ReadOptions, Target};
 use dtr_engine::{Engine, EngineError};
 
+use super::alone::alone;
 use super::support::{State, config, scratch};
-
-/// Set in the process that measures.
-const ALONE: &str = "DTR_TEST_ALONE";
 
 /// Saves, unless `DTR_TORTURE_STATES` asks for more.
 const SAVES: u64 = 200;
@@ -51,22 +48,6 @@ fn two_hundred_saves_leave_memory_descriptors_and_threads_flat_on_threads() {
     alone("flat::two_hundred_saves_leave_memory_descriptors_and_threads_flat_on_threads", || {
         saves_leave_the_process_flat(IoBackend::Threads);
     });
-}
-
-/// Runs `test`, the test named `name`, in a process where nothing else runs.
-fn alone(name: &str, test: impl FnOnce()) {
-    if std::env::var_os(ALONE).is_some() {
-        return test();
-    }
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args([name, "--exact", "--nocapture", "--test-threads=1"])
-        .env(ALONE, "1")
-        .output()
-        .unwrap();
-    let printed = String::from_utf8_lossy(&output.stdout);
-    println!("{printed}");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(printed.contains("1 passed"), "the test did not run alone:\n{printed}");
 }
 
 fn saves_leave_the_process_flat(io_backend: IoBackend) {

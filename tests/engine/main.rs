@@ -5,6 +5,7 @@
     reason = "helpers of tests fail as tests do, and say what was skipped or counted"
 )]
 
+mod alone;
 mod faults;
 mod flat;
 mod lifecycle;

@@ -6,11 +6,10 @@
 //! what the process has; and a checkpoint forged without a lie is read. The measure is that of a
 //! whole process, so the bombs go off in one of their own.
 
+use std::fs;
 use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
-use std::{env, fs};
 
 use dtr_engine::load::{ReadOptions, Target};
 use dtr_engine::{Config, EngineError};
@@ -19,16 +18,13 @@ use fastrand::Rng;
 use proto::node::Value;
 use rustix::time::{ClockId, clock_gettime};
 
+use super::alone::alone;
 use super::budget::{Budget, scratch};
 use super::forge::{
     CHUNK_BYTES, Chunk, FLOAT, Forged, GZIP, Index, STEP, ZSTD, node, signed, storage, tensor,
     write_manifest,
 };
 use super::state::{self, Counter};
-
-/// Set in the process that measures.
-const ALONE: &str = "DTR_TEST_ALONE";
-const NAME: &str = "bombs::a_small_file_that_asks_for_much_is_refused";
 
 /// Bombs when nobody asks for more.
 const SHORT: u64 = 52;
@@ -70,18 +66,7 @@ const KINDS: &[Kind] = &[
 
 #[test]
 fn a_small_file_that_asks_for_much_is_refused() {
-    if env::var_os(ALONE).is_some() {
-        return set_off_all();
-    }
-    let output = Command::new(env::current_exe().unwrap())
-        .args([NAME, "--exact", "--nocapture", "--test-threads=1"])
-        .env(ALONE, "1")
-        .output()
-        .unwrap();
-    let printed = String::from_utf8_lossy(&output.stdout);
-    println!("{printed}");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(printed.contains("1 passed"), "the test did not run alone:\n{printed}");
+    alone("bombs::a_small_file_that_asks_for_much_is_refused", set_off_all);
 }
 
 fn set_off_all() {
@@ -247,13 +232,18 @@ fn manifest_of_many_shards(store: &Path, _: &mut Rng) {
 
 /// A manifest whose metadata is `value`, as it is.
 fn write_metadata(store: &Path, key: &str, value: &str) {
+    write_with(store, &format!("\"{key}\": {{}}"), value);
+}
+
+/// A manifest with `value` in the place of `member`, which is empty.
+fn write_with(store: &Path, member: &str, value: &str) {
     Forged::whole().write(store);
     let path = store
         .join(dtr_engine::format::names::step_dir_name(STEP))
         .join(dtr_engine::format::names::MANIFEST_FILE);
     let text = fs::read_to_string(&path).unwrap();
     let (_, body) = text.split_once("\",").unwrap();
-    let json = format!("{{{body}").replacen(&format!("\"{key}\": {{}}"), value, 1);
+    let json = format!("{{{body}").replacen(member, value, 1);
     write_manifest(store, &signed(&json));
 }
 
@@ -278,16 +268,8 @@ fn manifest_of_many_objects(store: &Path, random: &mut Rng) {
 }
 
 fn manifest_of_many_names(store: &Path, random: &mut Rng) {
-    Forged::whole().write(store);
-    let path = store
-        .join(dtr_engine::format::names::step_dir_name(STEP))
-        .join(dtr_engine::format::names::MANIFEST_FILE);
-    let text = fs::read_to_string(&path).unwrap();
-    let (_, body) = text.split_once("\",").unwrap();
     let list = list_of("\"a\"", (4 + random.usize(..4)) << 20);
-    let json =
-        format!("{{{body}").replacen("\"replicated\": []", &format!("\"replicated\": {list}"), 1);
-    write_manifest(store, &signed(&json));
+    write_with(store, "\"replicated\": []", &format!("\"replicated\": {list}"));
 }
 
 fn manifest_that_nests(store: &Path, random: &mut Rng) {

@@ -10,6 +10,8 @@
     reason = "helpers of tests fail as tests do, and say how much was tried"
 )]
 
+#[path = "../engine/alone.rs"]
+mod alone;
 mod bombs;
 #[expect(dead_code, reason = "these tests go through their numbers one after the other")]
 #[path = "../crash/budget.rs"]
