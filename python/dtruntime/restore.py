@@ -242,7 +242,9 @@ class _Planner:
     def _stateful(self, live: Any, index: int) -> None:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(live, torch.nn.Module):
-            self._do(index, live.load_state_dict)
+            is_optimizer = torch is not None and isinstance(live, torch.optim.Optimizer)
+            devices = self._devices_of_optimizer(live, index) if is_optimizer else {}
+            self._do(index, live.load_state_dict, devices)
             return
         if self._tree.nodes[index][0] != TAG_DICT:
             self._misfit(index, "a module is live, and the checkpoint has no dict")
@@ -255,6 +257,30 @@ class _Planner:
             live.load_state_dict(value, strict=self._strict)
 
         self._do(index, act, devices)
+
+    def _devices_of_optimizer(self, live: Any, index: int) -> dict[int, Any]:
+        """Give the GPUs that an optimizer's tensors belong on, by the tensors' numbers.
+
+        They are where their parameters are, but for counts of steps, which optimizers keep in the
+        host's memory. A wrong guess costs a copy: the optimizer moves what it is given.
+        """
+        parameters = [p for group in live.param_groups for p in group["params"]]
+        devices: dict[int, Any] = {}
+        for position, state in self._children(dict(self._children(index)).get("state")):
+            is_known = type(position) is int and position in range(len(parameters))
+            if not is_known or not parameters[position].is_cuda:
+                continue
+            for name, child in self._children(state):
+                tag, number = self._tree.nodes[child][:2]
+                if tag == TAG_TENSOR and name != "step":
+                    devices[number] = parameters[position].device
+        return devices
+
+    def _children(self, index: int | None) -> Iterable[tuple[Any, int]]:
+        """Give keys and nodes of a dict; nothing where there is none."""
+        if index is None or self._tree.nodes[index][0] != TAG_DICT:
+            return ()
+        return self._tree.children(index)
 
     def _compare_module(self, live: Any, index: int) -> tuple[list[Any], dict[int, Any]]:
         """Note what differs between a module and its saved state.

@@ -11,7 +11,10 @@ import time
 import urllib.request
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 START_SECONDS = 30
@@ -95,3 +98,12 @@ class CoordinatorProcess:
             return 0
         process.send_signal(number)
         return process.wait(timeout=30)
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[CoordinatorProcess]:
+    """Give a coordinator with its defaults, which ends with the test."""
+    process = CoordinatorProcess(tmp_path)
+    process.start()
+    yield process
+    process.end()

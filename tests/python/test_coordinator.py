@@ -29,14 +29,6 @@ from dtruntime import (
 
 
 @pytest.fixture
-def coordinator(tmp_path):
-    process = CoordinatorProcess(tmp_path)
-    process.start()
-    yield process
-    process.end()
-
-
-@pytest.fixture
 def make(coordinator):
     """Make orchestrators that leave at the end."""
     made = []

@@ -20,6 +20,8 @@ from dtruntime import (
     InvalidArgument,
     gpus,
 )
+from dtruntime.loading import Reader
+from dtruntime.restore import plan_restore
 from dtruntime.tensors import StorageRecord
 
 
@@ -272,6 +274,28 @@ def test_memory_of_a_gpu_is_filled(device, manager):
     checkpoint.read([(0, 0, place)], True, [(0, 0)])
     device.settle()
     assert torch.equal(target, values)
+
+
+class OnGpu(torch.nn.Parameter):
+    """A parameter that says it is on the second GPU."""
+
+    is_cuda = property(lambda _: True)
+    device = property(lambda _: torch.device("cuda:1"))
+
+
+def test_an_optimizer_s_tensors_are_read_to_where_its_parameters_are(manager):
+    model = torch.nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    manager.save({"optimizer": optimizer}, step=1)
+    live = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 8)), OnGpu(torch.ones(4))])
+    reader = Reader(manager._native.checkpoint(1))
+    (action,) = plan_restore({"optimizer": live}, reader, strict=True).actions
+    paths = reader.checkpoint.paths()
+    named = {paths[n]: reader.tree.nodes[n][1] for n in range(len(paths)) if "exp_avg" in paths[n]}
+    expected = {f"optimizer.state.1.{name}" for name in ("exp_avg", "exp_avg_sq")}
+    assert action.devices == {named[path]: torch.device("cuda:1") for path in expected}
 
 
 @pytest.mark.usefixtures("device")

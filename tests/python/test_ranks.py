@@ -10,20 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from coordinators import CoordinatorProcess
 from support import assert_same, script_environment
 
 from dtruntime import BarrierTimeout, CheckpointManager, InvalidArgument
 
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
-
-
-@pytest.fixture
-def coordinator(tmp_path):
-    process = CoordinatorProcess(tmp_path)
-    process.start()
-    yield process
-    process.end()
 
 
 PREAMBLE = """
