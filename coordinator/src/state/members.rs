@@ -23,6 +23,9 @@ use super::{
 
 /// A worker that missed this many heartbeats is suspect.
 const SUSPECT_AFTER_INTERVALS: u64 = 3;
+/// Who was silent for longer is not heard any more: of workers that fall silent together none is,
+/// when the first of them is dead, for their last heartbeats lie within one interval.
+const HEARD_INTERVALS: u64 = 2;
 
 /// A worker: what is kept of it, and what is only remembered.
 #[derive(Debug, Default)]
@@ -34,8 +37,8 @@ pub(super) struct Member {
     progressed_ms: u64,
     is_suspect: bool,
     is_stalled: bool,
-    /// Its end is one of the job's failures.
-    is_failure: bool,
+    /// The failure that its end is, or is part of; 0 if it is none.
+    failure: u64,
 }
 
 /// How a job loses a worker.
@@ -43,6 +46,8 @@ pub(super) struct Loss<'a> {
     pub(super) worker_id: &'a str,
     pub(super) kind: ChangeKind,
     pub(super) reason: String,
+    /// Nobody of the job is heard any more.
+    pub(super) in_silence: bool,
 }
 
 /// Who held a rank that nobody holds now.
@@ -133,7 +138,8 @@ impl Job {
         if is_known {
             let worker_id = &request.worker_id;
             let reason = format!("a new process of `{worker_id}` took its place");
-            self.lose(scene, &Loss { worker_id, kind: ChangeKind::Replaced, reason });
+            let kind = ChangeKind::Replaced;
+            self.lose(scene, &Loss { worker_id, kind, reason, in_silence: false });
             self.refuse_if_aborted()?;
         }
         Ok(())
@@ -210,11 +216,11 @@ impl Job {
         self.drop_former_holders(scene, rank, &worker_id);
         let former = self.members.get(&worker_id);
         let former_incarnation = former.map_or(0, |former| former.record.incarnation);
-        if request.rejoins != 0 && former.is_some_and(|former| former.is_failure) {
-            // It lives, and with it all that it holds.
-            self.record.failures = self.record.failures.saturating_sub(1);
+        let failure = former.map_or(0, |former| former.failure);
+        if request.rejoins != 0 {
+            self.take_back(failure);
         }
-        self.is_silence_counted = false;
+        self.silence = None;
         self.record.epoch += 1;
         let record = WorkerRecord {
             incarnation,
@@ -279,7 +285,7 @@ impl Job {
         let worker_id = self.member_of(request.identity.as_ref())?.0;
         let known_epoch = request.identity.as_ref().map_or(0, |identity| identity.epoch);
         self.heartbeat_count += 1;
-        self.is_silence_counted = false;
+        self.silence = None;
         let member = self.members.get_mut(&worker_id).expect("it was just found");
         member.hear(scene.at.now_ms, request.progress);
         let changes = if known_epoch == self.record.epoch {
@@ -308,7 +314,8 @@ impl Job {
                 } else {
                     (ChangeKind::Failed, request.failure.clone())
                 };
-                self.lose(scene, &Loss { worker_id: &worker_id, kind, reason });
+                let worker_id = &worker_id;
+                self.lose(scene, &Loss { worker_id, kind, reason, in_silence: false });
             }
             // It is gone already: by this call, sent twice, or by its death.
             Err(refusal) if refusal.kind == RefusalKind::Fenced => {}
@@ -413,9 +420,7 @@ impl Job {
         let level = if is_leave { Level::Info } else { Level::Warn };
         let text = format!("`{}` (rank {rank}) is gone: {}", loss.worker_id, loss.reason);
         self.note(scene, level, text);
-        if self.counts_as_failure(scene, loss.kind) {
-            self.count_failure(scene, loss);
-        }
+        self.count_failure(scene, loss);
         self.keep_job(scene);
         self.break_barriers(scene);
         self.lose_rank_of_attempts(scene, (rank, loss.worker_id), &loss.reason);
@@ -432,34 +437,43 @@ impl Job {
         }
     }
 
-    /// Workers that are started again together are replaced one by one: that is one failure. So are
-    /// the deaths of workers that fell silent together.
-    fn counts_as_failure(&self, scene: &Scene<'_>, kind: ChangeKind) -> bool {
+    /// Counts what is a failure. Workers that are started again together are replaced one by one:
+    /// that is one. So are the deaths of workers that fell silent together.
+    fn count_failure(&mut self, scene: &Scene<'_>, loss: &Loss<'_>) {
         let now_ms = scene.at.now_ms;
         let window_ms = scene.policy.heartbeat_timeout_ms;
-        match kind {
-            ChangeKind::Failed => true,
-            ChangeKind::Died => !self.is_silence_counted || self.is_anybody_heard(scene),
+        let is_failure = match loss.kind {
+            ChangeKind::Failed | ChangeKind::Died => true,
             ChangeKind::Replaced => {
                 self.failed_ms.is_none_or(|failed_ms| now_ms - failed_ms > window_ms)
             }
             _ => false,
+        };
+        if !is_failure {
+            return;
+        }
+        let known = self.silence.filter(|_| loss.in_silence);
+        // The loss was just given an epoch of its own.
+        let failure = known.unwrap_or(self.record.epoch);
+        if known.is_none() {
+            self.record.failures += 1;
+            self.failed_ms = Some(now_ms);
+        }
+        self.silence = loss.in_silence.then_some(failure);
+        *self.failures.entry(failure).or_insert(0) += 1;
+        if let Some(member) = self.members.get_mut(loss.worker_id) {
+            member.failure = failure;
         }
     }
 
-    /// Whether a living worker is not even suspect.
-    fn is_anybody_heard(&self, scene: &Scene<'_>) -> bool {
-        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
-        let silent_ms = |id| scene.at.now_ms.saturating_sub(self.members[id].heard_ms);
-        self.holders.values().any(|id| silent_ms(id) <= suspect_ms)
-    }
-
-    fn count_failure(&mut self, scene: &Scene<'_>, loss: &Loss<'_>) {
-        self.record.failures += 1;
-        self.failed_ms = Some(scene.at.now_ms);
-        self.is_silence_counted = !self.is_anybody_heard(scene);
-        if let Some(member) = self.members.get_mut(loss.worker_id) {
-            member.is_failure = true;
+    /// A process that was taken for dead lives, and with it all that it holds: once the last one of
+    /// a failure is back, it was none.
+    fn take_back(&mut self, failure: u64) {
+        let Some(missing) = self.failures.get_mut(&failure) else { return };
+        *missing -= 1;
+        if *missing == 0 {
+            self.failures.remove(&failure);
+            self.record.failures = self.record.failures.saturating_sub(1);
         }
     }
 
@@ -467,14 +481,15 @@ impl Job {
     pub(super) fn forgive(&mut self) {
         self.record.failures = 0;
         self.failed_ms = None;
-        self.members.values_mut().for_each(|member| member.is_failure = false);
+        self.failures.clear();
     }
 
     fn lose_everybody(&mut self, scene: &mut Scene<'_>, reason: &str) {
         self.failed_ms = Some(scene.at.now_ms); // a take-over is no failure
         for worker_id in std::mem::take(&mut self.holders).into_values() {
             let reason = reason.to_owned();
-            let loss = Loss { worker_id: &worker_id, kind: ChangeKind::Replaced, reason };
+            let kind = ChangeKind::Replaced;
+            let loss = Loss { worker_id: &worker_id, kind, reason, in_silence: false };
             self.lose(scene, &loss);
         }
     }
@@ -501,10 +516,13 @@ impl Job {
             return;
         }
         let timeout_ms = scene.policy.heartbeat_timeout_ms;
+        let heard_ms = HEARD_INTERVALS * scene.policy.heartbeat_interval_ms;
         let mut dead = Vec::new();
+        let mut in_silence = true;
         for worker_id in self.holders.values() {
             let member = &self.members[worker_id];
             let silent_ms = scene.at.now_ms.saturating_sub(member.heard_ms);
+            in_silence &= silent_ms > heard_ms;
             if silent_ms > timeout_ms {
                 dead.push((worker_id.clone(), silent_ms));
             }
@@ -512,7 +530,8 @@ impl Job {
         for (worker_id, silent_ms) in dead {
             let reason =
                 format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
-            let loss = Loss { worker_id: &worker_id, kind: ChangeKind::Died, reason };
+            let kind = ChangeKind::Died;
+            let loss = Loss { worker_id: &worker_id, kind, reason, in_silence };
             self.lose(scene, &loss);
         }
         self.doubt(scene);

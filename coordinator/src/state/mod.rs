@@ -252,8 +252,10 @@ struct Job {
     log: VecDeque<v1::MembershipChange>,
     /// When a failure was counted last, for restarts of several workers together.
     failed_ms: Option<u64>,
-    /// Nobody was heard of since the failure that was counted last.
-    is_silence_counted: bool,
+    /// Failures since this start that may prove to be none: how many of their workers are missing.
+    failures: BTreeMap<u64, u32>,
+    /// The failure as which the present silence of the whole job was counted.
+    silence: Option<u64>,
     barriers: BTreeMap<String, Barrier>,
     attempts: BTreeMap<u64, Attempt>,
     aborted: BTreeMap<u64, AbortedAttempt>,
