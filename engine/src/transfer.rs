@@ -76,7 +76,7 @@ pub(crate) fn transfer(
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let mut transferred = Transferred { step, ..Transferred::default() };
     let replaces = match standing(destination, step)? {
-        Some(there) if there == manifest.attempt => {
+        Some(there) if there == attempt => {
             transferred.was_there = true;
             return Ok(transferred);
         }
@@ -87,7 +87,7 @@ pub(crate) fn transfer(
                 hint: "choose another store, or delete that checkpoint first".into(),
             });
         }
-        there => there.as_deref().and_then(AttemptId::parse),
+        there => there,
     };
     let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
     let mut sinks = Sinks(Vec::new());
@@ -168,7 +168,7 @@ pub(crate) fn publish_whole(
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let standing = standing(destination, step)?;
-    if standing.as_ref() == Some(&manifest.attempt) {
+    if standing == Some(attempt) {
         return Ok(Brought::All);
     }
     let files = destination.list_step(step)?.map(|listing| listing.files).unwrap_or_default();
@@ -185,7 +185,7 @@ pub(crate) fn publish_whole(
         step,
         attempt,
         manifest: &bytes,
-        replaces: standing.as_deref().and_then(AttemptId::parse),
+        replaces: standing,
         // They were just listed, each read back by the rank that brought it.
         shards: &[],
     })?;
@@ -230,9 +230,9 @@ impl Transferred {
 
 /// The attempt of the checkpoint that a store holds. What does not decode is none: publishing
 /// decides what becomes of it.
-fn standing(store: &dyn Store, step: u64) -> Result<Option<String>> {
+pub(crate) fn standing(store: &dyn Store, step: u64) -> Result<Option<AttemptId>> {
     let manifest = store.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
-    Ok(manifest.map(|manifest| manifest.attempt))
+    Ok(manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)))
 }
 
 /// Sinks whose shards are whole; given up unless the manifest was published.

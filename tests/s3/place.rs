@@ -113,10 +113,10 @@ impl Place {
         stores.map(uploads).sum()
     }
 
-    /// The directory in which the tests' own service keeps the objects below a prefix.
-    pub(crate) fn objects(&self, prefix: &str) -> std::path::PathBuf {
+    /// The directory in which the tests' own service keeps the objects of a store.
+    pub(crate) fn objects(&self, store: &Config) -> std::path::PathBuf {
         let (_, directory) = self.own.as_ref().expect("the tests' own service");
-        directory.path().join(BUCKET).join(prefix)
+        directory.path().join(store.path.to_str().unwrap().strip_prefix("s3://").unwrap())
     }
 }
 

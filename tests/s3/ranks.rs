@@ -297,6 +297,27 @@ fn what_a_failed_rewind_replaced_stands_again() {
     }
 }
 
+/// Else a step that a rewind retired would stand again, once what retired it is gone.
+#[test]
+fn a_manifest_that_came_after_rank_0_had_removed_its_step_is_taken_back() {
+    let Some(place) = Place::own("it puts an object") else { return };
+    let cluster = Cluster::new(&place, 2, Machines::OneEach);
+    let ranks = cluster.ranks();
+    for step in [1, 2] {
+        save_all(&ranks, step);
+        uploaded(&ranks, step);
+    }
+    let near = step_in(&cluster.directory(1), 2).join("manifest.json");
+    let far = step_in(&place.objects(&cluster.far), 2);
+    let manifest = std::fs::read(near).unwrap();
+    ranks[0].engine.delete(2).unwrap();
+    assert_eq!(cluster.far().steps().unwrap(), [1]);
+    std::fs::create_dir_all(&far).unwrap();
+    std::fs::write(far.join("manifest.json"), manifest).unwrap();
+    ranks[1].engine.delete(2).unwrap();
+    assert!(!far.join("manifest.json").exists());
+}
+
 #[test]
 fn the_newest_that_arrived_is_kept_until_a_newer_one_has() {
     let place = Place::new();

@@ -126,6 +126,27 @@ fn what_is_damaged_near_is_read_from_far() {
 }
 
 #[test]
+fn what_is_damaged_in_both_is_never_returned_and_the_step_before_is_there() {
+    let Some(place) = Place::own("it damages objects") else { return };
+    for (near_offset, far_offset) in [(9_000, 9_001), (-4_000, -4_001), (8, 9)] {
+        let (directory, near, far) = tier(&place);
+        let (before, state) = (State::training(4, 1), State::training(5, 1));
+        let engine = open(near.clone());
+        before.save(&engine, 4).unwrap();
+        state.save(&engine, 5).unwrap();
+        engine.close().unwrap();
+        damage(directory.path(), near_offset);
+        damage(&place.objects(&far), far_offset);
+        for read_only in [true, false] {
+            let engine = open(Config { read_only, ..near.clone() });
+            let error = engine.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
+            assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{far_offset}: {error:?}");
+            before.assert_equals(&engine.checkpoint(4).unwrap());
+        }
+    }
+}
+
+#[test]
 fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
     let place = Place::new();
     let (directory, near, far) = tier(&place);
@@ -225,8 +246,7 @@ fn what_retention_lets_go_near_leaves_the_far_store_too() {
 fn a_step_that_never_arrived_takes_no_shard_of_another_rank_with_it() {
     let Some(place) = Place::own("it looks at the objects") else { return };
     let (_directory, near, far) = tier(&place);
-    let prefix = far.path.to_str().unwrap().strip_prefix("s3://checkpoints/").unwrap();
-    let step = place.objects(prefix).join("step-000000000001");
+    let step = place.objects(&far).join("step-000000000001");
     let others = step.join(format!("rank-00001.{}.shard", "5".repeat(32)));
     // Hours: nothing arrives while the test looks.
     let engine = open(Config { remote_bytes_per_second: Some(1), ..near });

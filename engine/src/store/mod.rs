@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::format::manifest::Manifest;
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
 use crate::transfer::Transferred;
@@ -80,6 +81,15 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Deletes a checkpoint: the manifest first, then its directory. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64) -> Result<u64>;
+
+    /// [`Store::remove_checkpoint`], if the checkpoint is that of `attempt`.
+    fn remove_attempt(&self, step: u64, attempt: AttemptId) -> Result<u64> {
+        let stands = self.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
+        if stands.is_none_or(|manifest| manifest.attempt != attempt.to_string()) {
+            return Ok(0);
+        }
+        self.remove_checkpoint(step)
+    }
 
     /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller.
     fn let_go(&self, step: u64) -> Result<()> {

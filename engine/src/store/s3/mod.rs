@@ -218,7 +218,12 @@ impl Store for S3Store {
 
     fn remove_checkpoint(&self, step: u64) -> Result<u64> {
         self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step)
+        remove::remove_checkpoint(&self.shared, step, None)
+    }
+
+    fn remove_attempt(&self, step: u64, attempt: AttemptId) -> Result<u64> {
+        self.writer("deleting a checkpoint")?;
+        remove::remove_checkpoint(&self.shared, step, Some(attempt))
     }
 
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {

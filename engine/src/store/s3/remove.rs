@@ -9,39 +9,54 @@
 
 use super::{Shared, is_own_name, publish};
 use crate::format::manifest::Manifest;
-use crate::format::names;
+use crate::format::names::{self, AttemptId};
 use crate::{EngineError, Result};
 
-/// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`].
-pub(super) fn remove_checkpoint(shared: &Shared, step: u64) -> Result<u64> {
+/// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`]. Without a manifest there is
+/// none: other ranks may be bringing shards of one, and what is left of none are orphans, which go
+/// after the grace period. With `only`, the checkpoint of another attempt stays.
+pub(super) fn remove_checkpoint(
+    shared: &Shared,
+    step: u64,
+    only: Option<AttemptId>,
+) -> Result<u64> {
     let what = format!("deleting step {step} of `{}`", shared.address);
-    let prefix = shared.file_key(step, "");
-    let objects = shared.ask(&what, shared.list_objects(&prefix, None))?;
-    let files: Vec<(String, u64)> = objects
-        .into_iter()
-        .filter_map(|object| Some((shared.parse_key(&object.key)?.1, object.bytes)))
-        .collect();
-    let Some(object) = shared.ask(&what, shared.get_manifest(step))? else {
-        // No checkpoint: other ranks may be bringing shards of one, and what is left of none is an
-        // orphan, which goes after the grace period.
-        return Ok(0);
-    };
+    let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(0) };
     let manifest = Manifest::decode(&object.bytes).ok();
-    let goes = |file: &str| match &manifest {
-        Some(manifest) => manifest.shards.iter().any(|shard| shard.file == file),
+    let attempt = manifest.as_ref().and_then(|manifest| AttemptId::parse(&manifest.attempt));
+    if only.is_some() && only != attempt {
+        return Ok(0);
+    }
+    let goes: Vec<(String, u64)> = match manifest {
+        Some(manifest) => {
+            manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
+        }
         // What it named is not known: all that nobody is at.
-        None => !shared.own().live.contains(&(step, file.to_owned())),
+        None => {
+            let mut shards = shards_there(shared, &what, step)?;
+            let own = shared.own();
+            shards.retain(|(file, _)| !own.live.contains(&(step, file.clone())));
+            shards
+        }
     };
-    let manifest_first = files
-        .iter()
-        .filter(|(file, _)| file == names::MANIFEST_FILE)
-        .chain(files.iter().filter(|(file, _)| file != names::MANIFEST_FILE && goes(file)));
-    let mut freed_bytes = 0;
-    for (file, bytes) in manifest_first {
+    delete(shared, step, names::MANIFEST_FILE)?;
+    let mut freed_bytes = object.bytes.len() as u64;
+    for (file, bytes) in &goes {
         delete(shared, step, file)?;
         freed_bytes += bytes;
     }
     Ok(freed_bytes)
+}
+
+/// Names and bytes of a step's shards, whoever wrote them.
+fn shards_there(shared: &Shared, what: &str, step: u64) -> Result<Vec<(String, u64)>> {
+    let prefix = shared.file_key(step, "");
+    let objects = shared.ask(what, shared.list_objects(&prefix, None))?;
+    let files = objects.into_iter().filter_map(|object| {
+        let (_, file) = shared.parse_key(&object.key)?;
+        Some((file, object.bytes))
+    });
+    Ok(files.filter(|(file, _)| names::parse_shard_file(file).is_some()).collect())
 }
 
 /// Deletes an object that no manifest names; see [`crate::store::Store::remove_orphan`].

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::uploader::Removal;
 use crate::Result;
 use crate::format::names::MANIFEST_FILE;
 use crate::store::{FileListing, StepListing, Store};
@@ -45,22 +44,23 @@ impl FarView {
     }
 
     /// What waits to be removed counts as gone.
-    pub(super) fn forget(&self, removal: &Removal) {
-        let mut steps = self.lock();
-        match removal {
-            Removal::Checkpoint(step) => drop(steps.remove(step)),
-            Removal::Orphan(step, name) => {
-                if let Some(files) = steps.get_mut(step) {
-                    files.retain(|file| file.name != *name);
-                }
-            }
+    pub(super) fn forget(&self, step: u64) {
+        self.lock().remove(&step);
+    }
+
+    pub(super) fn forget_file(&self, step: u64, name: &str) {
+        if let Some(files) = self.lock().get_mut(&step) {
+            files.retain(|file| file.name != *name);
         }
     }
 
-    /// `step` has arrived: there lies now what lies in `store`.
-    pub(super) fn note_upload(&self, store: &dyn Store, step: u64) {
-        if let Ok(Some(listing)) = store.list_step(step) {
-            self.lock().insert(step, listing.files);
+    /// There lies now of `step` what lies in `store`.
+    pub(super) fn note(&self, store: &dyn Store, step: u64) {
+        match store.list_step(step) {
+            Ok(Some(listing)) => drop(self.lock().insert(step, listing.files)),
+            Ok(None) => self.forget(step),
+            // What is known may be old, which the next opening mends.
+            Err(_) => {}
         }
     }
 

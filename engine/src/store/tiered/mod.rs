@@ -34,7 +34,7 @@ use crate::clock::Environment;
 use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::recovery::OwnShare;
-use crate::transfer::Transferred;
+use crate::transfer::{Transferred, standing};
 use crate::{EngineError, Result};
 
 mod far;
@@ -43,7 +43,7 @@ mod uploader;
 
 use far::FarView;
 use near::NearShard;
-use uploader::{Removal, Uploader, Work};
+use uploader::{Uploader, Work};
 
 /// A near store and a far one.
 pub struct TieredStore {
@@ -99,14 +99,6 @@ impl TieredStore {
     fn outdated(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         // Every critical section is one call of a set's.
         self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What a save of `step` may replace in the near store. Whether it may was decided by what both
-    /// stores hold; what lies here may be out of date, or not be there.
-    fn replaced_here(&self, step: u64) -> Result<Option<AttemptId>> {
-        let manifest =
-            self.near.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
-        Ok(manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)))
     }
 
     fn uploads(&self) -> Option<&Work> {
@@ -223,8 +215,10 @@ impl Store for TieredStore {
     }
 
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
+        // Whether a save of the step may replace another was decided by what both stores hold; what
+        // lies here may be out of date, or not be there.
         let replaces = match publication.replaces {
-            Some(_) => self.replaced_here(publication.step)?,
+            Some(_) => standing(&*self.near, publication.step)?,
             None => None,
         };
         self.near.publish(Publication { replaces, ..publication })?;
@@ -250,8 +244,9 @@ impl Store for TieredStore {
     fn remove_checkpoint(&self, step: u64) -> Result<u64> {
         let Some(work) = self.uploads() else { return self.near.remove_checkpoint(step) };
         work.cancel_and_wait(step);
+        let attempt = work.to_take_back(step);
         let freed_bytes = self.near.remove_checkpoint(step)?;
-        work.remove_behind(Removal::Checkpoint(step));
+        work.let_go_behind(step, attempt);
         Ok(freed_bytes + work.remove_now()?)
     }
 
@@ -259,8 +254,9 @@ impl Store for TieredStore {
         let Some(work) = self.uploads() else { return self.near.let_go(step) };
         // What is on its way arrives before it is removed: by the same thread.
         work.cancel(step);
+        let attempt = work.to_take_back(step);
         self.near.remove_checkpoint(step)?;
-        work.remove_behind(Removal::Checkpoint(step));
+        work.let_go_behind(step, attempt);
         Ok(())
     }
 
@@ -270,7 +266,7 @@ impl Store for TieredStore {
         if freed_bytes.is_none() || !work.view.has(step, file) {
             return Ok(freed_bytes);
         }
-        work.remove_behind(Removal::Orphan(step, file.into()));
+        work.remove_orphan_behind(step, file);
         let far_bytes = work.remove_now()?;
         Ok(freed_bytes.map(|near_bytes| near_bytes + far_bytes))
     }
@@ -279,7 +275,7 @@ impl Store for TieredStore {
         let Some(work) = self.uploads() else { return self.near.let_go_orphan(step, file) };
         let is_gone = self.near.remove_orphan(step, file)?.is_some();
         if is_gone && work.view.has(step, file) {
-            work.remove_behind(Removal::Orphan(step, file.into()));
+            work.remove_orphan_behind(step, file);
         }
         Ok(is_gone)
     }

@@ -7,7 +7,8 @@
 //!   another goes after it.
 //! - One thread at a time removes; a step that is committed again is not removed any more.
 //! - Where several ranks save, each with a store of its own, each brings its own shard; whoever
-//!   finds all of them there publishes, and the others wait to see it. Rank 0 alone removes.
+//!   finds all of them there publishes, and the others wait to see it. Rank 0 alone removes; the
+//!   others only take back what they published, if it came after that.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,10 +19,13 @@ use std::time::Duration;
 use super::far::FarView;
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
+use crate::format::names::AttemptId;
 use crate::load::VerifyObserver;
 use crate::recovery::OwnShare;
 use crate::store::Store;
-use crate::transfer::{Brought, Overwrite, Transferred, publish_whole, transfer, transfer_share};
+use crate::transfer::{
+    Brought, Overwrite, Transferred, publish_whole, standing, transfer, transfer_share,
+};
 use crate::{EngineError, Result};
 
 /// First and longest pause before something is tried again.
@@ -81,8 +85,10 @@ pub(super) struct Work {
 
 /// Something that goes from the far store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Removal {
+enum Removal {
     Checkpoint(u64),
+    /// The step, if it is still this attempt's.
+    Attempt(u64, AttemptId),
     Orphan(u64, String),
 }
 
@@ -94,6 +100,8 @@ struct Queue {
     brought: BTreeMap<u64, Transferred>,
     outcomes: BTreeMap<u64, Result<Transferred>>,
     removals: VecDeque<Removal>,
+    /// Steps whose manifest this process has put into the far store, or may have.
+    published: BTreeSet<u64>,
     /// Everything is tried once more at most: since when.
     draining: Option<Duration>,
     stopped: bool,
@@ -107,6 +115,10 @@ impl Queue {
 
     fn is_done(&self) -> bool {
         self.is_idle() && self.brought.is_empty() && self.current.is_none()
+    }
+
+    fn may_have_published(&self, step: u64) -> bool {
+        self.published.contains(&step) || self.current.as_ref().is_some_and(|(at, _)| *at == step)
     }
 
     fn is_waiting(&self, step: u64) -> bool {
@@ -222,15 +234,40 @@ impl Work {
         }
     }
 
-    /// Lets the far store go of something, behind.
-    pub(super) fn remove_behind(&self, removal: Removal) {
-        self.view.forget(&removal);
-        if self.share.is_some_and(|share| share.rank != 0) {
-            // Rank 0 does it for all.
-            return;
+    /// The attempt that stands near, if it may be this process that put its manifest into the far
+    /// store.
+    pub(super) fn to_take_back(&self, step: u64) -> Option<AttemptId> {
+        let may_be = !self.removes_for_all() && self.lock().may_have_published(step);
+        may_be.then(|| standing(self.near.as_ref(), step).ok().flatten()).flatten()
+    }
+
+    /// Lets the far store go of a step, behind; `attempt` was [to be taken back][Self::to_take_back]
+    /// when it stood near.
+    pub(super) fn let_go_behind(&self, step: u64, attempt: Option<AttemptId>) {
+        self.view.forget(step);
+        let mut queue = self.lock();
+        if self.removes_for_all() {
+            queue.published.remove(&step);
+            queue.removals.push_back(Removal::Checkpoint(step));
+        } else if let Some(attempt) = attempt {
+            // Rank 0 may have been there before the manifest was.
+            queue.removals.push_back(Removal::Attempt(step, attempt));
         }
-        self.lock().removals.push_back(removal);
+        drop(queue);
         self.changed.notify_all();
+    }
+
+    /// Lets the far store go of a file that no manifest names, behind.
+    pub(super) fn remove_orphan_behind(&self, step: u64, file: &str) {
+        self.view.forget_file(step, file);
+        if self.removes_for_all() {
+            self.lock().removals.push_back(Removal::Orphan(step, file.into()));
+            self.changed.notify_all();
+        }
+    }
+
+    fn removes_for_all(&self) -> bool {
+        self.share.is_none_or(|share| share.rank == 0)
     }
 
     /// Carries out what removals wait, in their order, until one fails. Returns the bytes freed.
@@ -242,16 +279,29 @@ impl Work {
                 self.changed.notify_all();
                 return Ok(freed_bytes);
             };
-            freed_bytes += match &removal {
-                Removal::Checkpoint(step) => self.far.remove_checkpoint(*step)?,
-                Removal::Orphan(step, file) => self.far.remove_orphan(*step, file)?.unwrap_or(0),
-            };
-            self.view.forget(&removal);
+            freed_bytes += self.remove(&removal)?;
             // Unless a new commit of the step took it out meanwhile.
             let mut queue = self.lock();
             if queue.removals.front() == Some(&removal) {
                 queue.removals.pop_front();
             }
+        }
+    }
+
+    fn remove(&self, removal: &Removal) -> Result<u64> {
+        match removal {
+            Removal::Checkpoint(step) => {
+                let removed = self.far.remove_checkpoint(*step);
+                // What is left of it is nobody's any more, and goes after the grace period.
+                self.view.note(self.far.as_ref(), *step);
+                removed
+            }
+            Removal::Attempt(step, attempt) => {
+                let freed_bytes = self.far.remove_attempt(*step, *attempt)?;
+                self.lock().published.remove(step);
+                Ok(freed_bytes)
+            }
+            Removal::Orphan(step, file) => Ok(self.far.remove_orphan(*step, file)?.unwrap_or(0)),
         }
     }
 
@@ -337,7 +387,7 @@ impl Work {
             Some(share) => transfer_share(near, far, (step, share), &self.environment, &pacer),
         };
         if outcome.is_ok() && self.share.is_none() {
-            self.view.note_upload(near, step);
+            self.view.note(near, step);
         }
         !self.book(step, &cancelled, outcome)
     }
@@ -352,11 +402,11 @@ impl Work {
             }
             // Whoever cancels it waits for this.
             let cancelled = Arc::new(AtomicBool::new(false));
-            queue.current = Some((step, cancelled));
+            queue.current = Some((step, Arc::clone(&cancelled)));
             drop(queue);
             let published = publish_whole(self.near.as_ref(), self.far.as_ref(), step);
-            if matches!(published, Ok(Brought::All)) {
-                self.view.note_upload(self.far.as_ref(), step);
+            if matches!(published, Ok(Brought::All)) && !cancelled.load(Ordering::Relaxed) {
+                self.view.note(self.far.as_ref(), step);
             }
             self.book_whole(step, published);
         }
@@ -370,6 +420,9 @@ impl Work {
         let newest = self.arrived().last().copied();
         let mut queue = self.lock();
         queue.current = None;
+        if matches!(published, Ok(Brought::All) | Err(_)) {
+            queue.published.insert(step);
+        }
         let is_late =
             queue.draining.is_some_and(|since| elapsed(&*self.environment, since) >= FAREWELL);
         let is_past = newest.is_some_and(|newest| step < newest) || is_late;
