@@ -56,7 +56,9 @@ class Manager:
     def close_after_fork(self) -> None: ...
 
 @final
-class Sources: ...
+class Sources:
+    @property
+    def begun(self) -> SaveHandle | None: ...
 
 @final
 class SaveHandle:

@@ -64,6 +64,7 @@ class Application:
                 for action in actions:
                     has_begun = True
                     action.act(tensors)
+                del tensors  # before the next are read: there may be no memory for both
         except BaseException as error:
             if not has_begun:
                 raise

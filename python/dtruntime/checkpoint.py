@@ -303,15 +303,20 @@ class CheckpointManager:
                 self._native.wait_until_finished()
                 begun = time.monotonic()
                 flat, sources, chosen = self._prepare(state, chosen)
+                chosen.arm()
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
             try:
                 spent = (begun - called, time.monotonic() - begun)
                 call = (number, bool(rewind), spent)
-                chosen.arm()
                 parts = (flat.nodes, flat.tensors, flat.replicated)
                 native = self._native.save(call, parts, sources, annotations)
                 handle = self._hand_out(native, flat, chosen)
             except BaseException:
+                # It may have been begun although it did not return: a signal can be in between.
+                # Nobody would keep the tensors as they are, so what is saved of them is not to be.
+                if sources.begun is not None:
+                    sources.begun.cancel("the call that began it was interrupted")
+                    sources.begun.wait_captured()
                 chosen.disarm()
                 raise
             finally:
@@ -642,16 +647,10 @@ class CheckpointManager:
         """Give the handle of a save, with whatever waits for its copies told of it."""
         assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
         behind = Copied([*chosen.streams], flat.table) if chosen.goes_on_behind else None
-        try:
-            chosen.guard(native)
-            handle = self._last = SaveHandle(native, self._watcher, behind)
-            self._watcher.watch(handle, self._native)
-            handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
-        except BaseException:
-            # Nobody would keep the tensors as they are: what is saved of them is not to be.
-            native.cancel("the call that began it was interrupted")
-            native.wait_captured()
-            raise
+        chosen.guard(native)
+        handle = self._last = SaveHandle(native, self._watcher, behind)
+        self._watcher.watch(handle, self._native)
+        handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
         return handle
 
     def _end_copies(self) -> None:

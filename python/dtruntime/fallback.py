@@ -153,7 +153,7 @@ def read_agreed(
             done = None
             failed[step] = f"{error.what}: {error.why}"
             _logger.warning("step %d does not verify on this rank: %s", step, error)
-        except Exception:
+        except BaseException:  # Ctrl-C, too: the process may live on
             _leave_agreement(native)
             raise
 

@@ -131,7 +131,14 @@ def _gate_of(optimizer: Any) -> _Gate:
     gate = _gates.get(optimizer)
     if gate is None:
         gate = _Gate()
-        optimizer.register_step_pre_hook(gate)
+        try:
+            optimizer.register_step_pre_hook(gate)
+        except AttributeError as error:  # a wrapper that was not set up as an optimizer is
+            raise InvalidArgument(
+                f"`optimizer` = a `{type(optimizer).__name__}`",
+                f"its next step cannot be made to wait: {error}",
+                "pass the `torch.optim.Optimizer` that it wraps",
+            ) from error
         _gates[optimizer] = gate
     return gate
 

@@ -7,7 +7,7 @@
 //! Why `unsafe`: torch hands out addresses and handles of streams, not what they stand for.
 #![expect(unsafe_code, reason = "torch's streams and memory are reached by address")]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use dtr_cuda::{ArenaPin, DeviceStorage, Direction, Piece, engine_error, probe, shared_device};
 use dtr_engine::engine::Engine;
@@ -20,6 +20,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::errors::to_python;
+use crate::handle::SaveHandle;
 use crate::tensor::{FreshMemory, HostSource, element_of};
 
 /// The caller's current streams: number of the device, and handle.
@@ -121,6 +122,31 @@ pub(crate) struct Sources {
     pub(crate) sources: Vec<Prepared>,
     /// Whether copies from devices go on when the save has returned.
     pub(crate) behind: bool,
+    /// The save that copies them.
+    begun: OnceLock<Py<SaveHandle>>,
+}
+
+impl Sources {
+    pub(crate) fn new(sources: Vec<Prepared>, behind: bool) -> Self {
+        Self { sources, behind, begun: OnceLock::new() }
+    }
+
+    /// Notes the save that was begun, and gives it again.
+    pub(crate) fn begun_by(&self, py: Python<'_>, save: SaveHandle) -> PyResult<Py<SaveHandle>> {
+        let save = Py::new(py, save)?;
+        let _once = self.begun.set(save.clone_ref(py));
+        Ok(save)
+    }
+}
+
+#[pymethods]
+impl Sources {
+    /// The save that copies them, once it was begun: also if an exception of a signal took the
+    /// place of what `save` returned.
+    #[getter]
+    fn begun(&self, py: Python<'_>) -> Option<Py<SaveHandle>> {
+        self.begun.get().map(|save| save.clone_ref(py))
+    }
 }
 
 /// A storage that can be captured.

@@ -88,7 +88,7 @@ impl Manager {
                 // What was cloned may change as soon as the streams go on.
                 device::precede(&streams)?;
             }
-            Ok(Sources { sources, behind })
+            Ok(Sources::new(sources, behind))
         })
     }
 
@@ -106,7 +106,7 @@ impl Manager {
         state: (Bound<'_, PyList>, Bound<'_, PyList>, Vec<u32>),
         sources: &Sources,
         annotations: (&str, &str),
-    ) -> PyResult<SaveHandle> {
+    ) -> PyResult<Py<SaveHandle>> {
         let (step, rewind, (wait_seconds, prepare_seconds)) = call;
         let seconds = |seconds| timeout_of(Some(seconds)).unwrap_or_default();
         let (nodes, tensors, replicated) = state;
@@ -131,7 +131,7 @@ impl Manager {
                 self.engine.save(request)
             }
         })?;
-        Ok(SaveHandle::new(handle, self.guard.clone()))
+        sources.begun_by(py, SaveHandle::new(handle, self.guard.clone()))
     }
 
     /// The part that this rank writes of each storage that all ranks save alike, as `(start, end)`;

@@ -189,7 +189,22 @@ def test_an_optimizer_that_never_steps_keeps_no_saves(device, manager):
     assert len(gpus._gate_of(optimizer).pending) == 1
 
 
-def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatch):
+class Interrupted:
+    """A native manager whose `save` does its work, and is not heard of: a signal comes first."""
+
+    def __init__(self, native) -> None:
+        self._native = native
+
+    def __getattr__(self, name: str):
+        return getattr(self._native, name)
+
+    def save(self, *arguments):
+        self._native.save(*arguments)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["save", "watch"])
+def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatch, where):
     weight = device.tensor(noise(1, 100_000)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
 
@@ -197,7 +212,10 @@ def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(manager._watcher, "watch", interrupted)
+        if where == "watch":
+            patch.setattr(manager._watcher, "watch", interrupted)
+        else:
+            patch.setattr(manager, "_native", Interrupted(manager._native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
     with pytest.raises(CheckpointError, match="was interrupted"):
@@ -274,6 +292,18 @@ def test_memory_of_a_gpu_is_filled(device, manager):
     checkpoint.read([(0, 0, place)], True, [(0, 0)])
     device.settle()
     assert torch.equal(target, values)
+
+
+def test_an_optimizer_that_only_looks_like_one_is_refused(device, manager):
+    class Wrapper(torch.optim.SGD):
+        def __init__(self, inner):
+            self.state, self.param_groups = inner.state, inner.param_groups
+
+    weight = device.tensor(noise(1, 100_000)).requires_grad_()
+    wrapper = Wrapper(torch.optim.SGD([weight], lr=0.1))
+    with pytest.raises(InvalidArgument, match="cannot be made to wait"):
+        manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=wrapper)
+    assert manager.all_steps() == []
 
 
 class OnGpu(torch.nn.Parameter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from support import assert_same, flip_byte, shard_of
 
 from dtruntime import Corrupt, InvalidArgument, RestoreIncomplete, applying
+from dtruntime.loading import Reader
 
 
 def train(model, optimizer, scheduler, generator, steps: int) -> list[float]:
@@ -226,8 +228,18 @@ def test_without_memory_items_are_restored_one_by_one(open_manager, store, monke
     manager = open_manager(compression="none")
     manager.save({"a": torch.ones(60_000), "b": torch.ones(60_000)}, step=1)
     monkeypatch.setattr(applying, "available_memory_bytes", lambda: 1)
+    read, earlier = Reader.tensors, []
+
+    def tensors(reader, *arguments):
+        assert not any(tensor() is not None for tensor in earlier), "still in memory"
+        made = read(reader, *arguments)
+        earlier.extend(weakref.ref(tensor) for tensor in made.values())
+        return made
+
+    monkeypatch.setattr(Reader, "tensors", tensors)
     live = {"a": torch.zeros(60_000), "b": torch.zeros(60_000)}
     manager.restore(live)
+    assert len(earlier) == 2
     assert live["a"].all()
     assert live["b"].all()
 
