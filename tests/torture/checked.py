@@ -4,7 +4,8 @@
 
 loom      runs the tests named `models` in every order of their threads' steps: buffers, the inbox,
           what is in flight, the early sync, failing and ending of a save
-miri      interprets the unsafe code that it knows: buffers, byte planes in plain code and AVX2
+miri      interprets the unsafe code that it knows: buffers and their parts, byte planes in plain
+          code and AVX2
 address   AddressSanitizer on the engine's own tests, on those from its front door, and on those of
           copies between GPUs and the host
 thread    ThreadSanitizer on the same
@@ -33,7 +34,7 @@ QUICKLY = ("--config", 'profile.dev.package."*".opt-level=1')
 # This test leaves memory to the kernel for ever, which is the promise that it checks.
 LEAKS = ("--skip", "an_abandoned_buffer_is_empty_and_never_returns")
 # The tests whose code Miri can run: no system call but `mmap`, no streaming stores, no C.
-MIRI_TESTS = ("io::buffer::", "codec::planes::", "format::checksum::")
+MIRI_TESTS = ("io::buffer::", "io::lent::", "codec::planes::", "format::checksum::")
 
 
 def command(checker: str) -> tuple[list[str], dict[str, str]]:
