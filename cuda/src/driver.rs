@@ -1,7 +1,7 @@
 //! The CUDA driver: found, checked and started once, without a panic whatever is missing.
 //!
 //! ```text
-//! libcuda.so -> its version -> every call that this crate makes -> cuInit -> how many devices
+//! libcuda.so.1 -> its version -> every call that this crate makes -> cuInit -> how many devices
 //!  NoDriver     DriverTooOld             DriverTooOld             NoDriver     NoSuchDevice
 //! ```
 //!
@@ -10,10 +10,11 @@
 //! - No call is made through a symbol that the library lacks.
 //! - A call of the driver returns a number: see [`Code`].
 //!
-//! Why the calls are not made through cudarc's own functions, although it finds the library for us:
-//! they panic where a symbol is missing, and they return an `enum` of the codes of CUDA 12.2, so
-//! that a newer driver's code would be undefined behaviour. Their argument types, which come from
-//! NVIDIA's header, are checked against ours when this file is compiled.
+//! Why the calls are not made through cudarc's own functions: they panic where a symbol is missing,
+//! they return an `enum` of the codes of CUDA 12.2, so that a newer driver's code would be undefined
+//! behaviour, and they take a toolkit's stub for the driver where that is found first. Their
+//! argument types, which come from NVIDIA's header, are checked against ours when this file is
+//! compiled.
 //!
 //! Why `unsafe`: the driver is a library in C.
 #![expect(unsafe_code, reason = "loads a library in C and calls it")]
@@ -26,6 +27,7 @@ use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUstream, CUstreamCaptureMode,
     CUstreamCaptureStatus,
 };
+use libloading::os::unix::{Library, RTLD_NOW};
 use rustix::process::{Pid, getpid};
 
 use crate::CudaError;
@@ -34,6 +36,12 @@ use crate::error::{Code, NO_DEVICE, Refusal, SUCCESS};
 /// CUDA 11.2, of December 2020: the first with `cuMemAllocAsync`. Every other call that this crate
 /// makes is older.
 const VERSION_MIN: u32 = 11_020;
+
+/// What the driver's library is called; the first is the name by which torch loads it.
+const LIBRARY_NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
+
+/// Loads nothing, but finds what is loaded (`dlopen(3)` of Linux).
+const RTLD_NOLOAD: c_int = 4;
 
 /// Declares the driver's calls: a struct of pointers, how they are found, and the proof that their
 /// arguments are those of NVIDIA's header.
@@ -173,9 +181,7 @@ pub(crate) fn check_owner(owner: Pid) -> Result<(), CudaError> {
 }
 
 fn load() -> Result<Loaded, CudaError> {
-    // SAFETY: runs the initialisers of libraries that are called `libcuda`, which is what a driver
-    // is found by.
-    if !unsafe { sys::is_culib_present() } {
+    if library().is_none() {
         let why = "the system has no library `libcuda.so.1`".to_owned();
         return Err(CudaError::NoDriver { why });
     }
@@ -206,15 +212,32 @@ fn version() -> Result<u32, CudaError> {
     })
 }
 
+/// The driver's library, which stays loaded for the process's life: the one that this process has
+/// already, under whichever name, because another one, such as a toolkit's stub that is made to be
+/// linked with, would be a driver of its own, without the contexts that the tensors are in.
+fn library() -> Option<&'static Library> {
+    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+    let open = |flags| {
+        move |name| {
+            // SAFETY: runs the initialisers of a library that is called so, which is what a driver
+            // is found by.
+            unsafe { Library::open(Some(name), flags) }.ok()
+        }
+    };
+    let find = || {
+        let loaded = LIBRARY_NAMES.into_iter().find_map(open(RTLD_NOW | RTLD_NOLOAD));
+        loaded.or_else(|| LIBRARY_NAMES.into_iter().find_map(open(RTLD_NOW)))
+    };
+    LIBRARY.get_or_init(find).as_ref()
+}
+
 /// The function `name` of the driver, or the name again.
 ///
 /// # Safety
 ///
 /// `F` is the type of a pointer to that function.
 unsafe fn symbol<F: Copy>(name: &'static str) -> Result<F, &'static str> {
-    // SAFETY: loads what `is_culib_present` has just loaded, see there; `load` asks that first, so
-    // that this finds the library too.
-    let library = unsafe { sys::culib() };
+    let library = library().ok_or(name)?;
     // SAFETY: this function's contract; the library stays loaded for the process's life.
     let symbol = unsafe { library.get::<F>(name) };
     symbol.map(|symbol| *symbol).map_err(|_| name)
