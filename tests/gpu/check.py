@@ -161,6 +161,32 @@ def training_does_not_notice(checks: Checks) -> str:
     return f"{steps} saves in each of {len(gpus.MODES)} modes"
 
 
+def a_training_is_taken_back(checks: Checks) -> str:
+    """Restore weights and optimizer in place; what follows is what followed the first time."""
+    weight = checks.noise(1, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    state = {"w": weight, "optimizer": optimizer}
+
+    def go_on() -> list[torch.Tensor]:
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moments = optimizer.state[weight]
+        return [weight.detach().clone(), *(moments[name].clone() for name in sorted(moments))]
+
+    with checks.manager("back") as manager:
+        go_on()
+        manager.save(state, step=1)
+        expected = go_on()
+        for _ in range(3):
+            go_on()
+            manager.restore(state, step=1)
+            places = {name: one.device.type for name, one in optimizer.state[weight].items()}
+            kind = checks.device.type
+            assert places == {"step": "cpu", "exp_avg": kind, "exp_avg_sq": kind}, places
+            assert all(same_bits(*pair) for pair in zip(go_on(), expected, strict=True))
+    return "3 restores"
+
+
 def memory_stays_flat(checks: Checks) -> str:
     """Save and load again and again; nothing is kept on the device."""
     if checks.device.type != "cuda":
@@ -237,6 +263,7 @@ CHECKS = [
     every_dtype_comes_back,
     what_training_does_next_is_not_saved,
     training_does_not_notice,
+    a_training_is_taken_back,
     memory_stays_flat,
     graphs_are_refused,
     bad_calls_are_explained,

@@ -291,10 +291,10 @@ impl Work {
     fn remove(&self, removal: &Removal) -> Result<u64> {
         match removal {
             Removal::Checkpoint(step) => {
-                let removed = self.far.remove_checkpoint(*step);
-                // What is left of it is nobody's any more, and goes after the grace period.
+                let freed_bytes = self.far.remove_checkpoint(*step)?;
+                // What is left there is nobody's any more, and goes after the grace period.
                 self.view.note(self.far.as_ref(), *step);
-                removed
+                Ok(freed_bytes)
             }
             Removal::Attempt(step, attempt) => {
                 let freed_bytes = self.far.remove_attempt(*step, *attempt)?;
