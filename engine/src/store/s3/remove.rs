@@ -27,17 +27,14 @@ pub(super) fn remove_checkpoint(
     if only.is_some() && only != attempt {
         return Ok(0);
     }
-    let goes: Vec<(String, u64)> = match manifest {
-        Some(manifest) => {
-            manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
-        }
+    let goes: Vec<(String, u64)> = if let Some(manifest) = manifest {
+        manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
+    } else {
         // What it named is not known: all that nobody is at.
-        None => {
-            let mut shards = shards_there(shared, &what, step)?;
-            let own = shared.own();
-            shards.retain(|(file, _)| !own.live.contains(&(step, file.clone())));
-            shards
-        }
+        let mut shards = shards_there(shared, &what, step)?;
+        let own = shared.own();
+        shards.retain(|(file, _)| !own.live.contains(&(step, file.clone())));
+        shards
     };
     delete(shared, step, names::MANIFEST_FILE)?;
     let mut freed_bytes = object.bytes.len() as u64;
