@@ -119,7 +119,7 @@ impl Described {
 #[pyclass(frozen, module = "dtruntime._native")]
 #[derive(Debug)]
 pub(crate) struct Sources {
-    pub(crate) sources: Vec<Prepared>,
+    pub(crate) storages: Vec<Prepared>,
     /// Whether copies from devices go on when the save has returned.
     pub(crate) behind: bool,
     /// The save that copies them.
@@ -127,8 +127,8 @@ pub(crate) struct Sources {
 }
 
 impl Sources {
-    pub(crate) fn new(sources: Vec<Prepared>, behind: bool) -> Self {
-        Self { sources, behind, begun: OnceLock::new() }
+    pub(crate) fn new(storages: Vec<Prepared>, behind: bool) -> Self {
+        Self { storages, behind, begun: OnceLock::new() }
     }
 
     /// Notes the save that was begun, and gives it again.

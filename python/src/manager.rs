@@ -118,7 +118,7 @@ impl Manager {
                 rewind,
                 nodes,
                 tensors,
-                storages: sources.sources.iter().map(Prepared::input).collect(),
+                storages: sources.storages.iter().map(Prepared::input).collect(),
                 replicated,
                 waited: seconds(wait_seconds),
                 prepared: seconds(prepare_seconds),

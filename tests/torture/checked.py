@@ -31,6 +31,8 @@ CACHE = Path(
 NIGHTLY = ("cargo", "+nightly")
 # Dependencies are built once for each checker: quickly counts for more than well.
 QUICKLY = ("--config", 'profile.dev.package."*".opt-level=1')
+# What takes long under a checker, or is about how fast encoding is.
+SLOW = ("--skip", "flat::", "--skip", "thousands_of", "--skip", "slow_device::")
 # This test leaves memory to the kernel for ever, which is the promise that it checks.
 LEAKS = ("--skip", "an_abandoned_buffer_is_empty_and_never_returns")
 # The tests whose code Miri can run: no system call but `mmap`, no streaming stores, no C.
@@ -66,7 +68,7 @@ def command(checker: str) -> tuple[list[str], dict[str, str]]:
         "TSAN_OPTIONS": "halt_on_error=1",
         "PROPTEST_CASES": "32",
     }
-    return [*words, "--", "--skip", "flat::", "--skip", "thousands_of", *LEAKS], target | flags
+    return [*words, "--", *SLOW, *LEAKS], target | flags
 
 
 def has_nightly(*, with_source: bool) -> bool:
