@@ -11,10 +11,10 @@
 //! - A call of the driver returns a number: see [`Code`].
 //!
 //! Why the calls are not made through cudarc's own functions: they panic where a symbol is missing,
-//! they return an `enum` of the codes of CUDA 12.2, so that a newer driver's code would be undefined
-//! behaviour, and they take a toolkit's stub for the driver where that is found first. Their
-//! argument types, which come from NVIDIA's header, are checked against ours when this file is
-//! compiled.
+//! they return an `enum` of the codes of CUDA 12.2, so that a newer driver's code would be
+//! undefined behaviour, and they take a toolkit's stub for the driver where that is found first.
+//! Their argument types, which come from NVIDIA's header, are checked against ours when this file
+//! is compiled.
 //!
 //! Why `unsafe`: the driver is a library in C.
 #![expect(unsafe_code, reason = "loads a library in C and calls it")]

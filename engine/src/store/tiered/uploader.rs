@@ -241,8 +241,8 @@ impl Work {
         may_be.then(|| standing(self.near.as_ref(), step).ok().flatten()).flatten()
     }
 
-    /// Lets the far store go of a step, behind; `attempt` was [to be taken back][Self::to_take_back]
-    /// when it stood near.
+    /// Lets the far store go of a step, behind; `attempt` stood near and was [to be taken
+    /// back][Self::to_take_back].
     pub(super) fn let_go_behind(&self, step: u64, attempt: Option<AttemptId>) {
         self.view.forget(step);
         let mut queue = self.lock();
