@@ -297,25 +297,59 @@ fn what_a_failed_rewind_replaced_stands_again() {
     }
 }
 
+/// Puts a manifest back once rank 0 has removed it, before its own rank goes on.
+#[derive(Debug)]
+struct PutsLate {
+    far: PathBuf,
+    near: PathBuf,
+    is_armed: Arc<AtomicBool>,
+}
+
+impl Between for PutsLate {
+    fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T> {
+        let is_last = matches!(call, Call::Report(_, Report { published_crc32c: Some(_), .. }));
+        let heard = go();
+        if is_last && self.is_armed.load(Ordering::Relaxed) {
+            while self.far.exists() {
+                std::thread::yield_now();
+            }
+            std::fs::create_dir_all(self.far.parent().unwrap()).unwrap();
+            std::fs::copy(&self.near, &self.far).unwrap();
+        }
+        heard
+    }
+}
+
 /// Else a step that a rewind retired would stand again, once what retired it is gone.
 #[test]
 fn a_manifest_that_came_after_rank_0_had_removed_its_step_is_taken_back() {
     let Some(place) = Place::own("it puts an object") else { return };
     let cluster = Cluster::new(&place, 2, Machines::OneEach);
-    let ranks = cluster.ranks();
+    let is_armed = Arc::new(AtomicBool::new(false));
+    let far = step_in(&place.objects(&cluster.far), 2).join("manifest.json");
+    let open = |number| {
+        cluster.world.rank_opened(number, |ranks| {
+            let near = step_in(&cluster.directory(number), 2).join("manifest.json");
+            let is_armed = Arc::clone(&is_armed);
+            let between = PutsLate { far: far.clone(), near, is_armed };
+            let config = cluster.config(number);
+            if number == 0 {
+                return open_among(config, ranks);
+            }
+            open_among(config, Arc::new(Beyond { between, ranks }))
+        })
+    };
+    let ranks: Vec<_> = (0..2).map(open).collect();
     for step in [1, 2] {
         save_all(&ranks, step);
         uploaded(&ranks, step);
     }
-    let near = step_in(&cluster.directory(1), 2).join("manifest.json");
-    let far = step_in(&place.objects(&cluster.far), 2);
-    let manifest = std::fs::read(near).unwrap();
-    ranks[0].engine.delete(2).unwrap();
+    is_armed.store(true, Ordering::Relaxed);
+    assert!(together(&ranks, |rank| save_anew(rank, 1, true)).iter().all(Result::is_ok));
+    uploaded(&ranks, 1);
+    assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
+    assert!(!far.exists());
     assert_eq!(cluster.far().steps().unwrap(), [1]);
-    std::fs::create_dir_all(&far).unwrap();
-    std::fs::write(far.join("manifest.json"), manifest).unwrap();
-    ranks[1].engine.delete(2).unwrap();
-    assert!(!far.join("manifest.json").exists());
 }
 
 #[test]

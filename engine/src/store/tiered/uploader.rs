@@ -8,7 +8,7 @@
 //! - One thread at a time removes; a step that is committed again is not removed any more.
 //! - Where several ranks save, each with a store of its own, each brings its own shard; whoever
 //!   finds all of them there publishes, and the others wait to see it. Rank 0 alone removes; the
-//!   others only take back what they published, if it came after that.
+//!   others only take back what they published of steps that a rewind has retired.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +19,7 @@ use std::time::Duration;
 use super::far::FarView;
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
-use crate::format::names::AttemptId;
+use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::load::VerifyObserver;
 use crate::recovery::OwnShare;
 use crate::store::Store;
@@ -102,6 +102,8 @@ struct Queue {
     removals: VecDeque<Removal>,
     /// Steps whose manifest this process has put into the far store, or may have.
     published: BTreeSet<u64>,
+    /// The step that was committed last: later ones were retired by a rewind.
+    latest: Option<u64>,
     /// Everything is tried once more at most: since when.
     draining: Option<Duration>,
     stopped: bool,
@@ -117,8 +119,11 @@ impl Queue {
         self.is_idle() && self.brought.is_empty() && self.current.is_none()
     }
 
-    fn may_have_published(&self, step: u64) -> bool {
-        self.published.contains(&step) || self.current.as_ref().is_some_and(|(at, _)| *at == step)
+    /// Whether a step that a rewind retired may stand in the far store because of this process.
+    fn may_have_published_retired(&self, step: u64) -> bool {
+        self.latest.is_some_and(|latest| step > latest)
+            && (self.published.contains(&step)
+                || self.current.as_ref().is_some_and(|(at, _)| *at == step))
     }
 
     fn is_waiting(&self, step: u64) -> bool {
@@ -161,6 +166,7 @@ impl Work {
         if let Some((_, cancelled)) = queue.current.as_ref().filter(|(at, _)| *at == step) {
             cancelled.store(true, Ordering::Relaxed);
         }
+        queue.latest = Some(step);
         queue.outcomes.remove(&step);
         queue.brought.remove(&step);
         // The upload takes the place of what was to go.
@@ -234,10 +240,12 @@ impl Work {
         }
     }
 
-    /// The attempt that stands near, if it may be this process that put its manifest into the far
-    /// store.
+    /// The attempt that stands near, if a rewind retired it and its manifest may have been put into
+    /// the far store by this process, after rank 0 had been there: it would stand again once what
+    /// retired it is gone. Any other step that comes late does no harm, and is rank 0's to remove,
+    /// which alone knows that what it retired is gone.
     pub(super) fn to_take_back(&self, step: u64) -> Option<AttemptId> {
-        let may_be = !self.removes_for_all() && self.lock().may_have_published(step);
+        let may_be = !self.removes_for_all() && self.lock().may_have_published_retired(step);
         may_be.then(|| standing(self.near.as_ref(), step).ok().flatten()).flatten()
     }
 
@@ -250,7 +258,6 @@ impl Work {
             queue.published.remove(&step);
             queue.removals.push_back(Removal::Checkpoint(step));
         } else if let Some(attempt) = attempt {
-            // Rank 0 may have been there before the manifest was.
             queue.removals.push_back(Removal::Attempt(step, attempt));
         }
         drop(queue);
@@ -292,8 +299,10 @@ impl Work {
         match removal {
             Removal::Checkpoint(step) => {
                 let freed_bytes = self.far.remove_checkpoint(*step)?;
-                // What is left there is nobody's any more, and goes after the grace period.
+                // What is left there is nobody's any more, and goes after the grace period; a
+                // manifest that another rank put there since is taken back by that one.
                 self.view.note(self.far.as_ref(), *step);
+                self.view.forget_file(*step, MANIFEST_FILE);
                 Ok(freed_bytes)
             }
             Removal::Attempt(step, attempt) => {
