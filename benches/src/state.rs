@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dtr_engine::format::checksum::{combine, crc32c};
 use dtr_engine::format::index::{TensorKind, TensorRecord};
 use dtr_engine::format::layout::ElementType;
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use dtr_engine::load::{Checkpoint, ReadOptions, ReadStats, Target};
 use dtr_engine::save::{SaveRequest, StorageInput};
 use fastrand::Rng;
@@ -157,7 +157,7 @@ impl State {
             key,
             value: Value::Dict {
                 len: u32::try_from(len).expect("a state has few tensors"),
-                ordered: false,
+                kind: DictKind::Plain,
                 metadata: false,
             },
         };

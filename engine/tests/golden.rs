@@ -19,7 +19,7 @@ use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::manifest::{FORMAT_VERSION, Manifest, Retired, ShardEntry};
 use dtr_engine::format::names::{AttemptId, shard_file_name};
 use dtr_engine::format::shard::{BLOCK_BYTES, Footer, Header};
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use serde_json::json;
 
 const CHUNK_BYTES: u32 = 1 << 16;
@@ -201,9 +201,9 @@ fn sample_nodes() -> Vec<Node> {
     let text = |text: &str| Some(Key::Str(text.into()));
     let big = vec![0, 0, 0, 0, 0, 0, 0, 0, 1];
     vec![
-        node(None, Value::Dict { len: 8, ordered: false, metadata: false }),
-        node(text("model"), Value::Dict { len: 2, ordered: true, metadata: true }),
-        node(None, Value::Dict { len: 0, ordered: true, metadata: false }),
+        node(None, Value::Dict { len: 8, kind: DictKind::Plain, metadata: false }),
+        node(text("model"), Value::Dict { len: 2, kind: DictKind::Ordered, metadata: true }),
+        node(None, Value::Dict { len: 0, kind: DictKind::Ordered, metadata: false }),
         node(text("weight"), Value::Tensor(0)),
         node(text("tied"), Value::Tensor(0)),
         node(Some(Key::Int(-3)), Value::List { len: 3 }),

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use dtr_engine::format::index::{TensorKind, TensorRecord};
 use dtr_engine::format::layout::ElementType;
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use dtr_engine::load::{Checkpoint, ReadOptions, Target};
 use dtr_engine::save::{SaveHandle, SaveInfo, SaveRequest, StorageInput};
 use dtr_engine::{Config, Engine, Result};
@@ -64,7 +64,7 @@ impl State {
         let len = u32::try_from(self.0.len()).unwrap();
         let mut nodes = vec![Node {
             key: None,
-            value: Value::Dict { len: len + 1, ordered: false, metadata: false },
+            value: Value::Dict { len: len + 1, kind: DictKind::Plain, metadata: false },
         }];
         nodes.extend((0..len).map(|index| Node {
             key: Some(Key::Str(format!("tensor{index}"))),

@@ -360,7 +360,11 @@ fn tree_with_a_lying_count(store: &Path, random: &mut Rng) {
     let root = match random.usize(..3) {
         0 => Value::List(count),
         1 => Value::Tuple(count),
-        _ => Value::Dict(proto::Dict { len: count, ordered: true, metadata: true }),
+        _ => Value::Dict(proto::Dict {
+            len: count,
+            kind: proto::DictKind::Ordered.into(),
+            metadata: true,
+        }),
     };
     message.nodes.insert(0, node(root));
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
@@ -441,7 +445,11 @@ fn many_views_of_damage(store: &Path, random: &mut Rng) {
     message.tensors = vec![tensor(0, &[all]); TENSORS as usize];
     let long_key = "k".repeat(random.usize(..1 << 20));
     let mut nodes = vec![
-        node(Value::Dict(proto::Dict { len: 1, ordered: false, metadata: false })),
+        node(Value::Dict(proto::Dict {
+            len: 1,
+            kind: proto::DictKind::Plain.into(),
+            metadata: false,
+        })),
         node(Value::List(TENSORS)),
     ];
     nodes[1].key = Some(proto::node::Key::KeyStr(long_key));

@@ -21,7 +21,7 @@ use dtr_engine::format::manifest::Manifest;
 use dtr_engine::format::names::{
     AttemptId, MANIFEST_FILE, manifest_temporary_name, shard_file_name, step_dir_name,
 };
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use dtr_engine::recovery::StepState;
 use dtr_engine::{Config, Engine, EngineError};
 use fastrand::Rng;
@@ -450,8 +450,10 @@ fn tensors_have_odd_names(ground: &Ground, random: &mut Rng) -> Left {
     };
     let mut request = ground.state.request(STEP, 0);
     let keys = [pick().to_owned(), format!("{}\u{1}", pick())];
-    request.nodes =
-        vec![Node { key: None, value: Value::Dict { len: 2, ordered: false, metadata: false } }];
+    request.nodes = vec![Node {
+        key: None,
+        value: Value::Dict { len: 2, kind: DictKind::Plain, metadata: false },
+    }];
     for (tensor, key) in (0..).zip(keys) {
         request.nodes.push(Node { key: Some(Key::Str(key)), value: Value::Tensor(tensor) });
     }

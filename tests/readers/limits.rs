@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use dtr_engine::Config;
 use dtr_engine::format::index::{TensorKind, TensorRecord};
 use dtr_engine::format::layout::ElementType;
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use dtr_engine::save::{SaveRequest, StorageInput};
 
 use super::budget::scratch;
@@ -45,7 +45,7 @@ fn a_true_state_of_a_million_tensors_works() {
 
 /// Names as models have them.
 fn request(step: u64, memory: &[Vec<u8>]) -> SaveRequest<'_> {
-    let root = Value::Dict { len: TENSORS, ordered: false, metadata: false };
+    let root = Value::Dict { len: TENSORS, kind: DictKind::Plain, metadata: false };
     let mut nodes = vec![Node { key: None, value: root }];
     nodes.extend((0..TENSORS).map(|tensor| Node {
         key: Some(Key::Str(format!("model.layers.{}.experts.{}.bias", tensor / 512, tensor % 512))),

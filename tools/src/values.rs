@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use dtr_engine::format::tree::Value;
+use dtr_engine::format::tree::{DictKind, Value};
 use serde_json::json;
 
 /// The type of what stands at a node, in Python's words.
@@ -24,8 +24,9 @@ pub(crate) fn type_name(value: &Value) -> &'static str {
         Value::TorchDevice(_) => "torch.device",
         Value::TorchSize(_) => "torch.Size",
         Value::NumpyDtype(_) => "numpy.dtype",
-        Value::Dict { ordered: false, .. } => "dict",
-        Value::Dict { ordered: true, .. } => "OrderedDict",
+        Value::Dict { kind: DictKind::Plain, .. } => "dict",
+        Value::Dict { kind: DictKind::Ordered, .. } => "OrderedDict",
+        Value::Dict { kind: DictKind::Counter, .. } => "Counter",
         Value::List { .. } => "list",
         Value::Tuple { .. } => "tuple",
     }

@@ -9,7 +9,7 @@ use dtr_cuda::{ArenaPin, Device, DeviceStorage, Direction};
 use dtr_engine::config::Compression;
 use dtr_engine::format::index::{TensorKind, TensorRecord};
 use dtr_engine::format::layout::ElementType;
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use dtr_engine::io::pin::Pin;
 use dtr_engine::load::{DeviceTarget, ReadOptions, Target};
 use dtr_engine::save::{SaveHandle, SaveRequest, StorageInput, StorageSource};
@@ -70,7 +70,8 @@ fn record(storage: u32, bytes: u64) -> TensorRecord {
 
 fn request(tensors: &[Tensor], step: u64) -> SaveRequest<'_> {
     let len = u32::try_from(tensors.len()).unwrap();
-    let root = Node { key: None, value: Value::Dict { len, ordered: false, metadata: false } };
+    let root =
+        Node { key: None, value: Value::Dict { len, kind: DictKind::Plain, metadata: false } };
     let named = |number: u32| Node {
         key: Some(Key::Str(format!("tensor{number}"))),
         value: Value::Tensor(number),

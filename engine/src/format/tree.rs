@@ -42,6 +42,23 @@ pub enum Key {
     None,
 }
 
+/// The type of a dict. Discriminants are persisted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum DictKind {
+    /// `dict`.
+    Plain = 0,
+    /// `collections.OrderedDict`, as module state dicts are.
+    Ordered = 1,
+    /// `collections.Counter`, as some schedulers of learning rates have.
+    Counter = 2,
+}
+
+impl DictKind {
+    /// All, by ascending discriminant.
+    pub const ALL: [Self; 3] = [Self::Plain, Self::Ordered, Self::Counter];
+}
+
 /// What stands at a node. Containers carry their number of children.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
@@ -82,8 +99,8 @@ pub enum Value {
     Dict {
         /// Entries, not counting the metadata child.
         len: u32,
-        /// An `OrderedDict`, as module state dicts are.
-        ordered: bool,
+        /// Its type.
+        kind: DictKind,
         /// The first child, without a key, is the dict's `_metadata` attribute.
         metadata: bool,
     },
@@ -392,7 +409,7 @@ fn validate_node(node: &Node, tensors: usize) -> Result<(), String> {
         Value::Tensor(tensor) if *tensor as usize >= tensors => {
             Err(format!("names tensor {tensor} of {tensors}"))
         }
-        Value::Dict { ordered: false, metadata: true, .. } => {
+        Value::Dict { kind: DictKind::Plain | DictKind::Counter, metadata: true, .. } => {
             Err("is a plain dict with metadata, which only ordered ones have".into())
         }
         _ => Ok(()),
@@ -421,7 +438,7 @@ mod tests {
     }
 
     fn dict(len: u32) -> Value {
-        Value::Dict { len, ordered: false, metadata: false }
+        Value::Dict { len, kind: DictKind::Plain, metadata: false }
     }
 
     fn text(text: &str) -> Key {
@@ -432,7 +449,7 @@ mod tests {
     fn sample() -> Vec<Node> {
         vec![
             item(dict(3)),
-            keyed(text("model"), Value::Dict { len: 1, ordered: true, metadata: true }),
+            keyed(text("model"), Value::Dict { len: 1, kind: DictKind::Ordered, metadata: true }),
             item(Value::List { len: 1 }),
             item(Value::Tensor(0)),
             keyed(text("0.weight"), Value::Tensor(1)),
@@ -507,7 +524,7 @@ mod tests {
             "ends early: 1 containers",
         );
         assert_refused(&[item(Value::List { len: u32::MAX })], "claims 4294967295 children");
-        let metadata = Value::Dict { len: u32::MAX, ordered: true, metadata: true };
+        let metadata = Value::Dict { len: u32::MAX, kind: DictKind::Ordered, metadata: true };
         assert_refused(&[item(metadata)], "claims 4294967296 children");
     }
 
@@ -518,9 +535,12 @@ mod tests {
         assert_refused(&[keyed_none()], "is no entry of a dict");
         assert_refused(&[item(Value::List { len: 1 }), keyed_none()], "is no entry of a dict");
         assert_refused(&[item(Value::Tuple { len: 1 }), keyed_none()], "is no entry of a dict");
-        let with_metadata = |ordered| item(Value::Dict { len: 0, ordered, metadata: true });
-        assert_refused(&[with_metadata(true), keyed_none()], "is no entry of a dict");
-        assert_refused(&[with_metadata(false), item(Value::None)], "only ordered ones have");
+        let with_metadata = |kind| item(Value::Dict { len: 0, kind, metadata: true });
+        assert_refused(&[with_metadata(DictKind::Ordered), keyed_none()], "is no entry of a dict");
+        assert_refused(
+            &[with_metadata(DictKind::Plain), item(Value::None)],
+            "only ordered ones have",
+        );
     }
 
     #[test]

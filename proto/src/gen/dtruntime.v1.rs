@@ -3344,9 +3344,9 @@ pub struct Dict {
     /// Entries, not counting the metadata child.
     #[prost(uint32, tag = "1")]
     pub len: u32,
-    /// An `OrderedDict`.
-    #[prost(bool, tag = "2")]
-    pub ordered: bool,
+    /// Its type.
+    #[prost(enumeration = "DictKind", tag = "2")]
+    pub kind: i32,
     /// The first child, without a key, is the dict's `_metadata` attribute.
     #[prost(bool, tag = "3")]
     pub metadata: bool,
@@ -3446,6 +3446,39 @@ pub struct ChunkColumns {
     /// CRC-32C of the raw bytes.
     #[prost(fixed32, repeated, tag = "7")]
     pub raw_crc32c: ::prost::alloc::vec::Vec<u32>,
+}
+/// The type of a dict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DictKind {
+    /// `dict`.
+    Plain = 0,
+    /// `collections.OrderedDict`.
+    Ordered = 1,
+    /// `collections.Counter`.
+    Counter = 2,
+}
+impl DictKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Plain => "DICT_KIND_PLAIN",
+            Self::Ordered => "DICT_KIND_ORDERED",
+            Self::Counter => "DICT_KIND_COUNTER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DICT_KIND_PLAIN" => Some(Self::Plain),
+            "DICT_KIND_ORDERED" => Some(Self::Ordered),
+            "DICT_KIND_COUNTER" => Some(Self::Counter),
+            _ => None,
+        }
+    }
 }
 /// What the bytes of a storage are, as far as encoding cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

@@ -15,7 +15,7 @@ use dtr_engine::engine::Components;
 use dtr_engine::format::index::{TensorKind, TensorRecord};
 use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::names::AttemptId;
-use dtr_engine::format::tree::{Key, Node, Value};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use dtr_engine::io::open_backend;
 use dtr_engine::save::{SaveRequest, StorageInput};
 use dtr_engine::{Config, Engine, Result};
@@ -164,7 +164,7 @@ impl State {
         state.dict(None, 4);
         state.node(
             Some(Key::Str("model".into())),
-            Value::Dict { len: 4, ordered: true, metadata: false },
+            Value::Dict { len: 4, kind: DictKind::Ordered, metadata: false },
         );
         let weight = state.storage(ElementType::F32, singles(150 * 256, 0.5));
         let parameter = |tensor| TensorRecord {
@@ -201,7 +201,7 @@ impl State {
     }
 
     pub(crate) fn dict(&mut self, key: Option<Key>, len: u32) {
-        self.node(key, Value::Dict { len, ordered: false, metadata: false });
+        self.node(key, Value::Dict { len, kind: DictKind::Plain, metadata: false });
     }
 
     pub(crate) fn node(&mut self, key: Option<Key>, value: Value) {

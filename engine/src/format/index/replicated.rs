@@ -1,13 +1,17 @@
 //! What all ranks saved alike: the same nodes and tensors in every shard, the bytes dealt out.
 //!
+//! A slice of a larger tensor may stand in an entry: all ranks have the whole alike, each a part of
+//! it of its own, so where it stands and how it lies in memory differ from shard to shard.
+//!
 //! Always holds for an index that was checked: entries ascend and do not nest; exactly the storages
-//! that their tensors view are replicated, and are numbered by first appearance, so that shards
-//! whose entries are the same number them alike.
+//! that their whole tensors view are replicated, and are numbered by first appearance, so that
+//! shards whose entries are the same number them alike; no slice views one of them.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::{ShardIndex, TensorRecord, wire};
+use super::{GlobalSlice, ShardIndex, TensorRecord, wire};
 use crate::format::FormatError;
 use crate::format::checksum::Digest;
 use crate::format::tree::{self, Key, Node, Segment, TreePath, Value, Walk};
@@ -16,8 +20,8 @@ use crate::format::tree::{self, Key, Node, Segment, TreePath, Value, Walk};
 const SHOWN_CHARS_MAX: usize = 200;
 const PATH_CHARS_MAX: usize = 400;
 
-/// Storages that tensors at and below the nodes `tops` view, by first appearance. Tensors and
-/// storages that nodes and tensors name must exist.
+/// Storages that tensors at and below the nodes `tops` view, by first appearance; those of slices
+/// left out. Tensors and storages that nodes and tensors name must exist.
 pub fn number_replicas(nodes: &[Node], tensors: &[TensorRecord], tops: &[u32]) -> Vec<u32> {
     let mut seen = HashSet::new();
     let mut order = Vec::new();
@@ -25,9 +29,9 @@ pub fn number_replicas(nodes: &[Node], tensors: &[TensorRecord], tops: &[u32]) -
         let top = top as usize;
         for node in &nodes[top..tree::subtree_end(nodes, top)] {
             let Value::Tensor(tensor) = node.value else { continue };
-            let storage = tensors[tensor as usize].storage;
-            if seen.insert(storage) {
-                order.push(storage);
+            let record = &tensors[tensor as usize];
+            if record.slice.is_none() && seen.insert(record.storage) {
+                order.push(record.storage);
             }
         }
     }
@@ -60,6 +64,14 @@ pub(super) fn check(index: &ShardIndex) -> Result<(), FormatError> {
         "{replicas} storages are replicated, and the entries view {}",
         order.len()
     );
+    let is_replica = |tensor: &TensorRecord| index.storages[tensor.storage as usize].replica;
+    let mut slices = index.tensors.iter().zip(0_u32..).filter(|(tensor, _)| tensor.slice.is_some());
+    if let Some((tensor, number)) = slices.find(|(tensor, _)| is_replica(tensor).is_some()) {
+        let storage = tensor.storage;
+        return Err(FormatError::Damaged(format!(
+            "tensor {number} is a slice, and views storage {storage}, which is replicated"
+        )));
+    }
     Ok(())
 }
 
@@ -197,7 +209,7 @@ struct Item<'a> {
 /// A tensor and what it views.
 struct Viewed<'a> {
     appearance: usize,
-    record: &'a TensorRecord,
+    record: Cow<'a, TensorRecord>,
     replica: Option<u32>,
     storage_bytes: u64,
 }
@@ -225,14 +237,34 @@ impl<'a> Entries<'a> {
 
     fn viewed(&mut self, number: u32) -> Viewed<'a> {
         let next = self.tensors.len();
+        let appearance = *self.tensors.entry(number).or_insert(next);
         let record = &self.index.tensors[number as usize];
+        if let Some(slice) = &record.slice {
+            let record = Cow::Owned(whole_of(record, slice));
+            return Viewed { appearance, record, replica: None, storage_bytes: 0 };
+        }
         let storage = &self.index.storages[record.storage as usize];
         Viewed {
-            appearance: *self.tensors.entry(number).or_insert(next),
-            record,
+            appearance,
+            record: Cow::Borrowed(record),
             replica: storage.replica.map(|replica| replica.number),
             storage_bytes: storage.bytes,
         }
+    }
+}
+
+/// What all ranks have alike of a tensor of which each holds a slice.
+fn whole_of(record: &TensorRecord, slice: &GlobalSlice) -> TensorRecord {
+    TensorRecord {
+        storage: 0,
+        kind: record.kind,
+        dtype: record.dtype.clone(),
+        item_bytes: record.item_bytes,
+        shape: slice.shape.clone(),
+        strides: Vec::new(),
+        offset: 0,
+        requires_grad: record.requires_grad,
+        slice: Some(GlobalSlice { shape: slice.shape.clone(), offsets: Vec::new() }),
     }
 }
 
@@ -272,7 +304,7 @@ impl Item<'_> {
         let Some(viewed) = &self.tensor else { return wire::node_bytes(self.node) };
         let key = Node { key: self.node.key.clone(), value: Value::None };
         let replica = viewed.replica.unwrap_or(u32::MAX);
-        let record = TensorRecord { storage: replica, ..viewed.record.clone() };
+        let record = TensorRecord { storage: replica, ..TensorRecord::clone(&viewed.record) };
         let mut bytes = wire::node_bytes(&key);
         bytes.extend((viewed.appearance as u64).to_le_bytes());
         bytes.extend(viewed.storage_bytes.to_le_bytes());
@@ -310,7 +342,7 @@ impl Viewed<'_> {
     }
 
     fn properties(&self) -> [String; 11] {
-        let TensorRecord { kind, dtype, item_bytes, shape, strides, offset, .. } = self.record;
+        let TensorRecord { kind, dtype, item_bytes, shape, strides, offset, .. } = &*self.record;
         [
             format!("a {kind:?} tensor"),
             format!("a `{dtype}` tensor"),
@@ -319,7 +351,10 @@ impl Viewed<'_> {
             format!("a tensor of strides {strides:?}"),
             format!("a tensor that begins {offset} items into its memory"),
             format!("a tensor with requires_grad={}", self.record.requires_grad),
-            format!("a tensor cut out as {:?}", self.record.slice),
+            match self.record.slice {
+                Some(_) => "a tensor of which each rank holds a slice".into(),
+                None => "a tensor that each rank holds whole".into(),
+            },
             format!("a tensor over {} bytes of memory", self.storage_bytes),
             format!("tensor number {} of those that are replicated", self.appearance),
             format!("a tensor over memory number {:?}", self.replica),
@@ -327,7 +362,7 @@ impl Viewed<'_> {
     }
 
     fn is_same(&self, other: &Self) -> bool {
-        let (one, two) = (self.record, other.record);
+        let (one, two) = (&self.record, &other.record);
         one.kind == two.kind
             && one.item_bytes == two.item_bytes
             && (&one.dtype, &one.shape, &one.strides) == (&two.dtype, &two.shape, &two.strides)

@@ -6,7 +6,7 @@ use prost::Message;
 
 use super::*;
 use crate::format::layout::{Layout, StorageSpec};
-use crate::format::tree::{Key, Value};
+use crate::format::tree::{DictKind, Key, Value};
 
 const CHUNK_BYTES: u32 = 1 << 16;
 const PAGE: u64 = 4096;
@@ -16,7 +16,7 @@ fn node(key: Option<&str>, value: Value) -> Node {
 }
 
 fn dict(len: u32) -> Value {
-    Value::Dict { len, ordered: false, metadata: false }
+    Value::Dict { len, kind: DictKind::Plain, metadata: false }
 }
 
 fn tensor(storage: u32, shape: &[u64], strides: &[u64]) -> TensorRecord {
@@ -225,6 +225,49 @@ fn parts_that_contradict_the_tree_are_refused() {
     change(|index| index.replicated = vec![0, 1], "node 1 is named as replicated");
     change(|index| index.replicated = vec![3], "node 3 is named as replicated");
     change(|index| index.replicated = vec![u32::MAX], "is named as replicated");
+}
+
+/// The shared sample, its second tensor replicated too, and a slice: some rows of 900.
+fn sliced_sample(first_row: u64, rows: u64) -> ShardIndex {
+    let mut index = shared_sample();
+    index.replicated = vec![0];
+    index.tensors[1] = TensorRecord {
+        slice: Some(GlobalSlice { shape: vec![900, 100], offsets: vec![first_row, 0] }),
+        ..tensor(1, &[rows, 100], &[100, 1])
+    };
+    index
+}
+
+#[test]
+fn ranks_have_a_tensor_alike_of_which_each_holds_a_slice() {
+    let first = sliced_sample(0, 300);
+    assert_eq!(reread(&first), Ok(first.clone()));
+    let second = sliced_sample(300, 100);
+    assert_eq!(difference(&first, &second), None);
+    assert_eq!(structure_crc32c(&first), structure_crc32c(&second));
+    let mut whole = second.clone();
+    whole.tensors[1].slice = None;
+    let mut taller = second;
+    taller.tensors[1].slice.as_mut().unwrap().shape[0] = 901;
+    for other in [&whole, &taller] {
+        assert_eq!(difference(&first, other).unwrap().path, "bias");
+        assert_ne!(structure_crc32c(&first), structure_crc32c(other));
+    }
+    assert_shared_change_refused(
+        |index| {
+            *index = sliced_sample(0, 300);
+            let part = Replica { number: 1, start: 0, bytes: 120_000 };
+            index.storages[1].replica = Some(part);
+        },
+        "2 storages are replicated",
+    );
+    assert_shared_change_refused(
+        |index| {
+            *index = sliced_sample(0, 100);
+            index.tensors[1].storage = 0;
+        },
+        "is a slice, and views storage 0, which is replicated",
+    );
 }
 
 #[test]
@@ -568,13 +611,14 @@ fn tree() -> impl Strategy<Value = Vec<Node>> {
     let leaf = leaf().prop_map(|value| vec![Node { key: None, value }]);
     leaf.prop_recursive(6, 60, 6, |child| {
         let children = proptest::collection::vec((key(), child.clone()), 0..6);
-        (children, 0..5, child).prop_map(|(children, kind, metadata)| {
+        (children, 0..6, child).prop_map(|(children, kind, metadata)| {
             let len = u32::try_from(children.len()).unwrap();
-            let (is_dict, has_metadata) = (kind < 3, kind == 2);
+            let (is_dict, has_metadata) = (kind < 4, kind == 2);
             let value = match kind {
                 0 => dict(len),
-                1 | 2 => Value::Dict { len, ordered: true, metadata: has_metadata },
-                3 => Value::List { len },
+                1 | 2 => Value::Dict { len, kind: DictKind::Ordered, metadata: has_metadata },
+                3 => Value::Dict { len, kind: DictKind::Counter, metadata: false },
+                4 => Value::List { len },
                 _ => Value::Tuple { len },
             };
             let mut nodes = vec![Node { key: None, value }];

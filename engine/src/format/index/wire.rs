@@ -20,7 +20,7 @@ use super::{
 use crate::codec::Codec;
 use crate::format::FormatError;
 use crate::format::layout::ElementType;
-use crate::format::tree::{Key, NODES_MAX, Node, Value};
+use crate::format::tree::{DictKind, Key, NODES_MAX, Node, Value};
 
 // Field numbers of the `ShardIndex` message.
 const NODES: u32 = 1;
@@ -180,7 +180,7 @@ fn node_to_proto(node: &Node) -> proto::Node {
 
 fn node_from_proto(node: proto::Node) -> Result<Node, String> {
     let value = node.value.ok_or("has no value that this version knows")?;
-    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value) })
+    Ok(Node { key: node.key.map(key_from_proto), value: value_from_proto(value)? })
 }
 
 fn key_to_proto(key: &Key) -> ProtoKey {
@@ -229,16 +229,16 @@ fn value_to_proto(value: &Value) -> ProtoValue {
         Value::TorchDevice(name) => ProtoValue::TorchDevice(name.clone()),
         Value::TorchSize(items) => ProtoValue::TorchSize(proto::Int64List { items: items.clone() }),
         Value::NumpyDtype(name) => ProtoValue::NumpyDtype(name.clone()),
-        Value::Dict { len, ordered, metadata } => {
-            ProtoValue::Dict(proto::Dict { len: *len, ordered: *ordered, metadata: *metadata })
+        Value::Dict { len, kind, metadata } => {
+            ProtoValue::Dict(proto::Dict { len: *len, kind: *kind as i32, metadata: *metadata })
         }
         Value::List { len } => ProtoValue::List(*len),
         Value::Tuple { len } => ProtoValue::Tuple(*len),
     }
 }
 
-fn value_from_proto(value: ProtoValue) -> Value {
-    match value {
+fn value_from_proto(value: ProtoValue) -> Result<Value, String> {
+    Ok(match value {
         ProtoValue::None(proto::Unit {}) => Value::None,
         ProtoValue::Bool(value) => Value::Bool(value),
         ProtoValue::Int(value) => Value::Int(value),
@@ -257,12 +257,19 @@ fn value_from_proto(value: ProtoValue) -> Value {
         ProtoValue::TorchDevice(name) => Value::TorchDevice(name),
         ProtoValue::TorchSize(proto::Int64List { items }) => Value::TorchSize(items),
         ProtoValue::NumpyDtype(name) => Value::NumpyDtype(name),
-        ProtoValue::Dict(proto::Dict { len, ordered, metadata }) => {
-            Value::Dict { len, ordered, metadata }
+        ProtoValue::Dict(proto::Dict { len, kind, metadata }) => {
+            Value::Dict { len, kind: dict_kind(kind)?, metadata }
         }
         ProtoValue::List(len) => Value::List { len },
         ProtoValue::Tuple(len) => Value::Tuple { len },
-    }
+    })
+}
+
+fn dict_kind(number: i32) -> Result<DictKind, String> {
+    let mut known = DictKind::ALL.into_iter();
+    known
+        .find(|kind| *kind as i32 == number)
+        .ok_or_else(|| format!("is a dict of unknown kind {number}"))
 }
 
 fn storage_to_proto(storage: &StorageRecord) -> proto::Storage {
