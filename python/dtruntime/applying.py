@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dtruntime.loading import Reader
     from dtruntime.restore import Action, RestorePlan
+    from dtruntime.sharding import LivePart
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_MEMORY = (
@@ -80,16 +81,20 @@ class Application:
     def _read(self, actions: Iterable[Action]) -> dict[int, Any]:
         numbers = [number for action in actions for number in action.tensors]
         devices = {n: place for action in actions for n, place in action.devices.items()}
-        return self._reader.tensors(numbers, devices)
+        parts = {n: part for action in actions for n, part in action.parts.items()}
+        return self._reader.tensors(numbers, devices, parts)
 
     def _fits(self) -> bool:
         """Tell whether there is memory for everything at once, in the host and in GPUs."""
         by_place: dict[Any, list[int]] = {}
+        parts: dict[int, LivePart] = {}
         for action in self._plan.actions:
+            parts |= action.parts
             for number in action.tensors:
                 by_place.setdefault(action.devices.get(number), []).append(number)
-        in_host = self._reader.bytes_of(by_place.pop(None, []))
-        on_gpus = {place: self._reader.bytes_of(numbers) for place, numbers in by_place.items()}
+        bytes_of = self._reader.bytes_of
+        in_host = bytes_of(by_place.pop(None, []), parts)
+        on_gpus = {place: bytes_of(numbers, parts) for place, numbers in by_place.items()}
         has_memory = in_host <= _MEMORY_SHARE * available_memory_bytes()
         return has_memory and gpus.have_room(on_gpus)
 

@@ -83,7 +83,9 @@ class CheckpointManager:
             parallel training ``["model.*", "optimizer.*"]``. Its bytes are written once, each rank
             a part, and any number of ranks can load it. What ``replicated`` names must be the same
             on every rank: keys, plain values, shapes and the way tensors lie in memory are
-            compared before a checkpoint comes to be, what the tensors hold is not.
+            compared before a checkpoint comes to be, what the tensors hold is not. Sharded tensors
+            (``DTensor``) may be among them: each rank writes its part, and any number of ranks puts
+            other parts together from these.
         consistency: What keeps tensors on GPUs from changing before they were copied, if a save
             does not say: ``strict`` copies them before ``save_async`` returns, ``overlap`` beside
             forward and backward (it needs ``optimizer=``), ``device-snapshot`` from clones on the
@@ -257,7 +259,8 @@ class CheckpointManager:
 
         Args:
             state: Tensors, arrays and plain values in nested dicts, lists and tuples; objects with
-                ``state_dict()`` stand for what that returns.
+                ``state_dict()`` stand for what that returns. Of a sharded tensor (``DTensor``) each
+                rank writes its part.
             step: The training step: later than every committed one, or see ``rewind``.
             rewind: The training went back to before ``step``: checkpoints of later steps cease to
                 exist when this one is committed, and one of the same step is replaced.
@@ -384,7 +387,8 @@ class CheckpointManager:
                 ranks as saved it.
 
         Returns:
-            What was saved, with its types. Tensors that shared memory share memory.
+            What was saved, with its types. Tensors that shared memory share memory. Sharded tensors
+            come whole, as plain tensors; ``restore`` reads each rank's part only.
 
         Raises:
             CheckpointNotFound: There is none, or not of this step.
@@ -400,7 +404,7 @@ class CheckpointManager:
         globs = [keys] if isinstance(keys, str) else keys
 
         def read(checkpoint: _native.Checkpoint) -> Any:
-            reader = Reader(checkpoint, verify=self._verify_on_load, mmap=mmap, device=device)
+            reader = self._reader(checkpoint, mmap=mmap, device=device)
             keep = None if globs is None else reader.select(globs, strict=strict)
             return reader.load(keep)
 
@@ -418,8 +422,9 @@ class CheckpointManager:
         """Load a checkpoint into the live objects of ``state``.
 
         Tensors and arrays are copied into; objects get ``load_state_dict``; plain values are
-        replaced in their dict or list. Where memory allows, everything is read and checked before
-        anything is changed.
+        replaced in their dict or list. A live sharded tensor (``DTensor``) gets its part, however
+        the saved one was sharded, or was not. Where memory allows, everything is read and checked
+        before anything is changed.
 
         Args:
             state: Live objects under the keys that they were saved under. Other top-level entries
@@ -444,7 +449,7 @@ class CheckpointManager:
         """
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
-            reader = Reader(checkpoint, verify=self._verify_on_load)
+            reader = self._reader(checkpoint)
             plan = plan_restore(state, reader, strict=strict)
             if strict:
                 plan.check()
@@ -657,6 +662,14 @@ class CheckpointManager:
         """Wait for what a save still copies from GPUs: it must not change under it."""
         if self._last is not None:
             self._last.before_update()
+
+    def _reader(self, checkpoint: _native.Checkpoint, **how: Any) -> Reader:
+        return Reader(
+            checkpoint,
+            verify=self._verify_on_load,
+            open_rank=lambda rank: self._native.checkpoint(checkpoint.step, rank),
+            **how,
+        )
 
     def _newest(self) -> int:
         latest = self.latest_step()

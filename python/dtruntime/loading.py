@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dtruntime import gpus
+from dtruntime.assembling import Assembly, Parts, whole_shape
 from dtruntime.errors import InvalidArgument
 from dtruntime.replication import check_loadable
+from dtruntime.sharding import Box, LivePart, contiguous_strides, whole
 from dtruntime.state_tree import TAG_DICT, Tree
 from dtruntime.tensors import (
     NUMPY,
@@ -34,7 +36,7 @@ from dtruntime.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from dtruntime import _native
 
@@ -56,6 +58,7 @@ class Reader:
         verify: Whether chunks are checked against their checksums.
         mmap: Whether storages that are stored raw are mapped instead of read.
         device: Where torch tensors go; None for the host's memory.
+        open_rank: Opens what another rank saved of the checkpoint. Default: none is needed.
 
     """
 
@@ -66,10 +69,12 @@ class Reader:
         verify: bool = True,
         mmap: bool = False,
         device: Any = None,
+        open_rank: Callable[[int], _native.Checkpoint] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tree = Tree(checkpoint.nodes())
         self.records = [TensorRecord(*record) for record in checkpoint.tensors()]
+        self._parts = Parts(checkpoint, self.tree, self.records, open_rank or _only(checkpoint))
         self._storage_bytes = checkpoint.storages()
         self._verify = verify
         self._mmap = mmap
@@ -105,19 +110,76 @@ class Reader:
         """Refuse nodes that are another rank's own state."""
         check_loadable(self.checkpoint, self.tree, asked)
 
-    def bytes_of(self, numbers: Iterable[int]) -> int:
+    def bytes_of(self, numbers: Iterable[int], parts: Mapping[int, LivePart]) -> int:
         """Give the bytes of memory that ``tensors(numbers)`` needs."""
-        groups = self._group(numbers).items()
-        return sum(spans_bytes(self._spans(storage, group)) for (storage, _), group in groups)
+        boxes, plain = self._split(numbers, parts)
+        items = sum(box.items * self.records[number].item_bytes for number, box in boxes.items())
+        groups = self._group(plain).items()
+        return items + sum(
+            spans_bytes(self._spans(storage, group)) for (storage, _), group in groups
+        )
 
     def tensors(
-        self, numbers: Iterable[int], devices: Mapping[int, Any] | None = None
+        self,
+        numbers: Iterable[int],
+        devices: Mapping[int, Any] | None = None,
+        parts: Mapping[int, LivePart] | None = None,
     ) -> dict[int, Any]:
         """Read tensors, by number, into fresh memory.
 
         ``devices`` gives torch devices for some of them, where they are wanted elsewhere than the
-        reader's.
+        reader's. ``parts`` gives live sharded tensors that take some of them: of those this rank's
+        part is read. Others of which ranks saved parts are read whole.
         """
+        boxes, plain = self._split(numbers, parts or {})
+        made = self._boxes(boxes, devices or {})
+        made |= {n: parts[n].filled(made[n]) for n in boxes if n in parts} if parts else {}
+        return made | self._plain(plain, devices)
+
+    def _split(
+        self, numbers: Iterable[int], parts: Mapping[int, LivePart]
+    ) -> tuple[dict[int, Box], list[int]]:
+        """Tell tensors of which a box is put together from the others."""
+        boxes: dict[int, Box] = {}
+        plain = []
+        for number in dict.fromkeys(numbers):
+            record = self.records[number]
+            if number in parts:
+                boxes[number] = parts[number].box
+            elif record.slice is not None:
+                boxes[number] = whole(whole_shape(record))
+            else:
+                plain.append(number)
+        return boxes, plain
+
+    def _boxes(self, boxes: Mapping[int, Box], devices: Mapping[int, Any]) -> dict[int, Any]:
+        """Put boxes of tensors together in fresh memory."""
+        if not boxes:
+            return {}
+        assembly = Assembly(self._parts)
+        holders: dict[Any, Any] = {}
+        memories = []
+        for number, box in boxes.items():
+            record, device = self.records[number], devices.get(number)
+            # Views of the same memory that ask for the same of it share it, as when saved.
+            view = (record._replace(kind=0, requires_grad=False), box, device)
+            holder = holders.get(view)
+            if holder is None:
+                count = box.items * record.item_bytes
+                holder = holders[view] = self._allocate(count, device, is_numpy=False)
+                assembly.add(number, box, holder)
+            strides = contiguous_strides(box.sizes)
+            made = record._replace(shape=box.sizes, strides=strides, offset=0, slice=None)
+            memories.append(_Memory(holder, {number: made}))
+        places = (holder.device for holder in holders.values())
+        ordinals = {place.index for place in places if place.type == "cuda"}
+        assembly.read(verify=self._verify, streams=gpus.current_streams(ordinals))
+        tensors: dict[int, Any] = {}
+        for memory in memories:
+            tensors |= self._views(is_numpy=False, memory=memory)
+        return tensors
+
+    def _plain(self, numbers: list[int], devices: Mapping[int, Any] | None) -> dict[int, Any]:
         groups = self._group(numbers)
         made: dict[int, Any] = {}
         if self._mmap:
@@ -195,6 +257,10 @@ class Reader:
             moved = type(storage)(storage.nbytes(), device=self._device)
             storage = moved.copy_(storage)
         return {n: _tensor(storage, record) for n, record in memory.views.items()}
+
+
+def _only(checkpoint: _native.Checkpoint) -> Callable[[int], _native.Checkpoint]:
+    return lambda _: checkpoint
 
 
 def _targets(storage: int, spans: Iterable[Span], holder: Any, *, is_numpy: bool) -> list[Any]:

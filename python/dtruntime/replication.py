@@ -58,13 +58,21 @@ class Replication:
         self._patterns = [re.compile(fnmatch.translate(glob)) for glob in globs]
         self._share = share
 
-    def of(self, nodes: list[Node], storage_of: Sequence[int], sizes: Sequence[int]) -> Replicated:
+    def of(
+        self,
+        nodes: list[Node],
+        storage_of: Sequence[int],
+        sizes: Sequence[int],
+        is_slice: Sequence[bool],
+    ) -> Replicated:
         """Find the entries in a state.
 
         Args:
             nodes: The state.
             storage_of: By tensor: its storage.
             sizes: By storage: its bytes.
+            is_slice: By tensor: whether it is this rank's part of a larger one, which all ranks
+                have alike as a whole.
 
         Raises:
             InvalidArgument: A glob matches nothing.
@@ -76,7 +84,7 @@ class Replication:
             storage_of[nodes[position][1]]
             for top in tops
             for position in range(top, tree.ends[top])
-            if nodes[position][0] == TAG_TENSOR
+            if nodes[position][0] == TAG_TENSOR and not is_slice[nodes[position][1]]
         )
         parts = self._share([sizes[storage] for storage in storages])
         return Replicated(tops, dict(zip(storages, parts, strict=True)))

@@ -5,8 +5,8 @@ and changes nothing; ``applying.Application`` then carries the plan's actions ou
 
 The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part.
 A dict, list or tuple that holds any of these is walked; one that holds plain data only becomes
-exactly what was saved. A plain value is replaced in its dict or list; in a tuple, or as the root,
-it cannot be, and is only reported.
+exactly what was saved. A plain value is replaced in its dict or list; a tuple that holds both is
+replaced by one with the same live things in it, in the dict or list around it.
 
 Always holds: what does not fit is found before anything is changed.
 """
@@ -21,15 +21,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtruntime.assembling import whole_shape
 from dtruntime.errors import InvalidArgument
-from dtruntime.state_tree import TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
+from dtruntime.sharding import LivePart, is_sharded, local_of, sharded_type
+from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
 from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from dtruntime.loading import Reader
+    from dtruntime.sharding import Box
 
+_SEQUENCES = (TAG_LIST, TAG_TUPLE)
+_NOTHING = (0, 0, False)
+"""What the tree says of an empty dict."""
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
+"""What torch's optimizers keep of a parameter in the parameter's own shape."""
 _LISTED_MAX = 10
 """Entries of each kind that an error names."""
 
@@ -66,6 +74,7 @@ class Action:
         tensors: Numbers of the tensors it needs.
         act: Makes the change, given those tensors by number.
         devices: By number: the GPU of the live tensor that takes the tensor, if it is on one.
+        parts: By number: the live sharded tensor that takes its part of the tensor.
 
     """
 
@@ -74,6 +83,23 @@ class Action:
     tensors: Sequence[int]
     act: Callable[[Mapping[int, Any]], None]
     devices: Mapping[int, Any] = field(default_factory=dict)
+    parts: Mapping[int, LivePart] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Takers:
+    """Live tensors that values of a checkpoint's tensors are for, by the tensors' numbers."""
+
+    devices: dict[int, Any] = field(default_factory=dict)
+    parts: dict[int, LivePart] = field(default_factory=dict)
+
+    def add(self, number: int, live: Any) -> None:
+        """Note where a live tensor lies: its GPU, and its part if it is sharded."""
+        if is_sharded(live):
+            self.parts[number] = LivePart.of(live)
+        local = local_of(live)
+        if local.is_cuda:
+            self.devices[number] = local.device
 
 
 @dataclass
@@ -160,6 +186,7 @@ class _Planner:
         self._paths = reader.checkpoint.paths()
         self._strict = strict
         self._item: Any = None
+        self._boxes: dict[int, Box | None] = {}
 
     def visit(self, live: Any, index: int, slot: _Slot | None) -> None:
         """Plan for ``live``, which takes the node ``index``; ``slot`` replaces it in its parent."""
@@ -172,8 +199,8 @@ class _Planner:
         elif type(live) in (dict, OrderedDict) and (index == 0 or _holds_live(live)):
             self._dict(live, index)
         elif type(live) in (list, tuple) and _holds_live(live):
-            self._sequence(live, index)
-        elif type(live) in (dict, OrderedDict, list):
+            self._sequence(live, index, slot)
+        elif type(live) in (*DICTS, list):
             self._replace_contents(live, index)
         else:
             self._plain(live, index, slot)
@@ -181,45 +208,47 @@ class _Planner:
     def _misfit(self, index: int, why: str) -> None:
         self.plan.misfits[self._paths[index] or "the root"] = why
 
-    def _do(
-        self, index: int, act: Callable[[Any], None], devices: Mapping[int, Any] | None = None
-    ) -> None:
-        """Plan ``act(value)`` with the value at ``index``; ``devices`` want its tensors."""
+    def _do(self, index: int, act: Callable[[Any], None], takers: _Takers | None = None) -> None:
+        """Plan ``act(value)`` with the value at ``index``, whose tensors ``takers`` take."""
         tree = self._tree
+        takers = takers or _Takers()
+        for number in tree.tensors_below(index):
+            box = takers.parts[number].box if number in takers.parts else None
+            if self._boxes.setdefault(number, box) != box:
+                self._misfit(index, "it is one tensor with another entry, and sharded otherwise")
+                return
         self.plan.actions.append(
             Action(
                 self._item,
                 index,
                 tree.tensors_below(index),
                 lambda tensors: act(tree.build(index, tensors.__getitem__)),
-                devices or {},
+                takers.devices,
+                takers.parts,
             )
         )
 
     def _tensor(self, live: Any, index: int) -> None:
         torch = sys.modules["torch"]
-        if type(live) not in (torch.Tensor, torch.nn.Parameter) or live.is_meta:
-            kind = "a tensor without values" if live.is_meta else f"a `{type(live).__name__}`"
-            self._misfit(index, f"{kind} cannot be restored in place")
-            return
         why = self._tensor_misfit(live, index)
+        if type(live) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(live):
+            why = f"a `{type(live).__name__}` cannot be restored in place"
         if why is None:
-            self._do(index, lambda value: _copy_tensor(live, value), self._devices_of(live, index))
+            takers = _Takers()
+            takers.add(self._tree.nodes[index][1], live)
+            self._do(index, lambda value: _copy_tensor(live, value), takers)
         else:
             self._misfit(index, why)
 
-    def _devices_of(self, live: Any, index: int) -> dict[int, Any]:
-        """Give the GPU of a live tensor, by the number of the tensor that it takes."""
-        tag, number = self._tree.nodes[index][:2]
-        return {number: live.device} if tag == TAG_TENSOR and live.is_cuda else {}
-
     def _tensor_misfit(self, live: Any, index: int) -> str | None:
+        if live.is_meta:
+            return "the live one is without values: give it memory, `module.to_empty(device=...)`"
         tag, number = self._tree.nodes[index][:2]
         if tag != TAG_TENSOR or self._reader.records[number].kind == NUMPY:
             return "a tensor is live, and the checkpoint has another kind of value"
         record = self._reader.records[number]
-        if tuple(live.shape) != record.shape:
-            return f"the live shape is {tuple(live.shape)}, the saved one {record.shape}"
+        if tuple(live.shape) != whole_shape(record):
+            return f"the live shape is {tuple(live.shape)}, the saved one {whole_shape(record)}"
         if live.dtype != torch_dtype(record.dtype, record.item_bytes):
             return f"the live dtype is {live.dtype}, the saved one torch.{record.dtype}"
         return None
@@ -242,39 +271,106 @@ class _Planner:
     def _stateful(self, live: Any, index: int) -> None:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(live, torch.nn.Module):
-            is_optimizer = torch is not None and isinstance(live, torch.optim.Optimizer)
-            devices = self._devices_of_optimizer(live, index) if is_optimizer else {}
-            self._do(index, live.load_state_dict, devices)
+            takers = _Takers()
+            why = None
+            if torch is not None and isinstance(live, torch.optim.Optimizer):
+                why = self._optimizer_misfit(live, index)
+                self._find_in_optimizer(live, index, takers)
+            elif sharded_type() is not None:
+                self._find_sharded(live.state_dict(), index, takers)
+            if self._tree.nodes[index][:2] == (TAG_DICT, _NOTHING) and live.state_dict():
+                why = "the saved state is empty, and the live one is not"
+            if why is None:
+                self._do(index, live.load_state_dict, takers)
+            else:
+                self._misfit(index, why)
             return
         if self._tree.nodes[index][0] != TAG_DICT:
             self._misfit(index, "a module is live, and the checkpoint has no dict")
             return
-        drop, devices = self._compare_module(live, index)
+        drop, takers = self._compare_module(live, index)
 
         def act(value: dict[str, Any]) -> None:
             for key in drop:
                 del value[key]
             live.load_state_dict(value, strict=self._strict)
 
-        self._do(index, act, devices)
+        self._do(index, act, takers)
 
-    def _devices_of_optimizer(self, live: Any, index: int) -> dict[int, Any]:
-        """Give the GPUs that an optimizer's tensors belong on, by the tensors' numbers.
+    def _optimizer_misfit(self, live: Any, index: int) -> str | None:
+        """Tell in what a saved optimizer cannot be that of the live one's parameters.
 
-        They are where their parameters are, but for counts of steps, which optimizers keep in the
-        host's memory. A wrong guess costs a copy: the optimizer moves what it is given.
+        torch finds that out when it has changed some, or at the next step. Of optimizers that are
+        not torch's own, only they know.
         """
+        if not type(live).__module__.startswith("torch.optim."):
+            return None
+        saved = dict(self._children(index))
+        groups = saved.get("param_groups")
+        if groups is None or self._tree.nodes[groups][0] != TAG_LIST:
+            return "an optimizer is live, and the checkpoint has none"
+        expected = [len(group["params"]) for group in live.param_groups]
+        found = [
+            self._tree.nodes[dict(self._children(group))["params"]][1]
+            for _, group in self._tree.children(groups)
+            if "params" in dict(self._children(group))
+        ]
+        if found != expected:
+            return f"the live groups have {expected} parameters, the saved ones {found}"
         parameters = [p for group in live.param_groups for p in group["params"]]
-        devices: dict[int, Any] = {}
-        for position, state in self._children(dict(self._children(index)).get("state")):
-            is_known = type(position) is int and position in range(len(parameters))
-            if not is_known or not parameters[position].is_cuda:
+        for position, state in self._children(saved.get("state")):
+            if type(position) is not int or position not in range(len(parameters)):
                 continue
+            shape = tuple(parameters[position].shape)
             for name, child in self._children(state):
                 tag, number = self._tree.nodes[child][:2]
-                if tag == TAG_TENSOR and name != "step":
-                    devices[number] = parameters[position].device
-        return devices
+                if name in _MOMENTS and tag == TAG_TENSOR and self._shape_of(number) != shape:
+                    return (
+                        f"the live parameter {position} has shape {shape}, its saved `{name}` "
+                        f"{self._shape_of(number)}"
+                    )
+        return None
+
+    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> None:
+        """Find where an optimizer's tensors belong.
+
+        They are where their parameters are, but for counts of steps, which optimizers keep in the
+        host's memory, and are sharded as those are, unless there are live ones that say otherwise.
+        A wrong guess costs a copy: the optimizer moves what it is given.
+        """
+        parameters = [p for group in live.param_groups for p in group["params"]]
+        for position, state in self._children(dict(self._children(index)).get("state")):
+            if type(position) is not int or position not in range(len(parameters)):
+                continue
+            parameter = parameters[position]
+            now = live.state.get(parameter, {})
+            for name, child in self._children(state):
+                tag, number = self._tree.nodes[child][:2]
+                if tag != TAG_TENSOR:
+                    continue
+                if is_sharded(now.get(name)) and self._tensor_misfit(now[name], child) is None:
+                    takers.add(number, now[name])
+                elif name != "step" and self._shape_of(number) == tuple(parameter.shape):
+                    takers.add(number, parameter)
+                elif parameter.is_cuda and name != "step":
+                    takers.devices[number] = parameter.device
+
+    def _shape_of(self, number: int) -> tuple[int, ...]:
+        return whole_shape(self._reader.records[number])
+
+    def _find_sharded(self, live: Any, index: int, takers: _Takers) -> None:
+        """Find the sharded tensors in a live ``state_dict()`` beside the saved one."""
+        if is_sharded(live):
+            if self._tensor_misfit(live, index) is None:
+                takers.add(self._tree.nodes[index][1], live)
+        elif isinstance(live, dict):
+            for key, child in self._children(index):
+                if key in live:
+                    self._find_sharded(live[key], child, takers)
+        elif isinstance(live, (list, tuple)) and self._tree.nodes[index][0] in _SEQUENCES:
+            for position, child in self._tree.children(index):
+                if position < len(live):
+                    self._find_sharded(live[position], child, takers)
 
     def _children(self, index: int | None) -> Iterable[tuple[Any, int]]:
         """Give keys and nodes of a dict; nothing where there is none."""
@@ -282,12 +378,11 @@ class _Planner:
             return ()
         return self._tree.children(index)
 
-    def _compare_module(self, live: Any, index: int) -> tuple[list[Any], dict[int, Any]]:
+    def _compare_module(self, live: Any, index: int) -> tuple[list[Any], _Takers]:
         """Note what differs between a module and its saved state.
 
         Returns:
-            The keys not to load, and the GPUs that the module's tensors are on, by the numbers of
-            the tensors that they take.
+            The keys not to load, and which of the module's tensors take what.
 
         """
         expected = live.state_dict(keep_vars=True)
@@ -295,7 +390,7 @@ class _Planner:
         prefix = self._prefix(index)
         self.plan.missing += [f"{prefix}{key}" for key in expected if key not in saved]
         drop = []
-        devices: dict[int, Any] = {}
+        takers = _Takers()
         for key, child in saved.items():
             if key not in expected:
                 self.plan.unexpected.append(self._paths[child])
@@ -305,8 +400,8 @@ class _Planner:
                     self._misfit(child, why)
                     drop.append(key)
                 else:
-                    devices |= self._devices_of(expected[key], child)
-        return drop, devices
+                    takers.add(self._tree.nodes[child][1], expected[key])
+        return drop, takers
 
     def _dict(self, live: dict[Any, Any], index: int) -> None:
         if self._tree.nodes[index][0] != TAG_DICT:
@@ -328,7 +423,7 @@ class _Planner:
         extra = self.plan.not_asked_for if index == 0 else self.plan.unexpected
         extra += [self._paths[child] for child in saved.values()]
 
-    def _sequence(self, live: list[Any] | tuple[Any, ...], index: int) -> None:
+    def _sequence(self, live: list[Any] | tuple[Any, ...], index: int, slot: _Slot | None) -> None:
         tag, count = self._tree.nodes[index][:2]
         if tag != (TAG_LIST if type(live) is list else TAG_TUPLE):
             name = type(live).__name__
@@ -336,11 +431,16 @@ class _Planner:
         elif count != len(live):
             self._misfit(index, f"the live length is {len(live)}, the saved one {count}")
         else:
+            # A tuple keeps what is live in it, and takes the place of the old one for the rest.
+            items = live if type(live) is list or slot is None else list(live)
             for position, child in self._tree.children(index):
                 if index == 0:
                     self._item = position
-                slot = _slot_of(live, position) if type(live) is list else None
-                self.visit(live[position], child, slot)
+                item_slot = _slot_of(items, position) if type(items) is list else None
+                self.visit(live[position], child, item_slot)
+            if items is not live and slot is not None:
+                act = lambda _: slot(tuple(items))  # noqa: E731
+                self.plan.actions.append(Action(self._item, index, (), act))
 
     def _replace_contents(self, live: dict[Any, Any] | list[Any], index: int) -> None:
         """Plain data becomes exactly what was saved; the container stays the same object."""
@@ -368,12 +468,22 @@ class _Planner:
             self._misfit(index, f"a {kind} is live, and the checkpoint has another kind of value")
             return
 
+        if slot is None and not self._is_there(live, index):
+            self._misfit(index, "a plain value that nothing mutable holds cannot be replaced")
+            return
+
         def act(value: Any) -> None:
             if slot is not None:
                 slot(value)
             self.plan.values[self._paths[index]] = value
 
         self._do(index, act)
+
+    def _is_there(self, live: Any, index: int) -> bool:
+        """Tell whether a plain value is what was saved already."""
+        tree = self._tree
+        none: dict[int, Any] = {}
+        return not tree.tensors_below(index) and _is_same(live, tree.build(index, none.__getitem__))
 
     def _prefix(self, index: int) -> str:
         return f"{self._paths[index]}." if index else ""
@@ -384,6 +494,11 @@ def _slot_of(container: Any, key: Any) -> _Slot:
         container[key] = value
 
     return replace
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two plain values are the same, a NaN too."""
+    return type(one) is type(other) and (one == other or repr(one) == repr(other))
 
 
 def _is_tensor(value: Any) -> bool:
@@ -413,7 +528,7 @@ def _copy_tensor(live: Any, value: Any) -> None:
     """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel."""
     torch = sys.modules["torch"]
     with torch.no_grad():
-        source, destination = value.detach(), live.detach()
+        source, destination = local_of(value).detach(), local_of(live).detach()
         for dimension, (size, stride) in enumerate(
             zip(destination.shape, destination.stride(), strict=True)
         ):

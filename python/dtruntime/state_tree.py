@@ -4,10 +4,11 @@ Always holds: what comes back equals what went in, by type and by bits; nothing 
 silently, and a value that cannot be kept so is an error that names its key path. No code is stored
 and none is run on loading, beyond the constructors of the types below.
 
-Kept: dict, OrderedDict (with a module's ``_metadata``), list, tuple, None, bool, int of any size,
-float, complex, str, bytes, numpy scalars, arrays and dtypes, torch tensors, parameters, dtypes,
-devices and sizes. An object with ``state_dict()`` stands for what that returns. A tensor or an
-array that stands at several places comes back as one object; containers come back one per place.
+Kept: dict, OrderedDict (with a module's ``_metadata``), Counter, list, tuple, None, bool, int of
+any size, float, complex, str, bytes, numpy scalars, arrays and dtypes, torch tensors, parameters,
+dtypes, devices and sizes. An object with ``state_dict()`` stands for what that returns. Of a
+``DTensor``, this rank's part is kept, with where it stands. A tensor or an array that stands at
+several places comes back as one object; containers come back one per place.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import gc
 import os
 import random
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dtruntime import sharding
 from dtruntime.errors import UnsupportedValue
 from dtruntime.tensors import (
     TORCH,
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
     from dtruntime.gpus import Consistency
     from dtruntime.replication import Replication
+
+DICTS = (dict, OrderedDict, Counter)
+"""Types of dicts, as the tree numbers them."""
 
 DEPTH_MAX = 128
 """Deepest nesting of containers."""
@@ -99,7 +104,7 @@ def flatten(
         InvalidArgument: Nothing is there that all ranks should save alike.
 
     >>> flatten({"epoch": 3, "lr": [0.1]}).nodes
-    [(13, (2, False, False)), (2, 3, 'epoch'), (14, 1, 'lr'), (3, 0.1)]
+    [(13, (2, 0, False)), (2, 3, 'epoch'), (14, 1, 'lr'), (3, 0.1)]
 
     """
     flattener = _Flattener()
@@ -109,7 +114,7 @@ def flatten(
         if replication is None:
             return FlatState(nodes, *table.finish(consistency=consistency), [], table)
         table.lay_out()
-        shared = replication.of(nodes, table.storages(), table.sizes())
+        shared = replication.of(nodes, table.storages(), table.sizes(), table.slices())
         is_unread = lambda storage: shared.part(storage) == (0, 0)  # noqa: E731
         tensors, storages = table.finish(is_unread, consistency)
         return FlatState(nodes, tensors, storages, shared.nodes, table)
@@ -128,7 +133,8 @@ def needs_of(state: Any, replication: Replication | None = None) -> tuple[int, l
     sizes, gpus = flattener.table.sizes(), flattener.table.gpus()
     if replication is None:
         return sum(sizes), gpus
-    shared = replication.of(flattener.nodes, flattener.table.storages(), sizes)
+    table = flattener.table
+    shared = replication.of(flattener.nodes, table.storages(), sizes, table.slices())
     parts = (shared.part(storage) or (0, size) for storage, size in enumerate(sizes))
     return sum(end - start for start, end in parts), gpus
 
@@ -175,6 +181,8 @@ class _Flattener:
                 torch.device: lambda value: (TAG_TORCH_DEVICE, str(value)),
                 torch.Size: lambda value: (TAG_TORCH_SIZE, tuple(value)),
             }
+        if (sharded := sharding.sharded_type()) is not None:
+            self._handlers[sharded] = self._sharded
 
     def add(self, value: Any, key: Any, *, is_keyed: bool) -> None:
         """Append the nodes of ``value``, which stands under ``key`` of a dict if ``is_keyed``."""
@@ -183,7 +191,7 @@ class _Flattener:
         if handler is not None:
             tag, payload = handler(value)
             self.nodes.append((tag, payload, key) if is_keyed else (tag, payload))
-        elif kind is dict or kind is OrderedDict:
+        elif kind in DICTS:
             self._dict(value, key, is_keyed=is_keyed)
         elif kind is list or kind is tuple:
             self._sequence(value, key, is_keyed=is_keyed)
@@ -211,17 +219,19 @@ class _Flattener:
             self.add(method(), key, is_keyed=is_keyed)
 
     def _dict(self, value: dict[Any, Any], key: Any, *, is_keyed: bool) -> None:
-        ordered = type(value) is OrderedDict
-        attributes = vars(value) if ordered else {}
+        kind = DICTS.index(type(value))
+        attributes = vars(value) if kind else {}
         has_metadata = "_metadata" in attributes
+        has_metadata &= type(value) is OrderedDict
         if len(attributes) > has_metadata:
-            extra = next(name for name in attributes if name != "_metadata")
+            extra = next(name for name in attributes if not has_metadata or name != "_metadata")
+            name = type(value).__name__
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
-                f"this OrderedDict has an attribute `{extra}`, which would be lost",
-                "put it under a key, or save a copy: `OrderedDict(value)`",
+                f"this {name} has an attribute `{extra}`, which would be lost",
+                f"put it under a key, or save a copy: `{name}(value)`",
             )
-        payload = (len(value), ordered, has_metadata)
+        payload = (len(value), kind, has_metadata)
         self.nodes.append((TAG_DICT, payload, key) if is_keyed else (TAG_DICT, payload))
         with self._inside(value):
             if has_metadata:
@@ -279,6 +289,11 @@ class _Flattener:
 
     def _parameter(self, tensor: Any) -> tuple[int, int]:
         return TAG_TENSOR, self.table.add_torch(tensor, TORCH_PARAMETER, self._where)
+
+    def _sharded(self, tensor: Any) -> tuple[int, int]:
+        is_parameter = isinstance(tensor, sys.modules["torch"].nn.Parameter)
+        kind = TORCH_PARAMETER if is_parameter else TORCH
+        return TAG_TENSOR, self.table.add_sharded(tensor, kind, self._where)
 
     def _where(self) -> str:
         return display(self._path)
@@ -372,8 +387,8 @@ def _why_unsupported(value: Any) -> tuple[str, str]:
 
 def _tensor_subclass_hint(torch: Any, tensor: Any) -> str:
     name = type(tensor).__name__
-    if name == "DTensor":
-        return "save this rank's part, `tensor.to_local()`, or the whole, `tensor.full_tensor()`"
+    if name == "ShardedTensor":
+        return "save DTensors: give FSDP a `device_mesh`, or shard with `fully_shard`"
     if name == "FakeTensor":
         return "it has a shape but no values: leave `FakeTensorMode` before making the state"
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
@@ -473,8 +488,8 @@ class Tree:
     def _build_dict(
         self, index: int, tensor_at: Callable[[int], Any], keep: Sequence[bool] | None
     ) -> dict[Any, Any]:
-        _, ordered, has_metadata = self.nodes[index][1]
-        made: dict[Any, Any] = OrderedDict() if ordered else {}
+        _, kind, has_metadata = self.nodes[index][1]
+        made: dict[Any, Any] = DICTS[kind]()
         for key, child in self.children(index):
             if keep is None or keep[child]:
                 made[key] = self.build(child, tensor_at, keep)

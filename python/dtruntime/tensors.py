@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dtruntime import sharding
 from dtruntime.errors import UnsupportedFormat, UnsupportedValue
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ class Span(NamedTuple):
 
 
 class TensorRecord(NamedTuple):
-    """A view of a storage, as the index describes it. Strides and offset count items."""
+    """A view of a storage, as the index describes it. Strides and offset count items.
+
+    Of a tensor of which each rank holds a part, it is this rank's; ``slice`` says where it stands.
+    """
 
     storage: int
     kind: int
@@ -82,6 +86,7 @@ class TensorRecord(NamedTuple):
     strides: tuple[int, ...]
     offset: int
     requires_grad: bool
+    slice: sharding.Slice | None = None
 
 
 Piece = tuple[int, int, int]
@@ -225,6 +230,19 @@ class TensorTable:
         owner.tensors.append(number)
         return number
 
+    def add_sharded(self, tensor: Any, kind: int, where: Callable[[], str]) -> int:
+        """Take in what this rank holds of a ``DTensor``; ``where`` names it in errors."""
+        number = self._numbers.get(id(tensor))
+        if number is not None:
+            return number
+        self._keep_alive.append(tensor)
+        local, place = sharding.part_of(tensor, where)
+        number = self._numbers[id(tensor)] = self.add_torch(local, kind, where)
+        self._records[number] = self._records[number]._replace(
+            requires_grad=tensor.requires_grad, slice=place
+        )
+        return number
+
     def add_numpy(self, array: np.ndarray[Any, Any], where: Callable[[], str]) -> int:
         """Take in a ``numpy.ndarray``; ``where`` names it in errors."""
         number = self._numbers.get(id(array))
@@ -241,6 +259,10 @@ class TensorTable:
         number = self._append(array, packed, record, None)
         self._numpy_storages.append((number, packed))
         return number
+
+    def slices(self) -> list[bool]:
+        """Tell for each tensor whether it is a part of one that other ranks hold more of."""
+        return [record.slice is not None for record in self._records]
 
     def storages(self) -> list[int]:
         """Give for each tensor the number of the storage that it views."""

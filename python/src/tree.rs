@@ -4,8 +4,8 @@
 //! numbered alike in `dtruntime/state_tree.py`. Always holds: what goes one way comes back the
 //! other equal.
 
-use dtr_engine::format::index::{TensorKind, TensorRecord};
-use dtr_engine::format::tree::{Key, Node, Value, Walk};
+use dtr_engine::format::index::{GlobalSlice, TensorKind, TensorRecord};
+use dtr_engine::format::tree::{DictKind, Key, Node, Value, Walk};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{
@@ -84,8 +84,12 @@ fn value_from_python(tag: u8, payload: &Bound<'_, PyAny>) -> PyResult<Value> {
         TORCH_SIZE => Value::TorchSize(payload.extract()?),
         NUMPY_DTYPE => Value::NumpyDtype(payload.extract()?),
         DICT => {
-            let (len, ordered, metadata) = payload.extract()?;
-            Value::Dict { len, ordered, metadata }
+            let (len, kind, metadata): (u32, u8, bool) = payload.extract()?;
+            let known = DictKind::ALL.into_iter().find(|known| *known as u8 == kind);
+            let kind = known.ok_or_else(|| {
+                misuse(payload.py(), "reading a state tree", format!("unknown dict {kind}"))
+            })?;
+            Value::Dict { len, kind, metadata }
         }
         LIST => Value::List { len: payload.extract()? },
         TUPLE => Value::Tuple { len: payload.extract()? },
@@ -182,8 +186,8 @@ fn value_to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<(u8, Bound<'
         Value::TorchDevice(name) => (TORCH_DEVICE, name.into_bound_py_any(py)?),
         Value::TorchSize(sizes) => (TORCH_SIZE, PyTuple::new(py, sizes)?.into_any()),
         Value::NumpyDtype(name) => (NUMPY_DTYPE, name.into_bound_py_any(py)?),
-        Value::Dict { len, ordered, metadata } => {
-            (DICT, (*len, *ordered, *metadata).into_bound_py_any(py)?)
+        Value::Dict { len, kind, metadata } => {
+            (DICT, (*len, *kind as u8, *metadata).into_bound_py_any(py)?)
         }
         Value::List { len } => (LIST, len.into_bound_py_any(py)?),
         Value::Tuple { len } => (TUPLE, len.into_bound_py_any(py)?),
@@ -202,8 +206,10 @@ fn key_to_python<'py>(py: Python<'py>, key: &Key) -> PyResult<Bound<'py, PyAny>>
     }
 }
 
-/// `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad)`.
-type TensorTuple = (u32, u8, String, u32, Vec<u64>, Vec<u64>, u64, bool);
+/// `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad, slice)`, where a slice
+/// of a larger tensor is the `(shape, offsets)` of where it stands.
+type TensorTuple = (u32, u8, String, u32, Vec<u64>, Vec<u64>, u64, bool, Option<SliceTuple>);
+type SliceTuple = (Vec<u64>, Vec<u64>);
 
 /// Tensor records from a list of tuples.
 pub(crate) fn tensors_from_python(tensors: &Bound<'_, PyList>) -> PyResult<Vec<TensorRecord>> {
@@ -211,8 +217,8 @@ pub(crate) fn tensors_from_python(tensors: &Bound<'_, PyList>) -> PyResult<Vec<T
 }
 
 fn tensor_from_python(tensor: &Bound<'_, PyAny>) -> PyResult<TensorRecord> {
-    let (storage, kind, dtype, item_bytes, shape, strides, offset, requires_grad): TensorTuple =
-        tensor.extract()?;
+    let fields: TensorTuple = tensor.extract()?;
+    let (storage, kind, dtype, item_bytes, shape, strides, offset, requires_grad, slice) = fields;
     let kind = match kind {
         0 => TensorKind::Torch,
         1 => TensorKind::TorchParameter,
@@ -231,7 +237,7 @@ fn tensor_from_python(tensor: &Bound<'_, PyAny>) -> PyResult<TensorRecord> {
         strides,
         offset,
         requires_grad,
-        slice: None,
+        slice: slice.map(|(shape, offsets)| GlobalSlice { shape, offsets }),
     })
 }
 
@@ -253,7 +259,11 @@ fn tensor_to_python<'py>(py: Python<'py>, tensor: &TensorRecord) -> PyResult<Bou
     };
     let shape = PyTuple::new(py, &tensor.shape)?;
     let strides = PyTuple::new(py, &tensor.strides)?;
-    let (storage, dtype, item_bytes) = (tensor.storage, &tensor.dtype, tensor.item_bytes);
-    (storage, kind, dtype, item_bytes, shape, strides, tensor.offset, tensor.requires_grad)
+    let slice = match &tensor.slice {
+        Some(slice) => Some((PyTuple::new(py, &slice.shape)?, PyTuple::new(py, &slice.offsets)?)),
+        None => None,
+    };
+    let TensorRecord { storage, dtype, item_bytes, offset, requires_grad, .. } = tensor;
+    (storage, kind, dtype, item_bytes, shape, strides, offset, requires_grad, slice)
         .into_pyobject(py)
 }

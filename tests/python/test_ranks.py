@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support import assert_same, script_environment
+from ranks import run_ranks, start_rank, torchrun
+from support import assert_same
 
 from dtruntime import BarrierTimeout, CheckpointManager, InvalidArgument
+
+if TYPE_CHECKING:
+    import subprocess
 
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
-PREAMBLE = """
-import os, sys, signal
-import torch
-from dtruntime import *
-rank, store = int(os.environ["RANK"]), sys.argv[1]
-
+STATES = """
 def state_of(step):
     generator = torch.Generator().manual_seed(step * 100 + rank)
     return {"w": torch.randn(50_000, generator=generator), "rank": rank, "step": step}
@@ -34,23 +32,12 @@ def same(one, other):
 
 def start(source: str, store: Path, rank: int, world_size: int, url: str) -> subprocess.Popen[str]:
     """Start one rank."""
-    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
-    return subprocess.Popen(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(source), store],
-        env=script_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start_rank(STATES + textwrap.dedent(source), store, rank, world_size, url)
 
 
 def run(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:
     """Run all ranks to their end; give what each printed."""
-    processes = [start(source, store, rank, world_size, url) for rank in range(world_size)]
-    ended = [process.communicate(timeout=120) for process in processes]
-    for process, (_, error) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, error
-    return [out for out, _ in ended]
+    return run_ranks(STATES + textwrap.dedent(source), store, url, world_size)
 
 
 def test_all_ranks_save_and_load_one_checkpoint(coordinator, tmp_path):
@@ -396,19 +383,6 @@ def test_a_rank_that_opens_alone_is_told_who_is_missing(coordinator, tmp_path):
         )
     assert "rank 1 (nobody has it)" in str(caught.value)
     assert "where one rank saves, pass `rank=0, world_size=1`" in caught.value.hint
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = script_environment() | {"OMP_NUM_THREADS": "1"}
-    environment.pop("COORDINATOR_URL", None)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed")

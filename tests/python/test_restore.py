@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import weakref
 
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 import torch
 from support import assert_same, flip_byte, shard_of
 
-from dtruntime import Corrupt, InvalidArgument, RestoreIncomplete, applying
+from dtruntime import (
+    CheckpointManager,
+    Corrupt,
+    InvalidArgument,
+    RestoreIncomplete,
+    applying,
+)
 from dtruntime.loading import Reader
 
 
@@ -254,3 +261,124 @@ def test_without_memory_items_are_restored_one_by_one(open_manager, store, monke
 
 def test_available_memory_is_plausible():
     assert 1 << 26 < applying.available_memory_bytes() < 1 << 62
+
+
+def test_every_scheduler_of_torch_goes_on_where_it_was(store):
+    schedulers = torch.optim.lr_scheduler
+    makers = {
+        "lambda": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
+        "multiplicative": lambda o: schedulers.MultiplicativeLR(o, lambda _: 0.9),
+        "step": lambda o: schedulers.StepLR(o, 2),
+        "multi step": lambda o: schedulers.MultiStepLR(o, [2, 4, 4]),
+        "constant": schedulers.ConstantLR,
+        "linear": schedulers.LinearLR,
+        "exponential": lambda o: schedulers.ExponentialLR(o, 0.9),
+        "polynomial": lambda o: schedulers.PolynomialLR(o, 9),
+        "cosine": lambda o: schedulers.CosineAnnealingLR(o, 9),
+        "restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 3),
+        "cyclic": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+        "one cycle": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=20),
+        "plateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=1),
+        "chained": lambda o: schedulers.ChainedScheduler(
+            [schedulers.MultiStepLR(o, [3]), schedulers.ExponentialLR(o, 0.9)]
+        ),
+        "sequential": lambda o: schedulers.SequentialLR(
+            o, [schedulers.ConstantLR(o), schedulers.MultiStepLR(o, [3, 5])], [4]
+        ),
+    }
+
+    def make(name):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+        return optimizer, makers[name](optimizer)
+
+    def rates(name, optimizer, scheduler, steps):
+        taken = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step(*[1.0] if name == "plateau" else [])
+            taken.append(optimizer.param_groups[0]["lr"])
+        return taken
+
+    known = {name for name in dir(schedulers) if name.endswith("LR") and name != "SWALR"}
+    tried = {type(make(name)[1]).__name__ for name in makers}
+    assert known - {"LRScheduler", "_LRScheduler"} <= tried
+    with CheckpointManager(store) as manager:
+        for step, name in enumerate(makers):
+            optimizer, scheduler = make(name)
+            rates(name, optimizer, scheduler, 3)
+            manager.save({"optimizer": optimizer, "scheduler": scheduler}, step=step)
+            expected = rates(name, optimizer, scheduler, 6)
+            optimizer, scheduler = make(name)
+            manager.restore({"optimizer": optimizer, "scheduler": scheduler}, step=step)
+            assert rates(name, optimizer, scheduler, 6) == expected, name
+
+
+def test_random_states_go_on_where_they_were(store):
+    saved = {"numpy": np.random.get_state(), "python": random.getstate()}
+    with CheckpointManager(store) as manager:
+        manager.save(saved, step=1)
+        expected = np.random.normal(size=5), random.random()
+        np.random.normal(size=3)
+        random.gauss(0, 1)
+        live = {"numpy": np.random.get_state(), "python": random.getstate()}
+        array = live["numpy"][1]
+        manager.restore(live)
+    assert live["numpy"][1] is array, "what is live stays itself"
+    np.random.set_state(live["numpy"])
+    random.setstate(live["python"])
+    assert np.array_equal(np.random.normal(size=5), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_a_tuple_that_holds_both_is_replaced_around_what_is_live(store):
+    tensor = torch.zeros(2)
+    live = {"pair": (tensor, 4, ("inner", torch.zeros(1)))}
+    with CheckpointManager(store) as manager:
+        manager.save({"pair": (torch.ones(2), 3, ("saved", torch.ones(1)))}, step=1)
+        report = manager.restore(live)
+        assert_same(live, manager.load())
+    assert live["pair"][0] is tensor
+    assert (report.values["pair.1"], report.values["pair.2.0"]) == (3, "saved")
+
+
+def _adam(*shapes):
+    return torch.optim.AdamW([torch.nn.Parameter(torch.ones(shape)) for shape in shapes])
+
+
+def _stepped(optimizer):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def _on_meta():
+    with torch.device("meta"):
+        return torch.nn.Linear(3, 3)
+
+
+OBJECTS = {
+    "another parameter": (_adam(3, 4), _adam(3), r"the live groups have \[1\] parameters"),
+    "moments": (_adam((3, 3)), _adam((4, 4)), r"shape \(4, 4\), its saved `exp_avg` \(3, 3\)"),
+    "no optimizer": (torch.nn.Linear(2, 2), _adam(3), "the checkpoint has none"),
+    "without values": (torch.nn.Linear(3, 3), _on_meta(), r"module.to_empty\(device"),
+    "a scaler that was off": (
+        torch.amp.GradScaler("cpu", enabled=False),
+        torch.amp.GradScaler("cpu"),
+        "the saved state is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_does_not_fit_is_found_before_anything_is_changed(store, name):
+    saved, live, expected = OBJECTS[name]
+    saved = _stepped(saved) if isinstance(saved, torch.optim.Optimizer) else saved
+    before = torch.zeros(2)
+    with CheckpointManager(store) as manager:
+        manager.save({"first": torch.ones(2), "x": saved}, step=1)
+        with pytest.raises(InvalidArgument, match=expected):
+            manager.restore({"first": before, "x": live})
+        assert torch.equal(before, torch.zeros(2))
+        manager.save({"still": "possible"}, step=2)

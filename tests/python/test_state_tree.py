@@ -59,6 +59,7 @@ STATES = st.recursive(
         | st.lists(inner, max_size=4).map(tuple)
         | st.dictionaries(KEYS, inner, max_size=4)
         | st.dictionaries(KEYS, inner, max_size=4).map(collections.OrderedDict)
+        | st.dictionaries(KEYS, inner, max_size=4).map(collections.Counter)
     ),
     max_leaves=20,
 )
@@ -175,12 +176,18 @@ def _deep() -> list:
     return value
 
 
+def counter_with_attribute() -> collections.Counter:
+    counter = collections.Counter("a")
+    counter.note = "lost"
+    return counter
+
+
 UNSUPPORTED = {
     "set": {1, 2},
     "frozenset": frozenset({1}),
     "namedtuple": Point(1, 2),
     "defaultdict": collections.defaultdict(list),
-    "counter": collections.Counter("a"),
+    "counter with an attribute": counter_with_attribute(),
     "int enum": Color.RED,
     "str subclass": Text("a"),
     "dataclass": Config(),

@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use dtr_engine::format::index::{ShardIndex, TensorKind, TensorRecord};
+use dtr_engine::format::index::{GlobalSlice, ShardIndex, TensorKind, TensorRecord};
 use dtr_engine::format::tree::{Segment, Value, Walk};
 
 use crate::{text, values};
@@ -100,8 +100,19 @@ fn describe_tensor(tensor: &TensorRecord) -> String {
         TensorKind::Numpy => "numpy ",
         TensorKind::Torch | TensorKind::TorchParameter => "",
     };
-    let shape = text::shape(&tensor.shape);
+    let shape = place(tensor);
     format!("{library}{} {shape}, {}", tensor.dtype, text::bytes(tensor_bytes(tensor)))
+}
+
+/// A tensor's shape, and of a slice where it stands: `[2, 8] at [2, 0] of [4, 8]`.
+pub(crate) fn place(tensor: &TensorRecord) -> String {
+    let shape = text::shape(&tensor.shape);
+    match &tensor.slice {
+        None => shape,
+        Some(GlobalSlice { shape: whole, offsets }) => {
+            format!("{shape} at {} of {}", text::shape(offsets), text::shape(whole))
+        }
+    }
 }
 
 /// Bytes of a tensor's items: checked against overflow when its index was decoded.
@@ -114,7 +125,7 @@ pub(crate) fn tensor_bytes(tensor: &TensorRecord) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use dtr_engine::format::tree::{Key, Node};
+    use dtr_engine::format::tree::{DictKind, Key, Node};
 
     use super::*;
 
@@ -123,14 +134,14 @@ mod tests {
         let item = |value| Node { key: None, value };
         let index = ShardIndex {
             nodes: vec![
-                item(Value::Dict { len: 3, ordered: true, metadata: false }),
+                item(Value::Dict { len: 3, kind: DictKind::Ordered, metadata: false }),
                 node("a", Value::List { len: 3 }),
                 item(Value::Int(1)),
                 item(Value::Tuple { len: 1 }),
                 item(Value::None),
                 item(Value::Int(3)),
                 node("b", Value::Str("x".repeat(100))),
-                node("c", Value::Dict { len: 0, ordered: false, metadata: false }),
+                node("c", Value::Dict { len: 0, kind: DictKind::Plain, metadata: false }),
             ],
             ..ShardIndex::default()
         };

@@ -10,7 +10,8 @@ use dtr_engine::format::tree::{Value, Walk};
 
 use super::{Change, Changed};
 use crate::compare::Difference;
-use crate::{text, values};
+use crate::tree_text::place;
+use crate::values;
 
 /// What stands at a path.
 #[derive(Clone, Debug, PartialEq)]
@@ -160,5 +161,5 @@ fn describe(tensor: &TensorRecord) -> String {
         TensorKind::Numpy => "numpy array",
     };
     let grad = if tensor.requires_grad { ", requires grad" } else { "" };
-    format!("{library} {} {}{grad}", tensor.dtype, text::shape(&tensor.shape))
+    format!("{library} {} {}{grad}", tensor.dtype, place(tensor))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use clap::Args;
-use dtr_engine::format::index::{ShardIndex, TensorKind, TensorRecord};
+use dtr_engine::format::index::{GlobalSlice, ShardIndex, TensorKind, TensorRecord};
 use dtr_engine::format::manifest::Manifest;
 use dtr_engine::format::tree::{Value, Walk, tensor_paths};
 use dtr_engine::load::Checkpoint;
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::console::{Outcome, Verdict, write_json};
 use crate::opened::{self, StoreArgument};
-use crate::tree_text::tensor_bytes;
+use crate::tree_text::{place, tensor_bytes};
 use crate::values;
 use crate::view::View;
 
@@ -78,6 +78,12 @@ struct Tensor {
     library: &'static str,
     dtype: String,
     shape: Vec<u64>,
+    /// Of a slice: where it stands in the tensor it was cut from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    slice: Option<Slice>,
+    /// The shape, and where a slice stands.
+    #[serde(skip)]
+    place: String,
     /// In items.
     strides: Vec<u64>,
     /// In items, from its storage's start.
@@ -86,6 +92,14 @@ struct Tensor {
     storage: u32,
     contiguous: bool,
     requires_grad: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Slice {
+    /// Shape of the whole tensor.
+    shape: Vec<u64>,
+    /// Position of the slice's first item.
+    offsets: Vec<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -172,6 +186,8 @@ fn tensor(record: &TensorRecord, paths: Vec<String>) -> Tensor {
         },
         dtype: record.dtype.clone(),
         shape: record.shape.clone(),
+        slice: record.slice.clone().map(|GlobalSlice { shape, offsets }| Slice { shape, offsets }),
+        place: place(record),
         strides: record.strides.clone(),
         offset: record.offset,
         bytes: tensor_bytes(record),

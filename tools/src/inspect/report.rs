@@ -124,7 +124,7 @@ fn write_tensors(out: &mut dyn Write, tensors: &[Tensor], limit: u64) -> std::io
         table.row([
             tensor.paths.first().map_or("", |path| text::path(path)).into(),
             tensor.dtype.clone(),
-            text::shape(&tensor.shape),
+            tensor.place.clone(),
             text::bytes(tensor.bytes),
             notes(tensor),
         ]);

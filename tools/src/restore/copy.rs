@@ -8,11 +8,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use dtr_engine::config::S3Settings;
+use dtr_engine::format::tree::tensor_paths;
 use dtr_engine::load::Checkpoint;
 use dtr_engine::save::{SaveRequest, StorageInput, StorageSource};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use super::Restored;
+use super::selection::sliced;
 use crate::progress::Bar;
 use crate::windows::Windows;
 
@@ -23,6 +25,10 @@ const STAGING_BYTES: u64 = 128 << 20;
 pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) -> Result<Restored> {
     let start = Instant::now();
     let index = checkpoint.index();
+    let is_slice = |number: u32| index.tensors[number as usize].slice.is_some();
+    if let Some((number, path)) = tensor_paths(&index.nodes).find(|(number, _)| is_slice(*number)) {
+        return Err(sliced(&path.to_string(), &index.tensors[number as usize]));
+    }
     let manifest = checkpoint.manifest();
     let chunk_bytes = checkpoint.header().chunk_bytes;
     let engine = Engine::open(Config {

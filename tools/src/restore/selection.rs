@@ -9,6 +9,7 @@ use dtr_engine::format::tree::tensor_paths;
 use dtr_engine::{EngineError, Result};
 
 use super::header::{METADATA_NAME, file_dtype};
+use crate::tree_text::place;
 use crate::{glob, text};
 
 /// Names that a message shows.
@@ -67,6 +68,9 @@ pub(super) fn select<'c>(
 }
 
 fn describe(name: String, record: &TensorRecord) -> Result<Selected<'_>> {
+    if record.slice.is_some() {
+        return Err(sliced(&name, record));
+    }
     let known = file_dtype(&record.dtype).filter(|known| known.item_bytes == record.item_bytes);
     let Some(known) = known else {
         let why = format!("the file format has no dtype like `{}`", record.dtype);
@@ -91,6 +95,16 @@ fn cannot(name: &str, why: &str) -> EngineError {
         format!("writing tensor `{name}` to a safetensors file"),
         why,
         format!("leave it out with `--exclude '{name}'`, or restore to a store, which takes all"),
+    )
+}
+
+/// Refuses to pass a part of a tensor off as the tensor.
+pub(super) fn sliced(name: &str, record: &TensorRecord) -> EngineError {
+    EngineError::invalid(
+        format!("restoring tensor `{}`", text::one_line(name)),
+        format!("the shard holds a slice of it, {}; other ranks hold the rest", place(record)),
+        "copy the whole checkpoint with `ckpt-tool copy`, or load it in Python, which puts slices \
+         together: `CheckpointManager(store, read_only=True).load()`",
     )
 }
 

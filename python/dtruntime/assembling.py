@@ -1,0 +1,307 @@
+"""Boxes of tensors, put together from the parts that ranks saved.
+
+    saved by two ranks     asked for by the second of three
+    |  rank 0  |  rank 1  |
+    |      |*** ***|      |     from rank 0's part its end, from rank 1's its start
+
+Always holds: what a box gets was saved exactly once, item by item, or it is an error; shards of
+other ranks are opened only where this rank's own has not all of it; a part that lies in one piece,
+here and there, is read to where it belongs, and others through memory of a bounded size.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dtruntime.errors import CheckpointNotFound, Corrupt
+from dtruntime.sharding import Box, contiguous_strides, whole
+from dtruntime.state_tree import TAG_TENSOR, Tree
+from dtruntime.tensors import TensorRecord, hull_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dtruntime import _native
+
+_COPY_BYTES = 256 << 20
+"""Bytes that are read at a time before they are copied to where they belong."""
+
+Target = tuple[int, int, Any]
+"""What a checkpoint reads: a storage, the first byte of it, and memory."""
+
+
+class Part(NamedTuple):
+    """A tensor, or what a rank saved of it."""
+
+    checkpoint: _native.Checkpoint
+    record: TensorRecord
+
+    @property
+    def box(self) -> Box:
+        """What it is of the whole tensor."""
+        record = self.record
+        return whole(record.shape) if record.slice is None else Box(record.slice[1], record.shape)
+
+    def cut(self, box: Box) -> TensorRecord:
+        """Describe a box within it, as a view of its storage."""
+        at = zip(box.offsets, self.box.offsets, self.record.strides, strict=True)
+        skipped = sum((start - own) * stride for start, own, stride in at)
+        return self.record._replace(
+            shape=box.sizes, offset=self.record.offset + skipped, slice=None
+        )
+
+
+def whole_shape(record: TensorRecord) -> tuple[int, ...]:
+    """Give the shape of the tensor that a record is of, or of a part of."""
+    return record.shape if record.slice is None else record.slice[0]
+
+
+class Parts:
+    """The parts that ranks saved of a checkpoint's tensors.
+
+    Args:
+        checkpoint: This rank's own.
+        tree: Its tree.
+        records: Its tensors.
+        open_rank: Opens that of a rank.
+
+    """
+
+    def __init__(
+        self,
+        checkpoint: _native.Checkpoint,
+        tree: Tree,
+        records: list[TensorRecord],
+        open_rank: Callable[[int], _native.Checkpoint],
+    ) -> None:
+        self._own = checkpoint
+        self._tree = tree
+        self._records = records
+        self._open_rank = open_rank
+        self._places: dict[int, tuple[Any, ...]] | None = None
+        self._others: list[tuple[_native.Checkpoint, dict[tuple[Any, ...], TensorRecord]]] = []
+
+    def covering(self, number: int, box: Box) -> list[tuple[Part, Box]]:
+        """Give the parts that make up a box of a tensor, each with what it gives.
+
+        Raises:
+            Corrupt: Some of it was saved by no rank, or by several that differ in where it stands.
+
+        """
+        record = self._records[number]
+        if record.slice is None:
+            return [(Part(self._own, record), box)] if box.items else []
+        if not box.items:
+            return []
+        if not self._own.is_replicated_only and Part(self._own, record).box.intersect(box) == box:
+            return [(Part(self._own, record), box)]
+        found: dict[Box, Part] = {}
+        for part in self._of_all_ranks(number):
+            common = part.box.intersect(box)
+            if common is not None:
+                found.setdefault(common, part)
+        self._check_tiled(number, box, list(found))
+        return [(part, common) for common, part in found.items()]
+
+    def _of_all_ranks(self, number: int) -> Iterator[Part]:
+        record = self._records[number]
+        if self._places is None:
+            self._places = _places_of_slices(self._tree, self._records)
+            self._open_others()
+        place = self._places[number]
+        expected = (whole_shape(record), record.dtype)
+        for checkpoint, records in self._others:
+            other = records.get(place)
+            if other is None:
+                continue
+            if (whole_shape(other), other.dtype) != expected:
+                raise self._damage(
+                    number, f"a rank saved it as `{other.dtype}` of shape {whole_shape(other)}"
+                )
+            yield Part(checkpoint, other)
+
+    def _open_others(self) -> None:
+        own = self._own
+        for rank in range(own.manifest()["world_size"]):
+            other = self._open_rank(rank)
+            if other.attempt != own.attempt:
+                raise CheckpointNotFound(
+                    f"reading step {own.step}",
+                    "another attempt took its place meanwhile",
+                    "load again",
+                )
+            records = [TensorRecord(*record) for record in other.tensors()]
+            places = _places_of_slices(Tree(other.nodes()), records)
+            self._others.append((other, {place: records[n] for n, place in places.items()}))
+
+    def _check_tiled(self, number: int, box: Box, found: list[Box]) -> None:
+        missing = box.items - sum(part.items for part in found)
+        if missing > 0:
+            raise self._damage(
+                number,
+                f"no rank saved {missing} of the {box.items} items from {list(box.offsets)} on",
+            )
+        if missing or overlap(found):
+            raise self._damage(number, "parts that ranks saved overlap")
+
+    def _damage(self, number: int, why: str) -> Corrupt:
+        shape = list(whole_shape(self._records[number]))
+        path = next(
+            path
+            for path, node in zip(self._own.paths(), self._tree.nodes, strict=True)
+            if node[:2] == (TAG_TENSOR, number)
+        )
+        return Corrupt(
+            f"putting `{path}` of shape {shape} together, of step {self._own.step}",
+            why,
+            "load another step; save it so that its parts on all ranks are those of one tensor",
+        )
+
+
+class Assembly:
+    """Memory for boxes, and what is read into it.
+
+    Args:
+        parts: Where the boxes come from.
+
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._direct: dict[int, tuple[_native.Checkpoint, list[Target]]] = {}
+        self._strided: list[_Strided] = []
+
+    def add(self, number: int, box: Box, storage: Any) -> None:
+        """Have ``storage`` filled with a box of a tensor, without gaps in row-major order."""
+        strides = contiguous_strides(box.sizes)
+        for part, common in self._parts.covering(number, box):
+            source = part.cut(common)
+            at = zip(common.offsets, box.offsets, strides, strict=True)
+            first = sum((start - own) * stride for start, own, stride in at)
+            target = source._replace(strides=strides, offset=first)
+            if _is_contiguous(source) and _is_contiguous(target):
+                self._read_to(part.checkpoint, source, storage, first * source.item_bytes)
+            else:
+                self._strided.append(_Strided(part.checkpoint, source, storage, target))
+
+    def read(self, *, verify: bool, streams: list[tuple[int, int]]) -> None:
+        """Read everything; the memory holds unspecified bytes after an error."""
+        self._flush(verify=verify, streams=streams)
+        for batch in _batches(self._strided):
+            copies = []
+            for strided in batch:
+                source, storage = strided.source, strided.storage
+                hull = hull_of(source)
+                assert hull is not None  # noqa: S101  (a part that gives nothing is none)
+                memory = type(storage)(hull.end - hull.start, device=storage.device)
+                flat = source._replace(shape=(len(memory),), strides=(1,), item_bytes=1)
+                self._read_to(strided.checkpoint, flat, memory, 0, first=hull.start)
+                copies.append((_bits(storage, strided.target), _bits(memory, source, offset=0)))
+            self._flush(verify=verify, streams=streams)
+            for destination, bits in copies:
+                destination.copy_(bits)
+
+    def _read_to(
+        self,
+        checkpoint: _native.Checkpoint,
+        source: TensorRecord,
+        storage: Any,
+        at: int,
+        first: int | None = None,
+    ) -> None:
+        count = source.item_bytes * whole(source.shape).items
+        first = source.offset * source.item_bytes if first is None else first
+        device = storage.device
+        place = (device.index,) if device.type == "cuda" else ()
+        memory = (*place, storage.data_ptr() + at, count)
+        _, targets = self._direct.setdefault(id(checkpoint), (checkpoint, []))
+        targets.append((source.storage, first, memory))
+
+    def _flush(self, *, verify: bool, streams: list[tuple[int, int]]) -> None:
+        for checkpoint, targets in self._direct.values():
+            checkpoint.read(targets, verify, streams)
+        self._direct.clear()
+
+
+class _Strided(NamedTuple):
+    """A part that does not lie in one piece, there or here."""
+
+    checkpoint: _native.Checkpoint
+    source: TensorRecord
+    storage: Any
+    target: TensorRecord
+
+
+def _batches(strided: list[_Strided]) -> Iterator[list[_Strided]]:
+    batch: list[_Strided] = []
+    count = 0
+    for one in strided:
+        batch.append(one)
+        hull = hull_of(one.source)
+        count += 0 if hull is None else hull.end - hull.start
+        if count >= _COPY_BYTES:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+def _is_contiguous(record: TensorRecord) -> bool:
+    """Tell whether a tensor's items lie in row-major order without gaps."""
+    expected = 1
+    for size, stride in zip(reversed(record.shape), reversed(record.strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _bits(storage: Any, record: TensorRecord, offset: int | None = None) -> Any:
+    """View a tensor's items as numbers of their size: some dtypes have no copy kernel."""
+    torch = sys.modules["torch"]
+    numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    dtype = numbers.get(record.item_bytes, torch.complex128)
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    first = record.offset if offset is None else offset
+    return tensor.set_(storage, first, record.shape, record.strides)
+
+
+def overlap(boxes: list[Box]) -> bool:
+    """Tell whether any two boxes, none of them empty, have an item in common.
+
+    >>> overlap([Box((0,), (2,)), Box((2,), (3,))]), overlap([Box((0,), (2,)), Box((1,), (3,))])
+    (False, True)
+    """
+    if len(boxes) < 2 or not boxes[0].offsets:  # noqa: PLR2004  (a pair)
+        return len(boxes) > 1
+    low = np.array([box.offsets for box in boxes])
+    low = low[(order := np.lexsort(low.T[::-1]))]
+    high = low + np.array([box.sizes for box in boxes])[order]
+    varies = ((low != low[0]) | (high != high[0])).any(axis=0)
+    if varies.sum() == 1:  # the usual case: cut along one dimension
+        [along] = np.flatnonzero(varies)
+        return bool((high[:-1, along] > low[1:, along]).any())
+    return any(
+        bool(((low[:at] < high[at]) & (low[at] < high[:at])).all(axis=1).any())
+        for at in range(1, len(boxes))
+    )
+
+
+def _places_of_slices(tree: Tree, records: list[TensorRecord]) -> dict[int, tuple[Any, ...]]:
+    """Give the typed path of each tensor of which a rank holds a part, by its number."""
+    places: dict[int, tuple[Any, ...]] = {}
+    left: list[tuple[int, tuple[Any, ...]]] = [(0, ())]
+    while left:
+        index, path = left.pop()
+        tag, payload = tree.nodes[index][:2]
+        if tag == TAG_TENSOR:
+            if records[payload].slice is not None:
+                places.setdefault(payload, path)
+        elif tree.is_container(index):
+            for key, child in tree.children(index):
+                if tree.is_container(child) or tree.nodes[child][0] == TAG_TENSOR:
+                    left.append((child, (*path, (tag, type(key), key))))
+    return places

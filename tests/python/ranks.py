@@ -1,0 +1,57 @@
+"""Jobs of several processes, each a rank that runs the same source."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+from support import script_environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_PREAMBLE = """
+import os, sys, signal
+import torch
+from dtruntime import *
+rank, store = int(os.environ["RANK"]), sys.argv[1]
+"""
+
+
+def start_rank(
+    source: str, store: Path, rank: int, world_size: int, url: str
+) -> subprocess.Popen[str]:
+    """Start one rank: `rank` and `store` are known to it, and all names of the package."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PREAMBLE + textwrap.dedent(source), store],
+        env=script_environment() | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_ranks(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:
+    """Run all ranks to their end; give what each printed."""
+    processes = [start_rank(source, store, rank, world_size, url) for rank in range(world_size)]
+    ended = [process.communicate(timeout=300) for process in processes]
+    for process, (_, error) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, error
+    return [out for out, _ in ended]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script on several ranks of one machine."""
+    environment = script_environment() | {"OMP_NUM_THREADS": "1"}
+    environment.pop("COORDINATOR_URL", None)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
