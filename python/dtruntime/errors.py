@@ -152,7 +152,18 @@ class SaveAborted(CoordinatorError):  # noqa: N818
 
 
 class DatasetNotFound(CoordinatorError, LookupError):  # noqa: N818
-    """Fix the name or the path: there is no such dataset."""
+    """Fix the name or the path: there is no such dataset, or a file of it is not there."""
+
+
+class DatasetChanged(CheckpointError):  # noqa: N818
+    """Decide: bring the dataset or the ranks back as they were, or begin an epoch anew.
+
+    The position belongs to something else, so samples would be lost or read twice.
+    """
+
+
+class UnreadableSample(CheckpointError, ValueError):  # noqa: N818
+    """Mend the file, or leave it out: a sample in it is not what its format says."""
 
 
 class Internal(CheckpointError):  # noqa: N818
