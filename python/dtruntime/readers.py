@@ -1,0 +1,190 @@
+"""The samples of a file, for formats that are read without risk: nothing here is unpickled.
+
+>>> for row in open_samples("jsonl")("train/part-0.jsonl.gz"): ...
+
+Files that end in ``.gz`` or ``.zst`` are decompressed as they are read; text is UTF-8. Memory holds
+one sample, or one batch of rows of a parquet file.
+
+Always holds: the samples of a file come in one order; what a format does not allow is an
+``Unreadable`` that says where, never a sample that is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import importlib
+import io
+import json
+import tarfile
+import zlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from dtruntime.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+Read = "Callable[[str], Iterable[Any]]"
+"""Gives the samples of the file at a path, always in the same order."""
+
+
+class Unreadable(Exception):  # noqa: N818  (the caller adds the file's name, and raises its own)
+    """What is wrong with a file, and where in it."""
+
+
+_DAMAGED = (
+    EOFError,
+    UnicodeDecodeError,
+    csv.Error,
+    gzip.BadGzipFile,
+    tarfile.TarError,
+    zlib.error,
+)
+
+
+def open_samples(format_name: str) -> Callable[[str], Iterable[Any]]:
+    """Give what reads files of a format.
+
+    Raises:
+        InvalidArgument: None here does.
+
+    """
+    found = _READERS.get(format_name.lower())
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(format_name, _READERS, n=1)
+    raise InvalidArgument(
+        f"reading files of format `{format_name}`",
+        "what is read here is " + ", ".join(f"`{name}`" for name in sorted(_READERS)),
+        f"did you mean `{near[0]}`?"
+        if near
+        else "pass `read=`: a function of a path that gives the samples of that file",
+    )
+
+
+def read_text(path: str) -> Iterator[str]:
+    """Give the lines of a text file, without their ends."""
+    with _decompressed(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise Unreadable(f"line {number}: {error}") from None
+            yield text.removesuffix("\n").removesuffix("\r")
+
+
+def read_json_lines(path: str) -> Iterator[Any]:
+    """Give the value of each line that is not blank."""
+    for number, line in enumerate(read_text(path), 1):
+        if not line or line.isspace():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = "one JSON value a line is expected"
+            raise Unreadable(f"line {number}: {why}, and {error}") from None
+        yield value
+
+
+def read_csv(path: str) -> Iterator[dict[str, str]]:
+    """Give each row as a dict, by the names in the first row. ``.tsv`` is divided by tabs."""
+    delimiter = "\t" if ".tsv" in path.lower()[-8:] else ","
+    with _decompressed(path) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            names = next(rows, [])
+            for row in rows:
+                if len(row) == len(names):
+                    yield dict(zip(names, row, strict=True))
+                elif row:  # a blank line is none
+                    why = f"{len(row)} fields, where the first row names {len(names)}"
+                    raise Unreadable(f"line {rows.line_num}: {why}")
+        except csv.Error as error:
+            raise Unreadable(f"line {rows.line_num}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"after line {rows.line_num}: {error}") from None
+
+
+def read_parquet(path: str) -> Iterator[dict[str, Any]]:
+    """Give each row as a dict, by pyarrow."""
+    arrow = _optional("pyarrow.parquet", "parquet", "pip install pyarrow")
+    errors = _optional("pyarrow", "parquet", "pip install pyarrow")
+    try:
+        with arrow.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except errors.ArrowInvalid as error:
+        raise Unreadable(str(error)) from None
+
+
+def read_webdataset(path: str) -> Iterator[dict[str, Any]]:
+    """Give each sample of a tar: the bytes of the files that are called alike, by their suffix.
+
+    A sample's files follow one another; its ``__key__`` is their name up to the first dot of the
+    last part.
+    """
+    with _decompressed(path) as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
+        sample: dict[str, Any] = {}
+        for member in tar:
+            if not member.isfile():
+                continue
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, suffix = name.partition(".")
+            if not stem or not dot:
+                continue
+            key = folder + slash + stem
+            if sample and sample["__key__"] != key:
+                yield sample
+                sample = {}
+            file = tar.extractfile(member)
+            assert file is not None  # noqa: S101  (it is a file)
+            sample |= {"__key__": key, suffix: file.read()}
+        if sample:
+            yield sample
+
+
+@contextmanager
+def _decompressed(path: str) -> Iterator[BinaryIO]:
+    """Open a file as it was before it was compressed, and say damage in one way."""
+    try:
+        with _opener(path)(path, "rb") as file:
+            yield file
+    except _DAMAGED as error:
+        raise Unreadable(str(error) or type(error).__name__) from None
+
+
+def _opener(path: str) -> Callable[[str, str], Any]:
+    if path.endswith(".gz"):
+        return gzip.open
+    if not path.endswith(".zst"):
+        return open
+    try:
+        opener = importlib.import_module("compression.zstd").open
+    except ImportError:  # before Python 3.14
+        opener = _optional("zstandard", ".zst", "pip install zstandard").open
+    return cast("Callable[[str, str], Any]", opener)
+
+
+def _optional(module: str, purpose: str, command: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InvalidArgument(
+            f"reading {purpose} files",
+            f"`{module}` is needed, and cannot be imported: {error}",
+            f"`{command}`, or pass `read=`: a function of a path that gives that file's samples",
+        ) from None
+
+
+_READERS: dict[str, Callable[[str], Iterable[Any]]] = {
+    "csv": read_csv,
+    "json": read_json_lines,
+    "jsonl": read_json_lines,
+    "parquet": read_parquet,
+    "text": read_text,
+    "webdataset": read_webdataset,
+}
