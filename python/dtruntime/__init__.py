@@ -8,6 +8,8 @@
 >>> manager.restore({"model": model, "optimizer": optimizer})
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.datasets import DatasetInfo, DatasetRegistry
 from dtruntime.errors import (
@@ -20,6 +22,7 @@ from dtruntime.errors import (
     CoordinatorError,
     CoordinatorUnavailable,
     Corrupt,
+    DatasetChanged,
     DatasetNotFound,
     Internal,
     InvalidArgument,
@@ -33,6 +36,7 @@ from dtruntime.errors import (
     StoreBusy,
     Unauthenticated,
     Unavailable,
+    UnreadableSample,
     UnsupportedFormat,
     UnsupportedValue,
     WorkerFenced,
@@ -41,6 +45,10 @@ from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats, Uplo
 from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
+
+if TYPE_CHECKING:
+    from dtruntime.sharded import ShardedDataset
+    from dtruntime.sharded_loader import ShardedLoader
 
 __all__ = [
     "AcceleratorError",
@@ -54,6 +62,7 @@ __all__ = [
     "CoordinatorUnavailable",
     "Corrupt",
     "Damage",
+    "DatasetChanged",
     "DatasetInfo",
     "DatasetNotFound",
     "DatasetRegistry",
@@ -71,12 +80,15 @@ __all__ = [
     "SaveInfo",
     "SaveProgress",
     "SaveStats",
+    "ShardedDataset",
+    "ShardedLoader",
     "StepConflict",
     "StorageError",
     "StoreBusy",
     "TrainingOrchestrator",
     "Unauthenticated",
     "Unavailable",
+    "UnreadableSample",
     "UnsupportedFormat",
     "UnsupportedValue",
     "UploadInfo",
@@ -84,3 +96,15 @@ __all__ = [
     "WorkerFenced",
     "WorkerInfo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Give what is a part of torch's class tree once it is asked for: the rest needs no torch."""
+    if name not in ("ShardedDataset", "ShardedLoader"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dtruntime.tensors import import_torch  # noqa: PLC0415
+
+    import_torch(f"using `{name}`")
+    from dtruntime import sharded, sharded_loader  # noqa: PLC0415
+
+    return getattr(sharded if name == "ShardedDataset" else sharded_loader, name)

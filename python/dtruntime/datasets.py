@@ -4,6 +4,8 @@
 >>> registry.register("train", "/data/train", "parquet", total_samples=1_000_000, shard_size=10_000)
 >>> files = registry.get_shard("train", worker_rank=0, epoch=0)
 
+``ShardedDataset`` reads them.
+
 The worker that registers a dataset lists its files; the coordinator keeps the list and deals it
 out, so that all ranks agree on it even where one of them sees another state of a shared directory.
 
@@ -18,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from dtruntime import connecting, membership, settings
+from dtruntime import connecting, embedded, membership, settings
 from dtruntime.connecting import PATIENCE_SECONDS, Security
 from dtruntime.errors import DatasetNotFound, InvalidArgument
 
@@ -60,12 +62,35 @@ class DatasetInfo(NamedTuple):
     shard_count: int
 
 
+class Share(NamedTuple):
+    """Files of an epoch, in the order to read them, and what they are files of.
+
+    Attributes:
+        folder: The dataset's directory.
+        files: Their paths below it.
+        file_count: How many files the whole dataset has.
+        format: What they are.
+        total_samples: Samples of the whole dataset, as it was registered.
+        seed: What the order is drawn from, beside the epoch.
+        shuffle: Whether each epoch has an order of its own.
+
+    """
+
+    folder: str
+    files: list[str]
+    file_count: int
+    format: str
+    total_samples: int
+    seed: int
+    shuffle: bool
+
+
 class DatasetRegistry:
     """The datasets of a job, as the coordinator keeps them.
 
     Args:
-        coordinator_url: Default: the environment's ``COORDINATOR_URL``, else
-            ``http://localhost:50051``.
+        coordinator_url: Default: the environment's ``COORDINATOR_URL``; under ``torchrun`` the
+            coordinator that rank 0 hosts; else ``http://localhost:50051``.
         job: Default: the environment's ``DTRUNTIME_JOB``, else ``default``.
         security: Token and certificates.
         patience: How long to look for a coordinator that does not answer, in seconds.
@@ -81,6 +106,12 @@ class DatasetRegistry:
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         self.job = connecting.job_of(job)
+        if coordinator_url is None and not os.environ.get("COORDINATOR_URL"):
+            rank, _ = settings.rank_and_world_size(None, None)
+            found = embedded.find(rank)
+            if found is not None:
+                coordinator_url, hosted = found
+                security = security or hosted
         url = connecting.url_of(coordinator_url)
         self._coordinator = connecting.connect(url, security or Security(), patience)
 
@@ -161,9 +192,35 @@ class DatasetRegistry:
         """
         rank, _ = settings.rank_and_world_size(worker_rank, None)
         place = (rank, 0 if world_size is None else settings.integer("world_size", world_size))
-        number = settings.integer("epoch", epoch)
-        folder, files, _ = self._coordinator.get_shard(self.job, name, place, number)
-        return [os.path.join(folder, file) for file in files]  # noqa: PTH118  (str in, str out)
+        share = self.share(name, place, settings.integer("epoch", epoch))
+        return [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118  (str)
+
+    def share(self, name: str, place: tuple[int, int], epoch: int) -> Share:
+        """Give a rank's files, and what they are.
+
+        Args:
+            name: The dataset.
+            place: The rank, and among how many; 0 of them means the job's.
+            epoch: The epoch of the data, counted from 0.
+
+        """
+        folder, files, file_count, parts = self._coordinator.get_shard(self.job, name, place, epoch)
+        format_name, total_samples, _, seed, shuffle = parts
+        return Share(folder, files, file_count, format_name, total_samples, seed, shuffle)
+
+    def place(
+        self, rank: int | str | None, world_size: int | str | None
+    ) -> tuple[int, int, dict[str, str]]:
+        """Give this process's rank, the number of ranks, and what the coordinator told it.
+
+        Arguments win; then what this process registered as; then the environment.
+        """
+        found = membership.membership_at(self._coordinator.url, self.job)
+        if found is not None:
+            rank = found.place.rank if rank is None else rank
+            world_size = found.place.world_size if world_size is None else world_size
+        told = {} if found is None else found.worker.settings
+        return (*settings.rank_and_world_size(rank, world_size), told)
 
 
 def _directory(name: str, path: str | os.PathLike[str]) -> Path:

@@ -180,11 +180,17 @@ def meet(membership: Membership, timeout: float) -> None:
         reminder.cancel()
 
 
+def membership_at(url: str, job: str) -> Membership | None:
+    """Give this process's membership in the job, if it has a worker registered there."""
+    with _lock:
+        found = [m for m in _live if (m.place.url, m.place.job) == (url, job)]
+    return next((membership for membership in found if not membership.worker.is_ended), None)
+
+
 def worker_at(url: str, job: str) -> _native.Worker | None:
     """Give a registered worker of this process in the job, if there is one."""
-    with _lock:
-        found = [m.worker for m in _live if (m.place.url, m.place.job) == (url, job)]
-    return next((worker for worker in found if not worker.is_ended), None)
+    found = membership_at(url, job)
+    return None if found is None else found.worker
 
 
 def failure_of(error: BaseException | None) -> str:

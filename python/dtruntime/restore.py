@@ -3,7 +3,8 @@
 Deciding is apart from acting: ``plan_restore`` compares the live state with the checkpoint's tree
 and changes nothing; ``applying.Application`` then carries the plan's actions out.
 
-The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part.
+The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part;
+those with ``check_state_dict``, too, are shown it before, where it holds no tensors.
 A dict, list or tuple that holds any of these is walked; one that holds plain data only becomes
 exactly what was saved. A plain value is replaced in its dict or list; a tuple that holds both is
 replaced by one with the same live things in it, in the dict or list around it.
@@ -281,6 +282,7 @@ class _Planner:
             if self._tree.nodes[index][:2] == (TAG_DICT, _NOTHING) and live.state_dict():
                 why = "the saved state is empty, and the live one is not"
             if why is None:
+                self._ask(live, index)
                 self._do(index, live.load_state_dict, takers)
             else:
                 self._misfit(index, why)
@@ -296,6 +298,13 @@ class _Planner:
             live.load_state_dict(value, strict=self._strict)
 
         self._do(index, act, takers)
+
+    def _ask(self, live: Any, index: int) -> None:
+        """Let an object that can tell without tensors refuse its part before anything changes."""
+        check = getattr(live, "check_state_dict", None)
+        if callable(check) and not self._tree.tensors_below(index):
+            none: dict[int, Any] = {}
+            check(self._tree.build(index, none.__getitem__))
 
     def _optimizer_misfit(self, live: Any, index: int) -> str | None:
         """Tell in what a saved optimizer cannot be that of the live one's parameters.

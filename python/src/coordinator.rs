@@ -154,8 +154,9 @@ impl Coordinator {
         Ok((reply.file_count, reply.shard_count))
     }
 
-    /// One rank's files in one epoch of the data: the dataset's path, the files below it, and how
-    /// many all ranks have. `place` is `(rank, world_size)`; a world size of 0 is the job's.
+    /// One rank's files in one epoch of the data: the dataset's path, the files below it, how many
+    /// all ranks have, and what the dataset is registered as. `place` is `(rank, world_size)`; a
+    /// world size of 0 is the job's.
     fn get_shard(
         &self,
         py: Python<'_>,
@@ -163,7 +164,7 @@ impl Coordinator {
         name: String,
         place: (u32, u32),
         epoch: u64,
-    ) -> PyResult<(String, Vec<String>, u64)> {
+    ) -> PyResult<(String, Vec<String>, u64, DatasetParts)> {
         let what = format!("asking for the shard of dataset `{name}`");
         let connection = self.connection.get(py, &what)?;
         let (rank, world_size) = place;
@@ -175,9 +176,15 @@ impl Coordinator {
                 client.max_decoding_message_size(FILES_BYTES_MAX).get_shard(request).await
             }),
         )?;
-        Ok((reply.spec.unwrap_or_default().path, reply.files, reply.file_count))
+        let v1::DatasetSpec { path, format, total_samples, shard_size, seed, shuffle, .. } =
+            reply.spec.unwrap_or_default();
+        let parts = (format, total_samples, shard_size, seed, shuffle);
+        Ok((path, reply.files, reply.file_count, parts))
     }
 }
+
+/// A registered dataset's format, samples, samples in a shard, seed, and whether it is shuffled.
+type DatasetParts = (String, u64, u64, u64, bool);
 
 /// Bytes of a message that lists files, as the coordinator bounds it.
 const FILES_BYTES_MAX: usize = 32 << 20;
