@@ -85,9 +85,6 @@ class ReadAhead:
         self._is_closed = False
         self._ready: dict[int, Ready | BaseException] = {}
         self._thread: threading.Thread | None = None
-        if depth > 0 and paths:
-            self._thread = threading.Thread(target=self._run, name="dtruntime-ahead", daemon=True)
-            self._thread.start()
 
     def get(self, number: int) -> Ready:
         """Give file ``number``; files before it were read. Numbers ascend by one a call.
@@ -96,7 +93,7 @@ class ReadAhead:
             CheckpointError: It could not be made ready.
 
         """
-        if self._thread is None:
+        if self._depth == 0:
             return self._fetch(self._paths[number], lambda: False)
         if os.getpid() != self._pid:
             raise Closed(
@@ -104,6 +101,9 @@ class ReadAhead:
                 "its reading was begun in the parent of this forked process",
                 "begin a new iteration in this process",
             )
+        if self._thread is None:  # here, where a Ctrl-C already finds somebody who closes
+            self._thread = threading.Thread(target=self._run, name="dtruntime-ahead", daemon=True)
+            self._thread.start()
         with self._changed:
             self._current = number
             self._changed.notify_all()
@@ -121,7 +121,8 @@ class ReadAhead:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread.is_alive():  # a Ctrl-C may have come while it was being started
+            self._thread.join()
         self._thread = None
         for found in self._ready.values():
             if isinstance(found, Ready):

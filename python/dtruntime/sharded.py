@@ -50,6 +50,8 @@ _logger = logging.getLogger("dtruntime")
 _PREFETCH = 2
 _GIGABYTE = 10**9
 _STATS_AT_ONCE = 16
+_FEW_FILES = 256
+"""So many are looked at one after another."""
 _NOTHING = object()
 
 
@@ -248,7 +250,8 @@ class ShardedDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        self._check_is_current()
+        if self._is_outdated():
+            return self._refuse()
         start = self.take_start()
         count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         track = positions.track(start.position, start.files.file_count, count)
@@ -284,14 +287,18 @@ class ShardedDataset(IterableDataset[Any]):
         if get_worker_info() is None:
             self._shared[0], self._shared[1] = self._version, 0
 
-    def _check_is_current(self) -> None:
-        """Refuse to read in a worker that was started before the start was set."""
-        if get_worker_info() is not None and self._shared[0].item() > self._version:
-            raise InvalidArgument(
-                f"reading dataset `{self.name}`",
-                "this worker process was started before the epoch or the position was set",
-                "pass `persistent_workers=False` to the DataLoader",
-            )
+    def _is_outdated(self) -> bool:
+        """Tell whether this is a worker that was started before the start was set."""
+        return get_worker_info() is not None and self._shared[0].item() > self._version
+
+    def _refuse(self) -> Iterator[Any]:
+        """Raise at the first sample: an error before it would end the worker without a word."""
+        error = InvalidArgument(
+            f"reading dataset `{self.name}`",
+            "this worker process was started before the epoch or the position was set",
+            "pass `persistent_workers=False` to the DataLoader",
+        )
+        return map(_raise, [error])
 
     def _at_beginning(self, epoch: int) -> Start:
         share = self._ask((self.rank, self.world_size), epoch)
@@ -440,6 +447,10 @@ class ShardedDataset(IterableDataset[Any]):
                 )
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def _prefetch_of(given: int | None, told: Mapping[str, str]) -> int:
     if given is not None:
         return settings.integer("prefetch", given)
@@ -467,10 +478,10 @@ def _pick(whole: Share, places: Sequence[int]) -> Share:
 
 def _sizes_of(paths: Sequence[str]) -> list[int]:
     """Give the sizes of files; on network storage each look takes a while, so several at once."""
-    if len(paths) <= _STATS_AT_ONCE:
+    if len(paths) <= _FEW_FILES:
         return [_size_of(path) for path in paths]
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        return list(pool.map(_size_of, paths, chunksize=1))
+        return list(pool.map(_size_of, paths))
 
 
 def _size_of(path: str) -> int:
