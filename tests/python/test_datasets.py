@@ -35,6 +35,8 @@ from support import run_script, script_environment, start_script
 from torch.utils.data import DataLoader
 
 from dtruntime import (
+    CheckpointManager,
+    CheckpointNotFound,
     DatasetChanged,
     DatasetNotFound,
     DatasetRegistry,
@@ -1075,33 +1077,47 @@ def test_processes_that_share_a_cache_keep_its_limit_together(tmp_path):
 # Processes.
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[4])
-from test_datasets import Dealer
-from dtruntime import CheckpointManager, CheckpointNotFound, ShardedDataset, ShardedLoader
-folder, store, log = map(Path, sys.argv[1:4])
-names = [path.name for path in folder.iterdir()]
-dataset = ShardedDataset(Dealer(folder, names), "train")
-loader = ShardedLoader(dataset, batch_size=3, num_workers=2)
-with CheckpointManager(store, keep_last_n=3) as manager, log.open("a") as file:
-    state = {"data": dataset, "step": 0}
-    try:
-        manager.restore(state)
-    except CheckpointNotFound:
-        pass
-    step = state["step"]
-    for epoch in range(dataset.epoch, 2):
-        dataset.set_epoch(epoch)
-        for batch in loader:
-            step += 1
-            file.write(f"{step} {' '.join(batch)}\\n")
-            file.flush()
-            if step % 3 == 0:
-                manager.save_async(state | {"step": step}, step=step)
-    file.write("end\\n")
-"""
+def train(library, store, log, told):
+    """Train to the end, from the newest checkpoint on; log each step, and tell of it."""
+    dataset = open_dataset(library)
+    loader = ShardedLoader(dataset, batch_size=3, num_workers=2)
+    with CheckpointManager(store, keep_last_n=3) as manager, log.open("a") as file:
+        state = {"data": dataset, "step": 0}
+        with contextlib.suppress(CheckpointNotFound):
+            manager.restore(state)
+        step = state["step"]
+        for epoch in range(dataset.epoch, 3):
+            dataset.set_epoch(epoch)
+            for batch in loader:
+                step += 1
+                file.write(f"{step} {' '.join(batch)}\n")
+                file.flush()
+                os.write(told, b".")
+                if step % 3 == 0:
+                    manager.save_async(state | {"step": step}, step=step)
+
+
+def train_in_child(library, store, log, steps):
+    """Train in a process that is killed after so many steps; tell whether it came to its end."""
+    hears, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(hears)
+            train(library, store, log, told)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(told)
+    left = steps
+    while left and (heard := os.read(hears, left)):
+        left -= len(heard)
+    os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(hears)
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
 
 
 def test_killed_anywhere_and_resumed_every_sample_is_trained_on_once(library, tmp_path):
@@ -1109,30 +1125,22 @@ def test_killed_anywhere_and_resumed_every_sample_is_trained_on_once(library, tm
     seed = random.SystemRandom().randrange(1 << 32)
     draw = random.Random(seed)
     log = tmp_path / "log"
-    log.touch()
-    arguments = (library[0], tmp_path / "store", log, Path(__file__).parent)
     kills = 0
-    while not log.read_text().endswith("end\n"):
-        process = start_script(KILLED, *arguments)
-        begun = len(log.read_text().splitlines())
-        wanted = begun + draw.randrange(2, 14)
-        while process.poll() is None and len(log.read_text().splitlines()) < wanted:
-            time.sleep(0.001)
-        process.kill()
-        kills += process.wait() == -signal.SIGKILL
-        err = process.stderr.read()
-        assert "Error" not in err, err
+    while not train_in_child(library, tmp_path / "store", log, draw.randrange(2, 40)):
+        kills += 1
+        assert kills < 200, f"seed {seed}"
+    assert kills >= 2, f"seed {seed}"
     steps = {}
-    for line in log.read_text().splitlines():
-        words = line.split()
-        if words[0].isdigit():
-            step, batch = int(words[0]), words[1:]
-            assert steps.setdefault(step, batch) == batch, f"seed {seed}, step {step}"
+    for line in log.read_text().splitlines(keepends=True):
+        step, *batch = line.split()
+        if line.endswith("\n"):  # the last line of a killed process may be cut
+            assert steps.setdefault(int(step), batch) == batch, f"seed {seed}, step {step}"
     trained = flat(steps[step] for step in sorted(steps))
-    half = expected(library).total()
-    assert Counter(trained[:half]) == expected(library), f"seed {seed}"
-    assert Counter(trained[half:]) == expected(library), f"seed {seed}"
-    assert kills >= 1, f"seed {seed}"
+    count = expected(library).total()
+    for epoch in range(3):
+        part = trained[epoch * count : (epoch + 1) * count]
+        assert Counter(part) == expected(library), f"seed {seed}"
+    assert len(trained) == 3 * count
 
 
 RANK = """
@@ -1304,3 +1312,21 @@ def test_the_package_needs_torch_for_this_only():
         """
     )
     assert done.stdout.startswith("using `ShardedDataset`: torch is not installed"), done.stderr
+
+
+def test_the_example_goes_on_with_what_was_left(tmp_path):
+    results = []
+    for name, more in (("calm", []), ("lossy", ["--lose", "1:13"])):
+        done = run_file(
+            Path(torch.distributed.__file__).with_name("run.py"),
+            *("--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
+            EXAMPLES / "train_dataset.py",
+            tmp_path / name,
+            *more,
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(done.stdout.splitlines())
+    assert results[0][-1].startswith("done: ")
+    assert results[0][-1] == results[1][-1], "the same steps and weights"
+    begins = {line for line in results[1] if "begins after step" in line}
+    assert {f"rank {rank} begins after step 10, epoch 0" for rank in range(2)} <= begins
