@@ -797,12 +797,14 @@ def test_a_close_ends_a_copy_that_is_being_made():
     begun = threading.Event()
 
     def fetch(path, is_unwanted):
-        begun.set()
-        while not is_unwanted():
-            time.sleep(0.001)
+        if path == "1":
+            begun.set()
+            while not is_unwanted():
+                time.sleep(0.001)
         return Ready(path)
 
-    ahead = ReadAhead(["0"], fetch, 1)
+    ahead = ReadAhead(["0", "1"], fetch, 1)
+    ahead.get(0)
     assert begun.wait(20)
     ahead.close()
     assert threads_ahead() == []
