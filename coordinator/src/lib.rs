@@ -11,6 +11,7 @@ pub mod auth;
 pub mod config;
 pub mod driver;
 pub mod embedded;
+pub mod health;
 pub mod journal;
 mod limits;
 pub mod metrics;

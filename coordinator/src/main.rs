@@ -4,12 +4,15 @@
 //! wrong usage is clap's message and status 2; SIGTERM and SIGINT end it in good order, status 0.
 #![forbid(unsafe_code)]
 
+use std::error::Error;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use coordinator::config::{Config, ConfigError, Sources};
+use coordinator::health::{self, Question, Tls};
 use coordinator::server::{self, ServeError};
 use coordinator::telemetry;
 use tokio::signal::unix::{SignalKind, signal};
@@ -55,6 +58,40 @@ struct SourceArguments {
 enum Command {
     /// Check the configuration and its files, and end
     CheckConfig(SourceArguments),
+    /// Ask a coordinator whether it serves: status 0 if it does, else 1
+    Health(HealthArguments),
+}
+
+#[derive(Debug, clap::Args)]
+struct HealthArguments {
+    /// Where it listens, as host:port [default: the address of this configuration]
+    address: Option<String>,
+    /// The configuration file [default: coordinator.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How long it may take to answer
+    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    timeout: Duration,
+    /// Ask by TLS: the PEM file of what signed its certificate
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// The name in its certificate, if it is not the host that is asked
+    #[arg(long, requires = "ca")]
+    name: Option<String>,
+    /// The PEM file of a certificate to show, if it asks for one
+    #[arg(long, value_name = "FILE", requires_all = ["ca", "key"])]
+    cert: Option<PathBuf>,
+    /// The PEM file of that certificate's key
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "a number of seconds is expected".to_owned())?;
+    if (0.01..=3_600.0).contains(&seconds) {
+        return Ok(Duration::from_secs_f64(seconds));
+    }
+    Err("from 0.01 to 3600 seconds are expected".to_owned())
 }
 
 fn main() -> ExitCode {
@@ -69,14 +106,41 @@ fn main() -> ExitCode {
     }
 }
 
-fn act(arguments: Arguments) -> Result<(), ServeError> {
-    if let Some(Command::CheckConfig(sources)) = arguments.command {
-        let config = load(sources, None)?;
-        config.tls()?;
-        config.auth()?;
-        say("the configuration is right\n");
-        return Ok(());
+fn act(arguments: Arguments) -> Result<(), Box<dyn Error>> {
+    match arguments.command {
+        Some(Command::CheckConfig(sources)) => check_config(sources),
+        Some(Command::Health(arguments)) => ask_health(arguments),
+        None => start(arguments),
     }
+}
+
+fn check_config(sources: SourceArguments) -> Result<(), Box<dyn Error>> {
+    let config = load(sources, None)?;
+    config.tls()?;
+    config.auth()?;
+    say("the configuration is right\n");
+    Ok(())
+}
+
+fn ask_health(arguments: HealthArguments) -> Result<(), Box<dyn Error>> {
+    let HealthArguments { address, config, timeout, ca, name, cert, key } = arguments;
+    let address = match address {
+        Some(address) => address,
+        None => configured_address(config)?,
+    };
+    let tls = ca.map(|ca| Tls { ca, name, identity: cert.zip(key) });
+    let asked = health::check(&Question { address, timeout, tls })?;
+    say(&format!("the coordinator at `{asked}` serves\n"));
+    Ok(())
+}
+
+fn configured_address(file: Option<PathBuf>) -> Result<String, ConfigError> {
+    let sources = Sources { file, overrides: Vec::new() };
+    let config = Config::load(&sources, |name| std::env::var(name).ok())?;
+    Ok(config.address().to_owned())
+}
+
+fn start(arguments: Arguments) -> Result<(), Box<dyn Error>> {
     let config = load(arguments.sources, arguments.address)?;
     if arguments.print_config {
         say(&config.print());
@@ -90,7 +154,7 @@ fn act(arguments: Arguments) -> Result<(), ServeError> {
     let outcome = runtime.block_on(serve(&config));
     runtime.shutdown_background();
     telemetry::stop();
-    outcome
+    Ok(outcome?)
 }
 
 fn load(sources: SourceArguments, address: Option<String>) -> Result<Config, ConfigError> {

@@ -7,7 +7,7 @@ mod support;
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -116,6 +116,65 @@ fn pages_and_metrics_are_there() {
     worker.leave("").unwrap();
     let (_, text) = page(port, "/metrics");
     assert!(text.contains("\ncoordinator_workers_active{job=\"default\"} 0\n"), "{text}");
+}
+
+#[test]
+fn health_says_whether_it_serves() {
+    let folder = tempdir().unwrap();
+    let mut program = Program::start(folder.path(), &[]);
+    let address = format!("127.0.0.1:{}", program.port);
+    let (code, out, error) = run_to_end(folder.path(), &["health", &address]);
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+    assert_eq!(out, format!("the coordinator at `{address}` serves\n"));
+    // Without an address, the one of the configuration, asked on loopback.
+    let everywhere = format!("[coordinator]\naddress = \"0.0.0.0:{}\"\n", program.port);
+    fs::write(folder.path().join("coordinator.toml"), everywhere).unwrap();
+    assert_eq!(run_to_end(folder.path(), &["health"]).1, out);
+    program.kill();
+    let (code, out, error) = run_to_end(folder.path(), &["health"]);
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(error.starts_with(&format!("error: the coordinator at `{address}`: ")), "{error}");
+    assert!(error.contains("refused"), "{error}");
+    assert!(error.contains("\nhint: name where it listens: `coordinator health "), "{error}");
+    let usage = run_to_end(folder.path(), &["health", "--timeout=0"]);
+    assert_eq!(usage.0, Some(2), "{}", usage.2);
+}
+
+#[test]
+fn health_does_not_wait_for_ever_nor_take_any_service_for_a_coordinator() {
+    let folder = tempdir().unwrap();
+    // The kernel takes the connection, and nobody answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let arguments = ["health", &address, "--timeout=0.2"];
+    let (code, _, error) = run_to_end(folder.path(), &arguments);
+    assert_eq!(code, Some(1));
+    assert!(error.contains("no answer within 0.2 s\nhint: it hangs"), "{error}");
+    let program = Program::start(folder.path(), &[]);
+    let pages = format!("127.0.0.1:{}", program.metrics_port);
+    let (code, _, error) = run_to_end(folder.path(), &["health", &pages]);
+    assert_eq!(code, Some(1));
+    assert!(error.contains("\nhint: "), "{error}");
+}
+
+/// While calls in progress are let go on, probes have to hear that no new ones should come.
+#[test]
+fn health_says_that_it_ends() {
+    let folder = tempdir().unwrap();
+    let program = Program::start(folder.path(), &[]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let question =
+        tonic_health::pb::HealthCheckRequest { service: "dtruntime.v1.Membership".into() };
+    runtime.block_on(async {
+        let channel = Channel::from_shared(program.url()).unwrap().connect().await.unwrap();
+        let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
+        let mut watch = client.watch(question).await.unwrap().into_inner();
+        let mut said = Vec::new();
+        said.push(watch.message().await.unwrap().unwrap().status);
+        program.terminate();
+        said.push(watch.message().await.unwrap().unwrap().status);
+        assert_eq!(said, [1, 2], "serving, then not");
+    });
 }
 
 /// A connection whose token is `token`.
@@ -259,8 +318,33 @@ fn mutual_tls_lets_in_who_has_a_certificate() {
     with.leave("").unwrap();
     let without = open(None, Some(files.ca.clone())).unwrap_err();
     assert_eq!(without.kind, ErrorKind::Unavailable, "{without}");
-    let stranger = open(Some(files.client), None).unwrap_err();
+    let stranger = open(Some(files.client.clone()), None).unwrap_err();
     assert!(stranger.to_string().contains("certificate"), "{stranger}");
+    health_by_tls(&program, &files, folder.path());
+}
+
+/// The certificate is for `localhost`: another address needs its name said.
+fn health_by_tls(program: &Program, files: &Certificates, folder: &Path) {
+    let health = |more: &[&str]| {
+        let address = format!("127.0.0.1:{}", program.port);
+        run_to_end(folder, &[&["health", &address], more].concat())
+    };
+    let text = |path: &PathBuf| path.to_str().unwrap().to_owned();
+    let (ca, cert, key) = (text(&files.ca), text(&files.client.0), text(&files.client.1));
+    let mutual = ["--ca", &ca, "--name=localhost", "--cert", &cert, "--key", &key];
+    let (code, out, error) = health(&mutual);
+    assert_eq!(code, Some(0), "{out}{error}");
+    let (code, _, error) = health(&mutual[..2]);
+    assert_eq!(code, Some(1));
+    assert!(error.contains("certificate") && error.contains("`--name`"), "{error}");
+    for (more, wanted) in [(&mutual[..3], "`--cert`"), (&[][..], "hint: ")] {
+        let (code, _, error) = health(more);
+        assert_eq!(code, Some(1));
+        assert!(error.contains(wanted), "{error}");
+    }
+    let (_, _, error) = health(&["--ca=missing.pem"]);
+    assert!(error.contains("reading `missing.pem`: No such file"), "{error}");
+    assert_eq!(health(&["--name=localhost"]).0, Some(2));
 }
 
 /// SIGKILL, again and again, under workers that meet at barriers: nothing that anybody was told of

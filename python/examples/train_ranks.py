@@ -4,8 +4,11 @@
 
 Every rank holds a slice of the optimizer's state, as with sharded optimizers, and saves it under
 the same step: the checkpoint exists when all of them are durable. The model is the same on all of
-them, and is written once, a part by each. Rank 0 hosts the coordinator.
-``--lose RANK:STEP`` makes a rank kill itself while it saves that step, once.
+them, and is written once, a part by each. Rank 0 hosts the coordinator, unless COORDINATOR_URL
+names one. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step, once.
+
+Where ranks do not share a disk, ``--remote s3://bucket/run`` gives each a directory of its own
+below the store, and what all have saved goes to S3.
 """
 
 from __future__ import annotations
@@ -50,7 +53,22 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, inputs.roll(1, dims=1)
 
 
-def train(store: Path, lose: tuple[int, int] | None) -> None:
+def open_manager(store: Path, remote: str | None) -> CheckpointManager:
+    """Open the store; a save in flight is finished before SIGTERM ends the rank."""
+    own = store if remote is None else store / f"rank-{dist.get_rank()}"
+    alike = ["model.*", "step"]
+    # torchrun kills a rank 30 s after it has sent SIGTERM.
+    return CheckpointManager(
+        own,
+        keep_last_n=2,
+        replicated=alike,
+        remote=remote,
+        sigterm="finish",
+        sigterm_deadline_seconds=25,
+    )
+
+
+def train(store: Path, remote: str | None, lose: tuple[int, int] | None) -> None:
     """Run the training loop of one rank."""
     join()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -61,8 +79,7 @@ def train(store: Path, lose: tuple[int, int] | None) -> None:
     owned = parameters[rank::world_size]
     optimizer = torch.optim.AdamW(owned, lr=1e-3)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    alike = ["model.*", "step"]
-    with CheckpointManager(store, keep_last_n=2, replicated=alike) as manager:
+    with open_manager(store, remote) as manager:
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
         with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)
@@ -103,13 +120,14 @@ def main() -> None:
     """Read the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
+    parser.add_argument("--remote", metavar="s3://BUCKET/PREFIX")
     parser.add_argument("--lose", metavar="RANK:STEP")
     arguments = parser.parse_args()
     lose = None
     if arguments.lose:
         rank, step = arguments.lose.split(":")
         lose = (int(rank), int(step))
-    train(arguments.store, lose)
+    train(arguments.store, arguments.remote, lose)
 
 
 if __name__ == "__main__":

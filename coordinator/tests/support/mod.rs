@@ -78,6 +78,13 @@ impl Program {
         }
     }
 
+    /// Asks it to end, as an operator does.
+    pub(crate) fn terminate(&self) {
+        let child = self.child.as_ref().expect("it runs");
+        let sent = Command::new("kill").arg(child.id().to_string()).status();
+        assert!(sent.expect("kill is there").success());
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
