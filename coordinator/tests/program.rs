@@ -268,7 +268,7 @@ struct Certificates {
     client: (PathBuf, PathBuf),
 }
 
-fn certificates(folder: &std::path::Path) -> Certificates {
+fn certificates(folder: &Path) -> Certificates {
     let write = |name: &str, text: String| {
         let path = folder.join(name);
         fs::write(&path, text).unwrap();
