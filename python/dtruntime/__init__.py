@@ -47,7 +47,7 @@ from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestoreReport
 
 if TYPE_CHECKING:
-    from dtruntime.sharded import ShardedDataset
+    from dtruntime.sharded_dataset import ShardedDataset
     from dtruntime.sharded_loader import ShardedLoader
 
 __all__ = [
@@ -105,6 +105,6 @@ def __getattr__(name: str) -> Any:
     from dtruntime.tensors import import_torch  # noqa: PLC0415
 
     import_torch(f"using `{name}`")
-    from dtruntime import sharded, sharded_loader  # noqa: PLC0415
+    from dtruntime import sharded_dataset, sharded_loader  # noqa: PLC0415
 
-    return getattr(sharded if name == "ShardedDataset" else sharded_loader, name)
+    return getattr(sharded_dataset if name == "ShardedDataset" else sharded_loader, name)

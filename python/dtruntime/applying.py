@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dtruntime.loading import Reader
     from dtruntime.restore import Action, RestorePlan
-    from dtruntime.sharding import LivePart
+    from dtruntime.sharded_tensors import LivePart
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_MEMORY = (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dtruntime.errors import CheckpointNotFound, Corrupt
-from dtruntime.sharding import Box, contiguous_strides, whole
+from dtruntime.sharded_tensors import Box, contiguous_strides, whole
 from dtruntime.state_tree import TAG_TENSOR, Tree
 from dtruntime.tensors import TensorRecord, hull_of
 

@@ -21,7 +21,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dtruntime import _native, sharding
+from dtruntime import _native, sharded_tensors
 from dtruntime.errors import AcceleratorError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     covered: dict[int, set[tuple[int, int]]] = {}
     storages = {}
-    for tensor in map(sharding.local_of, tensors):
+    for tensor in map(sharded_tensors.local_of, tensors):
         if tensor.is_contiguous():
             storage = tensor.untyped_storage()
             start = tensor.storage_offset() * tensor.itemsize

@@ -19,7 +19,7 @@ from dtruntime import gpus
 from dtruntime.assembling import Assembly, Parts, whole_shape
 from dtruntime.errors import InvalidArgument
 from dtruntime.replication import check_loadable
-from dtruntime.sharding import Box, LivePart, contiguous_strides, whole
+from dtruntime.sharded_tensors import Box, LivePart, contiguous_strides, whole
 from dtruntime.state_tree import TAG_DICT, Tree
 from dtruntime.tensors import (
     NUMPY,

@@ -24,7 +24,7 @@ import numpy as np
 
 from dtruntime.assembling import whole_shape
 from dtruntime.errors import InvalidArgument
-from dtruntime.sharding import LivePart, is_sharded, local_of, sharded_type
+from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
 from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
 from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from dtruntime.loading import Reader
-    from dtruntime.sharding import Box
+    from dtruntime.sharded_tensors import Box
 
 _SEQUENCES = (TAG_LIST, TAG_TUPLE)
 _NOTHING = (0, 0, False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from dtruntime.positions import Lane, Track
-    from dtruntime.sharded import Files, ShardedDataset, Start
+    from dtruntime.sharded_dataset import Files, ShardedDataset, Start
 
 _ENDS = ("exact", "drop", "pad")
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dtruntime import sharding
+from dtruntime import sharded_tensors
 from dtruntime.errors import UnsupportedValue
 from dtruntime.tensors import (
     TORCH,
@@ -181,7 +181,7 @@ class _Flattener:
                 torch.device: lambda value: (TAG_TORCH_DEVICE, str(value)),
                 torch.Size: lambda value: (TAG_TORCH_SIZE, tuple(value)),
             }
-        if (sharded := sharding.sharded_type()) is not None:
+        if (sharded := sharded_tensors.sharded_type()) is not None:
             self._handlers[sharded] = self._sharded
 
     def add(self, value: Any, key: Any, *, is_keyed: bool) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dtruntime import sharding
+from dtruntime import sharded_tensors
 from dtruntime.errors import UnsupportedFormat, UnsupportedValue
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TensorRecord(NamedTuple):
     strides: tuple[int, ...]
     offset: int
     requires_grad: bool
-    slice: sharding.Slice | None = None
+    slice: sharded_tensors.Slice | None = None
 
 
 Piece = tuple[int, int, int]
@@ -236,7 +236,7 @@ class TensorTable:
         if number is not None:
             return number
         self._keep_alive.append(tensor)
-        local, place = sharding.part_of(tensor, where)
+        local, place = sharded_tensors.part_of(tensor, where)
         number = self._numbers[id(tensor)] = self.add_torch(local, kind, where)
         self._records[number] = self._records[number]._replace(
             requires_grad=tensor.requires_grad, slice=place

@@ -537,7 +537,7 @@ def test_a_position_with_workers_of_a_stateful_loader(library, monkeypatch):
 
     def in_worker(number, dataset):
         info = type("Info", (), {"id": number, "num_workers": 3})()
-        monkeypatch.setattr("dtruntime.sharded.get_worker_info", lambda: info)
+        monkeypatch.setattr("dtruntime.sharded_dataset.get_worker_info", lambda: info)
         return dataset
 
     states, seen = [], []
@@ -844,7 +844,7 @@ import sys, threading
 sys.path.insert(0, sys.argv[2])
 import pathlib
 from test_datasets import Dealer
-from dtruntime import ShardedDataset, ShardedLoader, sharded
+from dtruntime import ShardedDataset, ShardedLoader
 from dtruntime.ahead import Ready
 
 def fetch(path, is_unwanted):

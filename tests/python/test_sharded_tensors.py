@@ -17,7 +17,7 @@ from support import assert_same
 
 from dtruntime import CheckpointManager, Corrupt, InvalidArgument
 from dtruntime.assembling import Assembly, Part, Parts, overlap
-from dtruntime.sharding import Box, Slice, contiguous_strides
+from dtruntime.sharded_tensors import Box, Slice, contiguous_strides
 from dtruntime.state_tree import TAG_DICT, TAG_TENSOR, Tree
 from dtruntime.tensors import TensorRecord
 
