@@ -90,7 +90,8 @@ impl Job {
         let identity = Some(self.identities[rank].clone());
         let name = "b".to_owned();
         let timeout_ms = 60_000;
-        let request = v1::WaitBarrierRequest { identity, name, arrival, timeout_ms };
+        let alike = String::new();
+        let request = v1::WaitBarrierRequest { identity, name, arrival, timeout_ms, alike };
         self.ask(Event::WaitBarrier(request)).len()
     }
 }
@@ -287,6 +288,7 @@ async fn meet(workers: &[(Channel, v1::Identity)], arrival: u64) {
                 name: "b".into(),
                 arrival: key,
                 timeout_ms: 60_000,
+                alike: String::new(),
             };
             BarriersClient::new(channel).wait_barrier(request).await.unwrap().into_inner().outcome
         }));

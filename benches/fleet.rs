@@ -236,6 +236,7 @@ async fn arrive(member: Member, arrival: u64) {
         name: "b".into(),
         arrival,
         timeout_ms: 60_000,
+        alike: String::new(),
     };
     let reply = BarriersClient::new(member.channel).wait_barrier(request).await.unwrap();
     let outcome = reply.into_inner().outcome;

@@ -400,6 +400,7 @@ impl Config {
             progress_timeout_ms: self.integer("progress_timeout_ms"),
             checkpoint_timeout_ms: self.integer("checkpoint_timeout_ms"),
             settings: told.collect(),
+            ..Policy::default()
         }
     }
 

@@ -166,6 +166,7 @@ impl Barriers for Service {
     ) -> Result<Response<v1::WaitBarrierReply>, Status> {
         let request = self.enter_as(request, |request| request.identity.as_ref())?;
         limits::name("name", &request.name)?;
+        limits::text("alike", &request.alike)?;
         let reply = self.ask(Event::WaitBarrier(request)).await?;
         answer!(reply, Reply::Barrier(reply) => reply)
     }

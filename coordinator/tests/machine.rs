@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at its first surprise")]
 
 use coordinator::state::{
-    Change, Effects, Event, Moment, Policy, RefusalKind, Reply, State, Ticket,
+    Change, Effects, Event, Key, Moment, Policy, RefusalKind, Reply, State, Ticket,
 };
 use dtr_proto::v1::{self, ChangeKind, wait_barrier_reply::Outcome};
 
@@ -121,7 +121,61 @@ impl Table {
             name: "b".into(),
             arrival,
             timeout_ms: 60_000,
+            alike: String::new(),
         }))
+    }
+
+    fn arrive_with(&mut self, identity: &v1::Identity, arrival: u64, alike: &str) -> Option<Reply> {
+        self.ask(Event::WaitBarrier(v1::WaitBarrierRequest {
+            identity: Some(identity.clone()),
+            name: "open".into(),
+            arrival,
+            timeout_ms: 60_000,
+            alike: alike.into(),
+        }))
+    }
+
+    fn arrive_at(&mut self, identity: &v1::Identity, name: &str, arrival: u64) -> Option<Reply> {
+        self.ask(Event::WaitBarrier(v1::WaitBarrierRequest {
+            identity: Some(identity.clone()),
+            name: name.into(),
+            arrival,
+            timeout_ms: 1_000,
+            alike: String::new(),
+        }))
+    }
+
+    /// The one worker of a job of its own.
+    fn register_in(&mut self, job: &str) -> Reply {
+        self.ask(Event::Register(v1::RegisterRequest {
+            job: job.into(),
+            worker_id: "w".into(),
+            incarnation: 5,
+            world_size: 1,
+            ..v1::RegisterRequest::default()
+        }))
+        .unwrap()
+    }
+
+    fn leave_job(&mut self, job: &str) {
+        let identity =
+            v1::Identity { job: job.into(), worker_id: "w".into(), incarnation: 5, epoch: 1 };
+        let request = v1::LeaveRequest { identity: Some(identity), failure: String::new() };
+        self.ask(Event::Leave(request));
+    }
+
+    fn jobs(&mut self) -> Vec<String> {
+        match self.ask(Event::ListJobs) {
+            Some(Reply::Jobs(reply)) => reply.jobs.into_iter().map(|job| job.job).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn jobs_told(&mut self) -> usize {
+        match self.ask(Event::Inspect) {
+            Some(Reply::Summary(summary)) => summary.jobs.len(),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn begin(&mut self, identity: &v1::Identity, step: u64, rewind: bool) -> Reply {
@@ -872,4 +926,137 @@ fn a_slow_attempt_ends() {
     table.pass(11_000, &[&world[0], &world[1]]);
     let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
     assert_eq!(aborted.reason, "rank 1 did not report within 10000 ms");
+}
+
+/// The same coordinator, started again from what it kept.
+fn restarted(table: &mut Table) {
+    let mut disk = std::collections::BTreeMap::new();
+    for change in &table.changes {
+        match &change.value {
+            Some(value) => drop(disk.insert(change.key.encode(), value.clone())),
+            None => drop(disk.remove(&change.key.encode())),
+        }
+    }
+    let kept = disk.iter().map(|(key, value)| (key.as_slice(), value.as_slice()));
+    let policy = table.state.policy().clone();
+    table.state = State::recover(policy, 2, table.now_ms, kept).unwrap();
+}
+
+#[test]
+fn at_the_limit_the_job_that_is_longest_without_workers_is_forgotten() {
+    let mut table = Table::with(Policy { jobs_max: 3, ..Policy::default() });
+    for job in ["c", "a", "b"] {
+        table.register_in(job);
+    }
+    let (kind, why) = refused(table.register_in("d"));
+    assert_eq!((kind, why.contains("3 jobs have living workers")), (RefusalKind::Conflict, true));
+    for job in ["b", "c"] {
+        table.leave_job(job);
+    }
+    restarted(&mut table);
+    assert!(matches!(table.register_in("d"), Reply::Register(_)));
+    assert_eq!(table.jobs(), ["a", "c", "d"], "`b` ended before `c`, and `a` lives");
+    assert!(matches!(table.register_in("e"), Reply::Register(_)));
+    restarted(&mut table);
+    assert_eq!(table.jobs(), ["a", "d", "e"], "nothing is left of what was forgotten");
+    refused(table.register_in("c"));
+}
+
+#[test]
+fn a_registration_that_is_refused_costs_no_other_job_its_place() {
+    let mut table = Table::with(Policy { jobs_max: 1, ..Policy::default() });
+    table.register_in("a");
+    table.leave_job("a");
+    let request = v1::RegisterRequest { job: "b".into(), rank: 7, ..Default::default() };
+    refused(table.ask(Event::Register(request)).unwrap());
+    assert_eq!(table.jobs(), ["a"]);
+}
+
+#[test]
+fn an_ended_job_leaves_the_metrics_after_an_hour() {
+    let mut table = Table::new();
+    for job in ["a", "b"] {
+        table.register_in(job);
+    }
+    table.leave_job("b");
+    let alive = v1::Identity { job: "a".into(), worker_id: "w".into(), incarnation: 5, epoch: 1 };
+    table.pass(3_599_000, &[&alive]);
+    assert_eq!(table.jobs_told(), 2);
+    table.pass(2_000, &[&alive]);
+    assert_eq!((table.jobs_told(), table.jobs().len()), (1, 2));
+}
+
+#[test]
+fn at_the_limit_the_barrier_that_was_released_the_longest_ago_is_forgotten() {
+    let mut table = Table::with(Policy { barriers_max: 3, ..Policy::default() });
+    let world = table.world(1);
+    let worker = &world[0];
+    let mut arrival = 0;
+    let mut pass = |table: &mut Table, name: &str| {
+        arrival += 1;
+        table.arrive_at(worker, name, arrival);
+        table.take_late();
+        arrival
+    };
+    let first = pass(&mut table, "a");
+    let again = pass(&mut table, "b");
+    pass(&mut table, "c");
+    pass(&mut table, "a");
+    restarted(&mut table);
+    // `b` goes, then `c`, then `a`.
+    pass(&mut table, "d");
+    let released = |generation| Outcome::Released(v1::BarrierReleased { generation });
+    assert_eq!(outcome(table.arrive_at(worker, "a", 4)), released(1), "its record is kept");
+    // A copy of what arrived at the one that was forgotten makes no new one.
+    let late = outcome(table.arrive_at(worker, "b", again));
+    assert!(matches!(late, Outcome::TimedOut(_)), "{late:?}");
+    assert!(first < again);
+    for name in ["e", "f"] {
+        pass(&mut table, name);
+    }
+    let kept = |table: &Table| {
+        let mut names: Vec<String> = Vec::new();
+        for change in &table.changes {
+            if let Key::Barrier { name, .. } = &change.key {
+                names.retain(|known| known != name);
+                names.extend(change.value.is_some().then(|| name.clone()));
+            }
+        }
+        names.sort();
+        names
+    };
+    assert_eq!(kept(&table), ["d", "e", "f"]);
+}
+
+#[test]
+fn a_barrier_that_somebody_waits_at_is_never_forgotten() {
+    let mut table = Table::with(Policy { barriers_max: 1, ..Policy::default() });
+    let world = table.world(2);
+    assert!(table.arrive_at(&world[0], "a", 1).is_none());
+    let (kind, why) = refused(table.arrive_at(&world[0], "b", 2).unwrap());
+    assert_eq!((kind, why.contains("somebody waits")), (RefusalKind::Conflict, true));
+    let released = outcome(table.arrive_at(&world[1], "a", 1));
+    assert_eq!(released, Outcome::Released(v1::BarrierReleased { generation: 0 }));
+    assert_eq!(table.take_late().len(), 1, "who waited is released, too");
+}
+
+#[test]
+fn ranks_that_differ_in_what_must_be_alike_are_refused_together() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    assert!(table.arrive_with(&world[0], 1, "`s3://bucket/a`").is_none());
+    assert!(table.arrive_with(&world[1], 1, "").is_none(), "an older version says nothing");
+    let last = table.arrive_with(&world[2], 1, "`s3://bucket/b`").unwrap();
+    let (kind, why) = refused(last);
+    assert_eq!(kind, RefusalKind::Invalid);
+    assert!(why.contains("rank 0 brings `s3://bucket/a`, rank 2 `s3://bucket/b`"), "{why}");
+    let others = table.take_late();
+    assert_eq!(others.len(), 2);
+    assert!(others.into_iter().all(|reply| refused(reply).0 == RefusalKind::Invalid));
+    // A reply that was lost is given again; the next round is another one.
+    assert_eq!(refused(table.arrive_with(&world[0], 1, "`s3://bucket/a`").unwrap()).1, why);
+    for (identity, arrival) in world.iter().zip(2..) {
+        table.arrive_with(identity, arrival, "`s3://bucket/a`");
+    }
+    assert_eq!(table.late.len(), 2);
 }

@@ -2,9 +2,9 @@
 //!
 //! Four simulated workers register, meet at a barrier, save a step together and go round. A seed
 //! draws everything: delays, losses, duplicates (and so reordering), partitions, paused and killed
-//! workers, coordinators that end before or after they kept something, clocks that jump; and
-//! whether workers share a store or have one each. Then the world calms down, and the job must move
-//! on.
+//! workers, jobs that end as a whole, coordinators that end before or after they kept something,
+//! clocks that jump; and whether workers share a store or have one each. Beside it other jobs come
+//! and go, more than the coordinator keeps. Then the world calms down, and the job must move on.
 //!
 //! What is checked, at every event:
 //! - epochs never go back, not even over a restart;
@@ -12,6 +12,8 @@
 //! - a step has one commit, of an attempt whose shards were all written, and it is the store's, or
 //!   lies in every worker's own store and is never taken back there;
 //! - a process that was replaced, declared dead or left changes nothing;
+//! - no more jobs and barriers are kept than allowed, and no job is forgotten that has a living
+//!   worker or an open attempt;
 //! - nobody is declared dead that was heard of within the timeout, whatever clock and restarts do;
 //! - every call ends, and a calm job commits.
 //!
@@ -43,6 +45,11 @@ const CALM_MS: u64 = 60_000;
 const END_MS: u64 = 150_000;
 /// What the coordinator's clock says at the beginning: far from both ends.
 const CLOCK_MS: i64 = 1 << 40;
+/// Jobs that are kept, and barriers of each.
+const JOBS_MAX: usize = 2;
+const BARRIERS_MAX: usize = 2;
+/// Whoever asks with it is no worker of the job.
+const NO_TICKET: Ticket = 0;
 /// A call that nobody waits for.
 const NO_CALL: u64 = u64::MAX - 1;
 
@@ -77,6 +84,7 @@ enum Action {
     Start { worker: usize },
     Resume { worker: usize },
     Heal { worker: usize },
+    Visit,
 }
 
 /// Where a worker's program stands.
@@ -134,6 +142,7 @@ struct World {
     started_ms: u64,
     tickets: HashMap<Ticket, (usize, u64)>,
     last_ticket: Ticket,
+    visits: u64,
     /// What the disk has, and what was decided but not yet kept.
     disk: BTreeMap<Vec<u8>, Vec<u8>>,
     unkept: Vec<Decision>,
@@ -156,6 +165,8 @@ struct Model {
     commits: BTreeMap<u64, String>,
     commits_when_calm: Option<usize>,
     members: BTreeMap<String, v1::WorkerRecord>,
+    /// Steps whose attempts are in flight.
+    open: BTreeSet<u64>,
     /// The worker whose registration is being decided.
     registering: Option<String>,
     heard_ms: HashMap<u64, u64>,
@@ -194,6 +205,7 @@ impl World {
             started_ms: 0,
             tickets: HashMap::new(),
             last_ticket: 0,
+            visits: 0,
             disk: BTreeMap::new(),
             unkept: Vec::new(),
             model: Model::new(seed, has_own_stores),
@@ -202,6 +214,7 @@ impl World {
         };
         world.after(50, Action::Tick);
         world.after(3_000, Action::Fault);
+        world.after(1_000, Action::Visit);
         for worker in 0..world.workers.len() {
             let delay_ms = world.chance.u64(..2_000);
             world.after(delay_ms, Action::Start { worker });
@@ -239,7 +252,7 @@ impl World {
         match action {
             Action::Tick => {
                 self.keep_some();
-                self.coordinate(0, Event::Tick);
+                self.coordinate(NO_TICKET, Event::Tick);
                 self.keep_some();
                 self.after(50, Action::Tick);
             }
@@ -258,7 +271,46 @@ impl World {
             Action::Start { worker } => self.start(worker),
             Action::Resume { worker } => self.workers[worker].is_paused = false,
             Action::Heal { worker } => self.workers[worker].is_cut_off = false,
+            Action::Visit => self.visit(),
         }
+    }
+
+    /// Another job runs, with more barriers than are kept, and ends.
+    fn visit(&mut self) {
+        self.visits += 1;
+        let job = format!("visitor-{}", self.visits);
+        let worker_id = "visitor".to_owned();
+        let identity = v1::Identity { job, worker_id, incarnation: self.visits, epoch: 1 };
+        self.coordinate(
+            NO_TICKET,
+            Event::Register(v1::RegisterRequest {
+                job: identity.job.clone(),
+                worker_id: identity.worker_id.clone(),
+                incarnation: identity.incarnation,
+                world_size: 1,
+                ..v1::RegisterRequest::default()
+            }),
+        );
+        for arrival in 1..=BARRIERS_MAX + 2 {
+            self.coordinate(
+                NO_TICKET,
+                Event::WaitBarrier(v1::WaitBarrierRequest {
+                    identity: Some(identity.clone()),
+                    name: format!("round {arrival}"),
+                    arrival: u64::try_from(arrival).expect("few"),
+                    timeout_ms: BARRIER_MS,
+                    alike: String::new(),
+                }),
+            );
+        }
+        let identity = Some(identity);
+        self.coordinate(
+            NO_TICKET,
+            Event::Leave(v1::LeaveRequest { identity, failure: String::new() }),
+        );
+        self.keep_some();
+        let pause_ms = 500 + self.chance.u64(..4_000);
+        self.after(pause_ms, Action::Visit);
     }
 
     // The network.
@@ -362,7 +414,9 @@ impl World {
                 }
             }
             for (ticket, reply) in replies {
-                self.model.reply_leaves(&reply);
+                if ticket != NO_TICKET {
+                    self.model.reply_leaves(&reply);
+                }
                 if let Some((worker, call)) = self.tickets.remove(&ticket) {
                     self.send(worker, || Action::Answer { worker, call, reply: reply.clone() });
                 }
@@ -394,7 +448,7 @@ impl World {
         }
         let worker = self.chance.usize(..self.workers.len());
         let long_ms = 500 + self.chance.u64(..12_000);
-        match self.chance.u64(..8) {
+        match self.chance.u64(..9) {
             0 | 1 => self.restart(),
             2 => {
                 let jump = self.chance.i64(0..7_200_000);
@@ -414,7 +468,8 @@ impl World {
                 self.workers[worker].call = 0;
                 self.after(long_ms, Action::Start { worker });
             }
-            _ => self.leave(worker, long_ms),
+            7 => self.leave(worker, long_ms),
+            _ => (0..self.workers.len()).for_each(|worker| self.leave(worker, long_ms)),
         }
         let pause_ms = 500 + self.chance.u64(..8_000);
         self.after(pause_ms, Action::Fault);
@@ -500,6 +555,7 @@ impl World {
             name: "round".into(),
             arrival,
             timeout_ms: BARRIER_MS,
+            alike: String::new(),
         };
         self.call(worker, Phase::Barrier, Event::WaitBarrier(request));
     }
@@ -720,6 +776,7 @@ impl Model {
             commits: BTreeMap::new(),
             commits_when_calm: None,
             members: BTreeMap::new(),
+            open: BTreeSet::new(),
             registering: None,
             heard_ms: HashMap::new(),
             trace: DefaultHasher::new(),
@@ -769,13 +826,19 @@ impl Model {
             _ => return false,
         };
         let identity = identity.as_ref().expect("workers say who they are");
+        if identity.job != JOB {
+            return false;
+        }
         self.members.get(&identity.worker_id).is_none_or(|record| {
             record.incarnation != identity.incarnation || record.state() != WorkerState::Alive
         })
     }
 
-    /// What was decided about who is a member.
+    /// What was decided about who is a member, and about what must not be forgotten.
     fn see_member(&mut self, change: &Change, now_ms: u64, grace_ms: u64, slack_ms: u64) {
+        if change.key.job() != JOB {
+            return;
+        }
         match (&change.key, &change.value) {
             (Key::Worker { worker_id, .. }, Some(value)) => {
                 let record = decode::<v1::WorkerRecord>(value);
@@ -784,7 +847,16 @@ impl Model {
                 }
                 self.members.insert(worker_id.clone(), record);
             }
-            (Key::Worker { worker_id, .. }, None) => drop(self.members.remove(worker_id)),
+            (Key::Worker { worker_id, .. }, None) => {
+                let gone = self.members.remove(worker_id);
+                let lives = gone.is_some_and(|gone| gone.state() == WorkerState::Alive);
+                self.assert(!lives, "a worker that lives is forgotten");
+            }
+            (Key::Attempt { step, .. }, Some(_)) => drop(self.open.insert(*step)),
+            (Key::Attempt { step, .. }, None) => drop(self.open.remove(step)),
+            (Key::Job { .. }, None) => {
+                self.assert(self.open.is_empty(), "a job with an open attempt is forgotten");
+            }
             _ => {}
         }
     }
@@ -793,10 +865,18 @@ impl Model {
     fn take_in(&mut self, change: &Change) {
         change.key.encode().hash(&mut self.trace);
         change.value.hash(&mut self.trace);
+        if change.key.job() != JOB {
+            return;
+        }
         match (&change.key, &change.value) {
             (Key::Barrier { .. }, Some(value)) => self.check_release(&decode(value)),
             (Key::Barrier { .. }, None) => self.generation = None,
             (Key::Commit { step, .. }, Some(value)) => self.check_commit(*step, &decode(value)),
+            // It was forgotten: what comes under its name is another one.
+            (Key::Job { .. }, None) => {
+                self.epoch_told = 0;
+                self.arrivals_used.clear();
+            }
             _ => {}
         }
     }
@@ -858,10 +938,17 @@ impl Model {
     /// What a coordinator that starts again knows is what was kept.
     fn recover(&mut self, disk: &BTreeMap<Vec<u8>, Vec<u8>>) {
         self.members.clear();
+        self.open.clear();
         self.generation = None;
+        self.check_limits(disk);
         let mut epoch = 0;
         for (key, value) in disk {
-            match Key::decode(key).expect("it was encoded") {
+            let key = Key::decode(key).expect("it was encoded");
+            if key.job() != JOB {
+                continue;
+            }
+            match key {
+                Key::Attempt { step, .. } => drop(self.open.insert(step)),
                 Key::Worker { worker_id, .. } => {
                     self.members.insert(worker_id, decode(value));
                 }
@@ -873,6 +960,30 @@ impl Model {
             }
         }
         self.assert(epoch >= self.epoch_told, "a restart lost an epoch that was told");
+    }
+}
+
+/// No more than so many, whoever comes and goes.
+fn check_count(model: &Model, what: &str, count: usize, count_max: usize) {
+    model.assert(count <= count_max, &format!("{count} {what} are kept"));
+}
+
+impl Model {
+    /// What is kept is within its limits, and nothing is left of what was forgotten.
+    fn check_limits(&self, disk: &BTreeMap<Vec<u8>, Vec<u8>>) {
+        let keys = disk.keys().map(|key| Key::decode(key).expect("it was encoded"));
+        let mut jobs = BTreeSet::new();
+        let mut barriers = BTreeMap::new();
+        for key in keys {
+            jobs.insert(key.job().to_owned());
+            if let Key::Barrier { job, .. } = key {
+                *barriers.entry(job).or_insert(0) += 1;
+            }
+        }
+        check_count(self, "jobs", jobs.len(), JOBS_MAX);
+        for count in barriers.into_values() {
+            check_count(self, "barriers", count, BARRIERS_MAX);
+        }
     }
 }
 
@@ -891,6 +1002,8 @@ fn policy(max_worker_failures: u32) -> Policy {
         heartbeat_timeout_ms: TIMEOUT_MS,
         max_worker_failures,
         failure_backoff_ms: 1_000,
+        jobs_max: JOBS_MAX,
+        barriers_max: BARRIERS_MAX,
         ..Policy::default()
     }
 }

@@ -8,13 +8,15 @@
 //! - a release needs an arrival of every rank of the job, each from a living member that knew of
 //!   the newest loss when it arrived;
 //! - every wait ends: released, timed out (naming who is missing), epoch changed, or aborted;
-//! - an arrival that timed out, was withdrawn or was overtaken by a loss counts for nothing.
+//! - an arrival that timed out, was withdrawn or was overtaken by a loss counts for nothing;
+//! - a barrier is forgotten only while nobody waits at it, and what arrived there before counts for
+//!   nothing.
 
 use std::collections::BTreeMap;
 
 use dtr_proto::v1::{self, wait_barrier_reply::Outcome};
 
-use super::{Change, Job, Key, Level, NAMES_MAX, Refusal, RefusalKind, Reply, Scene, Ticket};
+use super::{Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, Ticket};
 
 /// Longest wait, and the shortest.
 const TIMEOUT_MAX_MS: u64 = 24 * 3_600_000;
@@ -35,6 +37,8 @@ pub(super) struct Barrier {
     waiting: BTreeMap<u32, Arrival>,
     /// The newest arrival of each rank that ended without a release.
     ended: BTreeMap<u32, u64>,
+    /// Why the last round was refused, if it was.
+    unlike: Option<Refusal>,
     /// When the first of those who wait now arrived.
     since_ms: u64,
     warnings: usize,
@@ -45,6 +49,8 @@ struct Arrival {
     key: u64,
     ticket: Ticket,
     deadline_ms: u64,
+    /// What must be the same on every rank; empty if nothing must.
+    alike: String,
     /// What the rank can load, where it was asked.
     offer: Option<Offer>,
 }
@@ -58,12 +64,39 @@ struct Call<'a> {
     name: &'a str,
     key: u64,
     timeout_ms: u64,
+    alike: &'a str,
     offer: Option<Offer>,
 }
 
 impl Barrier {
     pub(super) fn released(record: v1::BarrierRecord) -> Self {
         Self { record: Some(record), ..Self::default() }
+    }
+
+    /// Whether there is a record of it.
+    pub(super) fn is_kept(&self) -> bool {
+        self.record.is_some()
+    }
+
+    /// The newest arrival of each rank that is not waiting any more.
+    fn past_arrivals(&self) -> impl Iterator<Item = (u32, u64)> {
+        let released = self.record.iter().flat_map(|record| (0..).zip(record.arrivals.clone()));
+        released.chain(self.ended.iter().map(|(rank, key)| (*rank, *key)))
+    }
+
+    /// Why those who wait cannot pass together, if two of them differ in what must be alike.
+    fn difference(&self) -> Option<Refusal> {
+        let mut given = self.waiting.iter().filter(|(_, arrival)| !arrival.alike.is_empty());
+        let (rank, first) = given.next()?;
+        let (other, unlike) = given.find(|(_, arrival)| arrival.alike != first.alike)?;
+        Some(Refusal::new(
+            RefusalKind::Invalid,
+            format!(
+                "ranks differ in what must be alike: rank {rank} brings {}, rank {other} {}",
+                first.alike, unlike.alike
+            ),
+            "give every rank the same; what differs on purpose is a job of its own: `job=`",
+        ))
     }
 
     /// What the rank was told, if this arrival was part of the last release.
@@ -92,13 +125,14 @@ impl Barrier {
     }
 
     /// Releases everybody: the new record, and who waits.
-    fn release(&mut self) -> (&v1::BarrierRecord, BTreeMap<u32, Arrival>) {
+    fn release(&mut self, order: u64) -> (&v1::BarrierRecord, BTreeMap<u32, Arrival>) {
         let waiting = std::mem::take(&mut self.waiting);
         let generation = self.record.as_ref().map_or(0, |record| record.generation + 1);
         let record = v1::BarrierRecord {
             generation,
             arrivals: waiting.values().map(|arrival| arrival.key).collect(),
             agreed_step: newest_common(waiting.values()),
+            order,
         };
         (self.record.insert(record), waiting)
     }
@@ -149,6 +183,7 @@ impl Job {
             name: &request.name,
             key: request.arrival,
             timeout_ms: request.timeout_ms,
+            alike: &request.alike,
             offer: None,
         };
         self.arrive(scene, ticket, call)
@@ -182,6 +217,7 @@ impl Job {
             name: AGREEMENT,
             key: request.arrival,
             timeout_ms: request.timeout_ms,
+            alike: "",
             offer: Some(steps.into_iter().zip(attempts).collect()),
         };
         self.arrive(scene, ticket, call)
@@ -204,11 +240,17 @@ impl Job {
         }
         self.current_member_of(call.identity)?;
         check_timeout(call.timeout_ms)?;
-        if barrier.is_none() && self.barriers.len() >= NAMES_MAX {
-            return Err(too_many(&self.name));
-        }
         if let Some(barrier) = barrier.filter(|barrier| barrier.is_over(rank, call.key)) {
-            return Ok(Some(self.timed_out(barrier).reply(call.name)));
+            return match &barrier.unlike {
+                Some(refusal) => Err(refusal.clone()),
+                None => Ok(Some(self.timed_out(barrier).reply(call.name))),
+            };
+        }
+        if barrier.is_none() {
+            if self.past_arrivals.get(&rank).is_some_and(|past| call.key <= *past) {
+                return Ok(Some(self.timed_out(&Barrier::default()).reply(call.name)));
+            }
+            self.make_room_for_barrier(scene)?;
         }
         let now_ms = scene.at.now_ms;
         let barrier = self.barriers.entry(call.name.to_owned()).or_default();
@@ -218,11 +260,13 @@ impl Job {
         if barrier.waiting.is_empty() {
             barrier.since_ms = now_ms;
             barrier.warnings = 0;
+            barrier.unlike = None;
         }
         let arrival = Arrival {
             key: call.key,
             ticket,
             deadline_ms: now_ms + call.timeout_ms,
+            alike: call.alike.to_owned(),
             offer: call.offer,
         };
         if let Some(older) = barrier.waiting.insert(rank, arrival)
@@ -239,7 +283,16 @@ impl Job {
         if barrier.waiting.len() != usize::try_from(self.record.world_size).unwrap_or(usize::MAX) {
             return;
         }
-        let (record, waiting) = barrier.release();
+        if let Some(refusal) = barrier.difference() {
+            barrier.unlike = Some(refusal.clone());
+            for rank in 0..self.record.world_size {
+                let refused = |ticket| (ticket, Reply::Refused(refusal.clone()));
+                scene.effects.replies.extend(barrier.end_wait(rank).map(refused));
+            }
+            return;
+        }
+        self.releases += 1;
+        let (record, waiting) = barrier.release(self.releases);
         let ended = Ended {
             outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
             step: record.agreed_step,
@@ -248,6 +301,27 @@ impl Job {
         scene.effects.changes.push(Change::put(key, record));
         let replies = waiting.values().map(|a| (a.ticket, ended.clone().reply(name)));
         scene.effects.replies.extend(replies);
+    }
+
+    /// At the limit the barrier that was released the longest ago goes, if nobody waits at it.
+    fn make_room_for_barrier(&mut self, scene: &mut Scene<'_>) -> Result<(), Refusal> {
+        if self.barriers.len() < scene.policy.barriers_max {
+            return Ok(());
+        }
+        let order = |barrier: &Barrier| barrier.record.as_ref().map_or(0, |record| record.order);
+        let idle = self.barriers.iter().filter(|(_, barrier)| barrier.waiting.is_empty());
+        let oldest = idle.min_by_key(|(_, barrier)| order(barrier)).map(|(name, _)| name.clone());
+        let name = oldest.ok_or_else(|| too_many(&self.name, scene.policy.barriers_max))?;
+        let Some(barrier) = self.barriers.remove(&name) else { return Ok(()) };
+        for (rank, key) in barrier.past_arrivals() {
+            let past = self.past_arrivals.entry(rank).or_insert(key);
+            *past = key.max(*past);
+        }
+        if barrier.is_kept() {
+            let key = Key::Barrier { job: self.name.clone(), name };
+            scene.effects.changes.push(Change::remove(key));
+        }
+        Ok(())
     }
 
     pub(super) fn withdraw_barrier(
@@ -288,6 +362,8 @@ impl Job {
 
     /// A new run counts from the beginning.
     pub(super) fn forget_barriers(&mut self, scene: &mut Scene<'_>) {
+        self.past_arrivals.clear();
+        self.releases = 0;
         for (name, barrier) in std::mem::take(&mut self.barriers) {
             if barrier.record.is_some() {
                 let key = Key::Barrier { job: self.name.clone(), name };
@@ -394,10 +470,10 @@ fn taken_back(rank: u32) -> Refusal {
     Refusal::new(RefusalKind::Conflict, format!("rank {rank} took its arrival back"), "wait again")
 }
 
-fn too_many(job: &str) -> Refusal {
+fn too_many(job: &str, barriers_max: usize) -> Refusal {
     Refusal::new(
         RefusalKind::Conflict,
-        format!("job `{job}` has {NAMES_MAX} barriers"),
+        format!("somebody waits at each of {barriers_max} barriers of job `{job}`"),
         "use a name again: each barrier counts its releases",
     )
 }

@@ -74,6 +74,11 @@ impl Job {
         let level = if count == 0 { Level::Warn } else { Level::Info };
         self.note(scene, level, format!("dataset `{name}` is registered with {count} files"));
         self.datasets.insert(name, record);
+        if self.holders.is_empty() {
+            // It may be meant for workers that are still to come.
+            self.note_end(scene);
+            self.keep_job(scene);
+        }
         Ok(reply)
     }
 

@@ -421,6 +421,9 @@ impl Job {
         let text = format!("`{}` (rank {rank}) is gone: {}", loss.worker_id, loss.reason);
         self.note(scene, level, text);
         self.count_failure(scene, loss);
+        if self.holders.is_empty() {
+            self.note_end(scene);
+        }
         self.keep_job(scene);
         self.break_barriers(scene);
         self.lose_rank_of_attempts(scene, (rank, loss.worker_id), &loss.reason);

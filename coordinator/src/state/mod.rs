@@ -8,6 +8,8 @@
 //!   most, a step back for nothing;
 //! - everything that must outlive the process is in [`Effects::changes`] of the event that decided
 //!   it, and [`State::recover`] gives back the same decisions from them;
+//! - a limit on what is kept turns nobody away for ever: the oldest that nobody uses goes, but no
+//!   job that has a living worker or an open attempt;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
 
 mod barriers;
@@ -75,6 +77,10 @@ pub struct Policy {
     pub progress_timeout_ms: u64,
     /// How long an attempt may take from its begin to its last report.
     pub checkpoint_timeout_ms: u64,
+    /// Most jobs that are kept.
+    pub jobs_max: usize,
+    /// Most barriers of a job that are kept.
+    pub barriers_max: usize,
     /// What workers are told when they register.
     pub settings: BTreeMap<String, String>,
 }
@@ -88,6 +94,8 @@ impl Default for Policy {
             failure_backoff_ms: 5_000,
             progress_timeout_ms: 600_000,
             checkpoint_timeout_ms: 3_600_000,
+            jobs_max: JOBS_MAX,
+            barriers_max: NAMES_MAX,
             settings: BTreeMap::new(),
         }
     }
@@ -225,6 +233,8 @@ struct Scene<'a> {
     at: Moment,
     policy: &'a Policy,
     effects: &'a mut Effects,
+    /// How often a job has lost its last worker, over all jobs.
+    endings: &'a mut u64,
 }
 
 /// Everything the coordinator knows.
@@ -237,6 +247,8 @@ pub struct State {
     clock_ms: u64,
     /// The machine's own time.
     now_ms: u64,
+    /// How often a job has lost its last worker.
+    endings: u64,
 }
 
 /// One job.
@@ -257,6 +269,10 @@ struct Job {
     /// The failure as which the present silence of the whole job was counted.
     silence: Option<u64>,
     barriers: BTreeMap<String, Barrier>,
+    /// Releases of barriers in this run, as far as they are known.
+    releases: u64,
+    /// The newest arrival of each rank at barriers that were forgotten.
+    past_arrivals: BTreeMap<u32, u64>,
     attempts: BTreeMap<u64, Attempt>,
     aborted: BTreeMap<u64, AbortedAttempt>,
     commits: BTreeMap<u64, v1::Commit>,
@@ -264,12 +280,14 @@ struct Job {
     commit_count: u64,
     heartbeat_count: u64,
     datasets: BTreeMap<String, v1::DatasetRecord>,
+    /// When it lost its last worker; the beginning, where that was before this start.
+    ended_ms: u64,
 }
 
 impl State {
     /// A coordinator that knows nothing, at its `incarnation`-th start.
     pub fn new(policy: Policy, incarnation: u64) -> Self {
-        Self { policy, incarnation, jobs: BTreeMap::new(), clock_ms: 0, now_ms: 0 }
+        Self { policy, incarnation, jobs: BTreeMap::new(), clock_ms: 0, now_ms: 0, endings: 0 }
     }
 
     /// A coordinator that starts again, when its clock says `now_ms`. Whoever lived counts as heard
@@ -287,6 +305,7 @@ impl State {
             let stored = Stored::decode(&key, value)?;
             state.job_entry(key.job()).restore(key, stored);
         }
+        state.endings = state.jobs.values().map(|job| job.record.ended).max().unwrap_or(0);
         Ok(state)
     }
 
@@ -334,9 +353,7 @@ impl State {
                 let name = request.job.clone();
                 let (job, mut scene) = self.scene(at, effects, &name);
                 let reply = job.register(&mut scene, incarnation, request).map(Some);
-                if job.is_blank() {
-                    self.jobs.remove(&name);
-                }
+                self.make_room_beside(&name, effects);
                 return reply;
             }
             Event::RegisterDataset(request) => {
@@ -344,9 +361,7 @@ impl State {
                 let name = request.job.clone();
                 let (job, mut scene) = self.scene(at, effects, &name);
                 let reply = job.register_dataset(&mut scene, request).map(Some);
-                if job.is_blank() {
-                    self.jobs.remove(&name);
-                }
+                self.make_room_beside(&name, effects);
                 return reply;
             }
             _ => {}
@@ -367,9 +382,9 @@ impl State {
         effects: &'a mut Effects,
         job: &str,
     ) -> (&'a mut Job, Scene<'a>) {
-        let Self { policy, jobs, .. } = self;
+        let Self { policy, jobs, endings, .. } = self;
         let job = entry(jobs, job);
-        (job, Scene { at, policy, effects })
+        (job, Scene { at, policy, effects, endings })
     }
 
     fn job_entry(&mut self, name: &str) -> &mut Job {
@@ -377,21 +392,41 @@ impl State {
     }
 
     /// Whether a job of this name may be made or joined.
-    fn admit(&mut self, name: &str) -> Result<(), Refusal> {
-        if self.jobs.contains_key(name) || self.jobs.len() < JOBS_MAX {
+    fn admit(&self, name: &str) -> Result<(), Refusal> {
+        let jobs_max = self.policy.jobs_max;
+        let is_known = self.jobs.contains_key(name);
+        if is_known || self.jobs.len() < jobs_max || self.longest_ended(name).is_some() {
             return Ok(());
         }
         Err(Refusal::new(
             RefusalKind::Conflict,
-            format!("the coordinator keeps {JOBS_MAX} jobs, and `{name}` would be one more"),
-            "use the name of an earlier job again, or start another coordinator",
+            format!("{jobs_max} jobs have living workers, and `{name}` would be one more"),
+            "wait until one of them has ended, or start another coordinator",
         ))
     }
 
+    /// The job, another one than `name`, that is longest without living workers.
+    fn longest_ended(&self, name: &str) -> Option<String> {
+        let others = self.jobs.values().filter(|job| job.name != name && job.has_ended());
+        others.min_by_key(|job| job.record.ended).map(|job| job.name.clone())
+    }
+
+    /// Forgets the job again if the call was refused; else whichever is one too many beside it.
+    fn make_room_beside(&mut self, name: &str, effects: &mut Effects) {
+        if self.jobs.get(name).is_some_and(Job::is_blank) {
+            self.jobs.remove(name);
+        }
+        while self.jobs.len() > self.policy.jobs_max {
+            let Some(oldest) = self.longest_ended(name) else { return };
+            let Some(job) = self.jobs.remove(&oldest) else { return };
+            job.forget(effects);
+        }
+    }
+
     fn tick(&mut self, at: Moment, effects: &mut Effects) {
-        let Self { policy, jobs, .. } = self;
+        let Self { policy, jobs, endings, .. } = self;
         for job in jobs.values_mut() {
-            let mut scene = Scene { at, policy, effects };
+            let mut scene = Scene { at, policy, effects, endings };
             job.tick_members(&mut scene);
             job.tick_barriers(&mut scene);
             job.tick_attempts(&mut scene);
@@ -466,6 +501,7 @@ impl Job {
                 self.restore_member(worker_id, record);
             }
             (Key::Barrier { name, .. }, Stored::Barrier(record)) => {
+                self.releases = self.releases.max(record.order);
                 self.barriers.insert(name, Barrier::released(record));
             }
             (Key::Attempt { step, .. }, Stored::Attempt(record)) => {
@@ -486,6 +522,34 @@ impl Job {
     /// Whether nothing was ever done in it: a name that only a refused call mentioned.
     fn is_blank(&self) -> bool {
         self.record.run == 0 && self.datasets.is_empty()
+    }
+
+    /// Whether nobody of it lives, and nothing of it is in flight.
+    fn has_ended(&self) -> bool {
+        self.holders.is_empty() && self.attempts.is_empty()
+    }
+
+    /// The last worker is gone, or something was left here by somebody who is none.
+    fn note_end(&mut self, scene: &mut Scene<'_>) {
+        *scene.endings += 1;
+        self.record.ended = *scene.endings;
+        self.ended_ms = scene.at.now_ms;
+    }
+
+    /// Takes everything of it out of what is kept. What was committed lies in its store.
+    fn forget(self, effects: &mut Effects) {
+        let job = || self.name.clone();
+        let workers = self.members.keys();
+        let workers = workers.map(|id| Key::Worker { job: job(), worker_id: id.clone() });
+        let barriers = self.barriers.iter().filter(|(_, barrier)| barrier.is_kept());
+        let barriers = barriers.map(|(name, _)| Key::Barrier { job: job(), name: name.clone() });
+        let commits = self.commits.keys().map(|step| Key::Commit { job: job(), step: *step });
+        let datasets = self.datasets.keys();
+        let datasets = datasets.map(|name| Key::Dataset { job: job(), name: name.clone() });
+        let keys = workers.chain(barriers).chain(commits).chain(datasets);
+        effects.changes.extend(keys.chain([Key::Job { job: job() }]).map(Change::remove));
+        let text = "it is forgotten: no job that is kept is without workers for longer".to_owned();
+        effects.notes.push(Note { job: job(), level: Level::Info, text, ended: None });
     }
 
     fn note(&self, scene: &mut Scene<'_>, level: Level, text: String) {

@@ -9,7 +9,7 @@ use super::{Job, State};
 pub struct Summary {
     /// How often it has started.
     pub incarnation: u64,
-    /// Every job.
+    /// Every job that has workers, or had some lately.
     pub jobs: Vec<JobSummary>,
 }
 
@@ -44,6 +44,9 @@ pub struct JobSummary {
     pub latest: Option<(u64, u64)>,
 }
 
+/// How long a job that has ended is still told of in metrics.
+const TOLD_AFTER_END_MS: u64 = 3_600_000;
+
 const STATES: [(&str, WorkerState); 5] = [
     ("alive", WorkerState::Alive),
     ("suspect", WorkerState::Suspect),
@@ -59,6 +62,7 @@ impl State {
             jobs: self
                 .jobs
                 .values()
+                .filter(|job| job.is_told_of(self.now_ms))
                 .map(|job| job.summary(self.policy.max_worker_failures))
                 .collect(),
         }
@@ -79,6 +83,10 @@ impl State {
 }
 
 impl Job {
+    fn is_told_of(&self, now_ms: u64) -> bool {
+        !self.has_ended() || now_ms.saturating_sub(self.ended_ms) < TOLD_AFTER_END_MS
+    }
+
     fn summary(&self, failures_max: u32) -> JobSummary {
         let newest = self.commits.last_key_value();
         JobSummary {

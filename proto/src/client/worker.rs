@@ -112,6 +112,8 @@ pub struct BarrierWait {
     pub name: String,
     /// How long to wait for the others.
     pub timeout: Duration,
+    /// What everybody there must bring alike, in words for people; empty if nothing is compared.
+    pub alike: String,
     /// The arrival's number among those of its rank.
     arrival: u64,
 }
@@ -180,7 +182,8 @@ impl Worker {
     /// One arrival at the barrier `name`. Arrivals are numbered: those of a later process of the
     /// same worker, which joined later, are larger.
     pub fn arrival(&self, name: &str, timeout: Duration) -> BarrierWait {
-        BarrierWait { name: name.to_owned(), timeout, arrival: self.next_arrival() }
+        let (name, alike) = (name.to_owned(), String::new());
+        BarrierWait { name, timeout, alike, arrival: self.next_arrival() }
     }
 
     pub(super) fn next_arrival(&self) -> u64 {
@@ -214,6 +217,7 @@ impl Worker {
                 name: wait.name.clone(),
                 arrival: wait.arrival,
                 timeout_ms: u64::try_from(wait.timeout.as_millis()).unwrap_or(u64::MAX),
+                alike: wait.alike.clone(),
             };
             let call = |channel, request| async move {
                 BarriersClient::new(channel).wait_barrier(request).await

@@ -194,6 +194,10 @@ pub struct WaitBarrierRequest {
     /// How long to wait for the others.
     #[prost(uint64, tag = "4")]
     pub timeout_ms: u64,
+    /// What everybody at the barrier must bring alike, in words for people, such as the store that all
+    /// open: where two ranks differ, all are refused instead of released. Empty: nothing is compared.
+    #[prost(string, tag = "5")]
+    pub alike: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WaitBarrierReply {
@@ -3579,6 +3583,10 @@ pub struct JobRecord {
     /// Why it is aborted; empty while it runs.
     #[prost(string, tag = "6")]
     pub abort_reason: ::prost::alloc::string::String,
+    /// Counts up, over all jobs, each time that one loses its last worker: of jobs without workers, the
+    /// one with the smallest has had none for the longest. 0 in the records of older versions.
+    #[prost(uint64, tag = "7")]
+    pub ended: u64,
 }
 /// A worker.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3620,6 +3628,9 @@ pub struct BarrierRecord {
     /// The step that was agreed on, where steps were offered.
     #[prost(uint64, optional, tag = "3")]
     pub agreed_step: ::core::option::Option<u64>,
+    /// Counts up, over all barriers of the run, with each release: the smallest is the oldest one.
+    #[prost(uint64, tag = "4")]
+    pub order: u64,
 }
 /// An attempt that has begun and not ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
