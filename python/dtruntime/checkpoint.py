@@ -91,13 +91,15 @@ class CheckpointManager:
             forward and backward (it needs ``optimizer=``), ``device-snapshot`` from clones on the
             GPU.
         job: Name of the training run, written into manifests. Default: the environment's
-            ``DTRUNTIME_JOB``, else ``default``.
+            ``DTRUNTIME_JOB``, else ``default``. Where several ranks save, the coordinator tells the
+            saves of a job apart by their step: a process that has two stores open at a time, of a
+            model and of its moving average say, gives each a job of its own.
         coordinator_url: Where ranks find each other. Default: the environment's
             ``COORDINATOR_URL``. Under ``torchrun`` neither is needed: rank 0 then hosts a
             coordinator in its own process.
         security: Token and certificates for the coordinator.
         agreement_timeout: How long opening, ``load`` and ``restore`` wait for the other ranks, in
-            seconds.
+            seconds; under ``torchrun`` also for rank 0 to host the coordinator.
         sigterm: What SIGTERM does to a save in flight: ``finish`` it by the deadline, or ``drop``
             it. Default None: no handler is installed.
         sigterm_deadline_seconds: How long ``finish`` may take.
@@ -120,7 +122,8 @@ class CheckpointManager:
             take. Credentials come from environment, profile, web identity, container or instance.
 
     Raises:
-        InvalidArgument: A setting is out of its range.
+        InvalidArgument: A setting is out of its range; ranks of one job open different stores, or
+            this one has another store of the job open.
         StoreBusy: Another writer holds the store.
         BarrierTimeout: Not all ranks opened the store; the message names who did not.
         Unavailable: The service of a store in S3 cannot be reached, or refuses.
@@ -205,7 +208,7 @@ class CheckpointManager:
         self.last_load: LoadReport | None = None
         """What the last ``load`` or ``restore`` read; None before the first."""
         self._agreement_timeout = float(agreement_timeout)
-        self._ranks = None
+        self._ranks: membership.Seat | None = None
         if ranks > 1 and not self._read_only:
             self._ranks = membership.enter(
                 engine_settings["job"],
@@ -217,6 +220,7 @@ class CheckpointManager:
             self._native = _native.Manager(
                 self._path,
                 json.dumps(engine_settings),
+                membership.Store(os.fspath(self._path), settings.common_name(self._path, remote)),
                 None if self._ranks is None else self._ranks.worker,
             )
         except BaseException:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dtruntime import _native
     from dtruntime.checkpoint import CheckpointManager
     from dtruntime.handle import SaveHandle, Watcher
-    from dtruntime.membership import Membership
+    from dtruntime.membership import Seat
 
 _logger = logging.getLogger("dtruntime")
 
@@ -42,7 +42,7 @@ def register(
     native: _native.Manager,
     watcher: Watcher | None,
     uploads: Watcher | None,
-    ranks: Membership | None,
+    ranks: Seat | None,
 ) -> None:
     """Look after a manager until it is closed or dropped."""
     _managers.add(manager)
@@ -62,7 +62,7 @@ def _let_go(
     native: _native.Manager,
     watcher: Watcher,
     uploads: Watcher | None,
-    ranks: Membership | None,
+    ranks: Seat | None,
 ) -> None:
     """End what a dropped manager left, on its own thread and once its saves have ended."""
 

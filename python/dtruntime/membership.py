@@ -1,16 +1,18 @@
 """The workers that this process is: one for a job and rank, shared by whoever needs it.
 
-An orchestrator and the checkpoint managers of one rank are one worker to the coordinator: whoever
+An orchestrator and the checkpoint manager of one rank are one worker to the coordinator: whoever
 comes first registers it, whoever goes last leaves.
 
 Always holds: a registered worker stays one until its last user has gone or the process ends; a
 process that ends leaves by itself, and says so if an exception ended it; a forked child is no
-worker.
+worker; a worker has one store open at a time, because the coordinator tells the saves of a job
+apart by their step alone.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -20,9 +22,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dtruntime import connecting, embedded
 from dtruntime.connecting import Security
-from dtruntime.errors import BarrierTimeout, CheckpointError, JobAborted, MembershipChanged
+from dtruntime.errors import (
+    BarrierTimeout,
+    CheckpointError,
+    InvalidArgument,
+    JobAborted,
+    MembershipChanged,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dtruntime import _native
 
 _logger = logging.getLogger("dtruntime")
@@ -55,10 +65,29 @@ class Place(NamedTuple):
         """The worker's name."""
         return self.worker_id or os.environ.get("WORKER_ID") or f"worker-{self.rank}"
 
+    @property
+    def others(self) -> str:
+        """Whom it meets, for people."""
+        return f"the {self.world_size} ranks of job `{self.job}`"
+
     def is_served_by(self, other: Place) -> bool:
         """Whether the worker at ``other`` will do."""
         anybody = other._replace(worker_id=None)
         return self in (other, anybody)
+
+
+class Store(NamedTuple):
+    """What a rank opens.
+
+    Attributes:
+        path: As this rank names it.
+        common: What all ranks of one store call it alike, as far as they do: a directory has
+            another path wherever it is mounted.
+
+    """
+
+    path: str
+    common: str
 
 
 class Membership:
@@ -67,6 +96,8 @@ class Membership:
     def __init__(self, place: Place, worker: _native.Worker) -> None:
         self.place = place
         self.worker = worker
+        self.seats: list[Seat] = []
+        """Of managers that are open."""
         self._users = 1
         self._pid = os.getpid()
 
@@ -84,6 +115,37 @@ class Membership:
             self.worker.leave(failure)
         except CheckpointError as error:
             _logger.warning("%s", error)
+
+
+class Seat:
+    """A manager's part in a membership, for as long as its store is open."""
+
+    def __init__(self, membership: Membership, store: Store) -> None:
+        self.worker = membership.worker
+        self._membership = membership
+        self.store = store
+        with _lock:
+            other = next((seat for seat in membership.seats if seat.store != store), None)
+            if other is None:
+                membership.seats.append(self)
+        if other is not None:
+            membership.leave()
+            raise InvalidArgument(
+                f"opening `{store.path}` with {membership.place.others}",
+                f"this process has `{other.store.path}` open in the same job, and the coordinator "
+                "tells the saves of a job apart by their step",
+                'give one of the two a job of its own, on every rank: `job="ema"`; or close the '
+                "other one first",
+            )
+
+    def leave(self, failure: str = "") -> None:
+        """Give the store and the membership up, once."""
+        with _lock:
+            is_taken = self in self._membership.seats
+            if is_taken:
+                self._membership.seats.remove(self)
+        if is_taken:
+            self._membership.leave(failure)
 
 
 _live: list[Membership] = []
@@ -115,14 +177,16 @@ def join(
 
 
 def enter(
+    store: Store,
     job: str,
     ranks: tuple[int, int],
     way: tuple[str | None, Security | None],
     timeout: float,
-) -> Membership | None:
-    """Become a worker of a job of several ranks, and wait until all of them have.
+) -> Seat | None:
+    """Become a worker of a job of several ranks, and wait until all of them open the store.
 
     Args:
+        store: What this rank opens.
         job: The training run.
         ranks: This process's rank, and how many there are.
         way: The coordinator's URL and how to get in. Default: the environment's
@@ -135,49 +199,72 @@ def enter(
     """
     url, security = way
     rank, world_size = ranks
-    url = url or os.environ.get("COORDINATOR_URL")
-    if url is None:
-        found = embedded.find(rank)
-        if found is None:
-            return None
-        url, security = found
-    coordinator = connecting.connect(url, security or Security(), connecting.PATIENCE_SECONDS)
-    membership = join(Place(coordinator.url, job, None, rank, world_size), coordinator, ("", 0, ""))
+    place = Place(url or os.environ.get("COORDINATOR_URL") or "", job, None, rank, world_size)
+    deadline = time.monotonic() + timeout
+    with _reminding(place):
+        if not place.url:
+            found = _found_under_torchrun(place, timeout)
+            if found is None:
+                return None
+            url, security = found
+            place = place._replace(url=url)
+        coordinator = connecting.connect(
+            place.url, security or Security(), connecting.PATIENCE_SECONDS
+        )
+        place = place._replace(url=coordinator.url)
+        seat = Seat(join(place, coordinator, ("", 0, "")), store)
+        try:
+            _meet(seat, place, store.common, deadline)
+        except BaseException:
+            seat.leave()
+            raise
+    return seat
+
+
+_HINT = "open the manager on every rank; where one rank saves, pass `rank=0, world_size=1`"
+
+
+@contextlib.contextmanager
+def _reminding(place: Place) -> Iterator[None]:
+    """Say what is waited for if it takes long."""
+    text = f"waiting for {place.others} to open their manager; {_HINT}"
+    reminder = threading.Timer(_REMINDER_SECONDS, _logger.warning, (text,))
+    reminder.daemon = True
+    reminder.start()
     try:
-        meet(membership, timeout)
-    except BaseException:
-        membership.leave()
-        raise
-    return membership
+        yield
+    finally:
+        reminder.cancel()
 
 
-def meet(membership: Membership, timeout: float) -> None:
-    """Wait until every rank has come to open its checkpoint manager.
+def _found_under_torchrun(place: Place, timeout: float) -> tuple[str, Security] | None:
+    try:
+        return embedded.find(place.rank, timeout)
+    except embedded.NotOpened:
+        what = f"opening a store with {place.others}"
+        why = f"rank 0, which hosts the coordinator, has not opened its manager within {timeout} s"
+        raise BarrierTimeout(what, why, _HINT) from None
+
+
+def _meet(seat: Seat, place: Place, common: str, deadline: float) -> None:
+    """Wait until every rank has come to open its checkpoint manager, on the same store.
 
     Without it, a rank that saves alone would find out at the first save, by waiting.
     """
-    hint = "open the manager on every rank; where one rank saves, pass `rank=0, world_size=1`"
-    others = f"the {membership.place.world_size} ranks of job `{membership.place.job}`"
-    reminder = threading.Timer(
-        _REMINDER_SECONDS, _logger.warning, (f"waiting for {others} to open their manager; {hint}",)
-    )
-    reminder.daemon = True
-    reminder.start()
-    deadline = time.monotonic() + timeout
-    try:
-        while True:
-            left = max(deadline - time.monotonic(), 0.001)
-            try:
-                membership.worker.arrive(_MEETING, left).join()
-            except MembershipChanged:  # somebody of an earlier run is being cleared away
-                if time.monotonic() >= deadline:
-                    raise
-            except BarrierTimeout as error:
-                raise BarrierTimeout(f"opening a store with {others}", error.why, hint) from None
-            else:
-                return
-    finally:
-        reminder.cancel()
+    what = f"opening a store with {place.others}"
+    while True:
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            seat.worker.arrive(_MEETING, left, common).join()
+        except MembershipChanged:  # somebody of an earlier run is being cleared away
+            if time.monotonic() >= deadline:
+                raise
+        except BarrierTimeout as error:
+            raise BarrierTimeout(what, error.why, _HINT) from None
+        except InvalidArgument as error:
+            raise InvalidArgument(what, error.why, error.hint) from None
+        else:
+            return
 
 
 def membership_at(url: str, job: str) -> Membership | None:

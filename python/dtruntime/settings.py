@@ -193,6 +193,25 @@ def remote_settings(
     return settings
 
 
+def common_name(path: str | os.PathLike[str], remote: str | None) -> str:
+    """Say what store this is in words that are the same on all of its ranks.
+
+    A directory that all reach may be mounted anywhere: of it only that it is one can be said.
+
+    >>> common_name("s3://bucket/run/", None), common_name("/mnt/run", None)
+    ('`s3://bucket/run`', 'a directory that all ranks reach')
+    """
+    if remote is not None:
+        return f"a directory in front of `{_s3_name(str(remote))}`"
+    text = os.fspath(path)
+    return f"`{_s3_name(text)}`" if _SCHEME.match(text) else "a directory that all ranks reach"
+
+
+def _s3_name(text: str) -> str:
+    scheme = _SCHEME.match(text)
+    return (_S3 + text[scheme.end() :] if scheme else text).rstrip("/")
+
+
 def s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Give the engine's settings of a store in S3. Ranges are the engine's to check."""
     settings = {}

@@ -239,10 +239,19 @@ impl Worker {
         Ok(())
     }
 
-    /// Arrives at a barrier; the call is waited for by its `join`.
-    fn arrive(&self, py: Python<'_>, name: &str, timeout_seconds: f64) -> PyResult<BarrierCall> {
+    /// Arrives at a barrier; the call is waited for by its `join`. Where ranks differ in `alike`,
+    /// all of them are refused.
+    #[pyo3(signature = (name, timeout_seconds, alike=""))]
+    fn arrive(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        timeout_seconds: f64,
+        alike: &str,
+    ) -> PyResult<BarrierCall> {
         let worker = self.get(py)?;
-        let arrival = worker.arrival(name, seconds(timeout_seconds));
+        let mut arrival = worker.arrival(name, seconds(timeout_seconds));
+        alike.clone_into(&mut arrival.alike);
         let pending = Mutex::new(worker.wait_barrier(&arrival));
         Ok(BarrierCall { inner: Home::new((pending, arrival)), withdrawn: AtomicBool::new(false) })
     }

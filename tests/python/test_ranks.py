@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from coordinators import free_port
 from ranks import run_ranks, start_rank, torchrun
-from support import assert_same
+from support import assert_same, flip_byte, script_environment
 
-from dtruntime import BarrierTimeout, CheckpointManager, InvalidArgument
+from dtruntime import (
+    BarrierTimeout,
+    CheckpointManager,
+    CoordinatorUnavailable,
+    InvalidArgument,
+    embedded,
+)
 
 if TYPE_CHECKING:
     import subprocess
@@ -92,6 +99,92 @@ def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
         coordinator.url,
     )
     assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
+
+
+def test_all_ranks_go_on_over_what_one_of_them_could_not_load(coordinator, tmp_path):
+    store = tmp_path / "store"
+    run(
+        """
+        with CheckpointManager(store, compression="none") as manager:
+            for step in (10, 20, 30):
+                manager.save(state_of(step), step=step)
+        """,
+        store,
+        coordinator.url,
+    )
+    [shard] = store.glob("step-000000000030/rank-00001.*.shard")
+    flip_byte(shard, 10_000)
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            assert manager.load()["step"] == 20
+            print([step for step in (20, 25, 30) if manager.should_save(step)])
+            for step in (25, 30):
+                manager.save(state_of(step), step=step)
+            print(manager.all_steps())
+            try:
+                manager.save(state_of(30), step=30)
+            except StepConflict:
+                print("conflict")
+        with CheckpointManager(store) as manager:
+            assert same(manager.load(), state_of(30))
+        """,
+        store,
+        coordinator.url,
+    )
+    assert outputs == ["[25, 30]\n[10, 20, 25, 30]\nconflict\n"] * 3
+
+
+def test_another_store_needs_a_job_of_its_own(coordinator, tmp_path):
+    outputs = run(
+        """
+        model = CheckpointManager(store + "/model")
+        try:
+            CheckpointManager(store + "/ema")
+        except InvalidArgument as error:
+            print("model` open in the same job" in error.why, "`job=" in error.hint)
+        ema = CheckpointManager(store + "/ema", job="ema")
+        for step in (1, 2, 3):
+            pairs = [(model, state_of(step)), (ema, state_of(step + 100))]
+            if rank == 1:
+                pairs.reverse()
+            for handle in [manager.save_async(state, step=step) for manager, state in pairs]:
+                handle.result()
+        model.close()
+        # A store may follow another one in the same job.
+        with CheckpointManager(store + "/later") as later:
+            later.save(state_of(1), step=1)
+            print(model.path.name, later.verify(1).ok, ema.verify(3).ok, ema.all_steps())
+        ema.close()
+        with CheckpointManager(store + "/model") as model:
+            assert same(model.load(), state_of(3))
+        """,
+        tmp_path / "stores",
+        coordinator.url,
+        world_size=2,
+    )
+    assert outputs == ["True True\nmodel True True [1, 2, 3]\n"] * 2
+
+
+def test_ranks_that_open_different_stores_are_told_so(coordinator, tmp_path):
+    outputs = run(
+        """
+        ways = [
+            (dict(path=f"s3://bucket/{rank}"), "rank 0 brings `s3://bucket/0`"),
+            (dict(path=store, remote=f"s3://bucket/{rank}"), "front of `s3://bucket/1`"),
+            (dict(path=store if rank else "s3://bucket/run/"), "rank 1 a directory"),
+        ]
+        for settings, told in ways:
+            try:
+                CheckpointManager(**settings)
+            except InvalidArgument as error:
+                print(told in error.why, "`job=`" in error.hint)
+        """,
+        tmp_path / "store",
+        coordinator.url,
+        world_size=2,
+    )
+    assert outputs == ["True True\n" * 3] * 2
 
 
 def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_path):
@@ -385,7 +478,33 @@ def test_a_rank_that_opens_alone_is_told_who_is_missing(coordinator, tmp_path):
     assert "where one rank saves, pass `rank=0, world_size=1`" in caught.value.hint
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed")
+needs_distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no distributed"
+)
+
+
+@needs_distributed
+def test_under_torchrun_a_rank_0_that_does_not_come_is_named_in_time(tmp_path, monkeypatch):
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.delenv("COORDINATOR_URL", raising=False)
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": agent.port,
+        "LOCAL_WORLD_SIZE": 2,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(BarrierTimeout) as caught:
+        CheckpointManager(tmp_path / "store", rank=1, world_size=2, agreement_timeout=0.5)
+    assert "rank 0, which hosts the coordinator, has not opened its manager" in caught.value.why
+    assert "open the manager on every rank" in caught.value.hint
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(embedded, "_CONNECT_SECONDS", 0.2)
+    with pytest.raises(CoordinatorUnavailable, match="agent"):
+        CheckpointManager(tmp_path / "store", rank=1, world_size=2, agreement_timeout=0.5)
+
+
+@needs_distributed
 def test_torchrun_needs_nothing_else_and_a_lost_rank_is_resumed(tmp_path):
     example = EXAMPLES / "train_ranks.py"
     calm = torchrun("--standalone", "--nproc-per-node", 4, example, tmp_path / "calm")
