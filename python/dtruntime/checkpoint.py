@@ -231,6 +231,9 @@ class CheckpointManager:
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
         self._has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
+        for watcher in (self._watcher, self._uploads):
+            if watcher is not None:
+                watcher.start()
         lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
         if sigterm is not None:
             lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)

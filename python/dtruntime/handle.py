@@ -2,13 +2,15 @@
 
 Always holds: a handle that says success stands for a checkpoint that is durable and published;
 completion is decided in the engine, whose threads never call Python: one Python thread per manager
-waits for it, resolves futures and runs callbacks, in the order of the saves.
+waits for it, resolves futures and runs callbacks, in the order of the saves; whatever a callback,
+or a stream that a bar is written to, raises there, the thread goes on, and every save is announced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
@@ -168,7 +170,7 @@ class SaveHandle:
         self._native = native
         self._copied_behind = copied_behind
         self._watcher = watcher
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may add a callback in between
         self._callbacks: list[Callable[[SaveHandle], object]] = []
         self._is_announced = False
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -248,8 +250,8 @@ class SaveHandle:
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Call ``callback(handle)`` once the save has ended, on the manager's callback thread.
 
-        What it raises is logged. One added after the end is called soon; after the manager was
-        closed, at once and here.
+        What it raises is logged, ``SystemExit`` too: from this thread it ends no process. One added
+        after the end is called soon; after the manager was closed, at once and here.
         """
         with self._lock:
             if not self._is_announced:
@@ -277,10 +279,10 @@ class SaveHandle:
             self.uploaded.set_result(None)
 
     def _follow_upload(self, manager: _native.Manager) -> None:
-        self._native.wait()
         try:
+            self._native.wait()
             info = manager.uploaded(self.step)
-        except CheckpointError as error:
+        except BaseException as error:  # noqa: BLE001  (raised where it is awaited)
             self.uploaded.set_exception(error)
         else:
             self.uploaded.set_result(None if info is None else UploadInfo(**info))
@@ -291,7 +293,8 @@ class SaveHandle:
             return
         try:
             self._native.wait_captured()
-        except CheckpointError as error:  # the tensors stay alive: nobody knows what reads them
+        except BaseException as error:  # noqa: BLE001  (raised where it is awaited)
+            # The tensors stay alive: nobody knows what reads them.
             self.staged.set_exception(error)
         else:
             self._copied_behind.table = None
@@ -309,8 +312,24 @@ class SaveHandle:
     def _run(self, callback: Callable[[SaveHandle], object]) -> None:
         try:
             callback(self)
-        except Exception:
-            _logger.exception("a done callback of the save of step %d failed", self.step)
+        except KeyboardInterrupt:  # where the callback runs at once, in the main thread
+            raise
+        except BaseException as error:  # noqa: BLE001  (it must not silence other callbacks)
+            _log(error, "a done callback of the save of step %d failed", self.step)
+
+
+def _log(error: BaseException, message: str, *arguments: object) -> None:
+    """Log an error; a logger's own failure must not end the thread."""
+    with contextlib.suppress(Exception):
+        _logger.error(message, *arguments, exc_info=error)
+
+
+def _do(work: Callable[[], object]) -> None:
+    """Do one piece of work; whatever it raises, later ones are done all the same."""
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001  (an exit, too)
+        _log(error, "following a save failed")
 
 
 class Watcher:
@@ -324,8 +343,10 @@ class Watcher:
         self._lock = threading.RLock()  # a signal handler may close the manager in between
         self._is_stopping = False
         self._bar = ProgressBar() if shows_progress else None
-        # Started now: a Python that is shutting down starts no threads.
         self._thread = threading.Thread(target=self._work, name="dtruntime-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, with its manager: a Python that is shutting down starts none."""
         self._thread.start()
 
     def watch(self, handle: SaveHandle, manager: _native.Manager) -> None:
@@ -342,7 +363,8 @@ class Watcher:
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread after everything submitted; tell whether it has ended in time."""
         self.request_stop()
-        if threading.current_thread() is not self._thread:
+        is_another = threading.current_thread() is not self._thread
+        if is_another and self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -354,16 +376,21 @@ class Watcher:
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            work()
+            _do(work)
 
     def _follow(self, handle: SaveHandle, manager: _native.Manager) -> None:
         del manager  # the closure of `watch` keeps it alive
-        native = handle._native  # noqa: SLF001  (the two halves of one mechanism)
-        handle._stage()  # noqa: SLF001
-        if self._bar is None:
-            native.wait()
-        else:
-            while not native.wait(0.1):
-                self._bar.show(handle.step, handle.progress())
-            self._bar.finish(handle.step, handle.progress())
-        handle._announce()  # noqa: SLF001
+        try:
+            handle._stage()  # noqa: SLF001  (the two halves of one mechanism)
+            if self._bar is not None:
+                self._draw(self._bar, handle)
+            handle._native.wait()  # noqa: SLF001
+        finally:
+            handle._announce()  # noqa: SLF001
+
+    def _draw(self, bar: ProgressBar, handle: SaveHandle) -> None:
+        """Show a bar until the save has ended; without one where it cannot be written."""
+        with contextlib.suppress(Exception):
+            while not handle._native.wait(0.1):  # noqa: SLF001
+                bar.show(handle.step, handle.progress())
+            bar.finish(handle.step, handle.progress())

@@ -104,7 +104,7 @@ class TrainingOrchestrator:
         security: Token and certificates.
         on_abort: Called with the reason when the job is aborted.
         on_membership_change: Called with each ``MembershipChange``. Both are called on a thread of
-            their own, one after another.
+            their own, one after another; what they raise, ``SystemExit`` too, is logged.
         patience: How long to look for a coordinator that does not answer, in seconds.
 
     """
@@ -290,8 +290,9 @@ class TrainingOrchestrator:
             elif self._on_membership_change is not None:
                 own: dict[str, Any] = {"worker_id": self.worker_id, "rank": self.rank, "epoch": 0}
                 self._on_membership_change(MembershipChange(**(own | notice)))
-        except Exception:  # a callback's mistake must not silence later notices
-            _logger.exception("a callback for `%s` failed", notice["kind"])
+        except BaseException:  # a callback's mistake, or its exit, must not silence later notices
+            with contextlib.suppress(Exception):
+                _logger.exception("a callback for `%s` failed", notice["kind"])
 
 
 async def _in_thread(function: Callable[[], _T]) -> _T:

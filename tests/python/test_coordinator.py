@@ -297,6 +297,25 @@ def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, r
     asyncio.run(act())
 
 
+def test_a_callback_that_exits_silences_no_later_notice(make):
+    kinds = []
+
+    def note(change):
+        kinds.append(change.kind)
+        raise SystemExit(3)
+
+    async def act():
+        one = make(0, 2, on_membership_change=note)
+        await one.register_worker("127.0.0.1", 1)
+        other = make(1, 2)
+        await other.register_worker("127.0.0.1", 1)
+        await until(lambda: "joined" in kinds)
+        other.leave()
+        await until(lambda: "left" in kinds)
+
+    asyncio.run(act())
+
+
 def test_the_failure_budget_aborts_the_job(tmp_path):
     process = CoordinatorProcess(tmp_path, max_worker_failures=2)
     process.start()

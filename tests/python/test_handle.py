@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import sys
 import threading
 
 import pytest
@@ -78,6 +80,63 @@ def test_a_failing_callback_is_logged(manager, caplog):
     handle.add_done_callback(lambda _: done.set())
     assert done.wait(60)
     assert "done callback of the save of step 1 failed" in caplog.text
+
+
+def test_a_callback_that_exits_silences_no_other_one(manager, caplog):
+    done = threading.Event()
+    handle = manager.save_async(state(), step=1)
+    handle.add_done_callback(lambda _: sys.exit(3))
+    handle.add_done_callback(lambda _: sys.exit(3))
+    later = manager.save_async(state(), step=2)
+    later.add_done_callback(lambda _: done.set())
+    assert asyncio.run(asyncio.wait_for(later.wait(), 60)).step == 2
+    assert done.wait(60)
+    assert "done callback of the save of step 1 failed" in caplog.text
+
+
+class LineLogger:
+    """What some programs put in the place of standard error."""
+
+    def write(self, text: str) -> None:
+        """Take a line."""
+
+
+class BrokenPipe:
+    """A standard error that nobody reads any more."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, _text: str) -> None:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stream", [LineLogger, BrokenPipe])
+def test_a_bar_that_cannot_be_written_costs_no_announcement(open_manager, monkeypatch, stream):
+    manager = open_manager(progress=True)
+    monkeypatch.setattr(sys, "stderr", stream())
+    done = threading.Event()
+    manager.save_async(state(), step=1).result()
+    handle = manager.save_async(state(), step=2)
+    handle.add_done_callback(lambda _: done.set())
+    assert asyncio.run(asyncio.wait_for(handle.wait(), 60)).step == 2
+    assert done.wait(60)
+
+
+def test_an_upload_whose_end_is_unknown_is_announced(manager):
+    handle = manager.save_async(state(), step=1)
+
+    class Native:
+        def uploaded(self, step: int) -> None:
+            raise RuntimeError(f"step {step} is unheard of")
+
+    handle.uploaded = concurrent.futures.Future()
+    handle._follow_upload(Native())
+    with pytest.raises(RuntimeError, match="unheard of"):
+        handle.uploaded.result(timeout=60)
 
 
 def test_a_callback_may_close_the_manager(manager):
