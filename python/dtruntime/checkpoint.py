@@ -201,6 +201,8 @@ class CheckpointManager:
         self._pid = os.getpid()
         self._save_lock = threading.Lock()
         self._incomplete: RestoreIncomplete | None = None
+        self._unsound: frozenset[tuple[int, str | None]] = frozenset()
+        """Steps after the one that was loaded, each with its attempt: they do not verify."""
         self._last: SaveHandle | None = None
         self._is_capturing = False
         self._is_closed = False
@@ -286,7 +288,9 @@ class CheckpointManager:
 
         Raises:
             UnsupportedValue: Something in the state cannot be stored. Nothing was written.
-            StepConflict: The step is not after the newest committed one.
+            StepConflict: The step is not after the newest committed one. Steps that ``load`` or
+                ``restore`` fell back from are not in the way: what does not verify is replaced, as
+                by a ``rewind``.
             NoSpace: The store has no room. Nothing was written.
             CheckpointError: The previous save failed, and nobody has looked at its error.
 
@@ -312,6 +316,7 @@ class CheckpointManager:
                 called = time.monotonic()
                 self._native.wait_until_finished()
                 begun = time.monotonic()
+                rewind = rewind or self._replaces_unsound(number)
                 flat, sources, chosen = self._prepare(state, chosen)
                 chosen.arm()
             self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
@@ -491,6 +496,8 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Tell whether ``step`` is due: a multiple of ``save_interval_steps`` not yet saved.
 
+        Steps that ``load`` or ``restore`` fell back from count as not saved.
+
         >>> manager.should_save(2000)
         False
         """
@@ -498,9 +505,7 @@ class CheckpointManager:
         if self._read_only or number % self._interval:
             return False
         saving = self._last.step if self._last is not None else -1
-        return number > saving and number > (
-            -1 if (latest := self.latest_step()) is None else latest
-        )
+        return number > max(saving, self._newest_sound())
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Read and check every byte of a checkpoint. Damage is reported, not raised.
@@ -639,6 +644,31 @@ class CheckpointManager:
                 "restore again, from this step or another, before saving",
             ) from self._incomplete
 
+    def _replaces_unsound(self, step: int) -> bool:
+        """Tell whether what stands in the way of ``step`` is what the load before fell back from.
+
+        All ranks of a store find the same: they loaded the same step, and see the same later ones.
+        """
+        if not self._unsound:
+            return False
+        standing = [known for known in self._native.candidates() if known[0] >= step]
+        if not all((number, attempt) in self._unsound for number, _, attempt in standing):
+            return False
+        # What cannot even be read is in nobody's way.
+        replaced = [number for number, why, _ in standing if why is None]
+        if replaced:
+            named = ", ".join(map(str, replaced))
+            _logger.warning("saving step %d replaces step %s, which did not verify", step, named)
+        return bool(replaced)
+
+    def _newest_sound(self) -> int:
+        """Give the newest step that was committed and not found damaged; -1 if there is none."""
+        known = self._native.candidates()
+        sound = (
+            n for n, why, attempt in known if why is None and (n, attempt) not in self._unsound
+        )
+        return max(sound, default=-1)
+
     def _prepare(
         self, state: Any, chosen: gpus.Consistency
     ) -> tuple[FlatState, _native.Sources, gpus.Consistency]:
@@ -712,5 +742,10 @@ class CheckpointManager:
             checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
         )
         self._native.protect(checkpoint.step)
+        self._unsound = frozenset()
+        if step is None and (failed or self._ranks is not None):
+            # Of several ranks, another one may have been the one that could not load them.
+            later = (known for known in self._native.candidates() if known[0] > checkpoint.step)
+            self._unsound = frozenset((number, attempt) for number, _, attempt in later)
         self.last_load = report
         return result, report

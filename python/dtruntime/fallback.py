@@ -96,7 +96,7 @@ def read_newest(
     first_error: CheckpointError | None = None
     while True:
         # Listed anew each time: the writer may have replaced what vanished by something newer.
-        candidates = dict(shards.native.candidates())
+        candidates = {step: why for step, why, _ in shards.native.candidates()}
         left = [s for s in candidates if s not in failed and s not in vanished]
         if not left:
             raise _nothing_readable(store, failed) from first_error
@@ -132,10 +132,10 @@ def read_agreed(
     """
     native = shards.native
     failed = shards.failed
-    failed.update((step, why) for step, why in native.candidates() if why is not None)
+    failed.update((step, why) for step, why, _ in native.candidates() if why is not None)
     done: tuple[_native.Checkpoint, _T] | None = None
     while True:
-        offered = [s for s, why in native.candidates() if why is None and s not in failed]
+        offered = [s for s, why, _ in native.candidates() if why is None and s not in failed]
         # Once loaded, others may take long over theirs; one that is lost ends the wait.
         patience = timeout if done is None else _LOADING_SECONDS
         step = native.agree(offered[-_OFFERED_MAX:], patience)

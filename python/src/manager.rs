@@ -24,6 +24,9 @@ use crate::guard::{Guard, timeout_of};
 use crate::handle::SaveHandle;
 use crate::tree;
 
+/// A step, what is wrong with it, and its attempt.
+type Candidate = (u64, Option<String>, Option<String>);
+
 /// The engine, opened on one store.
 #[pyclass(frozen, module = "dtruntime._native")]
 #[derive(Debug)]
@@ -158,14 +161,20 @@ impl Manager {
         self.guard.call(py, "listing checkpoints", || self.engine.steps())
     }
 
-    /// `(step, why)` of every step that was committed and stands, ascending: `why` is None for one
-    /// that looks sound, else what is wrong with it.
-    fn candidates(&self, py: Python<'_>) -> PyResult<Vec<(u64, Option<String>)>> {
+    /// `(step, why, attempt)` of every step that was committed and stands, ascending: `why` is None
+    /// for one that looks sound, else what is wrong with it; `attempt` is None where the manifest
+    /// does not say it.
+    fn candidates(&self, py: Python<'_>) -> PyResult<Vec<Candidate>> {
         let survey = self.guard.call(py, "listing checkpoints", || self.engine.survey())?;
-        let candidates = survey.steps.into_iter().filter_map(|step| match step.state {
-            StepState::Committed => Some((step.step, None)),
-            StepState::Damaged { why } | StepState::Newer { why } => Some((step.step, Some(why))),
-            StepState::Retired { .. } | StepState::Incomplete => None,
+        let candidates = survey.steps.into_iter().filter_map(|step| {
+            let attempt = step.attempt.map(|attempt| attempt.to_string());
+            match step.state {
+                StepState::Committed => Some((step.step, None, attempt)),
+                StepState::Damaged { why } | StepState::Newer { why } => {
+                    Some((step.step, Some(why), attempt))
+                }
+                StepState::Retired { .. } | StepState::Incomplete => None,
+            }
         });
         Ok(candidates.collect())
     }

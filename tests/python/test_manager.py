@@ -430,6 +430,49 @@ def test_no_pickle_anywhere(manager):
     assert "pickle.find_class" not in events
 
 
+def test_training_goes_on_from_an_older_step_over_the_damaged_one(open_manager, store, caplog):
+    manager = open_manager(save_interval_steps=10)
+    for step in (10, 20, 30, 40):
+        manager.save(state_of(step), step=step)
+    manager.close()
+    for step in (30, 40):
+        flip_byte(shard_of(store, step), 5000)
+    manager = open_manager(save_interval_steps=10)
+    assert manager.should_save(40) is False
+    assert manager.load()["step"] == 20
+    assert [step for step in range(10, 60) if manager.should_save(step)] == [30, 40, 50]
+    caplog.clear()
+    for step in (25, 30, 40):
+        manager.save(state_of(step), step=step)
+    replaced = [text for text in caplog.messages if "did not verify" in text]
+    assert replaced == ["saving step 25 replaces step 30, 40, which did not verify"]
+    assert manager.all_steps() == [10, 20, 25, 30, 40]
+    assert not manager.should_save(40)
+    assert manager.verify(30).ok
+    assert manager.load()["step"] == 40
+    with pytest.raises(StepConflict):
+        manager.save(state_of(40), step=40)
+
+
+def test_a_fallback_lets_nothing_be_replaced_that_verifies(open_manager, store):
+    manager = open_manager()
+    for step in (10, 20, 30):
+        manager.save(state_of(step), step=step)
+    flip_byte(shard_of(store, 30), 5000)
+    assert manager.load()["step"] == 20
+    for step in (10, 20):
+        with pytest.raises(StepConflict):
+            manager.save(state_of(step), step=step)
+    manager.save(state_of(30), step=30, rewind=True)
+    with pytest.raises(StepConflict):  # it is another attempt now, and sound
+        manager.save(state_of(25), step=25)
+    for shard in (store / "step-000000000030").glob("*.shard"):  # the replaced one is still there
+        flip_byte(shard, 5000)
+    assert manager.load(step=20)["step"] == 20
+    with pytest.raises(StepConflict):  # nobody fell back: step 20 was asked for
+        manager.save(state_of(25), step=25)
+
+
 def test_progress_bar(open_manager, capsys):
     manager = open_manager(progress=True)
     manager.save(state_of(1), step=1)
