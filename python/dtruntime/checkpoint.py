@@ -1,7 +1,9 @@
 """The checkpoint manager: one store as a training loop sees it.
 
 Always holds: a checkpoint exists exactly when its save said so; what is loaded was checked; nothing
-is written before a state was found to be storable as a whole.
+is written before a state was found to be storable as a whole; a signal may come at any moment: a
+save that its handler interrupts is none, one that it begins in another save is refused, and what it
+interrupts of opening or closing is taken back, or goes on with the next ``close``.
 """
 
 from __future__ import annotations
@@ -199,12 +201,16 @@ class CheckpointManager:
         self._read_only = bool(read_only)
         self._async_write = bool(async_write)
         self._pid = os.getpid()
-        self._save_lock = threading.Lock()
+        # Threads take turns; the second lock is held in a turn, to know one in another.
+        self._turns = threading.RLock()
+        self._in_turn = threading.Lock()
         self._incomplete: RestoreIncomplete | None = None
         self._unsound: frozenset[tuple[int, str | None]] = frozenset()
         """Steps after the one that was loaded, each with its attempt: they do not verify."""
         self._last: SaveHandle | None = None
         self._is_capturing = False
+        self._is_closing = False
+        self._is_shut = False
         self._is_closed = False
         self._failure = ""
         self.last_load: LoadReport | None = None
@@ -213,30 +219,21 @@ class CheckpointManager:
         self._ranks: membership.Seat | None = None
         if ranks > 1 and not self._read_only:
             self._ranks = membership.enter(
+                membership.Store(os.fspath(self._path), settings.common_name(self._path, remote)),
                 engine_settings["job"],
                 (rank_number, ranks),
                 (coordinator_url, security),
                 self._agreement_timeout,
             )
-        try:
-            self._native = _native.Manager(
-                self._path,
-                json.dumps(engine_settings),
-                membership.Store(os.fspath(self._path), settings.common_name(self._path, remote)),
-                None if self._ranks is None else self._ranks.worker,
-            )
-        except BaseException:
-            if self._ranks is not None:
-                self._ranks.leave()
-            raise
-        self._replication = Replication(globs, self._native.share) if globs else None
         self._watcher = None if self._read_only else Watcher(shows_progress=progress)
         self._has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
-        for watcher in (self._watcher, self._uploads):
-            if watcher is not None:
-                watcher.start()
-        lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
+        try:
+            self._open(json.dumps(engine_settings))
+            self._replication = Replication(globs, self._native.share) if globs else None
+        except BaseException:
+            self._give_back()
+            raise
         if sigterm is not None:
             lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)
 
@@ -291,6 +288,7 @@ class CheckpointManager:
             StepConflict: The step is not after the newest committed one. Steps that ``load`` or
                 ``restore`` fell back from are not in the way: what does not verify is replaced, as
                 by a ``rewind``.
+            InvalidArgument: A signal handler saves, and has interrupted a save of its own thread.
             NoSpace: The store has no room. Nothing was written.
             CheckpointError: The previous save failed, and nobody has looked at its error.
 
@@ -310,33 +308,10 @@ class CheckpointManager:
             )
             self._check_can_save(number)
             chosen = gpus.choose(consistency or self._consistency, optimizer)
-        with self._save_lock:
-            # First, so that copies of tensors outside the host's memory are not made beside it.
-            with self._declining(number):
-                called = time.monotonic()
-                self._native.wait_until_finished()
-                begun = time.monotonic()
-                rewind = rewind or self._replaces_unsound(number)
-                flat, sources, chosen = self._prepare(state, chosen)
-                chosen.arm()
-            self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
-            try:
-                spent = (begun - called, time.monotonic() - begun)
-                call = (number, bool(rewind), spent)
-                parts = (flat.nodes, flat.tensors, flat.replicated)
-                native = self._native.save(call, parts, sources, annotations)
-                handle = self._hand_out(native, flat, chosen)
-            except BaseException:
-                # It may have been begun although it did not return: a signal can be in between.
-                # Nobody would keep the tensors as they are, so what is saved of them is not to be.
-                if sources.begun is not None:
-                    sources.begun.cancel("the call that began it was interrupted")
-                    sources.begun.wait_captured()
-                chosen.disarm()
-                raise
-            finally:
-                self._is_capturing = False
-                lifecycle.resume_termination()
+        with self._turns:
+            self._check_turn(number)
+            with self._in_turn:
+                handle = self._begin(state, (number, bool(rewind)), annotations, chosen)
         if not self._async_write:
             handle.result()
         return handle
@@ -562,7 +537,7 @@ class CheckpointManager:
         """Finish the save in flight, then give back threads, memory and the store's lock.
 
         With a remote store, what is not uploaded yet is, or is tried once more. Closing twice is
-        fine.
+        fine; so is closing again after Ctrl-C ended this: it goes on from there.
 
         Raises:
             CheckpointError: A save failed, and nobody has looked at its error. The store is closed
@@ -577,21 +552,11 @@ class CheckpointManager:
             self._is_closed = True
             return
         try:
-            self._native.wait_until_finished()
+            if not self._is_shut:
+                self._native.wait_until_finished()
         finally:
-            # Not before: a signal may end the wait above, and the store is then still open.
-            self._is_closed = True
-            if self._watcher is not None:
-                self._watcher.stop()
-            if self._uploads is not None:
-                self._native.drain()
-                self._uploads.stop()
-            lifecycle.unregister(self, self._watcher)
-            try:
-                self._native.close()
-            finally:
-                if self._ranks is not None:
-                    self._ranks.leave(self._failure)
+            self._is_closing = True
+            self._shut()
 
     def __enter__(self) -> Self:
         return self
@@ -622,14 +587,62 @@ class CheckpointManager:
         try:
             yield
         except BaseException as error:
-            if self._ranks is not None and not self._is_closed:
+            if self._ranks is not None and not self._is_closing:
                 with contextlib.suppress(CheckpointError):
                     self._native.decline(step, f"{type(error).__name__}: {error}")
             raise
 
+    def _open(self, engine_settings: str) -> None:
+        """Open the store, start the threads, and have them looked after."""
+        worker = None if self._ranks is None else self._ranks.worker
+        self._native = _native.Manager(self._path, engine_settings, worker)
+        for watcher in (self._watcher, self._uploads):
+            if watcher is not None:
+                watcher.start()
+        lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
+
+    def _shut(self) -> None:
+        """Give everything back. What a signal interrupts here, the next ``close`` goes on with."""
+        if not self._is_shut:
+            if self._watcher is not None:
+                self._watcher.stop()
+            if self._uploads is not None:
+                self._native.drain()
+                self._uploads.stop()
+            self._is_shut = True  # from here on nobody is waited for
+        try:
+            self._native.close()
+        finally:
+            lifecycle.unregister(self, self._watcher)
+            if self._ranks is not None:
+                self._ranks.leave(self._failure)
+            self._is_closed = True
+
+    def _give_back(self) -> None:
+        """Take an opening back that failed, or that a signal interrupted."""
+        for watcher in (self._watcher, self._uploads):
+            if watcher is not None:
+                watcher.request_stop()
+        if hasattr(self, "_native"):
+            with contextlib.suppress(CheckpointError):
+                self._native.close()
+        if self._ranks is not None:
+            self._ranks.leave()
+
+    def _check_turn(self, step: int) -> None:
+        """Refuse a save in the middle of another one of the same thread, which could never end."""
+        if not self._in_turn.locked():
+            return
+        raise InvalidArgument(
+            f"saving step {step}",
+            "a signal handler saves, and has interrupted a save of this thread",
+            "set a flag in the handler, and save when the interrupted call has returned; or let "
+            '`sigterm="finish"` finish what is being saved',
+        )
+
     def _check_can_save(self, step: int) -> None:
         what = f"saving step {step}"
-        if self._is_closed:
+        if self._is_closing:
             raise Closed(what, "the manager was closed", "make a new CheckpointManager")
         if self._read_only:
             raise InvalidArgument(
@@ -643,6 +656,43 @@ class CheckpointManager:
                 f"the live state is a mixture, since {self._incomplete.what} failed",
                 "restore again, from this step or another, before saving",
             ) from self._incomplete
+
+    def _begin(
+        self,
+        state: Any,
+        call: tuple[int, bool],
+        annotations: tuple[str, str],
+        chosen: gpus.Consistency,
+    ) -> SaveHandle:
+        """Wait for the save before, take a snapshot, and write it in the background."""
+        step, rewind = call
+        # First, so that copies of tensors outside the host's memory are not made beside it.
+        with self._declining(step):
+            called = time.monotonic()
+            self._native.wait_until_finished()
+            begun = time.monotonic()
+            rewind = rewind or self._replaces_unsound(step)
+            flat, sources, chosen = self._prepare(state, chosen)
+            chosen.arm()
+        last = self._last
+        self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
+        try:
+            spent = (begun - called, time.monotonic() - begun)
+            parts = (flat.nodes, flat.tensors, flat.replicated)
+            native = self._native.save((step, rewind, spent), parts, sources, annotations)
+            return self._hand_out(native, flat, chosen)
+        except BaseException:
+            # It may have been begun although it did not return: a signal can be in between.
+            # Nobody would keep the tensors as they are, so what is saved of them is not to be.
+            self._last = last
+            if sources.begun is not None:
+                sources.begun.abandon("the call that began it was interrupted")
+                sources.begun.wait_captured()
+            chosen.disarm()
+            raise
+        finally:
+            self._is_capturing = False
+            lifecycle.resume_termination()
 
     def _replaces_unsound(self, step: int) -> bool:
         """Tell whether what stands in the way of ``step`` is what the load before fell back from.

@@ -15,10 +15,10 @@ use dtr_proto::client::{
 };
 use dtr_proto::v1;
 use dtr_proto::v1::datasets_client::DatasetsClient;
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 
+use crate::errors;
 use crate::guard::WAIT_SLICE;
 
 /// A value of the process that made it: a forked child neither uses nor drops it.
@@ -385,8 +385,7 @@ fn notice_to_python<'py>(py: Python<'py>, notice: &Notice) -> PyResult<Bound<'py
     Ok(dict)
 }
 
-/// The exception for a failed call. If even the class cannot be had (the interpreter is being torn
-/// down), a `RuntimeError` with the same message.
+/// The exception for a failed call.
 pub(crate) fn to_python(py: Python<'_>, error: &ClientError) -> PyErr {
     let class = match error.kind {
         ErrorKind::Unavailable => "CoordinatorUnavailable",
@@ -407,5 +406,5 @@ pub(crate) fn to_python(py: Python<'_>, error: &ClientError) -> PyErr {
         let class = py.import("dtruntime.errors")?.getattr(class)?.cast_into::<PyType>()?;
         Ok(PyErr::from_value(class.call1((&error.what, &error.why, &error.hint))?))
     };
-    made().unwrap_or_else(|_| PyRuntimeError::new_err(error.to_string()))
+    made().unwrap_or_else(|failure| errors::instead(py, failure, error))
 }

@@ -1,15 +1,27 @@
 //! Engine errors as Python exceptions: one class per variant, defined in `dtruntime/errors.py`.
 
+use std::fmt;
+
 use dtr_engine::EngineError;
 use dtr_engine::error::CoordinationKind;
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyException, PyRuntimeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyAnyMethods, PyString, PyType};
 
-/// The exception for an engine error. If even the class cannot be had (the interpreter is being
-/// torn down), a `RuntimeError` with the same message.
+/// The exception for an engine error.
 pub(crate) fn to_python(py: Python<'_>, error: &EngineError) -> PyErr {
-    exception(py, error).unwrap_or_else(|_| PyRuntimeError::new_err(error.to_string()))
+    exception(py, error).unwrap_or_else(|failure| instead(py, failure, error))
+}
+
+/// What is raised if an exception cannot be made, because of `failure`. A signal may have come in
+/// between, as a `KeyboardInterrupt`, or a handler's exit: that goes on. Where not even the class
+/// can be had, for the interpreter is being torn down, it is a `RuntimeError` that says the same.
+pub(crate) fn instead(py: Python<'_>, failure: PyErr, error: &dyn fmt::Display) -> PyErr {
+    if failure.is_instance_of::<PyException>(py) {
+        PyRuntimeError::new_err(error.to_string())
+    } else {
+        failure
+    }
 }
 
 fn exception(py: Python<'_>, error: &EngineError) -> PyResult<PyErr> {

@@ -92,4 +92,12 @@ impl SaveHandle {
             Ok(())
         })
     }
+
+    /// The same, where nobody will ask for the outcome: an error counts as seen.
+    fn abandon(&self, py: Python<'_>, why: &str) -> PyResult<()> {
+        self.guard.call(py, &self.what(), || {
+            self.inner.abandon(why);
+            Ok(())
+        })
+    }
 }

@@ -43,8 +43,10 @@ mod native {
 
     /// Runs once, when the module is imported.
     #[pymodule_init]
-    #[expect(clippy::unnecessary_wraps, reason = "the signature that pyo3 asks for")]
-    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        // Now, because numpy's interface is a panic if Ctrl-C comes while it is fetched.
+        module.py().import("numpy")?;
+        numpy::dtype::<u8>(module.py());
         // Not through Python's `logging`: that needs the GIL, which our threads never take.
         ::coordinator::telemetry::start("dtruntime", "warn");
         Ok(())

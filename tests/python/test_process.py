@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import warnings
 
 import pytest
 import torch
 from support import assert_same, run_script, start_script
 
-from dtruntime import CheckpointManager
+from dtruntime import CheckpointManager, CheckpointNotFound, Closed, _native, errors, lifecycle
 
 PREAMBLE = """
 import logging, os, sys, signal, threading, torch
@@ -242,6 +243,132 @@ print(handle.result().step)
     out, err = process.communicate(timeout=60)
     assert out in ("interrupted\n1\n", "1\n"), err
     assert steps_of(store) == [1]
+
+
+def test_a_save_in_a_handler_that_interrupts_a_save_is_refused(store):
+    done = run_script(
+        PREAMBLE
+        + """
+import dtruntime
+def save(*_):
+    try:
+        manager.save({"small": 2}, step=2)
+    except dtruntime.InvalidArgument as error:
+        print(error.hint)
+
+class Native:  # the signal arrives while the native half takes the snapshot
+    def __init__(self, native):
+        self.native = native
+
+    def __getattr__(self, name):
+        return getattr(self.native, name)
+
+    def save(self, *arguments):
+        if arguments[0][0] == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return self.native.save(*arguments)
+
+signal.signal(signal.SIGUSR1, save)
+manager._native = Native(manager._native)
+handle = manager.save_async({"small": 1}, step=1)
+print(handle.result().step)
+signal.raise_signal(signal.SIGUSR1)
+print(manager.all_steps())
+""",
+        store,
+        timeout=30,
+    )
+    hint, *rest = done.stdout.splitlines()
+    assert "set a flag in the handler" in hint, done.stderr
+    assert "`sigterm=" in hint
+    assert rest == ["1", "[1, 2]"]
+
+
+class Interrupted:
+    """A native manager whose `save` does its work, and is not heard of: Ctrl-C comes first."""
+
+    def __init__(self, native) -> None:
+        self._native = native
+
+    def __getattr__(self, name: str):
+        return getattr(self._native, name)
+
+    def save(self, *arguments):
+        self._native.save(*arguments)
+        raise KeyboardInterrupt
+
+
+def test_the_last_save_after_ctrl_c_is_a_save(open_manager, store):
+    manager = open_manager(compression="gzip")  # slow enough to be given up
+    state = {"weights": torch.randn(1_000_000)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "_native", Interrupted(manager._native))
+        with pytest.raises(KeyboardInterrupt):
+            manager.save_async(state, step=1)
+    assert manager.save(state, step=2).step == 2
+    manager.close()
+    assert steps_of(store) == [2]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["wait", "stop", "close"])
+def test_closing_goes_on_after_ctrl_c(open_manager, store, where):
+    manager = open_manager()
+    manager.save_async({"small": 1}, step=1)
+    with pytest.MonkeyPatch.context() as patch:
+        if where in ("wait", "stop"):  # Ctrl-C, and once more while the first one is heeded
+            patch.setattr(manager._watcher, "stop", interrupt)
+        if where == "close":
+            patch.setattr(lifecycle, "unregister", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            manager.close()
+        assert "closed" not in repr(manager)
+        with pytest.raises(Closed):
+            manager.save_async({"small": 2}, step=2)
+    manager.close()
+    assert "closed" in repr(manager)
+    with CheckpointManager(store) as again:
+        assert again.all_steps() == [1]
+
+
+@pytest.mark.parametrize("where", ["register", "start"])
+def test_an_opening_that_ctrl_c_ends_leaves_nothing_behind(open_manager, where):
+    before = set(threading.enumerate())
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "register":
+            patch.setattr(lifecycle, "register", interrupt)
+        else:
+            start = threading.Thread.start
+            patch.setattr(threading.Thread, "start", lambda t: (start(t), interrupt()))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            open_manager()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive(), caught
+    assert open_manager().all_steps() == []  # nobody holds the store
+
+
+@pytest.mark.parametrize("made", ["error", "coordinator error"])
+def test_ctrl_c_while_an_error_is_made_is_ctrl_c(open_manager, monkeypatch, made):
+    manager = open_manager()
+    if made == "error":
+        monkeypatch.setattr(errors, "CheckpointNotFound", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            manager.load(step=7)
+    else:
+        monkeypatch.setattr(errors, "InvalidArgument", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            _native.Coordinator("no url", None, (None, None, None), 1.0)
+
+
+class Interrupting(CheckpointNotFound):
+    """An exception that Ctrl-C comes in the middle of making."""
+
+    def __init__(self, *_) -> None:
+        raise KeyboardInterrupt
 
 
 def test_importing_needs_no_torch(store):

@@ -133,6 +133,13 @@ impl SaveHandle {
         });
     }
 
+    /// [`SaveHandle::cancel`], by a caller who has no use for the outcome: an error counts as seen,
+    /// whenever it comes.
+    pub fn abandon(&self, why: &str) {
+        self.shared.error_seen.store(true, Ordering::Relaxed);
+        self.cancel(why);
+    }
+
     /// The error, if there is one that nobody has seen; it counts as seen from now on.
     pub(crate) fn take_unseen_error(&self) -> Option<EngineError> {
         match self.lock().as_ref() {
