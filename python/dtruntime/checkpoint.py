@@ -24,6 +24,7 @@ from dtruntime import (
     lifecycle,
     membership,
     settings,
+    wrappers,
 )
 from dtruntime.applying import Application
 from dtruntime.errors import (
@@ -418,7 +419,8 @@ class CheckpointManager:
                 of the checkpoint are not read; the report lists them as skipped.
             step: The checkpoint. Default: the newest that verifies, as for ``load``.
             strict: Whether everything must fit: nothing missing, unexpected, or of another shape or
-                type. If not, what fits is restored, and the report says what did not.
+                type. If not, what fits is restored, and the report says what did not; a module of
+                which nothing fits is logged.
             from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas goes
                 on at another world size.
 
@@ -440,6 +442,8 @@ class CheckpointManager:
             plan = plan_restore(state, reader, strict=strict)
             if strict:
                 plan.check()
+            else:
+                wrappers.warn_of_untouched(state, plan)
             application = Application(plan, reader)
             try:
                 application.run(self._end_copies)

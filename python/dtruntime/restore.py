@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtruntime import wrappers
 from dtruntime.assembling import whole_shape
 from dtruntime.errors import InvalidArgument
 from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
@@ -135,7 +136,11 @@ class RestorePlan:
         raise InvalidArgument(
             f"restoring step {self.step}",
             "the live state does not fit the checkpoint: " + "; ".join(found),
-            "nothing was changed; pass `strict=False` to restore what fits",
+            "nothing was changed; "
+            + (
+                wrappers.hint_of(self.missing, self.unexpected)
+                or "pass `strict=False` to restore what fits"
+            ),
         )
 
     def items(self) -> Iterable[list[Action]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from coordinators import free_port
 from ranks import run_ranks, start_rank, torchrun
-from support import assert_same, flip_byte, script_environment
+from support import assert_same, flip_byte
 
 from dtruntime import (
     BarrierTimeout,

@@ -382,3 +382,30 @@ def test_what_does_not_fit_is_found_before_anything_is_changed(store, name):
             manager.restore({"first": before, "x": live})
         assert torch.equal(before, torch.zeros(2))
         manager.save({"still": "possible"}, step=2)
+
+
+@pytest.mark.parametrize(
+    ("saved", "live", "hint"),
+    [
+        (torch.compile, lambda model: model, "restore into the wrapped `model`"),
+        (lambda model: model, torch.compile, "restore into `model._orig_mod`"),
+        (lambda model: model, torch.nn.DataParallel, "restore into `model.module`"),
+    ],
+    ids=["saved compiled", "live compiled", "live parallel"],
+)
+def test_a_wrapper_that_is_all_the_difference_is_named(manager, caplog, saved, live, hint):
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)) for _ in range(2)]
+    manager.save({"model": saved(models[0]), "n": 1}, step=1)
+    with pytest.raises(InvalidArgument) as caught:
+        manager.restore({"model": live(models[1]), "n": 2})
+    assert hint in caught.value.hint
+    with pytest.raises(InvalidArgument) as caught:
+        manager.restore({"model": live(models[1][:1]), "n": 2})
+    assert "strict=False" in caught.value.hint
+    assert not caplog.messages
+    manager.restore({"model": live(models[1])}, strict=False)
+    [warning] = caplog.messages
+    assert "not one tensor fits `model`" in warning
+    assert hint in warning
+    manager.restore({"model": saved(models[1])}, strict=False)
+    assert len(caplog.messages) == 1
