@@ -6,7 +6,7 @@ the run's id and its restart count, so that the processes of a restarted run nev
 coordinator of the run before.
 
 Always holds: one coordinator a process and run; it ends with the process; where all ranks are on
-one machine it does not listen beyond it; a wait for rank 0 looks for signals every second.
+one machine it does not listen beyond it; a wait for rank 0 hears signals.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 60.0
 """How long the agent's store, which is there before the ranks are, may take to answer."""
-_SLICE_SECONDS = 1.0
-"""Longest time without looking for signals."""
+_LOOK_SECONDS = 0.1
+"""How often a rank looks whether rank 0 has come."""
 _LOOPBACK = "127.0.0.1"
 _EVERYWHERE = "0.0.0.0"  # noqa: S104  (a token is asked for)
 
@@ -85,21 +85,12 @@ def _store_of_agent(master: str, port: int) -> TCPStore:
 
 
 def _await(store: TCPStore, key: str, timeout: float) -> None:
-    """Wait until a key is there, in slices: torch hears no signal meanwhile."""
-    from torch.distributed import DistStoreError  # noqa: PLC0415
-
+    """Look for a key until it is there: torch's own wait hears no signal, and logs a lot."""
     deadline = time.monotonic() + timeout
-    while True:
-        left = max(deadline - time.monotonic(), 0.0)
-        # A wait of nothing would be one for ever.
-        limit = dt.timedelta(seconds=max(min(left, _SLICE_SECONDS), 0.01))
-        try:
-            store.wait([key], limit)
-        except DistStoreError:
-            if left <= _SLICE_SECONDS:
-                raise NotOpened from None
-        else:
-            return
+    while not store.check([key]):
+        if time.monotonic() >= deadline:
+            raise NotOpened
+        time.sleep(_LOOK_SECONDS)
 
 
 def _own_address(master: str) -> str:
