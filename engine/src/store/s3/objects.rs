@@ -70,14 +70,11 @@ impl Shared {
                 .set_continuation_token(token.clone());
             let page = bounded(&self.client, answer(request.send())).await?;
             objects.extend(page.contents().iter().filter_map(listed));
-            let next = page.next_continuation_token().filter(|_| page.is_truncated() == Some(true));
-            match next {
-                // One that gives the same page for ever would never end.
-                Some(next) if most.is_none() && Some(next) != token.as_deref() => {
-                    token = Some(next.into());
-                }
-                _ => return Ok(objects),
+            if most.is_some() || page.is_truncated() != Some(true) {
+                return Ok(objects);
             }
+            let next = page.next_continuation_token().map(String::from);
+            token = Some(next_page(token.as_ref(), next)?);
         }
     }
 
@@ -223,6 +220,15 @@ pub(super) async fn bounded<T>(
     }
 }
 
+/// Where a listing that was cut short goes on after the page that began at `this`. One that cannot
+/// go on, or gives the same page for ever, is not the whole: what it lacks would count as gone.
+pub(super) fn next_page<T: PartialEq>(this: Option<&T>, next: Option<T>) -> Asked<T> {
+    match next {
+        Some(next) if this != Some(&next) => Ok(next),
+        _ => Err(Failure::new("the service cut the listing short, and does not say how to go on")),
+    }
+}
+
 fn late(client: &Client) -> Failure {
     Failure::new(format!(
         "no answer within {} s, in {} attempts at most",
@@ -284,6 +290,15 @@ pub(super) fn checksum_header(crc: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_listing_that_is_cut_short_goes_on_or_is_an_error() {
+        assert_eq!(next_page(None, Some("b")), Ok("b"));
+        assert_eq!(next_page(Some(&"a"), Some("b")), Ok("b"));
+        assert!(next_page(None::<&&str>, None).is_err());
+        assert!(next_page(Some(&"a"), None).is_err());
+        assert!(next_page(Some(&"a"), Some("a")).is_err());
+    }
 
     #[test]
     fn checksums_look_as_the_service_writes_them() {

@@ -19,7 +19,7 @@ use bytes::Bytes;
 
 use super::Shared;
 use super::error::Failure;
-use super::objects::{Asked, answer, bounded, checksum_header};
+use super::objects::{Asked, answer, bounded, checksum_header, next_page};
 use super::parts::Part;
 use crate::Result;
 use crate::format::names;
@@ -227,24 +227,25 @@ impl Shared {
     /// Uploads to keys that begin with `prefix`.
     async fn list_uploads(&self, prefix: &str) -> Asked<Vec<MultipartUpload>> {
         let mut uploads = Vec::new();
-        let (mut key, mut id) = (None, None);
+        let mut marker: Option<(String, Option<String>)> = None;
         loop {
+            let (key, id) = marker.clone().unzip();
             let request = self
                 .client
                 .s3
                 .list_multipart_uploads()
                 .bucket(self.address.bucket())
                 .prefix(prefix)
-                .set_key_marker(key.clone())
-                .set_upload_id_marker(id.clone());
+                .set_key_marker(key)
+                .set_upload_id_marker(id.flatten());
             let page = bounded(&self.client, answer(request.send())).await?;
             uploads.extend_from_slice(page.uploads());
-            let next = (page.next_key_marker().map(String::from), page.next_upload_id_marker());
-            let next = (next.0, next.1.map(String::from));
-            if page.is_truncated() != Some(true) || next == (key.clone(), id.clone()) {
+            if page.is_truncated() != Some(true) {
                 return Ok(uploads);
             }
-            (key, id) = next;
+            let next_id = page.next_upload_id_marker().map(String::from);
+            let next = page.next_key_marker().map(|key| (key.to_owned(), next_id));
+            marker = Some(next_page(marker.as_ref(), next)?);
         }
     }
 
@@ -267,11 +268,11 @@ impl Shared {
                 page => page?,
             };
             parts.extend_from_slice(page.parts());
-            let next = page.next_part_number_marker().map(String::from);
-            if page.is_truncated() != Some(true) || next == marker {
+            if page.is_truncated() != Some(true) {
                 return Ok((parts, page.checksum_type() == Some(&ChecksumType::FullObject)));
             }
-            marker = next;
+            let next = page.next_part_number_marker().map(String::from);
+            marker = Some(next_page(marker.as_ref(), next)?);
         }
     }
 }
