@@ -17,7 +17,8 @@
 //!   which need not hold the shards of others, its own shard is what counts.
 //! - A manifest *stands* if it decodes, is of its directory's step, and is not itself retired.
 //!   Only earlier steps retire later ones, so one ascending pass decides all chains. Losing a shard
-//!   does not undo a retirement: what ceased to exist does not come back.
+//!   does not undo a retirement: what ceased to exist does not come back. Nor does losing the
+//!   manifest that said so: each save says it again, until training has gone past the step.
 //! - A file is an orphan only where it is known what the step's manifest names: a step whose
 //!   manifest cannot be read has no orphans.
 
@@ -47,6 +48,9 @@ pub enum ManifestState {
 pub struct Survey {
     /// Every step directory, by ascending step.
     pub steps: Vec<StepSurvey>,
+    /// Later checkpoints that manifests which stand say ceased to exist, whether they are seen here
+    /// or not, by ascending step: each once.
+    pub ceased: Vec<Retired>,
 }
 
 /// What a step directory holds.
@@ -106,9 +110,12 @@ pub struct OrphanFile {
 pub struct SavePlan {
     /// The attempt whose manifest stands there now and goes.
     pub replaces: Option<AttemptId>,
-    /// Later checkpoints that cease to exist at that commit.
+    /// Later checkpoints that cease to exist at that commit, or did before.
     pub retired: Vec<Retired>,
 }
+
+/// Most checkpoints that are said to have ceased to exist though nothing is seen of them.
+const UNSEEN_MAX: usize = 4096;
 
 /// The part that a rank with a store of its own answers for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,11 +159,27 @@ pub fn survey(
         })
         .collect();
     steps.sort_by_key(|step| step.step);
-    Survey { steps }
+    let stands = |(step, _): &(&u64, &&Manifest)| !retired.contains_key(step);
+    let said = standing
+        .iter()
+        .filter(stands)
+        .flat_map(|(step, manifest)| manifest.retired.iter().filter(|entry| entry.step > *step));
+    Survey { steps, ceased: in_order(said) }
+}
+
+/// Each once, by ascending step.
+fn in_order<'a>(retired: impl Iterator<Item = &'a Retired>) -> Vec<Retired> {
+    let once: BTreeSet<(u64, &str)> =
+        retired.map(|entry| (entry.step, entry.attempt.as_str())).collect();
+    once.into_iter().map(|(step, attempt)| Retired { attempt: attempt.into(), step }).collect()
 }
 
 /// Decides whether `step` may be saved and what its manifest must say. Without `rewind`, a step is
-/// saved only after the newest; with it, every later checkpoint is retired at the commit.
+/// saved only after the newest that can be loaded; with it, every later checkpoint is retired at
+/// the commit. Later ones that are damaged are retired either way: mended, they would be newest.
+///
+/// What ceased to exist before is said again, though nothing is seen of it: a copy may lie where
+/// this store does not look now, and the manifest that said so may go.
 pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> {
     if let Some(newest) = survey.newest_in_the_way().filter(|newest| step <= *newest && !rewind) {
         return Err(EngineError::StepConflict {
@@ -178,16 +201,20 @@ pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> 
         });
     }
     let replaces = survey.step(step).and_then(|survey| survey.attempt);
-    let retired = survey
-        .steps
-        .iter()
-        .filter(|later| later.step > step && (rewind || later.is_retired()))
-        .filter_map(|later| {
-            let attempt = later.attempt?.to_string();
-            Some(Retired { attempt, step: later.step })
-        })
-        .collect();
-    Ok(SavePlan { replaces, retired })
+    Ok(SavePlan { replaces, retired: retired_by(survey, step, rewind) })
+}
+
+fn retired_by(survey: &Survey, step: u64, rewind: bool) -> Vec<Retired> {
+    let goes = |later: &&StepSurvey| {
+        later.step > step && (rewind || later.is_retired() || later.is_damaged())
+    };
+    let named = |later: &StepSurvey| {
+        Some(Retired { attempt: later.attempt?.to_string(), step: later.step })
+    };
+    let seen: Vec<Retired> = survey.steps.iter().filter(goes).filter_map(named).collect();
+    // Of too many, those that would be the newest.
+    let unseen = survey.ceased.iter().rev().filter(|entry| entry.step > step).take(UNSEEN_MAX);
+    in_order(seen.iter().chain(unseen))
 }
 
 impl Survey {
@@ -249,6 +276,10 @@ impl StepSurvey {
     pub(crate) fn is_retired(&self) -> bool {
         matches!(self.state, StepState::Retired { .. })
     }
+
+    pub(crate) fn is_damaged(&self) -> bool {
+        matches!(self.state, StepState::Damaged { .. })
+    }
 }
 
 /// Manifests that the listing shows, that decode, and that lie in their own step's directory.
@@ -270,7 +301,7 @@ fn legible<'a>(
 
 /// Retired steps, each with the earliest step that retires it. Ascending, so when a step's turn
 /// comes, everything that could retire it has been seen.
-fn retirements(legible: &BTreeMap<u64, &Manifest>) -> BTreeMap<u64, u64> {
+pub(crate) fn retirements(legible: &BTreeMap<u64, &Manifest>) -> BTreeMap<u64, u64> {
     let mut retired = BTreeMap::new();
     for (&step, manifest) in legible {
         if retired.contains_key(&step) {
@@ -634,14 +665,49 @@ mod tests {
             .checkpoint(30, 3, &[]);
         scene.files(30).pop();
         let survey = scene.survey();
-        let plan = check_save(&survey, 15, false).unwrap();
-        assert_eq!(plan.retired, [Retired { attempt: attempt(2).to_string(), step: 20 }]);
+        let steps = |plan: &SavePlan| -> Vec<u64> {
+            plan.retired.iter().map(|retired| retired.step).collect()
+        };
+        // Mended, 30 would be the newest, after what was saved without it.
+        assert_eq!(steps(&check_save(&survey, 15, false).unwrap()), [20, 30]);
         let plan = check_save(&survey, 20, false).unwrap();
-        assert_eq!((plan.replaces, plan.retired.len()), (Some(attempt(2)), 0));
+        assert_eq!((plan.replaces, steps(&plan)), (Some(attempt(2)), vec![30]));
+        assert_eq!(steps(&check_save(&survey, 31, false).unwrap()), [0; 0]);
         // Replacing the manifest that retires 20 must go on retiring it.
         let plan = check_save(&survey, 10, true).unwrap();
+        assert_eq!((plan.replaces, steps(&plan)), (Some(attempt(1)), vec![20, 30]));
+    }
+
+    #[test]
+    fn what_ceased_to_exist_is_said_again_though_nothing_is_seen_of_it() {
+        let retired = |plan: SavePlan| -> Vec<(u64, u8)> {
+            let id = |entry: &Retired| AttemptId::parse(&entry.attempt).unwrap().0[0];
+            plan.retired.iter().map(|entry| (entry.step, id(entry))).collect()
+        };
+        // 10 went back over 30 and 50, of which nothing is seen: copies may lie elsewhere.
+        let survey = Scene::default().checkpoint(10, 1, &[(30, 3), (50, 5)]).survey();
+        assert_eq!(retired(check_save(&survey, 20, false).unwrap()), [(30, 3), (50, 5)]);
+        assert_eq!(retired(check_save(&survey, 30, false).unwrap()), [(50, 5)]);
+        assert_eq!(retired(check_save(&survey, 60, false).unwrap()), [(0, 0); 0]);
+        // Then 10 is gone, and 50 comes in sight: it does not stand again.
+        let scene =
+            Scene::default().checkpoint(20, 2, &[(30, 3), (50, 5)]).checkpoint(50, 5, &[(70, 7)]);
+        assert_eq!(scene.state(50), StepState::Retired { by: 20 });
+        assert_eq!(scene.survey().newest(), Some(20));
+        // A rewind says again what those say that it retires; what was retired says nothing.
+        let plan = check_save(&scene.survey(), 5, true).unwrap();
+        assert_eq!(retired(plan), [(20, 2), (30, 3), (50, 5)]);
+    }
+
+    #[test]
+    fn too_much_that_is_not_seen_is_cut_short_from_below() {
+        let many: Vec<(u64, u8)> = (0..5000).map(|step| (100 + step, 1)).collect();
+        let survey = Scene::default().checkpoint(10, 1, &many).checkpoint(100, 1, &[]).survey();
+        let plan = check_save(&survey, 20, false).unwrap();
         let steps: Vec<u64> = plan.retired.iter().map(|retired| retired.step).collect();
-        assert_eq!((plan.replaces, steps), (Some(attempt(1)), vec![20, 30]));
+        assert_eq!(steps.len(), UNSEEN_MAX + 1);
+        // What is seen is said in any case.
+        assert_eq!((steps[0], steps[1], steps[UNSEEN_MAX]), (100, 1004, 5099));
     }
 
     #[test]

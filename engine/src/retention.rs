@@ -104,7 +104,7 @@ mod tests {
             step(35, StepState::Damaged { why: String::new() }),
             step(40, StepState::Committed),
         ];
-        let survey = Survey { steps };
+        let survey = Survey { steps, ..Survey::default() };
         assert_eq!(plan_retention(&survey, policy(Some(1), None), &[]), [25, 20, 30]);
         assert_eq!(plan_retention(&survey, policy(Some(1), None), &[20, 30]), [25]);
         assert_eq!(plan_retention(&survey, Policy::default(), &[]), [25, 20]);
@@ -122,8 +122,8 @@ mod tests {
         };
         let orphans =
             vec![orphan("old", 100), orphan("just", 60), orphan("young", 59), orphan("future", -1)];
-        let survey =
-            Survey { steps: vec![StepSurvey { orphans, ..step(1, StepState::Incomplete) }] };
+        let steps = vec![StepSurvey { orphans, ..step(1, StepState::Incomplete) }];
+        let survey = Survey { steps, ..Survey::default() };
         let names = |grace_seconds| {
             let plan = plan_cleanup(&survey, now, Duration::from_secs(grace_seconds));
             plan.into_iter().map(|orphan| orphan.file).collect::<Vec<_>>()

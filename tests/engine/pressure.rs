@@ -130,6 +130,62 @@ fn a_manifest_that_could_not_be_read_for_a_moment_is_retired_by_a_rewind_all_the
 }
 
 #[test]
+fn a_save_does_not_go_past_a_later_step_that_cannot_be_read_for_a_moment() {
+    let directory = scratch();
+    let state = State::training(1, 0);
+    let engine = open(config(directory.path()), backend());
+    for step in [10, 20] {
+        state.save(&engine, step).unwrap();
+    }
+    drop(engine);
+
+    let sim = Arc::new(Sim::new(backend(), Plan::default()));
+    let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
+    let is_manifest_of_20 = |operation: &LoggedOp| {
+        matches!(operation.kind, OpKind::Open(_))
+            && operation.path.ends_with("step-000000000020/manifest.json")
+    };
+    let trigger = Trigger::Matching(Box::new(is_manifest_of_20));
+    sim.set_plan(Plan::single(trigger, Times::Forever, FaultKind::Error(5)));
+    assert_eq!(engine.steps().unwrap(), [10], "the others can be listed");
+    let error = engine.save(state.request(15)).unwrap_err();
+    assert!(matches!(error, EngineError::Io { .. }), "{error}");
+    sim.set_plan(Plan::default());
+    let error = engine.save(state.request(15)).unwrap_err();
+    assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
+    state.save(&engine, 25).unwrap();
+    assert_eq!(engine.steps().unwrap(), [10, 20, 25]);
+}
+
+#[test]
+fn a_damaged_step_that_a_save_leaves_behind_does_not_come_back_as_the_newest() {
+    let directory = scratch();
+    let state = State::training(1, 0);
+    let engine = open(config(directory.path()), backend());
+    for step in [10, 20] {
+        state.save(&engine, step).unwrap();
+    }
+    drop(engine);
+    // Not there for a while, as on a filesystem of another machine.
+    let (step, aside) = (directory.path().join("step-000000000020"), directory.path().join("20"));
+    std::fs::create_dir(&aside).unwrap();
+    for file in std::fs::read_dir(&step).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), aside.join(file.file_name())).unwrap();
+        if file.path().extension().is_some_and(|end| end == "shard") {
+            std::fs::remove_file(file.path()).unwrap();
+        }
+    }
+    let engine = open(config(directory.path()), backend());
+    assert_eq!(engine.steps().unwrap(), [10]);
+    state.save(&engine, 15).unwrap();
+    drop(engine);
+    let _gone = std::fs::remove_dir_all(&step);
+    std::fs::rename(&aside, &step).unwrap();
+    let engine = open(config(directory.path()), backend());
+    assert_eq!(engine.steps().unwrap(), [10, 15]);
+}
+
+#[test]
 fn a_wait_with_a_time_limit_ends_while_another_thread_saves() {
     let directory = scratch();
     let gate =

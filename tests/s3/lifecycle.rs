@@ -39,6 +39,22 @@ fn retention_and_rewind_and_deleting() {
     assert!(engine.gc(NOW).unwrap().removed.is_empty());
 }
 
+/// The service tells times to the second, and one manifest is as long as the other.
+#[test]
+fn a_step_that_is_saved_again_within_a_second_is_known_by_its_new_attempt() {
+    let place = Place::new();
+    let engine = open(place.config());
+    let state = State::training(1, 0);
+    state.save(&engine, 4).unwrap();
+    for _ in 0..10 {
+        let mut request = state.request(5);
+        request.rewind = true;
+        let saved = finish(&engine.save(request).unwrap()).unwrap();
+        let known = engine.survey().unwrap().step(5).unwrap().attempt.unwrap();
+        assert_eq!(known.to_string(), saved.attempt);
+    }
+}
+
 #[test]
 fn a_cancelled_save_gives_its_upload_up() {
     let place = Place::new();

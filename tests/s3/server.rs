@@ -2,14 +2,15 @@
 //! is here adds the rules that the real service has and that one lacks.
 //!
 //! Always holds: conditions are decided under a lock, one writer after the other; a body is checked
-//! against its checksum before it becomes an object or a part; a listing has pages.
+//! against its checksum before it becomes an object or a part; a listing has pages, and tells times
+//! to the second.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use dtr_engine::format::checksum::{combine, crc32c};
 use hyper_util::rt::TokioIo;
@@ -21,7 +22,7 @@ use s3s::dto::{
     ETag, GetObjectInput, GetObjectOutput, HeadObjectInput, HeadObjectOutput,
     ListMultipartUploadsInput, ListMultipartUploadsOutput, ListObjectsV2Input, ListObjectsV2Output,
     ListPartsInput, ListPartsOutput, MultipartUpload, Part, PutObjectInput, PutObjectOutput, Range,
-    StreamingBlob, UploadPartInput, UploadPartOutput,
+    StreamingBlob, Timestamp, TimestampFormat, UploadPartInput, UploadPartOutput,
 };
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
@@ -212,6 +213,15 @@ async fn whole(
     Ok((Body::from(bytes), crc, length))
 }
 
+/// The time as the real service tells it.
+fn whole_seconds(time: &Timestamp) -> Timestamp {
+    let mut text = Vec::new();
+    time.format(TimestampFormat::EpochSeconds, &mut text).unwrap();
+    let text = String::from_utf8(text).unwrap();
+    let seconds = text.split('.').next().unwrap().parse().unwrap();
+    (SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).into()
+}
+
 /// Base 64 of a checksum's bytes, the highest first.
 fn header_of(crc: u32) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -229,7 +239,11 @@ impl S3 for Bucket {
         Self::check_place(&request.input.bucket)?;
         let page = self.rules.page.load(Ordering::Relaxed);
         request.input.max_keys = Some(request.input.max_keys.map_or(page, |keys| keys.min(page)));
-        self.files.list_objects_v2(request).await
+        let mut answer = self.files.list_objects_v2(request).await?;
+        for object in answer.output.contents.iter_mut().flatten() {
+            object.last_modified = object.last_modified.take().map(|time| whole_seconds(&time));
+        }
+        Ok(answer)
     }
 
     async fn head_object(&self, request: S3Request<HeadObjectInput>) -> Answer<HeadObjectOutput> {

@@ -13,7 +13,7 @@ use crate::codec::Codec;
 use crate::config::{Compression, Config};
 use crate::error::IoContext;
 use crate::format::FormatError;
-use crate::format::manifest::{Manifest, Retired};
+use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::io::buffer::BufferPool;
 use crate::ranks::{Attempt, Ranks};
@@ -136,17 +136,23 @@ impl Core {
     /// hides no other checkpoint.
     pub(super) fn survey(&self) -> Result<Survey> {
         let survey = self.survey_once(Unreadable::IsDamaged)?;
-        let damaged = |step: &StepSurvey| matches!(step.state, StepState::Damaged { .. });
-        if self.config.read_only && survey.steps.iter().any(damaged) {
+        if self.config.read_only && survey.steps.iter().any(StepSurvey::is_damaged) {
             // The writer may have been deleting it while we looked: what is found now counts.
             return self.survey_once(Unreadable::IsDamaged);
         }
         Ok(survey)
     }
 
-    /// The survey that a rewind needs: a later checkpoint that cannot be read at this moment cannot
-    /// be retired, and would come back.
-    pub(super) fn survey_for_rewind(&self) -> Result<Survey> {
+    /// The survey that a save of `step` needs. A later checkpoint that cannot be read at this
+    /// moment cannot be retired, and would come back: an error to one that leaves it behind.
+    pub(super) fn survey_for_save(&self, step: u64, rewind: bool) -> Result<Survey> {
+        if !rewind {
+            let survey = self.known_survey()?;
+            let is_passed = |later: &StepSurvey| later.step > step && later.is_damaged();
+            if !survey.steps.iter().any(is_passed) {
+                return Ok(survey);
+            }
+        }
         self.survey_once(Unreadable::IsAnError)
     }
 
@@ -184,12 +190,13 @@ impl Core {
         // What the device did not give this time is asked for again.
         manifests.retain(|step, _| !unread.contains(step));
         let mut book = self.book();
-        book.manifests = manifests;
         if book.ratio.is_none() {
             book.ratio = newest_ratio(&survey, &states);
         }
-        if !self.config.read_only && book.changes == changes {
-            book.survey = Some(survey.clone());
+        // What was saved meanwhile may have been read before.
+        if book.changes == changes {
+            book.manifests = manifests;
+            book.survey = (!self.config.read_only).then(|| survey.clone());
         }
         Ok(survey)
     }
@@ -208,6 +215,13 @@ impl Core {
         let mut book = self.book();
         book.changes += 1;
         book.survey = None;
+    }
+
+    /// The same of a step that has, or may have, another manifest now. Its listing need not tell:
+    /// the length may be the same, and some services know the time to a second only.
+    pub(super) fn note_saved(&self, step: u64) {
+        self.book().manifests.remove(&step);
+        self.note_change();
     }
 
     /// What this rank can load, by name: steps of other attempts are not the same.
@@ -282,21 +296,21 @@ impl Core {
             book.pace = Some(job.flow.pace());
         } else {
             // Whether its manifest became visible is the store's to say.
-            self.note_change();
+            self.note_saved(job.step);
         }
         tracing::debug!(step = job.step, committed = info.is_some(), "save ended");
     }
 
     /// After the commit of `step`: deletes what the policy, or a rewind, lets go, and old debris.
     /// The save stands whatever happens here: failures are logged and tried again after the next.
-    pub(crate) fn prune(&self, step: u64, retired: &[Retired]) -> Vec<u64> {
+    pub(crate) fn prune(&self, step: u64) -> Vec<u64> {
         self.book().verified = Some(step);
-        self.note_change();
+        self.note_saved(step);
         if self.config.rank != 0 && !self.config.has_own_store() {
             // Rank 0 does it for all.
             return Vec::new();
         }
-        let removed = self.try_prune(step, retired);
+        let removed = self.try_prune(step);
         if let Err(error) = &removed {
             tracing::warn!(step, %error, "retention failed; it runs again after the next save");
             self.note_change();
@@ -304,17 +318,18 @@ impl Core {
         removed.unwrap_or_default()
     }
 
-    fn try_prune(&self, step: u64, retired: &[Retired]) -> Result<Vec<u64>> {
+    fn try_prune(&self, step: u64) -> Result<Vec<u64>> {
         let survey = self.survey()?;
         let protected = self.protected_with(step, &survey);
+        let is_retired = |step: &u64| survey.step(*step).is_some_and(StepSurvey::is_retired);
         let mut plan = plan_retention(&survey, Policy::from(&self.config), &protected);
         // What a rewind retired is wanted nowhere; the rest is kept until the far store has it.
         plan.retain(|step| {
-            let is_retired = survey.step(*step).is_some_and(StepSurvey::is_retired);
-            is_retired || self.config.remove_before_upload || self.store.may_remove(*step)
+            is_retired(step) || self.config.remove_before_upload || self.store.may_remove(*step)
         });
-        if !retired.is_empty() {
-            tracing::info!(step, retired = retired.len(), "later checkpoints retired by a rewind");
+        let retired = plan.iter().copied().filter(is_retired).count();
+        if retired > 0 {
+            tracing::info!(step, retired, "later checkpoints retired by a rewind");
         }
         for &step in &plan {
             self.store.let_go(step)?;

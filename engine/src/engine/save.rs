@@ -78,8 +78,7 @@ impl Inner {
         self.wait_for_last(None)?;
         let waited = request.waited + elapsed(&*self.core.environment, called);
         let rewind = request.rewind || self.core.goes_over_own_only(request.step);
-        let survey =
-            if rewind { self.core.survey_for_rewind()? } else { self.core.known_survey()? };
+        let survey = self.core.survey_for_save(request.step, rewind)?;
         let plan = check_save(&survey, request.step, rewind)?;
         let Config { rank, world_size, chunk_bytes, .. } = self.core.config;
         let share = Share::plan(&request, rank, world_size)?;

@@ -56,7 +56,7 @@ pub struct Manifest {
     pub job: String,
     /// What the user attached.
     pub metadata: BTreeMap<String, Value>,
-    /// Later checkpoints that this one retires (a rewind): they do not exist any more.
+    /// Later checkpoints that this one retires (a rewind), or that were before: they do not exist.
     pub retired: Vec<Retired>,
     /// One per rank, by rank.
     pub shards: Vec<ShardEntry>,

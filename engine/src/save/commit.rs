@@ -229,8 +229,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
         stats.retries = figures.retries;
     });
     tracing::trace_span!("read_back").in_scope(|| read_back(core, shard, &entry, &manifest))?;
-    let removed_steps =
-        tracing::trace_span!("retention").in_scope(|| core.prune(shard.step, &manifest.retired));
+    let removed_steps = tracing::trace_span!("retention").in_scope(|| core.prune(shard.step));
     Ok(SaveInfo {
         step: shard.step,
         attempt: shard.attempt.to_string(),
