@@ -186,6 +186,25 @@ fn a_damaged_step_that_a_save_leaves_behind_does_not_come_back_as_the_newest() {
 }
 
 #[test]
+fn what_a_deletion_left_undone_is_not_taken_for_what_was_there_before() {
+    let directory = scratch();
+    let state = State::training(1, 0);
+    let sim = Arc::new(Sim::new(backend(), Plan::default()));
+    let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
+    state.save(&engine, 1).unwrap();
+    let is_shard_removed = |operation: &LoggedOp| {
+        matches!(operation.kind, OpKind::Entry(EntryOp::RemoveFile(_)))
+            && operation.path.extension().is_some_and(|end| end == "shard")
+    };
+    let trigger = Trigger::Matching(Box::new(is_shard_removed));
+    sim.set_plan(Plan::single(trigger, Times::Once, FaultKind::Error(5)));
+    assert!(matches!(engine.delete(1).unwrap_err(), EngineError::Io { .. }));
+    // Its manifest is gone, so nothing is in the way.
+    state.save(&engine, 1).unwrap();
+    state.assert_equals(&engine.checkpoint(1).unwrap());
+}
+
+#[test]
 fn a_wait_with_a_time_limit_ends_while_another_thread_saves() {
     let directory = scratch();
     let gate =

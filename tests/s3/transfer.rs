@@ -78,6 +78,24 @@ fn a_copy_that_broke_off_is_resumed_and_sends_no_part_twice() {
 }
 
 #[test]
+fn a_copy_into_a_directory_that_was_killed_is_done_again() {
+    let place = Place::new();
+    let directory = scratch();
+    let remote = open(place.config());
+    let state = State::training(1, 1);
+    state.save(&remote, 1).unwrap();
+    let local = Engine::open(config(directory.path())).unwrap();
+    // What a process leaves that did not come to its end.
+    let shard = &remote.manifest(1).unwrap().shards[0];
+    let step = directory.path().join("step-000000000001");
+    std::fs::create_dir(&step).unwrap();
+    std::fs::write(step.join(&shard.file), vec![1; 9000]).unwrap();
+    remote.copy_to(&local, 1, &()).unwrap();
+    assert!(local.verify(1, &()).unwrap().damage.is_empty());
+    state.assert_equals(&local.checkpoint(1).unwrap());
+}
+
+#[test]
 fn damage_is_not_copied() {
     let place = Place::new();
     let directory = scratch();

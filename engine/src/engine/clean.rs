@@ -47,6 +47,13 @@ pub struct GcItem {
 impl Core {
     /// Deletes one checkpoint; whatever it retired goes before it, or would exist again.
     pub(super) fn delete(&self, step: u64) -> Result<u64> {
+        let freed_bytes = self.try_delete(step);
+        // A part of it may be done, whatever came of the rest.
+        self.note_change();
+        freed_bytes
+    }
+
+    fn try_delete(&self, step: u64) -> Result<u64> {
         let survey = self.survey()?;
         self.check_exists(step)?;
         if let Some(StepState::Newer { why }) = survey.step(step).map(|step| &step.state) {
@@ -59,15 +66,22 @@ impl Core {
         let mut freed_bytes = 0;
         for retired in survey.steps.iter().rev() {
             if retired.state == (StepState::Retired { by: step }) {
-                freed_bytes += self.store.remove_checkpoint(retired.step)?;
+                freed_bytes += self.store.remove_checkpoint(retired.step, retired.attempt)?;
             }
         }
-        freed_bytes += self.store.remove_checkpoint(step)?;
-        self.note_change();
-        Ok(freed_bytes)
+        let attempt = survey.step(step).and_then(|step| step.attempt);
+        Ok(freed_bytes + self.store.remove_checkpoint(step, attempt)?)
     }
 
     pub(super) fn gc(&self, options: GcOptions) -> Result<GcReport> {
+        let report = self.try_gc(options);
+        if !options.dry_run {
+            self.note_change();
+        }
+        report
+    }
+
+    fn try_gc(&self, options: GcOptions) -> Result<GcReport> {
         let survey = self.survey()?;
         let now = self.store.now()?;
         let grace = options.grace.unwrap_or(Duration::from_secs(self.config.gc_grace_seconds));
@@ -75,7 +89,7 @@ impl Core {
         for step in survey.steps.iter().rev() {
             if let StepState::Retired { by } = step.state {
                 if !options.dry_run {
-                    self.store.remove_checkpoint(step.step)?;
+                    self.store.remove_checkpoint(step.step, step.attempt)?;
                 }
                 report.remove(GcItem {
                     step: step.step,
@@ -104,9 +118,6 @@ impl Core {
             }
         }
         self.gc_uploads(options, grace, now, &mut report)?;
-        if !options.dry_run {
-            self.note_change();
-        }
         Ok(report)
     }
 

@@ -332,7 +332,7 @@ impl Core {
             tracing::info!(step, retired, "later checkpoints retired by a rewind");
         }
         for &step in &plan {
-            self.store.let_go(step)?;
+            self.store.let_go(step, survey.step(step).and_then(|step| step.attempt))?;
         }
         let grace = std::time::Duration::from_secs(self.config.gc_grace_seconds);
         let orphans = plan_cleanup(&survey, self.store.now()?, grace);

@@ -8,7 +8,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::format::manifest::Manifest;
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
 use crate::transfer::Transferred;
@@ -79,21 +78,13 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Hears that `step` is committed, wherever that is decided: a far store gets it from now on.
     fn committed(&self, _step: u64) {}
 
-    /// Deletes a checkpoint: the manifest first, then its directory. Returns the bytes freed.
-    fn remove_checkpoint(&self, step: u64) -> Result<u64>;
-
-    /// [`Store::remove_checkpoint`], if the checkpoint is that of `attempt`.
-    fn remove_attempt(&self, step: u64, attempt: AttemptId) -> Result<u64> {
-        let stands = self.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
-        if stands.is_none_or(|manifest| manifest.attempt != attempt.to_string()) {
-            return Ok(0);
-        }
-        self.remove_checkpoint(step)
-    }
+    /// Deletes a checkpoint: the manifest first, then its directory. With `only`, the checkpoint of
+    /// another attempt stays: it was saved after the caller had looked. Returns the bytes freed.
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64>;
 
     /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller.
-    fn let_go(&self, step: u64) -> Result<()> {
-        self.remove_checkpoint(step).map(drop)
+    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
+        self.remove_checkpoint(step, only).map(drop)
     }
 
     /// Deletes one file of a step that no manifest names, if no live attempt holds its lock, and
@@ -122,7 +113,8 @@ pub trait Store: Send + Sync + fmt::Debug {
         ))
     }
 
-    /// Whether retention may take a checkpoint: not while it waits to be brought to a far store.
+    /// Whether retention may take a checkpoint: not while it waits to be brought to a far store,
+    /// nor if that failed for good.
     fn may_remove(&self, _step: u64) -> bool {
         true
     }

@@ -167,6 +167,18 @@ impl Store for LocalStore {
         Ok(Box::new(sink::LocalShardSink::create(&self.shared, shard, reserve_bytes, flow)?))
     }
 
+    fn resume_shard(
+        &self,
+        shard: ShardId,
+        size: ShardSize,
+        flow: &Arc<Flow>,
+    ) -> Result<Box<dyn ShardSink>> {
+        self.writer("creating a shard")?;
+        // Nothing tells how much of it is right: it is written anew.
+        remove::remove_begun(&self.shared, shard)?;
+        self.create_shard(shard, size, flow)
+    }
+
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>> {
         Ok(Box::new(source::LocalShardSource::open(&self.shared, shard)?))
     }
@@ -181,9 +193,9 @@ impl Store for LocalStore {
         publish::unpublish(&self.shared, (step, attempt), replaced)
     }
 
-    fn remove_checkpoint(&self, step: u64) -> Result<u64> {
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
         self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step)
+        remove::remove_checkpoint(&self.shared, step, only)
     }
 
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {

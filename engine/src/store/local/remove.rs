@@ -15,12 +15,18 @@ use std::sync::atomic::Ordering;
 
 use super::lock::{LockFile, lock_error};
 use super::{Shared, is_directory, is_own_name, list_own_names, publish, stat_file};
-use crate::format::names;
+use crate::format::names::{self, AttemptId};
 use crate::io::EntryOp;
+use crate::store::ShardId;
+use crate::store::publication::Standing;
 use crate::{EngineError, Result};
 
 /// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`].
-pub(super) fn remove_checkpoint(shared: &Shared, step: u64) -> Result<u64> {
+pub(super) fn remove_checkpoint(
+    shared: &Shared,
+    step: u64,
+    only: Option<AttemptId>,
+) -> Result<u64> {
     let directory = shared.step_directory(step);
     let Some(names) = list_own_names(&*shared.io, &directory)? else {
         return Ok(0);
@@ -28,6 +34,11 @@ pub(super) fn remove_checkpoint(shared: &Shared, step: u64) -> Result<u64> {
     settle(shared)?;
     let mut freed_bytes = {
         let _changes = shared.changes();
+        if let Some(attempt) = only
+            && publish::standing(shared, step, attempt)? != Standing::Ours
+        {
+            return Ok(0);
+        }
         remove_file(shared, &directory.join(names::MANIFEST_FILE))?
     };
     // Even if there was none: whoever deleted it may have died before this.
@@ -68,6 +79,29 @@ pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Op
         remove_empty_step(shared, step)?;
     }
     Ok(freed_bytes)
+}
+
+/// Makes room for a shard that an earlier process may have begun to write and that no manifest
+/// names.
+pub(super) fn remove_begun(shared: &Shared, id: ShardId) -> Result<()> {
+    let ShardId { step, rank, attempt } = id;
+    if stat_file(&*shared.io, &shared.shard_path(id))?.is_none() {
+        return Ok(());
+    }
+    let file = names::shard_file_name(rank, attempt);
+    if remove_orphan(shared, step, &file)?.is_some() {
+        return Ok(());
+    }
+    Err(EngineError::StoreBusy {
+        what: format!("writing `{}` anew", shared.shard_path(id).display()),
+        why: "an earlier copy left it, and another process holds its lock, or a manifest that may \
+              name it lies beside it"
+            .into(),
+        hint: format!(
+            "wait for that process or stop it; if the manifest is damaged, delete step {step} \
+             there, then copy again"
+        ),
+    })
 }
 
 /// Makes durable, once, what earlier processes published. Our own publications are durable unless

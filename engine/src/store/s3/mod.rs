@@ -216,14 +216,9 @@ impl Store for S3Store {
         ))
     }
 
-    fn remove_checkpoint(&self, step: u64) -> Result<u64> {
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
         self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step, None)
-    }
-
-    fn remove_attempt(&self, step: u64, attempt: AttemptId) -> Result<u64> {
-        self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step, Some(attempt))
+        remove::remove_checkpoint(&self.shared, step, only)
     }
 
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {

@@ -241,21 +241,24 @@ impl Store for TieredStore {
     }
 
     // A reader's near store refuses what follows, and says why.
-    fn remove_checkpoint(&self, step: u64) -> Result<u64> {
-        let Some(work) = self.uploads() else { return self.near.remove_checkpoint(step) };
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
+        let Some(work) = self.uploads() else { return self.near.remove_checkpoint(step, only) };
+        if only.is_some() && standing(self, step)? != only {
+            return Ok(0);
+        }
         work.cancel_and_wait(step);
         let attempt = work.to_take_back(step);
-        let freed_bytes = self.near.remove_checkpoint(step)?;
+        let freed_bytes = self.near.remove_checkpoint(step, None)?;
         work.let_go_behind(step, attempt);
         Ok(freed_bytes + work.remove_now()?)
     }
 
-    fn let_go(&self, step: u64) -> Result<()> {
-        let Some(work) = self.uploads() else { return self.near.let_go(step) };
+    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
+        let Some(work) = self.uploads() else { return self.near.let_go(step, only) };
         // What is on its way arrives before it is removed: by the same thread.
         work.cancel(step);
         let attempt = work.to_take_back(step);
-        self.near.remove_checkpoint(step)?;
+        self.near.remove_checkpoint(step, None)?;
         work.let_go_behind(step, attempt);
         Ok(())
     }

@@ -298,7 +298,7 @@ impl Work {
     fn remove(&self, removal: &Removal) -> Result<u64> {
         match removal {
             Removal::Checkpoint(step) => {
-                let freed_bytes = self.far.remove_checkpoint(*step)?;
+                let freed_bytes = self.far.remove_checkpoint(*step, None)?;
                 // What is left there is nobody's any more, and goes after the grace period; a
                 // manifest that another rank put there since is taken back by that one.
                 self.view.note(self.far.as_ref(), *step);
@@ -306,7 +306,7 @@ impl Work {
                 Ok(freed_bytes)
             }
             Removal::Attempt(step, attempt) => {
-                let freed_bytes = self.far.remove_attempt(*step, *attempt)?;
+                let freed_bytes = self.far.remove_checkpoint(*step, Some(*attempt))?;
                 self.lock().published.remove(step);
                 Ok(freed_bytes)
             }

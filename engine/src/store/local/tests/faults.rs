@@ -173,7 +173,7 @@ fn a_deletion_makes_the_loss_of_the_manifest_durable_first() {
     let root = directory.path().join("store");
     save(&writer(&root), shard(2, A), None, &pattern(SHARD_BYTES)).unwrap();
     let log = log_of(&root, |store| {
-        store.remove_checkpoint(2).unwrap();
+        store.remove_checkpoint(2, None).unwrap();
     });
     let changes: Vec<&String> = log.iter().filter(|line| !line.starts_with("stat")).collect();
     let (step, shard_name) = (names::step_dir_name(2), names::shard_file_name(0, A));

@@ -188,11 +188,11 @@ fn a_checkpoint_is_written_listed_read_and_deleted() {
         mapped[0] ^= 1;
         assert!(read_shard(&store, id) == bytes, "a mapping is private");
 
-        let freed_bytes = store.remove_checkpoint(1000).unwrap();
+        let freed_bytes = store.remove_checkpoint(1000, None).unwrap();
         assert_eq!(freed_bytes, (bytes.len() + stored.len()) as u64);
         assert_eq!(store.list().unwrap(), []);
         assert_eq!(names_under(&path), [WRITER_LOCK_FILE]);
-        assert_eq!(store.remove_checkpoint(1000).unwrap(), 0);
+        assert_eq!(store.remove_checkpoint(1000, None).unwrap(), 0);
     }
 }
 
@@ -314,6 +314,34 @@ fn an_abandoned_or_dropped_shard_is_gone_and_a_published_one_stays() {
 }
 
 #[test]
+fn a_shard_that_a_copy_left_is_written_anew_unless_somebody_holds_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = writer(directory.path());
+    let step = directory.path().join(names::step_dir_name(7));
+    std::fs::create_dir(&step).unwrap();
+    std::fs::write(step.join(names::shard_file_name(0, A)), [7; 100]).unwrap();
+    let sink = store.resume_shard(shard(7, A), sized(4096), &flow()).unwrap();
+    let held = store.resume_shard(shard(7, A), sized(4096), &flow()).unwrap_err();
+    assert!(matches!(held, EngineError::StoreBusy { .. }), "{held}");
+    sink.abandon();
+    // One that a manifest names stays.
+    save(&store, shard(8, A), None, &pattern(SHARD_BYTES)).unwrap();
+    assert!(store.resume_shard(shard(8, A), sized(4096), &flow()).is_err());
+    assert_eq!(survey_of(&store).committed_steps(), [8]);
+}
+
+#[test]
+fn a_checkpoint_of_another_attempt_than_was_looked_at_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = writer(directory.path());
+    save(&store, shard(1, A), None, &pattern(SHARD_BYTES)).unwrap();
+    assert_eq!(store.remove_checkpoint(1, Some(B)).unwrap(), 0);
+    assert_eq!(survey_of(&store).committed_steps(), [1]);
+    assert!(store.remove_checkpoint(1, Some(A)).unwrap() > 0);
+    assert_eq!(store.list().unwrap(), []);
+}
+
+#[test]
 fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
@@ -321,7 +349,7 @@ fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
     let file = names::shard_file_name(0, A);
     assert_eq!(survey_of(&store).steps[0].orphans[0].file, file);
     assert_eq!(store.remove_orphan(7, &file).unwrap(), None);
-    assert!(store.remove_checkpoint(7).is_ok());
+    assert!(store.remove_checkpoint(7, None).is_ok());
     assert_eq!(store.list().unwrap()[0].files.len(), 1);
     drop(sink);
 
@@ -371,10 +399,10 @@ fn foreign_names_and_links_are_neither_listed_nor_deleted() {
         assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error}");
     }
     assert_eq!(store.remove_orphan(3, &names::shard_file_name(2, A)).unwrap(), Some(0));
-    assert_eq!(store.remove_checkpoint(4).unwrap(), 0);
+    assert_eq!(store.remove_checkpoint(4, None).unwrap(), 0);
     let error = store.create_shard(shard(4, A), sized(4096), &flow()).unwrap_err();
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
-    store.remove_checkpoint(3).unwrap();
+    store.remove_checkpoint(3, None).unwrap();
     assert_eq!(names_under(&step).len(), 3);
     assert_eq!(std::fs::read_to_string(precious).unwrap(), "keep");
 }
@@ -443,7 +471,7 @@ fn a_reader_creates_and_changes_nothing() {
     let refused = [
         reader.create_shard(shard(1, A), sized(0), &flow()).map(drop),
         publish(&reader, shard(1, A), SHARD_BYTES as u64, None),
-        reader.remove_checkpoint(1).map(drop),
+        reader.remove_checkpoint(1, None).map(drop),
         reader.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
     ];
     for outcome in refused {
@@ -524,7 +552,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     let refused = [
         child.create_shard(shard(1, A), sized(0), &flow()).map(drop),
         publish(&child, shard(1, A), SHARD_BYTES as u64, None),
-        child.remove_checkpoint(1).map(drop),
+        child.remove_checkpoint(1, None).map(drop),
         child.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
         child.now().map(drop),
         child.read_manifest(1).map(drop),
