@@ -9,9 +9,10 @@
 //!
 //! Always holds: the copy has the same attempt and the same bytes, each checked on its way; it
 //! exists only when all of it is there and was read back; what an interrupted copy brought over is
-//! not sent again where the store can tell.
+//! not sent again where the store can tell; an error says whether the original is to blame.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
@@ -62,6 +63,62 @@ pub(crate) enum Overwrite {
     Yes,
 }
 
+/// Why a checkpoint was not copied.
+#[derive(Debug)]
+pub(crate) enum Uncopied {
+    /// What was to be copied is damaged, not there, or of a newer version: it will be next time.
+    Source(EngineError),
+    /// Anything else: the destination, or what lies between.
+    Elsewhere(EngineError),
+}
+
+impl Uncopied {
+    /// Of an error that was met while the source was read.
+    fn of_source(error: EngineError) -> Self {
+        match error {
+            EngineError::Corrupt { .. }
+            | EngineError::NotFound { .. }
+            | EngineError::UnsupportedFormat { .. } => Self::Source(error),
+            error => Self::Elsewhere(error),
+        }
+    }
+
+    /// Whether another try may succeed though nobody changes anything here.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            Self::Source(_)
+            | Self::Elsewhere(
+                EngineError::Internal { .. } | EngineError::UnsupportedFormat { .. },
+            ) => false,
+            Self::Elsewhere(_) => true,
+        }
+    }
+}
+
+impl fmt::Display for Uncopied {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Source(error) | Self::Elsewhere(error)) = self;
+        error.fmt(formatter)
+    }
+}
+
+impl From<EngineError> for Uncopied {
+    fn from(error: EngineError) -> Self {
+        Self::Elsewhere(error)
+    }
+}
+
+impl From<Uncopied> for EngineError {
+    fn from(uncopied: Uncopied) -> Self {
+        match uncopied {
+            Uncopied::Source(error) | Uncopied::Elsewhere(error) => error,
+        }
+    }
+}
+
+/// A copy that may not have come about.
+pub(crate) type Copied<T> = std::result::Result<T, Uncopied>;
+
 /// Copies `step`.
 pub(crate) fn transfer(
     source: &dyn Store,
@@ -70,7 +127,7 @@ pub(crate) fn transfer(
     overwrite: Overwrite,
     environment: &Arc<dyn Environment>,
     observer: &dyn VerifyObserver,
-) -> Result<Transferred> {
+) -> Copied<Transferred> {
     let start = environment.monotonic();
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
@@ -85,7 +142,8 @@ pub(crate) fn transfer(
                 what,
                 why: format!("it holds another checkpoint of this step, attempt {there}"),
                 hint: "choose another store, or delete that checkpoint first".into(),
-            });
+            }
+            .into());
         }
         there => there,
     };
@@ -97,8 +155,7 @@ pub(crate) fn transfer(
         transferred.count(entry, sink.as_ref());
         sinks.0.push(sink);
         shards.push((shard, entry.bytes));
-        // Header, footer and index as they lie there now; the chunks' checksums are in the index.
-        Shard::open(destination, &manifest, entry.rank, Damaged::Told)?;
+        read_back(destination, &manifest, entry)?;
     }
     destination.publish(Publication {
         step,
@@ -120,31 +177,59 @@ pub(crate) fn transfer_share(
     (step, share): (u64, OwnShare),
     environment: &Arc<dyn Environment>,
     observer: &dyn VerifyObserver,
-) -> Result<Transferred> {
+) -> Copied<Transferred> {
     let start = environment.monotonic();
     let what = naming(step, destination);
     let Original { manifest, .. } = Original::read(source, step, &what)?;
     let mut transferred = Transferred { step, was_there: true, ..Transferred::default() };
-    let files = source.list_step(step)?.map(|listing| listing.files).unwrap_or_default();
-    let lies_here = |entry: &&ShardEntry| files.iter().any(|file| file.name == entry.file);
-    let is_own = |entry: &&ShardEntry| !share.may_miss(&manifest, entry.rank);
-    let here: Vec<&ShardEntry> = manifest.shards.iter().filter(lies_here).collect();
-    let own: Vec<&ShardEntry> = here.iter().copied().filter(is_own).collect();
+    let part = part_of(source, &manifest, share)?;
     let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
-    for entry in if own.is_empty() { here } else { own } {
-        let open = || Shard::open(destination, &manifest, entry.rank, Damaged::Told).map(drop);
-        match open() {
+    for entry in part {
+        match read_back(destination, &manifest, entry) {
             Ok(()) => continue,
             Err(EngineError::NotFound { .. } | EngineError::Corrupt { .. }) => {}
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
         transferred.was_there = false;
+        // Nothing to bring, and it is not there: that is told of the source.
         let (_, sink) = copy.shard(entry)?;
-        open()?;
+        read_back(destination, &manifest, entry)?;
         transferred.count(entry, sink.as_ref());
     }
     transferred.seconds = elapsed(&**environment, start).as_secs_f64();
     Ok(transferred)
+}
+
+/// The shards that one rank has to bring: its own, or, if that is not in its store because ranks
+/// have moved since, whatever is. If nothing is, its own all the same: somebody may have them.
+fn part_of<'a>(
+    source: &dyn Store,
+    manifest: &'a Manifest,
+    share: OwnShare,
+) -> Result<Vec<&'a ShardEntry>> {
+    let files = source.list_step(manifest.step)?.map(|listing| listing.files).unwrap_or_default();
+    let lies_here = |entry: &&ShardEntry| files.iter().any(|file| file.name == entry.file);
+    let is_own = |entry: &&ShardEntry| !share.may_miss(manifest, entry.rank);
+    let here: Vec<&ShardEntry> = manifest.shards.iter().filter(lies_here).collect();
+    let own_here: Vec<&ShardEntry> = here.iter().copied().filter(is_own).collect();
+    Ok(match (own_here.is_empty(), here.is_empty()) {
+        (false, _) => own_here,
+        (true, false) => here,
+        (true, true) => manifest.shards.iter().filter(is_own).collect(),
+    })
+}
+
+/// Header, footer and index as they lie at the destination now; the chunks' checksums are in the
+/// index. What comes damaged is asked for once more: it may have been damaged on its way.
+fn read_back(destination: &dyn Store, manifest: &Manifest, entry: &ShardEntry) -> Result<()> {
+    let open = || Shard::open(destination, manifest, entry.rank, Damaged::Told).map(drop);
+    match open() {
+        Err(error @ EngineError::Corrupt { .. }) => {
+            tracing::warn!(%error, "what was copied came back damaged, and is read once more");
+            open()
+        }
+        opened => opened,
+    }
 }
 
 /// What of a step that several ranks bring is at the destination.
@@ -154,8 +239,8 @@ pub(crate) enum Brought {
     All,
     /// Shards of other ranks are still missing.
     Some,
-    /// Nothing, though this rank has brought its part: somebody removed it.
-    Nothing,
+    /// Not what this rank has brought: somebody removed it.
+    Less,
 }
 
 /// Publishes `step` at the destination, once every rank has brought its shard there. Any rank may,
@@ -163,8 +248,8 @@ pub(crate) enum Brought {
 pub(crate) fn publish_whole(
     source: &dyn Store,
     destination: &dyn Store,
-    step: u64,
-) -> Result<Brought> {
+    (step, share): (u64, OwnShare),
+) -> Copied<Brought> {
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let standing = standing(destination, step)?;
@@ -175,8 +260,8 @@ pub(crate) fn publish_whole(
     let is_there = |entry: &ShardEntry| {
         files.iter().any(|file| file.name == entry.file && file.bytes == entry.bytes)
     };
-    if !manifest.shards.iter().any(is_there) {
-        return Ok(Brought::Nothing);
+    if !part_of(source, &manifest, share)?.into_iter().all(is_there) {
+        return Ok(Brought::Less);
     }
     if !manifest.shards.iter().all(is_there) {
         return Ok(Brought::Some);
@@ -204,7 +289,11 @@ struct Original {
 }
 
 impl Original {
-    fn read(source: &dyn Store, step: u64, what: &str) -> Result<Self> {
+    fn read(source: &dyn Store, step: u64, what: &str) -> Copied<Self> {
+        Self::try_read(source, step, what).map_err(Uncopied::of_source)
+    }
+
+    fn try_read(source: &dyn Store, step: u64, what: &str) -> Result<Self> {
         let file = format!("{}, manifest of step {step}", source.location());
         let bytes = source.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
             what: what.into(),
@@ -259,8 +348,9 @@ struct Copy<'a> {
 type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
 
 impl Copy<'_> {
-    fn shard(&self, entry: &ShardEntry) -> Result<(ShardId, Box<dyn ShardSink>)> {
-        let checkpoint = Shard::open(self.source, self.manifest, entry.rank, Damaged::Told)?;
+    fn shard(&self, entry: &ShardEntry) -> Copied<(ShardId, Box<dyn ShardSink>)> {
+        let checkpoint = Shard::open(self.source, self.manifest, entry.rank, Damaged::Told)
+            .map_err(Uncopied::of_source)?;
         let (rank, attempt) = parse_shard_file(&entry.file)
             .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
         let shard = ShardId { step: self.manifest.step, rank, attempt };
@@ -270,7 +360,7 @@ impl Copy<'_> {
         flow.captured();
         let mut sink = self.destination.resume_shard(shard, size, &flow)?;
         let copied =
-            self.extents(&checkpoint, sink.as_mut()).and_then(|()| sink.finish(entry.bytes));
+            self.extents(&checkpoint, sink.as_mut()).and_then(|()| Ok(sink.finish(entry.bytes)?));
         match copied {
             Ok(()) => Ok((shard, sink)),
             Err(error) => {
@@ -280,7 +370,7 @@ impl Copy<'_> {
         }
     }
 
-    fn extents(&self, checkpoint: &Shard, sink: &mut dyn ShardSink) -> Result<()> {
+    fn extents(&self, checkpoint: &Shard, sink: &mut dyn ShardSink) -> Copied<()> {
         let extents = checkpoint.extents();
         let buffer_bytes = extents.iter().map(|extent| extent.bytes).max().unwrap_or(0);
         let count = (BUFFERS_BYTES / buffer_bytes.max(1)).clamp(BUFFERS_MIN, 64);
@@ -309,14 +399,14 @@ impl Copy<'_> {
         checkpoint: &Shard,
         (extent, arrival): Reading,
         sink: &mut dyn ShardSink,
-    ) -> Result<()> {
+    ) -> Copied<()> {
         let (outcome, buffer) = arrival
             .recv()
             .map_err(|_| EngineError::internal(self.what.clone(), "the store dropped a read"))?;
-        outcome?;
+        outcome.map_err(Uncopied::of_source)?;
         let crc32c = crc32c(&buffer[..extent.bytes]);
         if extent.crc32c.is_some_and(|expected| expected != crc32c) {
-            return Err(EngineError::corrupt(
+            return Err(Uncopied::of_source(EngineError::corrupt(
                 checkpoint.name(),
                 format!(
                     "the {} bytes at offset {} have checksum {crc32c:08x}, the index says {:08x}",
@@ -324,7 +414,7 @@ impl Copy<'_> {
                     extent.offset,
                     extent.crc32c.unwrap_or_default()
                 ),
-            ));
+            )));
         }
         sink.write(extent.offset, Piece { buffer, bytes: extent.bytes, crc32c })?;
         self.observer.advanced(extent.bytes as u64);
@@ -335,7 +425,8 @@ impl Copy<'_> {
                 hint: "copy again: what was brought over is not sent twice where the store can \
                        tell"
                     .into(),
-            });
+            }
+            .into());
         }
         Ok(())
     }

@@ -496,6 +496,66 @@ fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
     assert_eq!(slow.far().steps().unwrap(), [1, 2]);
 }
 
+/// The path of the shard of `rank` in a step's directory.
+fn shard_in(step: &Path, rank: u32) -> PathBuf {
+    let prefix = format!("rank-{rank:05}.");
+    let name = names_in(step).into_iter().find(|name| name.starts_with(&prefix));
+    step.join(name.expect("its shard is there"))
+}
+
+/// Waits until a file is there.
+fn appears(path: &Path) {
+    let since = std::time::Instant::now();
+    while !path.exists() {
+        assert!(since.elapsed() < LONG, "it does not come: {}", path.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_shard_that_was_lost_in_s3_before_all_had_come_is_brought_once_more() {
+    let Some(place) = Place::own("it moves and removes objects") else { return };
+    let mut cluster = Cluster::new(&place, 3, Machines::OneEach);
+    cluster.remote_bytes_per_second = Some(1);
+    drop({
+        let ranks = cluster.ranks();
+        save_all(&ranks, 2);
+        ranks
+    });
+    let there = step_in(&place.objects(&cluster.far), 2);
+    let [own, other] = [0, 1].map(|rank| {
+        let here = shard_in(&step_in(&cluster.directory(rank), 2), rank);
+        (there.join(here.file_name().unwrap()), here)
+    });
+    // That of rank 1 has come; rank 2 does not.
+    std::fs::create_dir_all(&there).unwrap();
+    std::fs::copy(&other.1, &other.0).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let rank = cluster.world.rank_opened(0, |ranks| open_among(cluster.config(0), ranks));
+    appears(&own.0);
+    // Only once it was seen there.
+    assert!(rank.engine.uploaded(2, Some(Duration::from_millis(500))).unwrap().is_none());
+    std::fs::remove_file(&own.0).unwrap();
+    appears(&own.0);
+}
+
+#[test]
+fn a_step_whose_shard_is_nowhere_is_given_up() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 2, Machines::OneEach);
+    cluster.remote_bytes_per_second = Some(1);
+    drop({
+        let ranks = cluster.ranks();
+        save_all(&ranks, 2);
+        ranks
+    });
+    std::fs::remove_file(shard_in(&step_in(&cluster.directory(0), 2), 0)).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let rank = cluster.world.rank_opened(0, |ranks| open_among(cluster.config(0), ranks));
+    let outcome = rank.engine.uploaded(2, Some(LONG)).unwrap().expect("it ends in time");
+    assert!(matches!(outcome, Err(EngineError::NotFound { .. })), "{outcome:?}");
+}
+
 #[test]
 fn a_machine_that_comes_back_does_not_bring_its_old_checkpoints_over_newer_ones() {
     let place = Place::new();

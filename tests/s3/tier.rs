@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dtr_engine::config::Compression;
 use dtr_engine::engine::GcOptions;
+use dtr_engine::recovery::StepState;
 use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
 
@@ -277,6 +278,58 @@ fn a_rewind_and_an_overwritten_step_reach_the_far_store() {
     let far = open(far);
     assert_eq!(far.steps().unwrap(), [1, 2]);
     other.assert_equals(&far.checkpoint(2).unwrap());
+}
+
+fn rewind(engine: &Engine, seed: u64, step: u64) {
+    let state = State::training(seed, 0);
+    let mut request = state.request(step);
+    request.rewind = true;
+    finish(&engine.save(request).unwrap()).unwrap();
+}
+
+/// What said that it was retired is gone from the directory by then.
+#[test]
+fn what_was_retired_while_the_far_store_was_not_named_does_not_stand_again() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let engine = open(near.clone());
+    for step in [1, 2, 5] {
+        State::training(step, 0).save(&engine, step).unwrap();
+    }
+    engine.close().unwrap();
+    let alone = Engine::open(Config { keep_last_n: Some(1), ..local_only(&near) }).unwrap();
+    rewind(&alone, 8, 1);
+    State::training(9, 0).save(&alone, 2).unwrap();
+    assert_eq!(alone.steps().unwrap(), [2]);
+    drop(alone);
+    let engine = open(near);
+    let survey = engine.survey().unwrap();
+    assert_eq!(survey.newest(), Some(2));
+    assert_eq!(survey.step(5).unwrap().state, StepState::Retired { by: 2 });
+    State::training(9, 0).assert_equals(&engine.checkpoint(2).unwrap());
+    State::training(3, 0).save(&engine, 3).unwrap();
+    engine.close().unwrap();
+    let steps = open(far).steps().unwrap();
+    assert!(steps.ends_with(&[2, 3]), "{steps:?}");
+}
+
+#[test]
+fn a_removal_that_fails_while_all_is_drained_is_carried_out_later() {
+    let Some(place) = Place::own("it lets the service refuse writes") else { return };
+    let (_directory, near, far) = tier(&place);
+    let engine = open(near);
+    for step in 1..=3 {
+        State::training(step, 0).save(&engine, step).unwrap();
+    }
+    engine.drain().unwrap();
+    place.rules().refuses_writes.store(true, Ordering::Relaxed);
+    rewind(&engine, 9, 2);
+    engine.drain().unwrap();
+    let reader = open(Config { read_only: true, ..far });
+    assert_eq!(reader.steps().unwrap(), [1, 2, 3]);
+    place.rules().refuses_writes.store(false, Ordering::Relaxed);
+    engine.drain().unwrap();
+    assert_eq!(reader.steps().unwrap(), [1, 2]);
 }
 
 #[test]

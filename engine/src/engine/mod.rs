@@ -405,8 +405,8 @@ impl Engine {
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         let copied = transfer(source, target, step, Overwrite::No, &to.core.environment, observer);
-        to.core.note_change();
-        copied
+        to.core.note_saved(step);
+        Ok(copied?)
     }
 
     /// Deletes a checkpoint, manifest first. Returns the bytes freed.

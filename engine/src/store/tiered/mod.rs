@@ -14,7 +14,9 @@
 //!   by a writer on another machine, does that count: then the near one is out of date.
 //! - Several ranks may each have a near store of their own, before one far store: a step exists
 //!   once all near stores have its manifest, and in the far one once all have brought their shards.
-//! - A checkpoint that waits for its upload is told to retention, which leaves it alone.
+//! - A checkpoint that waits for its upload is told to retention, which leaves it alone; so is one
+//!   whose upload failed for good, or of which it cannot be told whether the far store has it.
+//! - A manifest that cannot be read hides no other checkpoint.
 //! - What was not uploaded when the process ended is uploaded by the next writer; parts that
 //!   arrived are not sent again.
 //! - A far store that cannot be reached holds up nothing but uploads and what reads from it: the
@@ -33,12 +35,15 @@ use super::{
 use crate::clock::Environment;
 use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, MANIFEST_FILE};
-use crate::recovery::OwnShare;
+use crate::recovery::{OwnShare, retirements};
 use crate::transfer::{Transferred, standing};
 use crate::{EngineError, Result};
 
 mod far;
 mod near;
+mod queue;
+#[cfg(test)]
+mod tests;
 mod uploader;
 
 use far::FarView;
@@ -58,8 +63,8 @@ pub struct TieredStore {
 impl TieredStore {
     /// For reading both.
     pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Result<Self> {
-        let here = attempts(near.as_ref(), &near.list()?)?;
-        let there = attempts(far.as_ref(), &far.list()?)?;
+        let here = Contents::read(near.as_ref(), &near.list()?)?;
+        let there = Contents::read(far.as_ref(), &far.list()?)?;
         let outdated = Mutex::new(differences(&here, &there).outdated);
         Ok(Self { near, far, uploader: None, outdated })
     }
@@ -74,9 +79,9 @@ impl TieredStore {
         share: Option<OwnShare>,
     ) -> Result<Self> {
         let view = FarView::open(far.as_ref())?;
-        let here = attempts(near.as_ref(), &near.list()?)?;
-        let there = attempts(far.as_ref(), &view.list())?;
-        let Differences { waiting, outdated } = differences(&here, &there);
+        let here = Contents::read(near.as_ref(), &near.list()?)?;
+        let there = Contents::read(far.as_ref(), &view.list())?;
+        let Differences { waiting, outdated, unsure } = differences(&here, &there);
         if !outdated.is_empty() {
             tracing::warn!(
                 near = near.location(),
@@ -86,7 +91,8 @@ impl TieredStore {
             );
         }
         let limits = (bytes_per_second, share);
-        let work = Arc::new(Work::new((&near, &far), view, waiting, environment, limits));
+        let known = (waiting, unsure);
+        let work = Arc::new(Work::new((&near, &far), view, known, environment, limits));
         let (uploader, outdated) = (Some(Uploader::start(work)?), Mutex::new(outdated));
         Ok(Self { near, far, uploader, outdated })
     }
@@ -116,43 +122,80 @@ impl fmt::Debug for TieredStore {
     }
 }
 
-/// An attempt, and when it began, in milliseconds since 1970.
-type Begun = (u64, String);
+/// The checkpoints of a store, as far as they can be read when it is opened.
+#[derive(Debug, Default)]
+struct Contents {
+    /// Manifests by step.
+    manifests: BTreeMap<u64, Manifest>,
+    /// Steps whose manifest cannot be read now: whatever they are, they hide no other.
+    unread: BTreeSet<u64>,
+}
 
-/// How the two stores differ when a writer opens them.
+impl Contents {
+    fn read(store: &dyn Store, listing: &[StepListing]) -> Result<Self> {
+        let has_manifest =
+            |step: &StepListing| step.files.iter().any(|file| file.name == MANIFEST_FILE);
+        let steps: Vec<u64> =
+            listing.iter().filter(|step| has_manifest(step)).map(|step| step.step).collect();
+        let mut contents = Self::default();
+        for (step, read) in steps.iter().zip(store.read_manifests(&steps)) {
+            match read {
+                Ok(bytes) => contents.manifests.extend(
+                    bytes
+                        .and_then(|bytes| Manifest::decode(&bytes).ok())
+                        .filter(|manifest| manifest.step == *step)
+                        .map(|manifest| (*step, manifest)),
+                ),
+                Err(error @ (EngineError::Io { .. } | EngineError::Corrupt { .. })) => {
+                    let store = store.location();
+                    tracing::warn!(store, step, %error, "a manifest cannot be read, and is left");
+                    contents.unread.insert(*step);
+                }
+                // Nothing is known of any.
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(contents)
+    }
+}
+
+/// How the two stores differ when they are opened.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Differences {
     /// Steps that the near store committed and the far one does not have as they are.
     waiting: BTreeSet<u64>,
     /// Steps of which the far store has an attempt that began later.
     outdated: BTreeSet<u64>,
+    /// Steps that cannot be compared.
+    unsure: BTreeSet<u64>,
 }
 
-fn differences(here: &BTreeMap<u64, Begun>, there: &BTreeMap<u64, Begun>) -> Differences {
-    let mut differences = Differences::default();
-    for (step, (begun, attempt)) in here {
-        match there.get(step) {
-            Some((_, there)) if there == attempt => {}
-            Some((later, _)) if later > begun => drop(differences.outdated.insert(*step)),
+fn differences(here: &Contents, there: &Contents) -> Differences {
+    let unsure = here.unread.union(&there.unread).copied().collect();
+    let mut differences = Differences { unsure, ..Differences::default() };
+    for (step, near) in &here.manifests {
+        match there.manifests.get(step) {
+            _ if differences.unsure.contains(step) => {}
+            Some(far) if far.attempt == near.attempt => {}
+            Some(far) if far.created_unix_ms > near.created_unix_ms => {
+                differences.outdated.insert(*step);
+            }
             _ => drop(differences.waiting.insert(*step)),
         }
     }
+    // What a rewind has retired is wanted nowhere.
+    let retired = retired_in(here, there, &differences.outdated);
+    differences.waiting.retain(|step| !retired.contains(step));
     differences
 }
 
-/// The attempt of every checkpoint that can be read.
-fn attempts(store: &dyn Store, listing: &[StepListing]) -> Result<BTreeMap<u64, Begun>> {
-    let has_manifest =
-        |step: &StepListing| step.files.iter().any(|file| file.name == MANIFEST_FILE);
-    let steps: Vec<u64> =
-        listing.iter().filter(|step| has_manifest(step)).map(|step| step.step).collect();
-    let mut attempts = BTreeMap::new();
-    for (step, manifest) in steps.iter().zip(store.read_manifests(&steps)) {
-        let manifest = manifest?.and_then(|bytes| Manifest::decode(&bytes).ok());
-        let begun = manifest.map(|manifest| (manifest.created_unix_ms, manifest.attempt));
-        attempts.extend(begun.map(|begun| (*step, begun)));
-    }
-    Ok(attempts)
+/// Steps that checkpoints of either store retire, where those that count are looked at.
+fn retired_in(here: &Contents, there: &Contents, outdated: &BTreeSet<u64>) -> BTreeSet<u64> {
+    let mut counts: BTreeMap<u64, &Manifest> =
+        there.manifests.iter().map(|(step, manifest)| (*step, manifest)).collect();
+    let near = here.manifests.iter().filter(|(step, _)| !outdated.contains(step));
+    counts.extend(near.map(|(step, manifest)| (*step, manifest)));
+    retirements(&counts).into_keys().collect()
 }
 
 impl Store for TieredStore {
@@ -248,6 +291,7 @@ impl Store for TieredStore {
         }
         work.cancel_and_wait(step);
         let attempt = work.to_take_back(step);
+        // What stands behind the one that counts goes with it, or it would count.
         let freed_bytes = self.near.remove_checkpoint(step, None)?;
         work.let_go_behind(step, attempt);
         Ok(freed_bytes + work.remove_now()?)
@@ -255,6 +299,11 @@ impl Store for TieredStore {
 
     fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
         let Some(work) = self.uploads() else { return self.near.let_go(step, only) };
+        // Here that is known without the far store, which is not waited for.
+        let decides = only.is_some() && !self.is_outdated(step);
+        if decides && standing(&*self.near, step)?.is_some_and(|stands| Some(stands) != only) {
+            return Ok(());
+        }
         // What is on its way arrives before it is removed: by the same thread.
         work.cancel(step);
         let attempt = work.to_take_back(step);
@@ -295,7 +344,7 @@ impl Store for TieredStore {
     }
 
     fn may_remove(&self, step: u64) -> bool {
-        !self.uploads().is_some_and(|uploads| uploads.is_waiting(step))
+        self.uploads().is_none_or(|uploads| uploads.may_remove(step))
     }
 
     fn uploaded(&self, step: u64, timeout: Option<Duration>) -> Option<Result<Transferred>> {
@@ -319,25 +368,5 @@ impl Store for TieredStore {
 
     fn now(&self) -> Result<SystemTime> {
         self.near.now()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn attempts(attempts: &[(u64, u64, &str)]) -> BTreeMap<u64, Begun> {
-        attempts.iter().map(|(step, begun, name)| (*step, (*begun, (*name).into()))).collect()
-    }
-
-    #[test]
-    fn of_two_attempts_the_one_begun_later_counts() {
-        let here =
-            attempts(&[(1, 10, "a"), (2, 20, "b"), (3, 30, "c"), (4, 40, "d"), (5, 50, "e")]);
-        let there =
-            attempts(&[(1, 10, "a"), (2, 21, "B"), (3, 29, "C"), (4, 40, "D"), (9, 1, "z")]);
-        let Differences { waiting, outdated } = differences(&here, &there);
-        assert_eq!(waiting, BTreeSet::from([3, 4, 5]));
-        assert_eq!(outdated, BTreeSet::from([2]));
     }
 }

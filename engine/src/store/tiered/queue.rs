@@ -1,0 +1,551 @@
+//! What the uploader has to do, in which order and when: decided from what is queued and the time.
+//!
+//! ```text
+//!            add                take          book           book_whole
+//! committed -----> waiting at a time ---> current ---> brought ---> outcome
+//!                     ^                      |  (own stores)  |
+//!                     +--- failed, later ----+--- was lost ---+
+//! ```
+//!
+//! Always holds:
+//! - A step that failed has a time of its own to be tried again, so that it holds up no other; of
+//!   those whose time has come the smallest is taken. Removals keep their order, and have a pause
+//!   of their own.
+//! - What ended for good, but for damage here, is kept here: nobody knows of another copy.
+//! - Of one step, one thing is done at a time: it is not taken while it is removed, nor removed
+//!   while it is current.
+//! - While all is drained, everything is tried once more and then done with: steps have failed, and
+//!   removals are set aside until the drain is over.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::format::names::AttemptId;
+use crate::transfer::{Copied, Transferred, Uncopied};
+use crate::{EngineError, Result};
+
+/// First and longest pause before something is tried again.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
+/// First and longest pause before it is looked again whether all ranks have brought their shards.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+
+/// Something that goes from the far store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Removal {
+    Checkpoint(u64),
+    /// The step, if it is still this attempt's.
+    Attempt(u64, AttemptId),
+    Orphan(u64, String),
+}
+
+impl Removal {
+    /// The step that nobody may upload meanwhile.
+    fn guarded_step(&self) -> Option<u64> {
+        match self {
+            Self::Checkpoint(step) | Self::Attempt(step, _) => Some(*step),
+            Self::Orphan(..) => None,
+        }
+    }
+}
+
+/// When something is to be done, by the monotonic clock, and how long it was waited for that. At
+/// once by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Due {
+    at: Duration,
+    pause: Duration,
+}
+
+impl Due {
+    fn again(self, now: Duration, (first, longest): (Duration, Duration)) -> Self {
+        let pause = (self.pause * 2).clamp(first, longest);
+        Self { at: now + pause, pause }
+    }
+}
+
+/// The step that is at work.
+#[derive(Debug)]
+struct Current {
+    step: u64,
+    due: Due,
+    cancelled: Arc<AtomicBool>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    waiting: BTreeMap<u64, Due>,
+    current: Option<Current>,
+    /// Steps whose own shard is in the far store, and which wait for those of other ranks.
+    brought: BTreeMap<u64, Transferred>,
+    look: Due,
+    outcomes: BTreeMap<u64, Result<Transferred>>,
+    /// Steps of which it is not known that the far store has them, though nothing waits for them:
+    /// whose upload has failed, or whose manifest could not be read.
+    unsure: BTreeSet<u64>,
+    removals: VecDeque<Removal>,
+    removals_due: Due,
+    /// Removals that have failed in this drain.
+    set_aside: VecDeque<Removal>,
+    /// The step whose removal is being carried out.
+    removing: Option<u64>,
+    /// Steps whose manifest this process has put into the far store, or may have.
+    published: BTreeSet<u64>,
+    /// The step that was committed last: later ones were retired by a rewind.
+    latest: Option<u64>,
+    /// Everything is tried once more at most: since when.
+    draining: Option<Duration>,
+    stopped: bool,
+}
+
+impl Queue {
+    pub(super) fn new(waiting: BTreeSet<u64>, unsure: BTreeSet<u64>) -> Self {
+        let waiting = waiting.into_iter().map(|step| (step, Due::default())).collect();
+        Self { waiting, unsure, ..Self::default() }
+    }
+
+    /// The step is committed. Later ones, if there are any, are retired by it: they go no further,
+    /// or they would stand in the far store before what retires them.
+    pub(super) fn add(&mut self, step: u64) {
+        let later: Vec<u64> = self.waiting.keys().chain(self.brought.keys()).copied().collect();
+        let current = self.current.as_ref().map(|current| current.step);
+        for retired in later.into_iter().chain(current).filter(|later| *later > step) {
+            self.cancel(retired);
+        }
+        // An upload of what this step was before is not needed any more.
+        self.cancel(step);
+        self.latest = Some(step);
+        self.outcomes.remove(&step);
+        // The upload takes the place of what was to go.
+        let goes = |removal: &Removal| *removal != Removal::Checkpoint(step);
+        self.removals.retain(goes);
+        self.set_aside.retain(goes);
+        self.waiting.insert(step, Due::default());
+    }
+
+    /// The step's upload is not begun any more, and ends soon if it was: true until it has.
+    pub(super) fn cancel(&mut self, step: u64) -> bool {
+        self.waiting.remove(&step);
+        self.brought.remove(&step);
+        self.unsure.remove(&step);
+        let current = self.current.as_ref().filter(|current| current.step == step);
+        if let Some(current) = current {
+            current.cancelled.store(true, Ordering::Relaxed);
+        }
+        current.is_some()
+    }
+
+    pub(super) fn remove(&mut self, removal: Removal) {
+        if let Removal::Checkpoint(step) = removal {
+            self.published.remove(&step);
+        }
+        self.removals.push_back(removal);
+    }
+
+    pub(super) fn is_waiting(&self, step: u64) -> bool {
+        self.waiting.contains_key(&step) || self.brought.contains_key(&step) || self.is_at(step)
+    }
+
+    fn is_at(&self, step: u64) -> bool {
+        self.current.as_ref().is_some_and(|current| current.step == step)
+    }
+
+    /// Whether the near copy may go.
+    pub(super) fn may_remove(&self, step: u64) -> bool {
+        !self.is_waiting(step) && !self.unsure.contains(&step)
+    }
+
+    /// Whether a step that a rewind retired may stand in the far store because of this process.
+    pub(super) fn may_have_published_retired(&self, step: u64) -> bool {
+        self.latest.is_some_and(|latest| step > latest)
+            && (self.published.contains(&step) || self.is_at(step))
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// Nothing is begun any more.
+    pub(super) fn stop(&mut self) {
+        self.stopped = true;
+        if let Some(current) = &self.current {
+            current.cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The thread has ended: nothing is at work either.
+    pub(super) fn end(&mut self) {
+        self.stop();
+        self.current = None;
+    }
+
+    /// Since when everything is tried once more at most.
+    pub(super) fn draining(&self) -> Option<Duration> {
+        self.draining
+    }
+
+    pub(super) fn drain(&mut self, now: Duration) {
+        self.draining = Some(now);
+        self.look = Due::default();
+    }
+
+    /// Whether there is nothing left to wait for.
+    pub(super) fn is_drained(&self) -> bool {
+        let is_done = self.waiting.is_empty()
+            && self.removals.is_empty()
+            && self.brought.is_empty()
+            && self.current.is_none();
+        is_done || self.stopped
+    }
+
+    pub(super) fn end_drain(&mut self, now: Duration) {
+        self.draining = None;
+        if self.set_aside.is_empty() {
+            return;
+        }
+        self.set_aside.append(&mut self.removals);
+        std::mem::swap(&mut self.set_aside, &mut self.removals);
+        self.removals_due = self.removals_due.again(now, PAUSES);
+    }
+
+    /// How long it is until something is to be done; `None` where nothing is.
+    pub(super) fn pause(&self, now: Duration) -> Option<Duration> {
+        let free = self.waiting.iter().filter(|(step, _)| self.removing != Some(**step));
+        let uploads = free.map(|(_, due)| self.left(due, now));
+        let removals = (!self.removals.is_empty()).then(|| self.left(&self.removals_due, now));
+        let look = (!self.brought.is_empty()).then(|| self.look.at.saturating_sub(now));
+        uploads.chain(removals).chain(look).min()
+    }
+
+    /// A drain waits for nothing that has failed before.
+    fn left(&self, due: &Due, now: Duration) -> Duration {
+        if self.draining.is_some() { Duration::ZERO } else { due.at.saturating_sub(now) }
+    }
+
+    /// The next step to upload, which is current from now on.
+    pub(super) fn take(&mut self, now: Duration) -> Option<(u64, Arc<AtomicBool>)> {
+        let is_due = |(step, due): &(&u64, &Due)| {
+            self.removing != Some(**step) && self.left(due, now).is_zero()
+        };
+        let (step, due) = self.waiting.iter().find(is_due).map(|(step, due)| (*step, *due))?;
+        if self.stopped {
+            return None;
+        }
+        self.waiting.remove(&step);
+        Some((step, self.begin(step, due)))
+    }
+
+    fn begin(&mut self, step: u64, due: Due) -> Arc<AtomicBool> {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        self.current = Some(Current { step, due, cancelled: Arc::clone(&cancelled) });
+        cancelled
+    }
+
+    /// Notes what came of the current upload; `share` if other ranks bring shards, too. True if it
+    /// is tried again.
+    pub(super) fn book(
+        &mut self,
+        outcome: Copied<Transferred>,
+        share: bool,
+        now: Duration,
+    ) -> bool {
+        let Some(Current { step, due, cancelled }) = self.current.take() else { return false };
+        if cancelled.load(Ordering::Relaxed) {
+            return false;
+        }
+        match outcome {
+            Err(uncopied) if self.tries_again(&uncopied) => {
+                self.waiting.insert(step, due.again(now, PAUSES));
+                return true;
+            }
+            Err(uncopied) => self.fail(step, uncopied.into()),
+            Ok(transferred) if share => {
+                self.brought.insert(step, transferred);
+                self.look = Due::default();
+            }
+            Ok(transferred) => drop(self.outcomes.insert(step, Ok(transferred))),
+        }
+        false
+    }
+
+    fn tries_again(&self, uncopied: &Uncopied) -> bool {
+        uncopied.may_pass() && self.draining.is_none()
+    }
+
+    fn fail(&mut self, step: u64, error: EngineError) {
+        self.unsure.insert(step);
+        self.outcomes.insert(step, Err(error));
+    }
+
+    /// Steps to look at, if it is time: whether every rank has brought its shard.
+    pub(super) fn looks(&mut self, now: Duration) -> Vec<u64> {
+        if self.brought.is_empty() || self.look.at > now {
+            return Vec::new();
+        }
+        let longest = if self.draining.is_some() { LOOKS.0 } else { LOOKS.1 };
+        self.look = self.look.again(now, (LOOKS.0, longest));
+        self.brought.keys().copied().collect()
+    }
+
+    /// Makes one of these current, unless it is wanted no more.
+    pub(super) fn take_brought(&mut self, step: u64) -> Option<Arc<AtomicBool>> {
+        let is_wanted = self.brought.contains_key(&step) && self.removing != Some(step);
+        (is_wanted && !self.stopped).then(|| self.begin(step, Due::default()))
+    }
+
+    /// The current step may have its manifest in the far store from now on.
+    pub(super) fn note_published(&mut self, step: u64) {
+        self.published.insert(step);
+    }
+
+    /// The current step is whole in the far store.
+    pub(super) fn book_whole(&mut self, step: u64) {
+        self.current = None;
+        if let Some(transferred) = self.brought.remove(&step) {
+            self.outcomes.insert(step, Ok(transferred));
+        }
+    }
+
+    /// The current step lacks shards of other ranks; with `given_up`, they are waited for no more.
+    pub(super) fn book_missing(&mut self, step: u64, given_up: Option<EngineError>) {
+        self.current = None;
+        if let Some(error) = given_up
+            && self.brought.remove(&step).is_some()
+        {
+            // A newer one is there, or this process ends: what is here is as good as any.
+            self.outcomes.insert(step, Err(error));
+        }
+    }
+
+    /// What this rank brought of the current step is not there any more: it is brought once more.
+    pub(super) fn book_lost(&mut self, step: u64, now: Duration) {
+        self.current = None;
+        if self.brought.remove(&step).is_some() {
+            self.waiting.insert(step, Due::default().again(now, PAUSES));
+        }
+    }
+
+    /// It could not be told whether the current step is whole: it is looked at again, if that may
+    /// change.
+    pub(super) fn book_unseen(&mut self, step: u64, uncopied: Uncopied) {
+        self.current = None;
+        if !self.tries_again(&uncopied) && self.brought.remove(&step).is_some() {
+            self.fail(step, uncopied.into());
+        }
+    }
+
+    pub(super) fn outcome(&self, step: u64) -> Option<Result<Transferred>> {
+        self.outcomes.get(&step).map(|outcome| match outcome {
+            Ok(transferred) => Ok(transferred.clone()),
+            Err(error) => Err(error.duplicate()),
+        })
+    }
+
+    /// Whether it is time to remove something.
+    pub(super) fn removes(&self, now: Duration) -> bool {
+        !self.removals.is_empty() && self.left(&self.removals_due, now).is_zero()
+    }
+
+    /// Whether the next removal has to wait until the step has arrived or was given up.
+    pub(super) fn is_removal_blocked(&self) -> bool {
+        let step = self.removals.front().and_then(Removal::guarded_step);
+        step.is_some_and(|step| self.is_at(step))
+    }
+
+    pub(super) fn begin_removal(&mut self) -> Option<Removal> {
+        let removal = self.removals.front().cloned()?;
+        self.removing = removal.guarded_step();
+        Some(removal)
+    }
+
+    /// Notes what came of a removal that was begun.
+    pub(super) fn end_removal(&mut self, removal: &Removal, is_done: bool) {
+        self.removing = None;
+        if !is_done {
+            return;
+        }
+        self.removals_due = Due::default();
+        if let Removal::Attempt(step, _) = removal {
+            self.published.remove(step);
+        }
+        // Unless a new commit of the step took it out meanwhile.
+        if self.removals.front() == Some(removal) {
+            self.removals.pop_front();
+        }
+    }
+
+    /// A removal failed: it and those behind it are tried again later. Gives how many.
+    pub(super) fn put_removals_off(&mut self, now: Duration) -> usize {
+        let left = self.removals.len();
+        if self.draining.is_some() {
+            self.set_aside.append(&mut self.removals);
+        } else {
+            self.removals_due = self.removals_due.again(now, PAUSES);
+        }
+        left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn queue(waiting: &[u64]) -> Queue {
+        Queue::new(waiting.iter().copied().collect(), BTreeSet::new())
+    }
+
+    fn away() -> Uncopied {
+        let [what, why, hint] = ["copying", "it is away", "wait"].map(String::from);
+        Uncopied::Elsewhere(EngineError::Unavailable { what, why, hint })
+    }
+
+    fn damaged() -> Uncopied {
+        Uncopied::Source(EngineError::corrupt("a shard", "a bit is wrong"))
+    }
+
+    /// What is taken at `now`, and arrives or fails.
+    fn passes(queue: &mut Queue, now: Duration, failure: Option<Uncopied>) -> Option<u64> {
+        let (step, _) = queue.take(now)?;
+        queue.book(failure.map_or_else(|| Ok(Transferred::default()), Err), false, now);
+        Some(step)
+    }
+
+    #[test]
+    fn a_step_that_cannot_be_read_holds_up_no_other() {
+        let mut queue = queue(&[1, 2, 3]);
+        let now = 100 * SECOND;
+        assert_eq!(passes(&mut queue, now, Some(away())), Some(1));
+        assert_eq!(passes(&mut queue, now, None), Some(2));
+        assert_eq!(passes(&mut queue, now, None), Some(3));
+        assert_eq!((passes(&mut queue, now, None), queue.pause(now)), (None, Some(SECOND)));
+        // Its pauses grow; a new step comes between.
+        let now = now + SECOND;
+        assert_eq!(passes(&mut queue, now, Some(away())), Some(1));
+        assert_eq!(queue.pause(now), Some(2 * SECOND));
+        queue.add(4);
+        assert_eq!(queue.pause(now), Some(Duration::ZERO));
+        assert_eq!(passes(&mut queue, now, None), Some(4));
+        assert!(!queue.may_remove(1) && queue.may_remove(2));
+        assert_eq!(passes(&mut queue, now + 2 * SECOND, None), Some(1));
+        assert_eq!(queue.pause(now), None);
+    }
+
+    #[test]
+    fn removals_that_fail_keep_their_order_and_hold_up_no_upload() {
+        let mut queue = queue(&[3]);
+        let now = SECOND;
+        queue.remove(Removal::Checkpoint(1));
+        queue.remove(Removal::Checkpoint(2));
+        for pause in [1, 2, 4] {
+            assert_eq!(queue.begin_removal(), Some(Removal::Checkpoint(1)));
+            queue.end_removal(&Removal::Checkpoint(1), false);
+            assert_eq!(queue.put_removals_off(now), 2);
+            assert_eq!(queue.removals_due.pause, pause * SECOND);
+            assert!(!queue.removes(now) && queue.removes(now + pause * SECOND));
+        }
+        assert_eq!(queue.pause(now), Some(Duration::ZERO));
+        assert_eq!(passes(&mut queue, now, None), Some(3));
+        assert_eq!(queue.pause(now), Some(4 * SECOND));
+    }
+
+    #[test]
+    fn what_fails_in_a_drain_is_done_with_and_removals_come_back_after_it() {
+        let mut queue = queue(&[3]);
+        assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));
+        queue.remove(Removal::Checkpoint(2));
+        queue.drain(SECOND);
+        assert!(queue.removes(SECOND) && !queue.is_drained());
+        queue.put_removals_off(SECOND);
+        // Asked for while the drain goes on.
+        queue.remove(Removal::Checkpoint(1));
+        queue.put_removals_off(SECOND);
+        assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));
+        assert!(queue.is_drained());
+        assert!(matches!(queue.outcome(3), Some(Err(_))) && !queue.may_remove(3));
+        queue.end_drain(SECOND);
+        assert_eq!(queue.removals, [Removal::Checkpoint(2), Removal::Checkpoint(1)]);
+        assert!(!queue.removes(SECOND) && queue.removes(2 * SECOND));
+    }
+
+    #[test]
+    fn a_retired_step_does_not_overtake_the_one_that_retires_it() {
+        let mut queue = queue(&[2, 5, 7]);
+        let (step, cancelled) = queue.take(SECOND).unwrap();
+        assert_eq!(step, 2);
+        queue.book(Err(away()), false, SECOND);
+        assert!(!cancelled.load(Ordering::Relaxed));
+        let (step, cancelled) = queue.take(SECOND).unwrap();
+        assert_eq!(step, 5);
+        // A rewind: neither 5, which is on its way, nor 7 goes on.
+        queue.add(3);
+        assert!(cancelled.load(Ordering::Relaxed) && !queue.is_waiting(7));
+        queue.book(Ok(Transferred::default()), false, SECOND);
+        assert!(queue.outcome(5).is_none());
+        assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));
+        assert_eq!(passes(&mut queue, SECOND, None), None);
+    }
+
+    #[test]
+    fn what_failed_for_good_is_kept_here() {
+        let mut queue = Queue::new(BTreeSet::from([1, 2]), BTreeSet::from([9]));
+        assert_eq!(passes(&mut queue, SECOND, Some(damaged())), Some(1));
+        assert_eq!(passes(&mut queue, SECOND, None), Some(2));
+        assert_eq!(queue.pause(SECOND), None);
+        assert_eq!([1, 2, 9].map(|step| queue.may_remove(step)), [false, true, false]);
+        // Saved again, it arrives.
+        queue.add(1);
+        assert_eq!(passes(&mut queue, SECOND, None), Some(1));
+        assert!(queue.may_remove(1));
+    }
+
+    #[test]
+    fn of_one_step_one_thing_is_done_at_a_time() {
+        let mut queue = queue(&[]);
+        queue.remove(Removal::Checkpoint(5));
+        let removal = queue.begin_removal().unwrap();
+        // It is committed again while the old one is being removed.
+        queue.add(5);
+        assert_eq!((queue.take(SECOND).map(drop), queue.pause(SECOND)), (None, None));
+        queue.end_removal(&removal, true);
+        assert_eq!(queue.removals, []);
+        assert!(queue.take(SECOND).is_some());
+        queue.cancel(5);
+        queue.remove(Removal::Checkpoint(5));
+        assert!(queue.is_removal_blocked());
+        queue.book(Ok(Transferred::default()), false, SECOND);
+        assert!(!queue.is_removal_blocked());
+    }
+
+    #[test]
+    fn what_this_rank_brought_is_looked_at_less_and_less_often() {
+        let mut queue = queue(&[1]);
+        queue.take(SECOND).unwrap();
+        queue.book(Ok(Transferred::default()), true, SECOND);
+        let mut now = SECOND;
+        for pause in [250, 500, 1000] {
+            assert_eq!(queue.looks(now), [1]);
+            assert!(queue.looks(now).is_empty());
+            queue.take_brought(1).unwrap();
+            queue.book_missing(1, None);
+            assert_eq!(queue.pause(now), Some(Duration::from_millis(pause)));
+            now += Duration::from_millis(pause);
+        }
+        // Lost: brought once more, and not at once.
+        queue.take_brought(1).unwrap();
+        queue.book_lost(1, now);
+        assert_eq!(queue.pause(now), Some(SECOND));
+        assert!(queue.is_waiting(1));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_has_ended() {
+        let mut queue = queue(&[1, 2]);
+        queue.take(SECOND).unwrap();
+        queue.drain(SECOND);
+        queue.end();
+        assert!(queue.is_drained() && queue.is_stopped() && !queue.cancel(1));
+    }
+}

@@ -1,0 +1,368 @@
+//! Two directories as near and far store, one of which does to calls what the test says.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
+use tempfile::TempDir;
+
+use super::*;
+use crate::Engine;
+use crate::clock::System;
+use crate::config::{Config, DirectIo, IoBackend};
+use crate::format::names;
+use crate::format::tree::{Node, Value};
+use crate::io::open_backend;
+use crate::save::SaveRequest;
+use crate::store::Access;
+use crate::store::local::LocalStore;
+
+/// Longer than anything here takes.
+const LONG: Duration = Duration::from_mins(1);
+
+/// What a store is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    ReadManifest(u64),
+    CreateShard(u64),
+    OpenShard(u64),
+    Publish(u64),
+    Remove(u64),
+}
+
+type Rule = Box<dyn Fn(Call) -> Result<()> + Send + Sync>;
+
+/// A directory whose calls pass a rule first.
+struct Ruled {
+    store: LocalStore,
+    rule: Rule,
+}
+
+impl Ruled {
+    fn open(path: &Path, rule: impl Fn(Call) -> Result<()> + Send + Sync + 'static) -> Arc<Self> {
+        let io = open_backend(IoBackend::Threads, DirectIo::Auto).unwrap();
+        let store = LocalStore::open(path, Access::Write, io, 1 << 20).unwrap();
+        Arc::new(Self { store, rule: Box::new(rule) })
+    }
+
+    /// One that does as it is told.
+    fn sound(path: &Path) -> Arc<Self> {
+        Self::open(path, |_| Ok(()))
+    }
+
+    fn pass(&self, call: Call) -> Result<()> {
+        (self.rule)(call)
+    }
+}
+
+impl fmt::Debug for Ruled {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Ruled").finish_non_exhaustive()
+    }
+}
+
+impl Store for Ruled {
+    fn location(&self) -> String {
+        self.store.location()
+    }
+
+    fn list(&self) -> Result<Vec<StepListing>> {
+        self.store.list()
+    }
+
+    fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        self.pass(Call::ReadManifest(step))?;
+        self.store.read_manifest(step)
+    }
+
+    fn create_shard(
+        &self,
+        shard: ShardId,
+        size: ShardSize,
+        flow: &Arc<Flow>,
+    ) -> Result<Box<dyn ShardSink>> {
+        self.pass(Call::CreateShard(shard.step))?;
+        self.store.create_shard(shard, size, flow)
+    }
+
+    fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>> {
+        self.pass(Call::OpenShard(shard.step))?;
+        self.store.open_shard(shard)
+    }
+
+    fn publish(&self, publication: Publication<'_>) -> Result<()> {
+        self.pass(Call::Publish(publication.step))?;
+        self.store.publish(publication)
+    }
+
+    fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
+        self.store.unpublish(step, attempt, replaced)
+    }
+
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
+        self.pass(Call::Remove(step))?;
+        self.store.remove_checkpoint(step, only)
+    }
+
+    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
+        self.store.remove_orphan(step, file)
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        self.store.free_bytes()
+    }
+
+    fn close_after_fork(&self) {
+        self.store.close_after_fork();
+    }
+
+    fn now(&self) -> Result<SystemTime> {
+        self.store.now()
+    }
+}
+
+/// The smallest checkpoint.
+fn save(path: &Path, step: u64) {
+    let engine = Engine::open(Config::new(path)).unwrap();
+    let request = SaveRequest {
+        step,
+        rewind: false,
+        nodes: vec![Node { key: None, value: Value::Int(1) }],
+        tensors: Vec::new(),
+        storages: Vec::new(),
+        replicated: Vec::new(),
+        waited: Duration::ZERO,
+        prepared: Duration::ZERO,
+        metadata: BTreeMap::new(),
+        dataset_positions: BTreeMap::new(),
+    };
+    engine.save(request).unwrap().result(None).unwrap().unwrap();
+}
+
+/// A near directory with these steps, and a far one that is empty.
+fn places(steps: &[u64]) -> [TempDir; 2] {
+    let [near, far] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    for step in steps {
+        save(near.path(), *step);
+    }
+    [near, far]
+}
+
+fn tier(near: Arc<Ruled>, far: Arc<Ruled>) -> TieredStore {
+    TieredStore::writer(near, far, Arc::new(System::default()), None, None).unwrap()
+}
+
+fn uploaded(tier: &TieredStore, step: u64) -> Result<Transferred> {
+    tier.uploaded(step, Some(LONG)).expect("it ends in time")
+}
+
+fn eio(what: &str) -> EngineError {
+    EngineError::from_io("reading", Path::new(what), std::io::Error::from_raw_os_error(5))
+}
+
+fn steps_of(path: &Path) -> Vec<u64> {
+    Engine::open(Config { read_only: true, ..Config::new(path) }).unwrap().steps().unwrap()
+}
+
+fn manifest(step: u64, begun: u64, attempt: u8, retired: &[(u64, u8)]) -> Manifest {
+    let name = |attempt: u8| AttemptId([attempt; 16]).to_string();
+    let entry = |(step, attempt): &(u64, u8)| crate::format::manifest::Retired {
+        attempt: name(*attempt),
+        step: *step,
+    };
+    Manifest {
+        attempt: name(attempt),
+        created_unix_ms: begun,
+        dataset_positions: BTreeMap::new(),
+        engine_version: "0".into(),
+        format_version: 1,
+        job: "job".into(),
+        metadata: BTreeMap::new(),
+        retired: retired.iter().map(entry).collect(),
+        shards: Vec::new(),
+        step,
+        world_size: 0,
+    }
+}
+
+/// Steps, when they were begun, and by which attempt.
+fn contents(attempts: &[(u64, u64, u8)]) -> Contents {
+    let manifest =
+        |(step, begun, attempt): &(u64, u64, u8)| (*step, manifest(*step, *begun, *attempt, &[]));
+    Contents { manifests: attempts.iter().map(manifest).collect(), unread: BTreeSet::new() }
+}
+
+#[test]
+fn of_two_attempts_the_one_begun_later_counts() {
+    let here = contents(&[(1, 10, 1), (2, 20, 2), (3, 30, 3), (4, 40, 4), (5, 50, 5)]);
+    let there = contents(&[(1, 10, 1), (2, 21, 12), (3, 29, 13), (4, 40, 14), (9, 1, 19)]);
+    let Differences { waiting, outdated, unsure } = differences(&here, &there);
+    assert_eq!(waiting, BTreeSet::from([3, 4, 5]));
+    assert_eq!(outdated, BTreeSet::from([2]));
+    assert_eq!(unsure, BTreeSet::new());
+}
+
+#[test]
+fn what_cannot_be_read_or_was_retired_waits_for_no_upload() {
+    let mut here = contents(&[(1, 10, 1), (2, 20, 2), (3, 30, 3), (4, 40, 4)]);
+    let mut there = contents(&[(3, 31, 13)]);
+    here.unread.insert(9);
+    there.unread.insert(1);
+    there.manifests.insert(3, manifest(3, 31, 13, &[(4, 4)]));
+    let found = differences(&here, &there);
+    assert_eq!(found.unsure, BTreeSet::from([1, 9]));
+    assert_eq!(found.outdated, BTreeSet::from([3]));
+    assert_eq!(found.waiting, BTreeSet::from([2]));
+    // What does not count retires nothing.
+    there.manifests.insert(3, manifest(3, 29, 13, &[(4, 4)]));
+    assert_eq!(differences(&here, &there).waiting, BTreeSet::from([2, 3, 4]));
+}
+
+#[test]
+fn a_shard_that_cannot_be_read_here_holds_up_no_other_step() {
+    let [near, far] = places(&[1, 2, 3]);
+    let near = Ruled::open(near.path(), |call| match call {
+        Call::OpenShard(1) => Err(eio("a shard")),
+        _ => Ok(()),
+    });
+    let tier = tier(near, Ruled::sound(far.path()));
+    for step in [2, 3] {
+        uploaded(&tier, step).unwrap();
+    }
+    assert!(tier.uploaded(1, Some(Duration::ZERO)).is_none());
+    assert!(!tier.may_remove(1) && tier.may_remove(2));
+    // Once more, and no more.
+    tier.drain();
+    assert!(matches!(uploaded(&tier, 1), Err(EngineError::Io { .. })));
+    assert!(!tier.may_remove(1), "no other copy is known");
+    drop(tier);
+    assert_eq!(steps_of(far.path()), [2, 3]);
+}
+
+#[test]
+fn what_comes_back_damaged_is_read_once_more_and_damage_there_is_not_for_good() {
+    for damaged_answers in [1, 2] {
+        let [near, far] = places(&[1]);
+        let counts = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+        let counted = Arc::clone(&counts);
+        let far = Ruled::open(far.path(), move |call| {
+            let [created, opened] = &*counted;
+            match call {
+                Call::CreateShard(_) => drop(created.fetch_add(1, Ordering::Relaxed)),
+                Call::OpenShard(_) if opened.fetch_add(1, Ordering::Relaxed) < damaged_answers => {
+                    return Err(EngineError::corrupt("the answer", "a bit is wrong"));
+                }
+                _ => {}
+            }
+            Ok(())
+        });
+        let tier = tier(Ruled::sound(near.path()), far);
+        uploaded(&tier, 1).unwrap();
+        // Sent anew only if it is damaged there.
+        assert_eq!(counts[0].load(Ordering::Relaxed), damaged_answers);
+    }
+}
+
+#[test]
+fn damage_here_is_for_good_and_the_step_is_kept() {
+    let [near, far] = places(&[1, 2]);
+    let step = near.path().join(names::step_dir_name(1));
+    let mut files = std::fs::read_dir(step).unwrap().map(|entry| entry.unwrap().path());
+    let shard = files.find(|path| path.extension().is_some_and(|end| end == "shard")).unwrap();
+    let mut bytes = std::fs::read(&shard).unwrap();
+    bytes[9] ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    assert!(matches!(uploaded(&tier, 1), Err(EngineError::Corrupt { .. })));
+    uploaded(&tier, 2).unwrap();
+    assert!(!tier.may_remove(1) && tier.may_remove(2));
+}
+
+#[test]
+fn a_manifest_that_cannot_be_read_bars_neither_the_store_nor_another_step() {
+    let errors: [fn() -> EngineError; 2] =
+        [|| eio("a manifest"), || EngineError::corrupt("a manifest", "it is too large")];
+    for error in errors {
+        let [near, far] = places(&[1, 2]);
+        let near = Ruled::open(near.path(), move |call| match call {
+            Call::ReadManifest(1) => Err(error()),
+            _ => Ok(()),
+        });
+        let tier = tier(near, Ruled::sound(far.path()));
+        uploaded(&tier, 2).unwrap();
+        assert!(!tier.may_remove(1) && !tier.is_outdated(1));
+        assert!(matches!(uploaded(&tier, 1), Err(EngineError::Closed { .. })), "it waits for none");
+        drop(tier);
+        assert_eq!(steps_of(far.path()), [2]);
+    }
+}
+
+#[test]
+fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
+    let [near, far] = places(&[5]);
+    let aside = tempfile::tempdir().unwrap();
+    save(aside.path(), 5);
+    let ((tell, told), (go, gone)) = (bounded(1), bounded(1));
+    let far = Ruled::open(far.path(), move |call| {
+        if call == Call::Remove(5) {
+            tell.send(()).unwrap();
+            gone.recv().unwrap();
+        }
+        Ok(())
+    });
+    let tier = tier(Ruled::sound(near.path()), far);
+    uploaded(&tier, 5).unwrap();
+    std::thread::scope(|scope| {
+        let removing = scope.spawn(|| tier.remove_checkpoint(5, None));
+        told.recv().unwrap();
+        // Saved again meanwhile.
+        let step = names::step_dir_name(5);
+        std::fs::create_dir(near.path().join(&step)).unwrap();
+        for file in std::fs::read_dir(aside.path().join(&step)).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), near.path().join(&step).join(file.file_name())).unwrap();
+        }
+        tier.committed(5);
+        // Time in which it would arrive.
+        assert!(tier.uploaded(5, Some(Duration::from_millis(300))).is_none());
+        go.send(()).unwrap();
+        assert!(removing.join().unwrap().unwrap() > 0);
+    });
+    uploaded(&tier, 5).unwrap();
+    let [here, there] = [&tier.near, &tier.far].map(|store| standing(store.as_ref(), 5).unwrap());
+    assert!(here.is_some() && here == there);
+}
+
+#[test]
+fn what_was_saved_after_one_looked_is_not_removed() {
+    let [near, far] = places(&[5]);
+    let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    uploaded(&tier, 5).unwrap();
+    let another = Some(AttemptId([9; 16]));
+    assert_eq!(tier.remove_checkpoint(5, another).unwrap(), 0);
+    tier.let_go(5, another).unwrap();
+    tier.drain();
+    assert!(standing(&tier, 5).unwrap().is_some());
+    let stands = standing(tier.far.as_ref(), 5).unwrap();
+    assert!(stands.is_some());
+    assert!(tier.remove_checkpoint(5, stands).unwrap() > 0);
+    assert_eq!(standing(tier.far.as_ref(), 5).unwrap(), None);
+}
+
+#[test]
+fn a_panic_is_told_and_nobody_waits_for_ever() {
+    let [near, far] = places(&[1, 2]);
+    let far = Ruled::open(far.path(), |call| {
+        assert!(call != Call::Publish(1) && call != Call::Remove(2), "the test says so");
+        Ok(())
+    });
+    let tier = tier(Ruled::sound(near.path()), far);
+    assert!(matches!(uploaded(&tier, 1), Err(EngineError::Internal { .. })));
+    uploaded(&tier, 2).unwrap();
+    let error = tier.remove_checkpoint(2, None).unwrap_err();
+    assert!(matches!(error, EngineError::Internal { .. }), "{error}");
+    // The removal of step 1 stands behind that of step 2.
+    assert!(tier.remove_checkpoint(1, None).is_err());
+    tier.drain();
+}
