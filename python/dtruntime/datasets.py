@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from dtruntime import connecting, embedded, membership, settings
 from dtruntime.connecting import PATIENCE_SECONDS, Security
-from dtruntime.errors import DatasetNotFound, InvalidArgument
+from dtruntime.errors import CoordinatorUnavailable, DatasetNotFound, InvalidArgument
 
 _SUFFIXES = {
     "arrow": (".arrow", ".feather"),
@@ -107,8 +107,7 @@ class DatasetRegistry:
     ) -> None:
         self.job = connecting.job_of(job)
         if coordinator_url is None and not os.environ.get("COORDINATOR_URL"):
-            rank, _ = settings.rank_and_world_size(None, None)
-            found = embedded.find(rank)
+            found = _hosted_by_rank_0(patience)
             if found is not None:
                 coordinator_url, hosted = found
                 security = security or hosted
@@ -221,6 +220,18 @@ class DatasetRegistry:
             world_size = found.place.world_size if world_size is None else world_size
         told = {} if found is None else found.worker.settings
         return (*settings.rank_and_world_size(rank, world_size), told)
+
+
+def _hosted_by_rank_0(patience: float) -> tuple[str, Security] | None:
+    rank, _ = settings.rank_and_world_size(None, None)
+    try:
+        return embedded.find(rank, patience)
+    except embedded.NotOpened as error:
+        raise CoordinatorUnavailable(
+            "looking for the coordinator that rank 0 hosts",
+            f"rank 0 has opened neither a manager nor a registry in {patience:g} s",
+            "open one on every rank, or start a coordinator and name it: `coordinator_url=`",
+        ) from error
 
 
 def _directory(name: str, path: str | os.PathLike[str]) -> Path:
