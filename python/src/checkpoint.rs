@@ -97,8 +97,9 @@ impl Checkpoint {
         self.inner.is_replicated_only()
     }
 
-    /// The tensors: `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad, slice)`,
-    /// where `slice` is None, or the `(shape, offsets)` of where this is a part of a larger one.
+    /// The tensors: `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad,
+    /// slice)`, where `slice` is None, or the `(shape, offsets)` of where this is a part of a
+    /// larger one.
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         tree::tensors_to_python(py, &self.inner.index().tensors)
     }

@@ -206,8 +206,8 @@ fn key_to_python<'py>(py: Python<'py>, key: &Key) -> PyResult<Bound<'py, PyAny>>
     }
 }
 
-/// `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad, slice)`, where a slice
-/// of a larger tensor is the `(shape, offsets)` of where it stands.
+/// `(storage, kind, dtype, item bytes, shape, strides, offset, requires_grad, slice)`, where a
+/// slice of a larger tensor is the `(shape, offsets)` of where it stands.
 type TensorTuple = (u32, u8, String, u32, Vec<u64>, Vec<u64>, u64, bool, Option<SliceTuple>);
 type SliceTuple = (Vec<u64>, Vec<u64>);
 

@@ -157,8 +157,7 @@ fn check_own(request: &SaveRequest<'_>, order: &[u32]) -> Result<()> {
         let bytes = record.hull();
         let is_filled = |part: &Range<u64>| part.start <= bytes.start && bytes.end <= part.end;
         let parts = filled.get(&record.storage);
-        let is_filled = bytes.is_empty() || parts.is_some_and(|parts| parts.iter().any(is_filled));
-        let is_inside = record.slice.is_none() && is_filled;
+        let is_inside = bytes.is_empty() || parts.is_some_and(|parts| parts.iter().any(is_filled));
         if is_at_risk(tensor) && !is_inside {
             let path = path.to_string();
             return Err(EngineError::invalid(

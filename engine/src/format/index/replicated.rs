@@ -5,7 +5,7 @@
 //!
 //! Always holds for an index that was checked: entries ascend and do not nest; exactly the storages
 //! that their whole tensors view are replicated, and are numbered by first appearance, so that
-//! shards whose entries are the same number them alike; no slice views one of them.
+//! shards whose entries are the same number them alike.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -64,14 +64,6 @@ pub(super) fn check(index: &ShardIndex) -> Result<(), FormatError> {
         "{replicas} storages are replicated, and the entries view {}",
         order.len()
     );
-    let is_replica = |tensor: &TensorRecord| index.storages[tensor.storage as usize].replica;
-    let mut slices = index.tensors.iter().zip(0_u32..).filter(|(tensor, _)| tensor.slice.is_some());
-    if let Some((tensor, number)) = slices.find(|(tensor, _)| is_replica(tensor).is_some()) {
-        let storage = tensor.storage;
-        return Err(FormatError::Damaged(format!(
-            "tensor {number} is a slice, and views storage {storage}, which is replicated"
-        )));
-    }
     Ok(())
 }
 

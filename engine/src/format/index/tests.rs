@@ -261,13 +261,6 @@ fn ranks_have_a_tensor_alike_of_which_each_holds_a_slice() {
         },
         "2 storages are replicated",
     );
-    assert_shared_change_refused(
-        |index| {
-            *index = sliced_sample(0, 100);
-            index.tensors[1].storage = 0;
-        },
-        "is a slice, and views storage 0, which is replicated",
-    );
 }
 
 #[test]
