@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +282,23 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
         state = alone.load()
     assert state["model"]["0.0.weight"].shape == (256, 256)
     assert state["optimizer"]["state"][0]["exp_avg"].shape == (256, 256)
+    part = [store, "--rank", "1", "--json"]
+    inspected = json.loads(ckpt_tool("inspect", *part).stdout)
+    [weight] = (t for t in inspected["tensors"] if t["paths"] == ["model.0.0.weight"])
+    assert (weight["shape"], weight["slice"]["offsets"]) == ([128, 256], [128, 0])
+    for output in ("one.safetensors", "other"):
+        refused = ckpt_tool("restore", *part[:3], "--output", tmp_path / output)
+        assert refused.returncode != 0
+        assert "the shard holds a slice of it" in refused.stderr
+    assert not [*tmp_path.glob("one.*"), *(tmp_path / "other").glob("step-*")]
+
+
+def ckpt_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the tool."""
+    program = shutil.which("ckpt-tool")
+    assert program
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 boxes = st.integers(1, 3).flatmap(
