@@ -4,14 +4,16 @@
     |  rank 0  |  rank 1  |
     |      |*** ***|      |     from rank 0's part its end, from rank 1's its start
 
-Always holds: what a box gets was saved exactly once, item by item, or it is an error; shards of
-other ranks are opened only where this rank's own has not all of it; a part that lies in one piece,
-here and there, is read to where it belongs, and others through memory of a bounded size.
+Always holds: what a box gets was saved exactly once, item by item, or alike by several ranks, or it
+is an error; shards of other ranks are opened only where this rank's own has not all of it, and each
+for itself; a part that lies in one piece, here and there, is read to where it belongs, and others
+through memory of a bounded size.
 """
 
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 _COPY_BYTES = 256 << 20
 """Bytes that are read at a time before they are copied to where they belong."""
+
+_OPENED_AT_ONCE = 16
+"""Shards."""
 
 Target = tuple[int, int, Any]
 """What a checkpoint reads: a storage, the first byte of it, and memory."""
@@ -66,7 +71,7 @@ class Parts:
         checkpoint: This rank's own.
         tree: Its tree.
         records: Its tensors.
-        open_rank: Opens that of a rank.
+        open_rank: Opens that of a rank, for what lies in its shard alone.
 
     """
 
@@ -84,27 +89,27 @@ class Parts:
         self._places: dict[int, tuple[Any, ...]] | None = None
         self._others: list[tuple[_native.Checkpoint, dict[tuple[Any, ...], TensorRecord]]] = []
 
-    def covering(self, number: int, box: Box) -> list[tuple[Part, Box]]:
-        """Give the parts that make up a box of a tensor, each with what it gives.
+    def covering(self, number: int, box: Box) -> dict[Box, list[Part]]:
+        """Give the boxes that make up one of a tensor, each with the parts that have it alike.
 
         Raises:
             Corrupt: Some of it was saved by no rank, or by several that differ in where it stands.
 
         """
         record = self._records[number]
-        if record.slice is None:
-            return [(Part(self._own, record), box)] if box.items else []
+        own = Part(self._own, record)
         if not box.items:
-            return []
-        if not self._own.is_replicated_only and Part(self._own, record).box.intersect(box) == box:
-            return [(Part(self._own, record), box)]
-        found: dict[Box, Part] = {}
+            return {}
+        is_own = record.slice is not None and not self._own.is_replicated_only
+        if record.slice is None or (is_own and own.box.intersect(box) == box):
+            return {box: [own]}
+        found: dict[Box, list[Part]] = {}
         for part in self._of_all_ranks(number):
             common = part.box.intersect(box)
             if common is not None:
-                found.setdefault(common, part)
+                found.setdefault(common, []).append(part)
         self._check_tiled(number, box, list(found))
-        return [(part, common) for common, part in found.items()]
+        return found
 
     def _of_all_ranks(self, number: int) -> Iterator[Part]:
         record = self._records[number]
@@ -118,36 +123,45 @@ class Parts:
             if other is None:
                 continue
             if (whole_shape(other), other.dtype) != expected:
-                raise self._damage(
+                raise self.damage(
                     number, f"a rank saved it as `{other.dtype}` of shape {whole_shape(other)}"
                 )
             yield Part(checkpoint, other)
 
     def _open_others(self) -> None:
-        own = self._own
-        for rank in range(own.manifest()["world_size"]):
-            other = self._open_rank(rank)
-            if other.attempt != own.attempt:
-                raise CheckpointNotFound(
-                    f"reading step {own.step}",
-                    "another attempt took its place meanwhile",
-                    "load again",
-                )
-            records = [TensorRecord(*record) for record in other.tensors()]
-            places = _places_of_slices(Tree(other.nodes()), records)
-            self._others.append((other, {place: records[n] for n, place in places.items()}))
+        ranks = range(self._own.manifest()["world_size"])
+        pool = ThreadPoolExecutor(_OPENED_AT_ONCE)
+        try:
+            self._others = list(pool.map(self._open_other, ranks))
+        finally:  # Ctrl-C does not wait for what others still upload
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _open_other(
+        self, rank: int
+    ) -> tuple[_native.Checkpoint, dict[tuple[Any, ...], TensorRecord]]:
+        other = self._open_rank(rank)
+        if other.attempt != self._own.attempt:
+            raise CheckpointNotFound(
+                f"reading step {self._own.step}",
+                "another attempt took its place meanwhile",
+                "load again",
+            )
+        records = [TensorRecord(*record) for record in other.tensors()]
+        places = _places_of_slices(Tree(other.nodes()), records)
+        return other, {place: records[number] for number, place in places.items()}
 
     def _check_tiled(self, number: int, box: Box, found: list[Box]) -> None:
         missing = box.items - sum(part.items for part in found)
         if missing > 0:
-            raise self._damage(
+            raise self.damage(
                 number,
                 f"no rank saved {missing} of the {box.items} items from {list(box.offsets)} on",
             )
         if missing or overlap(found):
-            raise self._damage(number, "parts that ranks saved overlap")
+            raise self.damage(number, "parts that ranks saved overlap")
 
-    def _damage(self, number: int, why: str) -> Corrupt:
+    def damage(self, number: int, why: str) -> Corrupt:
+        """Give the error that a tensor cannot be put together."""
         shape = list(whole_shape(self._records[number]))
         path = next(
             path
@@ -173,36 +187,56 @@ class Assembly:
         self._parts = parts
         self._direct: dict[int, tuple[_native.Checkpoint, list[Target]]] = {}
         self._strided: list[_Strided] = []
+        self._alike: list[_Strided] = []
 
     def add(self, number: int, box: Box, storage: Any) -> None:
         """Have ``storage`` filled with a box of a tensor, without gaps in row-major order."""
         strides = contiguous_strides(box.sizes)
-        for part, common in self._parts.covering(number, box):
-            source = part.cut(common)
+        for common, (part, *others) in self._parts.covering(number, box).items():
             at = zip(common.offsets, box.offsets, strides, strict=True)
             first = sum((start - own) * stride for start, own, stride in at)
+            source = part.cut(common)
             target = source._replace(strides=strides, offset=first)
             if _is_contiguous(source) and _is_contiguous(target):
                 self._read_to(part.checkpoint, source, storage, first * source.item_bytes)
             else:
-                self._strided.append(_Strided(part.checkpoint, source, storage, target))
+                self._strided.append(_Strided(number, part, source, storage, target))
+            self._alike += (
+                _Strided(number, other, other.cut(common), storage, target) for other in others
+            )
 
     def read(self, *, verify: bool, streams: list[tuple[int, int]]) -> None:
-        """Read everything; the memory holds unspecified bytes after an error."""
+        """Read everything; the memory holds unspecified bytes after an error.
+
+        Raises:
+            Corrupt: What several ranks saved under one name is not the same.
+
+        """
         self._flush(verify=verify, streams=streams)
-        for batch in _batches(self._strided):
-            copies = []
+        for _, destination, bits in self._read_apart(self._strided, verify, streams):
+            destination.copy_(bits)
+        # Stages of a pipeline may call different tensors the same.
+        for number, there, bits in self._read_apart(self._alike, verify, streams):
+            if not _is_same(there, bits):
+                raise self._parts.damage(number, "ranks saved different values under this name")
+
+    def _read_apart(
+        self, some: list[_Strided], verify: bool, streams: list[tuple[int, int]]
+    ) -> Iterator[tuple[int, Any, Any]]:
+        """Read parts into memory of their own; give what they are for beside their items."""
+        for batch in _batches(some):
+            pairs = []
             for strided in batch:
                 source, storage = strided.source, strided.storage
                 hull = hull_of(source)
                 assert hull is not None  # noqa: S101  (a part that gives nothing is none)
                 memory = type(storage)(hull.end - hull.start, device=storage.device)
                 flat = source._replace(shape=(len(memory),), strides=(1,), item_bytes=1)
-                self._read_to(strided.checkpoint, flat, memory, 0, first=hull.start)
-                copies.append((_bits(storage, strided.target), _bits(memory, source, offset=0)))
+                self._read_to(strided.part.checkpoint, flat, memory, 0, first=hull.start)
+                there = _bits(storage, strided.target)
+                pairs.append((strided.number, there, _bits(memory, source, offset=0)))
             self._flush(verify=verify, streams=streams)
-            for destination, bits in copies:
-                destination.copy_(bits)
+            yield from pairs
 
     def _read_to(
         self,
@@ -227,9 +261,10 @@ class Assembly:
 
 
 class _Strided(NamedTuple):
-    """A part that does not lie in one piece, there or here."""
+    """A part that is read apart from where it belongs: it does not lie in one piece, say."""
 
-    checkpoint: _native.Checkpoint
+    number: int
+    part: Part
     source: TensorRecord
     storage: Any
     target: TensorRecord
@@ -257,6 +292,12 @@ def _is_contiguous(record: TensorRecord) -> bool:
             return False
         expected *= size
     return True
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    torch = sys.modules["torch"]
+    flat = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))
+    return bool(torch.equal(*flat))
 
 
 def _bits(storage: Any, record: TensorRecord, offset: int | None = None) -> Any:

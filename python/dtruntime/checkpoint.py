@@ -195,6 +195,7 @@ class CheckpointManager:
             if value is not None:
                 engine_settings[name] = settings.integer(name, value)
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
+        self._world_size = ranks
         self._interval = settings.interval("save_interval_steps", save_interval_steps)
         if sigterm is not None:
             settings.choice("sigterm", sigterm, ("finish", "drop"))
@@ -521,7 +522,7 @@ class CheckpointManager:
 
         >>> manager.prewarm({"model": model, "optimizer": optimizer})
         """
-        raw_bytes, ordinals = needs_of(state, self._replication)
+        raw_bytes, ordinals = needs_of(state, self._replication, self._world_size)
         usable = ordinals if ordinals and gpus.are_usable() else []
         self._native.prewarm(raw_bytes, gpus.current_streams(usable))
 
@@ -728,7 +729,7 @@ class CheckpointManager:
     ) -> tuple[FlatState, _native.Sources, gpus.Consistency]:
         """Take a state apart and make its memory ready, strictly if a GPU refuses more."""
         while True:
-            flat = flatten(state, self._replication, chosen)
+            flat = flatten(state, self._replication, chosen, self._world_size)
             streams = list(chosen.streams.items())
             try:
                 sources = self._native.prepare(flat.storages, streams, chosen.goes_on_behind)
@@ -758,9 +759,13 @@ class CheckpointManager:
         return Reader(
             checkpoint,
             verify=self._verify_on_load,
-            open_rank=lambda rank: self._native.checkpoint(checkpoint.step, rank),
+            open_rank=lambda rank: self._shards(rank, alone=True).open(checkpoint.step),
             **how,
         )
+
+    def _shards(self, rank: int | None, *, alone: bool = False) -> fallback.Shards:
+        awaits_upload = self._has_uploads and self._ranks is not None
+        return fallback.Shards(self._native, rank, awaits_upload=awaits_upload, alone=alone)
 
     def _newest(self) -> int:
         latest = self.latest_step()
@@ -778,8 +783,7 @@ class CheckpointManager:
         # The format's ranks have 32 bits: a larger one is none of any checkpoint's.
         rank = None if from_rank is None else settings.integer("from_rank", from_rank)
         rank = None if rank is None else min(rank, _RANK_MAX)
-        awaits_upload = self._has_uploads and self._ranks is not None
-        shards = fallback.Shards(self._native, rank, awaits_upload=awaits_upload)
+        shards = self._shards(rank)
         if step is not None:
             number = settings.step_of(step, "load(step=...)")
             checkpoint, result = fallback.read_step(shards, number, read)

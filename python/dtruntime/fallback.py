@@ -33,14 +33,23 @@ class Shards:
     """What this rank reads of each step: its own shard, or that of a rank that was named."""
 
     def __init__(
-        self, native: _native.Manager, from_rank: int | None, *, awaits_upload: bool = False
+        self,
+        native: _native.Manager,
+        from_rank: int | None,
+        *,
+        awaits_upload: bool = False,
+        alone: bool = False,
     ) -> None:
-        """Refer to the shards of a store; parts of other ranks may still be on their way there."""
+        """Refer to the shards of a store; parts of other ranks may still be on their way there.
+
+        With ``alone``, the shard of a rank is opened for what lies in it and in no other.
+        """
         self.native = native
         self.failed: dict[int, str] = {}
         """Steps that do not verify, with reasons."""
         self._rank = from_rank
         self._awaits_upload = awaits_upload
+        self._alone = alone
 
     def open(self, step: int) -> _native.Checkpoint:
         """Open that of one step."""
@@ -55,11 +64,11 @@ class Shards:
 
     def _open(self, step: int) -> _native.Checkpoint:
         try:
-            return self.native.checkpoint(step, self._rank)
+            return self.native.checkpoint(step, self._rank, self._alone)
         except CheckpointNotFound:
             if not self._awaits_upload or not self._arrives(step):
                 raise
-        return self.native.checkpoint(step, self._rank)
+        return self.native.checkpoint(step, self._rank, self._alone)
 
     def _arrives(self, step: int) -> bool:
         """Wait until every rank has brought its part; False if it is not on its way."""

@@ -25,7 +25,7 @@ import numpy as np
 from dtruntime import wrappers
 from dtruntime.assembling import whole_shape
 from dtruntime.errors import InvalidArgument
-from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
+from dtruntime.sharded_tensors import LivePart, box_of, is_sharded, local_of, sharded_type
 from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
 from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
 
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _SEQUENCES = (TAG_LIST, TAG_TUPLE)
 _NOTHING = (0, 0, False)
 """What the tree says of an empty dict."""
+_NOT_PLACED = (
+    "it was sharded when it was saved, and nothing live in its place says how to shard it now: "
+    "take a step, or set the optimizer's state up, before restoring"
+)
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
 """What torch's optimizers keep of a parameter in the parameter's own shape."""
 _LISTED_MAX = 10
@@ -97,8 +101,9 @@ class _Takers:
 
     def add(self, number: int, live: Any) -> None:
         """Note where a live tensor lies: its GPU, and its part if it is sharded."""
-        if is_sharded(live):
-            self.parts[number] = LivePart.of(live)
+        part = LivePart.of(live) if is_sharded(live) else None
+        if part is not None:
+            self.parts[number] = part
         local = local_of(live)
         if local.is_cuda:
             self.devices[number] = local.device
@@ -247,6 +252,8 @@ class _Planner:
             self._misfit(index, why)
 
     def _tensor_misfit(self, live: Any, index: int) -> str | None:
+        if is_sharded(live) and box_of(live) is None:
+            return "what this rank holds of the live tensor is not one piece of it"
         if live.is_meta:
             return "the live one is without values: give it memory, `module.to_empty(device=...)`"
         tag, number = self._tree.nodes[index][:2]
@@ -281,9 +288,13 @@ class _Planner:
             why = None
             if torch is not None and isinstance(live, torch.optim.Optimizer):
                 why = self._optimizer_misfit(live, index)
-                self._find_in_optimizer(live, index, takers)
+                why = self._find_in_optimizer(live, index, takers) or why
             elif sharded_type() is not None:
-                self._find_sharded(live.state_dict(), index, takers)
+                placed: set[int] = set()
+                self._find_sharded(live.state_dict(), index, takers, placed)
+                below = self._tree.tensors_below(index)
+                if any(self._reader.records[n].slice and n not in placed for n in below):
+                    why = _NOT_PLACED
             if self._tree.nodes[index][:2] == (TAG_DICT, _NOTHING) and live.state_dict():
                 why = "the saved state is empty, and the live one is not"
             if why is None:
@@ -345,8 +356,8 @@ class _Planner:
                     )
         return None
 
-    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> None:
-        """Find where an optimizer's tensors belong.
+    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> str | None:
+        """Find where an optimizer's tensors belong, or tell why that cannot be known.
 
         They are where their parameters are, but for counts of steps, which optimizers keep in the
         host's memory, and are sharded as those are, unless there are live ones that say otherwise.
@@ -366,25 +377,34 @@ class _Planner:
                     takers.add(number, now[name])
                 elif name != "step" and self._shape_of(number) == tuple(parameter.shape):
                     takers.add(number, parameter)
+                elif is_sharded(parameter) and self._reader.records[number].slice is not None:
+                    return _NOT_PLACED
                 elif parameter.is_cuda and name != "step":
                     takers.devices[number] = parameter.device
+        return None
 
     def _shape_of(self, number: int) -> tuple[int, ...]:
         return whole_shape(self._reader.records[number])
 
-    def _find_sharded(self, live: Any, index: int, takers: _Takers) -> None:
-        """Find the sharded tensors in a live ``state_dict()`` beside the saved one."""
-        if is_sharded(live):
+    def _find_sharded(self, live: Any, index: int, takers: _Takers, placed: set[int]) -> None:
+        """Find the sharded tensors in a live ``state_dict()`` beside the saved one.
+
+        ``placed`` takes the numbers of saved tensors that have live ones in their place.
+        """
+        if _is_tensor(live):
             if self._tensor_misfit(live, index) is None:
-                takers.add(self._tree.nodes[index][1], live)
+                number = self._tree.nodes[index][1]
+                placed.add(number)
+                if is_sharded(live):
+                    takers.add(number, live)
         elif isinstance(live, dict):
             for key, child in self._children(index):
                 if key in live:
-                    self._find_sharded(live[key], child, takers)
+                    self._find_sharded(live[key], child, takers, placed)
         elif isinstance(live, (list, tuple)) and self._tree.nodes[index][0] in _SEQUENCES:
             for position, child in self._tree.children(index):
                 if position < len(live):
-                    self._find_sharded(live[position], child, takers)
+                    self._find_sharded(live[position], child, takers, placed)
 
     def _children(self, index: int | None) -> Iterable[tuple[Any, int]]:
         """Give keys and nodes of a dict; nothing where there is none."""

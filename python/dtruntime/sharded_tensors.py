@@ -93,15 +93,21 @@ def local_of(tensor: Any) -> Any:
     return local if wait is None else wait()
 
 
-def part_of(tensor: Any, where: Callable[[], str]) -> tuple[Any, Slice | None]:
+def part_of(tensor: Any, world_size: int, where: Callable[[], str]) -> tuple[Any, Slice | None]:
     """Give what this rank saves of a sharded tensor, and where that stands.
+
+    Args:
+        tensor: The ``DTensor``.
+        world_size: Ranks that save together.
+        where: Names it in errors.
 
     Returns:
         A plain tensor that shares the memory, without items where another rank saves the same
         part; and its place, or None if it is the whole, as on every rank.
 
     Raises:
-        UnsupportedValue: It is a partial sum, or in memory of a kind that is not plain.
+        UnsupportedValue: It is a partial sum, in memory of a kind that is not plain, no box, or of
+            ranks that do not all save.
 
     """
     torch = sys.modules["torch"]
@@ -112,19 +118,29 @@ def part_of(tensor: Any, where: Callable[[], str]) -> tuple[Any, Slice | None]:
     if coordinate is None:
         return _nothing(local, shape, where)
     is_alike = all(placement.is_replicate() for placement in tensor.placements)
-    if (is_alike or mesh.size() == 1) and mesh.size() == torch.distributed.get_world_size():
+    if is_alike and world_size in (1, mesh.size()):
         return local, None
-    box = box_of(tensor)
-    if tuple(local.shape) != box.sizes:
+    if mesh.size() > world_size:
         raise UnsupportedValue(
             f"saving `{where()}`",
-            f"its part on this rank has shape {tuple(local.shape)}, its placements "
-            f"{tensor.placements} say {box.sizes}",
+            f"{mesh.size()} ranks hold parts of it, and this manager saves for {world_size}",
+            "open the manager on all of them, on one store: `world_size` is their number; or save "
+            "the whole, `tensor.full_tensor()`",
+        )
+    if mesh.size() == world_size == 1:
+        return local, None
+    box = box_of(tensor)
+    if box is None or tuple(local.shape) != box.sizes:
+        raise UnsupportedValue(
+            f"saving `{where()}`",
+            f"what this rank holds of it, of shape {tuple(local.shape)}, is not what its "
+            f"placements {tensor.placements} cut out in one piece",
             "redistribute it evenly first: `tensor.redistribute(placements=[...])`",
         )
     dealt = zip(coordinate, tensor.placements, strict=True)
     is_owner = not any(at for at, placement in dealt if placement.is_replicate())
-    if shape and not is_owner:
+    # Only where all ranks are in one mesh do equal parts of one name have to be the same.
+    if shape and not is_owner and mesh.size() == world_size:
         local = local.narrow(0, 0, 0)
     return local, Slice(shape, box.offsets)
 
@@ -156,14 +172,37 @@ def _nothing(local: Any, shape: tuple[int, ...], where: Callable[[], str]) -> tu
     return local.new_empty((0, *shape[1:])), Slice(shape, (0,) * len(shape))
 
 
-def box_of(tensor: Any) -> Box:
-    """Give what this rank holds of a tensor; of a plain one, all of it."""
+def box_of(tensor: Any) -> Box | None:
+    """Give what this rank holds of a tensor, of a plain one all of it; None if it is no box."""
     if not is_sharded(tensor):
         return whole(tensor.shape)
-    if tensor.device_mesh.get_coordinate() is None:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
         return Box((0,) * tensor.ndim, (0,) * tensor.ndim)
     [chunk] = tensor.__create_chunk_list__()
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return box if _is_box(tensor, coordinate, box) else None
+
+
+def _is_box(tensor: Any, coordinate: Sequence[int], box: Box) -> bool:
+    """Tell whether strided placements, which deal items in turn, come to one piece after all.
+
+    FSDP2 over tensor parallelism does; torch's own list of chunks tells no difference.
+    """
+    strided = {p.dim for p in tensor.placements if type(p).__name__ == "_StridedShard"}
+    for dim in strided:
+        held = sys.modules["torch"].arange(tensor.shape[dim])
+        mesh = tensor.device_mesh
+        for along, (at, placement) in enumerate(zip(coordinate, tensor.placements, strict=True)):
+            if not placement.is_replicate() and placement.dim == dim:
+                parts, _ = placement._split_tensor(  # noqa: SLF001  (how torch itself deals them)
+                    held, mesh.size(along), with_padding=False, contiguous=True
+                )
+                held = parts[at]
+        first = box.offsets[dim]
+        if held.tolist() != list(range(first, first + box.sizes[dim])):
+            return False
+    return True
 
 
 class LivePart(NamedTuple):
@@ -179,9 +218,10 @@ class LivePart(NamedTuple):
     box: Box
 
     @classmethod
-    def of(cls, tensor: Any) -> LivePart:
-        """Describe what ``tensor`` takes."""
-        return cls(tensor, box_of(tensor))
+    def of(cls, tensor: Any) -> LivePart | None:
+        """Describe what ``tensor`` takes; None if that is no box."""
+        box = box_of(tensor)
+        return None if box is None else cls(tensor, box)
 
     @property
     def device(self) -> Any:
@@ -190,12 +230,6 @@ class LivePart(NamedTuple):
 
     def filled(self, local: Any) -> Any:
         """Give a sharded tensor like the live one, of which this rank holds ``local``."""
-        like = self.like
-        return sys.modules["torch.distributed.tensor"].DTensor.from_local(
-            local.detach(),
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        )
+        kind: Any = sharded_type()
+        # `from_local` would move what is offloaded to the mesh's device.
+        return kind(local.detach(), self.like._spec, requires_grad=False)  # noqa: SLF001

@@ -91,6 +91,7 @@ def flatten(
     state: Any,
     replication: Replication | None = None,
     consistency: Consistency | None = None,
+    world_size: int = 1,
 ) -> FlatState:
     """Take a state apart.
 
@@ -98,6 +99,7 @@ def flatten(
         state: The state.
         replication: Finds what all ranks save alike, of which only this rank's part is read.
         consistency: How tensors on GPUs are treated. Default: torch copies them to the host.
+        world_size: Ranks that save together, of which each gives its parts of sharded tensors.
 
     Raises:
         UnsupportedValue: A value cannot be kept; the message names its key path.
@@ -107,7 +109,7 @@ def flatten(
     [(13, (2, 0, False)), (2, 3, 'epoch'), (14, 1, 'lr'), (3, 0.1)]
 
     """
-    flattener = _Flattener()
+    flattener = _Flattener(world_size)
     with _collector_paused():
         flattener.add(state, None, is_keyed=False)
         nodes, table = flattener.nodes, flattener.table
@@ -120,14 +122,16 @@ def flatten(
         return FlatState(nodes, tensors, storages, shared.nodes, table)
 
 
-def needs_of(state: Any, replication: Replication | None = None) -> tuple[int, list[int]]:
+def needs_of(
+    state: Any, replication: Replication | None = None, world_size: int = 1
+) -> tuple[int, list[int]]:
     """Give what saving ``state`` needs; copies nothing.
 
     Returns:
         The bytes of tensor memory that it would write, and the GPUs that it would copy from.
 
     """
-    flattener = _Flattener()
+    flattener = _Flattener(world_size)
     with _collector_paused():
         flattener.add(state, None, is_keyed=False)
     sizes, gpus = flattener.table.sizes(), flattener.table.gpus()
@@ -157,9 +161,10 @@ def _collector_paused() -> Iterator[None]:
 class _Flattener:
     """One walk over one state."""
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
         self.nodes: list[Node] = []
         self.table = TensorTable()
+        self._world_size = world_size
         self._path: list[Any] = []
         self._open_containers: set[int] = set()
         self._handlers: dict[type, Callable[[Any], tuple[int, Any]]] = {
@@ -293,7 +298,7 @@ class _Flattener:
     def _sharded(self, tensor: Any) -> tuple[int, int]:
         is_parameter = isinstance(tensor, sys.modules["torch"].nn.Parameter)
         kind = TORCH_PARAMETER if is_parameter else TORCH
-        return TAG_TENSOR, self.table.add_sharded(tensor, kind, self._where)
+        return TAG_TENSOR, self.table.add_sharded(tensor, kind, self._world_size, self._where)
 
     def _where(self) -> str:
         return display(self._path)

@@ -230,13 +230,13 @@ class TensorTable:
         owner.tensors.append(number)
         return number
 
-    def add_sharded(self, tensor: Any, kind: int, where: Callable[[], str]) -> int:
-        """Take in what this rank holds of a ``DTensor``; ``where`` names it in errors."""
+    def add_sharded(self, tensor: Any, kind: int, world_size: int, where: Callable[[], str]) -> int:
+        """Take in what this rank of ``world_size`` saves of a ``DTensor``."""
         number = self._numbers.get(id(tensor))
         if number is not None:
             return number
         self._keep_alive.append(tensor)
-        local, place = sharded_tensors.part_of(tensor, where)
+        local, place = sharded_tensors.part_of(tensor, world_size, where)
         number = self._numbers[id(tensor)] = self.add_torch(local, kind, where)
         self._records[number] = self._records[number]._replace(
             requires_grad=tensor.requires_grad, slice=place

@@ -180,11 +180,18 @@ impl Manager {
     }
 
     /// Opens this rank's shard of a step, or that of the rank that is named: manifest and index are
-    /// read and checked.
-    #[pyo3(signature = (step, rank=None))]
-    fn checkpoint(&self, py: Python<'_>, step: u64, rank: Option<u32>) -> PyResult<Checkpoint> {
+    /// read and checked. With `alone`, what other shards hold a part of cannot be read from it.
+    #[pyo3(signature = (step, rank=None, alone=false))]
+    fn checkpoint(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        rank: Option<u32>,
+        alone: bool,
+    ) -> PyResult<Checkpoint> {
         let checkpoint = self.guard.call(py, &format!("opening step {step}"), || match rank {
             None => self.engine.checkpoint(step),
+            Some(rank) if alone => self.engine.shard_of_rank(step, rank),
             Some(rank) => self.engine.checkpoint_of_rank(step, rank),
         })?;
         Ok(Checkpoint::new(checkpoint, self.guard.clone()))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks, torchrun
 from support import assert_same
@@ -194,8 +194,138 @@ with CheckpointManager(store) as manager:
     )
     assert outputs[0].splitlines() == [
         "each rank holds a summand of it",
-        "its part on this rank has shape (6",
+        "what this rank holds of it",
     ]
+
+
+def test_stages_that_call_different_tensors_the_same_keep_theirs(coordinator, tmp_path):
+    run_ranks(
+        LAYOUTS
+        + """
+from torch.distributed.device_mesh import DeviceMesh
+mesh = DeviceMesh("cpu", [0, 1] if rank < 2 else [2, 3])
+def stage_of(value, placement):
+    local = torch.full((4, 2), value)
+    return DTensor.from_local(local, mesh, [placement], run_check=False)
+
+with CheckpointManager(store) as manager:
+    for step, placement in enumerate((Replicate(), Shard(0))):
+        mine = 1.0 + (rank >= 2)
+        manager.save({"w": stage_of(mine, placement)}, step=step)
+        live = {"w": stage_of(0.0, placement)}
+        manager.restore(live, step=step)
+        assert torch.equal(live["w"].to_local(), torch.full((4, 2), mine)), (step, live)
+    try:
+        manager.load(step=1)
+    except Corrupt as error:
+        assert "different values under this name" in error.why, error
+    else:
+        raise AssertionError("stages were mixed")
+""",
+        store := tmp_path / "store",
+        coordinator.url,
+        world_size=4,
+    )
+    assert store.exists()
+
+
+def test_a_manager_of_fewer_ranks_than_hold_parts_is_refused(coordinator, tmp_path):
+    run_ranks(
+        LAYOUTS
+        + """
+full = torch.arange(64.0).reshape(8, 8)
+with CheckpointManager(f"{store}-{rank}", rank=0, world_size=1) as manager:
+    for layout in ((0,), (1,)):
+        try:
+            manager.save({"w": sharded(full, (world_size,), layout)}, step=1)
+        except UnsupportedValue as error:
+            assert "hold parts of it, and this manager saves for 1" in error.why, error
+        else:
+            raise AssertionError("it was saved")
+    # What every rank holds whole, one rank can save.
+    manager.save({"w": sharded(full, (world_size,), (None,))}, step=2)
+    assert torch.equal(manager.load()["w"], full)
+""",
+        tmp_path / "store",
+        coordinator.url,
+        world_size=2,
+    )
+
+
+def test_an_optimizer_gets_sharded_moments_or_says_why_not(coordinator, tmp_path):
+    run_ranks(
+        LAYOUTS
+        + """
+class Wrapper:
+    "An optimizer behind an object of its own, as trainers have."
+    def __init__(self, optimizer):
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+def make(layout):
+    parameter = torch.nn.Parameter(sharded(torch.ones(8, 6), (world_size,), layout))
+    parameter.grad = sharded(torch.arange(48.0).reshape(8, 6), (world_size,), layout)
+    return parameter, torch.optim.AdamW([parameter])
+
+with CheckpointManager(store, replicated="*") as manager:
+    parameter, optimizer = make((0,))
+    optimizer.step()
+    manager.save({"o": optimizer}, step=1)
+    moment = torch.arange(48.0).reshape(8, 6) * 0.1
+    for layout in ((0,), (1,)):
+        parameter, optimizer = make(layout)
+        manager.restore({"o": optimizer})
+        found = optimizer.state[parameter]["exp_avg"]
+        assert found.placements == parameter.placements
+        assert torch.allclose(found.to_local(), sharded(moment, (world_size,), layout).to_local())
+        before = found.to_local().clone()
+        optimizer.step()
+        manager.restore({"o": Wrapper(optimizer)})
+        assert torch.equal(optimizer.state[parameter]["exp_avg"].to_local(), before)
+    parameter, optimizer = make((0,))
+    try:
+        manager.restore({"o": Wrapper(optimizer)})
+    except InvalidArgument as error:
+        assert "take a step, or set the optimizer's state up" in error.why, error
+        assert not optimizer.state
+    else:
+        raise AssertionError("whole moments for parts of parameters")
+""",
+        tmp_path / "store",
+        coordinator.url,
+        world_size=2,
+    )
+
+
+def test_parts_that_are_dealt_in_turns_are_no_box(coordinator, tmp_path):
+    run_ranks(
+        LAYOUTS
+        + """
+from torch.distributed.tensor.placement_types import _StridedShard
+from dtruntime.sharded_tensors import box_of
+flat = sharded(torch.arange(64.0).reshape(8, 8), (4,), (1,)).flatten()
+if any(type(p) is _StridedShard for p in flat.placements):
+    with CheckpointManager(store) as manager:
+        try:
+            manager.save({"w": flat}, step=1)
+        except UnsupportedValue as error:
+            assert "cut out in one piece" in error.why, error
+        else:
+            raise AssertionError("it was saved")
+# As FSDP2 makes them over tensor parallelism: one piece after all.
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+at = mesh.get_coordinate()
+rows = torch.arange(16).chunk(2)[at[1]].chunk(2)[at[0]]
+both = DTensor.from_local(
+    rows.float(), mesh, [_StridedShard(0, split_factor=2), Shard(0)], run_check=False,
+    shape=(16,), stride=(1,),
+)
+box = box_of(both)
+assert (box.offsets[0], box.sizes[0]) == (int(rows[0]), 4), box
+""",
+        tmp_path / "store",
+        coordinator.url,
+        world_size=4,
+    )
 
 
 def test_ranks_that_hold_different_tensors_under_one_name_are_told(coordinator, tmp_path):
@@ -411,6 +541,7 @@ def cut_tensors(draw):
     return full, parts, box
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(cut_tensors(), st.randoms())
 def test_any_box_is_put_together_from_any_parts(drawn, random):
     full, parts, box = drawn
@@ -439,6 +570,20 @@ def test_a_part_that_is_there_opens_no_other_shard():
     full = torch.arange(12.0).reshape(4, 3)
     own = Saved(full[2:], Slice((4, 3), (2, 0)), 2)
     parts = Parts(own, Tree(own.nodes()), [own.record], lambda _: pytest.fail("it was opened"))
-    [(part, box)] = parts.covering(0, Box((3, 0), (1, 3)))
+    [(box, [part])] = parts.covering(0, Box((3, 0), (1, 3))).items()
     assert part.checkpoint is own
     assert box == Box((3, 0), (1, 3))
+
+
+def test_what_several_ranks_have_alike_has_to_be_the_same():
+    full = torch.arange(12.0).reshape(4, 3)
+    halves = [(full[:2], (0, 0)), (full[2:], (2, 0)), (full[2:].clone(), (2, 0))]
+    saved = [Saved(part, Slice((4, 3), at), 3) for part, at in halves]
+    whole = Box((0, 0), (4, 3))
+    assert torch.equal(assembled(saved, 0, whole), full)
+    halves[2][0][1, 1] = math.nan
+    with pytest.raises(Corrupt, match="ranks saved different values under this name"):
+        assembled(saved, 0, whole)
+    own = Box((2, 0), (2, 3))
+    assert torch.equal(assembled(saved, 1, own), full[2:])
+    assert assembled(saved, 2, own)[1, 1].isnan()

@@ -342,10 +342,16 @@ impl Engine {
 
     /// [`Engine::checkpoint`] of a rank that is named, whatever the number of ranks then and now.
     pub fn checkpoint_of_rank(&self, step: u64, rank: u32) -> Result<Checkpoint> {
-        self.open_shard(step, Some(rank))
+        self.open_shard(step, Some((rank, Whose::Asked)))
     }
 
-    fn open_shard(&self, step: u64, asked: Option<u32>) -> Result<Checkpoint> {
+    /// [`Engine::checkpoint_of_rank`], for what lies in that shard alone: no other one is opened,
+    /// and storages of which it holds a part cannot be read.
+    pub fn shard_of_rank(&self, step: u64, rank: u32) -> Result<Checkpoint> {
+        self.open_shard(step, Some((rank, Whose::Alone)))
+    }
+
+    fn open_shard(&self, step: u64, asked: Option<(u32, Whose)>) -> Result<Checkpoint> {
         let inner = self.inner(&format!("opening step {step}"))?;
         inner.core.check_exists(step)?;
         let store = inner.core.store.as_ref();
@@ -354,7 +360,7 @@ impl Engine {
             let saved = manifest.world_size;
             let Config { rank, world_size, .. } = self.config;
             let (rank, whose) = match asked {
-                Some(asked) => (asked, Whose::Asked),
+                Some(asked) => asked,
                 None if saved == world_size => (rank, Whose::Asked),
                 // Any will do.
                 None => (rank % saved, Whose::Another),
@@ -571,7 +577,7 @@ fn check_ranks(config: &Config, has_coordinator: bool) -> Result<()> {
 /// Refuses another number of ranks where no entry was saved alike by all of them.
 fn check_world_size(manifest: &Manifest, whose: Whose, expected: u32) -> Result<()> {
     let has_replicated = manifest.shards.iter().any(|shard| !shard.replicated.is_empty());
-    if whose == Whose::Asked || has_replicated {
+    if whose != Whose::Another || has_replicated {
         return Ok(());
     }
     let saved = manifest.world_size;

@@ -63,6 +63,8 @@ pub(crate) enum Whose {
     Asked,
     /// Another number of ranks saved it: only what they saved alike means anything to the reader.
     Another,
+    /// A rank's that was named, for what lies in its shard alone: no other shard is opened for it.
+    Alone,
 }
 
 impl Checkpoint {
@@ -75,7 +77,10 @@ impl Checkpoint {
         whose: Whose,
     ) -> Result<Self> {
         let own = Shard::open(store, &manifest, rank, Damaged::ReadElsewhere)?;
-        let parts = Parts::open(store, &manifest, &own)?;
+        let parts = match whose {
+            Whose::Alone => Parts::default(),
+            Whose::Asked | Whose::Another => Parts::open(store, &manifest, &own)?,
+        };
         Ok(Self { manifest, own, parts, whose, staging: OnceLock::new() })
     }
 

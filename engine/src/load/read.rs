@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::device::{Departure, Destination, DeviceDestination, DeviceTarget, UnderWay};
 use super::parts::Part;
 use super::second::{is_damage, read_elsewhere};
-use super::{Checkpoint, Shard, read_now};
+use super::{Checkpoint, Shard, Whose, read_now};
 use crate::codec::{Codec, Decoder};
 use crate::copy::{copy, copy_with_checksum};
 use crate::error::IoContext;
@@ -140,9 +140,21 @@ impl Checkpoint {
 
     /// Refuses what belongs to another rank's state.
     pub(super) fn check_readable(&self, storage: u32) -> Result<()> {
-        let record = self.own.index.storages.get(storage as usize);
-        if !self.is_replicated_only() || record.is_none_or(|record| record.replica.is_some()) {
+        let Some(record) = self.own.index.storages.get(storage as usize) else { return Ok(()) };
+        let is_readable = match self.whose {
+            Whose::Asked => true,
+            Whose::Another => record.replica.is_some(),
+            Whose::Alone => record.held() == (0..record.bytes),
+        };
+        if is_readable {
             return Ok(());
+        }
+        if self.whose == Whose::Alone {
+            return Err(EngineError::invalid(
+                format!("reading storage {storage} of `{}`", self.shard_name()),
+                "the shard holds a part of it, and was opened alone",
+                "open it together with the shards that hold the rest",
+            ));
         }
         Err(EngineError::invalid(
             format!("reading storage {storage} of `{}`", self.shard_name()),
