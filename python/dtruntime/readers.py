@@ -26,9 +26,15 @@ from dtruntime.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Self
 
 Read = "Callable[[str], Iterable[Any]]"
 """Gives the samples of the file at a path, always in the same order."""
+
+
+_BLOCK_BYTES = 1 << 20
+_COMPRESSED_BYTES = 16 << 10
+"""Few: what is compressed well becomes much."""
 
 
 class Unreadable(Exception):  # noqa: N818  (the caller adds the file's name, and raises its own)
@@ -127,24 +133,55 @@ def read_webdataset(path: str) -> Iterator[dict[str, Any]]:
     A sample's files follow one another; its ``__key__`` is their name up to the first dot of the
     last part.
     """
-    with _decompressed(path) as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
-        sample: dict[str, Any] = {}
-        for member in tar:
-            if not member.isfile():
-                continue
-            folder, slash, name = member.name.rpartition("/")
-            stem, dot, suffix = name.partition(".")
-            if not stem or not dot:
-                continue
-            key = folder + slash + stem
-            if sample and sample["__key__"] != key:
+    last = ""
+    try:
+        with _decompressed(path) as raw:
+            sample: dict[str, Any] = {}
+            for last, data in _members(raw):
+                folder, slash, name = last.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                if not stem or not dot:
+                    continue
+                key = folder + slash + stem
+                if sample and sample["__key__"] != key:
+                    yield sample
+                    sample = {}
+                sample |= {"__key__": key, suffix: data}
+            if sample:
                 yield sample
-                sample = {}
-            file = tar.extractfile(member)
-            assert file is not None  # noqa: S101  (it is a file)
-            sample |= {"__key__": key, suffix: file.read()}
-        if sample:
-            yield sample
+    except Unreadable as error:
+        raise Unreadable(f"after member `{last}`: {error}" if last else str(error)) from None
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is no end unless it is one: `tarfile` takes a damaged or missing one for it."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except _EndOfArchive:
+            raise
+        except _BadHeader as error:
+            raise _BadArchive(str(error)) from None
+
+
+_EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+_BadHeader, _BadArchive = tarfile.HeaderError, tarfile.ReadError
+
+
+def _members(raw: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Give the files of a tar, the end of which is checked: a block of zeros, then zeros only."""
+    with tarfile.open(fileobj=raw, mode="r|", tarinfo=_Header) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            if file is not None:
+                yield member.name, file.read()
+        stream = tar.fileobj
+        assert stream is not None  # noqa: S101  (it is open)
+        while block := stream.read(_BLOCK_BYTES):
+            if block.count(0) != len(block):
+                raise tarfile.ReadError("the archive ends, and more than zeros follow")
 
 
 @contextmanager
@@ -153,8 +190,11 @@ def _decompressed(path: str) -> Iterator[BinaryIO]:
     try:
         with _opener(path)(path, "rb") as file:
             yield file
-    except _DAMAGED as error:
-        raise Unreadable(str(error) or type(error).__name__) from None
+    except Exception as error:
+        # Two packages have a `ZstdError`, and neither needs to be there.
+        if isinstance(error, _DAMAGED) or type(error).__name__ == "ZstdError":
+            raise Unreadable(str(error) or type(error).__name__) from None
+        raise
 
 
 def _opener(path: str) -> Callable[[str, str], Any]:
@@ -165,8 +205,59 @@ def _opener(path: str) -> Callable[[str, str], Any]:
     try:
         opener = importlib.import_module("compression.zstd").open
     except ImportError:  # before Python 3.14
-        opener = _optional("zstandard", ".zst", "pip install zstandard").open
+        return _open_zstandard
     return cast("Callable[[str, str], Any]", opener)
+
+
+def _open_zstandard(path: str, _mode: str) -> io.BufferedReader:
+    package = _optional("zstandard", ".zst", "pip install 'zstandard>=0.19'")
+    return io.BufferedReader(_Zstandard(path, package))
+
+
+class _Zstandard(io.RawIOBase):
+    """The bytes of a ``.zst`` file.
+
+    The package's own reader has no lines, and ends without a word where a frame is cut, or where
+    another one follows.
+    """
+
+    def __init__(self, path: str, package: Any) -> None:
+        super().__init__()
+        self._new_frame = package.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+        self._rest = b""
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115, PTH123  (`close` closes it)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._rest or self._file.read(_COMPRESSED_BYTES)
+            if not data and self._frame is not None:
+                raise EOFError("the compressed file ended within a frame")
+            if not data:
+                return 0
+            self._decompress(data)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompress(self, data: bytes) -> None:
+        """Take a piece of the file; what follows a frame is the next one."""
+        if self._frame is None:
+            self._frame = self._new_frame()
+        self._ready = memoryview(self._frame.decompress(data))
+        self._rest = b""
+        if self._frame.eof:
+            self._rest, self._frame = self._frame.unused_data, None
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def _optional(module: str, purpose: str, command: str) -> Any:

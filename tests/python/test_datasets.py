@@ -26,6 +26,7 @@ from collections import Counter
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -629,6 +630,88 @@ def test_webdataset(tmp_path):
         ]
 
 
+def pack(counts: dict[str, int]) -> bytes:
+    """Give a tar of files of so many bytes."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, size in counts.items():
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(bytes(size)))
+    return packed.getvalue()
+
+
+DAMAGED_TARS = {
+    "a header is damaged": (lambda tar: tar[:1_024] + b"x" + tar[1_025:], "bad checksum"),
+    "a header is overwritten": (lambda tar: tar[:1_024] + b"x" * 512 + tar[1_536:], "header"),
+    "a header is zeros": (
+        lambda tar: tar[:1_024] + bytes(512) + tar[1_536:],
+        "the archive ends, and more than zeros follow",
+    ),
+    "cut before a header": (lambda tar: tar[:1_024], "empty header"),
+    "cut within a header": (lambda tar: tar[:1_200], "truncated header"),
+    "cut within a file": (lambda tar: tar[:700], "unexpected end of data"),
+    "two in one": (lambda tar: tar + tar, "the archive ends, and more than zeros follow"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+@pytest.mark.parametrize("case", DAMAGED_TARS)
+def test_a_damaged_tar_is_no_shorter_one(tmp_path, case, name):
+    damage, text = DAMAGED_TARS[case]
+    path = write(tmp_path / name, damage(pack({"1.txt": 400, "2.txt": 400, "3.txt": 400})))
+    with pytest.raises(readers.Unreadable, match=text) as caught:
+        list(readers.read_webdataset(path))
+    assert ("after member" in str(caught.value)) == (case != "cut within a file")
+
+
+def test_a_tar_without_samples_and_one_with_a_short_end(tmp_path):
+    assert list(readers.read_webdataset(write(tmp_path / "a.tar", pack({})))) == []
+    short = pack({"1.txt": 400})[: 1_024 + 512]  # one block of zeros only
+    assert len(list(readers.read_webdataset(write(tmp_path / "b.tar", short)))) == 1
+
+
+class FakeZstdError(Exception):
+    pass
+
+
+FakeZstdError.__name__ = "ZstdError"
+
+
+class FakeFrame:
+    """A frame of the fake `zstandard`: its length in a byte, and so many bytes."""
+
+    def __init__(self):
+        self.eof, self.unused_data, self.data = False, b"", b""
+
+    def decompress(self, data):
+        if data == b"broken":
+            raise FakeZstdError("data corruption detected")
+        given, self.data = len(self.data[1:]), self.data + data
+        end = 1 + self.data[0]
+        self.eof, self.unused_data = len(self.data) >= end, self.data[end:]
+        return self.data[1 + given : end]
+
+
+def test_zstandard_before_python_3_14(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    fake = SimpleNamespace(ZstdDecompressor=lambda: SimpleNamespace(decompressobj=FakeFrame))
+    monkeypatch.setitem(sys.modules, "zstandard", fake)
+    monkeypatch.setattr(readers, "_COMPRESSED_BYTES", 7)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"\x0c[1, 2, 3]\n4\n" + b"\x00" + b"\x035\n6")
+    assert list(readers.read_json_lines(str(path))) == [[1, 2, 3], 4, 5, 6]
+    path.write_bytes(b"\x0c[1, 2, 3]\n")
+    with pytest.raises(readers.Unreadable, match="ended within a frame"):
+        list(readers.read_json_lines(str(path)))
+    path.write_bytes(b"broken")
+    with pytest.raises(readers.Unreadable, match="data corruption detected"):
+        list(readers.read_json_lines(str(path)))
+    frames = b"".join(b"\xff" + pack({"1.txt": 9})[at : at + 255] for at in range(0, 10_200, 255))
+    (tmp_path / "a.tar.zst").write_bytes(frames + b"\x28" + bytes(40))
+    assert len(list(readers.read_webdataset(str(tmp_path / "a.tar.zst")))) == 1
+
+
 BROKEN = {
     "json": ("jsonl", "a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: one JSON value a line"),
     "nested": ("jsonl", "a.jsonl", b"[" * 200_000 + b"\n", "line 1: one JSON value a line"),
@@ -690,7 +773,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     for format_name, name, text in (
         ("parquet", "a.parquet", "pip install pyarrow"),
-        ("text", "a.txt.zst", "pip install zstandard"),
+        ("text", "a.txt.zst", "pip install .zstandard"),
     ):
         (tmp_path / name).touch()
         dataset = ShardedDataset(Dealer(tmp_path, [name], format=format_name), "train")
