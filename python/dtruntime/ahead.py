@@ -8,7 +8,9 @@ thread is gone, and so is whatever was made ready.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
 
 READ_AHEAD_BYTES = 256 << 20
 """Most bytes of coming files that the system is asked to read into its page cache."""
+
+
+def release(descriptor: int) -> None:
+    """Unlock and close a file.
+
+    A lock is gone once nobody has the file open: to close it is not enough where a process was
+    forked meanwhile, such as a DataLoader's worker, which has it open, too.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
 
 
 class Ready:
@@ -32,12 +46,17 @@ class Ready:
     def __init__(self, path: str, descriptor: int | None = None) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._pid = os.getpid()
 
     def close(self) -> None:
         """Say that it was read: a copy in a cache may go then."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        if os.getpid() == self._pid:
+            release(descriptor)
+        else:  # a forked copy of this: the lock is that of the process which reads
+            os.close(descriptor)
 
 
 Fetch = "Callable[[str, Callable[[], bool]], Ready]"
@@ -118,16 +137,20 @@ class ReadAhead:
         """End the thread and give up what it made ready."""
         if self._thread is None or os.getpid() != self._pid:
             return
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        if self._thread.is_alive():  # a Ctrl-C may have come while it was being started
-            self._thread.join()
+        if not sys.is_finalizing():  # else the thread stands still for ever, maybe with the lock
+            self._end(self._thread)
         self._thread = None
         for found in self._ready.values():
             if isinstance(found, Ready):
                 found.close()
         self._ready.clear()
+
+    def _end(self, thread: threading.Thread) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if thread.is_alive():  # a Ctrl-C may have come while it was being started
+            thread.join()
 
     def _run(self) -> None:
         for number, path in enumerate(self._paths):

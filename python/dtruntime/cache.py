@@ -27,7 +27,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dtruntime.ahead import Ready
+from dtruntime.ahead import Ready, release
 from dtruntime.errors import DatasetNotFound, InvalidArgument, StorageError
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Cache:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            release(descriptor)
 
     def _entries(self) -> list[_Entry]:
         found = []
@@ -171,7 +171,7 @@ class Cache:
         except BlockingIOError:
             return False
         finally:
-            os.close(descriptor)
+            release(descriptor)
         return True
 
     def _find(self, source: _Source) -> Ready | None:
@@ -219,7 +219,7 @@ class Cache:
                 with contextlib.suppress(OSError):
                     os.unlink(self.folder / partial)  # noqa: PTH108
             if descriptor is not None:
-                os.close(descriptor)
+                release(descriptor)
 
     def _reserve(self, source: _Source) -> tuple[int | None, str]:
         """Make room, and a file that takes it at once, so that others count it, too."""
@@ -235,7 +235,7 @@ class Cache:
                 if source.size:
                     os.posix_fallocate(descriptor, 0, source.size)
             except BaseException:
-                os.close(descriptor)
+                release(descriptor)
                 with contextlib.suppress(OSError):
                     os.unlink(self.folder / name)  # noqa: PTH108
                 raise

@@ -955,6 +955,36 @@ def test_ctrl_c_ends_the_waiting_for_a_file(library):
     assert out == "['MainThread']\n", out + err
 
 
+FINALIZED = """
+import os, sys, threading
+from dtruntime.ahead import ReadAhead, Ready
+
+def fetch(path, is_unwanted):
+    if path == "1":
+        threading.Event().wait()
+    return Ready(path)
+
+class Late:
+    ahead = ReadAhead(["0", "1"], fetch, 1)
+
+    def __del__(self, close=ahead.close, write=os.write):
+        close()
+        write(1, b"closed")
+
+Late.ahead.get(0)
+late = Late()
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_no_thread():
+    process = start_script(FINALIZED)
+    try:
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (out, process.returncode) == ("closed", 0), err
+
+
 def test_what_the_coordinator_says_is_used(library, tmp_path):
     folder, names, _ = library
     told = {"dataset.prefetch_shards": "5", "dataset.cache_size_gb": "3"}
@@ -1061,6 +1091,60 @@ def test_what_a_crash_left_is_dropped_at_the_start_and_nothing_else(tmp_path):
         assert (left.exists(), being_made.exists()) == (False, True)
     Cache(tmp_path, 10_000)
     assert not being_made.exists()
+
+
+@contextlib.contextmanager
+def forked(does):
+    """Have a forked process do something, and then live on, with all files that it inherited."""
+    hears, told = os.pipe()
+    waits, ends = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            does()
+            os.write(told, b".")
+            os.close(ends)
+            os.read(waits, 1)
+        os._exit(0)
+    os.close(told)
+    try:
+        assert os.read(hears, 1) == b"."
+        yield
+    finally:
+        os.close(ends)
+        os.waitpid(child, 0)
+        os.close(hears)
+        os.close(waits)
+
+
+def test_a_forked_process_keeps_no_lock_and_gives_none_up(tmp_path, monkeypatch):
+    for number in range(2):
+        (tmp_path / f"s{number}").write_bytes(os.urandom(1_000))
+    cache = Cache(tmp_path, 1_500)
+    ready = cache.fetch(str(tmp_path / "s0"), always)
+    name = Path(ready.path).name
+    with forked(ready.close):
+        assert not cache._remove(name)  # it is read here
+        ready.close()
+        assert cache._remove(name)
+    with cache._locked(), forked(lambda: None):
+        pass
+    fsync = os.fsync
+    with contextlib.ExitStack() as stack:
+
+        def fork_meanwhile(descriptor):
+            stack.enter_context(forked(lambda: None))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fork_meanwhile)
+        ready = cache.fetch(str(tmp_path / "s1"), always)
+        ready.close()
+        assert cache._remove(Path(ready.path).name)
+        flags = fcntl.LOCK_EX | fcntl.LOCK_NB
+        with cache._locked():
+            stack.enter_context(forked(lambda: None))
+        with (cache.folder / "lock").open() as file:
+            fcntl.flock(file, flags)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
