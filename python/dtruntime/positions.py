@@ -74,6 +74,8 @@ class Position:
             first.
         deal: How the share is dealt to lanes.
         samples: How many samples this rank was given in this epoch, with this number of ranks.
+        ended: ``all`` once the epoch is over for all ranks, as they agreed; ``rank`` once it is for
+            this one, and nothing is known of the others; else empty.
 
     """
 
@@ -84,6 +86,7 @@ class Position:
     read: Cut = _NOTHING_READ
     deal: Deal = _NOT_DEALT
     samples: int = 0
+    ended: str = ""
 
 
 def spans_of(numbers: Iterable[int]) -> Spans:
@@ -160,9 +163,11 @@ class Track:
     start: Position
     lanes: list[Lane]
     next_lane: int = field(default=0)
+    ended: str = ""
 
-    def finish(self) -> None:
-        """Say that the epoch is over for this rank."""
+    def finish(self, *, is_agreed: bool) -> None:
+        """Say that the epoch is over: for all ranks, or for this one."""
+        self.ended = "all" if is_agreed else "rank"
         for lane in self.lanes:
             lane.finish()
 
@@ -181,6 +186,7 @@ class Track:
             read=read,
             deal=self.start.deal._replace(next_lane=self.next_lane),
             samples=self.start.samples + given,
+            ended=self.ended,
         )
 
 
@@ -256,6 +262,7 @@ def encode(position: Position, dataset: Mapping[str, Any]) -> dict[str, Any]:
         "lanes_done": [list(span) for span in position.deal.done],
         "next_lane": position.deal.next_lane,
         "samples": position.samples,
+        "ended": position.ended,
     }
 
 
@@ -297,6 +304,7 @@ def decode(name: str, state: Any) -> tuple[Position, dict[str, Any]]:
             read=_decode_cut(state["read"]),
             deal=deal,
             samples=int(state["samples"]),
+            ended=str(state.get("ended", "")),
         )
         return position, dict(state["dataset"])
     except (KeyError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@
 >>> for epoch in range(dataset.epoch, 10):
 ...     dataset.set_epoch(epoch)
 ...     for batch in loader: ...  # goes on within the epoch after a restore
+...     manager.save(state, step)  # from here a restore goes on with the next epoch
 
 Files are this rank's, in the order of the epoch; the samples of a file come in the file's own order
 (shuffle them when the files are written). ``positions`` says how files are dealt.
@@ -22,6 +23,7 @@ import logging
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,7 +82,9 @@ class ShardedDataset(IterableDataset[Any]):
     ranks may have different numbers of samples: ``ShardedLoader`` has ranks end together.
 
     Each iteration begins where ``load_state_dict`` said, once, and otherwise at the beginning of
-    the epoch. Resuming within a file reads over the samples before.
+    the epoch. Resuming within a file reads over the samples before. A position that was saved after
+    the end of an epoch is the next epoch's beginning: ``epoch`` says so once it is loaded. Ranks
+    that each end for themselves (``end="exact"``) know only by ``restore_from`` that all have.
 
     Args:
         registry: The job's datasets.
@@ -206,15 +210,20 @@ class ShardedDataset(IterableDataset[Any]):
         decoded = [positions.decode(self.name, state) for state in states]
         found = [position for position, _ in decoded]
         positions.check_complete(self.name, found)
+        is_over = all(position.ended for position in found)
         if found[0].world_size == self.world_size:
             own = next(n for n, position in enumerate(found) if position.rank == self.rank)
-            self.load_state_dict(states[own])
+            self.load_state_dict({**states[own], "ended": "all" if is_over else ""})
             return
         epoch = found[0].epoch
         whole = self._ask((0, 1), epoch)
         for position, saved in decoded:
             files = _pick(whole, positions.share_of(position, whole.file_count))
             positions.check_same(self.name, saved, self._look_at(files).record)
+        if is_over:
+            self._fresh = self._at_beginning(epoch + 1)
+            self._set_start(self._fresh)
+            return
         before = positions.merge(found, whole.file_count)
         position = Position(epoch, self.rank, self.world_size, before)
         left = self._look_at(_pick(whole, positions.share_of(position, whole.file_count)))
@@ -260,7 +269,13 @@ class ShardedDataset(IterableDataset[Any]):
         self.follow(track, start.files)
         if worker is not None:
             self._shared[1] = 1
-        return self.walk(start.files, lane)
+            return self.walk(start.files, lane)
+        return self._alone(start.files, track)
+
+    def _alone(self, files: Files, track: Track) -> Iterator[Any]:
+        """Read a share in this process, and see its end."""
+        yield from self.walk(files, track.lanes[0])
+        track.finish(is_agreed=self.world_size == 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a spawned worker gets: everything but the connection."""
@@ -305,7 +320,7 @@ class ShardedDataset(IterableDataset[Any]):
         return Start(self._look_at(share), Position(epoch, self.rank, self.world_size))
 
     def _resumed(self, state: Mapping[str, Any]) -> tuple[Start, Start]:
-        """Give where a position begins, and where its epoch does."""
+        """Give where to go on from a position, and where the epoch of that begins."""
         position, saved = positions.decode(self.name, state)
         self._check_place(position)
         is_here = position.epoch == self.epoch
@@ -317,7 +332,10 @@ class ShardedDataset(IterableDataset[Any]):
             whole = self._ask((0, 1), position.epoch)
             files = self._look_at(_pick(whole, positions.share_of(position, whole.file_count)))
         positions.check_same(self.name, saved, files.record)
-        return Start(files, position), fresh
+        if position.ended == "all":
+            fresh = self._at_beginning(position.epoch + 1)
+            return fresh, fresh
+        return Start(files, replace(position, ended="")), fresh
 
     def _check_place(self, position: Position) -> None:
         was, now = (position.rank, position.world_size), (self.rank, self.world_size)

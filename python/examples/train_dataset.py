@@ -112,6 +112,8 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
                 if is_first_run and lose == (rank, step):
                     manager.wait_until_finished()
                     os.kill(os.getpid(), signal.SIGKILL)
+            if step % SAVE_EVERY:  # else it is saved; a restore of this goes on with the next epoch
+                manager.save_async(state | {"step": step}, step=step)
         manager.wait_until_finished()
     if rank == 0:
         weights = model.weight.sum().item()

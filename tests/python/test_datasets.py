@@ -184,10 +184,14 @@ def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file
             seen.update(take(iter(dataset), limit + data.draw(st.integers(0, 3))))
             saved.append(json.loads(json.dumps(dataset.state_dict())))
         states = saved
+        if all(state["ended"] for state in states):
+            break
     for rank in range(3):
         dataset = open_dataset(library, file_count, (rank, 3), epoch=epoch)
         dataset.load_state_dicts(states)
-        seen.update(dataset)
+        is_over = all(state["ended"] for state in states)
+        assert dataset.epoch == epoch + is_over
+        seen.update([] if is_over else dataset)
     assert seen == expected(library, file_count)
 
 
@@ -407,13 +411,56 @@ def test_epochs(library):
     other = list(dataset)
     assert Counter(other) == expected(library)
     assert other[:5] != first
-    # A checkpoint at the end of an epoch: that one gives nothing more, the next one everything.
-    again = open_dataset(library)
-    again.load_state_dict(dataset.state_dict())
-    again.set_epoch(1)
-    assert (again.epoch, list(again)) == (1, [])
-    again.set_epoch(2)
-    assert Counter(again) == expected(library)
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next_one(
+    library, open_manager, workers
+):
+    """The usual loop: it saves a step after each epoch, and the same step never twice."""
+    manager = open_manager()
+    seen = []
+    for number in range(3):
+        dataset = open_dataset(library)
+        loader = dataset
+        if workers is not None:
+            loader = ShardedLoader(dataset, batch_size=5, num_workers=workers)
+        state = {"data": dataset, "step": 0}
+        with contextlib.suppress(CheckpointNotFound):
+            manager.restore(state)
+        assert dataset.epoch == number
+        for epoch in range(dataset.epoch, number + 1):  # one epoch, then it is stopped
+            dataset.set_epoch(epoch)
+            seen.append(list(loader))
+            assert dataset.epoch == epoch
+            manager.save({"data": dataset, "step": state["step"] + 1}, step=state["step"] + 1)
+    if workers is not None:
+        seen = list(map(flat, seen))
+    assert [Counter(samples) for samples in seen] == [expected(library)] * 3
+    assert len({tuple(samples) for samples in seen}) == 3
+
+
+def test_the_end_of_an_epoch_is_what_all_ranks_say(library):
+    """A rank that ends alone, or has no files, does not know of the others."""
+    ranks = [open_dataset(library, 2, (rank, 3)) for rank in range(3)]
+    assert list(ShardedLoader(ranks[2], end="exact")) == []
+    part = [dataset.state_dict() for dataset in ranks]
+    list(ranks[0])
+    list(ranks[1])
+    whole = [dataset.state_dict() for dataset in ranks]
+    for states, epoch in ((part, 0), (whole, 1)):
+        for world_size in (2, 3):
+            again = [open_dataset(library, 2, (rank, world_size)) for rank in range(world_size)]
+            for dataset in again:
+                dataset.load_state_dicts(states)
+            assert [dataset.epoch for dataset in again] == [epoch] * world_size
+            assert Counter(flat(again)) == expected(library, 2)
+    again = open_dataset(library, 2, (2, 3))
+    again.load_state_dict(whole[2])  # alone, it may have to wait for the others
+    assert (again.epoch, list(again)) == (0, [])
+    old = {key: value for key, value in whole[2].items() if key != "ended"}
+    again.load_state_dict(old)
+    assert again.epoch == 0
 
 
 def test_the_newest_iteration_has_the_position(library):
@@ -955,34 +1002,30 @@ def test_ctrl_c_ends_the_waiting_for_a_file(library):
     assert out == "['MainThread']\n", out + err
 
 
-FINALIZED = """
-import os, sys, threading
-from dtruntime.ahead import ReadAhead, Ready
+def test_the_end_of_the_interpreter_waits_for_no_thread(monkeypatch):
+    """Threads stand still by then: here one that never gives up a file, nor the lock."""
+    goes_on, is_held = threading.Event(), threading.Event()
 
-def fetch(path, is_unwanted):
-    if path == "1":
-        threading.Event().wait()
-    return Ready(path)
+    def fetch(path, _is_unwanted):
+        if path == "1":
+            with ahead._changed:
+                is_held.set()
+                goes_on.wait()
+        return Ready(path)
 
-class Late:
     ahead = ReadAhead(["0", "1"], fetch, 1)
-
-    def __del__(self, close=ahead.close, write=os.write):
-        close()
-        write(1, b"closed")
-
-Late.ahead.get(0)
-late = Late()
-"""
-
-
-def test_the_end_of_the_interpreter_waits_for_no_thread():
-    process = start_script(FINALIZED)
-    try:
-        out, err = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert (out, process.returncode) == ("closed", 0), err
+    ahead.get(0)
+    assert is_held.wait(20)
+    thread = ahead._thread
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    closing = threading.Thread(target=ahead.close)
+    closing.start()
+    closing.join(5)
+    is_closed = not closing.is_alive()
+    goes_on.set()
+    closing.join()
+    thread.join()
+    assert is_closed
 
 
 def test_what_the_coordinator_says_is_used(library, tmp_path):
