@@ -41,7 +41,9 @@ _TAG_TEXT = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Copies of training data, made by dtruntime. They may be deleted at any time.\n"
 )
+_NEW_TAG = "CACHEDIR.TAG.new"
 _LOCK = "lock"
+_OWN_NAMES = {_TAG, _NEW_TAG, _LOCK}
 _COPY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}-.*", re.DOTALL)
 _PARTIAL = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.partial")
 _BLOCK_BYTES = 4 << 20
@@ -79,8 +81,10 @@ class Cache:
         self._is_off = False
         self._verified: set[str] = set()
         try:
-            self._own()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_strangers()
             with self._locked():
+                self._own()
                 for entry in self._entries():
                     if _PARTIAL.fullmatch(entry.name):
                         self._remove(entry.name)  # unless somebody is making it
@@ -116,26 +120,39 @@ class Cache:
             )
         self._is_off = True
 
-    def _own(self) -> None:
-        """Make the folder, or see by its tag that it is ours."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tag = self.folder / _TAG
-        if not tag.exists():
-            strangers = [name for name in os.listdir(self.folder) if name != _LOCK]  # noqa: PTH208
-            if strangers:
-                raise InvalidArgument(
-                    f"caching datasets in `{self.folder}`",
-                    f"it holds `{strangers[0]}` and has no tag of ours, so nothing there may be "
-                    "deleted",
-                    "name another `cache_dir`, or remove that folder",
-                )
-            tag.write_text(_TAG_TEXT)
-        elif tag.read_text(errors="replace") != _TAG_TEXT:
+    def _refuse_strangers(self) -> None:
+        """Refuse a folder with files, and no tag of ours, before anything is written there.
+
+        The tag is looked for last: another process that makes the folder writes it before any file.
+        """
+        strangers = {*os.listdir(self.folder)} - _OWN_NAMES  # noqa: PTH208
+        tag = self._tag()
+        if tag is None and strangers:
+            raise InvalidArgument(
+                f"caching datasets in `{self.folder}`",
+                f"it holds `{min(strangers)}` and has no tag of ours, so nothing there may be "
+                "deleted",
+                "name another `cache_dir`, or remove that folder",
+            )
+        # Who was killed while writing it may have left its beginning.
+        if tag is not None and not _TAG_TEXT.startswith(tag):
             raise InvalidArgument(
                 f"caching datasets in `{self.folder}`",
                 f"its `{_TAG}` is not ours",
                 "name another `cache_dir`, or remove that folder",
             )
+
+    def _tag(self) -> str | None:
+        try:
+            return (self.folder / _TAG).read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def _own(self) -> None:
+        """Write our tag, unless it is there. The lock is held: one process does it."""
+        if self._tag() != _TAG_TEXT:
+            (self.folder / _NEW_TAG).write_text(_TAG_TEXT)
+            os.rename(self.folder / _NEW_TAG, self.folder / _TAG)  # noqa: PTH104
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -154,7 +171,10 @@ class Cache:
             for entry in entries:
                 if not (_COPY.fullmatch(entry.name) or _PARTIAL.fullmatch(entry.name)):
                     continue
-                about = entry.stat(follow_symlinks=False)
+                try:
+                    about = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # it went meanwhile
+                    continue
                 if stat.S_ISREG(about.st_mode):
                     found.append(_Entry(entry.name, about.st_size, about.st_mtime_ns))
         return found
@@ -168,6 +188,8 @@ class Cache:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(self.folder / name)  # noqa: PTH108
+        except FileNotFoundError:  # somebody cleans up by hand
+            return True
         except BlockingIOError:
             return False
         finally:
@@ -181,7 +203,10 @@ class Cache:
             if not names:
                 return None
             path = self.folder / names[0]
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         ready = Ready(str(path), descriptor)
         if names[0] in self._verified or _checksum(descriptor) == int(names[0][33:41], 16):
@@ -215,8 +240,8 @@ class Cache:
             ready, descriptor = Ready(str(self.folder / name), descriptor), None
             return ready
         finally:
-            if partial:
-                with contextlib.suppress(OSError):
+            if partial:  # under the lock: nobody counts a file that is about to go
+                with contextlib.suppress(OSError), self._locked():
                     os.unlink(self.folder / partial)  # noqa: PTH108
             if descriptor is not None:
                 release(descriptor)

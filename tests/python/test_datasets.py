@@ -1003,19 +1003,18 @@ def test_ctrl_c_ends_the_waiting_for_a_file(library):
 
 
 def test_the_end_of_the_interpreter_waits_for_no_thread(monkeypatch):
-    """Threads stand still by then: here one that never gives up a file, nor the lock."""
-    goes_on, is_held = threading.Event(), threading.Event()
+    """Threads stand still by then: here one that never gets its file."""
+    goes_on, is_begun = threading.Event(), threading.Event()
 
     def fetch(path, _is_unwanted):
         if path == "1":
-            with ahead._changed:
-                is_held.set()
-                goes_on.wait()
+            is_begun.set()
+            goes_on.wait(30)
         return Ready(path)
 
     ahead = ReadAhead(["0", "1"], fetch, 1)
     ahead.get(0)
-    assert is_held.wait(20)
+    assert is_begun.wait(20)
     thread = ahead._thread
     monkeypatch.setattr(sys, "is_finalizing", lambda: True)
     closing = threading.Thread(target=ahead.close)
@@ -1122,6 +1121,90 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "dtruntime-datasets" / "CACHEDIR.TAG").write_text("Signature: another")
     with pytest.raises(InvalidArgument, match=r"`CACHEDIR\.TAG` is not ours"):
         Cache(tmp_path, 100)
+
+
+def test_processes_that_make_a_cache_at_once_all_get_it(tmp_path, caplog):
+    meeting = threading.Barrier(4)
+    failed = []
+
+    def make(folder):
+        meeting.wait()
+        try:
+            Cache(folder, 100)
+        except InvalidArgument as error:
+            failed.append(error)
+
+    for number in range(100):
+        threads = [
+            threading.Thread(target=make, args=[tmp_path / str(number)])
+            for _ in range(meeting.parties)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("left", [{}, {"CACHEDIR.TAG": ""}, {"CACHEDIR.TAG.new": "Sig"}])
+def test_a_folder_that_was_left_half_made_is_made(tmp_path, left):
+    folder = tmp_path / "dtruntime-datasets"
+    folder.mkdir()
+    (folder / "lock").touch()
+    for name, text in left.items():
+        (folder / name).write_text(text)
+    Cache(tmp_path, 100)
+    assert (folder / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f0688")
+    (folder / f"{'0' * 32}-{'0' * 8}-copy").touch()
+    Cache(tmp_path, 100)
+
+
+def test_a_tag_that_appears_meanwhile_is_no_stranger(tmp_path, monkeypatch):
+    Cache(tmp_path / "other", 100)
+    tag = (tmp_path / "other" / "dtruntime-datasets" / "CACHEDIR.TAG").read_text()
+
+    def list_late(folder):
+        (Path(folder) / "CACHEDIR.TAG").write_text(tag)
+        return ["CACHEDIR.TAG", f"{'0' * 32}.{'0' * 16}.partial"]
+
+    monkeypatch.setattr(os, "listdir", list_late)
+    Cache(tmp_path, 100)
+
+
+def test_a_copy_that_goes_meanwhile_does_not_end_the_cache(tmp_path, monkeypatch, caplog):
+    source = tmp_path / "s"
+    source.write_bytes(os.urandom(1_000))
+    cache = Cache(tmp_path, 10_000)
+    cache.fetch(str(source), always).close()
+    scandir, open_file = os.scandir, os.open
+    folder = os.fspath(cache.folder)
+
+    def drop():
+        for name in os.listdir(folder):  # noqa: PTH208  (`scandir` is another here)
+            if name.endswith("-s"):
+                os.unlink(f"{folder}/{name}")  # noqa: PTH108
+
+    @contextlib.contextmanager
+    def scan_late(folder):
+        with scandir(folder) as entries:
+            found = list(entries)
+        drop()
+        yield found
+
+    def open_late(path, *options):
+        if str(path).endswith("-s"):
+            drop()
+        return open_file(path, *options)
+
+    for name, late in (("scandir", scan_late), ("open", open_late)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, late)
+            cache.fetch(str(source), always).close()
+        ready = cache.fetch(str(source), always)
+        assert Path(ready.path).parent == cache.folder
+        ready.close()
+    assert caplog.text == ""
 
 
 def test_what_a_crash_left_is_dropped_at_the_start_and_nothing_else(tmp_path):
