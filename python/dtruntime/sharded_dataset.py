@@ -19,6 +19,7 @@ process that made the dataset, never by a DataLoader's worker.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import stat
@@ -91,7 +92,8 @@ class ShardedDataset(IterableDataset[Any]):
         name: The dataset.
         epoch: The epoch of the data, counted from 0; ``set_epoch`` changes it.
         read: Gives a file's samples, always in the same order: a function of the file's path (one
-            that can be imported, where workers are spawned), or ``text``, ``jsonl`` or ``json``
+            that can be imported, where workers are spawned), or of two: what to open, which with
+            ``cache_dir`` is a copy, and the file's own path; or ``text``, ``jsonl`` or ``json``
             (one value a line), ``csv``, ``parquet``, ``webdataset``. Default: by the format that
             the dataset was registered with.
         rank: Default: as this process registered, else the environment's ``RANK``, else 0.
@@ -118,7 +120,7 @@ class ShardedDataset(IterableDataset[Any]):
         name: str,
         *,
         epoch: int = 0,
-        read: str | Callable[[str], Iterable[Any]] | None = None,
+        read: str | Callable[..., Iterable[Any]] | None = None,
         rank: int | str | None = None,
         world_size: int | str | None = None,
         prefetch: int | None = None,
@@ -130,6 +132,14 @@ class ShardedDataset(IterableDataset[Any]):
         self._registry: DatasetRegistry | None = registry
         self.rank, self.world_size, told = registry.place(rank, world_size)
         self._read = read
+        if cache_dir is not None and callable(read) and not _needs_two(read):
+            raise InvalidArgument(
+                f"caching dataset `{name}` in `{cache_dir}`",
+                "`read` takes a path, which would be that of a copy: in another folder, by another "
+                "name",
+                "let it take two, `read(path, source)`: it opens `path`, and `source` is where the "
+                "file belongs",
+            )
         self._prefetch = _prefetch_of(prefetch, told)
         self._cache_dir = cache_dir
         self._cache_bytes = _cache_bytes_of(cache_dir, cache_bytes, told)
@@ -403,10 +413,13 @@ class ShardedDataset(IterableDataset[Any]):
             self._cache_bytes,
         )
 
-    def _reader(self, format_name: str) -> Callable[[str], Iterable[Any]]:
-        if callable(self._read):
-            return self._read
-        return readers.open_samples(self._read or format_name)
+    def _reader(self, format_name: str) -> Callable[[str, str], Iterable[Any]]:
+        """Give what reads a file, by the path to read and the path that it is known by."""
+        if not callable(self._read):
+            samples = readers.open_samples(self._read or format_name)
+            return lambda path, _: samples(path)
+        own: Callable[..., Iterable[Any]] = self._read
+        return own if _needs_two(own) else lambda path, _: own(path)
 
     def _fetcher(self) -> Callable[[str, Callable[[], bool]], Ready]:
         if self._cache_dir is None:
@@ -425,7 +438,7 @@ class ShardedDataset(IterableDataset[Any]):
                 lane.cursor, lane.within = entry, lane.skip_of(entry)
                 ready = ahead.get(entry)
                 try:
-                    yield from self._samples(source, read(ready.path), lane)
+                    yield from self._samples(source, read(ready.path, source), lane)
                 finally:
                     ready.close()
             lane.finish()
@@ -463,6 +476,19 @@ class ShardedDataset(IterableDataset[Any]):
                     f"{count} samples of it were taken before, and now it has {taken}",
                     "bring the file back as it was; `read` must give the same samples each time",
                 )
+
+
+def _needs_two(read: Callable[..., Any]) -> bool:
+    """Tell whether a reader cannot do with the path alone."""
+    try:
+        signature = inspect.signature(read)
+    except ValueError:  # of some built-in functions nothing is known
+        return False
+    try:
+        signature.bind(None)
+    except TypeError:
+        return True
+    return False
 
 
 def _raise(error: Exception) -> None:

@@ -256,6 +256,16 @@ class ShardedLoader(DataLoader[Any]):
             )
 
 
+def _on_the_host(group: Any) -> Any:
+    """Give a process group of the same ranks whose messages need no GPU."""
+    if "gloo" in str(dist.get_backend_config(group)):
+        return group
+    if group is None:
+        return dist.new_group(backend="gloo")
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
 def _end_of(dataset: ShardedDataset, end: str | None, group: Any) -> tuple[str, Any]:
     """Give how ranks end, and over which process group they agree on it."""
     size = dataset.world_size
@@ -271,8 +281,7 @@ def _end_of(dataset: ShardedDataset, end: str | None, group: Any) -> tuple[str, 
             'call `init_process_group` first; or pass `end="exact"` where no rank waits for '
             "another one in its steps",
         )
-    if group is None and dist.get_backend() != "gloo":
-        group = dist.new_group(backend="gloo")
+    group = _on_the_host(group)
     found = dist.get_world_size(group)
     if found != size:
         raise InvalidArgument(

@@ -970,6 +970,19 @@ def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not(library):
     assert Counter([*take(reading, 10_000)]).total() == expected(library).total() - 1
 
 
+def test_a_reader_is_told_where_a_copied_file_belongs(library, tmp_path):
+    def read(path, source):
+        return [(Path(path).read_bytes() == Path(source).read_bytes(), Path(source).parent.name)]
+
+    plain = {*open_dataset(library, read=lambda path: [(True, Path(path).parent.name)])}
+    cache = {"cache_dir": tmp_path / "cache", "cache_bytes": "1MB"}
+    assert {*open_dataset(library, read=read)} == plain
+    assert {*open_dataset(library, read=read, **cache)} == plain
+    with pytest.raises(InvalidArgument, match="which would be that of a copy") as caught:
+        open_dataset(library, read=lambda path: [path], **cache)
+    assert "read(path, source)" in caught.value.hint
+
+
 INTERRUPTED = """
 import sys, threading
 sys.path.insert(0, sys.argv[2])
