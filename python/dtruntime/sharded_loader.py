@@ -184,27 +184,26 @@ class ShardedLoader(DataLoader[Any]):
         return super().__iter__()
 
     def _hand_out(self, batches: Iterator[Any], track: Track) -> Iterator[Any]:
-        repeats: Iterator[Any] = iter(())
+        repeats = self._repeats()
         while True:
             batch = self._next(batches)
-            if not self._agree(has_batch=batch is not None):
+            goes_on, is_padded = self._agree(has_batch=batch is not None)
+            if not goes_on:
                 break
-            if batch is None:
-                batch = next(repeats, None)
-                if batch is None:
-                    repeats = self._again()
-                    batch = next(repeats)
-                yield batch.data
-                continue
-            mark = batch.mark
-            lane = track.lanes[mark.lane]
-            lane.cursor, lane.within, lane.given = mark.cursor, mark.within, mark.given
-            track.next_lane = (mark.lane + 1) % self._lanes
+            is_repeat = batch is None
+            batch = batch or self._next(repeats)
+            if is_padded:  # before any rank trains on it: one may have nothing to repeat
+                self._agree(has_batch=True)
+            if not is_repeat:
+                mark = batch.mark
+                lane = track.lanes[mark.lane]
+                lane.cursor, lane.within, lane.given = mark.cursor, mark.within, mark.given
+                track.next_lane = (mark.lane + 1) % self._lanes
             yield batch.data
         # Ranks that each end for themselves do not hear of the others.
         track.finish(is_agreed=self._end != "exact" or self._source.world_size == 1)
 
-    def _next(self, batches: Iterator[Any]) -> _Batch | None:
+    def _next(self, batches: Iterator[Any]) -> Any:
         try:
             batch = next(batches, None)
         except Exception:
@@ -215,26 +214,25 @@ class ShardedLoader(DataLoader[Any]):
             raise batch.error
         return batch
 
-    def _again(self) -> Iterator[_Batch]:
-        """Go through this rank's epoch from its beginning, for ranks that have more."""
+    def _repeats(self) -> Iterator[Any]:
+        """Go through this rank's epoch again and again, for ranks that have more."""
         source = self._source
-        found = False
-        for batch in self._batches(source.beginning):
-            if isinstance(batch, _Failure):
-                raise batch.error
-            found = True
-            yield batch
-        if not found:
-            raise InvalidArgument(
-                f"padding dataset `{source.name}`",
-                f"rank {source.rank} has no batch to repeat",
-                'write the dataset as more files, or use `end="drop"`',
-            )
+        found = True
+        while found:
+            found = False
+            for batch in self._batches(source.beginning):
+                found = True
+                yield batch
+        raise InvalidArgument(
+            f"padding dataset `{source.name}`",
+            f"rank {source.rank} has no batch to repeat",
+            'write the dataset as more files, or use `end="drop"`',
+        )
 
-    def _agree(self, *, has_batch: bool, is_well: bool = True) -> bool:
-        """Tell whether to go on: all ranks get the same answer."""
+    def _agree(self, *, has_batch: bool, is_well: bool = True) -> tuple[bool, bool]:
+        """Tell whether to go on, and whether some ranks repeat: all get the same answer."""
         if self._end == "exact":
-            return has_batch
+            return has_batch, False
         told = torch.tensor([int(has_batch), -int(has_batch), int(is_well)])
         dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self._group)
         all_have, any_has, all_are_well = told.tolist()
@@ -244,7 +242,9 @@ class ShardedLoader(DataLoader[Any]):
                 "another rank could not read its files",
                 "look at that rank's error; this rank's position is the one before this batch",
             )
-        return bool(all_have if self._end == "drop" else any_has)
+        if self._end == "drop":
+            return bool(all_have), False
+        return bool(any_has), bool(any_has and not all_have)
 
     def _check_enough_files(self, start: Start) -> None:
         files, ranks = start.files.file_count, self._source.world_size

@@ -1567,6 +1567,15 @@ def test_a_rank_that_cannot_read_ends_all(coordinator, tmp_path):
     assert kinds == ["Conflict", "Conflict", "UnreadableSample"]
 
 
+def test_a_rank_that_has_nothing_to_repeat_ends_all(coordinator, tmp_path):
+    make_files(tmp_path / "d", [9, 0, 0])
+    outputs = run_together(coordinator, tmp_path / "d", tmp_path / "meeting", "pad", 0)
+    kinds = sorted(output[-1][0] for output in outputs)
+    # The two without samples meet it at once: one of them may hear of the other's.
+    assert "InvalidArgument" in kinds
+    assert {*kinds} <= {"Conflict", "InvalidArgument"}
+
+
 def test_ranks_that_should_end_together_and_cannot(library, tmp_path):
     dataset = open_dataset(library, place=(0, 2))
     with pytest.raises(InvalidArgument, match=r"is not initialized\nhint: call `init_process_gr"):
