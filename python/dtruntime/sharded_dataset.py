@@ -150,6 +150,7 @@ class ShardedDataset(IterableDataset[Any]):
         self._version = 0
         self._track: Track | None = None
         self._fresh = self._at_beginning(settings.integer("epoch", epoch))
+        self._check_cache_for_all(self._fresh.position.epoch)
         self._start = self._fresh
         self._tracked = self._fresh.files
 
@@ -385,13 +386,18 @@ class ShardedDataset(IterableDataset[Any]):
             "names": sha256(os.fsencode(names)).hexdigest(),
             "sizes": sha256("\n".join(map(str, sizes)).encode()).hexdigest(),
         }
-        largest = max(sizes, default=0)
-        self._check_cache(largest, 1)
-        return Files(paths, share.file_count, share.format, largest, record)
+        return Files(paths, share.file_count, share.format, max(sizes, default=0), record)
 
     def check_workers(self, count: int) -> None:
         """Say so if the cache is too small for what so many workers read at a time."""
         self._check_cache(self._start.files.largest, count)
+
+    def _check_cache_for_all(self, epoch: int) -> None:
+        """Refuse a cache that is too small for any file: on every rank, and before training."""
+        if self._cache_dir is not None:
+            whole = self._ask((0, 1), epoch)
+            paths = [os.path.join(whole.folder, file) for file in whole.files]  # noqa: PTH118
+            self._check_cache(max(_sizes_of(paths), default=0), 1)
 
     def _check_cache(self, largest: int, readers_count: int) -> None:
         needed = largest * (self._prefetch + 1) * readers_count

@@ -970,6 +970,22 @@ def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not(library):
     assert Counter([*take(reading, 10_000)]).total() == expected(library).total() - 1
 
 
+def test_a_cache_that_is_too_small_for_any_file_is_refused_by_every_rank(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    names = [f"{number}.txt" for number in range(8)]
+    for name in names:
+        (folder / name).write_text("a line\n" * (1000 if name == "3.txt" else 10))
+    options = {"cache_dir": tmp_path / "cache", "prefetch": 0}
+    for rank in range(4):
+        dealer = Dealer(folder, names, (rank, 4))
+        with pytest.raises(InvalidArgument, match="allow at least 7000 bytes"):
+            ShardedDataset(dealer, "train", cache_bytes=6999, **options)
+        dataset = ShardedDataset(dealer, "train", cache_bytes=7000, **options)
+        for epoch in range(6):
+            dataset.set_epoch(epoch)
+
+
 def test_a_reader_is_told_where_a_copied_file_belongs(library, tmp_path):
     def read(path, source):
         return [(Path(path).read_bytes() == Path(source).read_bytes(), Path(source).parent.name)]
