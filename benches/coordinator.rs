@@ -10,16 +10,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use coordinator::config::{Config, Sources};
-use coordinator::server;
-use coordinator::state::{Effects, Event, Moment, Policy, Reply, State, assign};
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
+use coordinator::state::{Effects, Event, Moment, Policy, Reply, State};
+use criterion::{BenchmarkId, Criterion, Throughput};
 use dtr_proto::v1;
 use dtr_proto::v1::barriers_client::BarriersClient;
 use dtr_proto::v1::membership_client::MembershipClient;
-use tokio::runtime::Runtime;
-use tokio::sync::oneshot;
 use tonic::transport::{Channel, Endpoint};
+
+mod service;
+
+use service::Service;
 
 fn main() {
     let mut criterion = Criterion::default()
@@ -38,15 +38,13 @@ fn main() {
 struct Scale {
     workers: u32,
     savers: u32,
-    files: usize,
     connected: u32,
     connections: u32,
 }
 
 impl Scale {
-    const FULL: Self =
-        Self { workers: 10_000, savers: 1_024, files: 100_000, connected: 1_000, connections: 100 };
-    const TINY: Self = Self { workers: 8, savers: 4, files: 10, connected: 4, connections: 2 };
+    const FULL: Self = Self { workers: 10_000, savers: 1_024, connected: 1_000, connections: 100 };
+    const TINY: Self = Self { workers: 8, savers: 4, connected: 4, connections: 2 };
 }
 
 /// A job whose members all registered.
@@ -152,15 +150,6 @@ fn measure_machine(criterion: &mut Criterion, scale: &Scale) {
             save(&mut job, step);
         });
     });
-    let spec = v1::DatasetSpec { shuffle: true, ..v1::DatasetSpec::default() };
-    group.bench_function(BenchmarkId::new("files of a rank", scale.files), |bencher| {
-        let share = (3, 64);
-        bencher.iter_batched(
-            || spec.clone(),
-            |spec| assign(&spec, scale.files, 7, share),
-            BatchSize::SmallInput,
-        );
-    });
     group.finish();
 }
 
@@ -199,38 +188,6 @@ fn save(job: &mut Job, step: u64) {
     assert_eq!(told, job.identities.len());
 }
 
-/// A coordinator on loopback, and workers that share connections.
-struct Service {
-    runtime: Runtime,
-    workers: Vec<(Channel, v1::Identity)>,
-    _end: oneshot::Sender<()>,
-    _folder: tempfile::TempDir,
-}
-
-impl Service {
-    fn start(scale: &Scale) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let folder = tempfile::tempdir_in(dtr_benches::machine::scratch_directory()).unwrap();
-        let path = folder.path().join("journal.redb");
-        let overrides = vec![format!("coordinator.state_path={}", path.display())];
-        let config = Config::load(&Sources { file: None, overrides }, |_| None).unwrap();
-        let (end, ended) = oneshot::channel::<()>();
-        let address = runtime.block_on(async {
-            let listener = server::listen("address", "127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            tokio::spawn(async move {
-                let shutdown = async { drop(ended.await) };
-                server::run(&config, listener, None, shutdown).await.unwrap();
-            });
-            address
-        });
-        let endpoint =
-            Endpoint::from_shared(format!("http://{address}")).unwrap().tcp_nodelay(true);
-        let workers = runtime.block_on(register_all(&endpoint, scale));
-        Self { runtime, workers, _end: end, _folder: folder }
-    }
-}
-
 async fn register_all(endpoint: &Endpoint, scale: &Scale) -> Vec<(Channel, v1::Identity)> {
     let mut channels = Vec::new();
     for _ in 0..scale.connections {
@@ -256,9 +213,10 @@ async fn register_all(endpoint: &Endpoint, scale: &Scale) -> Vec<(Channel, v1::I
 }
 
 fn measure_service(criterion: &mut Criterion, scale: &Scale) {
-    let service = Service::start(scale);
+    let service = Service::start();
+    let workers = service.runtime.block_on(register_all(&service.endpoint, scale));
     let mut group = criterion.benchmark_group("service");
-    let (channel, identity) = service.workers[0].clone();
+    let (channel, identity) = workers[0].clone();
     group.bench_function("heartbeat", |bencher| {
         bencher.iter(|| {
             let mut client = MembershipClient::new(channel.clone());
@@ -267,7 +225,7 @@ fn measure_service(criterion: &mut Criterion, scale: &Scale) {
             service.runtime.block_on(client.heartbeat(request)).unwrap()
         });
     });
-    let workers = Arc::new(service.workers.clone());
+    let workers = Arc::new(workers);
     let mut arrival = 0;
     group.bench_function(BenchmarkId::new("barrier", scale.connected), |bencher| {
         bencher.iter(|| {

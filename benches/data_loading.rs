@@ -11,16 +11,16 @@
 
 use std::time::Duration;
 
-use coordinator::config::{Config, Sources};
-use coordinator::server;
 use coordinator::state::assign;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use dtr_engine::format::checksum::crc32c;
 use dtr_proto::v1;
 use dtr_proto::v1::datasets_client::DatasetsClient;
-use tokio::runtime::Runtime;
-use tokio::sync::oneshot;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
+
+mod service;
+
+use service::Service;
 
 /// Bytes of a message that lists files, as the coordinator bounds it.
 const FILES_BYTES_MAX: usize = 32 << 20;
@@ -107,33 +107,17 @@ fn spec_of(number: usize) -> v1::DatasetSpec {
     }
 }
 
-/// A coordinator on loopback, and a connection to it.
-struct Service {
-    runtime: Runtime,
+/// A coordinator, and a connection to it.
+struct Datasets {
+    service: Service,
     channel: Channel,
-    _end: oneshot::Sender<()>,
-    _folder: tempfile::TempDir,
 }
 
-impl Service {
+impl Datasets {
     fn start() -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let folder = tempfile::tempdir_in(dtr_benches::machine::scratch_directory()).unwrap();
-        let path = folder.path().join("journal.redb");
-        let overrides = vec![format!("coordinator.state_path={}", path.display())];
-        let config = Config::load(&Sources { file: None, overrides }, |_| None).unwrap();
-        let (end, ended) = oneshot::channel::<()>();
-        let channel = runtime.block_on(async {
-            let listener = server::listen("address", "127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            tokio::spawn(async move {
-                let shutdown = async { drop(ended.await) };
-                server::run(&config, listener, None, shutdown).await.unwrap();
-            });
-            let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-            endpoint.tcp_nodelay(true).connect().await.unwrap()
-        });
-        Self { runtime, channel, _end: end, _folder: folder }
+        let service = Service::start();
+        let channel = service.runtime.block_on(service.endpoint.connect()).unwrap();
+        Self { service, channel }
     }
 
     fn client(&self) -> DatasetsClient<Channel> {
@@ -148,7 +132,7 @@ impl Service {
         let request =
             v1::RegisterDatasetRequest { job, identity: None, spec, files: files.to_vec() };
         let mut client = self.client();
-        let reply = self.runtime.block_on(client.register_dataset(request)).unwrap();
+        let reply = self.service.runtime.block_on(client.register_dataset(request)).unwrap();
         reply.into_inner().file_count
     }
 
@@ -157,7 +141,7 @@ impl Service {
         let (job, name) = ("bench".into(), spec_of(number).name);
         let request = v1::GetShardRequest { job, name, rank, world_size, epoch: 7 };
         let mut client = self.client();
-        self.runtime.block_on(client.get_shard(request)).unwrap().into_inner().files
+        self.service.runtime.block_on(client.get_shard(request)).unwrap().into_inner().files
     }
 }
 
@@ -168,7 +152,7 @@ fn names(count: usize) -> Vec<String> {
 
 /// A registration and a rank's question, as a worker sees them.
 fn measure_service(criterion: &mut Criterion, scale: &Scale) {
-    let service = Service::start();
+    let service = Datasets::start();
     let mut group = criterion.benchmark_group("service of datasets");
     group.sampling_mode(SamplingMode::Flat);
     let mut known = 0;

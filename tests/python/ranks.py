@@ -7,7 +7,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-from support import script_environment
+from support import script_environment, start_script
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,18 +20,17 @@ rank, store = int(os.environ["RANK"]), sys.argv[1]
 """
 
 
+def place_of(rank: int, world_size: int, url: str) -> dict[str, str]:
+    """Give the environment of one rank."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
+
+
 def start_rank(
     source: str, store: Path, rank: int, world_size: int, url: str
 ) -> subprocess.Popen[str]:
     """Start one rank: `rank` and `store` are known to it, and all names of the package."""
-    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
-    return subprocess.Popen(
-        [sys.executable, "-c", _PREAMBLE + textwrap.dedent(source), store],
-        env=script_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    place = place_of(rank, world_size, url)
+    return start_script(_PREAMBLE + textwrap.dedent(source), store, environment=place)
 
 
 def run_ranks(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:

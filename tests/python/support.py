@@ -9,10 +9,13 @@ import sys
 import textwrap
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PACKAGE_ROOT = Path(__file__).parents[2] / "python"
 
@@ -91,11 +94,13 @@ def run_script(
     )
 
 
-def start_script(source: str, *arguments: object) -> subprocess.Popen[str]:
+def start_script(
+    source: str, *arguments: object, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start Python source in a process of its own; its output is read through pipes."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
-        env=script_environment(),
+        env=script_environment() | dict(environment or {}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -32,6 +32,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from ranks import place_of
 from support import run_script, script_environment, start_script
 from torch.utils.data import DataLoader
 
@@ -1491,17 +1492,6 @@ with CheckpointManager(store) as manager:
 """
 
 
-def start_rank(coordinator, source, rank, world_size, *arguments):
-    names = {"COORDINATOR_URL": coordinator.url, "RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        return start_script(source, *arguments)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def test_ranks_that_become_more_and_fewer_share_what_is_left(library, coordinator, tmp_path):
     seen: Counter[str] = Counter()
     for turn, world_size in enumerate((2, 3, 1, 2, 2)):
@@ -1509,7 +1499,7 @@ def test_ranks_that_become_more_and_fewer_share_what_is_left(library, coordinato
         limit = 10_000 if turn == 4 else 12
         arguments = (library[0], tmp_path / "store", turn, limit, resume, "")
         ranks = [
-            start_rank(coordinator, RANK, rank, world_size, *arguments)
+            start_script(RANK, *arguments, environment=place_of(rank, world_size, coordinator.url))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -1544,8 +1534,9 @@ dist.destroy_process_group()
 
 
 def run_together(coordinator, folder, meeting, end, workers):
+    arguments = (folder, meeting, end, workers)
     ranks = [
-        start_rank(coordinator, TOGETHER, rank, 3, folder, meeting, end, workers)
+        start_script(TOGETHER, *arguments, environment=place_of(rank, 3, coordinator.url))
         for rank in range(3)
     ]
     outputs = []
