@@ -94,7 +94,8 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
         with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)
         step = int(state["step"])
-        print(f"rank {rank} begins after step {step}, epoch {dataset.epoch}", flush=True)
+        if rank == 0:
+            print(f"{world_size} ranks begin after step {step}, epoch {dataset.epoch}", flush=True)
         for epoch in range(dataset.epoch, EPOCHS):
             dataset.set_epoch(epoch)
             for inputs, targets in loader:
