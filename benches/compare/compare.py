@@ -5,9 +5,9 @@
     make compare ARGS="--readme README.md"     also puts the table and the chart into the README
 
 Every engine has a process of its own that lives for the whole run; all of them map the same copy
-of one real training state. A round has each of them save and load once, in an order that shifts
-from round to round, beside the bare copy and fio, so that the machine's moods hit all alike. The
-first round warms up; tables show the medians of the others.
+of one real training state. A round has each of them save, load and restore once, in an order that
+shifts from round to round, beside the bare copy and fio, so that the machine's moods hit all alike.
+The first round warms up; tables show the medians of the others.
 """
 
 from __future__ import annotations
@@ -176,19 +176,21 @@ class Run:
             fio.remove()
 
     def save_and_load(self, entrant: Entrant, copy: BareCopy) -> None:
-        """Save warm, load cold, compare."""
+        """Save warm, load and restore cold, compare."""
         worker, step = self.workers[entrant.key], self.next_step()
         if entrant.is_ours:
             self.results.add("copy", "stall_seconds", copy.seconds())
-        saved = worker.ask("save", step=step)
-        self.drop_caches()
-        loaded = worker.ask("load", step=step)
-        if not loaded.pop("identical"):
-            sys.exit(
-                f"error: what {entrant.title} loaded differs from what it saved\n"
-                f"hint: look at `{self.root / entrant.key}`"
-            )
-        for name, value in {**saved, **loaded}.items():
+        figures = worker.ask("save", step=step)
+        for verb in ("load", "restore"):
+            self.drop_caches()
+            read = worker.ask(verb, step=step)
+            if not read.pop("identical"):
+                sys.exit(
+                    f"error: what {entrant.title} gave back differs from what it saved\n"
+                    f"hint: look at `{self.root / entrant.key}`"
+                )
+            figures |= read
+        for name, value in figures.items():
             self.results.add(entrant.key, name, value)
         self.remove(worker, step)
 

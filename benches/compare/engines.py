@@ -1,4 +1,4 @@
-"""What is compared, each engine behind the same five verbs.
+"""What is compared, each engine behind the same verbs.
 
 Always holds: a save is over only when its files, and the directories that name them, were fsynced,
 whoever does it; a load is over only when every byte is in memory. Peers are set as their own
@@ -53,6 +53,13 @@ class Engine(ABC):
     @abstractmethod
     def load(self, step: int, state: State) -> State:
         """Read a checkpoint into fresh memory; `state` is only looked at for its structure."""
+
+    def restore(self, step: int, live: State) -> None:
+        """Read a checkpoint into the tensors that a training holds already.
+
+        Here as `load_state_dict` does it: load, then copy.
+        """
+        copy_into(live, self.load(step, live))
 
     def is_durable(self) -> bool:
         """Tell whether `finish` would return at once."""
@@ -109,6 +116,10 @@ class Dtruntime(Engine):
         loaded: State = self.manager.load(step)
         return loaded
 
+    def restore(self, step: int, live: State) -> None:
+        """Read everything to where it belongs, checking every byte."""
+        self.manager.restore(live, step)
+
     def remove(self, step: int) -> None:
         """Delete through the manager, which keeps count."""
         self.manager.delete(step)
@@ -139,8 +150,16 @@ class TorchSave(Engine):
     def load(self, step: int, state: State) -> State:
         """Map the file and read it all."""
         del state
+        return touched(self.mapped(step))
+
+    def restore(self, step: int, live: State) -> None:
+        """Copy out of the mapped file."""
+        copy_into(live, self.mapped(step))
+
+    def mapped(self, step: int) -> State:
+        """Map the file."""
         loaded: State = torch.load(self.path(step), mmap=True, weights_only=True)
-        return touched(loaded)
+        return loaded
 
 
 class Safetensors(Engine):
@@ -163,13 +182,21 @@ class Safetensors(Engine):
     def load(self, step: int, state: State) -> State:
         """Map the file and read it all."""
         del state
+        return touched(self.mapped(step))
+
+    def restore(self, step: int, live: State) -> None:
+        """Copy out of the mapped file."""
+        copy_into(live, self.mapped(step))
+
+    def mapped(self, step: int) -> State:
+        """Map the file."""
         from safetensors import safe_open
         from safetensors.torch import load_file
 
         flat: dict[str, Any] = dict(load_file(self.path(step)))
         with safe_open(self.path(step), framework="pt") as file:
             flat |= json.loads(file.metadata()["values"])
-        return touched(unflatten(flat))
+        return unflatten(flat)
 
 
 class DcpSave(Engine):
@@ -200,12 +227,16 @@ class DcpSave(Engine):
 
     def load(self, step: int, state: State) -> State:
         """Read into fresh tensors of the same shapes."""
+        fresh = emptied(state)
+        self.restore(step, fresh)
+        return fresh
+
+    def restore(self, step: int, live: State) -> None:
+        """Read into the tensors, which is how it loads."""
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        fresh = emptied(state)
-        load(fresh, storage_reader=FileSystemReader(self.path(step)), no_dist=True)
-        return fresh
+        load(live, storage_reader=FileSystemReader(self.path(step)), no_dist=True)
 
 
 class DcpAsync(DcpSave):
@@ -326,6 +357,10 @@ class TorchCheckpointing(Engine):
         del state
         return dict(self.manager.load(str(self.path(step))))
 
+    def restore(self, step: int, live: State) -> None:
+        """Have it fill the tensors."""
+        self.manager.load(str(self.path(step)), into=live)
+
     def close(self) -> None:
         """End its process."""
         self.pool.shutdown()
@@ -389,7 +424,7 @@ ENTRANTS = (
     Entrant(
         "dtruntime_auto",
         "dtruntime",
-        "`CheckpointManager(path)`, `save_async`; `load()`",
+        "`CheckpointManager(path)`, `save_async`; `load()`, `restore(state)`",
         Dtruntime,
         modules=("dtruntime",),
     ),
@@ -411,7 +446,7 @@ ENTRANTS = (
         "torch_save",
         "torch.save",
         "`torch.save` into a file, fsync of file and directory by the harness; "
-        "`torch.load(mmap=True)`, a byte of each page read within the time",
+        "`torch.load(mmap=True)`, a byte of each page read within the time, or copied",
         TorchSave,
         modules=("torch",),
     ),
@@ -419,7 +454,7 @@ ENTRANTS = (
         "safetensors",
         "safetensors",
         "`save_file` of the flattened state, fsync of file and directory by the harness; "
-        "`load_file` (maps the file), a byte of each page read within the time",
+        "`load_file` (maps the file), a byte of each page read within the time, or copied",
         Safetensors,
         modules=("safetensors.torch",),
     ),
@@ -427,7 +462,7 @@ ENTRANTS = (
         "dcp_save",
         "dcp.save",
         "`FileSystemWriter(sync_files=True)`, fsync of the directory by the harness; "
-        "`dcp.load` into fresh tensors",
+        "`dcp.load` into fresh tensors, or into those that are there",
         DcpSave,
         modules=("torch.distributed.checkpoint",),
     ),
@@ -451,7 +486,7 @@ ENTRANTS = (
         "torch_checkpointing",
         "defaults, but `use_direct_io=False` (its direct writes are not aligned, and ext4 refuses "
         "them); fsync of files and directories by the harness; the stall ends when its "
-        "`lock()` can be had; `load()` into memory that it maps",
+        "`lock()` can be had; `load()` into memory that it maps, `load(into=state)`",
         TorchCheckpointing,
         modules=("torch_checkpointing",),
     ),
@@ -477,6 +512,14 @@ def emptied(state: State) -> State:
         else:
             fresh[key] = value
     return fresh
+
+
+def copy_into(live: State, loaded: State) -> None:
+    """Copy what was loaded into tensors that are there, path by path."""
+    found = flatten(loaded)
+    for path, value in flatten(live).items():
+        if isinstance(value, torch.Tensor):
+            value.copy_(found[path])
 
 
 def touched(state: State) -> State:

@@ -95,8 +95,8 @@ def text(record: dict[str, Any]) -> str:
 def table(results: Results) -> list[str]:
     """Give one row for each engine, and one for each limit."""
     rows = [
-        "| | stall | durable | load | on disk | CPU | extra memory | training loses |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| | stall | durable | load | restore | on disk | CPU | extra memory | training loses |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     present = [e for e in engines.ENTRANTS if e.key in results.values]
     titles = {e.key: e.title for e in present} | OTHER_ROWS
@@ -110,6 +110,7 @@ def cells(results: Results, key: str) -> list[str]:
         "stall_seconds": milliseconds,
         "durable_seconds": seconds,
         "load_seconds": seconds,
+        "restore_seconds": seconds,
         "disk_bytes": lambda value: f"{value / results.raw_bytes:.3f}",
         "cpu_seconds": seconds,
         "extra_bytes": lambda value: f"{value / MIB:,.0f} MiB",

@@ -83,7 +83,7 @@ type Reason = (String, &'static str);
 
 async fn ask(address: &str, question: &Question) -> Result<(), Reason> {
     let channel = connect(address, question).await?;
-    // The service that ends first: the server's own, "", says that it serves until the end.
+    // By name: any other server with a health service says that the whole of it serves.
     let service = MembershipServer::<Service>::NAME.to_owned();
     let reply = HealthClient::new(channel).check(HealthCheckRequest { service }).await;
     match reply.map(|reply| reply.into_inner().status()) {

@@ -28,6 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::Stream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic_health::ServingStatus;
 use tracing::{info, warn};
 
 use crate::auth::Auth;
@@ -45,6 +46,8 @@ const STREAMS_PER_CONNECTION_MAX: u32 = 256;
 const HEADERS_BYTES_MAX: u32 = 16 << 10;
 /// How often an idle connection is asked whether it is still there, and how long it may think.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
+/// What the health service calls all services together.
+const WHOLE_SERVER: &str = "";
 /// How long calls in progress may go on once the end was asked for.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -56,6 +59,7 @@ macro_rules! limited {
             .max_encoding_message_size($bytes)
     };
 }
+
 /// Why the coordinator does not run, or ended.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "each is explained by its text")]
@@ -150,6 +154,7 @@ pub async fn run(
     info!("shutting down");
     draining.store(true, Ordering::Release);
     reporter.set_not_serving::<MembershipServer<Service>>().await;
+    reporter.set_service_status(WHOLE_SERVER, ServingStatus::NotServing).await;
     core.drain().await;
     let _gone = end.send(());
     if tokio::time::timeout(DRAIN, serving).await.is_err() {

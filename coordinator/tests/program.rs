@@ -157,24 +157,26 @@ fn health_does_not_wait_for_ever_nor_take_any_service_for_a_coordinator() {
     assert!(error.contains("\nhint: "), "{error}");
 }
 
-/// While calls in progress are let go on, probes have to hear that no new ones should come.
+/// While calls in progress are let go on, probes have to hear that no new ones should come, whether
+/// they ask for a service or, as those of Kubernetes, for none.
 #[test]
 fn health_says_that_it_ends() {
-    let folder = tempdir().unwrap();
-    let program = Program::start(folder.path(), &[]);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let question =
-        tonic_health::pb::HealthCheckRequest { service: "dtruntime.v1.Membership".into() };
-    runtime.block_on(async {
-        let channel = Channel::from_shared(program.url()).unwrap().connect().await.unwrap();
-        let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
-        let mut watch = client.watch(question).await.unwrap().into_inner();
-        let mut said = Vec::new();
-        said.push(watch.message().await.unwrap().unwrap().status);
-        program.terminate();
-        said.push(watch.message().await.unwrap().unwrap().status);
-        assert_eq!(said, [1, 2], "serving, then not");
-    });
+    for service in ["dtruntime.v1.Membership", ""] {
+        let folder = tempdir().unwrap();
+        let program = Program::start(folder.path(), &[]);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let question = tonic_health::pb::HealthCheckRequest { service: service.into() };
+        runtime.block_on(async {
+            let channel = Channel::from_shared(program.url()).unwrap().connect().await.unwrap();
+            let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
+            let mut watch = client.watch(question).await.unwrap().into_inner();
+            let mut said = Vec::new();
+            said.push(watch.message().await.unwrap().unwrap().status);
+            program.terminate();
+            said.push(watch.message().await.unwrap().unwrap().status);
+            assert_eq!(said, [1, 2], "serving, then not: {service:?}");
+        });
+    }
 }
 
 /// A connection whose token is `token`.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from coordinators import coordinator  # noqa: F401  (a fixture for all)
+from samples import library  # noqa: F401  (a fixture for all)
 from stand_in import device  # noqa: F401  (a fixture for all)
 
 from dtruntime import CheckpointManager

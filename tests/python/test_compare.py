@@ -29,6 +29,7 @@ FIGURES = (
     "stall_seconds",
     "durable_seconds",
     "load_seconds",
+    "restore_seconds",
     "disk_bytes",
     "cpu_seconds",
     "extra_bytes",
