@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use tonic::transport::Endpoint;
 
 /// A coordinator that runs, and how to reach it.
-pub struct Service {
+pub(crate) struct Service {
     /// Where it runs; calls are made there, too.
     pub runtime: Runtime,
     /// Where it listens.
@@ -20,7 +20,7 @@ pub struct Service {
 
 impl Service {
     /// Starts one on a free port.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let folder = tempfile::tempdir_in(dtr_benches::machine::scratch_directory()).unwrap();
         let path = folder.path().join("journal.redb");

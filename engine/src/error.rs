@@ -258,6 +258,9 @@ impl EngineError {
                 "the filesystem refuses this: set `direct_io` to `auto`, or choose another path"
             }
             Kind::NotFound => "the file or directory is gone: was it deleted while in use?",
+            Kind::StaleNetworkFileHandle => {
+                "another machine deleted it while it was in use here: list the checkpoints again"
+            }
             _ => {
                 "look at the kernel log (`dmesg`) and the device; earlier checkpoints are untouched"
             }

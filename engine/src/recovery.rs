@@ -28,6 +28,7 @@ use std::time::SystemTime;
 use crate::format::manifest::{Manifest, Retired};
 use crate::format::names::{self, AttemptId};
 use crate::store::StepListing;
+use crate::transfer::Overwrite;
 use crate::{EngineError, Result};
 
 /// What reading a step's manifest gave.
@@ -202,6 +203,39 @@ pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> 
     }
     let replaces = survey.step(step).and_then(|survey| survey.attempt);
     Ok(SavePlan { replaces, retired: retired_by(survey, step, rewind) })
+}
+
+/// Decides whether a checkpoint may be copied into a store that holds this. One that ceased to
+/// exist there would be none; and unless it is said, a copy ends no checkpoint that exists there.
+pub(crate) fn check_copy(survey: &Survey, copied: &Manifest, overwrite: Overwrite) -> Result<()> {
+    let refused = |why: String, hint: &str| EngineError::StepConflict {
+        what: format!("copying step {}", copied.step),
+        why,
+        hint: hint.into(),
+    };
+    let is_this = |ceased: &Retired| ceased.step == copied.step && ceased.attempt == copied.attempt;
+    if survey.ceased.iter().any(is_this) {
+        return Err(refused(
+            "it ceased to exist there, when the training went back to an earlier step".into(),
+            "copy it to another store",
+        ));
+    }
+    let exists = |retired: &&Retired| {
+        let there = survey.step(retired.step).filter(|there| there.state == StepState::Committed);
+        there.and_then(|there| there.attempt).is_some_and(|id| id.to_string() == retired.attempt)
+    };
+    match copied.retired.iter().rfind(exists) {
+        Some(ended) if overwrite == Overwrite::No => Err(refused(
+            format!(
+                "the training went back over step {} when it saved this one, and that step exists \
+                 there",
+                ended.step
+            ),
+            "copy with `--rewind`: what was gone back over then ceases to exist there, too; or \
+             choose another store",
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn retired_by(survey: &Survey, step: u64, rewind: bool) -> Vec<Retired> {
@@ -654,6 +688,30 @@ mod tests {
         assert_eq!(plan.retired, [Retired { attempt: attempt(2).to_string(), step: 20 }]);
         let plan = check_save(&survey, 5, true).unwrap();
         assert_eq!((plan.replaces, plan.retired.len()), (None, 2));
+    }
+
+    #[test]
+    fn a_copy_ends_nothing_unless_told_and_brings_nothing_back() {
+        let mut scene = Scene::default()
+            .checkpoint(10, 1, &[(20, 2)])
+            .checkpoint(20, 3, &[])
+            .checkpoint(30, 4, &[]);
+        let check = |scene: &Scene, copied: &Manifest, overwrite| {
+            check_copy(&scene.survey(), copied, overwrite).map_err(|error| error.to_string())
+        };
+        // It ceased to exist there: whatever is said, it would again.
+        for overwrite in [Overwrite::No, Overwrite::Yes] {
+            let why = check(&scene, &manifest(20, 2, &[]), overwrite).unwrap_err();
+            assert!(why.contains("ceased to exist there"), "{why}");
+        }
+        assert_eq!(check(&scene, &manifest(20, 9, &[]), Overwrite::No), Ok(()));
+        // It went back over what exists there, and over what does not.
+        let rewound = manifest(15, 5, &[(20, 9), (30, 4), (40, 7)]);
+        let why = check(&scene, &rewound, Overwrite::No).unwrap_err();
+        assert!(why.contains("back over step 30"), "{why}");
+        assert_eq!(check(&scene, &rewound, Overwrite::Yes), Ok(()));
+        scene.files(30).pop();
+        assert_eq!(check(&scene, &rewound, Overwrite::No), Ok(()));
     }
 
     #[test]

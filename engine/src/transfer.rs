@@ -8,8 +8,9 @@
 //! Several ranks, each with a store of its own, bring their shards and publish once all are there.
 //!
 //! Always holds: the copy has the same attempt and the same bytes, each checked on its way; it
-//! exists only when all of it is there and was read back; what an interrupted copy brought over is
-//! not sent again where the store can tell; an error says whether the original is to blame.
+//! exists only when all of it is there and was read back; of one that is there already, what is
+//! missing is brought; what an interrupted copy brought over is not sent again where the store can
+//! tell; an error says whether the original is to blame.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -40,7 +41,8 @@ const BUFFERS_MIN: usize = 4;
 pub struct Transferred {
     /// The step.
     pub step: u64,
-    /// Whether the other store had this checkpoint already; nothing was copied then.
+    /// Whether the other store had this checkpoint already, with all shards, of the length and with
+    /// the index that they should have; nothing was copied then.
     pub was_there: bool,
     /// Bytes of the shards.
     pub bytes: u64,
@@ -54,12 +56,13 @@ pub struct Transferred {
     pub seconds: f64,
 }
 
-/// What becomes of another checkpoint of the step that the other store holds.
+/// What becomes of checkpoints of the other store that stand in the way: another one of the step,
+/// or later ones that the training went back over when it saved this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Overwrite {
-    /// It stays, and the copy is refused.
+pub enum Overwrite {
+    /// They stay, and the copy is refused.
     No,
-    /// The copy takes its place.
+    /// The copy takes their place.
     Yes,
 }
 
@@ -131,32 +134,34 @@ pub(crate) fn transfer(
     let start = environment.monotonic();
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
-    let mut transferred = Transferred { step, ..Transferred::default() };
-    let replaces = match standing(destination, step)? {
-        Some(there) if there == attempt => {
-            transferred.was_there = true;
-            return Ok(transferred);
+    let replaces = standing(destination, step)?;
+    if let Some(there) = replaces.filter(|there| *there != attempt && overwrite == Overwrite::No) {
+        return Err(EngineError::StepConflict {
+            what,
+            why: format!("it holds another checkpoint of this step, attempt {there}"),
+            hint: "choose another store, or copy with `--rewind`: the copy then takes its place"
+                .into(),
         }
-        Some(there) if overwrite == Overwrite::No => {
-            return Err(EngineError::StepConflict {
-                what,
-                why: format!("it holds another checkpoint of this step, attempt {there}"),
-                hint: "choose another store, or delete that checkpoint first".into(),
-            }
-            .into());
-        }
-        there => there,
-    };
+        .into());
+    }
+    let was_there = replaces == Some(attempt);
+    let mut transferred = Transferred { step, was_there, ..Transferred::default() };
     let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
     let mut sinks = Sinks(Vec::new());
     let mut shards = Vec::new();
     for entry in &manifest.shards {
+        if was_there && is_whole(destination, &manifest, entry)? {
+            shards.push((shard_of(step, entry)?, entry.bytes));
+            continue;
+        }
         let (shard, sink) = copy.shard(entry)?;
+        transferred.was_there = false;
         transferred.count(entry, sink.as_ref());
         sinks.0.push(sink);
         shards.push((shard, entry.bytes));
         read_back(destination, &manifest, entry)?;
     }
+    // Also of one that was there: whoever published it may have died before it was durable.
     destination.publish(Publication {
         step,
         attempt,
@@ -185,10 +190,8 @@ pub(crate) fn transfer_share(
     let part = part_of(source, &manifest, share)?;
     let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
     for entry in part {
-        match read_back(destination, &manifest, entry) {
-            Ok(()) => continue,
-            Err(EngineError::NotFound { .. } | EngineError::Corrupt { .. }) => {}
-            Err(error) => return Err(error.into()),
+        if is_whole(destination, &manifest, entry)? {
+            continue;
         }
         transferred.was_there = false;
         // Nothing to bring, and it is not there: that is told of the source.
@@ -230,6 +233,21 @@ fn read_back(destination: &dyn Store, manifest: &Manifest, entry: &ShardEntry) -
         }
         opened => opened,
     }
+}
+
+/// Whether a shard is at the destination, as far as [`read_back`] sees.
+fn is_whole(destination: &dyn Store, manifest: &Manifest, entry: &ShardEntry) -> Result<bool> {
+    match read_back(destination, manifest, entry) {
+        Ok(()) => Ok(true),
+        Err(EngineError::NotFound { .. } | EngineError::Corrupt { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn shard_of(step: u64, entry: &ShardEntry) -> Result<ShardId> {
+    let (rank, attempt) = parse_shard_file(&entry.file)
+        .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
+    Ok(ShardId { step, rank, attempt })
 }
 
 /// What of a step that several ranks bring is at the destination.
@@ -351,9 +369,7 @@ impl Copy<'_> {
     fn shard(&self, entry: &ShardEntry) -> Copied<(ShardId, Box<dyn ShardSink>)> {
         let checkpoint = Shard::open(self.source, self.manifest, entry.rank, Damaged::Told)
             .map_err(Uncopied::of_source)?;
-        let (rank, attempt) = parse_shard_file(&entry.file)
-            .ok_or_else(|| EngineError::corrupt(&entry.file, "it is no shard's name"))?;
-        let shard = ShardId { step: self.manifest.step, rank, attempt };
+        let shard = shard_of(self.manifest.step, entry)?;
         let size = ShardSize { expected_bytes: entry.bytes, most_bytes: entry.bytes };
         let flow = Arc::new(Flow::new(Arc::clone(self.environment), None));
         // No training waits for a copy.

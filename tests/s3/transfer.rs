@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dtr_engine::config::Compression;
 use dtr_engine::load::VerifyObserver;
+use dtr_engine::transfer::Overwrite;
 use dtr_engine::{Config, Engine, EngineError};
 
 use crate::place::{PART_BYTES, Place, open};
@@ -32,12 +33,12 @@ fn a_copy_has_the_same_bytes_there_and_back() {
     for (step, scale) in [(1, 0), (2, 4)] {
         let state = State::training(step, scale);
         let info = state.save(&local, step).unwrap();
-        let up = local.copy_to(&remote, step, &()).unwrap();
+        let up = local.copy_to(&remote, step, Overwrite::No, &()).unwrap();
         let parts = info.stored_bytes.div_ceil(PART_BYTES);
         assert_eq!((up.bytes, up.parts, up.resumed_parts), (info.stored_bytes, parts, 0));
-        let down = remote.copy_to(&back, step, &()).unwrap();
+        let down = remote.copy_to(&back, step, Overwrite::No, &()).unwrap();
         assert_eq!((down.bytes, down.parts), (info.stored_bytes, 0));
-        assert!(remote.copy_to(&back, step, &()).unwrap().was_there);
+        assert!(remote.copy_to(&back, step, Overwrite::No, &()).unwrap().was_there);
         assert_eq!(remote.manifest(step).unwrap(), local.manifest(step).unwrap());
         assert_eq!(back.manifest(step).unwrap(), local.manifest(step).unwrap());
         state.assert_equals(&remote.checkpoint(step).unwrap());
@@ -46,7 +47,7 @@ fn a_copy_has_the_same_bytes_there_and_back() {
     // Another checkpoint of the same step is not overwritten.
     let other = open(place.config());
     State::training(9, 0).save(&other, 1).unwrap();
-    let error = local.copy_to(&other, 1, &()).unwrap_err();
+    let error = local.copy_to(&other, 1, Overwrite::No, &()).unwrap_err();
     assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
 }
 
@@ -62,13 +63,13 @@ fn a_copy_that_broke_off_is_resumed_and_sends_no_part_twice() {
     let broken = {
         let remote = open(store.clone());
         let until = Until(3 * PART_BYTES + PART_BYTES / 2, AtomicU64::new(0));
-        local.copy_to(&remote, 1, &until).unwrap_err()
+        local.copy_to(&remote, 1, Overwrite::No, &until).unwrap_err()
     };
     assert!(matches!(broken, EngineError::Closed { .. }), "{broken}");
     assert_eq!(place.unfinished(), 1);
     let remote = open(store);
     assert!(remote.steps().unwrap().is_empty());
-    let copied = local.copy_to(&remote, 1, &()).unwrap();
+    let copied = local.copy_to(&remote, 1, Overwrite::No, &()).unwrap();
     assert_eq!(copied.parts, info.stored_bytes.div_ceil(PART_BYTES));
     // Those that were under way when it broke off may or may not have arrived.
     assert!((1..=3).contains(&copied.resumed_parts), "{copied:?}");
@@ -90,7 +91,7 @@ fn a_copy_into_a_directory_that_was_killed_is_done_again() {
     let step = directory.path().join("step-000000000001");
     std::fs::create_dir(&step).unwrap();
     std::fs::write(step.join(&shard.file), vec![1; 9000]).unwrap();
-    remote.copy_to(&local, 1, &()).unwrap();
+    remote.copy_to(&local, 1, Overwrite::No, &()).unwrap();
     assert!(local.verify(1, &()).unwrap().damage.is_empty());
     state.assert_equals(&local.checkpoint(1).unwrap());
 }
@@ -108,7 +109,7 @@ fn damage_is_not_copied() {
     bytes[100_000] ^= 1;
     std::fs::write(&shard, bytes).unwrap();
     let remote = open(place.config());
-    let error = local.copy_to(&remote, 1, &()).unwrap_err();
+    let error = local.copy_to(&remote, 1, Overwrite::No, &()).unwrap_err();
     assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
     assert!(remote.steps().unwrap().is_empty());
 }

@@ -1,23 +1,30 @@
 //! `ckpt-tool copy`: checkpoints to another store, byte for byte.
 //!
 //! Always holds: what is copied has the same attempt and the same bytes, each checked on its way;
-//! what is there already is left alone.
+//! what exists at the destination is left alone, unless `--rewind` says that it may go; whatever of
+//! the source was not copied is named, and the exit status says so.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use dtr_engine::transfer::Transferred;
+use dtr_engine::transfer::{Overwrite, Transferred};
+use dtr_engine::{Engine, EngineError};
+use serde::Serialize;
 
-use crate::console::{Outcome, Verdict, write_json};
-use crate::opened::{StoreArgument, no_checkpoint};
+use crate::console::{Failure, Outcome, Verdict, write_json};
+use crate::opened::{StoreArgument, chosen_steps};
 use crate::progress::Bar;
 use crate::text;
 
 const AFTER_HELP: &str = "\
 Either store may be a directory or `s3://bucket/prefix`. A copy that was interrupted goes on when \
-the command is given again: parts that a service has are not sent twice. Unlike `restore`, which \
-writes a checkpoint anew, a copy keeps compression, attempt and every byte.";
+the command is given again: parts that a service has are not sent twice. Of a step that is there \
+already, lengths and indices are looked at, and shards that are missing are brought; `verify` looks \
+at every byte. Unlike `restore`, which writes a checkpoint anew, a copy keeps compression, attempt \
+and every byte.
+
+Exit status 1 if a step could not be copied.";
 
 /// Arguments of `copy`.
 #[derive(Args, Debug)]
@@ -34,44 +41,79 @@ pub(crate) struct Options {
     /// Copy every checkpoint that the other store does not have.
     #[arg(long)]
     all: bool,
+    /// Let the copy end what the training went back over: another checkpoint of the same step, and
+    /// later ones, where the other store has them still.
+    #[arg(long)]
+    rewind: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
+/// What is printed about one checkpoint.
+#[derive(Debug, Serialize)]
+struct Copied {
+    #[serde(flatten)]
+    transferred: Transferred,
+    /// Why it was not copied.
+    error: Option<String>,
+}
+
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let source = options.store.open()?;
     let survey = source.survey()?;
-    let steps = match (options.step, options.all) {
-        (Some(step), _) => vec![step],
-        (None, true) => survey.committed_steps(),
-        (None, false) => survey.newest().into_iter().collect(),
-    };
-    if steps.is_empty() {
-        return Err(no_checkpoint("copying from", &options.store).into());
-    }
+    let chosen = chosen_steps(&survey, options.step, options.all, "copying from", &options.store);
+    let steps = chosen?;
     let destination = options.store.open_other(&options.destination)?;
     let stored_bytes = |step: &u64| survey.step(*step).map_or(0, |step| step.bytes);
     let bar = Bar::new(steps.iter().map(stored_bytes).sum(), "copying");
     let mut copied = Vec::new();
     for step in steps {
         bar.doing(&format!("copying step {step}"));
-        let transferred = source.copy_to(&destination, step, &bar)?;
+        let result = copy((&source, &destination), step, options, &bar)?;
         if !options.json {
-            write_text(out, &transferred)?;
+            write_text(out, &result)?;
             out.flush()?;
         }
-        copied.push(transferred);
+        copied.push(result);
     }
     drop(bar);
     destination.close()?;
     if options.json {
         write_json(out, &copied)?;
     }
-    Ok(Verdict::Fine)
+    Ok(Verdict::fine_if(copied.iter().all(|copied| copied.error.is_none())))
 }
 
-fn write_text(out: &mut dyn Write, copied: &Transferred) -> std::io::Result<()> {
+/// Copies one step. Of several, one that cannot be copied does not keep the others from it; what
+/// says nothing of this step in particular ends all.
+fn copy(
+    (source, destination): (&Engine, &Engine),
+    step: u64,
+    options: &Options,
+    bar: &Bar,
+) -> Result<Copied, Failure> {
+    let overwrite = if options.rewind { Overwrite::Yes } else { Overwrite::No };
+    match source.copy_to(destination, step, overwrite, bar) {
+        Ok(transferred) => Ok(Copied { transferred, error: None }),
+        Err(
+            error @ (EngineError::Corrupt { .. }
+            | EngineError::NotFound { .. }
+            | EngineError::StepConflict { .. }
+            | EngineError::UnsupportedFormat { .. }),
+        ) if options.all => Ok(Copied {
+            transferred: Transferred { step, ..Transferred::default() },
+            error: Some(error.to_string()),
+        }),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn write_text(out: &mut dyn Write, copied: &Copied) -> std::io::Result<()> {
+    let Copied { transferred: copied, error } = copied;
+    if let Some(error) = error {
+        return writeln!(out, "step {}: NOT COPIED: {error}", copied.step);
+    }
     if copied.was_there {
         return writeln!(out, "step {}: there already", copied.step);
     }

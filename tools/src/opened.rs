@@ -12,6 +12,8 @@ use dtr_engine::load::Checkpoint;
 use dtr_engine::recovery::{StepState, Survey};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
+use crate::console::note;
+
 /// The store that a command looks at.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct StoreArgument {
@@ -115,12 +117,28 @@ fn is_step_directory(path: &Path) -> bool {
     name.and_then(parse_step_dir).is_some()
 }
 
-/// The newest step that exists, whole or damaged.
-pub(crate) fn newest_existing(survey: &Survey) -> Option<u64> {
-    let exists = |state: &StepState| {
-        matches!(state, StepState::Committed | StepState::Damaged { .. } | StepState::Newer { .. })
+/// Steps that exist, whole or damaged, ascending: what cannot be read is never passed over in
+/// silence.
+fn existing_steps(survey: &Survey) -> impl DoubleEndedIterator<Item = u64> + '_ {
+    let exists =
+        |state: &StepState| !matches!(state, StepState::Incomplete | StepState::Retired { .. });
+    survey.steps.iter().filter(move |step| exists(&step.state)).map(|step| step.step)
+}
+
+/// The step that is named, all that exist, or the newest that does.
+pub(crate) fn chosen_steps(
+    survey: &Survey,
+    step: Option<u64>,
+    all: bool,
+    doing: &str,
+    store: &StoreArgument,
+) -> Result<Vec<u64>> {
+    let steps: Vec<u64> = match step {
+        Some(step) => vec![step],
+        None if all => existing_steps(survey).collect(),
+        None => existing_steps(survey).next_back().into_iter().collect(),
     };
-    survey.steps.iter().rev().find(|step| exists(&step.state)).map(|step| step.step)
+    if steps.is_empty() { Err(no_checkpoint(doing, store)) } else { Ok(steps) }
 }
 
 /// There is nothing to look at.
@@ -130,6 +148,15 @@ pub(crate) fn no_checkpoint(doing: &str, store: &StoreArgument) -> EngineError {
         why: "it holds no committed checkpoint".into(),
         hint: "check the path: `ckpt-tool ls` shows what a store holds".into(),
     }
+}
+
+/// The newest step that is whole; says so if that is not the newest that exists.
+fn newest_whole(survey: &Survey) -> Option<u64> {
+    let newest = survey.newest()?;
+    for later in existing_steps(survey).filter(|step| *step > newest) {
+        note(&format!("step {later} is damaged or of a newer version, and passed over"));
+    }
+    Some(newest)
 }
 
 /// Opens what `rank` saved of `step`, of the newest committed one if none is given. Without a rank
@@ -143,7 +170,7 @@ pub(crate) fn checkpoint(
 ) -> Result<Checkpoint> {
     let step = match step {
         Some(step) => step,
-        None => engine.survey()?.newest().ok_or_else(|| no_checkpoint(doing, store))?,
+        None => newest_whole(&engine.survey()?).ok_or_else(|| no_checkpoint(doing, store))?,
     };
     let checkpoint = engine.checkpoint_of_rank(step, rank.unwrap_or(0))?;
     let ranks = checkpoint.manifest().world_size;

@@ -3,13 +3,13 @@
 use std::io::Write;
 
 use clap::Args;
+use dtr_engine::Engine;
 use dtr_engine::load::{Damage, VerifyReport};
-use dtr_engine::recovery::{StepState, Survey};
-use dtr_engine::{Engine, EngineError};
+use dtr_engine::recovery::Survey;
 use serde::Serialize;
 
 use crate::console::{Failure, Outcome, Verdict, write_json};
-use crate::opened::{StoreArgument, newest_existing, no_checkpoint};
+use crate::opened::{StoreArgument, chosen_steps};
 use crate::progress::Bar;
 use crate::text;
 
@@ -51,7 +51,8 @@ impl Verified {
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let engine = options.store.open()?;
     let survey = engine.survey()?;
-    let steps = chosen_steps(options, &survey)?;
+    let chosen = chosen_steps(&survey, options.step, options.all, "verifying", &options.store);
+    let steps = chosen?;
     let bar = Bar::new(steps.iter().map(|step| stored_bytes(&survey, *step)).sum(), "verifying");
     let mut verified = Vec::new();
     for step in steps {
@@ -70,21 +71,6 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
         write_summary(out, &verified)?;
     }
     Ok(Verdict::fine_if(verified.iter().all(Verified::is_fine)))
-}
-
-fn chosen_steps(options: &Options, survey: &Survey) -> Result<Vec<u64>, EngineError> {
-    let nothing = || no_checkpoint("verifying", &options.store);
-    if let Some(step) = options.step {
-        return Ok(vec![step]);
-    }
-    if !options.all {
-        return newest_existing(survey).map(|step| vec![step]).ok_or_else(nothing);
-    }
-    let exists =
-        |state: &StepState| !matches!(state, StepState::Incomplete | StepState::Retired { .. });
-    let steps = survey.steps.iter().filter(|step| exists(&step.state));
-    let steps: Vec<u64> = steps.map(|step| step.step).collect();
-    if steps.is_empty() { Err(nothing()) } else { Ok(steps) }
 }
 
 /// Nearly what will be read: the files of a step that a manifest names.

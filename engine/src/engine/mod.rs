@@ -22,7 +22,7 @@ use crate::load::{
     Checkpoint, ReadOptions, VerifyObserver, VerifyReport, Whose, read_manifest, verify_step,
 };
 use crate::ranks::Ranks;
-use crate::recovery::{StepState, Survey};
+use crate::recovery::{StepState, Survey, check_copy};
 use crate::save::capture::Until;
 use crate::save::commit::Committer;
 use crate::save::encode::Workers;
@@ -397,12 +397,15 @@ impl Engine {
     }
 
     /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
-    /// checked on its way. One that is there already is left alone. Of a copy that was interrupted,
-    /// parts of an upload are not sent again.
+    /// checked on its way. Of one that is there already, what is missing is brought. Of a copy that
+    /// was interrupted, parts of an upload are not sent again.
+    ///
+    /// What ceased to exist there when the training went back cannot be copied there.
     pub fn copy_to(
         &self,
         destination: &Self,
         step: u64,
+        overwrite: Overwrite,
         observer: &dyn VerifyObserver,
     ) -> Result<Transferred> {
         let what = format!("copying step {step}");
@@ -410,7 +413,8 @@ impl Engine {
         to.wait_for_last(None)?;
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
-        let copied = transfer(source, target, step, Overwrite::No, &to.core.environment, observer);
+        check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
+        let copied = transfer(source, target, step, overwrite, &to.core.environment, observer);
         to.core.note_saved(step);
         Ok(copied?)
     }
@@ -555,10 +559,10 @@ impl Inner {
 }
 
 fn access_of(config: &Config) -> Access {
-    match config.rank {
+    match config.world_size {
         _ if config.read_only => Access::Read,
-        rank if config.world_size > 1 && rank > 0 => Access::WriteBeside { rank },
-        _ => Access::Write,
+        1 => Access::Write,
+        _ => Access::WriteBeside { rank: config.rank },
     }
 }
 
@@ -594,7 +598,11 @@ fn check_world_size(manifest: &Manifest, whose: Whose, expected: u32) -> Result<
 fn is_gone(error: &EngineError) -> bool {
     match error {
         EngineError::NotFound { .. } => true,
-        EngineError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        // The second: removed by another machine while it was open here, on NFS.
+        EngineError::Io { source, .. } => matches!(
+            source.kind(),
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::StaleNetworkFileHandle
+        ),
         _ => false,
     }
 }

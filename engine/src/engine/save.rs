@@ -241,6 +241,9 @@ impl Inner {
     }
 }
 
+/// So many retired checkpoints that they, not the metadata, fill a manifest.
+const RETIRED_MANY: usize = 4096;
+
 /// Whether the manifest can be written, whatever its shards turn out to be: what the user attached
 /// is refused here or never.
 fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
@@ -256,11 +259,17 @@ fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
     let shards = (0..manifest.world_size).map(entry).collect();
     let complete = Manifest { shards, ..manifest.clone() };
     complete.encode().map(drop).map_err(|error| {
-        EngineError::invalid(
-            format!("saving step {}", manifest.step),
-            error.to_string(),
-            "attach less as `metadata`: what is large or nested belongs into the state",
-        )
+        let hint = match manifest.retired.len() {
+            0..RETIRED_MANY => {
+                "attach less as `metadata`: what is large or nested belongs into the \
+                                state"
+            }
+            _ => {
+                "the training goes back over more checkpoints than one manifest can name: delete \
+                  the newest of them first"
+            }
+        };
+        EngineError::invalid(format!("saving step {}", manifest.step), error.to_string(), hint)
     })
 }
 

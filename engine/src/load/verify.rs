@@ -86,7 +86,6 @@ pub(crate) fn verify_step(
     let mut report = VerifyReport { step, ..VerifyReport::default() };
     match read_manifest(store, step) {
         Ok(manifest) => {
-            let mut missing = Missing::default();
             let mut has_replicated = false;
             for entry in &manifest.shards {
                 match Shard::open(store, &manifest, entry.rank, Damaged::Told) {
@@ -96,11 +95,16 @@ pub(crate) fn verify_step(
                     }
                     Err(EngineError::NotFound { .. })
                         if own.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
-                    Err(error @ EngineError::NotFound { .. }) => missing.add(&entry.file, error),
+                    Err(EngineError::NotFound { why, .. }) => {
+                        let shard = entry.file.clone();
+                        report.damage.push(Damage { shard, chunk: None, why, tensors: Vec::new() });
+                    }
                     Err(error) => report.damage.push(whole_file(&entry.file, error)?),
                 }
             }
-            report.damage.extend(missing.judge(store, &manifest)?);
+            if !report.damage.is_empty() && !still_stands(store, &manifest) {
+                return Err(deleted(step));
+            }
             if has_replicated && report.damage.iter().all(|damage| damage.chunk.is_some()) {
                 report.damage.extend(verify_replicas(store, &manifest)?);
             }
@@ -124,28 +128,20 @@ fn verify_replicas(store: &dyn Store, manifest: &Manifest) -> Result<Option<Dama
     }
 }
 
-/// Shards that are gone. That is damage while the manifest still names them; else the checkpoint
-/// was deleted meanwhile, and it is none. Asked once, after all: a manifest may name thousands.
-#[derive(Debug, Default)]
-struct Missing {
-    damage: Vec<Damage>,
-    first: Option<EngineError>,
+/// Whether what is verified is the checkpoint still. Of one that was deleted or replaced meanwhile,
+/// missing and unreadable files are no damage. Asked once, after all: a manifest may name thousands.
+fn still_stands(store: &dyn Store, manifest: &Manifest) -> bool {
+    match read_manifest(store, manifest.step) {
+        Ok(now) => now.attempt == manifest.attempt,
+        Err(error) => !matches!(error, EngineError::NotFound { .. }),
+    }
 }
 
-impl Missing {
-    fn add(&mut self, file: &str, error: EngineError) {
-        let EngineError::NotFound { why, .. } = &error else { return };
-        let (shard, why) = (file.to_owned(), why.clone());
-        self.damage.push(Damage { shard, chunk: None, why, tensors: Vec::new() });
-        self.first.get_or_insert(error);
-    }
-
-    fn judge(self, store: &dyn Store, manifest: &Manifest) -> Result<Vec<Damage>> {
-        let stands = |step| read_manifest(store, step).map(|now| now.attempt == manifest.attempt);
-        match self.first {
-            Some(error) if !stands(manifest.step).unwrap_or(false) => Err(error),
-            _ => Ok(self.damage),
-        }
+fn deleted(step: u64) -> EngineError {
+    EngineError::NotFound {
+        what: format!("verifying step {step}"),
+        why: "it was deleted or replaced meanwhile".into(),
+        hint: "list the steps again: a running training prunes old ones".into(),
     }
 }
 

@@ -150,9 +150,9 @@ pub trait Store: Send + Sync + fmt::Debug {
 pub enum Access {
     /// List and read.
     Read,
-    /// Everything; one process at a time.
+    /// Everything; one process at a time, and no rank beside it.
     Write,
-    /// A rank that writes beside others, which is not rank 0: one process at a time has this rank.
+    /// A rank that writes beside others: one process at a time has this rank.
     WriteBeside {
         /// The rank.
         rank: u32,

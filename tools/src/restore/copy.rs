@@ -1,8 +1,8 @@
 //! A checkpoint to another store.
 //!
 //! Always holds: tree, tensors, storages, metadata and dataset positions come out as they were; the
-//! attempt and its time are new. The copy is cut into chunks of the same size, so each window is
-//! decoded once.
+//! attempt and its time are new; nothing at the destination goes, be it damaged. The copy is cut into
+//! chunks of the same size, so each window is decoded once.
 
 use std::path::Path;
 use std::time::Instant;
@@ -10,6 +10,7 @@ use std::time::Instant;
 use dtr_engine::config::S3Settings;
 use dtr_engine::format::tree::tensor_paths;
 use dtr_engine::load::Checkpoint;
+use dtr_engine::recovery::{StepState, StepSurvey, Survey};
 use dtr_engine::save::{SaveRequest, StorageInput, StorageSource};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
@@ -39,6 +40,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         s3,
         ..Config::new(output)
     })?;
+    check_later(&engine.survey()?, checkpoint.step(), output)?;
     let windows = Windows::new(checkpoint, |_| true);
     let bar = Bar::new(checkpoint.raw_bytes(), "copying");
     let sources: Vec<Source<'_>> = checkpoint
@@ -75,6 +77,19 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         raw_bytes: info.raw_bytes,
         disk_bytes: info.stored_bytes,
         seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+/// A save retires later checkpoints that are damaged, for mended they would be the newest. A copy
+/// is no training that goes on: they may be about to be mended.
+fn check_later(survey: &Survey, step: u64, output: &Path) -> Result<()> {
+    let is_in_danger =
+        |later: &&StepSurvey| later.step > step && matches!(later.state, StepState::Damaged { .. });
+    let Some(later) = survey.steps.iter().find(is_in_danger) else { return Ok(()) };
+    Err(EngineError::StepConflict {
+        what: format!("restoring step {step} to `{}`", output.display()),
+        why: format!("step {} there is damaged, and would cease to exist", later.step),
+        hint: "restore to another store, or mend or delete that step first".into(),
     })
 }
 

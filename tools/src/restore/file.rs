@@ -8,8 +8,9 @@
 //! nothing behind.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::Write;
+use std::fs::{File, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
@@ -20,6 +21,7 @@ use dtr_engine::format::tree::Value;
 use dtr_engine::io::{EntryOp, open_backend};
 use dtr_engine::load::Checkpoint;
 use dtr_engine::{EngineError, Result};
+use rustix::fs::{Mode, OFlags};
 
 use super::selection::{Selected, select};
 use super::{Options, Restored, header};
@@ -120,7 +122,8 @@ fn write_parts(
     Ok(())
 }
 
-/// A file under a name of its own, removed unless it is published.
+/// A file under a name of its own, locked, and removed unless it is published. One that a process
+/// left which was killed is written anew.
 struct Draft {
     file: File,
     path: PathBuf,
@@ -129,9 +132,16 @@ struct Draft {
 impl Draft {
     fn create(output: &Path) -> Result<Self> {
         let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let path = output.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-        let file = File::options().write(true).create_new(true).open(&path);
-        Ok(Self { file: file.context("creating", &path)?, path })
+        let path = output.with_file_name(format!(".{name}.tmp"));
+        loop {
+            let file = create_or_open(&path).context("creating", &path)?;
+            file.try_lock().map_err(|error| busy(&path, error))?;
+            // Whoever held the lock may have published the file, or removed it.
+            if is_still(&file, &path).context("looking at", &path)? {
+                file.set_len(0).context("emptying", &path)?;
+                return Ok(Self { file, path });
+            }
+        }
     }
 
     fn write(&self, bytes: &[u8]) -> Result<()> {
@@ -162,6 +172,34 @@ impl Drop for Draft {
     fn drop(&mut self) {
         // Once published, there is nothing of this name.
         let _published = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Through no link, and without waiting for whoever may read a pipe.
+fn create_or_open(path: &Path) -> io::Result<File> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+    let careful = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    Ok(rustix::fs::open(path, flags | careful, Mode::from_raw_mode(0o666))?.into())
+}
+
+/// Whether `path` names this file.
+fn is_still(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn busy(path: &Path, error: TryLockError) -> EngineError {
+    match error {
+        TryLockError::WouldBlock => EngineError::StoreBusy {
+            what: format!("writing `{}`", path.display()),
+            why: "another process writes it".into(),
+            hint: "wait for that process or stop it, or choose another name".into(),
+        },
+        TryLockError::Error(error) => EngineError::from_io("locking", path, error),
     }
 }
 

@@ -27,11 +27,20 @@ use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 use crate::error::IoContext;
 use crate::{EngineError, Result};
 
-/// The writer's lock file, in the store's directory.
-pub(super) const WRITER_LOCK_FILE: &str = "writer.lock";
-/// The lock file of a rank that writes beside rank 0.
-pub(super) fn rank_lock_file(rank: u32) -> String {
-    format!("writer-{rank:05}.lock")
+/// The lock file, in the store's directory, of the one writer, or of a rank that writes beside
+/// others.
+pub(super) fn lock_file(rank: u32) -> String {
+    match rank {
+        0 => "writer.lock".into(),
+        rank => format!("writer-{rank:05}.lock"),
+    }
+}
+
+/// Whether a file is [`lock_file`] of a rank but 0.
+pub(super) fn is_lock_of_another_rank(name: &str) -> bool {
+    let rank = name.strip_prefix("writer-").and_then(|rest| rest.strip_suffix(".lock"));
+    let rank = rank.and_then(|digits| digits.parse().ok());
+    rank.is_some_and(|rank| rank > 0 && lock_file(rank) == name)
 }
 
 /// Most bytes of the lock file that are read for a message.

@@ -3,8 +3,8 @@
 //! Why `unsafe`: the compiler cannot know that nobody changes a mapped file. We know it of a
 //! committed shard: once its manifest is published, no code of ours writes to it or changes its
 //! length; deleting it leaves the mapping whole. What remains is outside our reach: another program
-//! that truncates the file, or a device that fails, turns a read of the mapping into SIGBUS. That
-//! is why every caller of this path has asked for it.
+//! that truncates the file, another machine that deletes it on NFS, or a device that fails, turns a
+//! read of the mapping into SIGBUS. That is why every caller of this path has asked for it.
 #![expect(unsafe_code, reason = "mapping a file is unsafe in memmap2")]
 
 use std::io;

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! <store>/writer.lock                          held by the one writer, or by rank 0
-//! <store>/writer-00001.lock                    held by rank 1, where ranks save together
+//! <store>/writer-00001.lock                    held by rank 1, where ranks save together, or by
+//!                                              the one writer, if it is there
 //! <store>/step-000000001000/manifest.json      its existence commits the checkpoint
 //!                           rank-00000.<attempt>.shard
 //!                           manifest.json.<attempt>.tmp    while it is being published
@@ -52,7 +53,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-use lock::{Locks, WRITER_LOCK_FILE, WriterLock};
+use lock::{Locks, WriterLock};
 
 /// A store in a directory.
 #[derive(Debug)]
@@ -60,6 +61,8 @@ pub struct LocalStore {
     shared: Arc<Shared>,
     /// Held by a writer.
     writer: Option<WriterLock>,
+    /// Held by one that writes alone, so that no rank does: those that ever wrote here.
+    _beside: Vec<WriterLock>,
 }
 
 /// What the store and its sinks have in common.
@@ -97,13 +100,16 @@ impl LocalStore {
             }
             Access::Write => {
                 root::create_directories(&*io, &path)?;
-                Some(WriterLock::acquire(&locks, &path, WRITER_LOCK_FILE)?)
+                let own = WriterLock::acquire(&locks, &path, &lock::lock_file(0))?;
+                Some((own, lock_ranks(&*io, &locks, &path)?))
             }
             Access::WriteBeside { rank } => {
                 root::create_directories(&*io, &path)?;
-                Some(WriterLock::acquire(&locks, &path, &lock::rank_lock_file(rank))?)
+                let own = WriterLock::acquire(&locks, &path, &lock::lock_file(rank))?;
+                Some((own, Vec::new()))
             }
         };
+        let (writer, beside) = writer.unzip();
         let shared = Shared {
             path,
             io,
@@ -113,7 +119,7 @@ impl LocalStore {
             changes: Mutex::default(),
             settled: AtomicBool::new(false),
         };
-        Ok(Self { shared: Arc::new(shared), writer })
+        Ok(Self { shared: Arc::new(shared), writer, _beside: beside.unwrap_or_default() })
     }
 
     fn writer(&self, what: &str) -> Result<&WriterLock> {
@@ -222,6 +228,14 @@ impl Store for LocalStore {
             None => Ok(SystemTime::now()),
         }
     }
+}
+
+/// Takes the locks of all ranks that ever wrote beside rank 0.
+fn lock_ranks(io: &dyn Io, locks: &Arc<Locks>, path: &Path) -> Result<Vec<WriterLock>> {
+    let listed = io.entry(&EntryOp::List(path.into())).context("listing", path)?;
+    let names = names_in(listed)?;
+    let of_ranks = names.iter().filter(|name| lock::is_lock_of_another_rank(name));
+    of_ranks.map(|name| WriterLock::acquire(locks, path, name)).collect()
 }
 
 impl Shared {

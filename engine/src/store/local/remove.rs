@@ -92,8 +92,16 @@ pub(super) fn remove_begun(shared: &Shared, id: ShardId) -> Result<()> {
     if remove_orphan(shared, step, &file)?.is_some() {
         return Ok(());
     }
+    let what = format!("writing `{}` anew", shared.shard_path(id).display());
+    if publish::standing(shared, step, attempt)? == Standing::Ours {
+        return Err(EngineError::StepConflict {
+            what,
+            why: "the checkpoint is there, and this file of it is damaged".into(),
+            hint: "remove that file, then copy again: what is missing is brought".into(),
+        });
+    }
     Err(EngineError::StoreBusy {
-        what: format!("writing `{}` anew", shared.shard_path(id).display()),
+        what,
         why: "an earlier copy left it, and another process holds its lock, or a manifest that may \
               name it lies beside it"
             .into(),

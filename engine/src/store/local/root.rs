@@ -19,12 +19,12 @@ pub(super) fn create_directories(io: &dyn Io, path: &Path) -> Result<()> {
                 sync_parent(io, ancestor)?;
                 break;
             }
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            Err(error) if error.kind() == ErrorKind::NotFound => missing.push(ancestor),
+            Err(error) if is_there(ancestor, error.kind()) => {
                 check_directory(ancestor)?;
                 sync_parent_of_existing(io, ancestor)?;
                 break;
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => missing.push(ancestor),
             Err(error) => return Err(EngineError::from_io("creating directory", ancestor, error)),
         }
     }
@@ -37,6 +37,16 @@ pub(super) fn create_directories(io: &dyn Io, path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether what refused to be created is there. NFS may ask for the right to create in the parent
+/// before it looks.
+fn is_there(path: &Path, refusal: ErrorKind) -> bool {
+    match refusal {
+        ErrorKind::AlreadyExists => true,
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => path.is_dir(),
+        _ => false,
+    }
 }
 
 fn sync_parent(io: &dyn Io, path: &Path) -> Result<()> {

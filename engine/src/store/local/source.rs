@@ -1,7 +1,8 @@
 //! Reading a shard back.
 //!
-//! Always holds: an open shard can be read to its end whatever becomes of its name; `done` runs
-//! exactly once for each read, whatever happens.
+//! Always holds: an open shard can be read to its end whatever becomes of its name, but for one that
+//! another machine deletes on NFS (`ESTALE`); `done` runs exactly once for each read, whatever
+//! happens.
 
 use std::sync::Arc;
 

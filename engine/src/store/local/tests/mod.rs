@@ -191,7 +191,7 @@ fn a_checkpoint_is_written_listed_read_and_deleted() {
         let freed_bytes = store.remove_checkpoint(1000, None).unwrap();
         assert_eq!(freed_bytes, (bytes.len() + stored.len()) as u64);
         assert_eq!(store.list().unwrap(), []);
-        assert_eq!(names_under(&path), [WRITER_LOCK_FILE]);
+        assert_eq!(names_under(&path), ["writer.lock"]);
         assert_eq!(store.remove_checkpoint(1000, None).unwrap(), 0);
     }
 }
@@ -425,6 +425,31 @@ fn a_second_writer_is_refused_and_a_reader_is_not() {
     open(Access::Write).unwrap();
 }
 
+/// A directory of rank 8 alone has no `writer.lock` that anybody holds.
+#[test]
+fn one_that_writes_alone_writes_beside_no_rank() {
+    let directory = tempfile::tempdir().unwrap();
+    let open = |access| LocalStore::open(directory.path(), access, threads(), IN_FLIGHT_BYTES);
+    let (alone, rank) = (Access::Write, |rank| Access::WriteBeside { rank });
+    let ranks = [open(rank(0)).unwrap(), open(rank(8)).unwrap()];
+    for left in ranks {
+        let error = open(alone).unwrap_err();
+        assert!(matches!(error, EngineError::StoreBusy { .. }), "{error}");
+        drop(left);
+    }
+    let writer = open(alone).unwrap();
+    for number in [0, 8] {
+        let error = open(rank(number)).unwrap_err();
+        assert!(matches!(error, EngineError::StoreBusy { .. }), "{error}");
+    }
+    drop(writer);
+    let _again = [open(rank(8)).unwrap(), open(rank(0)).unwrap()];
+    for name in ["writer.lock", "writer-00000.lock", "writer-1.lock", "writer-000001.lock"] {
+        assert!(!lock::is_lock_of_another_rank(name), "{name}");
+    }
+    assert!(lock::is_lock_of_another_rank("writer-123456.lock"));
+}
+
 /// Plays two parts: the test, and, with the variable set, the other process.
 #[test]
 fn a_writer_in_another_process_is_named_and_its_lock_ends_with_it() {
@@ -532,7 +557,7 @@ fn free_space_is_reported_and_an_absurd_reservation_refused() {
 /// A store as a forked child has it: the same objects, in a process that did not open them.
 fn forked(path: &Path) -> LocalStore {
     let locks = Locks::of_process(std::process::id() + 1);
-    let writer = Some(WriterLock::acquire(&locks, path, WRITER_LOCK_FILE).unwrap());
+    let writer = Some(WriterLock::acquire(&locks, path, "writer.lock").unwrap());
     let shared = Shared {
         path: path.into(),
         io: threads(),
@@ -542,7 +567,7 @@ fn forked(path: &Path) -> LocalStore {
         changes: Mutex::default(),
         settled: AtomicBool::new(false),
     };
-    LocalStore { shared: Arc::new(shared), writer }
+    LocalStore { shared: Arc::new(shared), writer, _beside: Vec::new() }
 }
 
 #[test]
@@ -579,7 +604,7 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     assert!(path.exists());
     let other = Locks::new();
     let is_locked = |path: &Path| other.try_lock(path, lock::LockFile::Existing).unwrap().is_none();
-    let writer_lock = directory.path().join(WRITER_LOCK_FILE);
+    let writer_lock = directory.path().join("writer.lock");
     assert!(is_locked(&path) && is_locked(&writer_lock));
     child.close_after_fork();
     assert!(!is_locked(&path) && !is_locked(&writer_lock));
