@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
 
+mod copy;
 mod damage;
 mod doctor;
 mod errors;

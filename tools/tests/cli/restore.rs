@@ -156,6 +156,37 @@ fn a_copy_is_the_checkpoint() {
     assert_golden("error-copy-again", &store.redact(&again.stderr));
 }
 
+/// The draft has one name, so that no killed process leaves a second one.
+#[test]
+fn what_a_killed_process_left_is_written_anew() {
+    let store = Store::trained();
+    let (file, draft) = (store.beside("x.safetensors"), store.beside(".x.safetensors.tmp"));
+    std::fs::write(&draft, vec![7; 1 << 20]).unwrap();
+    let run = || store.run("restore", &["-o", file.to_str().unwrap(), "--force"]);
+    let held = std::fs::File::open(&draft).unwrap();
+    held.lock().unwrap();
+    run().assert_error(1);
+    assert!(!file.exists());
+    drop(held);
+    assert_eq!(run().status, 0);
+    let first = std::fs::read(&file).unwrap();
+    assert!(SafeTensors::deserialize(&first).is_ok() && !draft.exists());
+    // Nothing is written through a link.
+    std::os::unix::fs::symlink(&file, &draft).unwrap();
+    run().assert_error(1);
+    assert!(std::fs::read(&file).unwrap() == first && draft.is_symlink());
+}
+
+#[test]
+fn a_newer_step_that_is_damaged_is_named() {
+    let store = Store::trained();
+    std::fs::remove_file(store.file(20, ".shard")).unwrap();
+    let file = store.beside("x.safetensors");
+    let run = store.run("restore", &["-o", file.to_str().unwrap()]);
+    assert_eq!(run.status, 0, "{run:?}");
+    assert!(run.stderr.contains("step 20 is damaged"), "{run:?}");
+}
+
 #[test]
 fn a_large_copy_is_the_checkpoint() {
     let store = Store::empty();
