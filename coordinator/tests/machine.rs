@@ -17,6 +17,7 @@ struct Table {
     /// What each report says of what all ranks save alike.
     replicated_crc32c: Option<u32>,
     changes: Vec<Change>,
+    notes: Vec<String>,
     late: Vec<(Ticket, Reply)>,
 }
 
@@ -34,6 +35,7 @@ impl Table {
             tries: 0,
             replicated_crc32c: None,
             changes: Vec::new(),
+            notes: Vec::new(),
             late: Vec::new(),
         }
     }
@@ -46,6 +48,7 @@ impl Table {
         let mut effects = Effects::default();
         self.state.apply(at, ticket, event, &mut effects);
         self.changes.extend(effects.changes);
+        self.notes.extend(effects.notes.into_iter().map(|note| note.text));
         let (own, late): (Vec<_>, Vec<_>) =
             effects.replies.into_iter().partition(|(to, _)| *to == ticket);
         self.late.extend(late);
@@ -816,6 +819,39 @@ fn a_rank_that_went_on_does_not_let_the_others_wait_for_an_earlier_step() {
     table.attempt(&world[1], 20);
     let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
     assert_eq!(aborted.reason, "rank 1 (`w1`) went on to step 20 without reporting it");
+}
+
+/// The order of the same two calls, the other way round.
+#[test]
+fn a_step_that_another_rank_has_passed_is_not_begun() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let attempt = table.attempt(&world[1], 20);
+    let told = "rank 1 (`w1`) went on to step 20 without it";
+    for late in [&world[0], &world[2]] {
+        let (kind, why) = refused(table.begin(late, 10, false));
+        assert!(kind == RefusalKind::AttemptAborted && why.contains(told), "{why}");
+    }
+    // All three save the later one, and may go back.
+    for member in &world {
+        assert_eq!(table.attempt(member, 20), attempt);
+    }
+    let back = table.begin(&world[1], 10, true);
+    assert!(matches!(back, Reply::BeginCheckpoint(_)), "{back:?}");
+}
+
+#[test]
+fn who_has_not_begun_a_save_is_named() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    table.attempt(&world[0], 10);
+    let everybody: Vec<&v1::Identity> = world.iter().collect();
+    table.pass(9_000, &everybody);
+    assert!(table.notes.iter().all(|note| !note.contains("waits for")), "{:?}", table.notes);
+    table.pass(60_000, &everybody);
+    let waits = table.notes.iter().filter(|note| note.contains("waits for")).count();
+    let told = "the save of step 10 waits for 1 of 2 ranks since 10000 ms: rank 1 (`w1`)";
+    assert!(waits == 2 && table.notes.iter().any(|note| note == told), "{:?}", table.notes);
 }
 
 #[test]

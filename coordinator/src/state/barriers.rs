@@ -380,7 +380,9 @@ impl Job {
             let warn_ms = STRAGGLERS_AFTER_MS.get(barrier.warnings).copied();
             if warn_ms.is_some_and(|warn_ms| warn_ms <= waited_ms) {
                 barrier.warnings += 1;
-                self.note(scene, Level::Warn, self.straggler_text(name, barrier, waited_ms));
+                let what = format!("barrier `{}`", name.trim());
+                let text = self.straggler_text(&what, &self.missing(barrier), waited_ms);
+                self.note(scene, Level::Warn, text);
             }
             self.end_late_waits(scene, name, barrier);
         }
@@ -413,8 +415,13 @@ impl Job {
     }
 
     fn missing(&self, barrier: &Barrier) -> Vec<v1::MissingRank> {
+        self.missing_of(|rank| barrier.waiting.contains_key(&rank))
+    }
+
+    /// Ranks of the job for which this does not hold, and who holds them.
+    pub(super) fn missing_of(&self, is_there: impl Fn(u32) -> bool) -> Vec<v1::MissingRank> {
         (0..self.record.world_size)
-            .filter(|rank| !barrier.waiting.contains_key(rank))
+            .filter(|rank| !is_there(*rank))
             .map(|rank| v1::MissingRank {
                 rank,
                 worker_id: self.holders.get(&rank).cloned().unwrap_or_default(),
@@ -422,8 +429,13 @@ impl Job {
             .collect()
     }
 
-    fn straggler_text(&self, name: &str, barrier: &Barrier, waited_ms: u64) -> String {
-        let missing = self.missing(barrier);
+    /// Says who keeps the others waiting.
+    pub(super) fn straggler_text(
+        &self,
+        what: &str,
+        missing: &[v1::MissingRank],
+        waited_ms: u64,
+    ) -> String {
         let named: Vec<String> = missing
             .iter()
             .take(8)
@@ -434,8 +446,7 @@ impl Job {
             .collect();
         let more = if missing.len() > named.len() { " and others" } else { "" };
         format!(
-            "barrier `{}` waits for {} of {} ranks since {waited_ms} ms: {}{more}",
-            name.trim(),
+            "{what} waits for {} of {} ranks since {waited_ms} ms: {}{more}",
             missing.len(),
             self.record.world_size,
             named.join(", ")

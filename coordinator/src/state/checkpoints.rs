@@ -21,7 +21,7 @@
 //! - a step has at most one attempt at a time, and one commit; its attempt id never comes back;
 //! - an attempt is committed only with a shard of every rank of the job;
 //! - a rank that comes late to an attempt that was given up is told so once, instead of beginning
-//!   the next attempt alone;
+//!   the next attempt alone; so is one that begins a step which another rank has passed;
 //! - an attempt ends: committed, or given up within `checkpoint_timeout_ms`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,12 +35,16 @@ use super::{
 
 /// Attempts that a job may have in flight.
 const ATTEMPTS_MAX: usize = 64;
+/// It is said who has not begun a checkpoint, after it has been waited for this long.
+const STRAGGLERS_AFTER_MS: [u64; 3] = [10_000, 60_000, 600_000];
 
 /// An attempt in flight.
 #[derive(Debug)]
 pub(super) struct Attempt {
     record: v1::AttemptRecord,
     begun_ms: u64,
+    /// How often it was said who has not begun it.
+    warnings: usize,
     /// Ranks that know of it, each with how often it had tried the step before. After a restart
     /// nobody is known to, so everybody may.
     begun: BTreeMap<u32, u32>,
@@ -107,6 +111,7 @@ impl Attempt {
         Self {
             record,
             begun_ms: now_ms,
+            warnings: 0,
             begun: BTreeMap::new(),
             shards: BTreeMap::new(),
             has_own_stores: None,
@@ -250,6 +255,7 @@ impl Job {
         self.tell_of_aborted(rank, request)?;
         self.check_step(step, request.rewind)?;
         self.refuse_if_incomplete(rank, request)?;
+        self.refuse_if_passed(rank, request)?;
         if self.attempts.len() >= ATTEMPTS_MAX {
             return Err(Refusal::new(
                 RefusalKind::Conflict,
@@ -334,27 +340,66 @@ impl Job {
         let reason = format!(
             "step {step} cannot be saved by all ranks: rank {lost} (`{worker_id}`) is gone"
         );
-        // For whoever comes back, or comes late: this one has given the step up.
-        let refused = self.aborted.entry(step).or_insert_with(|| AbortedAttempt {
+        let told = Told::Lost(self.record.fence);
+        let hint = "training may go on; save again once a worker has taken its place";
+        Err(self.refuse_step((rank, request), (lost, told), (reason, hint)))
+    }
+
+    /// Refuses a save that cannot end: another rank has begun a later step, and goes back only if it
+    /// is told to.
+    fn refuse_if_passed(
+        &mut self,
+        rank: u32,
+        request: &v1::BeginCheckpointRequest,
+    ) -> Result<(), Refusal> {
+        let step = request.step;
+        let Some((later, passed)) = self.passed_by(rank, step).filter(|_| !request.rewind) else {
+            return Ok(());
+        };
+        let worker_id = self.holders.get(&passed).map_or("nobody", String::as_str);
+        let reason = format!(
+            "step {step} cannot be saved by all ranks: rank {passed} (`{worker_id}`) went on to \
+             step {later} without it"
+        );
+        let hint = "training may go on; save the same steps on every rank";
+        Err(self.refuse_step((rank, request), (passed, Told::Renewed), (reason, hint)))
+    }
+
+    /// A later step that is being saved without `rank`, and a rank that has begun it.
+    fn passed_by(&self, rank: u32, step: u64) -> Option<(u64, u32)> {
+        let mut later = self.attempts.range(step.saturating_add(1)..);
+        // A rank that has begun it, too, went back since.
+        later.find_map(|(later, attempt)| {
+            let first = attempt.begun.keys().next()?;
+            let is_without = !attempt.is_recovered && !attempt.begun.contains_key(&rank);
+            is_without.then_some((*later, *first))
+        })
+    }
+
+    /// Gives a step up before it is begun, because of rank `cause`, for this rank and for whoever
+    /// comes to it late.
+    fn refuse_step(
+        &mut self,
+        (rank, request): (u32, &v1::BeginCheckpointRequest),
+        (cause, told): (u32, Told),
+        (reason, hint): (String, &'static str),
+    ) -> Refusal {
+        let refused = self.aborted.entry(request.step).or_insert_with(|| AbortedAttempt {
             attempt: String::new(),
             aborted: v1::AttemptAborted {
                 reason: reason.clone(),
-                rank: Some(lost),
+                rank: Some(cause),
                 may_be_published: false,
             },
             tries: request.tries,
-            told: BTreeMap::from([(lost, Told::Lost(self.record.fence))]),
+            told: BTreeMap::from([(cause, told)]),
         });
         refused.tries = refused.tries.max(request.tries);
         refused.told.insert(rank, Told::Tries(request.tries));
         while self.aborted.len() > ATTEMPTS_MAX {
             self.aborted.pop_first();
         }
-        Err(Refusal::new(
-            RefusalKind::AttemptAborted,
-            reason,
-            "training may go on; save again once a worker has taken its place",
-        ))
+        Refusal::new(RefusalKind::AttemptAborted, reason, hint)
     }
 
     pub(super) fn report(
@@ -596,10 +641,31 @@ impl Job {
                 late.push(*step);
             }
         }
+        self.name_stragglers(scene);
         for step in late {
             let why = self.too_late(step, scene.policy.checkpoint_timeout_ms);
             self.give_up(scene, step, why);
         }
+    }
+
+    /// Says who has not begun a checkpoint that the others save.
+    fn name_stragglers(&mut self, scene: &mut Scene<'_>) {
+        let mut attempts = std::mem::take(&mut self.attempts);
+        for (step, attempt) in &mut attempts {
+            let waited_ms = scene.at.now_ms.saturating_sub(attempt.begun_ms);
+            let warn_ms = STRAGGLERS_AFTER_MS.get(attempt.warnings).copied();
+            if warn_ms.is_none_or(|warn_ms| waited_ms < warn_ms) {
+                continue;
+            }
+            attempt.warnings += 1;
+            let missing = self.missing_of(|rank| attempt.begun.contains_key(&rank));
+            if !missing.is_empty() && !attempt.is_recovered {
+                let what = format!("the save of step {step}");
+                let text = self.straggler_text(&what, &missing, waited_ms);
+                self.note(scene, Level::Warn, text);
+            }
+        }
+        self.attempts = attempts;
     }
 
     fn too_late(&self, step: u64, timeout_ms: u64) -> (Option<u32>, String) {

@@ -198,7 +198,8 @@ fn every_new_directory_is_durable_in_its_parent() {
     open(&directory.path().join("a/b"), &io).unwrap();
     let log = io.state.lock().unwrap().log.clone();
     let parent = directory.path().file_name().unwrap().to_string_lossy().into_owned();
-    let expected = ["mkdir b", "mkdir a", &format!("syncdir {parent}"), "mkdir b", "syncdir a"];
+    let synced = format!("syncdir {parent}");
+    let expected = ["mkdir b", "mkdir a", &synced, "mkdir b", "syncdir a", "list b"];
     assert_eq!(log, expected);
 }
 
