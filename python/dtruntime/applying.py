@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtruntime import gpus
-from dtruntime.errors import RestoreIncomplete
+from dtruntime.errors import CheckpointError, RestoreIncomplete
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -57,13 +57,16 @@ class Application:
         """
         groups = [self._plan.actions] if self._fits() else self._plan.items()
         has_begun = False
+        doing = ""
         try:
             for actions in groups:
+                doing = f"reading for {actions[0].where}" if actions else ""
                 tensors = self._read(actions)
                 if not has_begun:
                     before_change()
                 for action in actions:
                     has_begun = True
+                    doing = f"entry {action.where}"
                     action.act(tensors)
                 del tensors  # before the next are read: there may be no memory for both
         except BaseException as error:
@@ -71,7 +74,7 @@ class Application:
                 raise
             self.incomplete = RestoreIncomplete(
                 f"restoring step {self._plan.step}",
-                f"the live state was changed in part when this failed: {error}",
+                f"the live state was changed in part when this failed: {doing}: {_told(error)}",
                 "restore again, from this step or another, before using or saving the state",
             )
             if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
@@ -97,6 +100,12 @@ class Application:
         on_gpus = {place: bytes_of(numbers, parts) for place, numbers in by_place.items()}
         has_memory = in_host <= _MEMORY_SHARE * available_memory_bytes()
         return has_memory and gpus.have_room(on_gpus)
+
+
+def _told(error: BaseException) -> str:
+    """Say what an error is, on one line if it is one of ours, and without its hint."""
+    why = f"{error.what}: {error.why}" if isinstance(error, CheckpointError) else str(error)
+    return f"{type(error).__name__}: {why}" if why else type(error).__name__
 
 
 def available_memory_bytes() -> int:

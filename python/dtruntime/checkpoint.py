@@ -34,9 +34,10 @@ from dtruntime.errors import (
     InvalidArgument,
     RestoreIncomplete,
 )
+from dtruntime.globs import globs_of
 from dtruntime.handle import Copied, SaveHandle, SaveInfo, Watcher
 from dtruntime.loading import Reader, device_of
-from dtruntime.replication import Replication, globs_of
+from dtruntime.replication import Replication
 from dtruntime.reports import Damage, LoadReport, VerifyReport
 from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
 from dtruntime.state_tree import FlatState, flatten, needs_of
@@ -174,7 +175,7 @@ class CheckpointManager:
     ) -> None:
         self._path = settings.store_path(path, storage_path=storage_path, backend=backend)
         rank_number, ranks = settings.rank_and_world_size(rank, world_size)
-        globs = globs_of(replicated)
+        globs = globs_of("replicated", replicated)
         engine_settings: dict[str, Any] = {
             "job": connecting.job_of(None) if job is None else job,
             "rank": rank_number,
@@ -209,6 +210,8 @@ class CheckpointManager:
         self._incomplete: RestoreIncomplete | None = None
         self._unsound: frozenset[tuple[int, str | None]] = frozenset()
         """Steps after the one that was loaded, each with its attempt: they do not verify."""
+        self._went_back_to: int | None = None
+        """Where training is, once it went back: later steps may be there."""
         self._last: SaveHandle | None = None
         self._is_capturing = False
         self._is_closing = False
@@ -364,9 +367,10 @@ class CheckpointManager:
         Args:
             step: The checkpoint. Default: the newest that verifies; if newer ones do not, that is
                 logged, and told by ``last_load``. A step that is named is loaded or fails.
-            keys: Globs over paths written with dots, such as ``model.layers.*``: only what matches,
-                or lies in a container that does, is read and returned, in the containers around it.
-                Lists and tuples keep their length, with None in the other places.
+            keys: Globs over paths written with dots, such as ``model.layers.*``, where ``*`` is any
+                text and ``?`` one character: only what matches, or lies in a container that does,
+                is read and returned, in the containers around it. Lists and tuples keep their
+                length, with None in the other places.
             map_location: Device for torch tensors. Default: the host's memory.
             strict: Whether a glob that matches nothing is an error.
             mmap: Map uncompressed tensors instead of reading them; they are writable, and changes
@@ -390,7 +394,7 @@ class CheckpointManager:
 
         """
         device = device_of(map_location)
-        globs = [keys] if isinstance(keys, str) else keys
+        globs = None if keys is None else globs_of("keys", keys)
 
         def read(checkpoint: _native.Checkpoint) -> Any:
             reader = self._reader(checkpoint, mmap=mmap, device=device)
@@ -406,6 +410,7 @@ class CheckpointManager:
         step: int | None = None,
         *,
         strict: bool = True,
+        cast: bool = False,
         from_rank: int | None = None,
     ) -> RestoreReport:
         """Load a checkpoint into the live objects of ``state``.
@@ -419,9 +424,13 @@ class CheckpointManager:
             state: Live objects under the keys that they were saved under. Other top-level entries
                 of the checkpoint are not read; the report lists them as skipped.
             step: The checkpoint. Default: the newest that verifies, as for ``load``.
-            strict: Whether everything must fit: nothing missing, unexpected, or of another shape or
-                type. If not, what fits is restored, and the report says what did not; a module of
-                which nothing fits is logged.
+            strict: Whether everything must fit: nothing missing, unexpected, of another shape or
+                type, of another class of optimizer, or saved apart for live tensors that share
+                memory. If not, what fits is restored, and the report says what did not; objects and
+                top-level entries of which nothing fits are logged.
+            cast: Whether floating tensors and arrays of another dtype fit, and complex ones: they
+                are converted to the live dtype, one after the other, and what that cannot hold
+                becomes infinite. Until then they take the memory that they had when saved.
             from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas goes
                 on at another world size.
 
@@ -440,11 +449,9 @@ class CheckpointManager:
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
             reader = self._reader(checkpoint)
-            plan = plan_restore(state, reader, strict=strict)
+            plan = plan_restore(state, reader, strict=strict, cast=cast)
             if strict:
                 plan.check()
-            else:
-                wrappers.warn_of_untouched(state, plan)
             application = Application(plan, reader)
             try:
                 application.run(self._end_copies)
@@ -453,17 +460,28 @@ class CheckpointManager:
             return plan
 
         plan, report = self._read(step, from_rank, read)
+        wrappers.warn_of_untouched(plan)
         self._incomplete = None
+        self._went_back_to = None if step is None else self._go_back_to(report.step)
         return plan.report(report.fell_back_from)
 
     def latest_step(self) -> int | None:
-        """Give the newest committed step; None if there is none.
+        """Give the newest committed step; None if nothing was ever saved.
+
+        Raises:
+            Corrupt: There are checkpoints, and none of them is whole: a training that took this for
+                an empty store would begin anew, and overwrite them.
 
         >>> manager.latest_step()
         2000
+
         """
-        steps = self._native.steps()
-        return steps[-1] if steps else None
+        known = {step: why for step, why, _ in self._native.candidates()}
+        sound = [step for step, why in known.items() if why is None]
+        if known and not sound:
+            damaged = {step: why for step, why in known.items() if why is not None}
+            raise fallback.nothing_readable(self._path, damaged)
+        return max(sound, default=None)
 
     def all_steps(self) -> list[int]:
         """Give the committed steps, ascending.
@@ -476,7 +494,8 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Tell whether ``step`` is due: a multiple of ``save_interval_steps`` not yet saved.
 
-        Steps that ``load`` or ``restore`` fell back from count as not saved.
+        Steps that ``load`` or ``restore`` fell back from count as not saved, and so do those after
+        a step that was named to ``restore``: saving them takes ``rewind=True``.
 
         >>> manager.should_save(2000)
         False
@@ -484,6 +503,8 @@ class CheckpointManager:
         number = settings.step_of(step, "should_save(step)")
         if self._read_only or number % self._interval:
             return False
+        if self._went_back_to is not None:
+            return number > self._went_back_to
         saving = self._last.step if self._last is not None else -1
         return number > max(saving, self._newest_sound())
 
@@ -685,6 +706,8 @@ class CheckpointManager:
             spent = (begun - called, time.monotonic() - begun)
             parts = (flat.nodes, flat.tensors, flat.replicated)
             native = self._native.save((step, rewind, spent), parts, sources, annotations)
+            if rewind or self._went_back_to is not None:
+                self._went_back_to = step
             return self._hand_out(native, flat, chosen)
         except BaseException:
             # It may have been begun although it did not return: a signal can be in between.
@@ -715,6 +738,20 @@ class CheckpointManager:
             named = ", ".join(map(str, replaced))
             _logger.warning("saving step %d replaces step %s, which did not verify", step, named)
         return bool(replaced)
+
+    def _go_back_to(self, step: int) -> int | None:
+        """Say what goes on from a step that was named means for later ones, if there are any."""
+        later = [number for number, why, _ in self._native.candidates() if why is None]
+        later = [number for number in later if number > step]
+        if not later or self._read_only:
+            return None
+        _logger.warning(
+            "step %d is restored, and later ones exist (%s): saving from here on takes "
+            "`rewind=True`, else the newest of them is what is restored next time",
+            step,
+            ", ".join(map(str, later)),
+        )
+        return step
 
     def _newest_sound(self) -> int:
         """Give the newest step that was committed and not found damaged; -1 if there is none."""
@@ -768,10 +805,10 @@ class CheckpointManager:
         return fallback.Shards(self._native, rank, awaits_upload=awaits_upload, alone=alone)
 
     def _newest(self) -> int:
-        latest = self.latest_step()
-        if latest is None:
+        known = self._native.candidates()
+        if not known:
             raise fallback.no_checkpoint(self._path)
-        return latest
+        return known[-1][0]
 
     def _read(
         self,

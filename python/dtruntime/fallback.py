@@ -108,7 +108,7 @@ def read_newest(
         candidates = {step: why for step, why, _ in shards.native.candidates()}
         left = [s for s in candidates if s not in failed and s not in vanished]
         if not left:
-            raise _nothing_readable(store, failed) from first_error
+            raise nothing_readable(store, failed) from first_error
         step = left[-1]
         try:
             checkpoint, result = read_step(shards, step, read)
@@ -223,7 +223,8 @@ def _nothing_common(
     )
 
 
-def _nothing_readable(store: str | os.PathLike[str], failed: dict[int, str]) -> CheckpointError:
+def nothing_readable(store: str | os.PathLike[str], failed: dict[int, str]) -> CheckpointError:
+    """Give the error of a store of which no checkpoint can be read, for these reasons."""
     if not failed:
         return no_checkpoint(store)
     return Corrupt(

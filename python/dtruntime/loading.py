@@ -7,9 +7,7 @@ matched its checksums (or the caller waived that).
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-import re
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +16,7 @@ import numpy as np
 from dtruntime import gpus
 from dtruntime.assembling import Assembly, Parts, whole_shape
 from dtruntime.errors import InvalidArgument
+from dtruntime.globs import compiled
 from dtruntime.replication import check_loadable
 from dtruntime.sharded_tensors import Box, LivePart, contiguous_strides, whole
 from dtruntime.state_tree import TAG_DICT, Tree
@@ -310,7 +309,7 @@ def select(tree: Tree, paths: Sequence[str], globs: Sequence[str]) -> tuple[list
     A node is kept if its path, or that of a container around it, matches; and so are the
     containers around it, with a dict's ``_metadata``.
     """
-    patterns = [re.compile(fnmatch.translate(glob)) for glob in globs]
+    patterns = compiled(globs)
     keep = [False] * len(tree.nodes)
     matched = [False] * len(globs)
 

@@ -8,15 +8,15 @@ checkpoint comes to be.
 from __future__ import annotations
 
 import bisect
-import fnmatch
-import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dtruntime import _native
 from dtruntime.errors import InvalidArgument
+from dtruntime.globs import compiled
 from dtruntime.state_tree import TAG_DICT, TAG_TENSOR, Tree
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Iterable, Sequence
 
     from dtruntime.state_tree import Node
@@ -55,7 +55,7 @@ class Replication:
         self, globs: Sequence[str], share: Callable[[list[int]], list[tuple[int, int]]]
     ) -> None:
         self._globs = globs
-        self._patterns = [re.compile(fnmatch.translate(glob)) for glob in globs]
+        self._patterns = compiled(globs)
         self._share = share
 
     def of(
@@ -173,16 +173,3 @@ def _metadata_around(tree: Tree, tops: Sequence[int]) -> set[int]:
         if after < len(tops) and tops[after] < tree.ends[index]:
             around.update(range(index + 1, tree.ends[index + 1]))
     return around
-
-
-def globs_of(replicated: Any) -> list[str]:
-    """Check the argument ``replicated``: a glob or several."""
-    several = isinstance(replicated, (list, tuple))
-    globs = list(replicated) if several else [replicated]
-    for wrong in (glob for glob in globs if not isinstance(glob, str) or not glob):
-        raise InvalidArgument(
-            f"`replicated` = {replicated!r}",
-            f"a glob is text that is not empty, got {wrong!r}",
-            'pass for example `replicated=["model.*", "optimizer.*"]`',
-        )
-    return globs

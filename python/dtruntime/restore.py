@@ -14,6 +14,8 @@ Always holds: what does not fit is found before anything is changed.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtruntime import wrappers
+from dtruntime import sharing, wrappers
 from dtruntime.assembling import whole_shape
 from dtruntime.errors import InvalidArgument
-from dtruntime.sharded_tensors import LivePart, box_of, is_sharded, local_of, sharded_type
+from dtruntime.fitting import Misfit, array_misfit, entries, tensor_misfit
+from dtruntime.optimizers import optimizer_misfit
+from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
 from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
-from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,12 +41,14 @@ if TYPE_CHECKING:
 _SEQUENCES = (TAG_LIST, TAG_TUPLE)
 _NOTHING = (0, 0, False)
 """What the tree says of an empty dict."""
-_NOT_PLACED = (
+_NOT_PLACED = Misfit(
     "it was sharded when it was saved, and nothing live in its place says how to shard it now: "
     "take a step, or set the optimizer's state up, before restoring"
 )
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
-"""What torch's optimizers keep of a parameter in the parameter's own shape."""
+_NOT_TIED = (
+    "tie live tensors where those that were saved are tied, and nowhere else, or give each memory "
+    "of its own: `tensor.clone()`"
+)
 _LISTED_MAX = 10
 """Entries of each kind that an error names."""
 
@@ -79,6 +84,8 @@ class Action:
         node: The node whose value it takes.
         tensors: Numbers of the tensors it needs.
         act: Makes the change, given those tensors by number.
+        where: Names the live object in errors.
+        has_effect: Whether anything that was saved comes to be in it.
         devices: By number: the GPU of the live tensor that takes the tensor, if it is on one.
         parts: By number: the live sharded tensor that takes its part of the tensor.
 
@@ -88,6 +95,8 @@ class Action:
     node: int
     tensors: Sequence[int]
     act: Callable[[Mapping[int, Any]], None]
+    where: str
+    has_effect: bool = True
     devices: Mapping[int, Any] = field(default_factory=dict)
     parts: Mapping[int, LivePart] = field(default_factory=dict)
 
@@ -110,14 +119,47 @@ class _Takers:
 
 
 @dataclass
+class _ModuleFit:
+    """What of a module's saved state will be restored.
+
+    Attributes:
+        drop: Keys of what will not.
+        takers: Which of the module's tensors take what.
+        expanded: Tensors of which all items along a dimension are one, by their keys.
+        has_effect: Whether any of it will be.
+
+    """
+
+    has_effect: bool
+    drop: list[str] = field(default_factory=list)
+    takers: _Takers = field(default_factory=_Takers)
+    expanded: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class RestorePlan:
-    """Everything a restore will do, and what it found that does not fit."""
+    """Everything a restore will do, and what it found that does not fit.
+
+    Attributes:
+        step: The checkpoint's step.
+        top: Its top-level entries.
+        misfits: By path: why what was saved is not for what is live.
+        hints: What to do about them, each once, in order.
+        untouched: What of the live state a restore of what fits leaves as it is: objects, and
+            top-level entries.
+        is_top_amiss: Whether top-level entries are not called what they were when saved.
+
+    """
 
     step: int
+    top: tuple[str, ...] = ()
     actions: list[Action] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misfits: dict[str, str] = field(default_factory=dict)
+    hints: dict[str, None] = field(default_factory=dict)
+    untouched: list[str] = field(default_factory=list)
+    is_top_amiss: bool = False
     not_asked_for: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -141,12 +183,23 @@ class RestorePlan:
         raise InvalidArgument(
             f"restoring step {self.step}",
             "the live state does not fit the checkpoint: " + "; ".join(found),
-            "nothing was changed; "
-            + (
-                wrappers.hint_of(self.missing, self.unexpected)
-                or "pass `strict=False` to restore what fits"
-            ),
+            "nothing was changed; " + self._advice(),
         )
+
+    def _advice(self) -> str:
+        wrapped = wrappers.hint_of(self.missing, self.unexpected)
+        if wrapped is not None:
+            return wrapped
+        top = [f"{self.told_top()}: live objects go under these"] if self.is_top_amiss else []
+        lenient = "pass `strict=False` to restore what fits and leave the rest as it is"
+        return "; ".join([*top, *self.hints, lenient])
+
+    def told_top(self) -> str:
+        """Say what the live state's keys have to be."""
+        named = [f"`{path}`" for path in self.top[:_LISTED_MAX]]
+        if len(self.top) > len(named):
+            named.append(f"and {len(self.top) - len(named)} more")
+        return f"the checkpoint's top-level entries are {', '.join(named) or '(none)'}"
 
     def items(self) -> Iterable[list[Action]]:
         """Give the actions, one list per top-level item."""
@@ -168,9 +221,9 @@ class RestorePlan:
         )
 
 
-def plan_restore(live: Any, reader: Reader, *, strict: bool) -> RestorePlan:
+def plan_restore(live: Any, reader: Reader, *, strict: bool, cast: bool = False) -> RestorePlan:
     """Compare a live state with a checkpoint and plan what to change."""
-    planner = _Planner(reader, strict=strict)
+    planner = _Planner(reader, strict=strict, cast=cast)
     if not _holds_live(live) and not isinstance(live, (dict, list)):
         raise InvalidArgument(
             f"restoring into a `{type(live).__name__}`",
@@ -181,6 +234,7 @@ def plan_restore(live: Any, reader: Reader, *, strict: bool) -> RestorePlan:
     ends = reader.tree.ends
     actions = planner.plan.actions
     reader.check_loadable(node for a in actions for node in range(a.node, ends[a.node]))
+    planner.settle(live)
     return planner.plan
 
 
@@ -190,13 +244,17 @@ _Slot = Callable[[Any], None]
 class _Planner:
     """One walk over a live state beside a checkpoint's tree."""
 
-    def __init__(self, reader: Reader, *, strict: bool) -> None:
-        self.plan = RestorePlan(reader.checkpoint.step)
+    def __init__(self, reader: Reader, *, strict: bool, cast: bool) -> None:
         self._reader = reader
         self._tree = reader.tree
         self._paths = reader.checkpoint.paths()
+        children = self._tree.children(0) if self._tree.is_container(0) else ()
+        top = tuple(self._paths[child] for _, child in children)
+        self.plan = RestorePlan(reader.checkpoint.step, top)
         self._strict = strict
+        self._cast = cast
         self._item: Any = None
+        self._claims: list[sharing.Claim] = []
         self._boxes: dict[int, Box | None] = {}
 
     def visit(self, live: Any, index: int, slot: _Slot | None) -> None:
@@ -205,7 +263,7 @@ class _Planner:
             self._tensor(live, index)
         elif isinstance(live, np.ndarray):
             self._array(live, index)
-        elif callable(getattr(live, "load_state_dict", None)) and not isinstance(live, type):
+        elif _is_stateful(live):
             self._stateful(live, index)
         elif type(live) in (dict, OrderedDict) and (index == 0 or _holds_live(live)):
             self._dict(live, index)
@@ -216,10 +274,34 @@ class _Planner:
         else:
             self._plain(live, index, slot)
 
-    def _misfit(self, index: int, why: str) -> None:
-        self.plan.misfits[self._paths[index] or "the root"] = why
+    def settle(self, live: Any) -> None:
+        """Finish the plan: leave out what live tensors in one memory cannot all be."""
+        for claim, why in sharing.conflicts(self._claims, self._reader):
+            self._misfit(claim.node, why, _NOT_TIED)
+            claim.give_up()
+        if type(live) in (dict, OrderedDict):
+            changed = {action.item for action in self.plan.actions if action.has_effect}
+            told = self.plan.untouched
+            for key in live:
+                if key not in changed and not any(_is_at_or_below(path, key) for path in told):
+                    told.append(str(key))
 
-    def _do(self, index: int, act: Callable[[Any], None], takers: _Takers | None = None) -> None:
+    def _misfit(self, index: int, why: str | Misfit, hint: str | None = None) -> None:
+        if isinstance(why, Misfit):
+            why, hint = why
+        self.plan.misfits[self._paths[index] or "the root"] = why
+        if hint is not None:
+            self.plan.hints[hint] = None
+
+    def _do(
+        self,
+        live: Any,
+        index: int,
+        act: Callable[[Any], None],
+        takers: _Takers | None = None,
+        *,
+        has_effect: bool = True,
+    ) -> Action | None:
         """Plan ``act(value)`` with the value at ``index``, whose tensors ``takers`` take."""
         tree = self._tree
         takers = takers or _Takers()
@@ -227,93 +309,110 @@ class _Planner:
             box = takers.parts[number].box if number in takers.parts else None
             if self._boxes.setdefault(number, box) != box:
                 self._misfit(index, "it is one tensor with another entry, and sharded otherwise")
-                return
-        self.plan.actions.append(
-            Action(
-                self._item,
-                index,
-                tree.tensors_below(index),
-                lambda tensors: act(tree.build(index, tensors.__getitem__)),
-                takers.devices,
-                takers.parts,
-            )
+                return None
+        action = Action(
+            self._item,
+            index,
+            tree.tensors_below(index),
+            lambda tensors: act(tree.build(index, tensors.__getitem__)),
+            f"`{self._paths[index] or 'the root'}` ({type(live).__name__})",
+            has_effect,
+            takers.devices,
+            takers.parts,
         )
+        self.plan.actions.append(action)
+        return action
+
+    def _claim(self, live: Any, index: int, give_up: Callable[[], None]) -> None:
+        number = self._tree.nodes[index][1]
+        self._claims.append(sharing.Claim(self._paths[index], index, number, live, give_up))
+
+    def _claim_for(self, live: Any, index: int, action: Action | None) -> None:
+        """Note that ``action`` is all that a live tensor takes."""
+
+        def give_up() -> None:
+            actions = self.plan.actions
+            actions[:] = [other for other in actions if other is not action]
+
+        if action is not None:
+            self._claim(live, index, give_up)
 
     def _tensor(self, live: Any, index: int) -> None:
         torch = sys.modules["torch"]
         why = self._tensor_misfit(live, index)
         if type(live) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(live):
-            why = f"a `{type(live).__name__}` cannot be restored in place"
+            why = Misfit(f"a `{type(live).__name__}` cannot be restored in place")
         if why is None:
             takers = _Takers()
             takers.add(self._tree.nodes[index][1], live)
-            self._do(index, lambda value: _copy_tensor(live, value), takers)
+            action = self._do(live, index, lambda value: _copy_tensor(live, value), takers)
+            self._claim_for(live, index, action)
         else:
             self._misfit(index, why)
 
-    def _tensor_misfit(self, live: Any, index: int) -> str | None:
-        if is_sharded(live) and box_of(live) is None:
-            return "what this rank holds of the live tensor is not one piece of it"
-        if live.is_meta:
-            return "the live one is without values: give it memory, `module.to_empty(device=...)`"
-        tag, number = self._tree.nodes[index][:2]
-        if tag != TAG_TENSOR or self._reader.records[number].kind == NUMPY:
-            return "a tensor is live, and the checkpoint has another kind of value"
-        record = self._reader.records[number]
-        if tuple(live.shape) != whole_shape(record):
-            return f"the live shape is {tuple(live.shape)}, the saved one {whole_shape(record)}"
-        if live.dtype != torch_dtype(record.dtype, record.item_bytes):
-            return f"the live dtype is {live.dtype}, the saved one torch.{record.dtype}"
-        return None
+    def _tensor_misfit(self, live: Any, index: int) -> Misfit | None:
+        return tensor_misfit(live, index, self._reader, cast=self._cast)
 
     def _array(self, live: np.ndarray[Any, Any], index: int) -> None:
-        tag, number = self._tree.nodes[index][:2]
-        if tag != TAG_TENSOR or self._reader.records[number].kind != NUMPY:
-            self._misfit(index, "an array is live, and the checkpoint has another kind of value")
-            return
-        record = self._reader.records[number]
-        if live.shape != record.shape:
-            self._misfit(index, f"the live shape is {live.shape}, the saved one {record.shape}")
-        elif live.dtype != numpy_dtype(record.dtype):
-            self._misfit(index, f"the live dtype is {live.dtype}, the saved one {record.dtype}")
-        elif not live.flags.writeable:
-            self._misfit(index, "the live array is read-only")
+        why = array_misfit(live, index, self._reader, cast=self._cast)
+        if why is None:
+            action = self._do(live, index, lambda value: _copy_array(live, value))
+            self._claim_for(live, index, action)
         else:
-            self._do(index, lambda value: np.copyto(live, value))
+            self._misfit(index, why)
 
     def _stateful(self, live: Any, index: int) -> None:
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(live, torch.nn.Module):
-            takers = _Takers()
-            why = None
-            if torch is not None and isinstance(live, torch.optim.Optimizer):
-                why = self._optimizer_misfit(live, index)
-                why = self._find_in_optimizer(live, index, takers) or why
-            elif sharded_type() is not None:
-                placed: set[int] = set()
-                self._find_sharded(live.state_dict(), index, takers, placed)
-                below = self._tree.tensors_below(index)
-                if any(self._reader.records[n].slice and n not in placed for n in below):
-                    why = _NOT_PLACED
-            if self._tree.nodes[index][:2] == (TAG_DICT, _NOTHING) and live.state_dict():
-                why = "the saved state is empty, and the live one is not"
-            if why is None:
-                self._ask(live, index)
-                self._do(index, live.load_state_dict, takers)
-            else:
-                self._misfit(index, why)
-            return
+        plan, known = self.plan, len(self.plan.missing)
+        if torch is not None and isinstance(live, torch.nn.Module):
+            planned = self._module(live, index)
+        else:
+            planned = self._object(live, index)
+        if index == 0:
+            plan.is_top_amiss = len(plan.missing) > known or not (planned or plan.hints)
+        if not planned:
+            plan.untouched.append(self._paths[index] or f"the {type(live).__name__}")
+
+    def _object(self, live: Any, index: int) -> bool:
+        """Plan for what loads in a way of its own; tell whether anything will be restored."""
+        torch = sys.modules.get("torch")
+        takers = _Takers()
+        why: Misfit | None = None
+        if torch is not None and isinstance(live, torch.optim.Optimizer):
+            why = optimizer_misfit(live, index, self._reader, cast=self._cast)
+            why = self._find_in_optimizer(live, index, takers) or why
+        elif sharded_type() is not None:
+            placed: set[int] = set()
+            self._find_sharded(live.state_dict(), index, takers, placed)
+            below = self._tree.tensors_below(index)
+            if any(self._reader.records[n].slice and n not in placed for n in below):
+                why = _NOT_PLACED
+        if self._tree.nodes[index][:2] == (TAG_DICT, _NOTHING) and live.state_dict():
+            why = Misfit("the saved state is empty, and the live one is not")
+        if why is not None:
+            self._misfit(index, why)
+            return False
+        self._ask(live, index)
+        return self._do(live, index, live.load_state_dict, takers) is not None
+
+    def _module(self, live: Any, index: int) -> bool:
+        """Plan for a module; tell whether anything of it will be restored."""
         if self._tree.nodes[index][0] != TAG_DICT:
             self._misfit(index, "a module is live, and the checkpoint has no dict")
-            return
-        drop, takers = self._compare_module(live, index)
+            return False
+        fit = self._compare_module(live, index)
 
         def act(value: dict[str, Any]) -> None:
-            for key in drop:
+            for key in fit.drop:
                 del value[key]
+            for key, tensor in fit.expanded.items():
+                if key in value:  # torch would refuse to; it is told of what is there by then
+                    _copy_tensor(tensor, value[key])
+                    value[key] = tensor
             live.load_state_dict(value, strict=self._strict)
 
-        self._do(index, act, takers)
+        action = self._do(live, index, act, fit.takers, has_effect=fit.has_effect)
+        return action is not None and fit.has_effect
 
     def _ask(self, live: Any, index: int) -> None:
         """Let an object that can tell without tensors refuse its part before anything changes."""
@@ -322,41 +421,7 @@ class _Planner:
             none: dict[int, Any] = {}
             check(self._tree.build(index, none.__getitem__))
 
-    def _optimizer_misfit(self, live: Any, index: int) -> str | None:
-        """Tell in what a saved optimizer cannot be that of the live one's parameters.
-
-        torch finds that out when it has changed some, or at the next step. Of optimizers that are
-        not torch's own, only they know.
-        """
-        if not type(live).__module__.startswith("torch.optim."):
-            return None
-        saved = dict(self._children(index))
-        groups = saved.get("param_groups")
-        if groups is None or self._tree.nodes[groups][0] != TAG_LIST:
-            return "an optimizer is live, and the checkpoint has none"
-        expected = [len(group["params"]) for group in live.param_groups]
-        found = [
-            self._tree.nodes[dict(self._children(group))["params"]][1]
-            for _, group in self._tree.children(groups)
-            if "params" in dict(self._children(group))
-        ]
-        if found != expected:
-            return f"the live groups have {expected} parameters, the saved ones {found}"
-        parameters = [p for group in live.param_groups for p in group["params"]]
-        for position, state in self._children(saved.get("state")):
-            if type(position) is not int or position not in range(len(parameters)):
-                continue
-            shape = tuple(parameters[position].shape)
-            for name, child in self._children(state):
-                tag, number = self._tree.nodes[child][:2]
-                if name in _MOMENTS and tag == TAG_TENSOR and self._shape_of(number) != shape:
-                    return (
-                        f"the live parameter {position} has shape {shape}, its saved `{name}` "
-                        f"{self._shape_of(number)}"
-                    )
-        return None
-
-    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> str | None:
+    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> Misfit | None:
         """Find where an optimizer's tensors belong, or tell why that cannot be known.
 
         They are where their parameters are, but for counts of steps, which optimizers keep in the
@@ -364,12 +429,13 @@ class _Planner:
         A wrong guess costs a copy: the optimizer moves what it is given.
         """
         parameters = [p for group in live.param_groups for p in group["params"]]
-        for position, state in self._children(dict(self._children(index)).get("state")):
+        saved = dict(entries(self._tree, index))
+        for position, state in entries(self._tree, saved.get("state")):
             if type(position) is not int or position not in range(len(parameters)):
                 continue
             parameter = parameters[position]
             now = live.state.get(parameter, {})
-            for name, child in self._children(state):
+            for name, child in entries(self._tree, state):
                 tag, number = self._tree.nodes[child][:2]
                 if tag != TAG_TENSOR:
                     continue
@@ -398,7 +464,7 @@ class _Planner:
                 if is_sharded(live):
                     takers.add(number, live)
         elif isinstance(live, dict):
-            for key, child in self._children(index):
+            for key, child in entries(self._tree, index):
                 if key in live:
                     self._find_sharded(live[key], child, takers, placed)
         elif isinstance(live, (list, tuple)) and self._tree.nodes[index][0] in _SEQUENCES:
@@ -406,36 +472,32 @@ class _Planner:
                 if position < len(live):
                     self._find_sharded(live[position], child, takers, placed)
 
-    def _children(self, index: int | None) -> Iterable[tuple[Any, int]]:
-        """Give keys and nodes of a dict; nothing where there is none."""
-        if index is None or self._tree.nodes[index][0] != TAG_DICT:
-            return ()
-        return self._tree.children(index)
-
-    def _compare_module(self, live: Any, index: int) -> tuple[list[Any], _Takers]:
-        """Note what differs between a module and its saved state.
-
-        Returns:
-            The keys not to load, and which of the module's tensors take what.
-
-        """
+    def _compare_module(self, live: Any, index: int) -> _ModuleFit:
+        """Note what differs between a module and its saved state."""
         expected = live.state_dict(keep_vars=True)
         saved = dict(self._tree.children(index))
         prefix = self._prefix(index)
         self.plan.missing += [f"{prefix}{key}" for key in expected if key not in saved]
-        drop = []
-        takers = _Takers()
+        own = {id(tensor) for tensor in itertools.chain(live.parameters(), live.buffers())}
+        fit = _ModuleFit(has_effect=not expected)
         for key, child in saved.items():
             if key not in expected:
                 self.plan.unexpected.append(self._paths[child])
-            elif _is_tensor(expected[key]) and not _is_uninitialized(expected[key]):
-                why = self._tensor_misfit(expected[key], child)
+                continue
+            tensor = expected[key]
+            if _is_tensor(tensor) and not _is_uninitialized(tensor):
+                why = self._tensor_misfit(tensor, child)
                 if why is not None:
                     self._misfit(child, why)
-                    drop.append(key)
-                else:
-                    takers.add(self._tree.nodes[child][1], expected[key])
-        return drop, takers
+                    fit.drop.append(key)
+                    continue
+                fit.takers.add(self._tree.nodes[child][1], tensor)
+                if id(tensor) in own:  # not what a hook made for its state alone
+                    self._claim(tensor, child, functools.partial(fit.drop.append, key))
+                    if not is_sharded(tensor) and sharing.is_expanded(tensor):
+                        fit.expanded[key] = tensor
+            fit.has_effect = True
+        return fit
 
     def _dict(self, live: dict[Any, Any], index: int) -> None:
         if self._tree.nodes[index][0] != TAG_DICT:
@@ -452,6 +514,9 @@ class _Planner:
             child = saved.pop((type(key), key), None)
             if child is None:
                 self.plan.missing.append(f"{prefix}{key}")
+                self.plan.is_top_amiss |= index == 0
+                if index and _holds_stateful(value):
+                    self.plan.untouched.append(f"{prefix}{key}")
             else:
                 self.visit(value, child, _slot_of(live, key))
         extra = self.plan.not_asked_for if index == 0 else self.plan.unexpected
@@ -474,7 +539,10 @@ class _Planner:
                 self.visit(live[position], child, item_slot)
             if items is not live and slot is not None:
                 act = lambda _: slot(tuple(items))  # noqa: E731
-                self.plan.actions.append(Action(self._item, index, (), act))
+                where = f"`{self._paths[index]}` (tuple)"
+                self.plan.actions.append(
+                    Action(self._item, index, (), act, where, has_effect=False)
+                )
 
     def _replace_contents(self, live: dict[Any, Any] | list[Any], index: int) -> None:
         """Plain data becomes exactly what was saved; the container stays the same object."""
@@ -492,7 +560,7 @@ class _Planner:
                 live.update(value)
             self.plan.values[self._paths[index]] = live
 
-        self._do(index, act)
+        self._do(live, index, act)
 
     def _plain(self, live: Any, index: int, slot: _Slot | None) -> None:
         tag = self._tree.nodes[index][0]
@@ -511,7 +579,7 @@ class _Planner:
                 slot(value)
             self.plan.values[self._paths[index]] = value
 
-        self._do(index, act)
+        self._do(live, index, act)
 
     def _is_there(self, live: Any, index: int) -> bool:
         """Tell whether a plain value is what was saved already."""
@@ -545,21 +613,39 @@ def _is_uninitialized(tensor: Any) -> bool:
     return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
 
 
+def _is_at_or_below(path: str, key: Any) -> bool:
+    return path == str(key) or path.startswith(f"{key}.")
+
+
+def _is_stateful(value: Any) -> bool:
+    return callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type)
+
+
+def _holds_stateful(value: Any) -> bool:
+    if type(value) in (dict, OrderedDict):
+        return any(_holds_stateful(child) for child in value.values())
+    if type(value) in (list, tuple):
+        return any(_holds_stateful(child) for child in value)
+    return _is_stateful(value)
+
+
 def _holds_live(value: Any) -> bool:
     """Tell whether there is anything in ``value`` that keeps its identity when restored."""
     if type(value) in (dict, OrderedDict):
         return any(_holds_live(child) for child in value.values())
     if type(value) in (list, tuple):
         return any(_holds_live(child) for child in value)
-    return (
-        _is_tensor(value)
-        or isinstance(value, np.ndarray)
-        or (callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type))
-    )
+    return _is_tensor(value) or isinstance(value, np.ndarray) or _is_stateful(value)
+
+
+def _copy_array(live: np.ndarray[Any, Any], value: np.ndarray[Any, Any]) -> None:
+    """Copy, or convert as torch does: what is too large becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        np.copyto(live, value)
 
 
 def _copy_tensor(live: Any, value: Any) -> None:
-    """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel."""
+    """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel. Or convert."""
     torch = sys.modules["torch"]
     with torch.no_grad():
         source, destination = local_of(value).detach(), local_of(live).detach()
@@ -569,6 +655,6 @@ def _copy_tensor(live: Any, value: Any) -> None:
             if stride == 0 and size > 1:  # expanded: one item stands for all
                 destination = destination.narrow(dimension, 0, 1)
                 source = source.narrow(dimension, 0, 1)
-        if destination.dtype.itemsize == 1:
+        if destination.dtype == source.dtype and destination.dtype.itemsize == 1:
             destination, source = destination.view(torch.uint8), source.view(torch.uint8)
         destination.copy_(source)

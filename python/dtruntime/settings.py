@@ -170,7 +170,7 @@ def _located(text: str, backend: str | None) -> str | Path:
             )
         return _S3 + text
     if scheme is None:
-        return Path(text)
+        return _directory(text)
     if scheme[0].lower() != _S3 or backend == "local":
         raise InvalidArgument(
             f"setting `path` = {text!r}" + (f", `backend` = {backend!r}" if backend else ""),
@@ -178,6 +178,18 @@ def _located(text: str, backend: str | None) -> str | Path:
             'name a directory on this machine, or "s3://bucket/runs/gpt"',
         )
     return _S3 + text[len(_S3) :]
+
+
+def _directory(text: str) -> Path:
+    """Give a directory; ``~`` is that of the user, as shells have it."""
+    refused = f"setting `path` = {text!r}"
+    if not text:
+        raise InvalidArgument(refused, "it is empty", 'name a directory, "." for this one')
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        hint = "write the directory out, or begin the path with `./` if it is called so"
+        raise InvalidArgument(refused, str(error), hint) from error
 
 
 def remote_settings(

@@ -285,7 +285,7 @@ class _Flattener:
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
                 "a string with lone surrogates is not text",
-                'save bytes: `value.encode("utf-8", "surrogateescape")`',
+                'save bytes: `value.encode("utf-8", "surrogatepass")`',
             )
         return TAG_STR, value
 
@@ -405,9 +405,11 @@ def _tensor_subclass_hint(torch: Any, tensor: Any) -> str:
     return "subclasses of tensors are not converted silently: `tensor.as_subclass(torch.Tensor)`"
 
 
-def _conversion_hint(value: Any) -> str:  # noqa: C901, PLR0911  (a table with isinstance for keys)
+def _conversion_hint(value: Any) -> str:  # noqa: C901, PLR0911, PLR0912  (a table of types)
     if isinstance(value, enum.Enum):
         return "save `value.value` or `value.name`"
+    if isinstance(value, np.ma.MaskedArray):
+        return "save its parts: `array.data` and `numpy.ma.getmaskarray(array)`"
     if isinstance(value, np.ndarray):
         return "subclasses of arrays are not converted silently: `numpy.asarray(array)`"
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -6,7 +6,7 @@ Always holds: a wrapper is named only if its prefix, taken away or added, makes 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dtruntime.restore import RestorePlan
 
 _logger = logging.getLogger("dtruntime")
+_LISTED_MAX = 10
+"""Entries that a warning names."""
 _WRAPPERS = {"_orig_mod": "`torch.compile`", "module": "`DistributedDataParallel`"}
 
 
@@ -38,21 +40,20 @@ def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
     return None
 
 
-def warn_of_untouched(live: Any, plan: RestorePlan) -> None:
-    """Log which modules at the top of a live state a restore of what fits leaves as they are."""
-    changeless = {*plan.missing, *plan.misfits}
-    for key, value in live.items() if isinstance(live, dict) else ():
-        if not callable(getattr(value, "named_parameters", None)):
-            continue
-        names = {f"{key}.{name}" for name in value.state_dict()}
-        if names and names <= changeless:
-            advice = hint_of(plan.missing, plan.unexpected) or "look at the report"
-            _logger.warning(
-                "restoring step %d: not one tensor fits `%s`, which stays as it is; %s",
-                plan.step,
-                key,
-                advice,
-            )
+def warn_of_untouched(plan: RestorePlan) -> None:
+    """Log which objects and top-level entries a restore of what fits left as they are."""
+    if not plan.untouched:
+        return
+    named = [f"`{path}`" for path in plan.untouched[:_LISTED_MAX]]
+    if len(plan.untouched) > len(named):
+        named.append(f"and {len(plan.untouched) - len(named)} more")
+    advice = hint_of(plan.missing, plan.unexpected) or plan.told_top()
+    _logger.warning(
+        "restoring step %d: nothing was restored into %s; %s",
+        plan.step,
+        ", ".join(named),
+        "; ".join([advice, *plan.hints]),
+    )
 
 
 def _owner_without(attribute: str, wrapped: Sequence[str], plain: Sequence[str]) -> str | None:

@@ -67,6 +67,12 @@ def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, torch.tensor([[row["target"]] for row in rows])
 
 
+def say(text: str) -> None:
+    """Print, on rank 0: lines of several ranks would tangle."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def train(folder: Path, lose: tuple[int, int] | None) -> None:
     """Run the training loop of one rank."""
     join()
@@ -94,8 +100,7 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
         with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)
         step = int(state["step"])
-        if rank == 0:
-            print(f"{world_size} ranks begin after step {step}, epoch {dataset.epoch}", flush=True)
+        say(f"{world_size} ranks begin after step {step}, epoch {dataset.epoch}")
         for epoch in range(dataset.epoch, EPOCHS):
             dataset.set_epoch(epoch)
             for inputs, targets in loader:
@@ -116,9 +121,7 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
             if step % SAVE_EVERY:  # else it is saved; a restore of this goes on with the next epoch
                 manager.save_async(state | {"step": step}, step=step)
         manager.wait_until_finished()
-    if rank == 0:
-        weights = model.weight.sum().item()
-        print(f"done: {step} steps, sum of weights {weights:.9f}", flush=True)
+    say(f"done: {step} steps, sum of weights {model.weight.sum().item():.9f}")
     dist.destroy_process_group()
 
 

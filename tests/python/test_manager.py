@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import logging
+import os
 import resource
 import sys
 import threading
@@ -134,6 +135,69 @@ def test_should_save(open_manager):
     assert not open_manager(read_only=True).should_save(10)
 
 
+def test_brackets_in_keys_are_themselves(manager):
+    state = {"w[0]": 1, "w0": 2, "w.x": 3, "list": [4, 5]}
+    manager.save(state, step=1)
+    assert manager.load(keys="w[0]") == {"w[0]": 1}
+    assert manager.load(keys="w?") == {"w0": 2}
+    assert manager.load(keys="*[*") == {"w[0]": 1}
+    assert manager.load(keys="list.1") == {"list": [None, 5]}
+
+
+def test_going_back_to_a_step_is_due_again_after_it(open_manager, caplog):
+    manager = open_manager(save_interval_steps=10)
+    for step in (10, 20, 30):
+        manager.save(state_of(step), step=step)
+    live = state_of(0)
+    manager.restore(live)
+    assert not caplog.messages
+    assert not manager.should_save(30)
+    manager.restore(live, step=10)
+    assert "step 10 is restored, and later ones exist (20, 30): " in caplog.text
+    assert [step for step in range(41) if manager.should_save(step)] == [20, 30, 40]
+    with pytest.raises(StepConflict, match="step 30 is committed"):
+        manager.save_async(live, step=20)
+    manager.save_async(live, step=20, rewind=True)
+    assert [step for step in range(41) if manager.should_save(step)] == [30, 40]
+    manager.save(live, step=30)
+    assert [step for step in range(41) if manager.should_save(step)] == [40]
+    # To the newest: nothing is newer.
+    caplog.clear()
+    manager.restore(live, step=30)
+    assert not caplog.messages
+    assert not manager.should_save(30)
+
+
+DAMAGE = {
+    "a shard is cut": lambda store: os.truncate(shard_of(store, 10), 5000),
+    "a shard is gone": lambda store: shard_of(store, 10).unlink(),
+    "the manifest is changed": lambda store: flip_byte(manifest_of(store), 60),
+}
+
+
+def manifest_of(store):
+    [manifest] = store.glob("step-*/manifest.json")
+    return manifest
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_store_of_which_all_is_damaged_is_not_an_empty_one(damage, open_manager, store):
+    manager = open_manager()
+    manager.save(state_of(10), step=10)
+    manager.close()
+    DAMAGE[damage](store)
+    manager = open_manager()
+    for act in (manager.latest_step, manager.load, lambda: manager.restore(state_of(0))):
+        with pytest.raises(Corrupt, match="all 1 are damaged; step 10: "):
+            act()
+    with pytest.raises(Corrupt):
+        manager.load(step=10)
+    assert not manager.verify().ok
+    # What begins anew on purpose may.
+    manager.save(state_of(20), step=20)
+    assert manager.latest_step() == 20
+
+
 def test_prewarm(manager):
     state = state_of(1)
     manager.prewarm(state)
@@ -224,6 +288,9 @@ def test_loading_a_part(manager):
     with pytest.raises(InvalidArgument, match="nothing matches 'modle"):
         manager.load(keys=["modle.*"])
     assert manager.load(keys=["modle.*"], strict=False) == {}
+    for wrong in (1, [b"model"], "", [""]):
+        with pytest.raises(InvalidArgument, match="a glob is text that is not empty"):
+            manager.load(keys=wrong)
 
 
 def test_one_slice_of_a_storage_is_read_alone(manager):

@@ -49,6 +49,8 @@ WRONG = {
     "rank": ({"rank": 3}, "a rank is less than the world size"),
     "rank text": ({"rank": "worker"}, "or a name that ends in one"),
     "world size": ({"rank": 0, "world_size": 2}, "need a coordinator"),
+    "empty path": ({"path": ""}, "it is empty"),
+    "home of nobody": ({"path": "~nobody-of-this-name/x"}, "home directory"),
     "job": ({"job": ""}, "a job name has 1 to 255 bytes"),
 }
 
@@ -65,6 +67,15 @@ def test_wrong_settings_are_refused(tmp_path, monkeypatch, name):
     assert "\nhint: " in text
     assert text[0].islower() or text[0] == "`"
     assert not (tmp_path / "store").exists(), "nothing is made before all settings are checked"
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with CheckpointManager("~/runs/gpt") as manager:
+        assert manager.path == tmp_path / "runs/gpt"
+    monkeypatch.setenv("CHECKPOINT_DIR", "~/runs/other")
+    with CheckpointManager() as manager:
+        assert manager.path == tmp_path / "runs/other"
 
 
 @pytest.mark.parametrize("step", [None, "7", -1, 1.5, True, 2**63])

@@ -20,8 +20,8 @@ use crate::text;
 const AFTER_HELP: &str = "\
 Either store may be a directory or `s3://bucket/prefix`. A copy that was interrupted goes on when \
 the command is given again: parts that a service has are not sent twice. Of a step that is there \
-already, lengths and indices are looked at, and shards that are missing are brought; `verify` looks \
-at every byte. Unlike `restore`, which writes a checkpoint anew, a copy keeps compression, attempt \
+already, lengths and indices are looked at, and shards that are missing are brought; `verify` \
+looks at every byte. Unlike `restore`, which writes a checkpoint anew, a copy keeps compression, attempt \
 and every byte.
 
 Exit status 1 if a step could not be copied.";
@@ -36,7 +36,7 @@ pub(crate) struct Options {
     #[arg(value_name = "DESTINATION")]
     destination: PathBuf,
     /// The step to copy [default: the newest]
-    #[arg(long, value_name = "N", conflicts_with = "all")]
+    #[arg(long, value_name = "N", conflicts_with = "all", allow_negative_numbers = true)]
     step: Option<u64>,
     /// Copy every checkpoint that the other store does not have.
     #[arg(long)]

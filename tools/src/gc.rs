@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
 fn write_text(out: &mut dyn Write, cleaned: &Cleaned) -> std::io::Result<()> {
     let Cleaned { dry_run, report } = cleaned;
     if report.removed.is_empty() && report.kept.is_empty() {
-        return writeln!(out, "nothing to delete: every file belongs to a checkpoint");
+        return writeln!(out, "nothing to delete: no save has left anything behind");
     }
     let mut table = Table::new()
         .words("ACTION")

@@ -23,7 +23,7 @@ pub(crate) struct Options {
     #[command(flatten)]
     store: StoreArgument,
     /// The step to verify [default: the newest]
-    #[arg(long, value_name = "N", conflicts_with = "all")]
+    #[arg(long, value_name = "N", conflicts_with = "all", allow_negative_numbers = true)]
     step: Option<u64>,
     /// Verify every checkpoint.
     #[arg(long)]

@@ -345,8 +345,8 @@ impl Job {
         Err(self.refuse_step((rank, request), (lost, told), (reason, hint)))
     }
 
-    /// Refuses a save that cannot end: another rank has begun a later step, and goes back only if it
-    /// is told to.
+    /// Refuses a save that cannot end: another rank has begun a later step, and goes back only if
+    /// it is told to.
     fn refuse_if_passed(
         &mut self,
         rank: u32,

@@ -370,8 +370,28 @@ impl Engine {
         };
         match open() {
             // The writer replaced or removed it under our feet: what stands there now counts.
-            Err(error) if is_gone(&error) => open(),
+            Err(error) if is_gone(&error) => {
+                open().map_err(|error| self.judged(store, step, error))
+            }
             opened => opened,
+        }
+    }
+
+    /// What is gone of a checkpoint that stands is damage, unless it may lie, or be on its way,
+    /// elsewhere.
+    fn judged(&self, store: &dyn Store, step: u64, error: EngineError) -> EngineError {
+        match error {
+            EngineError::NotFound { what, why, .. }
+                if self.config.own_share().is_none() && read_manifest(store, step).is_ok() =>
+            {
+                EngineError::Corrupt {
+                    what,
+                    why: format!("{why}, and the manifest of step {step} names it"),
+                    hint: "restore another step, or bring the file back from a copy of the store"
+                        .into(),
+                }
+            }
+            error => error,
         }
     }
 

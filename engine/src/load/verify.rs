@@ -129,7 +129,7 @@ fn verify_replicas(store: &dyn Store, manifest: &Manifest) -> Result<Option<Dama
 }
 
 /// Whether what is verified is the checkpoint still. Of one that was deleted or replaced meanwhile,
-/// missing and unreadable files are no damage. Asked once, after all: a manifest may name thousands.
+/// missing and unreadable files are no damage. Asked once, after all: it may name thousands.
 fn still_stands(store: &dyn Store, manifest: &Manifest) -> bool {
     match read_manifest(store, manifest.step) {
         Ok(now) => now.attempt == manifest.attempt,

@@ -24,7 +24,7 @@ pub(crate) struct Options {
     #[command(flatten)]
     store: StoreArgument,
     /// The step to show [default: the newest]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     step: Option<u64>,
     /// The rank whose part is shown, where several ranks saved the checkpoint.
     #[arg(long, value_name = "R", default_value_t = 0)]

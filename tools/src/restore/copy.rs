@@ -1,8 +1,8 @@
 //! A checkpoint to another store.
 //!
 //! Always holds: tree, tensors, storages, metadata and dataset positions come out as they were; the
-//! attempt and its time are new; nothing at the destination goes, be it damaged. The copy is cut into
-//! chunks of the same size, so each window is decoded once.
+//! attempt and its time are new; nothing at the destination goes, be it damaged. The copy is cut
+//! into chunks of the same size, so each window is decoded once.
 
 use std::path::Path;
 use std::time::Instant;

@@ -37,7 +37,7 @@ pub(crate) struct Options {
     #[command(flatten)]
     store: StoreArgument,
     /// The step to restore [default: the newest]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     step: Option<u64>,
     /// The rank whose part is restored, where several ranks saved the checkpoint; `ckpt-tool copy`
     /// copies all of them.

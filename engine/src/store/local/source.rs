@@ -1,7 +1,7 @@
 //! Reading a shard back.
 //!
-//! Always holds: an open shard can be read to its end whatever becomes of its name, but for one that
-//! another machine deletes on NFS (`ESTALE`); `done` runs exactly once for each read, whatever
+//! Always holds: an open shard can be read to its end whatever becomes of its name, but for one
+//! that another machine deletes on NFS (`ESTALE`); `done` runs exactly once for each read, whatever
 //! happens.
 
 use std::sync::Arc;

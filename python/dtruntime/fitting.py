@@ -1,0 +1,108 @@
+"""Whether one saved tensor or array fits the live one that it is for.
+
+Always holds: nothing is read and nothing changed to tell.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dtruntime.assembling import whole_shape
+from dtruntime.sharded_tensors import box_of, is_sharded
+from dtruntime.state_tree import TAG_DICT, TAG_TENSOR
+from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+
+    from dtruntime.loading import Reader
+    from dtruntime.state_tree import Tree
+    from dtruntime.tensors import TensorRecord
+
+_CAST = "pass `cast=True` to convert what was saved to the live dtypes"
+_TO_EMPTY = "give the live ones memory, `module.to_empty(device=...)`, then restore"
+
+
+class Misfit(NamedTuple):
+    """Why something saved is not for something live, and what to do about it if that is known."""
+
+    why: str
+    hint: str | None = None
+
+
+def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfit | None:
+    """Tell in what the node ``index`` differs from a live tensor that takes it."""
+    if is_sharded(live) and box_of(live) is None:
+        return Misfit("what this rank holds of the live tensor is not one piece of it")
+    if live.is_meta:
+        return Misfit("the live one is on `meta`, without values", _TO_EMPTY)
+    record = _record_at(index, reader)
+    if record is None or record.kind == NUMPY:
+        return Misfit("a tensor is live, and the checkpoint has another kind of value")
+    shape = whole_shape(record)
+    if tuple(live.shape) != shape:
+        return Misfit(f"the live shape is {tuple(live.shape)}, the saved one {shape}")
+    return dtype_misfit(live.dtype, record, cast=cast)
+
+
+def dtype_misfit(live: Any, record: TensorRecord, *, cast: bool) -> Misfit | None:
+    """Tell whether a saved tensor is of another dtype than a live one, and cannot be converted."""
+    saved = torch_dtype(record.dtype, record.item_bytes)
+    if live == saved:
+        return None
+    can_convert = _can_convert(saved, live)
+    if cast and can_convert:
+        return None
+    why = f"the live dtype is {live}, the saved one {saved}"
+    return Misfit(why, _CAST if can_convert else None)
+
+
+def array_misfit(
+    live: np.ndarray[Any, Any], index: int, reader: Reader, *, cast: bool
+) -> Misfit | None:
+    """Tell in what the node ``index`` differs from a live array that takes it."""
+    record = _record_at(index, reader)
+    if record is None or record.kind != NUMPY:
+        return Misfit("an array is live, and the checkpoint has another kind of value")
+    if live.shape != record.shape:
+        return Misfit(f"the live shape is {live.shape}, the saved one {record.shape}")
+    if not live.flags.writeable:
+        return Misfit("the live array is read-only")
+    saved = numpy_dtype(record.dtype)
+    if live.dtype == saved:
+        return None
+    can_convert = live.dtype.kind == saved.kind and saved.kind in "fc"
+    if cast and can_convert:
+        return None
+    why = f"the live dtype is {live.dtype}, the saved one {saved}"
+    return Misfit(why, _CAST if can_convert else None)
+
+
+def entries(tree: Tree, index: int | None) -> Iterable[tuple[Any, int]]:
+    """Give keys and nodes of a dict; nothing where there is none."""
+    if index is None or tree.nodes[index][0] != TAG_DICT:
+        return ()
+    return tree.children(index)
+
+
+def _record_at(index: int, reader: Reader) -> TensorRecord | None:
+    tag, number = reader.tree.nodes[index][:2]
+    return reader.records[number] if tag == TAG_TENSOR else None
+
+
+@functools.cache
+def _can_convert(saved: Any, live: Any) -> bool:
+    """Tell whether values survive but for their precision, and torch knows how."""
+    torch = sys.modules["torch"]
+    are_floating = saved.is_floating_point and live.is_floating_point
+    if not are_floating and not (saved.is_complex and live.is_complex):
+        return False
+    try:
+        torch.empty(1, dtype=saved).to(live)
+    except (RuntimeError, NotImplementedError):  # packed formats, say
+        return False
+    return True
