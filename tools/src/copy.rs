@@ -21,8 +21,8 @@ const AFTER_HELP: &str = "\
 Either store may be a directory or `s3://bucket/prefix`. A copy that was interrupted goes on when \
 the command is given again: parts that a service has are not sent twice. Of a step that is there \
 already, lengths and indices are looked at, and shards that are missing are brought; `verify` \
-looks at every byte. Unlike `restore`, which writes a checkpoint anew, a copy keeps compression, attempt \
-and every byte.
+looks at every byte. Unlike `restore`, which writes a checkpoint anew, a copy keeps compression, \
+attempt and every byte.
 
 Exit status 1 if a step could not be copied.";
 
