@@ -181,18 +181,25 @@ class Run:
         if entrant.is_ours:
             self.results.add("copy", "stall_seconds", copy.seconds())
         figures = worker.ask("save", step=step)
-        for verb in ("load", "restore"):
-            self.drop_caches()
-            read = worker.ask(verb, step=step)
-            if not read.pop("identical"):
-                sys.exit(
-                    f"error: what {entrant.title} gave back differs from what it saved\n"
-                    f"hint: look at `{self.root / entrant.key}`"
-                )
-            figures |= read
+        figures |= self.read_cold(entrant, "load", step=step)
+        figures |= self.read_cold(entrant, "restore", step=step)
         for name, value in figures.items():
             self.results.add(entrant.key, name, value)
+        if entrant.key == "dtruntime_auto":
+            direct = self.read_cold(entrant, "restore", step=step, verb="restore_directly")
+            self.results.add("direct", "restore_seconds", direct["restore_seconds"])
         self.remove(worker, step)
+
+    def read_cold(self, entrant: Entrant, command: str, **arguments: object) -> dict[str, Any]:
+        """Have a checkpoint read that is nowhere in memory, and give what that took."""
+        self.drop_caches()
+        figures: dict[str, Any] = self.workers[entrant.key].ask(command, **arguments)
+        if not figures.pop("identical"):
+            sys.exit(
+                f"error: what {entrant.title} gave back differs from what it saved\n"
+                f"hint: look at `{self.root / entrant.key}`"
+            )
+        return figures
 
     def pair(self, fio: Fio) -> None:
         """Have fio and this engine write the same bytes, one after the other."""

@@ -117,8 +117,12 @@ class Dtruntime(Engine):
         return loaded
 
     def restore(self, step: int, live: State) -> None:
-        """Read everything to where it belongs, checking every byte."""
+        """Read and check everything, then copy it to where it belongs."""
         self.manager.restore(live, step)
+
+    def restore_directly(self, step: int, live: State) -> None:
+        """Read everything to where it belongs, checking every byte on the way."""
+        self.manager.restore(live, step, direct=True)
 
     def remove(self, step: int) -> None:
         """Delete through the manager, which keeps count."""

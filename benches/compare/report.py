@@ -21,6 +21,7 @@ OTHER_ROWS = {
     "copy": "*bare copy, two threads*",
     "fio_huge": "*fio, huge pages*",
     "fio": "*fio, 4 KiB pages*",
+    "direct": "dtruntime, `restore(direct=True)`",
     "first": "dtruntime, first save",
     "first_prewarmed": "dtruntime, first save after `prewarm`",
     "small": "dtruntime, `staging_bytes` an eighth of the state",

@@ -1,13 +1,14 @@
 """Carrying a restore plan out: reads what it needs and changes the live state.
 
 Always holds: where memory allows, everything is read and checked before anything is changed;
-elsewhere one top-level entry is read and changed after the other. A state that was changed in part
-is known to be a mixture.
+elsewhere one top-level entry is read and changed after the other, and where it was asked for, live
+tensors are read into. A state that was changed in part is known to be a mixture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,26 +43,35 @@ class Application:
 
     """
 
-    def __init__(self, plan: RestorePlan, reader: Reader) -> None:
+    def __init__(self, plan: RestorePlan, reader: Reader, *, direct: bool = False) -> None:
         self.incomplete: RestoreIncomplete | None = None
         self._plan = plan
         self._reader = reader
+        self._into = plan.direct if direct else {}
 
     def run(self, before_change: Callable[[], object]) -> None:
         """Change the live state; ``before_change`` is called once, before the first change.
 
         Raises:
             RestoreIncomplete: It failed half-way.
-            CheckpointError: It failed before, and nothing was changed.
+            CheckpointError: It failed before, and nothing was changed; or while live tensors were
+                read into, of which ``incomplete`` tells: another checkpoint may make up for it.
 
         """
         groups = [self._plan.actions] if self._fits() else self._plan.items()
-        has_begun = False
+        has_begun = is_reading = False
         doing = ""
         try:
             for actions in groups:
                 doing = f"reading for {actions[0].where}" if actions else ""
-                tensors = self._read(actions)
+                into = {n: self._into[n] for a in actions for n in a.tensors if n in self._into}
+                is_reading = bool(into)
+                if is_reading and not has_begun:
+                    before_change()
+                    has_begun = True
+                tensors = self._read(actions, into)
+                note_changed(into.values())
+                is_reading = False
                 if not has_begun:
                     before_change()
                 for action in actions:
@@ -77,15 +87,16 @@ class Application:
                 f"the live state was changed in part when this failed: {doing}: {_told(error)}",
                 "restore again, from this step or another, before using or saving the state",
             )
-            if not isinstance(error, Exception):  # Ctrl-C and the like stay what they are
+            # Ctrl-C and the like stay what they are, and so does what an older checkpoint mends.
+            if not isinstance(error, Exception) or is_reading:
                 raise
             raise self.incomplete from error
 
-    def _read(self, actions: Iterable[Action]) -> dict[int, Any]:
+    def _read(self, actions: Iterable[Action], into: dict[int, Any]) -> dict[int, Any]:
         numbers = [number for action in actions for number in action.tensors]
         devices = {n: place for action in actions for n, place in action.devices.items()}
         parts = {n: part for action in actions for n, part in action.parts.items()}
-        return self._reader.tensors(numbers, devices, parts)
+        return self._reader.tensors(numbers, devices, parts, into)
 
     def _fits(self) -> bool:
         """Tell whether there is memory for everything at once, in the host and in GPUs."""
@@ -93,13 +104,20 @@ class Application:
         parts: dict[int, LivePart] = {}
         for action in self._plan.actions:
             parts |= action.parts
-            for number in action.tensors:
+            for number in (n for n in action.tensors if n not in self._into):
                 by_place.setdefault(action.devices.get(number), []).append(number)
         bytes_of = self._reader.bytes_of
         in_host = bytes_of(by_place.pop(None, []), parts)
         on_gpus = {place: bytes_of(numbers, parts) for place, numbers in by_place.items()}
         has_memory = in_host <= _MEMORY_SHARE * available_memory_bytes()
         return has_memory and gpus.have_room(on_gpus)
+
+
+def note_changed(tensors: Iterable[Any]) -> None:
+    """Tell autograd of tensors that were changed behind its back: a graph may have saved them."""
+    tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    if tensors:
+        sys.modules["torch"].autograd.graph.increment_version(tensors)
 
 
 def _told(error: BaseException) -> str:

@@ -411,6 +411,7 @@ class CheckpointManager:
         *,
         strict: bool = True,
         cast: bool = False,
+        direct: bool = False,
         from_rank: int | None = None,
     ) -> RestoreReport:
         """Load a checkpoint into the live objects of ``state``.
@@ -431,6 +432,10 @@ class CheckpointManager:
             cast: Whether floating tensors and arrays of another dtype fit, and complex ones: they
                 are converted to the live dtype, one after the other, and what that cannot hold
                 becomes infinite. Until then they take the memory that they had when saved.
+            direct: Whether tensors are read straight into live ones that lie as they were saved,
+                which is faster and takes no memory for a copy. Damage is then found when the live
+                state is changed in part. An older checkpoint that is restored instead makes up for
+                that; where there is none, it is ``RestoreIncomplete``.
             from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas goes
                 on at another world size.
 
@@ -439,8 +444,8 @@ class CheckpointManager:
                 was changed.
             CheckpointNotFound: There is no checkpoint.
             Corrupt: The checkpoint is damaged. Nothing was changed.
-            RestoreIncomplete: It failed half-way: the live state is a mixture, and this manager
-                refuses to save until a restore succeeds.
+            RestoreIncomplete: It failed half-way, or while it was ``direct``: the live state is a
+                mixture, and this manager refuses to save until a restore succeeds.
 
         >>> manager.restore({"model": model, "optimizer": optimizer}).step
         1000
@@ -452,14 +457,21 @@ class CheckpointManager:
             plan = plan_restore(state, reader, strict=strict, cast=cast)
             if strict:
                 plan.check()
-            application = Application(plan, reader)
+            application = Application(plan, reader, direct=direct)
             try:
                 application.run(self._end_copies)
             finally:
                 self._incomplete = application.incomplete or self._incomplete
             return plan
 
-        plan, report = self._read(step, from_rank, read)
+        known = self._incomplete
+        try:
+            plan, report = self._read(step, from_rank, read)
+        except CheckpointError as error:
+            mixture = self._incomplete
+            if mixture is None or mixture is known or mixture is error:
+                raise
+            raise mixture from error  # no older checkpoint made up for it
         wrappers.warn_of_untouched(plan)
         self._incomplete = None
         self._went_back_to = None if step is None else self._go_back_to(report.step)

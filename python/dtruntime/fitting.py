@@ -9,8 +9,9 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dtruntime import gpus
 from dtruntime.assembling import whole_shape
-from dtruntime.sharded_tensors import box_of, is_sharded
+from dtruntime.sharded_tensors import box_of, contiguous_strides, is_sharded
 from dtruntime.state_tree import TAG_DICT, TAG_TENSOR
 from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
 
@@ -80,6 +81,22 @@ def array_misfit(
         return None
     why = f"the live dtype is {live.dtype}, the saved one {saved}"
     return Misfit(why, _CAST if can_convert else None)
+
+
+def can_be_filled(live: Any, record: TensorRecord) -> bool:
+    """Tell whether the bytes that were saved, one after the other, are those that a tensor has."""
+    torch = sys.modules["torch"]
+    if type(live) not in (torch.Tensor, torch.nn.Parameter) or live.layout is not torch.strided:
+        return False
+    if live.is_conj() or live.is_neg() or live.is_quantized or not live.numel():
+        return False
+    is_reachable = live.is_cpu or (live.is_cuda and gpus.are_usable())
+    is_plain = record.kind != NUMPY and record.slice is None
+    if not (is_reachable and is_plain and live.is_contiguous()):
+        return False
+    pairs = zip(record.strides, contiguous_strides(record.shape), record.shape, strict=True)
+    lies_in_order = all(stride == expected for stride, expected, size in pairs if size > 1)
+    return lies_in_order and live.dtype == torch_dtype(record.dtype, record.item_bytes)
 
 
 def entries(tree: Tree, index: int | None) -> Iterable[tuple[Any, int]]:

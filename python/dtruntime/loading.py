@@ -123,17 +123,19 @@ class Reader:
         numbers: Iterable[int],
         devices: Mapping[int, Any] | None = None,
         parts: Mapping[int, LivePart] | None = None,
+        into: Mapping[int, Any] | None = None,
     ) -> dict[int, Any]:
-        """Read tensors, by number, into fresh memory.
+        """Read tensors, by number, into fresh memory, or into live ones.
 
         ``devices`` gives torch devices for some of them, where they are wanted elsewhere than the
         reader's. ``parts`` gives live sharded tensors that take some of them: of those this rank's
-        part is read. Others of which ranks saved parts are read whole.
+        part is read. Others of which ranks saved parts are read whole. ``into`` gives live tensors
+        that lie as the saved ones do: they are filled, and are what is given back.
         """
         boxes, plain = self._split(numbers, parts or {})
         made = self._boxes(boxes, devices or {})
         made |= {n: parts[n].filled(made[n]) for n in boxes if n in parts} if parts else {}
-        return made | self._plain(plain, devices)
+        return made | self._plain(plain, devices, into or {})
 
     def _split(
         self, numbers: Iterable[int], parts: Mapping[int, LivePart]
@@ -178,16 +180,19 @@ class Reader:
             tensors |= self._views(is_numpy=False, memory=memory)
         return tensors
 
-    def _plain(self, numbers: list[int], devices: Mapping[int, Any] | None) -> dict[int, Any]:
-        groups = self._group(numbers)
-        made: dict[int, Any] = {}
+    def _plain(
+        self, numbers: list[int], devices: Mapping[int, Any] | None, into: Mapping[int, Any]
+    ) -> dict[int, Any]:
+        groups = self._group(number for number in numbers if number not in into)
+        made: dict[int, Any] = {number: into[number] for number in numbers if number in into}
         if self._mmap:
             for key, memory in self._map(groups).items():
                 del groups[key]
                 made |= self._views(key[1], memory)
         fresh: dict[tuple[int, bool], _Memory] = {}
-        targets: list[Any] = []
-        ordinals: set[int] = set()
+        # Tied ones once.
+        targets = [*dict.fromkeys(self._target(number, live) for number, live in made.items())]
+        ordinals = {live.device.index for live in made.values() if live.is_cuda}
         for (storage, is_numpy), group in groups.items():
             spans = self._spans(storage, group)
             wanted = {devices.get(number) for number in group} if devices else set()
@@ -204,6 +209,13 @@ class Reader:
         for (_, is_numpy), memory in fresh.items():
             made |= self._views(is_numpy, memory)
         return made
+
+    def _target(self, number: int, live: Any) -> Any:
+        """Give a live tensor as the place of a saved one, both contiguous."""
+        record = self.records[number]
+        place = (live.device.index,) if live.is_cuda else ()
+        start = record.offset * record.item_bytes
+        return (record.storage, start, (*place, live.data_ptr(), live.nbytes))
 
     def _group(self, numbers: Iterable[int]) -> dict[tuple[int, bool], list[int]]:
         """Sort tensors by the memory they will view: a storage, for torch or for numpy."""

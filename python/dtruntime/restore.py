@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ import numpy as np
 from dtruntime import sharing, wrappers
 from dtruntime.assembling import whole_shape
 from dtruntime.errors import InvalidArgument
-from dtruntime.fitting import Misfit, array_misfit, entries, tensor_misfit
+from dtruntime.fitting import Misfit, array_misfit, can_be_filled, entries, tensor_misfit
 from dtruntime.optimizers import optimizer_misfit
 from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
 from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
@@ -148,6 +148,7 @@ class RestorePlan:
         untouched: What of the live state a restore of what fits leaves as it is: objects, and
             top-level entries.
         is_top_amiss: Whether top-level entries are not called what they were when saved.
+        direct: By number: a live tensor that can be read into, instead of fresh memory.
 
     """
 
@@ -161,6 +162,7 @@ class RestorePlan:
     untouched: list[str] = field(default_factory=list)
     is_top_amiss: bool = False
     not_asked_for: list[str] = field(default_factory=list)
+    direct: dict[int, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -276,15 +278,38 @@ class _Planner:
 
     def settle(self, live: Any) -> None:
         """Finish the plan: leave out what live tensors in one memory cannot all be."""
+        given_up = set()
         for claim, why in sharing.conflicts(self._claims, self._reader):
             self._misfit(claim.node, why, _NOT_TIED)
             claim.give_up()
+            given_up.add(claim.node)
+        self._find_direct([claim for claim in self._claims if claim.node not in given_up])
         if type(live) in (dict, OrderedDict):
             changed = {action.item for action in self.plan.actions if action.has_effect}
             told = self.plan.untouched
             for key in live:
                 if key not in changed and not any(_is_at_or_below(path, key) for path in told):
                     told.append(str(key))
+
+    def _find_direct(self, claims: Sequence[sharing.Claim]) -> None:
+        """Find live tensors that can be read into: whoever takes the saved one copies from them."""
+        nodes, ends = self._tree.nodes, self._tree.ends
+        taken: Counter[int] = Counter()
+        for action in self.plan.actions:
+            below = range(action.node, ends[action.node])
+            taken.update(nodes[node][1] for node in below if nodes[node][0] == TAG_TENSOR)
+        claimed = Counter(claim.number for claim in claims)
+        memories: dict[Any, tuple[int, int]] = {}
+        for number, live in ((claim.number, claim.live) for claim in claims):
+            # What keeps a tensor that it is given would share its memory with the live one.
+            if taken[number] != claimed[number] or number in self.plan.direct:
+                continue
+            record = self._reader.records[number]
+            if can_be_filled(live, record):
+                place = (record.storage, record.offset)
+                memory = (live.device, live.data_ptr(), live.nbytes)
+                if memories.setdefault(memory, place) == place:
+                    self.plan.direct[number] = live
 
     def _misfit(self, index: int, why: str | Misfit, hint: str | None = None) -> None:
         if isinstance(why, Misfit):
@@ -647,6 +672,8 @@ def _copy_array(live: np.ndarray[Any, Any], value: np.ndarray[Any, Any]) -> None
 def _copy_tensor(live: Any, value: Any) -> None:
     """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel. Or convert."""
     torch = sys.modules["torch"]
+    if value is live:
+        return
     with torch.no_grad():
         source, destination = local_of(value).detach(), local_of(live).detach()
         for dimension, (size, stride) in enumerate(
