@@ -153,7 +153,10 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
         if is_hit { Fault::Corrupted } else { Fault::None }
     };
     let proxy = Proxy::start(place.address(), Arc::new(plan));
-    let engine = open(Config { read_only: true, ..through(&proxy, &store) });
+    let mut settings = Config { read_only: true, ..through(&proxy, &store) };
+    // Nothing comes late here, but from a service that is busy itself.
+    settings.s3.request_timeout_ms = 60_000;
+    let engine = open(settings);
     // The survey knows from then on what does not change.
     engine.checkpoint(2).unwrap();
     let before = proxy.requests();
