@@ -43,11 +43,10 @@ class Application:
 
     """
 
-    def __init__(self, plan: RestorePlan, reader: Reader, *, direct: bool = False) -> None:
+    def __init__(self, plan: RestorePlan, reader: Reader) -> None:
         self.incomplete: RestoreIncomplete | None = None
         self._plan = plan
         self._reader = reader
-        self._into = plan.direct if direct else {}
 
     def run(self, before_change: Callable[[], object]) -> None:
         """Change the live state; ``before_change`` is called once, before the first change.
@@ -64,13 +63,13 @@ class Application:
         try:
             for actions in groups:
                 doing = f"reading for {actions[0].where}" if actions else ""
-                into = {n: self._into[n] for a in actions for n in a.tensors if n in self._into}
+                into = self._plan.read_into(actions)
                 is_reading = bool(into)
                 if is_reading and not has_begun:
                     before_change()
                     has_begun = True
+                _note_changed(into.values())  # first: reading may end half-way
                 tensors = self._read(actions, into)
-                note_changed(into.values())
                 is_reading = False
                 if not has_begun:
                     before_change()
@@ -104,7 +103,7 @@ class Application:
         parts: dict[int, LivePart] = {}
         for action in self._plan.actions:
             parts |= action.parts
-            for number in (n for n in action.tensors if n not in self._into):
+            for number in (n for n in action.tensors if n not in self._plan.direct):
                 by_place.setdefault(action.devices.get(number), []).append(number)
         bytes_of = self._reader.bytes_of
         in_host = bytes_of(by_place.pop(None, []), parts)
@@ -113,8 +112,8 @@ class Application:
         return has_memory and gpus.have_room(on_gpus)
 
 
-def note_changed(tensors: Iterable[Any]) -> None:
-    """Tell autograd of tensors that were changed behind its back: a graph may have saved them."""
+def _note_changed(tensors: Iterable[Any]) -> None:
+    """Tell autograd of tensors that change behind its back: a graph may have saved them."""
     tensors = [tensor for tensor in tensors if not tensor.is_inference()]
     if tensors:
         sys.modules["torch"].autograd.graph.increment_version(tensors)

@@ -454,10 +454,10 @@ class CheckpointManager:
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
             reader = self._reader(checkpoint)
-            plan = plan_restore(state, reader, strict=strict, cast=cast)
+            plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()
-            application = Application(plan, reader, direct=direct)
+            application = Application(plan, reader)
             try:
                 application.run(self._end_copies)
             finally:
@@ -488,10 +488,10 @@ class CheckpointManager:
         2000
 
         """
-        known = {step: why for step, why, _ in self._native.candidates()}
-        sound = [step for step, why in known.items() if why is None]
+        known = self._native.candidates()
+        sound = [step for step, why, _ in known if why is None]
         if known and not sound:
-            damaged = {step: why for step, why in known.items() if why is not None}
+            damaged = {step: why for step, why, _ in known if why is not None}
             raise fallback.nothing_readable(self._path, damaged)
         return max(sound, default=None)
 
@@ -753,8 +753,8 @@ class CheckpointManager:
 
     def _go_back_to(self, step: int) -> int | None:
         """Say what goes on from a step that was named means for later ones, if there are any."""
-        later = [number for number, why, _ in self._native.candidates() if why is None]
-        later = [number for number in later if number > step]
+        known = self._native.candidates()
+        later = [number for number, why, _ in known if why is None and number > step]
         if not later or self._read_only:
             return None
         _logger.warning(

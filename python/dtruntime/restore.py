@@ -148,7 +148,7 @@ class RestorePlan:
         untouched: What of the live state a restore of what fits leaves as it is: objects, and
             top-level entries.
         is_top_amiss: Whether top-level entries are not called what they were when saved.
-        direct: By number: a live tensor that can be read into, instead of fresh memory.
+        direct: By number: a live tensor that is to be read into, instead of fresh memory.
 
     """
 
@@ -203,6 +203,11 @@ class RestorePlan:
             named.append(f"and {len(self.top) - len(named)} more")
         return f"the checkpoint's top-level entries are {', '.join(named) or '(none)'}"
 
+    def read_into(self, actions: Iterable[Action]) -> dict[int, Any]:
+        """Give the live tensors that are read into for these actions, by number."""
+        numbers = (number for action in actions for number in action.tensors)
+        return {number: self.direct[number] for number in numbers if number in self.direct}
+
     def items(self) -> Iterable[list[Action]]:
         """Give the actions, one list per top-level item."""
         groups: dict[Any, list[Action]] = {}
@@ -223,7 +228,9 @@ class RestorePlan:
         )
 
 
-def plan_restore(live: Any, reader: Reader, *, strict: bool, cast: bool = False) -> RestorePlan:
+def plan_restore(
+    live: Any, reader: Reader, *, strict: bool, cast: bool = False, direct: bool = False
+) -> RestorePlan:
     """Compare a live state with a checkpoint and plan what to change."""
     planner = _Planner(reader, strict=strict, cast=cast)
     if not _holds_live(live) and not isinstance(live, (dict, list)):
@@ -237,6 +244,8 @@ def plan_restore(live: Any, reader: Reader, *, strict: bool, cast: bool = False)
     actions = planner.plan.actions
     reader.check_loadable(node for a in actions for node in range(a.node, ends[a.node]))
     planner.settle(live)
+    if direct:
+        planner.find_direct()
     return planner.plan
 
 
@@ -278,12 +287,10 @@ class _Planner:
 
     def settle(self, live: Any) -> None:
         """Finish the plan: leave out what live tensors in one memory cannot all be."""
-        given_up = set()
-        for claim, why in sharing.conflicts(self._claims, self._reader):
+        for claim, why in [*sharing.conflicts(self._claims, self._reader)]:
             self._misfit(claim.node, why, _NOT_TIED)
             claim.give_up()
-            given_up.add(claim.node)
-        self._find_direct([claim for claim in self._claims if claim.node not in given_up])
+            self._claims.remove(claim)
         if type(live) in (dict, OrderedDict):
             changed = {action.item for action in self.plan.actions if action.has_effect}
             told = self.plan.untouched
@@ -291,16 +298,16 @@ class _Planner:
                 if key not in changed and not any(_is_at_or_below(path, key) for path in told):
                     told.append(str(key))
 
-    def _find_direct(self, claims: Sequence[sharing.Claim]) -> None:
+    def find_direct(self) -> None:
         """Find live tensors that can be read into: whoever takes the saved one copies from them."""
         nodes, ends = self._tree.nodes, self._tree.ends
         taken: Counter[int] = Counter()
         for action in self.plan.actions:
             below = range(action.node, ends[action.node])
             taken.update(nodes[node][1] for node in below if nodes[node][0] == TAG_TENSOR)
-        claimed = Counter(claim.number for claim in claims)
+        claimed = Counter(claim.number for claim in self._claims)
         memories: dict[Any, tuple[int, int]] = {}
-        for number, live in ((claim.number, claim.live) for claim in claims):
+        for number, live in ((claim.number, claim.live) for claim in self._claims):
             # What keeps a tensor that it is given would share its memory with the live one.
             if taken[number] != claimed[number] or number in self.plan.direct:
                 continue

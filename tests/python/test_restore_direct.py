@@ -117,20 +117,22 @@ def test_autograd_knows_that_a_tensor_was_changed(manager):
         loss.backward()
 
 
-def damaged(store, step: int) -> None:
-    flip_byte(shard_of(store, step), 200_000)
-
-
 def many(value: float) -> dict[str, torch.Tensor]:
     return {f"t{number}": torch.full((30_000,), value) for number in range(4)}
 
 
-def test_an_older_checkpoint_makes_up_for_a_damaged_one(open_manager, store):
+@pytest.fixture
+def damaged(open_manager, store):
+    """Give a manager of two steps, the newer one with a bit flipped past the first chunks."""
     with CheckpointManager(store, compression="none", chunk_bytes="64KiB") as manager:
         for step in (1, 2):
             manager.save(many(float(step)), step=step)
-    damaged(store, 2)
-    manager, live = open_manager(), many(0.0)
+    flip_byte(shard_of(store, 2), 200_000)
+    return open_manager()
+
+
+def test_an_older_checkpoint_makes_up_for_a_damaged_one(damaged):
+    live, manager = many(0.0), damaged
     report = manager.restore(live, direct=True)
     assert report.step == 1
     assert [step for step, _ in report.fell_back_from] == [2]
@@ -138,12 +140,8 @@ def test_an_older_checkpoint_makes_up_for_a_damaged_one(open_manager, store):
     manager.save(live, step=3)
 
 
-def test_a_state_that_damage_changed_in_part_is_a_mixture(open_manager, store):
-    with CheckpointManager(store, compression="none", chunk_bytes="64KiB") as manager:
-        for step in (1, 2):
-            manager.save(many(float(step)), step=step)
-    damaged(store, 2)
-    manager, live = open_manager(), many(0.0)
+def test_a_state_that_damage_changed_in_part_is_a_mixture(damaged):
+    live, manager = many(0.0), damaged
     # As long as it is not direct, nothing is changed.
     with pytest.raises(Corrupt):
         manager.restore(live, step=2)
