@@ -435,7 +435,10 @@ impl Engine {
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
         let copied = transfer(source, target, step, overwrite, &to.core.environment, observer);
-        to.core.note_saved(step);
+        // Of many that are there already, the first has the store listed, and no other.
+        if !copied.as_ref().is_ok_and(|copied| copied.was_there) {
+            to.core.note_saved(step);
+        }
         Ok(copied?)
     }
 

@@ -259,15 +259,11 @@ fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
     let shards = (0..manifest.world_size).map(entry).collect();
     let complete = Manifest { shards, ..manifest.clone() };
     complete.encode().map(drop).map_err(|error| {
-        let hint = match manifest.retired.len() {
-            0..RETIRED_MANY => {
-                "attach less as `metadata`: what is large or nested belongs into the \
-                                state"
-            }
-            _ => {
-                "the training goes back over more checkpoints than one manifest can name: delete \
-                  the newest of them first"
-            }
+        let hint = if manifest.retired.len() < RETIRED_MANY {
+            "attach less as `metadata`: what is large or nested belongs into the state"
+        } else {
+            "the training goes back over more checkpoints than one manifest can name: delete the \
+             newest of them first"
         };
         EngineError::invalid(format!("saving step {}", manifest.step), error.to_string(), hint)
     })
