@@ -184,15 +184,16 @@ class Reader:
         self, numbers: list[int], devices: Mapping[int, Any] | None, into: Mapping[int, Any]
     ) -> dict[int, Any]:
         groups = self._group(number for number in numbers if number not in into)
-        made: dict[int, Any] = {number: into[number] for number in numbers if number in into}
+        live = {number: into[number] for number in numbers if number in into}
+        # Tied ones once.
+        targets = [*dict.fromkeys(self._target(number, tensor) for number, tensor in live.items())]
+        ordinals = {tensor.device.index for tensor in live.values() if tensor.is_cuda}
+        made: dict[int, Any] = {**live}
         if self._mmap:
             for key, memory in self._map(groups).items():
                 del groups[key]
                 made |= self._views(key[1], memory)
         fresh: dict[tuple[int, bool], _Memory] = {}
-        # Tied ones once.
-        targets = [*dict.fromkeys(self._target(number, live) for number, live in made.items())]
-        ordinals = {live.device.index for live in made.values() if live.is_cuda}
         for (storage, is_numpy), group in groups.items():
             spans = self._spans(storage, group)
             wanted = {devices.get(number) for number in group} if devices else set()
