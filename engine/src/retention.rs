@@ -1,13 +1,15 @@
 //! What may be deleted: checkpoints that the policy lets go, and files that no manifest names.
 //!
 //! Pure. Always holds: nothing protected is planned for deletion, nothing that the policy keeps
-//! is, and nothing younger than the grace period is. A plan is a list in the order in which it is
+//! is, and nothing younger than the grace period is. What is best is protected. A plan is a list in the order in which it is
 //! carried out; carried out in part, the next plan holds the rest.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-use crate::config::Config;
-use crate::recovery::{OrphanFile, Survey};
+use crate::config::{BestMode, Config};
+use crate::recovery::{ManifestState, OrphanFile, Survey};
 use crate::store::Grace;
 
 /// Which checkpoints a store keeps.
@@ -25,10 +27,36 @@ impl From<&Config> for Policy {
     }
 }
 
+/// The checkpoints that exist and say a number of this name in their metadata, by ascending step.
+pub fn measured(
+    survey: &Survey,
+    manifests: &BTreeMap<u64, ManifestState>,
+    metric: &str,
+) -> Vec<(u64, f64)> {
+    let of = |step: u64| match manifests.get(&step)? {
+        ManifestState::Valid(manifest) => Some((step, manifest.metric(metric)?)),
+        _ => None,
+    };
+    survey.committed_steps().into_iter().filter_map(of).collect()
+}
+
+/// Steps, the best first; of equal ones the newer.
+pub fn rank(mut measured: Vec<(u64, f64)>, mode: BestMode) -> Vec<u64> {
+    measured.sort_by(|(step, value), (other_step, other)| {
+        let order = match mode {
+            BestMode::Min => value.total_cmp(other),
+            BestMode::Max => other.total_cmp(value),
+        };
+        order.then(Reverse(step).cmp(&Reverse(other_step)))
+    });
+    measured.into_iter().map(|(step, _)| step).collect()
+}
+
 /// Checkpoints to delete after a commit, in order: retired ones, newest first, then those that the
 /// policy lets go. A step that still retires another stays until that one is gone.
 ///
-/// `protected` are the step just committed, the step restored from, the newest that verified.
+/// `protected` are the step just committed, the step restored from, the newest that verified, the
+/// best.
 pub fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec<u64> {
     let retiring = survey.retiring_steps();
     let kept: Vec<u64> = protected.iter().chain(&retiring).copied().collect();
@@ -92,6 +120,13 @@ mod tests {
         assert_eq!(plan_deletions(&committed, policy(Some(2), None), &[100]), [200, 300]);
         assert_eq!(plan_deletions(&committed, policy(Some(9), None), &[]), [0; 0]);
         assert_eq!(plan_deletions(&committed, policy(Some(0), None), &[]), [100, 200, 300, 400]);
+    }
+
+    #[test]
+    fn the_best_come_first_and_of_equal_ones_the_newer() {
+        let measured = || vec![(10, 0.5), (20, -0.0), (30, 0.5), (40, 2.0), (50, 0.0)];
+        assert_eq!(rank(measured(), BestMode::Min), [20, 50, 30, 10, 40]);
+        assert_eq!(rank(measured(), BestMode::Max), [40, 30, 10, 50, 20]);
     }
 
     #[test]

@@ -66,6 +66,10 @@ class CheckpointManager:
             ``s3://bucket/prefix``. Default: the environment's ``CHECKPOINT_DIR``.
         keep_last_n: Newest checkpoints to keep; None keeps all.
         keep_every: Keep every checkpoint whose step is a multiple of this, besides.
+        keep_best_n: Keep this many besides: the best by ``best_metric``, of equal ones the newer.
+        best_metric: Key of the number in ``metadata`` that tells which checkpoints are best, such
+            as ``val_loss``; those without it are never among them.
+        best_mode: ``min`` where small values of it are the better ones, as of a loss, or ``max``.
         compression: ``auto``, ``none``, ``float`` (made for weights), ``zstd`` or ``gzip``.
         staging_bytes: Memory that snapshots are copied into: bytes, or text such as ``"2GiB"``.
             Default: the state's size, at most a quarter of the machine's memory. A larger state
@@ -146,6 +150,9 @@ class CheckpointManager:
         *,
         keep_last_n: int | None = None,
         keep_every: int | None = None,
+        keep_best_n: int | None = None,
+        best_metric: str | None = None,
+        best_mode: str = "min",
         compression: str = "auto",
         staging_bytes: int | str | None = None,
         chunk_bytes: int | str | None = None,
@@ -192,9 +199,9 @@ class CheckpointManager:
         for name, value in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
             if value is not None:
                 engine_settings[name] = settings.parse_bytes(name, value)
-        for name, value in (("keep_last_n", keep_last_n), ("keep_every", keep_every)):
-            if value is not None:
-                engine_settings[name] = settings.integer(name, value)
+        counts = {"keep_last_n": keep_last_n, "keep_every": keep_every, "keep_best_n": keep_best_n}
+        engine_settings |= settings.retention(counts, best_metric, best_mode)
+        self._best = (best_metric, best_mode)
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
         self._world_size = ranks
         self._interval = settings.interval("save_interval_steps", save_interval_steps)
@@ -213,6 +220,7 @@ class CheckpointManager:
         self._went_back_to: int | None = None
         """Where training is, once it went back: later steps may be there."""
         self._last: SaveHandle | None = None
+        self._told_of_metric = False
         self._is_capturing = False
         self._is_closing = False
         self._is_shut = False
@@ -308,7 +316,7 @@ class CheckpointManager:
         number = settings.step_of(step, "save_async(state, step=...)")
         with self._declining(number):
             annotations = (
-                settings.json_object("metadata", metadata),
+                self._annotated(number, metadata),
                 settings.json_object("dataset_positions", dataset_positions),
             )
             self._check_can_save(number)
@@ -503,6 +511,40 @@ class CheckpointManager:
         """
         return self._native.steps()
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Give what was attached to a checkpoint as ``metadata``. Nothing of its state is read.
+
+        Raises:
+            CheckpointNotFound: There is no such checkpoint.
+
+        >>> manager.metadata(2000)
+        {'val_loss': 3.21}
+
+        """
+        return self._native.metadata(settings.step_of(step, "metadata(step)"))
+
+    def best_step(self, metric: str | None = None, mode: str | None = None) -> int:
+        """Give the step of the best checkpoint there is; of equal ones, the newest.
+
+        Args:
+            metric: Key of the number in ``metadata`` to compare. Default: ``best_metric``.
+            mode: ``min`` or ``max``. Default: ``best_mode``.
+
+        Raises:
+            CheckpointNotFound: No checkpoint has that number.
+            InvalidArgument: Neither this call nor the manager names a metric.
+
+        >>> weights = manager.load(step=manager.best_step(), keys=["model"])["model"]
+
+        """
+        known_metric, known_mode = self._best
+        name = settings.metric("metric", known_metric if metric is None else metric)
+        mode = settings.choice("mode", known_mode if mode is None else mode, settings.BEST_MODES)
+        best = self._native.best_steps(name, mode == "max")
+        if not best:
+            raise fallback.no_metric(self._path, name, self.all_steps())
+        return best[0]
+
     def should_save(self, step: int) -> bool:
         """Tell whether ``step`` is due: a multiple of ``save_interval_steps`` not yet saved.
 
@@ -666,6 +708,22 @@ class CheckpointManager:
                 self._native.close()
         if self._ranks is not None:
             self._ranks.leave()
+
+    def _annotated(self, step: int, metadata: Mapping[str, Any] | None) -> str:
+        """Give the metadata as it is stored, and say once if ``best_metric`` is not in it."""
+        text = settings.json_object("metadata", metadata)
+        name = self._best[0]
+        value = None if name is None else (metadata or {}).get(name)
+        if name is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if not self._told_of_metric:
+                _logger.warning(
+                    "step %d is not compared with others: its `metadata` has no number `%s`, which "
+                    "`best_metric` names (said once)",
+                    step,
+                    name,
+                )
+            self._told_of_metric = True
+        return text
 
     def _check_turn(self, step: int) -> None:
         """Refuse a save in the middle of another one of the same thread, which could never end."""

@@ -21,7 +21,7 @@ from dtruntime.errors import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dtruntime import _native
 
@@ -179,6 +179,17 @@ def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
         f"looking for the newest checkpoint in `{store}`",
         "there is none",
         "save one first, or check the path",
+    )
+
+
+def no_metric(store: str | os.PathLike[str], metric: str, steps: Sequence[int]) -> CheckpointError:
+    """Give the error of a store where nothing tells which checkpoint is best."""
+    if not steps:
+        return no_checkpoint(store)
+    return CheckpointNotFound(
+        f"looking for the best checkpoint in `{store}`",
+        f"none of {len(steps)} has a number `{metric}` in its metadata",
+        f"save with `metadata={{{metric!r}: ...}}`; `metadata(step)` gives what one has",
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COMPRESSIONS = ("auto", "none", "float", "zstd", "gzip")
 IO_BACKENDS = ("auto", "uring", "threads")
+BEST_MODES = ("min", "max")
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": (1024 if suffix == "iB" else 1000) ** power
@@ -99,6 +100,29 @@ def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
         f"setting `{name}` = {value!r}",
         "expected one of " + ", ".join(f"`{text}`" for text in accepted),
         f"did you mean `{near[0]}`?" if near else f"leave it at its default, `{accepted[0]}`",
+    )
+
+
+def retention(
+    counts: Mapping[str, Any], best_metric: str | None, best_mode: str
+) -> dict[str, int | str]:
+    """Give the engine's settings of which checkpoints stay; ``counts`` are those that are set."""
+    given: dict[str, int | str] = {
+        name: integer(name, value) for name, value in counts.items() if value is not None
+    }
+    if best_metric is not None:
+        given["best_metric"] = metric("best_metric", best_metric)
+    return given | {"best_mode": choice("best_mode", best_mode, BEST_MODES)}
+
+
+def metric(name: str, value: Any) -> str:
+    """Give the name of a number in checkpoints' metadata."""
+    if isinstance(value, str):
+        return value
+    raise InvalidArgument(
+        f"`{name}` = {value!r}",
+        f"a str is expected, got `{type(value).__name__}`",
+        "give the key of a number in the checkpoints' `metadata`, such as `val_loss`",
     )
 
 
@@ -295,5 +319,6 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
         raise InvalidArgument(
             f"`{name}`",
             f"it is stored as JSON, and {error}",
-            "use str keys and plain values; put anything else into the state",
+            "use str keys and plain values, `loss.item()` of a tensor; put anything else into the "
+            "state",
         ) from None

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dtr_cuda::Direction;
-use dtr_engine::config::Config;
+use dtr_engine::config::{BestMode, Config};
 use dtr_engine::engine::Engine;
 use dtr_engine::load::VerifyObserver;
 use dtr_engine::ranks::Coordinated;
@@ -177,6 +177,19 @@ impl Manager {
             }
         });
         Ok(candidates.collect())
+    }
+
+    /// The committed steps that have this number in their metadata, the best first.
+    fn best_steps(&self, py: Python<'_>, metric: &str, is_max: bool) -> PyResult<Vec<u64>> {
+        let mode = if is_max { BestMode::Max } else { BestMode::Min };
+        self.guard.call(py, "comparing checkpoints", || self.engine.best_steps(metric, mode))
+    }
+
+    /// What was attached to a committed step, as a dict.
+    fn metadata<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Bound<'py, PyAny>> {
+        let what = format!("reading the metadata of step {step}");
+        let metadata = self.guard.call(py, &what, || self.engine.metadata(step))?;
+        json_to_python(py, &metadata)
     }
 
     /// Opens this rank's shard of a step, or that of the rank that is named: manifest and index are

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use dtr_engine::config::BestMode;
 use dtr_engine::engine::GcOptions;
+use dtr_engine::save::SaveRequest;
 use dtr_engine::{Config, Engine, EngineError};
 
 use super::support::{State, config, finish, scratch};
@@ -42,6 +44,43 @@ fn retention_keeps_the_newest_the_multiples_and_the_step_restored_from() {
         state.save(&engine, step).unwrap();
     }
     assert_eq!(engine.steps().unwrap(), [50, 100, 200, 250, 300]);
+}
+
+#[test]
+fn retention_keeps_the_best_by_a_metric_and_a_rewind_ends_those_too() {
+    let directory = scratch();
+    let config = Config {
+        keep_last_n: Some(1),
+        keep_best_n: Some(2),
+        best_metric: Some("loss".into()),
+        ..config(directory.path())
+    };
+    let state = State::training(1, 0);
+    let save = |engine: &Engine, step, rewind, loss: Option<f64>| {
+        let metadata = loss.into_iter().map(|loss| ("loss".into(), loss.into())).collect();
+        finish(&engine.save(SaveRequest { metadata, rewind, ..state.request(step) }).unwrap())
+            .unwrap()
+            .removed_steps
+    };
+    let engine = Engine::open(config.clone()).unwrap();
+    for (step, loss, removed) in
+        [(1, Some(0.5), vec![]), (2, Some(0.1), vec![]), (3, Some(0.3), vec![1]), (4, None, vec![])]
+    {
+        assert_eq!(save(&engine, step, false, loss), removed, "step {step}");
+    }
+    engine.close().unwrap();
+    let engine = Engine::open(config.clone()).unwrap();
+    assert_eq!(save(&engine, 5, false, Some(0.2)), [3, 4], "known after reopening, too");
+    assert_eq!(save(&engine, 6, false, Some(0.9)), [0; 0]);
+    assert_eq!(engine.steps().unwrap(), [2, 5, 6]);
+    assert_eq!(engine.best_steps("loss", BestMode::Min).unwrap(), [2, 5, 6]);
+    assert_eq!(engine.best_steps("loss", BestMode::Max).unwrap(), [6, 5, 2]);
+    assert_eq!(engine.best_steps("none of this name", BestMode::Min).unwrap(), [0; 0]);
+    assert_eq!(engine.metadata(5).unwrap()["loss"], 0.2);
+    let gone = engine.metadata(3).unwrap_err();
+    assert!(matches!(gone, EngineError::NotFound { .. }), "{gone}");
+    save(&engine, 3, true, Some(0.8));
+    assert_eq!(engine.steps().unwrap(), [2, 3], "a rewind ends the best of what it leaves behind");
 }
 
 #[test]

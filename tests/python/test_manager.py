@@ -114,6 +114,37 @@ def test_retention_spares_the_step_restored_from(open_manager):
     assert manager.all_steps() == [1, 3]
 
 
+def test_retention_keeps_the_best(open_manager, caplog):
+    manager = open_manager(keep_last_n=1, keep_best_n=2, best_metric="top1", best_mode="max")
+    for step, top1 in enumerate([0.1, 0.7, 0.3, 0.7, 0.2]):
+        manager.save(state_of(step), step=step, metadata={"top1": top1, "epoch": step})
+    assert manager.all_steps() == [1, 3, 4]
+    assert manager.best_step() == 3, "of equal ones, the newer"
+    assert manager.best_step("epoch") == 4
+    assert manager.best_step("epoch", "min") == 1
+    assert manager.metadata(1) == {"top1": 0.7, "epoch": 1}
+    with pytest.raises(CheckpointNotFound, match="no checkpoint of this step"):
+        manager.metadata(0)
+    with pytest.raises(CheckpointNotFound, match="none of 3 has a number `loss`"):
+        manager.best_step("loss")
+    assert not caplog.records
+    for step, metadata in enumerate([None, {"top1": True}, {"top1": "0.9"}], start=5):
+        manager.save(state_of(step), step=step, metadata=metadata)
+    assert manager.all_steps() == [1, 3, 7]
+    assert len(caplog.records) == 1, "said once"
+    assert "step 5 is not compared" in caplog.text
+    assert "has no number `top1`" in caplog.text
+    reader = open_manager(read_only=True)
+    assert reader.best_step("top1", "max") == 3
+    with pytest.raises(InvalidArgument, match="a str is expected"):
+        reader.best_step()
+
+
+def test_nothing_is_best_in_an_empty_store(manager):
+    with pytest.raises(CheckpointNotFound, match="there is none"):
+        manager.best_step("loss")
+
+
 def test_steps_only_grow_unless_rewound(manager):
     for step in (10, 20, 30):
         manager.save(state_of(step), step=step)

@@ -74,6 +74,17 @@ pub enum DirectIo {
     Off,
 }
 
+/// Which values of a metric are the better ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BestMode {
+    /// Small ones, as of a loss.
+    #[default]
+    Min,
+    /// Large ones, as of an accuracy.
+    Max,
+}
+
 /// Settings of one engine, that is of one store as one process sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -109,6 +120,12 @@ pub struct Config {
     pub keep_last_n: Option<u32>,
     /// Keep every checkpoint whose step is a multiple of this, besides. Default: none. At least 1.
     pub keep_every: Option<u64>,
+    /// Best checkpoints to keep besides, by `best_metric`. Default: none. At least 1.
+    pub keep_best_n: Option<u32>,
+    /// Name of the number in checkpoints' metadata that tells which are best. Default: none.
+    pub best_metric: Option<String>,
+    /// Which values of it are the better ones. Default `min`.
+    pub best_mode: BestMode,
     /// Age, in seconds by the store's clock, below which nothing abandoned is deleted.
     /// Default 24 h.
     pub gc_grace_seconds: u64,
@@ -143,6 +160,9 @@ impl Default for Config {
             workers: None,
             keep_last_n: None,
             keep_every: None,
+            keep_best_n: None,
+            best_metric: None,
+            best_mode: BestMode::Min,
             gc_grace_seconds: 24 * 60 * 60,
             verify_on_load: true,
             s3: S3Settings::default(),
@@ -307,6 +327,40 @@ impl Config {
                 "setting `keep_every` = 0",
                 "steps cannot be multiples of 0",
                 "use 1 or more, or leave it unset",
+            ));
+        }
+        self.validate_best()
+    }
+
+    fn validate_best(&self) -> Result<()> {
+        if self.best_metric.as_deref() == Some("") {
+            return Err(EngineError::invalid(
+                "setting `best_metric` = ``",
+                "a metric has a name",
+                "give the key that it has in the checkpoints' `metadata`",
+            ));
+        }
+        let Some(keep_best_n) = self.keep_best_n else { return Ok(()) };
+        let what = format!("setting `keep_best_n` = {keep_best_n}");
+        if keep_best_n == 0 {
+            return Err(EngineError::invalid(
+                what,
+                "none would be kept for being best",
+                "use 1 or more, or leave it unset",
+            ));
+        }
+        if self.best_metric.is_none() {
+            return Err(EngineError::invalid(
+                what,
+                "nothing says which checkpoints are best",
+                "set `best_metric` to the key of a number in their `metadata`, such as `val_loss`",
+            ));
+        }
+        if self.keep_last_n.is_none() {
+            return Err(EngineError::invalid(
+                what,
+                "without `keep_last_n` all are kept",
+                "set `keep_last_n` to 1 or more, or leave `keep_best_n` unset",
             ));
         }
         Ok(())

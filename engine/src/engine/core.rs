@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::Environment;
 use crate::codec::Codec;
-use crate::config::{Compression, Config};
+use crate::config::{BestMode, Compression, Config};
 use crate::error::IoContext;
 use crate::format::FormatError;
 use crate::format::manifest::Manifest;
@@ -18,7 +18,7 @@ use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::io::buffer::BufferPool;
 use crate::ranks::{Attempt, Ranks};
 use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
-use crate::retention::{Policy, plan_cleanup, plan_retention};
+use crate::retention::{self, Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
 use crate::save::adapt::Adaptation;
 use crate::save::job::{Conduct, Job};
@@ -157,6 +157,17 @@ impl Core {
     }
 
     fn survey_once(&self, unreadable: Unreadable) -> Result<Survey> {
+        Ok(self.look(unreadable)?.0)
+    }
+
+    /// The committed steps that say a number of this name, the best first.
+    pub(super) fn best_steps(&self, metric: &str, mode: BestMode) -> Result<Vec<u64>> {
+        let (survey, manifests) = self.look(Unreadable::IsDamaged)?;
+        Ok(retention::rank(retention::measured(&survey, &manifests, metric), mode))
+    }
+
+    /// A survey, and the manifests that it was made from.
+    fn look(&self, unreadable: Unreadable) -> Result<(Survey, BTreeMap<u64, ManifestState>)> {
         let changes = self.book().changes;
         let listing = self.store.list()?;
         // Not taken: two surveys at once must not read anything twice, least of all from afar.
@@ -198,7 +209,8 @@ impl Core {
             book.manifests = manifests;
             book.survey = (!self.config.read_only).then(|| survey.clone());
         }
-        Ok(survey)
+        drop(book);
+        Ok((survey, states))
     }
 
     /// The survey as last taken, if nobody else can have changed the store since.
@@ -319,8 +331,9 @@ impl Core {
     }
 
     fn try_prune(&self, step: u64) -> Result<Vec<u64>> {
-        let survey = self.survey()?;
-        let protected = self.protected_with(step, &survey);
+        let (survey, manifests) = self.look(Unreadable::IsDamaged)?;
+        let mut protected = self.protected_with(step, &survey);
+        protected.extend(self.best(&survey, &manifests));
         let is_retired = |step: &u64| survey.step(*step).is_some_and(StepSurvey::is_retired);
         let mut plan = plan_retention(&survey, Policy::from(&self.config), &protected);
         // What a rewind retired is wanted nowhere; the rest is kept until the far store has it.
@@ -346,6 +359,15 @@ impl Core {
             self.survey()?;
         }
         Ok(plan)
+    }
+
+    /// What is kept for being best.
+    fn best(&self, survey: &Survey, manifests: &BTreeMap<u64, ManifestState>) -> Vec<u64> {
+        let Config { keep_best_n, best_metric, best_mode, .. } = &self.config;
+        let (Some(count), Some(metric)) = (keep_best_n, best_metric) else { return Vec::new() };
+        let mut best = retention::rank(retention::measured(survey, manifests, metric), *best_mode);
+        best.truncate(usize::try_from(*count).unwrap_or(usize::MAX));
+        best
     }
 
     fn protected_with(&self, step: u64, survey: &Survey) -> Vec<u64> {

@@ -8,12 +8,13 @@
 //! - A process forked from the one that opened the engine gets [`EngineError::Closed`] from every
 //!   verb, and dropping the engine there touches nothing of the parent's.
 
+use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use crate::clock::{Environment, System};
-use crate::config::{Config, S3Address, S3Credentials};
+use crate::config::{BestMode, Config, S3Address, S3Credentials};
 use crate::format::manifest::Manifest;
 use crate::io::buffer::BufferPool;
 use crate::io::pin::Pin;
@@ -323,6 +324,19 @@ impl Engine {
     /// Everything that lies in the store, and what it means.
     pub fn survey(&self) -> Result<Survey> {
         self.inner("listing checkpoints")?.core.survey()
+    }
+
+    /// What was attached to a committed step. No shard is opened.
+    pub fn metadata(&self, step: u64) -> Result<BTreeMap<String, serde_json::Value>> {
+        let inner = self.inner(&format!("reading the metadata of step {step}"))?;
+        inner.core.check_exists(step)?;
+        Ok(read_manifest(inner.core.store.as_ref(), step)?.metadata)
+    }
+
+    /// The committed steps whose metadata has a number called `metric`, the best first; of equal
+    /// ones the newer.
+    pub fn best_steps(&self, metric: &str, mode: BestMode) -> Result<Vec<u64>> {
+        self.inner("comparing checkpoints")?.core.best_steps(metric, mode)
     }
 
     /// The manifest that lies at `step`, checked; that of a retired checkpoint too. No shard is

@@ -123,6 +123,11 @@ impl Manifest {
         parse_attempt(&self.attempt)
     }
 
+    /// The number of this name that the user attached, if one is.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        self.metadata.get(name)?.as_f64().filter(|value| value.is_finite())
+    }
+
     /// Checks the fields that say nothing of the shards.
     fn validate_identity(&self) -> Result<(), FormatError> {
         check_version(self.format_version, "manifest")?;
