@@ -23,6 +23,7 @@
 //!   manifest cannot be read has no orphans.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::format::manifest::{Manifest, Retired};
@@ -36,8 +37,8 @@ use crate::{EngineError, Result};
 pub enum ManifestState {
     /// There is none.
     Absent,
-    /// It decodes.
-    Valid(Box<Manifest>),
+    /// It decodes. Shared: it may name thousands of shards, and every look at a store passes it on.
+    Valid(Arc<Manifest>),
     /// It does not, because of this.
     Damaged(String),
     /// It was written by a newer version that says this.
@@ -502,7 +503,7 @@ mod tests {
             ];
             self.listing.push(StepListing { step, files });
             let manifest = manifest(step, id, retired);
-            self.manifests.insert(step, ManifestState::Valid(Box::new(manifest)));
+            self.manifests.insert(step, ManifestState::Valid(Arc::new(manifest)));
             self
         }
 
@@ -563,7 +564,7 @@ mod tests {
         both.shards.push(other);
         both.world_size = 2;
         let mut scene = Scene::default().checkpoint(10, 1, &[]);
-        scene.manifests.insert(10, ManifestState::Valid(Box::new(both)));
+        scene.manifests.insert(10, ManifestState::Valid(Arc::new(both)));
         let committed = |scene: &Scene, share: Option<(u32, u32)>| {
             let share = share.map(|(rank, world_size)| OwnShare { rank, world_size });
             survey(&scene.listing, &scene.manifests, share).committed_steps() == [10]
@@ -596,7 +597,7 @@ mod tests {
             assert_eq!(scene.state(10), expected);
             assert_eq!(scene.survey().steps[0].orphans, []);
         }
-        let moved = ManifestState::Valid(Box::new(manifest(11, 1, &[])));
+        let moved = ManifestState::Valid(Arc::new(manifest(11, 1, &[])));
         let mut scene = Scene::default().with(10, moved);
         scene.files(10).push(file(&shard, SHARD_BYTES, 0));
         assert!(matches!(scene.state(10), StepState::Damaged { why } if why.contains("step 11")));
@@ -612,7 +613,7 @@ mod tests {
         let orphan = OrphanFile { step: 1, file: shard, bytes: 5, idle_since: at(30) };
         assert_eq!(scene.survey().steps[0].orphans, [orphan]);
         // Published between the listing and the reading: not seen yet, and takes part in nothing.
-        let later = ManifestState::Valid(Box::new(manifest(1, 1, &[(2, 2)])));
+        let later = ManifestState::Valid(Arc::new(manifest(1, 1, &[(2, 2)])));
         let scene = Scene { manifests: BTreeMap::from([(1, later)]), ..scene };
         let scene = scene.checkpoint(2, 2, &[]);
         assert_eq!(scene.state(1), StepState::Incomplete);

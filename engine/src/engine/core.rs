@@ -388,7 +388,7 @@ fn manifest_state(read: Result<Option<Vec<u8>>>) -> Result<ManifestState> {
     Ok(match read {
         Ok(None) => ManifestState::Absent,
         Ok(Some(bytes)) => match Manifest::decode(&bytes) {
-            Ok(manifest) => ManifestState::Valid(Box::new(manifest)),
+            Ok(manifest) => ManifestState::Valid(Arc::new(manifest)),
             Err(FormatError::Damaged(why)) => ManifestState::Damaged(why),
             Err(FormatError::Newer(why)) => ManifestState::Newer(why),
         },

@@ -133,7 +133,7 @@ fn survey_of(store: &dyn Store) -> Survey {
             let state = match store.read_manifest(step.step).unwrap() {
                 None => ManifestState::Absent,
                 Some(bytes) => match Manifest::decode(&bytes) {
-                    Ok(manifest) => ManifestState::Valid(Box::new(manifest)),
+                    Ok(manifest) => ManifestState::Valid(Arc::new(manifest)),
                     Err(error) => ManifestState::Damaged(error.to_string()),
                 },
             };
