@@ -1,8 +1,8 @@
 //! What may be deleted: checkpoints that the policy lets go, and files that no manifest names.
 //!
 //! Pure. Always holds: nothing protected is planned for deletion, nothing that the policy keeps
-//! is, and nothing younger than the grace period is. What is best is protected. A plan is a list in the order in which it is
-//! carried out; carried out in part, the next plan holds the rest.
+//! is, and nothing younger than the grace period is. What is best is protected. A plan is a list in
+//! the order in which it is carried out; carried out in part, the next plan holds the rest.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
