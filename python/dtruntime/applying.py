@@ -31,8 +31,71 @@ _CGROUP_MEMORY = (
     ),
 )
 """Limit and use of this process's control group, by version 2 and version 1 of the interface."""
+_NAMED_MAX = 10
+"""Entries that an error names."""
 _MEMORY_SHARE = 0.8
 """Share of the available memory that may be filled to check everything first."""
+
+
+class Attempts:
+    """What one call of ``restore`` did to the live state, until a checkpoint was whole.
+
+    Attributes:
+        incomplete: Why the live state is a mixture, if it is one.
+
+    """
+
+    def __init__(self) -> None:
+        self.incomplete: RestoreIncomplete | None = None
+        self._applied: RestorePlan | None = None
+        self._touched: dict[Any, str] = {}
+        """What was changed on behalf of a checkpoint, by ``RestorePlan.targets``."""
+        self._kept: list[Any] = []  # what is touched by ``id``
+
+    def carry_out(
+        self, plan: RestorePlan, reader: Reader, before_change: Callable[[], object]
+    ) -> RestorePlan:
+        """Change the live state by one more plan, as ``Application.run`` does, and give it."""
+        application = Application(plan, reader)
+        try:
+            application.run(before_change)
+        finally:
+            self.incomplete = application.incomplete or self.incomplete
+            self._kept += application.read_into
+            self._touched |= {id(t): plan.written[id(t)] for t in application.read_into}
+        self._applied = plan
+        self._touched |= plan.targets()
+        return plan
+
+    def check_made_up(self, plan: RestorePlan) -> None:
+        """Refuse a last plan that leaves something as a checkpoint before it made it.
+
+        Raises:
+            RestoreIncomplete: It does.
+
+        """
+        left = sorted(self._touched.keys() - plan.targets().keys(), key=self._touched.__getitem__)
+        self.incomplete = None
+        if left:
+            names = ", ".join(self._touched[target] for target in left[:_NAMED_MAX])
+            self.incomplete = RestoreIncomplete(
+                f"restoring step {plan.step}",
+                "a newer step had changed the live state before it turned out that it cannot be "
+                f"loaded, and this one has nothing for {names}"
+                + (f" and {len(left) - _NAMED_MAX} more" if len(left) > _NAMED_MAX else ""),
+                "restore a step that has all of it, or begin anew with what this one has not",
+            )
+            raise self.incomplete
+
+    def mixture(self, error: BaseException) -> RestoreIncomplete | None:
+        """Say why the live state is a mixture, now that the restore ended with ``error``."""
+        if self.incomplete is None and self._applied is not None:
+            self.incomplete = RestoreIncomplete(
+                f"restoring step {self._applied.step}",
+                f"it was restored here, and then not on every rank: {_told(error)}",
+                "restore again, on all ranks, before using or saving the state",
+            )
+        return self.incomplete
 
 
 class Application:
@@ -40,10 +103,12 @@ class Application:
 
     Attributes:
         incomplete: Why the live state is a mixture, once it is one.
+        read_into: Live tensors that were read into, whatever came of it.
 
     """
 
     def __init__(self, plan: RestorePlan, reader: Reader) -> None:
+        self.read_into: list[Any] = []
         self.incomplete: RestoreIncomplete | None = None
         self._plan = plan
         self._reader = reader
@@ -68,6 +133,7 @@ class Application:
                 if is_reading and not has_begun:
                     before_change()
                     has_begun = True
+                self.read_into += into.values()
                 _note_changed(into.values())  # first: reading may end half-way
                 tensors = self._read(actions, into)
                 is_reading = False
@@ -87,7 +153,8 @@ class Application:
                 "restore again, from this step or another, before using or saving the state",
             )
             # Ctrl-C and the like stay what they are, and so does what an older checkpoint mends.
-            if not isinstance(error, Exception) or is_reading:
+            is_mendable = is_reading and isinstance(error, CheckpointError)
+            if not isinstance(error, Exception) or is_mendable:
                 raise
             raise self.incomplete from error
 

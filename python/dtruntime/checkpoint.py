@@ -26,7 +26,7 @@ from dtruntime import (
     settings,
     wrappers,
 )
-from dtruntime.applying import Application
+from dtruntime.applying import Attempts
 from dtruntime.errors import (
     AcceleratorError,
     CheckpointError,
@@ -443,7 +443,9 @@ class CheckpointManager:
             direct: Whether tensors are read straight into live ones that lie as they were saved,
                 which is faster and takes no memory for a copy. Damage is then found when the live
                 state is changed in part. An older checkpoint that is restored instead makes up for
-                that; where there is none, it is ``RestoreIncomplete``.
+                that; where there is none, or it has not all of it, it is ``RestoreIncomplete``.
+                From the first entry on whose loading runs code of yours, such as a hook of a
+                module, tensors are copied all the same: that code may change what is loaded.
             from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas goes
                 on at another world size.
 
@@ -452,34 +454,30 @@ class CheckpointManager:
                 was changed.
             CheckpointNotFound: There is no checkpoint.
             Corrupt: The checkpoint is damaged. Nothing was changed.
-            RestoreIncomplete: It failed half-way, or while it was ``direct``: the live state is a
-                mixture, and this manager refuses to save until a restore succeeds.
+            RestoreIncomplete: It failed half-way, while it was ``direct``, or on another rank: the
+                live state is a mixture, and this manager refuses to save until a restore succeeds.
 
         >>> manager.restore({"model": model, "optimizer": optimizer}).step
         1000
 
         """
+        attempts = Attempts()
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
             reader = self._reader(checkpoint)
             plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()
-            application = Application(plan, reader)
-            try:
-                application.run(self._end_copies)
-            finally:
-                self._incomplete = application.incomplete or self._incomplete
-            return plan
+            return attempts.carry_out(plan, reader, self._end_copies)
 
-        known = self._incomplete
         try:
             plan, report = self._read(step, from_rank, read)
-        except CheckpointError as error:
-            mixture = self._incomplete
-            if mixture is None or mixture is known or mixture is error:
-                raise
-            raise mixture from error  # no older checkpoint made up for it
+            attempts.check_made_up(plan)
+        except BaseException as error:
+            self._incomplete = attempts.mixture(error) or self._incomplete
+            if isinstance(error, CheckpointError) and attempts.incomplete not in (None, error):
+                raise attempts.incomplete from error  # nothing made up for it
+            raise
         wrappers.warn_of_untouched(plan)
         self._incomplete = None
         self._went_back_to = None if step is None else self._go_back_to(report.step)

@@ -54,21 +54,16 @@ class Shards:
     def open(self, step: int) -> _native.Checkpoint:
         """Open that of one step."""
         try:
-            return self._open(step)
-        except InvalidArgument as error:
-            if not self.failed:
-                raise
-            # Not the step that the caller meant: say how it came to this one.
-            newer = "; ".join(f"step {n} does not verify: {why}" for n, why in self.failed.items())
-            raise InvalidArgument(error.what, f"{error.why}; {newer}", error.hint) from error
-
-    def _open(self, step: int) -> _native.Checkpoint:
-        try:
             return self.native.checkpoint(step, self._rank, self._alone)
         except CheckpointNotFound:
             if not self._awaits_upload or not self._arrives(step):
                 raise
         return self.native.checkpoint(step, self._rank, self._alone)
+
+    def explained(self, error: InvalidArgument) -> InvalidArgument:
+        """Say how it came to a step that is not the one that the caller meant."""
+        newer = "; ".join(f"step {n} does not verify: {why}" for n, why in self.failed.items())
+        return InvalidArgument(error.what, f"{error.why}; {newer}", error.hint)
 
     def _arrives(self, step: int) -> bool:
         """Wait until every rank has brought its part; False if it is not on its way."""
@@ -84,6 +79,17 @@ def read_step(
     shards: Shards, step: int, read: Callable[[_native.Checkpoint], _T]
 ) -> tuple[_native.Checkpoint, _T]:
     """Read one step; once more if its writer replaced it under our feet."""
+    try:
+        return _read_as_it_stands(shards, step, read)
+    except InvalidArgument as error:
+        if not shards.failed:
+            raise
+        raise shards.explained(error) from error
+
+
+def _read_as_it_stands(
+    shards: Shards, step: int, read: Callable[[_native.Checkpoint], _T]
+) -> tuple[_native.Checkpoint, _T]:
     checkpoint = shards.open(step)
     try:
         return checkpoint, read(checkpoint)

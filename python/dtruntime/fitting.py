@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import gpus
 from dtruntime.assembling import whole_shape
-from dtruntime.sharded_tensors import box_of, contiguous_strides, is_sharded
+from dtruntime.sharded_tensors import box_of, contiguous_strides, is_sharded, local_of
 from dtruntime.state_tree import TAG_DICT, TAG_TENSOR
 from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
 
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from dtruntime.tensors import TensorRecord
 
 _CAST = "pass `cast=True` to convert what was saved to the live dtypes"
-_TO_EMPTY = "give the live ones memory, `module.to_empty(device=...)`, then restore"
+_TO_EMPTY = (
+    "give the live ones memory, `module.to_empty(device=...)`, tie weights and set what is not "
+    "saved, such as buffers that are not persistent, then restore"
+)
+_GATHER = "give it memory again, or gather the full parameters, before restoring"
+_IN_INFERENCE = (
+    "restore under `torch.inference_mode()`, or make the module outside of it: `torch.no_grad()` "
+    "does for evaluation"
+)
 
 
 class Misfit(NamedTuple):
@@ -37,10 +45,9 @@ class Misfit(NamedTuple):
 
 def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfit | None:
     """Tell in what the node ``index`` differs from a live tensor that takes it."""
-    if is_sharded(live) and box_of(live) is None:
-        return Misfit("what this rank holds of the live tensor is not one piece of it")
-    if live.is_meta:
-        return Misfit("the live one is on `meta`, without values", _TO_EMPTY)
+    misfit = _place_misfit(live)
+    if misfit is not None:
+        return misfit
     record = _record_at(index, reader)
     if record is None or record.kind == NUMPY:
         return Misfit("a tensor is live, and the checkpoint has another kind of value")
@@ -48,6 +55,29 @@ def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfi
     if tuple(live.shape) != shape:
         return Misfit(f"the live shape is {tuple(live.shape)}, the saved one {shape}")
     return dtype_misfit(live.dtype, record, cast=cast)
+
+
+def _place_misfit(live: Any) -> Misfit | None:
+    """Tell why a live tensor takes nothing, whatever it is."""
+    torch = sys.modules["torch"]
+    if live.is_nested or live.layout is not torch.strided:
+        kind = "nested" if live.is_nested else str(live.layout).removeprefix("torch.")
+        return Misfit(f"the live one is a {kind} tensor, which cannot be restored in place")
+    if is_sharded(live) and box_of(live) is None:
+        return Misfit("what this rank holds of the live tensor is not one piece of it")
+    if live.is_meta:
+        return Misfit("the live one is on `meta`, without values", _TO_EMPTY)
+    if _has_no_memory(local_of(live)):
+        return Misfit("the live one's memory was freed (sharded wrappers resize it to 0)", _GATHER)
+    return None
+
+
+def inference_misfit(live: Any) -> Misfit | None:
+    """Tell whether a module's tensor may not be changed here: torch finds out half-way."""
+    torch = sys.modules["torch"]
+    if not live.is_inference() or torch.is_inference_mode_enabled():
+        return None
+    return Misfit("the live one was made in inference mode and is loaded outside", _IN_INFERENCE)
 
 
 def dtype_misfit(live: Any, record: TensorRecord, *, cast: bool) -> Misfit | None:
@@ -85,14 +115,15 @@ def array_misfit(
 
 def can_be_filled(live: Any, record: TensorRecord) -> bool:
     """Tell whether the bytes that were saved, one after the other, are those that a tensor has."""
+    if record.kind == NUMPY or record.slice is not None:
+        return False
     torch = sys.modules["torch"]
     if type(live) not in (torch.Tensor, torch.nn.Parameter) or live.layout is not torch.strided:
         return False
     if live.is_conj() or live.is_neg() or live.is_quantized or not live.numel():
         return False
     is_reachable = live.is_cpu or (live.is_cuda and gpus.are_usable())
-    is_plain = record.kind != NUMPY and record.slice is None
-    if not (is_reachable and is_plain and live.is_contiguous()):
+    if not (is_reachable and live.is_contiguous()):
         return False
     pairs = zip(record.strides, contiguous_strides(record.shape), record.shape, strict=True)
     lies_in_order = all(stride == expected for stride, expected, size in pairs if size > 1)
@@ -109,6 +140,17 @@ def entries(tree: Tree, index: int | None) -> Iterable[tuple[Any, int]]:
 def _record_at(index: int, reader: Reader) -> TensorRecord | None:
     tag, number = reader.tree.nodes[index][:2]
     return reader.records[number] if tag == TAG_TENSOR else None
+
+
+def _has_no_memory(local: Any) -> bool:
+    """Tell whether a tensor's items lie outside its storage, as when that was freed."""
+    if not local.numel():
+        return False
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True)
+    )
+    needed = (local.storage_offset() + reach + 1) * local.element_size()
+    return bool(local._is_zerotensor() or local.untyped_storage().nbytes() < needed)  # noqa: SLF001
 
 
 @functools.cache

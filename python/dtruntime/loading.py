@@ -83,6 +83,8 @@ class Reader:
         """Read and build the whole state, or the kept part of it."""
         nodes = range(len(self.tree.nodes))
         self.check_loadable(nodes if keep is None else (node for node in nodes if keep[node]))
+        if keep is not None and not keep[0]:
+            return None  # a single value, and not asked for
         tensors = self.tensors(self.tree.tensors_below(0, keep))
         return self.tree.build(0, tensors.__getitem__, keep)
 
@@ -313,7 +315,18 @@ def device_of(map_location: Any) -> Any:
             "a device is expected, as a str or a `torch.device`",
             'pass for example "cpu" or "cuda:0"; move single tensors after loading',
         ) from error
-    return None if device.type == "cpu" else device
+    if device.type == "cpu":
+        return None
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch without it asserts
+        raise InvalidArgument(
+            f"`map_location` = {map_location!r}",
+            f"torch cannot use that device: {str(error).splitlines()[0]}",
+            "leave it out to load to the host's memory; `torch.cuda.device_count()` says how many "
+            "GPUs there are",
+        ) from error
+    return device
 
 
 def select(tree: Tree, paths: Sequence[str], globs: Sequence[str]) -> tuple[list[bool], list[str]]:

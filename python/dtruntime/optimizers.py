@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
     from dtruntime.loading import Reader
 
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
+_MOMENTS = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+        *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "step_size", "ax", "variance"),
+    }
+)
 """What torch's optimizers keep of a parameter in the parameter's own shape and dtype."""
 _OPTIONAL = frozenset({"capturable", "differentiable", "foreach", "fused", "maximize"})
 """What no class of torch needs in a group: where it is not filled in, it has a default."""

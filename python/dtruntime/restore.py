@@ -1,7 +1,7 @@
 """Restoring in place: which live object takes which part of a checkpoint.
 
 Deciding is apart from acting: ``plan_restore`` compares the live state with the checkpoint's tree
-and changes nothing; ``applying.Application`` then carries the plan's actions out.
+and changes nothing; ``applying.Attempts`` then carries the plan's actions out.
 
 The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part;
 those with ``check_state_dict``, too, are shown it before, where it holds no tensors.
@@ -24,10 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtruntime import sharing, wrappers
+from dtruntime import modules, sharing, wrappers
 from dtruntime.assembling import whole_shape
-from dtruntime.errors import InvalidArgument
-from dtruntime.fitting import Misfit, array_misfit, can_be_filled, entries, tensor_misfit
+from dtruntime.errors import CheckpointError, InvalidArgument
+from dtruntime.fitting import (
+    Misfit,
+    array_misfit,
+    can_be_filled,
+    entries,
+    inference_misfit,
+    tensor_misfit,
+)
 from dtruntime.optimizers import optimizer_misfit
 from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
 from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
@@ -86,6 +93,7 @@ class Action:
         act: Makes the change, given those tensors by number.
         where: Names the live object in errors.
         has_effect: Whether anything that was saved comes to be in it.
+        is_foreign: Whether it runs code of the user's, which may read and change anything.
         devices: By number: the GPU of the live tensor that takes the tensor, if it is on one.
         parts: By number: the live sharded tensor that takes its part of the tensor.
 
@@ -97,6 +105,7 @@ class Action:
     act: Callable[[Mapping[int, Any]], None]
     where: str
     has_effect: bool = True
+    is_foreign: bool = False
     devices: Mapping[int, Any] = field(default_factory=dict)
     parts: Mapping[int, LivePart] = field(default_factory=dict)
 
@@ -149,6 +158,7 @@ class RestorePlan:
             top-level entries.
         is_top_amiss: Whether top-level entries are not called what they were when saved.
         direct: By number: a live tensor that is to be read into, instead of fresh memory.
+        written: Paths of live tensors that are written to, by their ``id``.
 
     """
 
@@ -163,6 +173,7 @@ class RestorePlan:
     is_top_amiss: bool = False
     not_asked_for: list[str] = field(default_factory=list)
     direct: dict[int, Any] = field(default_factory=dict)
+    written: dict[int, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -202,6 +213,10 @@ class RestorePlan:
         if len(self.top) > len(named):
             named.append(f"and {len(self.top) - len(named)} more")
         return f"the checkpoint's top-level entries are {', '.join(named) or '(none)'}"
+
+    def targets(self) -> dict[Any, str]:
+        """Give everything that is written to, with its name: tensors by ``id``, and entries."""
+        return self.written | {action.where: action.where for action in self.actions}
 
     def read_into(self, actions: Iterable[Action]) -> dict[int, Any]:
         """Give the live tensors that are read into for these actions, by number."""
@@ -291,6 +306,7 @@ class _Planner:
             self._misfit(claim.node, why, _NOT_TIED)
             claim.give_up()
             self._claims.remove(claim)
+        self.plan.written = {id(claim.live): claim.path for claim in self._claims}
         if type(live) in (dict, OrderedDict):
             changed = {action.item for action in self.plan.actions if action.has_effect}
             told = self.plan.untouched
@@ -299,9 +315,15 @@ class _Planner:
                     told.append(str(key))
 
     def find_direct(self) -> None:
-        """Find live tensors that can be read into: whoever takes the saved one copies from them."""
+        """Find live tensors that can be read into: whoever takes the saved one copies from them.
+
+        All are read before the first action. So none is taken from where code of the user's runs
+        on: that may change what is saved, or write to live tensors that are copied to after it.
+        """
         nodes, ends = self._tree.nodes, self._tree.ends
         taken: Counter[int] = Counter()
+        foreign = itertools.dropwhile(lambda action: not action.is_foreign, self.plan.actions)
+        out_of_order = {number for action in foreign for number in action.tensors}
         for action in self.plan.actions:
             below = range(action.node, ends[action.node])
             taken.update(nodes[node][1] for node in below if nodes[node][0] == TAG_TENSOR)
@@ -310,6 +332,8 @@ class _Planner:
         for number, live in ((claim.number, claim.live) for claim in self._claims):
             # What keeps a tensor that it is given would share its memory with the live one.
             if taken[number] != claimed[number] or number in self.plan.direct:
+                continue
+            if number in out_of_order:
                 continue
             record = self._reader.records[number]
             if can_be_filled(live, record):
@@ -333,6 +357,7 @@ class _Planner:
         takers: _Takers | None = None,
         *,
         has_effect: bool = True,
+        is_foreign: bool = False,
     ) -> Action | None:
         """Plan ``act(value)`` with the value at ``index``, whose tensors ``takers`` take."""
         tree = self._tree
@@ -349,6 +374,7 @@ class _Planner:
             lambda tensors: act(tree.build(index, tensors.__getitem__)),
             f"`{self._paths[index] or 'the root'}` ({type(live).__name__})",
             has_effect,
+            is_foreign,
             takers.devices,
             takers.parts,
         )
@@ -396,7 +422,7 @@ class _Planner:
     def _stateful(self, live: Any, index: int) -> None:
         torch = sys.modules.get("torch")
         plan, known = self.plan, len(self.plan.missing)
-        if torch is not None and isinstance(live, torch.nn.Module):
+        if torch is not None and isinstance(live, torch.nn.Module) and modules.loads_as_one(live):
             planned = self._module(live, index)
         else:
             planned = self._object(live, index)
@@ -424,8 +450,11 @@ class _Planner:
         if why is not None:
             self._misfit(index, why)
             return False
-        self._ask(live, index)
-        return self._do(live, index, live.load_state_dict, takers) is not None
+        if not self._ask(live, index):
+            return False
+        foreign = modules.is_foreign(live)
+        action = self._do(live, index, live.load_state_dict, takers, is_foreign=foreign)
+        return action is not None
 
     def _module(self, live: Any, index: int) -> bool:
         """Plan for a module; tell whether anything of it will be restored."""
@@ -443,15 +472,26 @@ class _Planner:
                     value[key] = tensor
             live.load_state_dict(value, strict=self._strict)
 
-        action = self._do(live, index, act, fit.takers, has_effect=fit.has_effect)
+        foreign = modules.is_foreign(live)
+        action = self._do(
+            live, index, act, fit.takers, has_effect=fit.has_effect, is_foreign=foreign
+        )
         return action is not None and fit.has_effect
 
-    def _ask(self, live: Any, index: int) -> None:
+    def _ask(self, live: Any, index: int) -> bool:
         """Let an object that can tell without tensors refuse its part before anything changes."""
         check = getattr(live, "check_state_dict", None)
-        if callable(check) and not self._tree.tensors_below(index):
-            none: dict[int, Any] = {}
+        if not callable(check) or self._tree.tensors_below(index):
+            return True
+        none: dict[int, Any] = {}
+        try:
             check(self._tree.build(index, none.__getitem__))
+        except CheckpointError as error:
+            if self._strict:
+                raise
+            self._misfit(index, error.why, error.hint)
+            return False
+        return True
 
     def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> Misfit | None:
         """Find where an optimizer's tensors belong, or tell why that cannot be known.
@@ -517,8 +557,9 @@ class _Planner:
                 self.plan.unexpected.append(self._paths[child])
                 continue
             tensor = expected[key]
-            if _is_tensor(tensor) and not _is_uninitialized(tensor):
-                why = self._tensor_misfit(tensor, child)
+            is_extra = key.rpartition(".")[2] == modules.EXTRA_STATE  # may have any length
+            if _is_tensor(tensor) and not _is_uninitialized(tensor) and not is_extra:
+                why = self._tensor_misfit(tensor, child) or inference_misfit(tensor)
                 if why is not None:
                     self._misfit(child, why)
                     fit.drop.append(key)

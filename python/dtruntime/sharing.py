@@ -146,8 +146,6 @@ def _view_of(live: Any) -> _View | None:
         is_plain = type(local) in (torch.Tensor, torch.nn.Parameter)
         if not is_plain or local.layout is not torch.strided or not local.numel():
             return None
-        if local.is_conj() or local.is_neg():  # what is copied there is not the bits that are
-            return None
         item_bytes = local.element_size()
         address = local.data_ptr()
         strides = tuple(stride * item_bytes for stride in local.stride())
@@ -173,7 +171,8 @@ def _identity(
 ) -> tuple[_View, Any, int | TensorRecord]:
     """Tell apart what live tensors are, and take. What has no items may be a part of anything."""
     record = records[claim.number]._replace(kind=0, requires_grad=False)
-    return view, claim.live.dtype, claim.number if hull_of(record) is None else record
+    kind = (claim.live.dtype, *_flips(claim.live))
+    return view, kind, claim.number if hull_of(record) is None else record
 
 
 def _distance(claim: Claim, view: _View, records: Sequence[TensorRecord]) -> tuple[int, int] | None:
@@ -187,7 +186,7 @@ def _distance(claim: Claim, view: _View, records: Sequence[TensorRecord]) -> tup
     is_whole = record.kind != NUMPY and record.slice is None and hull_of(record) is not None
     is_same = kept == tuple(zip(view.shape, view.strides, strict=True))
     dtype = str(claim.live.dtype).removeprefix("torch.")
-    if not is_whole or not is_same or record.dtype != dtype:
+    if not is_whole or not is_same or record.dtype != dtype or any(_flips(claim.live)):
         return None
     return record.storage, view.address - record.offset * record.item_bytes
 
@@ -197,7 +196,8 @@ def _compare_alike(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[C
     kept = group[0][0]
     first = _bytes_for(kept, reader)
     for claim, _ in group[1:]:
-        if claim.number == kept.number and claim.live.dtype == kept.live.dtype:
+        is_alike = claim.live.dtype == kept.live.dtype and _flips(claim.live) == _flips(kept.live)
+        if claim.number == kept.number and is_alike:
             continue
         if not np.array_equal(first, _bytes_for(claim, reader)):
             yield claim, _why(claim, kept)
@@ -223,8 +223,16 @@ def _compare(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, 
             kept.append((claim, view))
 
 
+def _flips(live: Any) -> tuple[bool, bool]:
+    """Tell whether what a tensor is lies in memory as its conjugate, and as its negative."""
+    if isinstance(live, np.ndarray):
+        return False, False
+    local = local_of(live)
+    return local.is_conj(), local.is_neg()
+
+
 def _bytes_for(claim: Claim, reader: Reader) -> np.ndarray[Any, Any]:
-    """Read what a live tensor takes, in its dtype and row-major order."""
+    """Read what comes to lie where a live tensor does, in its dtype and row-major order."""
     live = claim.live
     part = LivePart.of(live) if is_sharded(live) else None
     parts = {} if part is None else {claim.number: part}
@@ -236,6 +244,9 @@ def _bytes_for(claim: Claim, reader: Reader) -> np.ndarray[Any, Any]:
     value = local_of(value).detach()
     if value.dtype != live.dtype:
         value = value.to(live.dtype)
+    is_conjugate, is_negative = _flips(live)
+    value = value.conj().resolve_conj() if is_conjugate else value
+    value = -value if is_negative else value
     if value.dtype.itemsize == 1:  # some one-byte dtypes have no copy kernel
         value = value.view(torch.uint8)
     flat: np.ndarray[Any, Any] = value.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -101,6 +101,41 @@ def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
     assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
 
 
+def test_a_rank_that_restored_what_others_could_not_has_a_mixture(coordinator, tmp_path):
+    store = tmp_path / "store"
+    run(
+        """
+        with CheckpointManager(store, compression="none") as manager:
+            manager.save(state_of(1), step=1)
+        """,
+        store,
+        coordinator.url,
+    )
+    [shard] = store.glob("step-000000000001/rank-00001.*.shard")
+    flip_byte(shard, 10_000)
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            live = state_of(9)
+            for verb in (manager.restore, manager.load):
+                try:
+                    verb(live) if verb == manager.restore else verb()
+                except (Corrupt, RestoreIncomplete) as error:
+                    print(type(error).__name__, "not on every rank" in str(error))
+            print(same(live, state_of(1)), same(live, state_of(9)))
+            try:
+                manager.save(live, step=2)
+            except (RestoreIncomplete, SaveAborted) as error:
+                print(type(error).__name__)
+        """,
+        store,
+        coordinator.url,
+    )
+    changed = "RestoreIncomplete True\nCorrupt False\nTrue False\nRestoreIncomplete\n"
+    unchanged = "Corrupt False\nCorrupt False\nFalse True\nSaveAborted\n"
+    assert outputs == [changed, unchanged, changed]
+
+
 def test_all_ranks_go_on_over_what_one_of_them_could_not_load(coordinator, tmp_path):
     store = tmp_path / "store"
     run(

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support import assert_same, flip_byte, shard_of
+from support import assert_same, flip_byte, run_script, shard_of
 
 from dtruntime import CheckpointManager, Corrupt, RestoreIncomplete
 from dtruntime.loading import Reader
@@ -154,3 +154,50 @@ def test_a_state_that_damage_changed_in_part_is_a_mixture(damaged):
     assert manager.restore(live, step=1, direct=True).step == 1
     assert_same(live, many(1.0))
     manager.save(live, step=3, rewind=True)
+
+
+def test_an_older_checkpoint_that_has_not_all_of_it_does_not_make_up(open_manager, store):
+    def state(value: float, size: int) -> dict[str, torch.Tensor]:
+        return many(value) | {"head": torch.full((size,), value)}
+
+    with CheckpointManager(store, compression="none", chunk_bytes="64KiB") as manager:
+        manager.save(many(1.0), step=1)
+        manager.save(state(2.0, 10), step=2)
+        manager.save(state(3.0, 20), step=3)
+    flip_byte(shard_of(store, 3), 200_000)
+    live, manager = state(0.0, 20), open_manager()
+    with pytest.raises(RestoreIncomplete, match="this one has nothing for head"):
+        manager.restore(live, strict=False, direct=True)
+    with pytest.raises(RestoreIncomplete, match="the live state is a mixture"):
+        manager.save(live, step=4)
+    flip_byte(shard_of(store, 2), 200_000)
+    with pytest.raises(RestoreIncomplete, match="this one has nothing for head"):
+        manager.restore(live, strict=False, direct=True)
+    assert not manager.restore(many(0.0), direct=True).missing
+
+
+def test_what_is_no_damage_is_a_mixture_at_once(damaged, monkeypatch):
+    damaged.save(many(3.0) | {"turned": torch.ones(2, 3)}, step=3)
+    live = many(0.0) | {"turned": torch.zeros(3, 2).t()}
+
+    def fail(*_arguments: object, **_settings: object) -> None:
+        raise RuntimeError("no memory, says torch")
+
+    monkeypatch.setattr(Reader, "_allocate", fail)
+    with pytest.raises(RestoreIncomplete, match="no memory, says torch"):
+        damaged.restore(live, direct=True)
+
+
+def test_arrays_need_no_torch(store):
+    script = f"""
+    import sys
+    import numpy as np
+    from dtruntime import CheckpointManager
+
+    with CheckpointManager({str(store)!r}) as manager:
+        manager.save({{"a": np.arange(5.0)}}, step=1)
+        live = {{"a": np.zeros(5)}}
+        manager.restore(live, direct=True)
+    print(live["a"].sum(), "torch" in sys.modules)
+    """
+    assert run_script(script).stdout == "10.0 False\n"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from support import assert_same
+from support import assert_same, flip_byte, shard_of
 
 from dtruntime import InvalidArgument, RestoreIncomplete
 from dtruntime.loading import Reader
@@ -603,7 +603,7 @@ def test_a_model_without_memory_is_told_how_to_get_some(manager):
     live = torch.nn.Linear(2, 2, device="meta")
     with pytest.raises(InvalidArgument, match="on `meta`") as caught:
         manager.restore({"m": live})
-    assert "`module.to_empty(device=...)`, then restore" in caught.value.hint
+    assert "`module.to_empty(device=...)`, tie weights" in caught.value.hint
     live = live.to_empty(device="cpu")
     manager.restore({"m": live})
     assert_same(live.state_dict(), model.state_dict())
@@ -703,3 +703,91 @@ with CheckpointManager(store, replicated="*") as manager:
         world_size=2,
     )
     assert outputs == ["restored\n"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_what_cannot_take_anything_is_found_before_anything_is_changed(manager):
+    manager.save({"first": torch.ones(2), "x": torch.eye(3)}, step=1)
+    freed = torch.zeros(3, 3)
+    freed.untyped_storage().resize_(0)
+    places = {
+        "sparse_coo tensor": torch.eye(3).to_sparse(),
+        "nested tensor": torch.nested.nested_tensor([torch.zeros(3)] * 3),
+        "memory was freed": freed,
+        "`meta`": torch.zeros(3, 3, device="meta"),
+    }
+    for why, place in places.items():
+        for direct in (False, True):
+            live = {"first": torch.zeros(2), "x": place}
+            with pytest.raises(InvalidArgument, match=why):
+                manager.restore(live, direct=direct)
+            assert live["first"].sum() == 0
+            report = manager.restore(live, strict=False, direct=direct)
+            assert why in report.skipped["x"]
+            assert live["first"].sum() == 2
+
+
+def test_a_module_made_in_inference_mode_is_told_where_it_can_be_restored(manager):
+    manager.save({"first": torch.ones(2), "m": torch.nn.Linear(2, 2)}, step=1)
+    with torch.inference_mode():
+        module = torch.nn.Linear(2, 2)
+    live = {"first": torch.zeros(2), "m": module}
+    with pytest.raises(InvalidArgument, match=r"torch\.inference_mode\(\)"):
+        manager.restore(live)
+    assert live["first"].sum() == 0
+    with torch.inference_mode():
+        manager.restore(live)
+    assert torch.equal(module.weight, manager.load(keys="m.weight")["m"]["weight"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.Adamax,
+        torch.optim.ASGD,
+        torch.optim.Rprop,
+        torch.optim.Adafactor,
+        lambda parameters: torch.optim.RMSprop(parameters, centered=True),
+    ],
+)
+def test_no_moment_of_another_shape_comes_to_be(manager, kind):
+    def stepped(size: int) -> torch.optim.Optimizer:
+        parameter = torch.nn.Parameter(torch.ones(size))
+        optimizer = kind([parameter])
+        parameter.sum().backward()
+        optimizer.step()
+        return optimizer
+
+    manager.save({"o": stepped(4)}, step=1)
+    with pytest.raises(InvalidArgument, match=r"parameter 0 has shape \(3,\), its saved"):
+        manager.restore({"o": stepped(3)})
+    manager.restore({"o": stepped(4)})
+
+
+def test_a_conjugate_and_a_negative_that_share_memory_are_compared(manager):
+    manager.save({"a": torch.tensor([1 + 2j]), "b": torch.tensor([5 + 5j])}, step=1)
+    manager.save({"a": torch.tensor([1 + 2j]), "b": torch.tensor([1 - 2j])}, step=2)
+    manager.save({"a": torch.tensor([2.0]), "b": torch.tensor([-2.0])}, step=3)
+    live = torch.zeros(1, dtype=torch.complex64)
+    with pytest.raises(InvalidArgument, match="share memory, and the saved ones differ"):
+        manager.restore({"a": live, "b": live.conj()}, step=1)
+    manager.restore({"a": live, "b": live.conj()}, step=2)
+    assert live.item() == 1 + 2j
+    negative = live.conj().imag  # minus what lies there
+    assert negative.is_neg()
+    manager.restore({"a": live.imag, "b": negative}, step=3)
+    assert live.item() == 1 + 2j
+
+
+def test_a_step_that_was_fallen_back_to_says_why_it_is_asked(open_manager, store):
+    with open_manager(compression="none") as first:
+        first.save({"old": torch.ones(9_000)}, step=1)
+        first.save({"old": torch.ones(9_000), "new": torch.ones(9_000)}, step=2)
+    flip_byte(shard_of(store, 2), 10_000)
+    manager = open_manager()
+    with pytest.raises(InvalidArgument, match="step 2 does not verify"):
+        manager.load(keys="new")
+    with pytest.raises(InvalidArgument, match="step 2 does not verify"):
+        manager.restore({"old": torch.zeros(9_000), "new": torch.zeros(9_000)})

@@ -11,6 +11,8 @@ import pytest
 import torch
 from support import assert_same, bits_of
 
+from dtruntime import InvalidArgument
+
 ALL_DTYPES = sorted(
     {
         dtype
@@ -398,3 +400,16 @@ def test_map_location(manager):
     assert loaded["weight"].device.type == "meta"
     assert type(loaded["weight"]) is torch.nn.Parameter
     assert manager.load(map_location="cpu")["weight"].device.type == "cpu"
+
+
+def test_a_device_that_is_not_there(manager):
+    manager.save({"a": torch.ones(2)}, step=1)
+    with pytest.raises(InvalidArgument, match="torch cannot use that device") as caught:
+        manager.load(map_location="cuda:99")
+    assert "host's memory" in caught.value.hint
+
+
+def test_a_single_value_that_is_not_asked_for(manager):
+    for step, state in enumerate([torch.ones(2), 7]):
+        manager.save(state, step=step)
+        assert manager.load(keys="nothing", strict=False) is None
