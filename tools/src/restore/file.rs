@@ -38,7 +38,12 @@ const PARTS: usize = 2;
 /// Writes the selected tensors.
 pub(super) fn restore(checkpoint: &Checkpoint, options: &Options) -> Result<Restored> {
     let start = Instant::now();
-    let tensors = select(checkpoint.index(), &options.tensors, &options.exclude)?;
+    let tensors = select(
+        checkpoint.index(),
+        &options.tensors,
+        &options.exclude,
+        options.strip_prefix.as_deref(),
+    )?;
     let header = header::encode(&tensors, checkpoint.step())?;
     let views: Vec<View> = tensors.iter().map(|tensor| View::of(tensor.record)).collect();
     let raw_bytes = views.iter().map(View::bytes).sum();

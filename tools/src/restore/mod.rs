@@ -49,6 +49,10 @@ pub(crate) struct Options {
     /// Leave out tensors whose path fits; may be given several times. For files only.
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
+    /// Name tensors by what follows this path, such as `model`: as a model's own file has them. For
+    /// files only.
+    #[arg(long, value_name = "PATH")]
+    strip_prefix: Option<String>,
     /// A file `NAME.safetensors`, or a store: a directory, or `s3://bucket/prefix`.
     #[arg(long, short, value_name = "OUTPUT")]
     output: PathBuf,
@@ -125,10 +129,12 @@ fn check_options(options: &Options, to_file: bool) -> Result<()> {
             "name a file that does, or the directory of a store",
         );
     }
-    if !options.tensors.is_empty() || !options.exclude.is_empty() {
+    let selects = !options.tensors.is_empty() || !options.exclude.is_empty();
+    if selects || options.strip_prefix.is_some() {
         return refused(
-            "it is a store, and a checkpoint is copied into one whole",
-            "name a file that ends with `.safetensors`, or leave out `--tensors` and `--exclude`",
+            "it is a store, and a checkpoint is copied into one whole, as it is",
+            "name a file that ends with `.safetensors`, or leave out `--tensors`, `--exclude` and \
+             `--strip-prefix`",
         );
     }
     if options.force {

@@ -29,26 +29,32 @@ pub(super) struct Selected<'c> {
 }
 
 /// The tensors that fit `wanted` (all, if it is empty) and not `unwanted`: by falling item size, so
-/// that each starts aligned, then as they lie in the checkpoint, so that it is read once.
+/// that each starts aligned, then as they lie in the checkpoint, so that it is read once. Named by
+/// what follows `below` in their paths, if that is given.
 pub(super) fn select<'c>(
     index: &'c ShardIndex,
     wanted: &[String],
     unwanted: &[String],
+    below: Option<&str>,
 ) -> Result<Vec<Selected<'c>>> {
-    let mut selected: BTreeMap<String, u32> = BTreeMap::new();
+    let mut selected: BTreeMap<String, (String, u32)> = BTreeMap::new();
     for (tensor, path) in tensor_paths(&index.nodes) {
         let path = path.to_string();
-        let name = if path.is_empty() { ROOT_NAME.into() } else { path };
-        let fits = wanted.is_empty() || glob::matches_any(wanted, &name);
-        if !fits || glob::matches_any(unwanted, &name) {
+        let path = if path.is_empty() { ROOT_NAME.into() } else { path };
+        let fits = wanted.is_empty() || glob::matches_any(wanted, &path);
+        if !fits || glob::matches_any(unwanted, &path) {
             continue;
         }
+        let name = match below {
+            None => path.clone(),
+            Some(below) => path_below(&path, below)?.to_owned(),
+        };
         if name == METADATA_NAME {
-            return Err(cannot(&name, "the file format keeps this name for itself"));
+            return Err(cannot(&path, "the file format keeps this name for itself"));
         }
-        if selected.insert(name.clone(), tensor).is_some() {
+        if selected.insert(name, (path.clone(), tensor)).is_some() {
             return Err(cannot(
-                &name,
+                &path,
                 "two tensors are called this, as integer and string keys can be",
             ));
         }
@@ -58,7 +64,7 @@ pub(super) fn select<'c>(
     }
     let mut tensors = selected
         .into_iter()
-        .map(|(name, tensor)| describe(name, &index.tensors[tensor as usize]))
+        .map(|(name, (path, tensor))| describe(name, &path, &index.tensors[tensor as usize]))
         .collect::<Result<Vec<_>>>()?;
     tensors.sort_by_key(|tensor| {
         let record = tensor.record;
@@ -67,22 +73,33 @@ pub(super) fn select<'c>(
     Ok(tensors)
 }
 
-fn describe(name: String, record: &TensorRecord) -> Result<Selected<'_>> {
+/// What follows `below`, which may end with a dot, in a path.
+fn path_below<'p>(path: &'p str, below: &str) -> Result<&'p str> {
+    let container = below.strip_suffix('.').unwrap_or(below);
+    let rest = path.strip_prefix(container).and_then(|rest| rest.strip_prefix('.'));
+    rest.filter(|rest| !rest.is_empty()).ok_or_else(|| {
+        let shown = text::one_line(container);
+        EngineError::invalid(
+            format!("naming tensor `{}` without `{shown}`", text::one_line(path)),
+            "it does not lie there",
+            format!("choose what does with `--tensors '{shown}.*'`, or name a path above it"),
+        )
+    })
+}
+
+fn describe<'c>(name: String, path: &str, record: &'c TensorRecord) -> Result<Selected<'c>> {
     if record.slice.is_some() {
-        return Err(sliced(&name, record));
+        return Err(sliced(path, record));
     }
     let known = file_dtype(&record.dtype).filter(|known| known.item_bytes == record.item_bytes);
     let Some(known) = known else {
         let why = format!("the file format has no dtype like `{}`", record.dtype);
-        return Err(cannot(&name, &why));
+        return Err(cannot(path, &why));
     };
     let mut shape = record.shape.clone();
     if known.values_per_item > 1 {
         let Some(last) = shape.last_mut() else {
-            return Err(cannot(
-                &name,
-                "it packs two values into one and has no dimension for them",
-            ));
+            return Err(cannot(path, "it packs two values into one and has no dimension for them"));
         };
         *last *= known.values_per_item;
     }

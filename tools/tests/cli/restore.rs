@@ -81,6 +81,29 @@ fn globs_choose() {
     assert_eq!(SafeTensors::deserialize(&bytes).unwrap().len(), 7);
 }
 
+#[test]
+fn names_are_those_of_the_models_own_file() {
+    let store = Store::trained();
+    let output = store.beside("model.safetensors");
+    let output = output.to_str().unwrap();
+    for prefix in ["model", "model."] {
+        let only = ["--tensors", "model.*", "--strip-prefix", prefix, "--force", "-o", output];
+        let run = store.run("restore", &only);
+        assert_eq!(run.status, 0, "{run:?}");
+        let bytes = std::fs::read(output).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut names = file.names();
+        names.sort_unstable();
+        assert_eq!(names, ["embedding.weight", "head.bias", "head.transposed", "head.weight"]);
+    }
+    for (prefix, tensors) in [("model", "*"), ("mod", "model.*"), ("model.head.bias", "*.bias")] {
+        let arguments = ["--tensors", tensors, "--strip-prefix", prefix, "--force", "-o", output];
+        let run = store.run("restore", &arguments);
+        assert_eq!(run.status, 2, "{run:?}");
+        assert!(run.stderr.contains("it does not lie there"), "{run:?}");
+    }
+}
+
 /// More than a window, in tensors that share chunks and windows, strided and not.
 fn large() -> State {
     let (rows, columns) = (1500_u32, 4000_u32);
