@@ -76,7 +76,8 @@ wheel: ## build the wheel into dist/, install it into a new environment and impo
 	$(PYTHON) -m venv "$$scratch"; \
 	"$$scratch/bin/pip" install --quiet --disable-pip-version-check dist/*.whl; \
 	cd "$$scratch"; \
-	bin/python -c 'import dtruntime; print("imported", dtruntime.__file__)'
+	bin/python -c 'import dtruntime; print("imported", dtruntime.__file__)'; \
+	bin/ckpt-tool --version
 	@ls -l dist
 
 docs: ## build the documentation of every crate

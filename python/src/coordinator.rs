@@ -77,6 +77,7 @@ impl Coordinator {
         certificates: (Option<PathBuf>, Option<PathBuf>, Option<PathBuf>),
         patience_seconds: f64,
     ) -> PyResult<Self> {
+        crate::log::start();
         let (ca_file, cert_file, key_file) = certificates;
         let options = Options {
             url,

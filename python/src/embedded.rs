@@ -18,6 +18,7 @@ impl EmbeddedCoordinator {
     /// Starts one on a free port of this address.
     #[new]
     fn new(py: Python<'_>, ip: &str) -> PyResult<Self> {
+        crate::log::start();
         let started = py.detach(|| Embedded::start(ip));
         let embedded = started.map_err(|error| {
             let text = error.to_string();

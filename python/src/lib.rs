@@ -15,8 +15,10 @@ mod embedded;
 mod errors;
 mod guard;
 mod handle;
+mod log;
 mod manager;
 mod tensor;
+mod tool;
 mod tree;
 
 /// The native half of `dtruntime`.
@@ -39,6 +41,8 @@ mod native {
     #[pymodule_export]
     use crate::tensor::MappedMemory;
     #[pymodule_export]
+    use crate::tool::ckpt_tool;
+    #[pymodule_export]
     use crate::tree::paths_of;
 
     /// Runs once, when the module is imported.
@@ -47,8 +51,6 @@ mod native {
         // Now, because numpy's interface is a panic if Ctrl-C comes while it is fetched.
         module.py().import("numpy")?;
         numpy::dtype::<u8>(module.py());
-        // Not through Python's `logging`: that needs the GIL, which our threads never take.
-        ::coordinator::telemetry::start("dtruntime", "warn");
         Ok(())
     }
 }

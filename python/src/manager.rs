@@ -47,6 +47,7 @@ impl Manager {
         settings: &str,
         worker: Option<&Worker>,
     ) -> PyResult<Self> {
+        crate::log::start();
         let guard = Guard::new();
         let worker = worker.map(|worker| worker.share(py)).transpose()?;
         let engine = guard.call(py, "opening the store", || {

@@ -9,7 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dtr-engine", &["dtr-proto"]),
     ("dtr-cuda", &["dtr-engine"]),
     ("coordinator", &["dtr-proto"]),
-    ("dtr-python", &["coordinator", "dtr-cuda", "dtr-engine", "dtr-proto"]),
+    ("dtr-python", &["ckpt-tool", "coordinator", "dtr-cuda", "dtr-engine", "dtr-proto"]),
     ("ckpt-tool", &["dtr-engine", "dtr-proto"]),
     ("dtr-benches", &["coordinator", "dtr-engine", "dtr-proto"]),
     ("dtr-fuzz", &["dtr-engine"]),

@@ -3,8 +3,8 @@
 //! Always holds: every message about wrong usage ends with a `hint: ` line, as every other error
 //! does.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -65,15 +65,15 @@ impl Command {
 
 /// The command that was typed, or the exit status when there is nothing to run: help was asked for,
 /// or the command is wrong, and that was said.
-pub(crate) fn parse() -> Result<Command, ExitCode> {
-    Cli::try_parse().map(|cli| cli.command).map_err(|error| {
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, u8> {
+    Cli::try_parse_from(arguments).map(|cli| cli.command).map_err(|error| {
         if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
             // A reader that closed its end has read enough.
             let _closed = error.print();
-            return ExitCode::SUCCESS;
+            return console::FINE;
         }
         console::print_error(&with_hint(&error));
-        ExitCode::from(WRONG_USAGE)
+        WRONG_USAGE
     })
 }
 

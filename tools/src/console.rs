@@ -6,13 +6,14 @@
 
 use std::fmt::Write as _;
 use std::io::{self, BufWriter, ErrorKind, StdoutLock, Write};
-use std::process::ExitCode;
 
 use dtr_engine::EngineError;
 use serde::Serialize;
 
 use crate::text;
 
+/// Exit status when all is well.
+pub(crate) const FINE: u8 = 0;
 /// Exit status when something is wrong with the data, or it could not be read.
 const WRONG_DATA: u8 = 1;
 /// Exit status when the command is wrong.
@@ -115,31 +116,31 @@ pub(crate) fn stdout() -> Plain<BufWriter<StdoutLock<'static>>> {
 }
 
 /// Writes what is buffered, says what went wrong, and gives the exit status.
-pub(crate) fn finish(mut out: Plain<BufWriter<StdoutLock<'static>>>, outcome: Outcome) -> ExitCode {
+pub(crate) fn finish(mut out: Plain<BufWriter<StdoutLock<'static>>>, outcome: Outcome) -> u8 {
     let flushed = out.flush().map_err(Failure::from);
     let outcome = outcome.and_then(|verdict| flushed.map(|()| verdict));
     // What is left in the buffer has nowhere to go.
     let _unwritten = out.out.into_parts();
     match outcome {
-        Ok(Verdict::Fine) => ExitCode::SUCCESS,
-        Ok(Verdict::Wrong) => ExitCode::from(WRONG_DATA),
+        Ok(Verdict::Fine) => FINE,
+        Ok(Verdict::Wrong) => WRONG_DATA,
         Err(failure) => failed(failure),
     }
 }
 
-fn failed(failure: Failure) -> ExitCode {
+fn failed(failure: Failure) -> u8 {
     match failure {
-        Failure::Stdout(error) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Failure::Stdout(error) if error.kind() == ErrorKind::BrokenPipe => FINE,
         Failure::Stdout(error) => {
             print_error(&format!(
                 "error: writing to stdout: {error}\nhint: check where the output was sent"
             ));
-            ExitCode::from(WRONG_DATA)
+            WRONG_DATA
         }
         Failure::Engine(error) => {
             print_error(&format!("error: {}", text::message(&error)));
             let wrong_usage = matches!(error, EngineError::InvalidArgument { .. });
-            ExitCode::from(if wrong_usage { WRONG_USAGE } else { WRONG_DATA })
+            if wrong_usage { WRONG_USAGE } else { WRONG_DATA }
         }
     }
 }

@@ -5,7 +5,6 @@
 
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::console::Plain;
 
@@ -23,7 +22,9 @@ pub(crate) fn start() {
         .with_writer(|| Plain::text(std::io::stderr()))
         .with_ansi(false)
         .compact();
-    tracing_subscriber::registry().with(filter).with(lines).init();
+    let log = tracing_subscriber::registry().with(filter).with(lines);
+    // In a process that logs already, that goes on.
+    let _started_before = tracing::subscriber::set_global_default(log);
     if let Some(error) = refused {
         tracing::warn!(%error, "RUST_LOG is not understood: warnings and errors are shown");
     }
