@@ -1,7 +1,7 @@
 //! The log of the engine and of the coordinator's client: to stderr, and traces to a collector.
 //!
-//! Always holds: it is not Python's `logging`, which needs the GIL, and our threads never take that;
-//! it begins with the first store or coordinator that is opened, for `ckpt-tool` has its own.
+//! Always holds: it is not Python's `logging`: that needs the GIL, which our threads never take;
+//! it begins with the first store or coordinator that is opened: `ckpt-tool` has a log of its own.
 
 use std::sync::Once;
 
