@@ -36,6 +36,7 @@ from dtruntime.errors import (
 )
 from dtruntime.globs import globs_of
 from dtruntime.handle import Copied, SaveHandle, SaveInfo, Watcher
+from dtruntime.lineage import Lineage
 from dtruntime.loading import Reader, device_of
 from dtruntime.replication import Replication
 from dtruntime.reports import Damage, LoadReport, VerifyReport
@@ -215,10 +216,6 @@ class CheckpointManager:
         self._turns = threading.RLock()
         self._in_turn = threading.Lock()
         self._incomplete: RestoreIncomplete | None = None
-        self._unsound: frozenset[tuple[int, str | None]] = frozenset()
-        """Steps after the one that was loaded, each with its attempt: they do not verify."""
-        self._went_back_to: int | None = None
-        """Where training is, once it went back: later steps may be there."""
         self._last: SaveHandle | None = None
         self._told_of_metric = False
         self._is_capturing = False
@@ -480,7 +477,7 @@ class CheckpointManager:
             raise
         wrappers.warn_of_untouched(plan)
         self._incomplete = None
-        self._went_back_to = None if step is None else self._go_back_to(report.step)
+        self._lineage.note_restored(report.step, is_named=step is not None)
         return plan.report(report.fell_back_from)
 
     def latest_step(self) -> int | None:
@@ -555,10 +552,7 @@ class CheckpointManager:
         number = settings.step_of(step, "should_save(step)")
         if self._read_only or number % self._interval:
             return False
-        if self._went_back_to is not None:
-            return number > self._went_back_to
-        saving = self._last.step if self._last is not None else -1
-        return number > max(saving, self._newest_sound())
+        return self._lineage.is_ahead(number, -1 if self._last is None else self._last.step)
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Read and check every byte of a checkpoint. Damage is reported, not raised.
@@ -674,6 +668,7 @@ class CheckpointManager:
         """Open the store, start the threads, and have them looked after."""
         worker = None if self._ranks is None else self._ranks.worker
         self._native = _native.Manager(self._path, engine_settings, worker)
+        self._lineage = Lineage(self._native, is_read_only=self._read_only)
         for watcher in (self._watcher, self._uploads):
             if watcher is not None:
                 watcher.start()
@@ -765,7 +760,7 @@ class CheckpointManager:
             called = time.monotonic()
             self._native.wait_until_finished()
             begun = time.monotonic()
-            rewind = rewind or self._replaces_unsound(step)
+            rewind = rewind or self._lineage.replaces_unsound(step)
             flat, sources, chosen = self._prepare(state, chosen)
             chosen.arm()
         last = self._last
@@ -774,8 +769,7 @@ class CheckpointManager:
             spent = (begun - called, time.monotonic() - begun)
             parts = (flat.nodes, flat.tensors, flat.replicated)
             native = self._native.save((step, rewind, spent), parts, sources, annotations)
-            if rewind or self._went_back_to is not None:
-                self._went_back_to = step
+            self._lineage.note_begun(step, is_rewind=rewind)
             return self._hand_out(native, flat, chosen)
         except BaseException:
             # It may have been begun although it did not return: a signal can be in between.
@@ -789,45 +783,6 @@ class CheckpointManager:
         finally:
             self._is_capturing = False
             lifecycle.resume_termination()
-
-    def _replaces_unsound(self, step: int) -> bool:
-        """Tell whether what stands in the way of ``step`` is what the load before fell back from.
-
-        All ranks of a store find the same: they loaded the same step, and see the same later ones.
-        """
-        if not self._unsound:
-            return False
-        standing = [known for known in self._native.candidates() if known[0] >= step]
-        if not all((number, attempt) in self._unsound for number, _, attempt in standing):
-            return False
-        # What cannot even be read is in nobody's way.
-        replaced = [number for number, why, _ in standing if why is None]
-        if replaced:
-            named = ", ".join(map(str, replaced))
-            _logger.warning("saving step %d replaces step %s, which did not verify", step, named)
-        return bool(replaced)
-
-    def _go_back_to(self, step: int) -> int | None:
-        """Say what goes on from a step that was named means for later ones, if there are any."""
-        known = self._native.candidates()
-        later = [number for number, why, _ in known if why is None and number > step]
-        if not later or self._read_only:
-            return None
-        _logger.warning(
-            "step %d is restored, and later ones exist (%s): saving from here on takes "
-            "`rewind=True`, else the newest of them is what is restored next time",
-            step,
-            ", ".join(map(str, later)),
-        )
-        return step
-
-    def _newest_sound(self) -> int:
-        """Give the newest step that was committed and not found damaged; -1 if there is none."""
-        known = self._native.candidates()
-        sound = (
-            n for n, why, attempt in known if why is None and (n, attempt) not in self._unsound
-        )
-        return max(sound, default=-1)
 
     def _prepare(
         self, state: Any, chosen: gpus.Consistency
@@ -905,10 +860,8 @@ class CheckpointManager:
             checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
         )
         self._native.protect(checkpoint.step)
-        self._unsound = frozenset()
-        if step is None and (failed or self._ranks is not None):
-            # Of several ranks, another one may have been the one that could not load them.
-            later = (known for known in self._native.candidates() if known[0] > checkpoint.step)
-            self._unsound = frozenset((number, attempt) for number, _, attempt in later)
+        # Of several ranks, another one may have been the one that could not load the later ones.
+        fell_back = step is None and (bool(failed) or self._ranks is not None)
+        self._lineage.note_loaded(checkpoint.step, later_are_unsound=fell_back)
         self.last_load = report
         return result, report

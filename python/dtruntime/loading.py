@@ -83,8 +83,8 @@ class Reader:
         """Read and build the whole state, or the kept part of it."""
         nodes = range(len(self.tree.nodes))
         self.check_loadable(nodes if keep is None else (node for node in nodes if keep[node]))
-        if keep is not None and not keep[0]:
-            return None  # a single value, and not asked for
+        if keep is not None and not keep[0] and not self.tree.is_container(0):
+            return None
         tensors = self.tensors(self.tree.tensors_below(0, keep))
         return self.tree.build(0, tensors.__getitem__, keep)
 
