@@ -43,8 +43,7 @@ from dtruntime.errors import (
 )
 from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats, UploadInfo
 from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
-from dtruntime.reports import Damage, LoadReport, VerifyReport
-from dtruntime.restore import RestoreReport
+from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
 
 if TYPE_CHECKING:
     from dtruntime.sharded_dataset import ShardedDataset

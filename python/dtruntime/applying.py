@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from dtruntime.loading import Reader
-    from dtruntime.restore import Action, RestorePlan
+    from dtruntime.plan import Action, RestorePlan
     from dtruntime.sharded_tensors import LivePart
 
 _MEMINFO = Path("/proc/meminfo")

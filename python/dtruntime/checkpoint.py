@@ -39,8 +39,8 @@ from dtruntime.handle import Copied, SaveHandle, SaveInfo, Watcher
 from dtruntime.lineage import Lineage
 from dtruntime.loading import Reader, device_of
 from dtruntime.replication import Replication
-from dtruntime.reports import Damage, LoadReport, VerifyReport
-from dtruntime.restore import RestorePlan, RestoreReport, plan_restore
+from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
+from dtruntime.restore import plan_restore
 from dtruntime.state_tree import FlatState, flatten, needs_of
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dtruntime.connecting import Security
+    from dtruntime.plan import RestorePlan
 
 _T = TypeVar("_T")
 _logger = logging.getLogger("dtruntime")

@@ -28,6 +28,28 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did. Paths are written with dots: ``model.layers.0.weight``.
+
+    Attributes:
+        step: The checkpoint's step.
+        missing: Live entries that the checkpoint does not have; they are unchanged.
+        unexpected: Entries of the checkpoint that the live object beside them does not have.
+        skipped: Entries that were left alone, each with the reason.
+        values: Plain values that were restored.
+        fell_back_from: Newer steps that could not be read, each with the reason.
+
+    """
+
+    step: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    fell_back_from: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Damage:
     """One damaged place of a checkpoint.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dtruntime.restore import RestorePlan
+    from dtruntime.plan import RestorePlan
 
 _logger = logging.getLogger("dtruntime")
 _LISTED_MAX = 10
