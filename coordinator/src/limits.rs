@@ -12,6 +12,9 @@ const NAME_BYTES_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 4_096;
 /// Replicated entries that a shard names.
 const REPLICATED_MAX: usize = 8;
+/// Bytes of what rank 0's manifest says besides the shards. Beside as many shards as a part has, it
+/// fits into a message.
+const ANNOTATIONS_BYTES_MAX: usize = 1 << 20;
 /// Bytes of a message, but for registering a dataset's files.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Bytes of a message that lists files.
@@ -81,6 +84,13 @@ pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
             "name the first ones",
         ));
     }
+    if shard.annotations.len() > ANNOTATIONS_BYTES_MAX {
+        let given = shard.annotations.len();
+        return Err(refuse(
+            &format!("`annotations` has {given} bytes, at most {ANNOTATIONS_BYTES_MAX} are taken"),
+            "attach less to the checkpoint",
+        ));
+    }
     shard.replicated.iter().try_for_each(|entry| name_or_none("replicated", entry))
 }
 
@@ -118,5 +128,8 @@ mod tests {
         };
         assert!(shard(Some(&names(REPLICATED_MAX))).is_ok());
         assert!(shard(Some(&names(REPLICATED_MAX + 1))).is_err());
+        let annotated = |bytes| v1::Shard { annotations: vec![0; bytes], ..names(0) };
+        assert!(shard(Some(&annotated(ANNOTATIONS_BYTES_MAX))).is_ok());
+        assert!(shard(Some(&annotated(ANNOTATIONS_BYTES_MAX + 1))).is_err());
     }
 }

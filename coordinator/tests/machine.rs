@@ -5,6 +5,7 @@
 use coordinator::state::{
     Change, Effects, Event, Key, Moment, Policy, RefusalKind, Reply, State, Ticket,
 };
+use dtr_proto::OPENING_BARRIER;
 use dtr_proto::v1::{self, ChangeKind, wait_barrier_reply::Outcome};
 
 /// One job, driven by hand.
@@ -932,6 +933,46 @@ fn a_publisher_that_refuses_to_publish_lets_the_shards_go() {
         let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
         assert_eq!(aborted.may_be_published, !unpublished, "{aborted:?}");
     }
+}
+
+#[test]
+fn a_rank_that_opens_a_store_saves_nothing_that_others_wait_for() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    // What was begun before it came ends at once, for who has reported and for who writes still.
+    let attempt = table.attempt(&world[0], 10);
+    table.attempt(&world[1], 10);
+    assert!(table.report(&world[0], 10, &attempt).is_none());
+    assert!(table.arrive_at(&world[2], OPENING_BARRIER, 1).is_none());
+    let Some(Reply::AttemptAborted(aborted)) = table.take_late().pop() else { panic!() };
+    assert!(aborted.reason.starts_with("rank 2 (`w2`) has no checkpoint manager"), "{aborted:?}");
+    assert!(aborted.reason.contains("start all ranks again"));
+    assert_eq!((aborted.rank, aborted.may_be_published), (Some(2), false));
+    let told = table.report(&world[1], 10, &attempt);
+    assert!(matches!(told, Some(Reply::AttemptAborted(_))), "{told:?}");
+    // And what is begun while it waits.
+    for identity in &world[..2] {
+        let (kind, why) = refused(table.begin(identity, 20, false));
+        assert_eq!(kind, RefusalKind::AttemptAborted);
+        assert!(why.contains("rank 2 (`w2`) has no checkpoint manager open"), "{why}");
+    }
+    // Once all have opened, all save; so does a job in which only some wait at another barrier.
+    assert!(table.arrive_at(&world[0], OPENING_BARRIER, 2).is_none());
+    assert!(table.arrive_at(&world[1], OPENING_BARRIER, 2).is_some());
+    table.take_late();
+    assert!(table.arrive_at(&world[2], "another", 3).is_none());
+    table.attempt(&world[0], 30);
+}
+
+#[test]
+fn a_rank_that_has_reported_may_open_the_next_store() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.attempt(&world[1], 10);
+    assert!(table.report(&world[0], 10, &attempt).is_none());
+    assert!(table.arrive_at(&world[0], OPENING_BARRIER, 1).is_none());
+    assert!(matches!(table.report(&world[1], 10, &attempt), Some(Reply::Publish(_))));
 }
 
 #[test]

@@ -64,6 +64,8 @@ pub struct StepSurvey {
     pub state: StepState,
     /// The attempt whose manifest lies there, if that decodes.
     pub attempt: Option<AttemptId>,
+    /// When that attempt began, by its manifest; 0 if that does not decode.
+    pub created_unix_ms: u64,
     /// Bytes of its files, orphans included.
     pub bytes: u64,
     /// Files that no manifest names.
@@ -114,6 +116,9 @@ pub struct SavePlan {
     pub replaces: Option<AttemptId>,
     /// Later checkpoints that cease to exist at that commit, or did before.
     pub retired: Vec<Retired>,
+    /// The earliest that it may say it began: after whatever it takes the place of, whose clock may
+    /// have been ahead. A copy of that is then never taken for the later one.
+    pub not_before_unix_ms: u64,
 }
 
 /// Most checkpoints that are said to have ceased to exist though nothing is seen of them.
@@ -154,6 +159,7 @@ pub fn survey(
             StepSurvey {
                 step: directory.step,
                 attempt: manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)),
+                created_unix_ms: manifest.map_or(0, |manifest| manifest.created_unix_ms),
                 bytes: directory.files.iter().map(|file| file.bytes).sum(),
                 orphans: orphans(directory, manifest, &state),
                 state,
@@ -170,7 +176,7 @@ pub fn survey(
 }
 
 /// Each once, by ascending step.
-fn in_order<'a>(retired: impl Iterator<Item = &'a Retired>) -> Vec<Retired> {
+pub(crate) fn in_order<'a>(retired: impl Iterator<Item = &'a Retired>) -> Vec<Retired> {
     let once: BTreeSet<(u64, &str)> =
         retired.map(|entry| (entry.step, entry.attempt.as_str())).collect();
     once.into_iter().map(|(step, attempt)| Retired { attempt: attempt.into(), step }).collect()
@@ -203,7 +209,13 @@ pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> 
         });
     }
     let replaces = survey.step(step).and_then(|survey| survey.attempt);
-    Ok(SavePlan { replaces, retired: retired_by(survey, step, rewind) })
+    let in_its_place = survey.steps.iter().filter(|other| other.step >= step);
+    let created = in_its_place.map(|other| other.created_unix_ms).max();
+    Ok(SavePlan {
+        replaces,
+        retired: retired_by(survey, step, rewind),
+        not_before_unix_ms: created.map_or(0, |created| created.saturating_add(1)),
+    })
 }
 
 /// Decides whether a checkpoint may be copied into a store that holds this. One that ceased to
@@ -464,7 +476,7 @@ mod tests {
     fn manifest(step: u64, id: u8, retired: &[(u64, u8)]) -> Manifest {
         Manifest {
             attempt: attempt(id).to_string(),
-            created_unix_ms: 0,
+            created_unix_ms: u64::from(id) * 1000,
             dataset_positions: BTreeMap::new(),
             engine_version: "0".into(),
             format_version: FORMAT_VERSION,
@@ -686,6 +698,8 @@ mod tests {
         }
         let plan = check_save(&survey, 10, true).unwrap();
         assert_eq!(plan.replaces, Some(attempt(1)));
+        // Later than what it takes the place of, whatever the clocks say.
+        assert_eq!(plan.not_before_unix_ms, 2001);
         assert_eq!(plan.retired, [Retired { attempt: attempt(2).to_string(), step: 20 }]);
         let plan = check_save(&survey, 5, true).unwrap();
         assert_eq!((plan.replaces, plan.retired.len()), (None, 2));

@@ -104,7 +104,7 @@ mod tests {
     use crate::recovery::{StepState, StepSurvey};
 
     fn step(step: u64, state: StepState) -> StepSurvey {
-        StepSurvey { step, state, attempt: None, bytes: 0, orphans: Vec::new() }
+        StepSurvey { step, state, attempt: None, created_unix_ms: 0, bytes: 0, orphans: Vec::new() }
     }
 
     fn policy(keep_last_n: Option<u32>, keep_every: Option<u64>) -> Policy {

@@ -282,7 +282,7 @@ class CheckpointManager:
             rewind: The training went back to before ``step``: checkpoints of later steps cease to
                 exist when this one is committed, and one of the same step is replaced.
             metadata: Attached to the checkpoint, as JSON. Where several ranks save, pass the same
-                on all of them: one rank's is kept.
+                on all of them: one rank's is kept, with a ``path`` on each machine rank 0's.
             dataset_positions: The same.
             consistency: What keeps tensors on GPUs from changing before they were copied:
                 ``strict``, ``overlap`` or ``device-snapshot``. Default: the manager's. Tensors in

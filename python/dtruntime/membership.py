@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dtruntime")
 
-_MEETING = "open a checkpoint manager"
+_MEETING = _native.OPENING_BARRIER
 _REMINDER_SECONDS = 10.0
 
 

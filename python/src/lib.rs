@@ -51,6 +51,7 @@ mod native {
         // Now, because numpy's interface is a panic if Ctrl-C comes while it is fetched.
         module.py().import("numpy")?;
         numpy::dtype::<u8>(module.py());
+        module.add("OPENING_BARRIER", dtr_proto::OPENING_BARRIER)?;
         Ok(())
     }
 }

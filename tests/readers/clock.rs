@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use dtr_engine::clock::Environment;
 use dtr_engine::engine::{Components, GcOptions};
 use dtr_engine::format::names::{AttemptId, shard_file_name, step_dir_name};
+use dtr_engine::save::SaveRequest;
 use dtr_engine::{Config, Engine, Result};
 
 use super::budget::scratch;
@@ -63,6 +64,24 @@ fn a_clock_set_back_reorders_and_deletes_no_checkpoint() {
     assert_eq!(engine.steps().unwrap(), [3, 4]);
     for step in [3, 4] {
         assert!(state.is_in(&engine.checkpoint(step).unwrap()).unwrap());
+    }
+}
+
+#[test]
+fn what_takes_the_place_of_another_says_that_it_began_later() {
+    let directory = scratch();
+    let clock = Arc::new(Set { unix_ms: AtomicU64::new(5000), ids: Counter::starting_at(1) });
+    let environment: Arc<dyn Environment> = Arc::<Set>::clone(&clock);
+    let components = Components { io: state::backend(), environment };
+    let engine = Engine::open_with(state::config(directory.path()), components).unwrap();
+    let state = State::new(1, &[5000]);
+    for (step, unix_ms, rewind, said) in
+        [(1, 9000, false, 9000), (2, 8000, false, 8000), (3, 70, false, 70), (1, 60, true, 9001)]
+    {
+        clock.unix_ms.store(unix_ms, Ordering::Relaxed);
+        let request = SaveRequest { rewind, ..state.request(step, 0) };
+        state::finish(&engine.save(request).unwrap()).unwrap();
+        assert_eq!(engine.manifest(step).unwrap().created_unix_ms, said, "step {step}");
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use dtr_engine::config::BestMode;
 use dtr_engine::engine::GcOptions;
 use dtr_engine::error::CoordinationKind;
 use dtr_engine::ranks::{Ranks, Report};
@@ -350,6 +351,72 @@ fn a_manifest_that_came_after_rank_0_had_removed_its_step_is_taken_back() {
     assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
     assert!(!far.exists());
     assert_eq!(cluster.far().steps().unwrap(), [1]);
+}
+
+/// Saves `step`, with what this rank measured.
+fn save_measured(rank: &Rank, step: u64, loss: f64) -> Result<SaveInfo> {
+    let state = state_of(rank.number, step);
+    let metadata = [("loss".to_owned(), loss.into())].into_iter().collect();
+    finish(&rank.engine.save(SaveRequest { metadata, ..state.request(step) })?)
+}
+
+fn save_measured_by_all(ranks: &[Rank], step: u64, loss: impl Fn(u32) -> f64 + Sync) {
+    let saved = together(ranks, |rank| save_measured(rank, step, loss(rank.number)));
+    assert!(saved.iter().all(Result::is_ok), "{saved:?}");
+}
+
+#[test]
+fn what_one_rank_alone_has_is_not_the_best_and_keeps_nothing_from_its_place() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 2, Machines::OneEach);
+    cluster.keep_last_n = Some(2);
+    let ranks = cluster.ranks();
+    save_measured_by_all(&ranks, 10, |_| 0.5);
+    uploaded(&ranks, 10);
+    drop(ranks);
+    cluster.remote_bytes_per_second = Some(1);
+    let ranks = cluster.ranks();
+    save_measured_by_all(&ranks, 20, |_| 0.1);
+    drop(ranks);
+    std::fs::remove_dir_all(cluster.directory(1)).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let ranks = cluster.ranks();
+    assert_eq!(agreed(&ranks), [Some(10), Some(10)]);
+    let best = |ranks: &[Rank]| -> Vec<Vec<u64>> {
+        let of = |rank: &Rank| rank.engine.best_steps("loss", BestMode::Min).unwrap();
+        ranks.iter().map(of).collect()
+    };
+    assert_eq!(best(&ranks), [[10], [10]]);
+    // Past the step, not to it.
+    save_measured_by_all(&ranks, 25, |_| 0.9);
+    uploaded(&ranks, 25);
+    assert_eq!(best(&ranks), [[10, 25], [10, 25]]);
+    assert!(names_in(&step_in(&cluster.directory(0), 20)).is_empty());
+    assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
+    assert_eq!(cluster.far().steps().unwrap(), [10, 25]);
+}
+
+#[test]
+fn ranks_that_measure_differently_say_what_rank_0_says() {
+    let place = Place::new();
+    let cluster = Cluster::new(&place, 3, Machines::OneEach);
+    let ranks = cluster.ranks();
+    save_measured_by_all(&ranks, 1, |rank| f64::from(rank) + 0.5);
+    uploaded(&ranks, 1);
+    for rank in &ranks {
+        assert_eq!(rank.engine.metadata(1).unwrap()["loss"], 0.5);
+    }
+    assert_eq!(cluster.far().metadata(1).unwrap()["loss"], 0.5);
+    let large = "x".repeat(2 << 20);
+    let too_much = together(&ranks, |rank| {
+        let state = state_of(rank.number, 2);
+        let metadata = [("text".to_owned(), large.clone().into())].into_iter().collect();
+        finish(&rank.engine.save(SaveRequest { metadata, ..state.request(2) })?)
+    });
+    let told = too_much[0].as_ref().unwrap_err().to_string();
+    assert!(told.contains("attach less as `metadata`"), "{told}");
+    assert!(too_much.iter().all(Result::is_err));
+    assert!(ranks.iter().all(|rank| rank.engine.steps().unwrap() == [1]));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dtr_engine::config::Compression;
 use dtr_engine::engine::GcOptions;
+use dtr_engine::format::manifest::Manifest;
 use dtr_engine::recovery::StepState;
 use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
@@ -285,6 +286,74 @@ fn rewind(engine: &Engine, seed: u64, step: u64) {
     let mut request = state.request(step);
     request.rewind = true;
     finish(&engine.save(request).unwrap()).unwrap();
+}
+
+/// Says of a checkpoint in a directory that it began when the clock was an hour ahead.
+fn begin_later(directory: &Path, step: u64) {
+    let path = directory.join(format!("step-{step:012}/manifest.json"));
+    let mut manifest = Manifest::decode(&std::fs::read(&path).unwrap()).unwrap();
+    manifest.created_unix_ms += 60 * 60 * 1000;
+    std::fs::write(&path, manifest.encode().unwrap()).unwrap();
+}
+
+#[test]
+fn a_clock_that_was_ahead_makes_no_copy_the_later_one() {
+    let place = Place::new();
+    let (directory, near, far) = tier(&place);
+    let engine = open(local_only(&near));
+    for step in 1..=3 {
+        State::training(step, 0).save(&engine, step).unwrap();
+        begin_later(directory.path(), step);
+    }
+    engine.close().unwrap();
+    open(near.clone()).close().unwrap();
+    assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
+    // The clock is right again, and the process dies before this is uploaded.
+    let engine = open(Config { remote_bytes_per_second: Some(1), ..near.clone() });
+    rewind(&engine, 9, 2);
+    drop(engine);
+    let engine = open(near);
+    assert_eq!(engine.steps().unwrap(), [1, 2]);
+    State::training(9, 0).assert_equals(&engine.checkpoint(2).unwrap());
+    engine.close().unwrap();
+    let far = open(far);
+    assert_eq!(far.steps().unwrap(), [1, 2]);
+    State::training(9, 0).assert_equals(&far.checkpoint(2).unwrap());
+}
+
+#[test]
+fn a_manifest_that_is_damaged_near_is_taken_from_far_if_it_is_the_same() {
+    let place = Place::new();
+    let (directory, near, far) = tier(&place);
+    let engine = open(near.clone());
+    for step in 1..=2 {
+        State::training(step, 0).save(&engine, step).unwrap();
+    }
+    engine.close().unwrap();
+    let step = directory.path().join("step-000000000002");
+    let spoil = || {
+        let manifest = step.join("manifest.json");
+        let mut bytes = std::fs::read(&manifest).unwrap();
+        bytes[100] ^= 1;
+        std::fs::write(&manifest, bytes).unwrap();
+    };
+    spoil();
+    for read_only in [true, false] {
+        let engine = open(Config { read_only, ..near.clone() });
+        assert_eq!(engine.steps().unwrap(), [1, 2]);
+        State::training(2, 0).assert_equals(&engine.checkpoint(2).unwrap());
+    }
+    let engine = open(near.clone());
+    State::training(3, 0).save(&engine, 3).unwrap();
+    engine.close().unwrap();
+    assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
+    // Another attempt of the step, which never arrived, may be the one that is damaged.
+    let engine = open(Config { remote_bytes_per_second: Some(1), ..near.clone() });
+    rewind(&engine, 9, 2);
+    drop(engine);
+    spoil();
+    let engine = open(Config { read_only: true, ..near });
+    assert!(matches!(engine.checkpoint(2).unwrap_err(), EngineError::Corrupt { .. }));
 }
 
 /// What said that it was retired is gone from the directory by then.

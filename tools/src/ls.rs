@@ -126,7 +126,7 @@ fn write_table(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()> {
             entry.step.to_string(),
             or_dash(entry.created_unix_ms.map(text::utc)),
             or_dash(entry.created_unix_ms.map(|at| text::age(text::seconds_since(at)))),
-            text::bytes(entry.disk_bytes),
+            text::bytes(entry.stored_bytes.unwrap_or(entry.disk_bytes)),
             or_dash(entry.raw_bytes.map(text::bytes)),
             or_dash(ratio.map(|(stored, raw)| text::ratio(stored, raw))),
             or_dash(entry.ranks.map(|ranks| ranks.to_string())),

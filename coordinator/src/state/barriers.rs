@@ -14,6 +14,7 @@
 
 use std::collections::BTreeMap;
 
+use dtr_proto::OPENING_BARRIER;
 use dtr_proto::v1::{self, wait_barrier_reply::Outcome};
 
 use super::{Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, Ticket};
@@ -274,8 +275,17 @@ impl Job {
         {
             scene.effects.replies.push((older.ticket, Reply::Refused(superseded(rank))));
         }
+        if call.name == OPENING_BARRIER {
+            self.give_up_unreported(scene, rank);
+        }
         self.release_if_complete(scene, call.name);
         Ok(None)
+    }
+
+    /// Another rank than `rank` that waits for all to open a store.
+    pub(super) fn opening_beside(&self, rank: u32) -> Option<u32> {
+        let barrier = self.barriers.get(OPENING_BARRIER)?;
+        barrier.waiting.keys().copied().find(|opening| *opening != rank)
     }
 
     fn release_if_complete(&mut self, scene: &mut Scene<'_>, name: &str) {

@@ -21,7 +21,8 @@
 //! - a step has at most one attempt at a time, and one commit; its attempt id never comes back;
 //! - an attempt is committed only with a shard of every rank of the job;
 //! - a rank that comes late to an attempt that was given up is told so once, instead of beginning
-//!   the next attempt alone; so is one that begins a step which another rank has passed;
+//!   the next attempt alone; so is one that begins a step which another rank has passed, or while
+//!   another rank waits for all to open a store;
 //! - an attempt ends: committed, or given up within `checkpoint_timeout_ms`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +34,9 @@ use super::{
     Ticket, members::LostMember, members::ended,
 };
 
+/// What to do where one rank opens a store, and others have it open.
+const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: they go on from the \
+     newest checkpoint";
 /// Attempts that a job may have in flight.
 const ATTEMPTS_MAX: usize = 64;
 /// It is said who has not begun a checkpoint, after it has been waited for this long.
@@ -256,6 +260,7 @@ impl Job {
         self.check_step(step, request.rewind)?;
         self.refuse_if_incomplete(rank, request)?;
         self.refuse_if_passed(rank, request)?;
+        self.refuse_if_opening(rank, request)?;
         if self.attempts.len() >= ATTEMPTS_MAX {
             return Err(Refusal::new(
                 RefusalKind::Conflict,
@@ -363,6 +368,38 @@ impl Job {
         );
         let hint = "training may go on; save the same steps on every rank";
         Err(self.refuse_step((rank, request), (passed, Told::Renewed), (reason, hint)))
+    }
+
+    /// Refuses a save that cannot end: another rank waits for all to open a store, this one too.
+    fn refuse_if_opening(
+        &mut self,
+        rank: u32,
+        request: &v1::BeginCheckpointRequest,
+    ) -> Result<(), Refusal> {
+        let Some(opening) = self.opening_beside(rank) else { return Ok(()) };
+        let reason = self.why_opening(opening);
+        let reason = format!("step {} cannot be saved by all ranks: {reason}", request.step);
+        Err(self.refuse_step((rank, request), (opening, Told::Renewed), (reason, OPEN_ALL)))
+    }
+
+    /// A rank opens a store: what it has not reported of the saves that others wait for, it never
+    /// will.
+    pub(super) fn give_up_unreported(&mut self, scene: &mut Scene<'_>, rank: u32) {
+        let is_waited_for = |(_, attempt): &(&u64, &Attempt)| !attempt.shards.contains_key(&rank);
+        let steps: Vec<u64> =
+            self.attempts.iter().filter(is_waited_for).map(|(step, _)| *step).collect();
+        for step in steps {
+            let reason = format!("{}; {OPEN_ALL}", self.why_opening(rank));
+            self.give_up(scene, step, (Some(rank), reason));
+        }
+    }
+
+    fn why_opening(&self, rank: u32) -> String {
+        let worker_id = self.holders.get(&rank).map_or("nobody", String::as_str);
+        format!(
+            "rank {rank} (`{worker_id}`) has no checkpoint manager open, and waits for all ranks \
+             to open one"
+        )
     }
 
     /// A later step that is being saved without `rank`, and a rank that has begun it.

@@ -68,10 +68,11 @@ struct Book {
     protected: Option<u64>,
     /// Newest that was read back.
     verified: Option<u64>,
-    /// The newest when steps were last offered to other ranks.
-    newest_offered: Option<u64>,
-    /// The step that all agreed on, and the newest that this rank had then, where that is later.
-    not_common: Option<(u64, u64)>,
+    /// What this rank had when steps were last offered to other ranks, by step.
+    offered: BTreeMap<u64, Option<AttemptId>>,
+    /// The step that all agreed on, and what of that is later: other ranks do not have it, or could
+    /// not load it.
+    not_common: Option<(u64, BTreeMap<u64, Option<AttemptId>>)>,
 }
 
 /// What a manifest means that the device does not give.
@@ -162,7 +163,8 @@ impl Core {
 
     /// The committed steps that say a number of this name, the best first.
     pub(super) fn best_steps(&self, metric: &str, mode: BestMode) -> Result<Vec<u64>> {
-        let (survey, manifests) = self.look(Unreadable::IsDamaged)?;
+        let (mut survey, manifests) = self.look(Unreadable::IsDamaged)?;
+        self.leave_out_own_only(&mut survey);
         Ok(retention::rank(retention::measured(&survey, &manifests, metric), mode))
     }
 
@@ -239,7 +241,11 @@ impl Core {
     /// What this rank can load, by name: steps of other attempts are not the same.
     pub(super) fn offers(&self, steps: &[u64]) -> Result<Vec<Attempt>> {
         let survey = self.survey()?;
-        self.book().newest_offered = survey.newest();
+        self.book().offered = survey
+            .committed_steps()
+            .into_iter()
+            .map(|step| (step, survey.step(step).and_then(|step| step.attempt)))
+            .collect();
         let offer = |step: &u64| Attempt {
             step: *step,
             id: survey.step(*step).and_then(|step| step.attempt).unwrap_or(AttemptId([0; 16])),
@@ -250,17 +256,42 @@ impl Core {
     /// All ranks agreed to load `step`: what this one alone has of later ones is no checkpoint.
     pub(super) fn note_agreed(&self, step: Option<u64>) {
         let mut book = self.book();
-        let newest = book.newest_offered;
-        book.not_common = step.zip(newest).filter(|(agreed, newest)| newest > agreed);
+        book.not_common = step.map(|agreed| {
+            let later = book.offered.split_off(&agreed.saturating_add(1));
+            (agreed, later)
+        });
     }
 
     /// Whether saving `step` goes back only over what other ranks do not have: checkpoints in this
     /// rank's own store that were published here and never committed, or were lost elsewhere.
     pub(super) fn goes_over_own_only(&self, step: u64) -> bool {
-        let not_common = self.book().not_common;
-        not_common.is_some_and(|(agreed, newest)| {
-            self.config.has_own_store() && (agreed + 1..=newest).contains(&step)
-        })
+        let book = self.book();
+        let range = book.not_common.as_ref().and_then(|(agreed, later)| {
+            let newest = *later.keys().next_back()?;
+            Some(agreed.saturating_add(1)..=newest)
+        });
+        self.config.has_own_store() && range.is_some_and(|range| range.contains(&step))
+    }
+
+    /// Takes what this rank alone has out of a survey: it is no checkpoint, and keeps none from its
+    /// place. What has come to be whole in the far store is one. Gives the steps, ascending.
+    fn leave_out_own_only(&self, survey: &mut Survey) -> Vec<u64> {
+        let mut left_out = Vec::new();
+        if !self.config.has_own_store() {
+            return left_out;
+        }
+        let arrived = self.store.arrived();
+        let book = self.book();
+        let Some((_, later)) = &book.not_common else { return left_out };
+        for step in &mut survey.steps {
+            let is_known = later.get(&step.step).is_some_and(|attempt| *attempt == step.attempt);
+            let exists = step.state == StepState::Committed;
+            if is_known && exists && !arrived.contains(&step.step) {
+                step.state = StepState::Incomplete;
+                left_out.push(step.step);
+            }
+        }
+        left_out
     }
 
     /// Stored bytes that a state of `raw_bytes` will take, by the ratio of the save before.
@@ -331,7 +362,10 @@ impl Core {
     }
 
     fn try_prune(&self, step: u64) -> Result<Vec<u64>> {
-        let (survey, manifests) = self.look(Unreadable::IsDamaged)?;
+        let (mut survey, manifests) = self.look(Unreadable::IsDamaged)?;
+        // All ranks have gone past it: nobody comes back to it.
+        let mut passed = self.leave_out_own_only(&mut survey);
+        passed.retain(|own| *own < step);
         let mut protected = self.protected_with(step, &survey);
         protected.extend(self.best(&survey, &manifests));
         let is_retired = |step: &u64| survey.step(*step).is_some_and(StepSurvey::is_retired);
@@ -340,6 +374,10 @@ impl Core {
         plan.retain(|step| {
             is_retired(step) || self.config.remove_before_upload || self.store.may_remove(*step)
         });
+        if !passed.is_empty() {
+            tracing::info!(step, ?passed, "checkpoints that not all ranks have are let go");
+        }
+        plan.extend(passed);
         let retired = plan.iter().copied().filter(is_retired).count();
         if retired > 0 {
             tracing::info!(step, retired, "later checkpoints retired by a rewind");

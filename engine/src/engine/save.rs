@@ -128,6 +128,7 @@ impl Inner {
             manifest,
             replicated: share.names,
             replaces: plan.replaces,
+            not_before_unix_ms: plan.not_before_unix_ms,
             reserve_bytes,
             handle: handle.clone(),
             started,

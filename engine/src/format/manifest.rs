@@ -249,6 +249,7 @@ fn count_values(text: &[u8]) -> (u64, u64) {
 
 /// Checks the checksum in the prefix against the bytes after it.
 fn check_crc(bytes: &[u8]) -> Result<(), FormatError> {
+    ensure!(!bytes.is_empty(), "the manifest is empty");
     let Some((expected, body)) = split_prefix(bytes) else {
         return Err(FormatError::Damaged(format!(
             "the manifest does not begin with `{PREFIX_START}xxxxxxxx{PREFIX_END}`"
@@ -396,7 +397,7 @@ mod tests {
 
     #[test]
     fn checksums_come_before_parsing() {
-        assert_damaged(b"", "does not begin with");
+        assert_damaged(b"", "is empty");
         assert_damaged(b"{}", "does not begin with");
         assert_damaged(br#"{"crc32c":"0000000G","a":1}"#, "does not begin with");
         assert_damaged(br#"{"crc32c":"00000000",not json"#, "checksum");

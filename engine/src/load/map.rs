@@ -10,6 +10,7 @@ use std::ops::Range;
 use memmap2::MmapMut;
 
 use super::Checkpoint;
+use super::verify::listed;
 use crate::codec::Codec;
 use crate::format::checksum::crc32c;
 use crate::io::ALIGNMENT;
@@ -108,7 +109,7 @@ impl Checkpoint {
             format!(
                 "chunk {chunk} at offset {}: its checksum is not the index's; tensors hit: {}",
                 record.offset,
-                self.tensors_in(&self.own, chunk).join(", ")
+                listed(&self.tensors_in(&self.own, chunk))
             ),
         ))
     }

@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::device::{Departure, Destination, DeviceDestination, DeviceTarget, UnderWay};
 use super::parts::Part;
 use super::second::{is_damage, read_elsewhere};
+use super::verify::listed;
 use super::{Checkpoint, Shard, Whose, read_now};
 use crate::codec::{Codec, Decoder};
 use crate::copy::{copy, copy_with_checksum};
@@ -198,7 +199,7 @@ impl Checkpoint {
         match error {
             EngineError::Corrupt { what, why, hint } => EngineError::Corrupt {
                 what,
-                why: format!("{why}; tensors hit: {}", self.tensors_in(shard, chunk).join(", ")),
+                why: format!("{why}; tensors hit: {}", listed(&self.tensors_in(shard, chunk))),
                 hint,
             },
             other => other,

@@ -302,3 +302,12 @@ impl fmt::Write for Clipped {
 fn overlaps(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
+/// Tensors that a message names.
+const LISTED_MAX: usize = 10;
+
+/// The first of these names, and whether there are more.
+pub(super) fn listed(tensors: &[String]) -> String {
+    let (named, more) = tensors.split_at(tensors.len().min(LISTED_MAX));
+    let others = if more.is_empty() { "" } else { " and others" };
+    format!("{}{others}", named.join(", "))
+}

@@ -67,8 +67,8 @@ impl Ranks for Coordinated {
         is_cancelled: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
         let id = attempt.id.to_string();
-        let Report { shard, own_store, published_crc32c, replicated_crc32c } = report;
-        let shard = shard_of(shard)?;
+        let Report { shard, own_store, published_crc32c, replicated_crc32c, annotations } = report;
+        let shard = v1::Shard { annotations: annotations.to_vec(), ..shard_of(shard)? };
         let report = ShardReport { shard, own_store, published_crc32c, replicated_crc32c };
         let pending = self.worker.report_shard(attempt.step, &id, report);
         let outcome = loop {
@@ -80,8 +80,13 @@ impl Ranks for Coordinated {
             }
         };
         match outcome.map_err(error_of)? {
-            ShardOutcome::Publish(shards) => {
-                Ok(Outcome::Publish(shards.into_iter().map(entry_of).collect()))
+            ShardOutcome::Publish(mut shards) => {
+                let annotations =
+                    shards.first_mut().map(|first| std::mem::take(&mut first.annotations));
+                Ok(Outcome::Publish {
+                    shards: shards.into_iter().map(entry_of).collect(),
+                    annotations: annotations.unwrap_or_default(),
+                })
             }
             ShardOutcome::Committed(_) => Ok(Outcome::Committed),
             ShardOutcome::Aborted(aborted) => Ok(Outcome::Aborted {
@@ -144,6 +149,7 @@ fn shard_of(entry: &ShardEntry) -> Result<v1::Shard> {
         raw_bytes: entry.raw_bytes,
         footer_crc32c,
         replicated: entry.replicated.clone(),
+        annotations: Vec::new(),
     })
 }
 

@@ -64,6 +64,8 @@ pub struct Report<'a> {
     /// With a store of its own: checksum of the structure of what all ranks save alike, if
     /// anything.
     pub replicated_crc32c: Option<u32>,
+    /// Of rank 0 with a store of its own: what the manifests say besides the shards; else empty.
+    pub annotations: &'a [u8],
 }
 
 /// What every rank of an attempt is told.
@@ -87,9 +89,13 @@ pub struct Attempt {
 /// What became of an attempt, for one rank.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    /// This rank publishes the manifest, with these shards, by ascending rank; in a store of its
-    /// own, as every rank does.
-    Publish(Vec<ShardEntry>),
+    /// This rank publishes the manifest; in a store of its own, as every rank does.
+    Publish {
+        /// The shards, by ascending rank.
+        shards: Vec<ShardEntry>,
+        /// What rank 0 has reported that the manifests say besides.
+        annotations: Vec<u8>,
+    },
     /// The checkpoint is committed.
     Committed,
     /// The attempt was given up.

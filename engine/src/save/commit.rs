@@ -15,7 +15,7 @@ use dtr_proto::span;
 
 use super::handle::{SaveHandle, SaveInfo};
 use super::job::{Job, Message};
-use super::together::Together;
+use super::together::{Together, annotations_of};
 use super::write::{IndexDraft, WrittenShard, write_shard};
 use crate::clock::elapsed;
 use crate::engine::Core;
@@ -40,6 +40,8 @@ pub(crate) struct CommitTask {
     /// Names of the entries that all ranks save alike.
     pub(crate) replicated: Vec<String>,
     pub(crate) replaces: Option<AttemptId>,
+    /// The earliest that the manifest may say the attempt began.
+    pub(crate) not_before_unix_ms: u64,
     pub(crate) reserve_bytes: u64,
     pub(crate) handle: SaveHandle,
     /// When the caller began to wait for this save, or to prepare it.
@@ -179,7 +181,7 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
     let write_start = core.environment.monotonic();
     let shard = ShardId { step: job.step, rank: core.config.rank, attempt: begun.attempt };
     manifest.attempt = begun.attempt.to_string();
-    manifest.created_unix_ms = begun.created_unix_ms;
+    manifest.created_unix_ms = begun.created_unix_ms.max(task.not_before_unix_ms);
     let size = ShardSize { expected_bytes: reserve_bytes, most_bytes: job.layout.raw_bytes() };
     let mut sink = core.store.create_shard(shard, size, &job.flow)?;
     let header = Header {
@@ -213,8 +215,23 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
             let attempt = Attempt { step: shard.step, id: shard.attempt };
             let (ranks, entry) = (ranks.as_ref(), entry.clone());
             let replicated_crc32c = written.replicated_crc32c;
-            let together =
-                Together { core, ranks, job: &job, attempt, entry, replicated_crc32c, replaces };
+            let annotations = match annotations_of(&core.config, &manifest) {
+                Ok(annotations) => annotations,
+                Err(error) => {
+                    sink.abandon();
+                    return Err(error);
+                }
+            };
+            let together = Together {
+                core,
+                ranks,
+                job: &job,
+                attempt,
+                entry,
+                replicated_crc32c,
+                annotations,
+                replaces,
+            };
             commit_together(&together, &manifest, sink)?;
         }
     }

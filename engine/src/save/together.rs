@@ -4,14 +4,21 @@
 //! each rank has its own; what the coordinator does not say, a store that all share does; a shard
 //! that a manifest may come to name is kept.
 
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use super::job::Job;
+use crate::config::Config;
 use crate::engine::Core;
 use crate::error::CoordinationKind;
 use crate::format::checksum::crc32c;
-use crate::format::manifest::{Manifest, ShardEntry};
+use crate::format::manifest::{Manifest, Retired, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::load::check_replicas;
 use crate::ranks::{Attempt, Outcome, Ranks, Report};
+use crate::recovery::in_order;
 use crate::store::{Publication, ShardId};
 use crate::{EngineError, Result};
 
@@ -25,6 +32,8 @@ pub(super) struct Together<'a> {
     pub(super) entry: ShardEntry,
     /// Checksum of the structure of what all ranks save alike.
     pub(super) replicated_crc32c: Option<u32>,
+    /// Of rank 0 with a store of its own: its [`Annotations`], encoded; else empty.
+    pub(super) annotations: Vec<u8>,
     pub(super) replaces: Option<AttemptId>,
 }
 
@@ -42,6 +51,61 @@ impl From<EngineError> for Failure {
     }
 }
 
+/// What manifests in stores of their own say alike, besides the shards: what rank 0's says. Metadata
+/// need not be the same on every rank, and what is best must be.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Annotations {
+    dataset_positions: BTreeMap<String, Value>,
+    metadata: BTreeMap<String, Value>,
+    retired: Vec<Retired>,
+}
+
+/// Most bytes of them: they travel in a message.
+const ANNOTATIONS_BYTES_MAX: usize = 1 << 20;
+
+/// What a rank reports of its manifest.
+pub(super) fn annotations_of(config: &Config, manifest: &Manifest) -> Result<Vec<u8>> {
+    if !config.has_own_store() || config.rank != 0 {
+        return Ok(Vec::new());
+    }
+    let what = format!("saving step {} with all ranks", manifest.step);
+    let Manifest { dataset_positions, metadata, retired, .. } = manifest.clone();
+    let annotations = Annotations { dataset_positions, metadata, retired };
+    let bytes = serde_json::to_vec(&annotations)
+        .map_err(|error| EngineError::internal(what.clone(), error.to_string()))?;
+    if bytes.len() <= ANNOTATIONS_BYTES_MAX {
+        return Ok(bytes);
+    }
+    Err(EngineError::invalid(
+        what,
+        format!(
+            "its metadata, dataset positions and retired steps take {} bytes, and ranks with \
+             stores of their own hand round {ANNOTATIONS_BYTES_MAX}",
+            bytes.len()
+        ),
+        "attach less as `metadata`: what is large belongs into the state",
+    ))
+}
+
+/// The manifest that this rank publishes.
+fn completed(manifest: &Manifest, shards: Vec<ShardEntry>, annotations: &[u8]) -> Result<Manifest> {
+    let mut complete = Manifest { shards, ..manifest.clone() };
+    if annotations.is_empty() {
+        return Ok(complete);
+    }
+    let of_rank_0: Annotations = serde_json::from_slice(annotations).map_err(|error| {
+        let what = format!("publishing step {}", manifest.step);
+        EngineError::internal(what, format!("what rank 0 says is not understood: {error}"))
+    })?;
+    complete.dataset_positions = of_rank_0.dataset_positions;
+    complete.metadata = of_rank_0.metadata;
+    // What this rank alone has and goes back over ceases to exist, too.
+    complete.retired.extend(of_rank_0.retired);
+    complete.retired = in_order(complete.retired.iter());
+    Ok(complete)
+}
+
 impl Together<'_> {
     /// Sees the attempt to its end. `manifest` is complete but for the shards.
     pub(super) fn commit(&self, manifest: &Manifest) -> std::result::Result<(), Failure> {
@@ -52,7 +116,7 @@ impl Together<'_> {
         loop {
             match self.report(None, &|| self.job.has_failed()) {
                 Ok(Outcome::Committed) => return Ok(()),
-                Ok(Outcome::Publish(shards)) => {
+                Ok(Outcome::Publish { shards, .. }) => {
                     let complete = Manifest { shards, ..manifest.clone() };
                     if let Err(error) = self.check_replicas(&complete) {
                         return self.refuse(error, has_published);
@@ -84,10 +148,11 @@ impl Together<'_> {
             let is_cancelled = || published_crc32c.is_none() && self.job.has_failed();
             match self.report(published_crc32c, &is_cancelled)? {
                 Outcome::Committed => return Ok(()),
-                Outcome::Publish(shards) => {
-                    let complete = Manifest { shards, ..manifest.clone() };
+                Outcome::Publish { shards, annotations } => {
+                    let complete = completed(manifest, shards, &annotations);
                     // What all save alike was compared by its checksums: the shards are elsewhere.
-                    match self.publish(&complete).and_then(|()| self.standing_crc32c()) {
+                    let published = complete.and_then(|complete| self.publish(&complete));
+                    match published.and_then(|()| self.standing_crc32c()) {
                         Ok(crc32c) => published_crc32c = Some(crc32c),
                         Err(error) => return self.refuse(error, false),
                     }
@@ -106,7 +171,13 @@ impl Together<'_> {
     ) -> Result<Outcome> {
         let own_store = self.core.config.has_own_store();
         let replicated_crc32c = self.replicated_crc32c.filter(|_| own_store);
-        let report = Report { shard: &self.entry, own_store, published_crc32c, replicated_crc32c };
+        let report = Report {
+            shard: &self.entry,
+            own_store,
+            published_crc32c,
+            replicated_crc32c,
+            annotations: &self.annotations,
+        };
         self.ranks.report(self.attempt, report, is_cancelled)
     }
 
@@ -124,7 +195,7 @@ impl Together<'_> {
         let may_be_published = match outcome {
             Ok(Outcome::Committed) => return Ok(()),
             Ok(Outcome::Aborted { may_be_published, .. }) => may_be_published,
-            Ok(Outcome::Publish(_)) | Err(_) => true,
+            Ok(Outcome::Publish { .. }) | Err(_) => true,
         };
         let is_shared = !self.core.config.has_own_store();
         if is_shared && may_be_published && self.stands() {

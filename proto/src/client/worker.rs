@@ -669,9 +669,10 @@ fn timed_out(what: &str, timeout: Duration, late: &v1::BarrierTimedOut) -> Clien
         ErrorKind::TimedOut,
         what,
         format!(
-            "{} ranks did not come within {} s: {}{more}",
+            "{} {} did not come within {} s: {}{more}",
             late.missing_count,
-            timeout.as_secs_f64(),
+            if late.missing_count == 1 { "rank" } else { "ranks" },
+            (timeout.as_secs_f64() * 10.0).round() / 10.0,
             named.join(", ")
         ),
         "look at the logs of those workers; a longer wait is `timeout=` in seconds",

@@ -327,6 +327,10 @@ pub struct Shard {
     /// Display paths of the entries that all ranks saved alike, for the manifest.
     #[prost(string, repeated, tag = "6")]
     pub replicated: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of rank 0 where each rank has a store of its own: what its manifest says besides the shards, as
+    /// the engine writes it, for all of them to say the same. Empty otherwise.
+    #[prost(bytes = "vec", tag = "7")]
+    pub annotations: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportShardRequest {

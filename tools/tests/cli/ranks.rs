@@ -39,7 +39,7 @@ impl Ranks for Together {
         shards.push(report.shard.clone());
         if shards.len() == RANKS as usize {
             shards.sort_by_key(|shard| shard.rank);
-            return Ok(Outcome::Publish(shards.clone()));
+            return Ok(Outcome::Publish { shards: shards.clone(), annotations: Vec::new() });
         }
         let _shards = self.published.wait_while(shards, |shards| !shards.is_empty()).unwrap();
         Ok(Outcome::Committed)

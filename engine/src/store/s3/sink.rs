@@ -205,6 +205,11 @@ impl S3ShardSink {
             Some(upload) if !was_finished => {
                 shared.client.block_on(shared.abort(&self.key, &upload.id))
             }
+            // Whoever brings the same attempt, too, may have published it.
+            _ if self.resumes => {
+                tracing::info!(key = self.key, "an object is kept, for whoever brings it, too");
+                Ok(())
+            }
             _ if was_finished || self.flight.has_begun() => {
                 shared.client.block_on(shared.delete(&self.key))
             }

@@ -16,7 +16,8 @@
 //!   once all near stores have its manifest, and in the far one once all have brought their shards.
 //! - A checkpoint that waits for its upload is told to retention, which leaves it alone; so is one
 //!   whose upload failed for good, or of which it cannot be told whether the far store has it.
-//! - A manifest that cannot be read hides no other checkpoint.
+//! - A manifest that cannot be read hides no other checkpoint. Of one that is damaged near, the far
+//!   copy counts, as of a shard: else it would come to be the newest there, once it was passed.
 //! - What was not uploaded when the process ended is uploaded by the next writer; parts that
 //!   arrived are not sent again.
 //! - A far store that cannot be reached holds up nothing but uploads and what reads from it: the
@@ -33,8 +34,9 @@ use super::{
     UnfinishedUpload,
 };
 use crate::clock::Environment;
+use crate::format::FormatError;
 use crate::format::manifest::Manifest;
-use crate::format::names::{AttemptId, MANIFEST_FILE};
+use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
 use crate::recovery::{OwnShare, retirements};
 use crate::transfer::{Transferred, standing};
 use crate::{EngineError, Result};
@@ -107,6 +109,29 @@ impl TieredStore {
         self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the far store has of a manifest that is damaged near, if it is certain that it is the
+    /// same: the shards that lie near tell of which attempt it was.
+    fn mended(&self, step: u64, near: &[u8]) -> Option<Vec<u8>> {
+        if !is_damaged(near) {
+            return None;
+        }
+        let far = self.far.read_manifest(step).ok().flatten()?;
+        let attempt = Manifest::decode(&far).ok()?.attempt_id().ok()?;
+        let files = self.near.list_step(step).ok().flatten()?.files;
+        let mut shards = files.iter().filter_map(|file| parse_shard_file(&file.name)).peekable();
+        shards.peek()?;
+        if !shards.all(|(_, other)| other == attempt) {
+            return None;
+        }
+        tracing::warn!(
+            near = self.near.location(),
+            far = self.far.location(),
+            step,
+            "a manifest is damaged, and taken from the far store"
+        );
+        Some(far)
+    }
+
     fn uploads(&self) -> Option<&Work> {
         self.uploader.as_ref().map(|uploader| uploader.work.as_ref())
     }
@@ -157,6 +182,11 @@ impl Contents {
         }
         Ok(contents)
     }
+}
+
+/// Whether a manifest's bytes are not what was written. What a newer version wrote is sound.
+fn is_damaged(manifest: &[u8]) -> bool {
+    matches!(Manifest::decode(manifest), Err(FormatError::Damaged(_)))
 }
 
 /// How the two stores differ when they are opened.
@@ -222,7 +252,9 @@ impl Store for TieredStore {
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
         match self.near.read_manifest(step)? {
-            Some(manifest) if !self.is_outdated(step) => Ok(Some(manifest)),
+            Some(near) if !self.is_outdated(step) => {
+                Ok(Some(self.mended(step, &near).unwrap_or(near)))
+            }
             _ => self.far.read_manifest(step),
         }
     }
@@ -234,8 +266,14 @@ impl Store for TieredStore {
         };
         let missing: Vec<usize> = (0..steps.len()).filter(is_missing).collect();
         let asked: Vec<u64> = missing.iter().map(|place| steps[*place]).collect();
-        for (place, manifest) in missing.into_iter().zip(self.far.read_manifests(&asked)) {
-            read[place] = manifest;
+        for (place, manifest) in missing.iter().zip(self.far.read_manifests(&asked)) {
+            read[*place] = manifest;
+        }
+        for place in (0..steps.len()).filter(|place| !missing.contains(place)) {
+            let near = read[place].as_ref().ok().and_then(Option::as_deref);
+            if let Some(far) = near.and_then(|near| self.mended(steps[place], near)) {
+                read[place] = Ok(Some(far));
+            }
         }
         read
     }

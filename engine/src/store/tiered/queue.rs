@@ -156,10 +156,14 @@ impl Queue {
         !self.is_waiting(step) && !self.unsure.contains(&step)
     }
 
+    /// Whether what this process committed last retires a step, whatever is there of it.
+    pub(super) fn is_retired(&self, step: u64) -> bool {
+        self.latest.is_some_and(|latest| step > latest)
+    }
+
     /// Whether a step that a rewind retired may stand in the far store because of this process.
     pub(super) fn may_have_published_retired(&self, step: u64) -> bool {
-        self.latest.is_some_and(|latest| step > latest)
-            && (self.published.contains(&step) || self.is_at(step))
+        self.is_retired(step) && (self.published.contains(&step) || self.is_at(step))
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -411,6 +415,14 @@ mod tests {
         let (step, _) = queue.take(now)?;
         queue.book(failure.map_or_else(|| Ok(Transferred::default()), Err), false, now);
         Some(step)
+    }
+
+    #[test]
+    fn what_is_later_than_the_last_commit_is_retired() {
+        let mut queue = Queue::new(BTreeSet::new(), BTreeSet::new());
+        assert!(!queue.is_retired(39), "nothing was committed yet");
+        queue.add(5);
+        assert!(queue.is_retired(39) && !queue.is_retired(5) && !queue.is_retired(4));
     }
 
     #[test]

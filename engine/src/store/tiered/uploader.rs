@@ -374,8 +374,12 @@ impl Work {
     /// Whether the other ranks' shards are waited for no more. What is older than one that is whole
     /// is not: a rank was lost with it, or it has been there, and retention took it.
     fn is_past(&self, step: u64) -> bool {
-        let newest = self.arrived().last().copied();
-        let draining = self.lock().draining();
+        let arrived = self.arrived();
+        let queue = self.lock();
+        // Later ones that are listed still are retired by what this process committed last.
+        let newest = arrived.into_iter().rfind(|arrived| !queue.is_retired(*arrived));
+        let draining = queue.draining();
+        drop(queue);
         let is_late = draining.is_some_and(|since| elapsed(&*self.environment, since) >= FAREWELL);
         newest.is_some_and(|newest| step < newest) || is_late
     }
