@@ -281,8 +281,9 @@ class CheckpointManager:
             step: The training step: later than every committed one, or see ``rewind``.
             rewind: The training went back to before ``step``: checkpoints of later steps cease to
                 exist when this one is committed, and one of the same step is replaced.
-            metadata: Attached to the checkpoint, as JSON. Where several ranks save, pass the same
-                on all of them: one rank's is kept, with a ``path`` on each machine rank 0's.
+            metadata: Attached to the checkpoint, as JSON; ``nan`` and ``inf`` as text. Where
+                several ranks save, pass the same on all of them: one rank's is kept, with a
+                ``path`` on each machine rank 0's.
             dataset_positions: The same.
             consistency: What keeps tensors on GPUs from changing before they were copied:
                 ``strict``, ``overlap`` or ``device-snapshot``. Default: the manager's. Tensors in
@@ -708,7 +709,7 @@ class CheckpointManager:
         text = settings.json_object("metadata", metadata)
         name = self._best[0]
         value = None if name is None else (metadata or {}).get(name)
-        if name is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if name is not None and not settings.is_comparable(value):
             if not self._told_of_metric:
                 _logger.warning(
                     "step %d is not compared with others: its `metadata` has no number `%s`, which "

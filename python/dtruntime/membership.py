@@ -20,7 +20,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dtruntime import connecting, embedded
+from dtruntime import _native, connecting, embedded
 from dtruntime.connecting import Security
 from dtruntime.errors import (
     BarrierTimeout,
@@ -32,8 +32,6 @@ from dtruntime.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from dtruntime import _native
 
 _logger = logging.getLogger("dtruntime")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import operator
 import os
 import re
@@ -307,14 +308,33 @@ def _ordinal(name: str, value: int | str) -> int:
     return int(match[1])
 
 
+def is_comparable(value: Any) -> bool:
+    """Tell whether a metric is a number that others can be larger than."""
+    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+
+
+def _with_finite_numbers(value: Any) -> Any:
+    """Give a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(float(value))
+    if isinstance(value, dict):
+        return {key: _with_finite_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_finite_numbers(item) for item in value]
+    return value
+
+
 def json_object(name: str, value: Mapping[str, Any] | None) -> str:
-    """Give what the user attaches to a checkpoint as JSON."""
+    """Give what the user attaches to a checkpoint as JSON.
+
+    A loss that is not a number must not end the training that is to be saved: it becomes text.
+    """
     if value is None:
         return "{}"
     try:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(_with_finite_numbers(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"`{name}`",

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("dtruntime")
 _LISTED_MAX = 10
 """Entries that a warning names."""
-_WRAPPERS = {"_orig_mod": "`torch.compile`", "module": "`DistributedDataParallel`"}
+_WRAPPERS = {
+    "_orig_mod": "`torch.compile`",
+    "module": "`DistributedDataParallel` or `AveragedModel`",
+}
+_OWN = ("n_averaged",)
+"""What wrappers have of their own, beside what they wrap."""
 
 
 def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
@@ -27,13 +32,17 @@ def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
         unexpected: Paths of the checkpoint that the live state does not have.
 
     >>> hint_of(["model.bias"], ["model._orig_mod.bias"])
-    'what was saved was wrapped by `torch.compile`: restore into the wrapped `model`'
+    'what was saved was wrapped by `torch.compile`: restore into the wrapped `model`, or, ...'
 
     """
     for attribute, wrapper in _WRAPPERS.items():
         owner = _owner_without(attribute, unexpected, missing)
         if owner is not None:
-            return f"what was saved was wrapped by {wrapper}: restore into the wrapped `{owner}`"
+            return (
+                f"what was saved was wrapped by {wrapper}: restore into the wrapped `{owner}`, or, "
+                f'without wrapping it, into `torch.nn.ModuleDict({{"{attribute}": ...}})` in its '
+                "place"
+            )
         owner = _owner_without(attribute, missing, unexpected)
         if owner is not None:
             return f"what is live is wrapped by {wrapper}: restore into `{owner}.{attribute}`"
@@ -58,6 +67,7 @@ def warn_of_untouched(plan: RestorePlan) -> None:
 
 def _owner_without(attribute: str, wrapped: Sequence[str], plain: Sequence[str]) -> str | None:
     """Give whose paths are ``plain`` if each of ``wrapped`` lacks this part of it."""
+    wrapped = [path for path in wrapped if path.rpartition(".")[2] not in _OWN]
     owners = {path.split(f".{attribute}.", 1)[0] for path in wrapped if f".{attribute}." in path}
     bare = [path.replace(f".{attribute}.", ".", 1) for path in wrapped]
     is_other = bool(wrapped) and len(owners) == 1 and sorted(bare) == sorted(plain)

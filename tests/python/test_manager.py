@@ -142,6 +142,18 @@ def test_retention_keeps_the_best(open_manager, caplog):
         reader.best_step()
 
 
+def test_a_metric_that_is_no_number_ends_no_training(open_manager, caplog):
+    manager = open_manager(keep_last_n=9, keep_best_n=1, best_metric="loss")
+    for step, loss in enumerate([2.0, float("nan"), float("-inf"), 1.0]):
+        manager.save(state_of(step), step=step, metadata={"loss": loss, "all": [[loss], {"x": 1}]})
+    assert manager.best_step() == 3
+    assert manager.metadata(1) == {"loss": "nan", "all": [["nan"], {"x": 1}]}
+    assert manager.metadata(2)["loss"] == "-inf"
+    assert "step 1 is not compared" in caplog.text
+    with pytest.raises(InvalidArgument, match="it is stored as JSON"):
+        manager.save(state_of(9), step=9, metadata={"loss": float("nan"), "set": {1}})
+
+
 def test_nothing_is_best_in_an_empty_store(manager):
     with pytest.raises(CheckpointNotFound, match="there is none"):
         manager.best_step("loss")

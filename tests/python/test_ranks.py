@@ -101,6 +101,47 @@ def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
     assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
 
 
+def test_a_rank_that_is_started_anew_alone_ends_the_saves_of_the_others(coordinator, tmp_path):
+    store = tmp_path / "store"
+    goes_on = start(
+        """
+        import itertools
+        with CheckpointManager(store) as manager:
+            manager.save(state_of(1), step=1)
+            for step in itertools.count(2):
+                try:
+                    manager.save(state_of(step), step=step)
+                except SaveAborted as error:
+                    if "start all ranks again" in str(error):
+                        print(error)
+                        break
+        """,
+        store,
+        0,
+        2,
+        coordinator.url,
+    )
+    is_killed = start(
+        """
+        with CheckpointManager(store) as manager:
+            manager.save(state_of(1), step=1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        store,
+        1,
+        2,
+        coordinator.url,
+    )
+    assert is_killed.wait(60) == -signal.SIGKILL
+    anew = start("CheckpointManager(store)", store, 1, 2, coordinator.url)
+    out, error = goes_on.communicate(timeout=60)
+    assert goes_on.returncode == 0, error
+    assert "rank 1 (`worker-1`) has no checkpoint manager open" in out
+    anew.kill()
+    anew.communicate()
+    is_killed.communicate()
+
+
 def test_a_rank_that_restored_what_others_could_not_has_a_mixture(coordinator, tmp_path):
     store = tmp_path / "store"
     run(

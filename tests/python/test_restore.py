@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import assert_same, flip_byte, shard_of
+from torch.optim.swa_utils import AveragedModel
 
 from dtruntime import (
     CheckpointManager,
@@ -382,6 +383,24 @@ def test_what_does_not_fit_is_found_before_anything_is_changed(store, name):
             manager.restore({"first": before, "x": live})
         assert torch.equal(before, torch.zeros(2))
         manager.save({"still": "possible"}, step=2)
+
+
+def test_what_was_wrapped_is_restored_without_the_wrapper(manager):
+    model = torch.nn.Linear(3, 2)
+    wrapped = {"m": torch.nn.DataParallel(model), "ema": AveragedModel(model)}
+    manager.save(wrapped, step=1)
+    live = {key: torch.nn.Linear(3, 2) for key in wrapped}
+    for key, plain in live.items():
+        with pytest.raises(
+            InvalidArgument, match=r"ModuleDict\(\{\"module\": \.\.\.\}\)"
+        ) as caught:
+            manager.restore({key: plain})
+        assert f"restore into the wrapped `{key}`" in caught.value.hint
+    manager.restore({"m": torch.nn.ModuleDict({"module": live["m"]})})
+    report = manager.restore({"ema": torch.nn.ModuleDict({"module": live["ema"]})}, strict=False)
+    assert report.unexpected == ("ema.n_averaged",)
+    for plain in live.values():
+        assert torch.equal(plain.weight, model.weight)
 
 
 @pytest.mark.parametrize(

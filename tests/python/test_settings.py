@@ -97,7 +97,7 @@ def test_wrong_steps_are_refused(manager, step):
         manager.save_async(1000, {"model": 1})
 
 
-@pytest.mark.parametrize("value", [{1: 2}, {"a": float("nan")}, {"a": {1, 2}}, [1], "text"])
+@pytest.mark.parametrize("value", [{1: 2}, {"a": {1, 2}}, [1], "text"])
 def test_annotations_are_json(manager, value):
     with pytest.raises(InvalidArgument, match="it is stored as JSON"):
         manager.save_async({}, step=1, metadata=value)

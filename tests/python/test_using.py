@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def run(document: str, names: dict[str, object]) -> dict[str, object]:
     return names
 
 
+@pytest.fixture
+def own_handlers():
+    """Undo what a script does to signals."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("own_handlers")
 def test_what_is_shown_of_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("python/docs/using.md", {})
