@@ -24,8 +24,8 @@ pub mod span;
 #[rustfmt::skip]
 pub mod v1;
 
-/// The barrier at which all ranks of a job open a store together. Who waits at it has none open, and
-/// reports no shard of a save that others have begun.
+/// The barrier at which all ranks of a job open a store together. Who waits at it has none open,
+/// and reports no shard of a save that others have begun.
 pub const OPENING_BARRIER: &str = "open a checkpoint manager";
 
 /// Every message and service, described for gRPC reflection.

@@ -35,8 +35,8 @@ use super::{
 };
 
 /// What to do where one rank opens a store, and others have it open.
-const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: they go on from the \
-     newest checkpoint";
+const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: \
+                        they go on from the newest checkpoint";
 /// Attempts that a job may have in flight.
 const ATTEMPTS_MAX: usize = 64;
 /// It is said who has not begun a checkpoint, after it has been waited for this long.

@@ -51,8 +51,8 @@ impl From<EngineError> for Failure {
     }
 }
 
-/// What manifests in stores of their own say alike, besides the shards: what rank 0's says. Metadata
-/// need not be the same on every rank, and what is best must be.
+/// What manifests in stores of their own say alike, besides the shards: what rank 0's says.
+/// Metadata need not be the same on every rank, and what is best must be.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Annotations {
