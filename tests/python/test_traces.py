@@ -187,7 +187,8 @@ def test_a_collector_that_is_away_costs_nothing_but_spans(tmp_path, monkeypatch)
 def test_the_variables_of_an_agent_are_taken_and_their_port_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("JAEGER_AGENT_HOST", "127.0.0.1")
     monkeypatch.setenv("JAEGER_AGENT_PORT", "6831")
-    ended = run_script("import dtruntime._native", tmp_path)
+    script = "import sys; from dtruntime import CheckpointManager; CheckpointManager(sys.argv[1])"
+    ended = run_script(script, tmp_path / "store")
     assert ended.returncode == 0
     assert "by OTLP to port 4318 of that host" in ended.stderr
     assert "publish port 4318" in ended.stderr

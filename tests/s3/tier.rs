@@ -356,6 +356,26 @@ fn a_manifest_that_is_damaged_near_is_taken_from_far_if_it_is_the_same() {
     assert!(matches!(engine.checkpoint(2).unwrap_err(), EngineError::Corrupt { .. }));
 }
 
+#[test]
+fn a_shard_that_is_gone_far_is_brought_again() {
+    let Some(place) = Place::own("it looks at the objects") else { return };
+    let (_directory, near, far) = tier(&place);
+    let engine = open(near.clone());
+    for step in 1..=2 {
+        State::training(step, 0).save(&engine, step).unwrap();
+    }
+    engine.close().unwrap();
+    let step = place.objects(&far).join("step-000000000001");
+    let shard = std::fs::read_dir(step).unwrap().map(|entry| entry.unwrap().path());
+    let shard = shard.filter(|path| path.extension().is_some_and(|end| end == "shard"));
+    std::fs::remove_file(shard.last().unwrap()).unwrap();
+    let engine = open(near);
+    let brought = engine.uploaded(1, None).unwrap().unwrap().unwrap();
+    assert!(!brought.was_there);
+    engine.close().unwrap();
+    State::training(1, 0).assert_equals(&open(far).checkpoint(1).unwrap());
+}
+
 /// What said that it was retired is gone from the directory by then.
 #[test]
 fn what_was_retired_while_the_far_store_was_not_named_does_not_stand_again() {

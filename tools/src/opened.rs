@@ -177,8 +177,13 @@ pub(crate) fn checkpoint(
     if ranks != 1 && rank.is_none() {
         return Err(EngineError::invalid(
             format!("{doing} `{}`, step {step}", store.display()),
-            format!("{ranks} ranks saved it, each its own state"),
-            format!("say which is meant: `--rank R`, from 0 to {}", ranks - 1),
+            format!("{ranks} ranks saved it"),
+            format!(
+                "say whose part is meant: `--rank R`, from 0 to {}; what all saved alike is in \
+                 each. What they hold in slices is put together in Python: \
+                 `CheckpointManager(store, read_only=True).load()`",
+                ranks - 1
+            ),
         ));
     }
     Ok(checkpoint)

@@ -35,7 +35,7 @@ use super::{
 };
 use crate::clock::Environment;
 use crate::format::FormatError;
-use crate::format::manifest::Manifest;
+use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
 use crate::recovery::{OwnShare, retirements};
 use crate::transfer::{Transferred, standing};
@@ -65,8 +65,8 @@ pub struct TieredStore {
 impl TieredStore {
     /// For reading both.
     pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Result<Self> {
-        let here = Contents::read(near.as_ref(), &near.list()?)?;
-        let there = Contents::read(far.as_ref(), &far.list()?)?;
+        let here = Contents::read(near.as_ref(), &near.list()?, None)?;
+        let there = Contents::read(far.as_ref(), &far.list()?, None)?;
         let outdated = Mutex::new(differences(&here, &there).outdated);
         Ok(Self { near, far, uploader: None, outdated })
     }
@@ -81,8 +81,8 @@ impl TieredStore {
         share: Option<OwnShare>,
     ) -> Result<Self> {
         let view = FarView::open(far.as_ref())?;
-        let here = Contents::read(near.as_ref(), &near.list()?)?;
-        let there = Contents::read(far.as_ref(), &view.list())?;
+        let here = Contents::read(near.as_ref(), &near.list()?, share)?;
+        let there = Contents::read(far.as_ref(), &view.list(), share)?;
         let Differences { waiting, outdated, unsure } = differences(&here, &there);
         if !outdated.is_empty() {
             tracing::warn!(
@@ -154,10 +154,12 @@ struct Contents {
     manifests: BTreeMap<u64, Manifest>,
     /// Steps whose manifest cannot be read now: whatever they are, they hide no other.
     unread: BTreeSet<u64>,
+    /// Steps of which a shard is not listed that this rank can bring.
+    lacking: BTreeSet<u64>,
 }
 
 impl Contents {
-    fn read(store: &dyn Store, listing: &[StepListing]) -> Result<Self> {
+    fn read(store: &dyn Store, listing: &[StepListing], share: Option<OwnShare>) -> Result<Self> {
         let has_manifest =
             |step: &StepListing| step.files.iter().any(|file| file.name == MANIFEST_FILE);
         let steps: Vec<u64> =
@@ -180,6 +182,18 @@ impl Contents {
                 Err(error) => return Err(error),
             }
         }
+        for directory in listing {
+            let Some(manifest) = contents.manifests.get(&directory.step) else { continue };
+            let is_listed = |shard: &ShardEntry| {
+                directory.files.iter().any(|f| f.name == shard.file && f.bytes == shard.bytes)
+            };
+            let is_ours = |shard: &&ShardEntry| {
+                share.is_none_or(|share| !share.may_miss(manifest, shard.rank))
+            };
+            if !manifest.shards.iter().filter(is_ours).all(is_listed) {
+                contents.lacking.insert(directory.step);
+            }
+        }
         Ok(contents)
     }
 }
@@ -192,7 +206,7 @@ fn is_damaged(manifest: &[u8]) -> bool {
 /// How the two stores differ when they are opened.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Differences {
-    /// Steps that the near store committed and the far one does not have as they are.
+    /// Steps that the near store committed and the far one does not have, or not whole.
     waiting: BTreeSet<u64>,
     /// Steps of which the far store has an attempt that began later.
     outdated: BTreeSet<u64>,
@@ -206,7 +220,11 @@ fn differences(here: &Contents, there: &Contents) -> Differences {
     for (step, near) in &here.manifests {
         match there.manifests.get(step) {
             _ if differences.unsure.contains(step) => {}
-            Some(far) if far.attempt == near.attempt => {}
+            Some(far) if far.attempt == near.attempt => {
+                if there.lacking.contains(step) {
+                    differences.waiting.insert(*step);
+                }
+            }
             Some(far) if far.created_unix_ms > near.created_unix_ms => {
                 differences.outdated.insert(*step);
             }

@@ -190,7 +190,7 @@ fn manifest(step: u64, begun: u64, attempt: u8, retired: &[(u64, u8)]) -> Manife
 fn contents(attempts: &[(u64, u64, u8)]) -> Contents {
     let manifest =
         |(step, begun, attempt): &(u64, u64, u8)| (*step, manifest(*step, *begun, *attempt, &[]));
-    Contents { manifests: attempts.iter().map(manifest).collect(), unread: BTreeSet::new() }
+    Contents { manifests: attempts.iter().map(manifest).collect(), ..Contents::default() }
 }
 
 #[test]
