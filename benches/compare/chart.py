@@ -68,6 +68,28 @@ PANELS = (
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """Whose figures stand side by side."""
+
+    key: str
+    title: str
+    is_ours: bool
+
+
+DIRECT = Row("direct", "dtruntime, direct=True", is_ours=True)
+"""What one way to restore takes; all else is as in the rows before."""
+
+
+def rows_of(results: Results) -> list[Row]:
+    """Give the engines that were measured, ours first."""
+    entrants = [e for e in engines.ENTRANTS if e.key in results.values]
+    rows = [Row(e.key, e.title.replace("`", ""), e.is_ours) for e in entrants]
+    ours = [row for row in rows if row.is_ours]
+    direct = [DIRECT] if results.has("direct", "restore_seconds") else []
+    return [*ours, *direct, *(row for row in rows if not row.is_ours)]
+
+
 def write(path: Path, record: dict[str, Any]) -> None:
     """Draw a run into a file."""
     path.write_text(draw(results_of(record), record["machine_text"]))
@@ -75,8 +97,8 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def draw(results: Results, machine: str) -> str:
     """Give the whole picture."""
-    entrants = [e for e in engines.ENTRANTS if e.key in results.values]
-    height = HEAD_HEIGHT + ROW_HEIGHT * len(entrants) + FOOT_HEIGHT
+    rows = rows_of(results)
+    height = HEAD_HEIGHT + ROW_HEIGHT * len(rows) + FOOT_HEIGHT
     raw = f"{results.raw_bytes / 1e9:.2f} GB"
     parts = [
         (
@@ -88,32 +110,32 @@ def draw(results: Results, machine: str) -> str:
         words(0, 20, f"Saving and loading a training state of {raw}", "head"),
         words(WIDTH, 20, "seconds, shorter is better", "small", "end"),
     ]
-    for number, entrant in enumerate(entrants):
-        kind = "ours" if entrant.is_ours else ""
-        parts.append(words(0, middle_of(number), entrant.title.replace("`", ""), kind))
+    for number, row in enumerate(rows):
+        parts.append(words(0, middle_of(number), row.title, "ours" if row.is_ours else ""))
     for number, panel in enumerate(PANELS):
         left = LABELS_WIDTH + number * (PANEL_WIDTH + PANEL_GAP)
-        parts += draw_panel(panel, results, entrants, left)
+        parts += draw_panel(panel, results, rows, left)
     foot = height - 8
     parts.append(words(0, foot, f"Medians of interleaved rounds. {machine}", "small"))
     parts.append("</svg>\n")
     return "\n".join(parts)
 
 
-def draw_panel(
-    panel: Panel, results: Results, entrants: list[engines.Entrant], left: float
-) -> list[str]:
+def draw_panel(panel: Panel, results: Results, rows: list[Row], left: float) -> list[str]:
     """Draw the bars of one figure, and the line of what the machine can do."""
-    values = [results.median(e.key, panel.figure) for e in entrants]
+    figure = panel.figure
+    values = [results.median(r.key, figure) if results.has(r.key, figure) else None for r in rows]
     limit = results.median(*panel.limit)
-    scale = (PANEL_WIDTH - VALUE_WIDTH) / max(*values, limit)
-    bottom = HEAD_HEIGHT + ROW_HEIGHT * len(entrants)
+    scale = (PANEL_WIDTH - VALUE_WIDTH) / max(limit, *(v for v in values if v is not None))
+    bottom = HEAD_HEIGHT + ROW_HEIGHT * len(rows)
     parts = [
         words(left, HEAD_HEIGHT - 14, panel.title, "head"),
         line(left, HEAD_HEIGHT - 4, bottom, "axis"),
     ]
-    for number, (entrant, value) in enumerate(zip(entrants, values, strict=True)):
-        kind = " ours" if entrant.is_ours else ""
+    for number, (row, value) in enumerate(zip(rows, values, strict=True)):
+        if value is None:
+            continue
+        kind = " ours" if row.is_ours else ""
         width = max(value * scale, 1)
         top = HEAD_HEIGHT + number * ROW_HEIGHT + (ROW_HEIGHT - BAR_HEIGHT) / 2 - 2
         parts.append(
