@@ -8,10 +8,15 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections import Counter, OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support import assert_same
+
+from dtruntime import UnsupportedValue
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -54,6 +59,24 @@ def test_what_is_shown_of_the_package(tmp_path, monkeypatch):
     written = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
     assert header.keys() - {"__metadata__"} == names["model"].state_dict().keys()
+
+
+def test_what_can_be_saved_is_what_is_listed(manager):
+    text = (ROOT / "python/docs/using.md").read_text()
+    assert "| keys | `str`, `int`, `bool`, `float`, `bytes`, `None` |" in text
+    keys = ["a", 1, True, 2.5, b"k", None]
+    values = [None, True, 2**200, 0.5, 2j, "s", b"b", torch.float32, torch.Size([1])]
+    values += [torch.device("cpu"), np.float32(1), np.array(["a"]), np.array([True])]
+    values += [OrderedDict(a=1), Counter("aab"), [1, (2,)], {"b": {}}]
+    for step, state in enumerate([{key: 1} for key in keys] + [{"x": value} for value in values]):
+        manager.save(state, step=step)
+        assert_same(manager.load(), state)
+    for key in (2j, (1,), torch.float32):
+        with pytest.raises(UnsupportedValue, match="a key of type"):
+            manager.save({key: 1}, step=99)
+    for array in (np.array([object()]), np.zeros(2, dtype=[("a", "i4")])):
+        with pytest.raises(UnsupportedValue):
+            manager.save({"x": array}, step=99)
 
 
 class Training:
