@@ -16,9 +16,9 @@ from dtruntime import gpus
 from dtruntime.errors import CheckpointError, RestoreIncomplete
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from dtruntime.loading import Reader
+    from dtruntime.loading import Reader, Scratch
     from dtruntime.plan import Action, RestorePlan
     from dtruntime.sharded_tensors import LivePart
 
@@ -122,7 +122,7 @@ class Application:
                 read into, of which ``incomplete`` tells: another checkpoint may make up for it.
 
         """
-        groups = [self._plan.actions] if self._fits() else self._plan.items()
+        scratch, groups = self._find_memory()
         has_begun = is_reading = False
         doing = ""
         try:
@@ -135,7 +135,7 @@ class Application:
                     has_begun = True
                 self.read_into += into.values()
                 _note_changed(into.values())  # first: reading may end half-way
-                tensors = self._read(actions, into)
+                tensors = self._read(actions, into, scratch)
                 is_reading = False
                 if not has_begun:
                     before_change()
@@ -158,25 +158,40 @@ class Application:
                 raise
             raise self.incomplete from error
 
-    def _read(self, actions: Iterable[Action], into: dict[int, Any]) -> dict[int, Any]:
+    def _read(
+        self, actions: Iterable[Action], into: dict[int, Any], scratch: Scratch | None
+    ) -> dict[int, Any]:
         numbers = [number for action in actions for number in action.tensors]
         devices = {n: place for action in actions for n, place in action.devices.items()}
         parts = {n: part for action in actions for n, part in action.parts.items()}
-        return self._reader.tensors(numbers, devices, parts, into)
+        return self._reader.tensors(numbers, devices, parts, into, scratch)
 
-    def _fits(self) -> bool:
+    def _find_memory(self) -> tuple[Scratch | None, Iterable[Sequence[Action]]]:
+        """Find memory to read everything into at once; else the actions come in groups."""
+        passing = self._plan.passing()
+        scratch = self._reader.borrow(passing, may_grow=False)
+        if not self._fits(scratch):
+            return None, self._plan.items()
+        if scratch is None:
+            scratch = self._reader.borrow(passing, may_grow=True)
+        return scratch, [self._plan.actions]
+
+    def _fits(self, scratch: Scratch | None) -> bool:
         """Tell whether there is memory for everything at once, in the host and in GPUs."""
+        have_memory = self._plan.fillable.keys() if self._plan.is_direct else frozenset()
+        if scratch is not None:
+            have_memory = scratch.numbers
         by_place: dict[Any, list[int]] = {}
         parts: dict[int, LivePart] = {}
         for action in self._plan.actions:
             parts |= action.parts
-            for number in (n for n in action.tensors if n not in self._plan.direct):
+            for number in (n for n in action.tensors if n not in have_memory):
                 by_place.setdefault(action.devices.get(number), []).append(number)
         bytes_of = self._reader.bytes_of
         in_host = bytes_of(by_place.pop(None, []), parts)
         on_gpus = {place: bytes_of(numbers, parts) for place, numbers in by_place.items()}
-        has_memory = in_host <= _MEMORY_SHARE * available_memory_bytes()
-        return has_memory and gpus.have_room(on_gpus)
+        is_in_host = in_host <= _MEMORY_SHARE * available_memory_bytes()
+        return is_in_host and gpus.have_room(on_gpus)
 
 
 def _note_changed(tensors: Iterable[Any]) -> None:

@@ -463,7 +463,7 @@ class CheckpointManager:
         attempts = Attempts()
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
-            reader = self._reader(checkpoint)
+            reader = self._reader(checkpoint, lend=self._native.lend_staging)
             plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()

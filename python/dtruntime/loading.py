@@ -18,6 +18,7 @@ from dtruntime.assembling import Assembly, Parts, whole_shape
 from dtruntime.errors import InvalidArgument
 from dtruntime.globs import compiled
 from dtruntime.replication import check_loadable
+from dtruntime.scratch import Scratch, needed_bytes
 from dtruntime.sharded_tensors import Box, LivePart, contiguous_strides, whole
 from dtruntime.state_tree import TAG_DICT, Tree
 from dtruntime.tensors import (
@@ -37,7 +38,11 @@ from dtruntime.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from dtruntime import _native
+
+    Lend = Callable[[int, int | None], NDArray[np.uint8] | None]
 
 _logger = logging.getLogger("dtruntime")
 
@@ -58,6 +63,7 @@ class Reader:
         mmap: Whether storages that are stored raw are mapped instead of read.
         device: Where torch tensors go; None for the host's memory.
         open_rank: Opens what another rank saved of the checkpoint. Default: none is needed.
+        lend: Lends memory of the staging arena, as the engine does. Default: none is lent.
 
     """
 
@@ -69,6 +75,7 @@ class Reader:
         mmap: bool = False,
         device: Any = None,
         open_rank: Callable[[int], _native.Checkpoint] | None = None,
+        lend: Lend | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tree = Tree(checkpoint.nodes())
@@ -78,6 +85,7 @@ class Reader:
         self._verify = verify
         self._mmap = mmap
         self._device = device
+        self._lend = lend
 
     def load(self, keep: Sequence[bool] | None = None) -> Any:
         """Read and build the whole state, or the kept part of it."""
@@ -120,24 +128,43 @@ class Reader:
             spans_bytes(self._spans(storage, group)) for (storage, _), group in groups
         )
 
+    def borrow(self, numbers: Iterable[int], *, may_grow: bool) -> Scratch | None:
+        """Borrow memory for tensors that nobody keeps once they are copied on.
+
+        ``may_grow`` says whether the staging arena may grow for it, to what a save of all that
+        this rank saved would take. None where there is none to be had.
+        """
+        groups = self._group(numbers)
+        counts = [spans_bytes(self._spans(storage, group)) for (storage, _), group in groups.items()]
+        held_bytes = self.checkpoint.held_bytes
+        # What others saved, too, is no reason to keep more memory than saves need.
+        if self._lend is None or not 0 < sum(counts) <= held_bytes:
+            return None
+        memory = self._lend(needed_bytes(counts), held_bytes if may_grow else None)
+        if memory is None:
+            return None
+        return Scratch(memory, (number for group in groups.values() for number in group))
+
     def tensors(
         self,
         numbers: Iterable[int],
         devices: Mapping[int, Any] | None = None,
         parts: Mapping[int, LivePart] | None = None,
         into: Mapping[int, Any] | None = None,
+        scratch: Scratch | None = None,
     ) -> dict[int, Any]:
         """Read tensors, by number, into fresh memory, or into live ones.
 
         ``devices`` gives torch devices for some of them, where they are wanted elsewhere than the
         reader's. ``parts`` gives live sharded tensors that take some of them: of those this rank's
         part is read. Others of which ranks saved parts are read whole. ``into`` gives live tensors
-        that lie as the saved ones do: they are filled, and are what is given back.
+        that lie as the saved ones do: they are filled, and are what is given back. ``scratch`` is
+        memory for what it was lent for.
         """
         boxes, plain = self._split(numbers, parts or {})
         made = self._boxes(boxes, devices or {})
         made |= {n: parts[n].filled(made[n]) for n in boxes if n in parts} if parts else {}
-        return made | self._plain(plain, devices, into or {})
+        return made | self._plain(plain, devices, into or {}, scratch)
 
     def _split(
         self, numbers: Iterable[int], parts: Mapping[int, LivePart]
@@ -183,7 +210,11 @@ class Reader:
         return tensors
 
     def _plain(
-        self, numbers: list[int], devices: Mapping[int, Any] | None, into: Mapping[int, Any]
+        self,
+        numbers: list[int],
+        devices: Mapping[int, Any] | None,
+        into: Mapping[int, Any],
+        scratch: Scratch | None,
     ) -> dict[int, Any]:
         groups = self._group(number for number in numbers if number not in into)
         live = {number: into[number] for number in numbers if number in into}
@@ -200,7 +231,11 @@ class Reader:
             spans = self._spans(storage, group)
             wanted = {devices.get(number) for number in group} if devices else set()
             device = wanted.pop() if len(wanted) == 1 else None
-            holder = self._allocate(spans_bytes(spans), device, is_numpy=is_numpy)
+            holder = None
+            if scratch is not None and scratch.numbers.issuperset(group):
+                holder = scratch.take(spans_bytes(spans))
+            if holder is None:
+                holder = self._allocate(spans_bytes(spans), device, is_numpy=is_numpy)
             if not is_numpy and holder.device.type == "cuda":
                 ordinals.add(holder.device.index)
             records = self.records

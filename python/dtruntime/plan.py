@@ -61,7 +61,9 @@ class RestorePlan:
         untouched: What of the live state a restore of what fits leaves as it is: objects, and
             top-level entries.
         is_top_amiss: Whether top-level entries are not called what they were when saved.
-        direct: By number: a live tensor that is to be read into, instead of fresh memory.
+        fillable: By number: a live tensor that the saved one is copied into and nothing else, and
+            that lies as it does: it could be read into as well.
+        is_direct: Whether it is.
         written: Paths of live tensors that are written to, by their ``id``.
 
     """
@@ -76,7 +78,8 @@ class RestorePlan:
     untouched: list[str] = field(default_factory=list)
     is_top_amiss: bool = False
     not_asked_for: list[str] = field(default_factory=list)
-    direct: dict[int, Any] = field(default_factory=dict)
+    fillable: dict[int, Any] = field(default_factory=dict)
+    is_direct: bool = False
     written: dict[int, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -124,8 +127,16 @@ class RestorePlan:
 
     def read_into(self, actions: Iterable[Action]) -> dict[int, Any]:
         """Give the live tensors that are read into for these actions, by number."""
+        if not self.is_direct:
+            return {}
         numbers = (number for action in actions for number in action.tensors)
-        return {number: self.direct[number] for number in numbers if number in self.direct}
+        return {number: self.fillable[number] for number in numbers if number in self.fillable}
+
+    def passing(self) -> set[int]:
+        """Give numbers of tensors that nobody keeps once they are copied on, within the host."""
+        if self.is_direct:
+            return set()
+        return {number for number, live in self.fillable.items() if live.is_cpu}
 
     def items(self) -> Iterable[list[Action]]:
         """Give the actions, one list per top-level item."""

@@ -108,8 +108,8 @@ def plan_restore(
     actions = planner.plan.actions
     reader.check_loadable(node for a in actions for node in range(a.node, ends[a.node]))
     planner.settle(live)
-    if direct:
-        planner.find_direct()
+    planner.find_fillable()
+    planner.plan.is_direct = direct
     return planner.plan
 
 
@@ -163,8 +163,8 @@ class _Planner:
                 if key not in changed and not any(_is_at_or_below(path, key) for path in told):
                     told.append(str(key))
 
-    def find_direct(self) -> None:
-        """Find live tensors that can be read into: whoever takes the saved one copies from them.
+    def find_fillable(self) -> None:
+        """Find live tensors that can be read into: whoever takes the saved one copies from it.
 
         All are read before the first action. So none is taken from where code of the user's runs
         on: that may change what is saved, or write to live tensors that are copied to after it.
@@ -180,7 +180,7 @@ class _Planner:
         memories: dict[Any, tuple[int, int]] = {}
         for number, live in ((claim.number, claim.live) for claim in self._claims):
             # What keeps a tensor that it is given would share its memory with the live one.
-            if taken[number] != claimed[number] or number in self.plan.direct:
+            if taken[number] != claimed[number] or number in self.plan.fillable:
                 continue
             if number in out_of_order:
                 continue
@@ -189,7 +189,7 @@ class _Planner:
                 place = (record.storage, record.offset)
                 memory = (live.device, live.data_ptr(), live.nbytes)
                 if memories.setdefault(memory, place) == place:
-                    self.plan.direct[number] = live
+                    self.plan.fillable[number] = live
 
     def _misfit(self, index: int, why: str | Misfit, hint: str | None = None) -> None:
         if isinstance(why, Misfit):

@@ -109,6 +109,12 @@ impl Checkpoint {
         self.inner.index().storages.iter().map(|storage| storage.bytes).collect()
     }
 
+    /// Raw bytes that the rank's shard holds, which a save of the same state stages.
+    #[getter]
+    fn held_bytes(&self) -> u64 {
+        self.inner.held_bytes()
+    }
+
     /// Fills memory: each target is `(storage, offset, memory)`, where memory is an array,
     /// `(address, bytes)`, or `(device, address, bytes)`, which is filled after what `streams` have
     /// been given so far. Returns the stored bytes read. After an error, targets hold unspecified

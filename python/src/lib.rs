@@ -39,7 +39,7 @@ mod native {
     #[pymodule_export]
     use crate::manager::Manager;
     #[pymodule_export]
-    use crate::tensor::MappedMemory;
+    use crate::tensor::{LentMemory, MappedMemory};
     #[pymodule_export]
     use crate::tool::ckpt_tool;
     #[pymodule_export]

@@ -13,6 +13,7 @@ use dtr_engine::ranks::Coordinated;
 use dtr_engine::recovery::StepState;
 use dtr_engine::save::{SaveRequest, share_of};
 use dtr_engine::{EngineError, Result};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
@@ -22,6 +23,7 @@ use crate::device::{self, Prepared, Source, Sources, Streams};
 use crate::errors::{json_to_python, to_python};
 use crate::guard::{Guard, timeout_of};
 use crate::handle::SaveHandle;
+use crate::tensor::array_of_slab;
 use crate::tree;
 
 /// A step, what is wrong with it, and its attempt.
@@ -155,6 +157,22 @@ impl Manager {
             device::pin_for(&self.engine, &streams)?;
             self.engine.prewarm(raw_bytes)
         })
+    }
+
+    /// The staging arena as an array, where that has room for so many bytes, as it is or, with
+    /// `grows_to`, as it will be for a state of so many raw bytes; else None. Lent until nothing
+    /// views the array any more.
+    #[pyo3(signature = (bytes, grows_to=None))]
+    fn lend_staging<'py>(
+        &self,
+        py: Python<'py>,
+        bytes: u64,
+        grows_to: Option<u64>,
+    ) -> PyResult<Option<Bound<'py, PyArray1<u8>>>> {
+        let slab = self.guard.call(py, "lending the staging arena", || {
+            self.engine.lend_staging(bytes, grows_to)
+        })?;
+        slab.map(|slab| array_of_slab(py, slab)).transpose()
     }
 
     /// The committed steps, ascending.

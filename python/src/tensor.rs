@@ -1,5 +1,5 @@
 //! Python's memory as the engine reads and fills it: torch storages by address, numpy arrays
-//! through their C interface, mapped shards as arrays.
+//! through their C interface, mapped shards and lent memory as arrays.
 //!
 //! Why safe code is not enough: torch hands out addresses, not buffers (`memoryview(tensor)` is a
 //! `TypeError`, and DLPack refuses some dtypes), and copying through Python objects would double
@@ -9,6 +9,7 @@
 #![expect(unsafe_code, reason = "torch's and numpy's memory is reached by address")]
 
 use dtr_engine::format::layout::ElementType;
+use dtr_engine::io::buffer::Slab;
 use dtr_engine::load::{MappedShard, Target};
 use dtr_engine::save::StorageSource;
 use dtr_engine::{EngineError, Result};
@@ -223,5 +224,24 @@ pub(crate) fn array_of_mapping(
     let view = ArrayView1::from(bytes);
     // SAFETY: the mapping lives as long as `owner`, which the array holds, and never moves. It is
     // private and writable, and nothing in Rust reads it after this.
+    Ok(unsafe { PyArray1::borrow_from_array(&view, owner.clone().into_any()) })
+}
+
+/// Memory of the engine's that is lent, kept by the arrays that view it.
+#[pyclass(frozen, module = "dtruntime._native")]
+#[derive(Debug)]
+pub(crate) struct LentMemory {
+    slab: Slab,
+}
+
+/// Lent memory as an array of bytes; it goes back when nothing views it any more.
+pub(crate) fn array_of_slab(py: Python<'_>, slab: Slab) -> PyResult<Bound<'_, PyArray1<u8>>> {
+    let owner = Bound::new(py, LentMemory { slab })?;
+    let slab = &owner.get().slab;
+    // SAFETY: so many bytes from there on are mapped and initialised, to which the slab is the only
+    // access.
+    let view = unsafe { ArrayView1::from_shape_ptr(slab.bytes(), slab.start().cast_const()) };
+    // SAFETY: the memory lives as long as `owner`, which the array holds, and never moves. It is
+    // writable, and nothing in Rust reads it.
     Ok(unsafe { PyArray1::borrow_from_array(&view, owner.clone().into_any()) })
 }

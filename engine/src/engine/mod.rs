@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::clock::{Environment, System};
 use crate::config::{BestMode, Config, S3Address, S3Credentials};
 use crate::format::manifest::Manifest;
-use crate::io::buffer::BufferPool;
+use crate::io::buffer::{BufferPool, Slab};
 use crate::io::pin::Pin;
 use crate::io::{Io, open_backend};
 use crate::load::{
@@ -314,6 +314,19 @@ impl Engine {
     /// save, whose stall then is that of any other.
     pub fn prewarm(&self, raw_bytes: u64) -> Result<()> {
         self.writer("prewarming the staging arena")?.prewarm(raw_bytes)
+    }
+
+    /// Lends the staging arena to whoever has to hold so many bytes of a checkpoint for a moment:
+    /// memory that is there already costs no page faults, and the next save finds it there.
+    ///
+    /// The arena as it is, or, with `grows_to`, as it will be for a state of so many raw bytes.
+    /// `None` where that is too small for `bytes`, a save is in flight, or the engine cannot save. A
+    /// save that begins before the memory comes back takes an arena of its own.
+    pub fn lend_staging(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
+        if self.config.read_only {
+            return Ok(None);
+        }
+        self.writer("lending the staging arena")?.lend(bytes, grows_to)
     }
 
     /// The committed steps, ascending.

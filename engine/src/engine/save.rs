@@ -14,7 +14,7 @@ use crate::format::layout::{Layout, StorageSpec};
 use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::BLOCK_BYTES;
-use crate::io::buffer::BufferPool;
+use crate::io::buffer::{BufferPool, Slab};
 use crate::io::pin::Pin;
 use crate::recovery::check_save;
 use crate::save::capture::{Origin, Until, capture, fits};
@@ -202,6 +202,33 @@ impl Inner {
         arena
             .prewarm(memory::worker_count(self.core.config.workers))
             .context("populating the staging arena for", self.core.store.location())
+    }
+
+    /// Lends the staging arena; see [`Engine::lend_staging`](super::Engine::lend_staging).
+    pub(super) fn lend(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
+        // Whoever holds it takes a snapshot, or is about to.
+        let Ok(mut saving) = self.saving.try_lock() else { return Ok(None) };
+        if self.last().is_some_and(|last| !last.wait(Some(Duration::ZERO))) {
+            return Ok(None);
+        }
+        let config = &self.core.config;
+        let chunk_bytes = u64::from(config.chunk_bytes);
+        let suffices = |chunks: u64| bytes <= chunks.saturating_mul(chunk_bytes);
+        match &saving.arena {
+            Some(arena) if suffices(arena.count() as u64) => {
+                return Ok(BufferPool::try_take_all(arena));
+            }
+            // Lent already: another one beside it would be twice the memory.
+            Some(arena) if arena.free() < arena.count() => return Ok(None),
+            _ => {}
+        }
+        let Some(raw_bytes) = grows_to.map(|raw_bytes| raw_bytes.max(bytes)) else {
+            return Ok(None);
+        };
+        if !suffices(memory::arena_chunks(config, raw_bytes, memory::memory_bytes())) {
+            return Ok(None);
+        }
+        Ok(BufferPool::try_take_all(&self.arena(&mut saving, raw_bytes)?))
     }
 
     /// Has the staging arena registered with a device's driver, as it is and as it will be.

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Always holds:
-//! - A [`Buffer`] is the only access to its part of the mapping; the mapping lives until the pool
-//!   and every buffer are gone.
+//! - A [`Buffer`] is the only access to its part of the mapping, and a [`Slab`] to all of it; the
+//!   mapping lives until the pool and all of them are gone.
 //! - Nothing is zeroed between uses: a buffer holds whatever its last user left. Whoever takes one
 //!   overwrites what it hands on.
 //! - A forked child does not have this memory (`MADV_DONTFORK`: otherwise `fork` copies every page
@@ -146,6 +146,21 @@ impl BufferPool {
         }
         let index = self.lock().free.pop()?;
         Some(Buffer { pool: Arc::clone(self), index })
+    }
+
+    /// All buffers at once, as one piece of memory, or `None` where one is in use or the process is
+    /// a forked child.
+    pub fn try_take_all(self: &Arc<Self>) -> Option<Slab> {
+        if !self.is_owner() {
+            return None;
+        }
+        let mut state = self.lock();
+        if state.free.len() < self.count {
+            return None;
+        }
+        let indices = std::mem::take(&mut state.free);
+        drop(state);
+        Some(Slab { pool: Arc::clone(self), indices })
     }
 
     /// Bytes of each buffer.
@@ -342,6 +357,41 @@ impl fmt::Debug for Buffer {
     }
 }
 
+/// All the memory of a [`BufferPool`], until it is dropped.
+pub struct Slab {
+    pool: Arc<BufferPool>,
+    /// As they were free: the last one was used last.
+    indices: Vec<usize>,
+}
+
+impl Slab {
+    /// Where the memory is.
+    pub fn start(&self) -> *mut u8 {
+        self.pool.start_of(0)
+    }
+
+    /// Length of the memory.
+    pub fn bytes(&self) -> usize {
+        self.pool.mapping.bytes
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // In a child the lock may have been held by a thread that does not exist here.
+        if self.pool.is_owner() {
+            self.pool.lock().free.append(&mut self.indices);
+            self.pool.returned.notify_all();
+        }
+    }
+}
+
+impl fmt::Debug for Slab {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Slab").field("bytes", &self.bytes()).finish_non_exhaustive()
+    }
+}
+
 /// A buffer that waits in a slow transfer; see [`Buffer::park`].
 #[derive(Debug)]
 pub struct Parked(Buffer);
@@ -500,6 +550,36 @@ mod tests {
         assert_eq!(pool.free(), 4);
         drop(refused.park().unwrap());
         assert_eq!(pool.free(), 5);
+    }
+
+    #[test]
+    fn all_buffers_are_taken_at_once_or_none() {
+        let pool = BufferPool::new(2 * 4096, 3).unwrap();
+        let held = pool.take();
+        assert!(pool.try_take_all().is_none());
+        assert_eq!(pool.free(), 2);
+        let last = held.as_ptr();
+        drop(held);
+        let slab = pool.try_take_all().unwrap();
+        assert_eq!((slab.bytes(), pool.free()), (6 * 4096, 0));
+        assert!(pool.try_take().is_none());
+        let waiting = std::thread::spawn({
+            let pool = Arc::clone(&pool);
+            move || pool.take().as_ptr().addr()
+        });
+        drop(slab);
+        assert_eq!(waiting.join().unwrap(), last.addr(), "the last returned is the next taken");
+        assert_eq!(pool.free(), 3);
+    }
+
+    #[test]
+    fn a_slab_outlives_its_pool_handle() {
+        let pool = BufferPool::new(4096, 2).unwrap();
+        let slab = pool.try_take_all().unwrap();
+        drop(pool);
+        let end = slab.start().wrapping_add(slab.bytes() - 1);
+        // SAFETY: the last byte of the memory, to which the slab is the only access.
+        unsafe { end.write_volatile(9) };
     }
 
     #[test]

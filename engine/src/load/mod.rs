@@ -117,6 +117,11 @@ impl Checkpoint {
         self.storages().last().map_or(0, StorageRecord::raw_end)
     }
 
+    /// Raw bytes that the rank's shard holds: what a save of the same state stages.
+    pub fn held_bytes(&self) -> u64 {
+        self.own.index.raw_bytes()
+    }
+
     /// Whether only [replicated](ShardIndex::replicated) entries may be loaded, since another
     /// number of ranks saved the checkpoint: the rest of this shard is some other rank's state.
     pub fn is_replicated_only(&self) -> bool {
