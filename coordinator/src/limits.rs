@@ -3,7 +3,7 @@
 //! Always holds: a name that reaches the state machine is printable, has no NUL and no line break,
 //! and is bounded; so is every text.
 
-use dtr_proto::v1;
+use dtr_proto::{ANNOTATIONS_BYTES_MAX, v1};
 use tonic::Status;
 
 /// Bytes of a job's, worker's, barrier's or dataset's name.
@@ -12,9 +12,6 @@ const NAME_BYTES_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 4_096;
 /// Replicated entries that a shard names.
 const REPLICATED_MAX: usize = 8;
-/// Bytes of what rank 0's manifest says besides the shards. Beside as many shards as a part has, it
-/// fits into a message.
-const ANNOTATIONS_BYTES_MAX: usize = 1 << 20;
 /// Bytes of a message, but for registering a dataset's files.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Bytes of a message that lists files.

@@ -27,21 +27,22 @@ impl From<&Config> for Policy {
     }
 }
 
-/// The checkpoints that exist and say a number of this name in their metadata, by ascending step.
-pub fn measured(
+/// The checkpoints that exist and say a number of this name in their metadata, the best first; of
+/// equal ones the newer.
+pub fn best_first(
     survey: &Survey,
     manifests: &BTreeMap<u64, ManifestState>,
     metric: &str,
-) -> Vec<(u64, f64)> {
+    mode: BestMode,
+) -> Vec<u64> {
     let of = |step: u64| match manifests.get(&step)? {
         ManifestState::Valid(manifest) => Some((step, manifest.metric(metric)?)),
         _ => None,
     };
-    survey.committed_steps().into_iter().filter_map(of).collect()
+    rank(survey.committed_steps().into_iter().filter_map(of).collect(), mode)
 }
 
-/// Steps, the best first; of equal ones the newer.
-pub fn rank(mut measured: Vec<(u64, f64)>, mode: BestMode) -> Vec<u64> {
+fn rank(mut measured: Vec<(u64, f64)>, mode: BestMode) -> Vec<u64> {
     measured.sort_by(|(step, value), (other_step, other)| {
         let order = match mode {
             BestMode::Min => value.total_cmp(other),

@@ -28,7 +28,7 @@ use crate::io::buffer::{Buffer, BufferPool};
 use crate::load::{Damaged, Extent, Shard, VerifyObserver, from_format};
 use crate::recovery::OwnShare;
 use crate::store::flow::Flow;
-use crate::store::{Piece, Publication, ShardId, ShardSink, ShardSize, Store};
+use crate::store::{FileListing, Piece, Publication, ShardId, ShardSink, ShardSize, Store};
 use crate::{EngineError, Result};
 
 /// Bytes of reads in flight and of what waits to be written.
@@ -150,7 +150,8 @@ pub(crate) fn transfer(
     let mut sinks = Sinks(Vec::new());
     let mut shards = Vec::new();
     for entry in &manifest.shards {
-        if was_there && is_whole(destination, &manifest, entry)? {
+        let may_be_there = was_there || destination.keeps_what_arrived();
+        if may_be_there && is_whole(destination, &manifest, entry)? {
             shards.push((shard_of(step, entry)?, entry.bytes));
             continue;
         }
@@ -274,14 +275,11 @@ pub(crate) fn publish_whole(
     if standing == Some(attempt) {
         return Ok(Brought::All);
     }
-    let files = destination.list_step(step)?.map(|listing| listing.files).unwrap_or_default();
-    let is_there = |entry: &ShardEntry| {
-        files.iter().any(|file| file.name == entry.file && file.bytes == entry.bytes)
-    };
-    if !part_of(source, &manifest, share)?.into_iter().all(is_there) {
+    let there = There::list(destination, step)?;
+    if !part_of(source, &manifest, share)?.into_iter().all(|entry| there.has(entry)) {
         return Ok(Brought::Less);
     }
-    if !manifest.shards.iter().all(is_there) {
+    if !manifest.shards.iter().all(|entry| there.has(entry)) {
         return Ok(Brought::Some);
     }
     destination.publish(Publication {
@@ -292,7 +290,26 @@ pub(crate) fn publish_whole(
         // They were just listed, each read back by the rank that brought it.
         shards: &[],
     })?;
-    Ok(Brought::All)
+    let there = There::list(destination, step)?;
+    if manifest.shards.iter().all(|entry| there.has(entry)) {
+        return Ok(Brought::All);
+    }
+    // Meanwhile another rank let the step go: what it deletes is seen by one of the two.
+    destination.remove_checkpoint(step, Some(attempt))?;
+    Ok(Brought::Less)
+}
+
+/// The files of a step that are in a store.
+struct There(Vec<FileListing>);
+
+impl There {
+    fn list(store: &dyn Store, step: u64) -> Result<Self> {
+        Ok(Self(store.list_step(step)?.map(|listing| listing.files).unwrap_or_default()))
+    }
+
+    fn has(&self, entry: &ShardEntry) -> bool {
+        self.0.iter().any(|file| file.name == entry.file && file.bytes == entry.bytes)
+    }
 }
 
 fn naming(step: u64, destination: &dyn Store) -> String {

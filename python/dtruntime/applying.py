@@ -18,8 +18,9 @@ from dtruntime.errors import CheckpointError, RestoreIncomplete
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from dtruntime.loading import Reader, Scratch
+    from dtruntime.loading import Reader
     from dtruntime.plan import Action, RestorePlan
+    from dtruntime.scratch import Scratch
     from dtruntime.sharded_tensors import LivePart
 
 _MEMINFO = Path("/proc/meminfo")

@@ -426,7 +426,8 @@ class CheckpointManager:
         Tensors and arrays are copied into; objects get ``load_state_dict``; plain values are
         replaced in their dict or list. A live sharded tensor (``DTensor``) gets its part, however
         the saved one was sharded, or was not. Where memory allows, everything is read and checked
-        before anything is changed.
+        before anything is changed; for what live tensors take, the staging memory serves that
+        saves use, where it is large enough.
 
         Args:
             state: Live objects under the keys that they were saved under. Other top-level entries

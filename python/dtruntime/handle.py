@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dtruntime import _native
 
 _logger = logging.getLogger("dtruntime")
+_LOOK_SECONDS = 0.1
+"""How long one upload's end is waited for before that of another is."""
 
 
 @dataclass(frozen=True)
@@ -275,13 +277,24 @@ class SaveHandle:
 
     def _watch_upload(self, uploads: Watcher | None, manager: _native.Manager) -> None:
         """Resolve ``uploaded`` when the upload has ended, on a thread of its own."""
-        if uploads is None or not uploads.submit(lambda: self._follow_upload(manager)):
+        if uploads is None or not uploads.submit(lambda: self._follow_upload(uploads, manager)):
             self.uploaded.set_result(None)
 
-    def _follow_upload(self, manager: _native.Manager) -> None:
+    def _follow_upload(self, uploads: Watcher, manager: _native.Manager) -> None:
+        """Look for the end of the upload. The thread looks for those of other steps in between.
+
+        A step whose upload fails may be tried for hours, and later ones arrive meanwhile.
+        """
         try:
-            self._native.wait()
-            info = manager.uploaded(self.step)
+            info = None
+            has_ended = self._native.wait(_LOOK_SECONDS)
+            if has_ended:
+                info = manager.uploaded(self.step, _LOOK_SECONDS)
+            if info is None:
+                if uploads.submit(lambda: self._follow_upload(uploads, manager)):
+                    return
+                self._native.wait()
+                info = manager.uploaded(self.step)
         except BaseException as error:  # noqa: BLE001  (raised where it is awaited)
             self.uploaded.set_exception(error)
         else:

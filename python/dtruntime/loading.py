@@ -135,7 +135,9 @@ class Reader:
         this rank saved would take. None where there is none to be had.
         """
         groups = self._group(numbers)
-        counts = [spans_bytes(self._spans(storage, group)) for (storage, _), group in groups.items()]
+        counts = [
+            spans_bytes(self._spans(storage, group)) for (storage, _), group in groups.items()
+        ]
         held_bytes = self.checkpoint.held_bytes
         # What others saved, too, is no reason to keep more memory than saves need.
         if self._lend is None or not 0 < sum(counts) <= held_bytes:

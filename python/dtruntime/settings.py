@@ -33,6 +33,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _ORDINAL = re.compile(r"(?:.*-)?(\d+)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _S3 = "s3://"
+_COLLAPSED = re.compile(r"[sS]3:/[^/]")
 
 S3_SETTINGS = (
     "region",
@@ -186,6 +187,13 @@ def store_path(
 def _located(text: str, backend: str | None) -> str | Path:
     """Tell a directory from a store in S3; ``backend``, if it is given, must agree."""
     scheme = _SCHEME.match(text)
+    if _COLLAPSED.match(text):
+        raise InvalidArgument(
+            f"setting `path` = {text!r}",
+            "`pathlib` makes one slash of the two in an address, and what is left is a directory",
+            f'pass `str`: "{_S3}{text.partition("/")[2]}"; or, for a directory of that name, '
+            f'"./{text}"',
+        )
     if scheme is None and backend == "s3":
         if text.startswith("/"):
             raise InvalidArgument(

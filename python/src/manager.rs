@@ -162,15 +162,15 @@ impl Manager {
     /// The staging arena as an array, where that has room for so many bytes, as it is or, with
     /// `grows_to`, as it will be for a state of so many raw bytes; else None. Lent until nothing
     /// views the array any more.
-    #[pyo3(signature = (bytes, grows_to=None))]
+    #[pyo3(signature = (needed_bytes, grows_to=None))]
     fn lend_staging<'py>(
         &self,
         py: Python<'py>,
-        bytes: u64,
+        needed_bytes: u64,
         grows_to: Option<u64>,
     ) -> PyResult<Option<Bound<'py, PyArray1<u8>>>> {
         let slab = self.guard.call(py, "lending the staging arena", || {
-            self.engine.lend_staging(bytes, grows_to)
+            self.engine.lend_staging(needed_bytes, grows_to)
         })?;
         slab.map(|slab| array_of_slab(py, slab)).transpose()
     }
@@ -312,7 +312,8 @@ impl Manager {
 
     /// Waits until everything was brought to the remote store, or has failed once more.
     fn drain(&self, py: Python<'_>) -> PyResult<()> {
-        self.guard.call(py, "waiting for uploads", || self.engine.drain())
+        let wait = |slice| self.engine.drain(Some(slice));
+        self.guard.wait(py, "waiting for uploads", None, wait).map(drop)
     }
 
     /// Finishes the save in flight and gives everything back. Raises the error of a save that

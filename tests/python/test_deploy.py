@@ -673,7 +673,7 @@ def test_rights_and_lifecycle_are_those_that_the_engine_needs():
     assert account["attachPolicy"] == policy
     assert account["metadata"]["name"] == named("ServiceAccount", "worker")["metadata"]["name"]
     remote = named("ConfigMap", "worker")["data"]["CHECKPOINT_REMOTE"].removeprefix("s3://")
-    assert policy["Statement"][1]["Resource"] == f"arn:aws:s3:::{remote}/*"
+    assert policy["Statement"][2]["Resource"] == f"arn:aws:s3:::{remote}/*"
 
 
 def ec2() -> dict[str, Any]:

@@ -264,6 +264,76 @@ def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path
         assert reader.load() == {"a": 1}
 
 
+def test_an_upload_that_is_tried_again_hides_no_later_one(tmp_path):
+    obstacle = tmp_path / "objects/checkpoints/runs/gpt/step-000000000001"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.touch()  # the service keeps objects in directories
+    with CheckpointManager(tmp_path / "near", remote=STORE, s3={"attempts": 1}) as manager:
+        first, second = (manager.save_async({"a": step}, step=step) for step in (1, 2))
+        assert second.uploaded.result(60).step == 2
+        assert first.result().step == 1
+        assert not first.uploaded.done()
+        obstacle.unlink()
+        assert first.uploaded.result(60).step == 1
+
+
+def test_an_interrupt_ends_the_wait_for_uploads(tmp_path):
+    done = run_script(
+        """
+import os, signal, sys
+from dtruntime import CheckpointManager
+manager = CheckpointManager(sys.argv[1], remote=sys.argv[2], remote_bytes_per_second=1)
+manager.save({"a": 1}, step=1)
+for _ in range(2):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        manager.close()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+os._exit(0)
+""",
+        tmp_path / "near",
+        STORE,
+    )
+    assert done.stdout == "interrupted\n" * 2, done.stderr
+    with CheckpointManager(tmp_path / "near", remote=STORE):
+        pass
+    with CheckpointManager(STORE, read_only=True) as far:
+        assert far.load() == {"a": 1}
+
+
+def test_an_address_whose_slashes_a_path_swallowed_is_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for backend in (None, "s3"):
+        with pytest.raises(InvalidArgument, match='pass `str`: "s3://checkpoints/runs/gpt"'):
+            CheckpointManager(Path(STORE), backend=backend)
+    assert not (tmp_path / "s3:").exists()
+    with CheckpointManager("./s3:/run") as manager:
+        manager.save({}, step=1)
+
+
+def test_a_service_behind_a_proxy_of_the_environment(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", os.environ["AWS_ENDPOINT_URL_S3"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.invalid")
+    with CheckpointManager(STORE) as manager:
+        manager.save({"a": 1}, step=1)
+        assert manager.load() == {"a": 1}
+    monkeypatch.setenv("NO_PROXY", "s3.invalid")
+    with pytest.raises(Unavailable):
+        CheckpointManager(STORE, s3={"attempts": 1})
+
+
+def test_an_endpoint_of_the_environment_needs_no_region_and_shows_no_password(monkeypatch):
+    monkeypatch.delenv("AWS_REGION")
+    with CheckpointManager(STORE) as manager:
+        manager.save({"a": 1}, step=1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://someone:hush@127.0.0.1:9")
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9") as caught:
+        CheckpointManager(STORE, s3={"attempts": 1})
+    assert "hush" not in str(caught.value)
+
+
 def test_a_service_that_is_gone_is_no_damage(server):
     patience = {"attempts": 2, "connect_timeout_ms": 500, "request_timeout_ms": 500}
     with CheckpointManager(STORE, s3=patience) as manager:

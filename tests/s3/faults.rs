@@ -15,7 +15,7 @@ use fastrand::Rng;
 use crate::budget::{self, Budget};
 use crate::place::{Place, config_at, open, owner, try_open};
 use crate::proxy::{FAULTS, Fault, Plan, Proxy};
-use crate::support::{State, finish};
+use crate::support::{State, config, finish, scratch};
 
 /// Longer than any call may take with the timeouts of [`through`]: retention makes several
 /// requests.
@@ -174,6 +174,49 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
     }
 }
 
+/// Saves a step in a store of its own; gives the store, the first request of the save, the one after
+/// its last, and whether it succeeded.
+fn save_through(place: &Place, plan: Plan) -> (Config, std::ops::Range<u64>, bool) {
+    let store = place.config();
+    let proxy = Proxy::start(place.address(), plan);
+    let (key, secret) = owner();
+    let engine = try_open(through(&proxy, &store), (&key, &secret)).unwrap();
+    let first = proxy.requests();
+    let is_saved = state_of(1).save(&engine, 1).is_ok();
+    (store, first..proxy.requests(), is_saved)
+}
+
+/// The answer that tells of a failure may be to the second attempt, and the first one still on its
+/// way.
+#[test]
+fn a_manifest_that_lands_after_its_writer_gave_up_has_its_shard() {
+    let place = Place::new();
+    let (_, requests, _) = save_through(&place, Arc::new(|_| Fault::None));
+    let hit = |request: u64| {
+        let plan = move |asked: u64| match asked.checked_sub(request) {
+            Some(0) => Fault::AppliedLate,
+            Some(1) => Fault::Answer(409, "ConditionalRequestConflict"),
+            Some(2..5) => Fault::Answer(503, "SlowDown"),
+            _ => Fault::None,
+        };
+        let (store, _, is_saved) = save_through(&place, Arc::new(plan));
+        let reader = open(Config { read_only: true, ..store.clone() });
+        let start = Instant::now();
+        let is_visible = || !reader.survey().unwrap().committed_steps().is_empty();
+        while !is_visible() && start.elapsed() < Duration::from_secs(4) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let saved = if is_saved { vec![1] } else { Vec::new() };
+        judge(&store, &Seen { saved, errors: Vec::new() }).unwrap();
+        !is_saved && is_visible()
+    };
+    let late = std::thread::scope(|scope| {
+        let threads: Vec<_> = requests.map(|request| scope.spawn(move || hit(request))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(late.contains(&true), "no manifest landed late: {late:?}");
+}
+
 /// Each fault alone is survived where the service may be asked again. A clock that is said to be
 /// wrong, and is not, is no such place: nothing that could be corrected is known.
 fn is_survivable(fault: Fault) -> bool {
@@ -206,6 +249,66 @@ fn one_fault_at_any_request_loses_nothing() {
                 Some(error) if is_survivable(fault) => Err(told(error.to_string())),
                 _ => Ok(true),
             }
+        },
+    );
+}
+
+/// Saves into a directory before the store, and has both steps brought there, whatever fails in
+/// between; what is left to do is done by a process that no fault reaches. Gives the requests.
+fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), String>) {
+    let store = place.config();
+    let directory = scratch();
+    let (key, secret) = owner();
+    let near = |s3| Config {
+        s3,
+        remote: Some(store.path.to_str().unwrap().into()),
+        compression: Compression::None,
+        ..config(directory.path())
+    };
+    // The first half of a life without faults: opening needs the store.
+    let mut seen = Seen::default();
+    let proxy = Proxy::start(place.address(), plan);
+    if let Ok(engine) = try_open(near(through(&proxy, &store).s3), (&key, &secret)) {
+        for step in 1..=2 {
+            state_of(step).save(&engine, step).unwrap();
+            seen.saved.push(step);
+            // Well or not, once; it is tried again when all is drained.
+            timed(&mut seen, || engine.drain(None));
+        }
+        timed(&mut seen, || engine.close());
+    }
+    let requests = proxy.requests();
+    // What was visible meanwhile was whole.
+    let visible = Seen { saved: Vec::new(), errors: seen.errors };
+    let judgement = judge(&store, &visible);
+    open(near(store.s3.clone())).close().unwrap();
+    let left = place.unfinished();
+    let all = Seen { saved: seen.saved, errors: Vec::new() };
+    let judgement = judgement
+        .and_then(|()| judge(&store, &all))
+        .and_then(|()| if left == 0 { Ok(()) } else { Err(format!("{left} uploads are left")) });
+    (requests, judgement)
+}
+
+#[test]
+fn one_fault_at_any_request_of_an_upload_behind_loses_nothing() {
+    let place = Place::new();
+    let (requests, judgement) = drain_through(&place, Arc::new(|_| Fault::None));
+    assert_eq!(judgement, Ok(()));
+    assert!((10..100).contains(&requests), "{requests}");
+    let faults = FAULTS.len() as u64 - 1;
+    budget::run(
+        Budget::of(requests),
+        faults * requests,
+        |_| Place::new(),
+        |place, number| {
+            let (request, turn) = (number % requests, number / requests);
+            let index = usize::try_from((request + turn) % faults).unwrap();
+            let fault = FAULTS[index];
+            let plan = move |asked| if asked == request { fault } else { Fault::None };
+            let (_, judgement) = drain_through(place, Arc::new(plan));
+            judgement.map_err(|why| format!("number {number}, {fault:?} at {request}: {why}"))?;
+            Ok(true)
         },
     );
 }

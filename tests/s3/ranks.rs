@@ -551,7 +551,7 @@ fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
     slow.remote_bytes_per_second = None;
     let rank = slow.world.rank_opened(0, |ranks| open_among(slow.config(0), ranks));
     assert!(rank.engine.uploaded(2, Some(Duration::from_millis(300))).unwrap().is_none());
-    rank.engine.drain().unwrap();
+    rank.engine.drain(None).unwrap();
     let error = rank.engine.uploaded(2, None).unwrap().unwrap().unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");
     assert!(error.to_string().contains("those of others are not yet"), "{error}");
@@ -658,7 +658,7 @@ fn a_machine_that_comes_back_does_not_bring_its_old_checkpoints_over_newer_ones(
     assert_eq!(first.steps().unwrap(), [1, 2]);
     assert_eq!(first.manifest(2).unwrap().attempt, newer.attempt);
     state_of(0, 77).assert_equals(&first.checkpoint(2).unwrap());
-    first.drain().unwrap();
+    first.drain(None).unwrap();
     let reader = open(Config { read_only: true, ..far.clone() });
     assert_eq!(reader.manifest(2).unwrap().attempt, newer.attempt);
     save(&first, 3, 3, false);

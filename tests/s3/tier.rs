@@ -201,6 +201,33 @@ fn what_a_process_left_is_uploaded_by_the_next_and_no_part_twice() {
 }
 
 #[test]
+fn an_upload_that_is_not_wanted_any_more_leaves_no_parts() {
+    let Some(place) = Place::own("it waits until parts have arrived at the service") else {
+        return;
+    };
+    for dies_before in [false, true] {
+        let (_directory, near, far) = tier(&place);
+        // Slow enough to be caught in the act.
+        let slow = Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() };
+        let mut engine = open(slow);
+        State::training(1, 6).save(&engine, 1).unwrap();
+        while place.rules().arrived_parts() < 1 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if dies_before {
+            drop(engine);
+            // Hours: it is at nothing when the step goes.
+            engine = open(Config { remote_bytes_per_second: Some(1), ..near });
+        }
+        assert_eq!(place.unfinished(), 1);
+        engine.delete(1).unwrap();
+        engine.close().unwrap();
+        assert_eq!(place.unfinished(), 0, "{dies_before}");
+        assert!(open(far).steps().unwrap().is_empty());
+    }
+}
+
+#[test]
 fn retention_waits_for_the_upload_unless_told_otherwise() {
     for remove_before_upload in [false, true] {
         let place = Place::new();
@@ -235,7 +262,7 @@ fn what_retention_lets_go_near_leaves_the_far_store_too() {
     }
     // When step 3 was committed, step 2 was the newest that had arrived.
     assert_eq!(engine.steps().unwrap(), [2, 3]);
-    engine.drain().unwrap();
+    engine.drain(None).unwrap();
     assert_eq!(open(far.clone()).steps().unwrap(), [2, 3]);
     // On request, they are gone from both when the call returns.
     assert!(engine.delete(3).unwrap() > 0);
@@ -269,7 +296,7 @@ fn a_rewind_and_an_overwritten_step_reach_the_far_store() {
     for step in 1..=3 {
         State::training(step, 0).save(&engine, step).unwrap();
     }
-    engine.drain().unwrap();
+    engine.drain(None).unwrap();
     assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
     let other = State::training(9, 0);
     let mut request = other.request(2);
@@ -410,14 +437,14 @@ fn a_removal_that_fails_while_all_is_drained_is_carried_out_later() {
     for step in 1..=3 {
         State::training(step, 0).save(&engine, step).unwrap();
     }
-    engine.drain().unwrap();
+    engine.drain(None).unwrap();
     place.rules().refuses_writes.store(true, Ordering::Relaxed);
     rewind(&engine, 9, 2);
-    engine.drain().unwrap();
+    engine.drain(None).unwrap();
     let reader = open(Config { read_only: true, ..far });
     assert_eq!(reader.steps().unwrap(), [1, 2, 3]);
     place.rules().refuses_writes.store(false, Ordering::Relaxed);
-    engine.drain().unwrap();
+    engine.drain(None).unwrap();
     assert_eq!(reader.steps().unwrap(), [1, 2]);
 }
 
@@ -433,7 +460,7 @@ fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
     }
     state.assert_equals(&engine.checkpoint(2).unwrap());
     // Each is tried once more, and what came of it is told.
-    engine.drain().unwrap();
+    engine.drain(None).unwrap();
     let failed = engine.uploaded(1, None).unwrap().unwrap().unwrap_err();
     assert!(failed.to_string().contains("AccessDenied"), "{failed}");
     engine.close().unwrap();

@@ -79,6 +79,32 @@ fn a_copy_that_broke_off_is_resumed_and_sends_no_part_twice() {
 }
 
 #[test]
+fn a_shard_that_arrived_of_a_copy_that_was_not_published_is_not_sent_again() {
+    let Some(place) = Place::own("it takes a manifest away") else { return };
+    let directory = scratch();
+    let local = Engine::open(config(directory.path())).unwrap();
+    let state = State::training(1, 1);
+    let info = state.save(&local, 1).unwrap();
+    let store = place.config();
+    let remote = open(store.clone());
+    assert_eq!(local.copy_to(&remote, 1, Overwrite::No, &()).unwrap().bytes, info.stored_bytes);
+    let step = place.objects(&store).join("step-000000000001");
+    std::fs::remove_file(step.join("manifest.json")).unwrap();
+    assert!(remote.steps().unwrap().is_empty());
+    let again = local.copy_to(&remote, 1, Overwrite::No, &()).unwrap();
+    assert_eq!((again.bytes, again.was_there), (0, false));
+    state.assert_equals(&remote.checkpoint(1).unwrap());
+    // What is there in part is.
+    std::fs::remove_file(step.join("manifest.json")).unwrap();
+    let shard = step.join(&local.manifest(1).unwrap().shards[0].file);
+    let bytes = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &bytes[..bytes.len() - 4096]).unwrap();
+    let again = local.copy_to(&remote, 1, Overwrite::No, &()).unwrap();
+    assert_eq!((again.bytes, again.was_there), (info.stored_bytes, false));
+    state.assert_equals(&remote.checkpoint(1).unwrap());
+}
+
+#[test]
 fn a_copy_into_a_directory_that_was_killed_is_done_again() {
     let place = Place::new();
     let directory = scratch();

@@ -130,7 +130,7 @@ impl Core {
         report: &mut GcReport,
     ) -> Result<()> {
         for upload in self.store.unfinished_uploads()? {
-            let age = now.duration_since(upload.begun).unwrap_or_default();
+            let age = now.duration_since(upload.last_active).unwrap_or_default();
             let item = |why: &str| GcItem {
                 step: upload.step,
                 file: Some(upload.file.clone()),

@@ -165,7 +165,7 @@ impl Core {
     pub(super) fn best_steps(&self, metric: &str, mode: BestMode) -> Result<Vec<u64>> {
         let (mut survey, manifests) = self.look(Unreadable::IsDamaged)?;
         self.leave_out_own_only(&mut survey);
-        Ok(retention::rank(retention::measured(&survey, &manifests, metric), mode))
+        Ok(retention::best_first(&survey, &manifests, metric, mode))
     }
 
     /// A survey, and the manifests that it was made from.
@@ -403,7 +403,7 @@ impl Core {
     fn best(&self, survey: &Survey, manifests: &BTreeMap<u64, ManifestState>) -> Vec<u64> {
         let Config { keep_best_n, best_metric, best_mode, .. } = &self.config;
         let (Some(count), Some(metric)) = (keep_best_n, best_metric) else { return Vec::new() };
-        let mut best = retention::rank(retention::measured(survey, manifests, metric), *best_mode);
+        let mut best = retention::best_first(survey, manifests, metric, *best_mode);
         best.truncate(usize::try_from(*count).unwrap_or(usize::MAX));
         best
     }

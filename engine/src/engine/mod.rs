@@ -13,7 +13,7 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use crate::clock::{Environment, System};
+use crate::clock::{Environment, System, elapsed};
 use crate::config::{BestMode, Config, S3Address, S3Credentials};
 use crate::format::manifest::Manifest;
 use crate::io::buffer::{BufferPool, Slab};
@@ -514,14 +514,18 @@ impl Engine {
         self.inner("waiting for the save in flight")?.wait_for_last(timeout)
     }
 
-    /// Waits until every checkpoint was brought to the far store, or has failed once more.
-    pub fn drain(&self) -> Result<()> {
+    /// Waits, at most `timeout`, until every checkpoint was brought to the far store, or has failed
+    /// once more; true if so. From the first call on nothing is tried more than once, until one has
+    /// seen the end.
+    pub fn drain(&self, timeout: Option<Duration>) -> Result<bool> {
         let inner = self.inner("waiting for uploads")?;
-        if let Some(last) = inner.last() {
-            last.wait(None);
+        let environment = &*inner.core.environment;
+        let start = environment.monotonic();
+        if inner.last().is_some_and(|last| !last.wait(timeout)) {
+            return Ok(false);
         }
-        inner.core.store.drain();
-        Ok(())
+        let left = timeout.map(|timeout| timeout.saturating_sub(elapsed(environment, start)));
+        Ok(inner.core.store.drain(left))
     }
 
     /// Finishes the save in flight and the uploads, each of which is tried once more at most; then
@@ -534,7 +538,7 @@ impl Engine {
         let inner = self.inner.write().unwrap_or_else(PoisonError::into_inner).take();
         let Some(inner) = inner else { return Ok(()) };
         let ended = inner.wait_for_last(None).map(|_| ());
-        inner.core.store.drain();
+        inner.core.store.drain(None);
         ended
     }
 

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use dtr_proto::ANNOTATIONS_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -60,9 +61,6 @@ struct Annotations {
     metadata: BTreeMap<String, Value>,
     retired: Vec<Retired>,
 }
-
-/// Most bytes of them: they travel in a message.
-const ANNOTATIONS_BYTES_MAX: usize = 1 << 20;
 
 /// What a rank reports of its manifest.
 pub(super) fn annotations_of(config: &Config, manifest: &Manifest) -> Result<Vec<u8>> {

@@ -64,6 +64,12 @@ pub trait Store: Send + Sync + fmt::Debug {
         self.create_shard(shard, size, flow)
     }
 
+    /// Whether a shard that lies here whole, of a copy that never came about, is as good as one that
+    /// was just brought: durable, and checked when it came.
+    fn keeps_what_arrived(&self) -> bool {
+        false
+    }
+
     /// Opens a shard that a manifest names.
     fn open_shard(&self, shard: ShardId) -> Result<Box<dyn ShardSource>>;
 
@@ -131,8 +137,12 @@ pub trait Store: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Waits until everything was brought to the far store, or has failed once more.
-    fn drain(&self) {}
+    /// Waits, at most so long, until everything was brought to the far store, or has failed once
+    /// more; true if it has. From the first call on nothing is tried more than once, until one has
+    /// seen the end.
+    fn drain(&self, _timeout: Option<Duration>) -> bool {
+        true
+    }
 
     /// Free bytes for this user; `None` where the store has no such bound.
     fn free_bytes(&self) -> Result<Option<u64>>;
@@ -190,8 +200,8 @@ pub struct UnfinishedUpload {
     pub id: String,
     /// Bytes of the parts that arrived.
     pub bytes: u64,
-    /// When it was begun, by the store's clock.
-    pub begun: SystemTime,
+    /// When something of it arrived last, or it was begun, by the store's clock.
+    pub last_active: SystemTime,
 }
 
 /// What [`Store::publish`] makes visible.

@@ -25,6 +25,8 @@ use aws_sdk_s3::config::{
 };
 use aws_sdk_s3::error::BoxError;
 use aws_sdk_s3::primitives::{DateTime, DateTimeFormat};
+use aws_smithy_http_client::Connector;
+use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
 use tokio::runtime::Runtime;
@@ -40,6 +42,8 @@ const THREADS: usize = 2;
 const IDLE_CONNECTION: Duration = Duration::from_secs(15);
 /// First and longest pause before a request is tried again; each is drawn at random below it.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// What names a service that is not AWS.
+const ENDPOINT_VARIABLES: [&str; 2] = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"];
 /// Without one of our own and one of the user's, services that are not AWS take this region.
 const REGION_OF_OTHERS: &str = "us-east-1";
 
@@ -165,21 +169,39 @@ async fn load(settings: &S3Settings, http: SharedHttpClient) -> SdkConfig {
     }
     if let Some(region) = &settings.region {
         loader = loader.region(Region::new(region.clone()));
-    } else if settings.endpoint_url.is_some() {
-        let chain = aws_config::environment::EnvironmentVariableRegionProvider::new();
-        let chain = aws_config::meta::region::RegionProviderChain::first_try(chain);
-        loader = loader.region(chain.or_else(REGION_OF_OTHERS));
+    } else if settings.endpoint_url.is_some() || ENDPOINT_VARIABLES.iter().any(|name| is_set(name))
+    {
+        // Without the instance, the last of the chain: elsewhere it is long in not answering.
+        let environment = aws_config::environment::EnvironmentVariableRegionProvider::new();
+        let mut profile = aws_config::profile::ProfileFileRegionProvider::builder();
+        if let Some(name) = &settings.profile {
+            profile = profile.profile_name(name);
+        }
+        let chain = aws_config::meta::region::RegionProviderChain::first_try(environment);
+        loader = loader.region(chain.or_else(profile.build()).or_else(REGION_OF_OTHERS));
     }
     loader.load().await
 }
 
+fn is_set(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| !value.is_empty())
+}
+
+/// The endpoint that was named, if one was, for messages: without what may be a secret.
 fn endpoint_of(settings: &S3Settings, shared: &SdkConfig) -> Option<String> {
     let of_environment = || std::env::var("AWS_ENDPOINT_URL_S3").ok().filter(|url| !url.is_empty());
-    settings
-        .endpoint_url
-        .clone()
-        .or_else(of_environment)
-        .or_else(|| shared.endpoint_url().map(Into::into))
+    let named = settings.endpoint_url.clone().or_else(of_environment);
+    named.or_else(|| shared.endpoint_url().map(Into::into)).map(|url| without_user(&url))
+}
+
+/// A URL without user and password.
+fn without_user(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let authority_end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(authority_end);
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let separator = if scheme.is_empty() { "" } else { "://" };
+    format!("{scheme}{separator}{host}{path}")
 }
 
 fn configure(
@@ -232,11 +254,21 @@ fn http_client(settings: &S3Settings) -> Result<SharedHttpClient> {
             "name a file of certificates in PEM",
         )
     })?;
-    Ok(aws_smithy_http_client::Builder::new()
-        .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
-        .tls_context(context)
-        .pool_idle_timeout(IDLE_CONNECTION)
-        .build_https())
+    let proxies = ProxyConfig::from_env();
+    Ok(aws_smithy_http_client::Builder::new().build_with_connector_fn(
+        move |timeouts, components| {
+            let mut connector = Connector::builder()
+                .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
+                .tls_context(context.clone())
+                .pool_idle_timeout(IDLE_CONNECTION)
+                .proxy_config(proxies.clone());
+            connector.set_connector_settings(timeouts.cloned());
+            if let Some(components) = components {
+                connector.set_sleep_impl(components.sleep_impl());
+            }
+            connector.build()
+        },
+    ))
 }
 
 fn read_certificates(path: &Path) -> Result<Vec<u8>> {
@@ -361,6 +393,20 @@ mod tests {
         let since = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let seconds = since(watch.now().unwrap()).as_secs();
         assert!((784_111_778..784_111_788).contains(&seconds), "{seconds}");
+    }
+
+    #[test]
+    fn an_endpoint_is_told_without_its_user() {
+        for (url, told) in [
+            ("http://user:hush@host:9000/a@b", "http://host:9000/a@b"),
+            ("https://hush@[::1]:9000", "https://[::1]:9000"),
+            ("http://u:p@q@host?x=@", "http://host?x=@"),
+            ("user:hush@host", "host"),
+            ("https://host", "https://host"),
+            ("", ""),
+        ] {
+            assert_eq!(without_user(url), told);
+        }
     }
 
     #[test]

@@ -190,6 +190,10 @@ impl Store for S3Store {
         Ok(Box::new(sink::S3ShardSink::new(&self.shared, shard, size, flow)))
     }
 
+    fn keeps_what_arrived(&self) -> bool {
+        true
+    }
+
     fn resume_shard(
         &self,
         shard: ShardId,

@@ -37,7 +37,12 @@ pub(super) fn publish(shared: &Shared, publication: Publication<'_>) -> Result<(
             Action::New => Condition::Absent,
             Action::Replace => Condition::Tag(tag),
         };
+        let retries = shared.client.watch.retries();
         let put = shared.ask_raw(&what, shared.put(&key, publication.manifest, &condition))?;
+        if put.is_err() && shared.client.watch.retries() > retries {
+            // The answer is to the last of several attempts: an earlier one may yet take effect.
+            shared.own().uncertain.insert(publication.attempt);
+        }
         match put {
             Ok(()) if obeys => return Ok(()),
             Ok(()) => return read_after_write(shared, publication),

@@ -2,7 +2,8 @@
 //!
 //! Always holds:
 //! - A checkpoint's manifest is gone before the first of its shards goes: none is ever seen with
-//!   shards missing because it is being deleted.
+//!   shards missing because it is being deleted, unless another rank publishes it at that moment,
+//!   and then it is gone again when the deletion ends.
 //! - A checkpoint goes with the shards that its manifest names; other shards of its step may be
 //!   another writer's, and are orphans to those who clean.
 //! - A shard that this process is writing stays, and so does one that a manifest may name.
@@ -27,6 +28,7 @@ pub(super) fn remove_checkpoint(
     if only.is_some() && only != attempt {
         return Ok(0);
     }
+    let is_of_many = manifest.as_ref().is_some_and(|manifest| manifest.shards.len() > 1);
     let goes: Vec<(String, u64)> = if let Some(manifest) = manifest {
         manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
     } else {
@@ -38,11 +40,30 @@ pub(super) fn remove_checkpoint(
     };
     delete(shared, step, names::MANIFEST_FILE)?;
     let mut freed_bytes = object.bytes.len() as u64;
+    let mut first_failure = Ok(());
     for (file, bytes) in &goes {
-        delete(shared, step, file)?;
-        freed_bytes += bytes;
+        // No later call knows of them: the manifest that named them is gone.
+        match delete(shared, step, file) {
+            Ok(()) => freed_bytes += bytes,
+            Err(failure) => first_failure = first_failure.and(Err(failure)),
+        }
     }
-    Ok(freed_bytes)
+    if is_of_many {
+        take_back(shared, &what, step, attempt)?;
+    }
+    first_failure.map(|()| freed_bytes)
+}
+
+/// Deletes a manifest that another rank put anew while its shards went: it had seen them all.
+/// Whoever puts it later sees them missing.
+fn take_back(shared: &Shared, what: &str, step: u64, attempt: Option<AttemptId>) -> Result<()> {
+    let Some(object) = shared.ask(what, shared.get_manifest(step))? else { return Ok(()) };
+    let stands = Manifest::decode(&object.bytes).ok();
+    let stands = stands.and_then(|manifest| AttemptId::parse(&manifest.attempt));
+    if stands.is_some() && stands == attempt {
+        delete(shared, step, names::MANIFEST_FILE)?;
+    }
+    Ok(())
 }
 
 /// Names and bytes of a step's shards, whoever wrote them.

@@ -15,6 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use aws_sdk_s3::types::CompletedPart;
 use tokio::task::AbortHandle;
@@ -40,6 +41,8 @@ pub(super) struct S3ShardSink {
     phase: Phase,
     /// Whether an earlier process may have begun it, and a later one may go on.
     resumes: bool,
+    /// Whether a later one would find the upload.
+    is_found_again: bool,
     /// Parts that were there before.
     there: BTreeMap<u32, Arrived>,
     resumed_parts: u64,
@@ -73,10 +76,14 @@ impl S3ShardSink {
             key: shared.shard_key(id),
             assembly: Assembly::new(part_bytes(settings.part_bytes, size.most_bytes)),
             upload: None,
-            flight: Arc::new(Flight::new(settings.in_flight_bytes, Arc::clone(flow))),
+            flight: Arc::new(Flight::new(
+                Widening::new(settings.in_flight_bytes, shared.client.attempt_timeout()),
+                Arc::clone(flow),
+            )),
             tasks: Vec::new(),
             phase: Phase::Writing,
             resumes: false,
+            is_found_again: true,
             there: BTreeMap::new(),
             resumed_parts: 0,
             retries_before: shared.client.watch.retries(),
@@ -156,9 +163,10 @@ impl S3ShardSink {
                 tracing::warn!(
                     key = self.key,
                     ?failure,
-                    "every part is sent: uploads that were \
-                    begun cannot be listed"
+                    "uploads that were begun cannot be listed: every part is sent, and none is \
+                     kept if this fails"
                 );
+                self.is_found_again = false;
                 None
             }
         }
@@ -198,7 +206,7 @@ impl S3ShardSink {
         self.phase = Phase::Settled;
         let shared = &self.shared;
         let outcome = match &self.upload {
-            Some(_) if !was_finished && self.resumes => {
+            Some(_) if !was_finished && self.resumes && self.is_found_again => {
                 tracing::info!(key = self.key, "an upload is kept, to be resumed");
                 Ok(())
             }
@@ -308,34 +316,72 @@ struct Landing {
     flight: Arc<Flight>,
     number: u32,
     bytes: u64,
+    begun: Instant,
     outcome: Outcome,
 }
 
 impl Landing {
     fn of(flight: &Arc<Flight>, part: &Part) -> Self {
-        let (number, bytes) = (part.number, part.bytes);
-        Self { flight: Arc::clone(flight), number, bytes, outcome: Outcome::GivenUp }
+        let (number, bytes, begun) = (part.number, part.bytes, Instant::now());
+        Self { flight: Arc::clone(flight), number, bytes, begun, outcome: Outcome::GivenUp }
     }
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
         let outcome = std::mem::replace(&mut self.outcome, Outcome::GivenUp);
+        if matches!(outcome, Outcome::Part(_)) {
+            self.flight.widen(self.bytes, self.begun.elapsed());
+        }
         self.flight.land(self.number, self.bytes, outcome);
+    }
+}
+
+/// How many bytes of parts may be on their way at once.
+///
+/// All that are share the line, and each has to arrive within the timeout of an attempt: on a line
+/// that is too slow for all of them none would. So one goes first, and each that arrives well
+/// within that time lets one more go: soon the most that is allowed, where the line is fast.
+#[derive(Clone, Copy, Debug)]
+struct Widening {
+    bytes: u64,
+    bytes_max: u64,
+    timeout: Duration,
+}
+
+/// The part of an attempt's timeout within which a part has to arrive for another to go beside it:
+/// with so many more at once, the next ones still arrive in time.
+const WELL_WITHIN: u32 = 4;
+
+impl Widening {
+    fn new(bytes_max: u64, timeout: Duration) -> Self {
+        Self { bytes: 0, bytes_max, timeout }
+    }
+
+    /// A part of so many bytes took so long, with others beside it.
+    fn arrived(&mut self, bytes: u64, took: Duration) {
+        if took * WELL_WITHIN <= self.timeout {
+            self.bytes = self.bytes.max(bytes).saturating_add(bytes).min(self.bytes_max);
+        }
+    }
+
+    /// Whether so many bytes more may go. One part always may.
+    fn allows(&self, under_way: u64, more: u64) -> bool {
+        under_way == 0 || under_way.saturating_add(more) <= self.bytes
     }
 }
 
 /// Parts that are on their way, those that have arrived, and the first failure.
 #[derive(Debug)]
 struct Flight {
-    bytes_max: u64,
     flow: Arc<Flow>,
     state: Mutex<FlightState>,
     landed: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct FlightState {
+    widening: Widening,
     bytes: u64,
     begun: u64,
     parts: BTreeMap<u32, CompletedPart>,
@@ -344,16 +390,26 @@ struct FlightState {
 }
 
 impl Flight {
-    fn new(bytes_max: u64, flow: Arc<Flow>) -> Self {
-        Self { bytes_max, flow, state: Mutex::default(), landed: Condvar::new() }
+    fn new(widening: Widening, flow: Arc<Flow>) -> Self {
+        let state = FlightState {
+            widening,
+            bytes: 0,
+            begun: 0,
+            parts: BTreeMap::new(),
+            landed: 0,
+            failure: None,
+        };
+        Self { flow, state: Mutex::new(state), landed: Condvar::new() }
+    }
+
+    fn widen(&self, bytes: u64, took: Duration) {
+        self.lock().widening.arrived(bytes, took);
     }
 
     /// Waits until `bytes` more may be on their way. One part always may.
     fn start(&self, bytes: u64) -> Result<()> {
         let full = |state: &mut FlightState| {
-            state.failure.is_none()
-                && state.bytes > 0
-                && state.bytes.saturating_add(bytes) > self.bytes_max
+            state.failure.is_none() && !state.widening.allows(state.bytes, bytes)
         };
         let mut state =
             self.landed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
@@ -417,5 +473,40 @@ impl Flight {
 
     fn lock(&self) -> MutexGuard<'_, FlightState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const TIMEOUT: Duration = Duration::from_mins(1);
+
+    /// Most parts of 16 MiB at once on a line of so many bytes a second, after so many parts.
+    fn at_once(bytes_per_second: u64, parts: u32) -> u64 {
+        let part = 16 * MIB;
+        let mut widening = Widening::new(128 * MIB, TIMEOUT);
+        for _ in 0..parts {
+            let under_way = widening.bytes.max(part);
+            widening.arrived(part, Duration::from_secs(under_way / bytes_per_second));
+        }
+        (0..100).take_while(|parts| widening.allows(parts * part, part)).count() as u64
+    }
+
+    #[test]
+    fn a_fast_line_soon_takes_all_that_is_allowed() {
+        assert_eq!(at_once(100 * MIB, 0), 1);
+        assert_eq!(at_once(100 * MIB, 1), 2);
+        assert_eq!(at_once(100 * MIB, 7), 8);
+        assert_eq!(at_once(100 * MIB, 100), 8);
+    }
+
+    #[test]
+    fn on_a_slow_line_every_part_arrives_in_time() {
+        for bytes_per_second in [MIB / 3, MIB, 2 * MIB, 3 * MIB, 5 * MIB] {
+            let seconds = at_once(bytes_per_second, 100) * 16 * MIB / bytes_per_second;
+            assert!(seconds < TIMEOUT.as_secs(), "{seconds} s at {bytes_per_second} B/s");
+        }
     }
 }

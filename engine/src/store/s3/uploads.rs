@@ -156,7 +156,9 @@ impl Shared {
         let Some(id) = newest.as_ref().and_then(MultipartUpload::upload_id) else {
             return Ok(None);
         };
-        let (parts, checks_whole) = self.list_parts(key, id).await?;
+        let Some((parts, checks_whole)) = self.list_parts(key, id).await? else {
+            return Ok(None);
+        };
         let arrived = parts.iter().filter_map(|part| {
             let number = u32::try_from(part.part_number()?).ok()?;
             let bytes = u64::try_from(part.size()?).ok()?;
@@ -249,8 +251,13 @@ impl Shared {
         }
     }
 
-    /// The parts of an upload that arrived, and whether the service checks the whole object.
-    async fn list_parts(&self, key: &str, id: &str) -> Asked<(Vec<aws_sdk_s3::types::Part>, bool)> {
+    /// The parts of an upload that arrived, and whether the service checks the whole object. `None`
+    /// if it has ended.
+    async fn list_parts(
+        &self,
+        key: &str,
+        id: &str,
+    ) -> Asked<Option<(Vec<aws_sdk_s3::types::Part>, bool)>> {
         let mut parts = Vec::new();
         let mut marker: Option<String> = None;
         loop {
@@ -264,12 +271,13 @@ impl Shared {
                 .set_part_number_marker(marker.clone());
             let page = match bounded(&self.client, answer(request.send())).await {
                 // Finished or given up since it was listed.
-                Err(failure) if failure.is_missing() => return Ok((parts, false)),
+                Err(failure) if failure.is_missing() => return Ok(None),
                 page => page?,
             };
             parts.extend_from_slice(page.parts());
             if page.is_truncated() != Some(true) {
-                return Ok((parts, page.checksum_type() == Some(&ChecksumType::FullObject)));
+                let checks_whole = page.checksum_type() == Some(&ChecksumType::FullObject);
+                return Ok(Some((parts, checks_whole)));
             }
             let next = page.next_part_number_marker().map(String::from);
             marker = Some(next_page(marker.as_ref(), next)?);
@@ -288,13 +296,20 @@ pub(super) fn unfinished(shared: &Shared) -> Result<Vec<UnfinishedUpload>> {
         listed => listed.map_err(|failure| shared.refused(&what, failure))?,
     };
     let ours = uploads.iter().filter_map(|upload| named(shared, upload));
-    ours.map(|upload| {
+    let with_parts = ours.map(|upload| {
         let key = shared.file_key(upload.step, &upload.file);
-        let (parts, _) = shared.ask(&what, shared.list_parts(&key, &upload.id))?;
-        let sizes = parts.iter().filter_map(|part| u64::try_from(part.size()?).ok());
-        Ok(UnfinishedUpload { bytes: sizes.sum(), ..upload })
-    })
-    .collect()
+        let parts = shared.ask(&what, shared.list_parts(&key, &upload.id))?;
+        Ok(parts.map(|(parts, _)| with_parts(upload, &parts)))
+    });
+    with_parts.filter_map(Result::transpose).collect()
+}
+
+fn with_parts(upload: UnfinishedUpload, parts: &[aws_sdk_s3::types::Part]) -> UnfinishedUpload {
+    let sizes = parts.iter().filter_map(|part| u64::try_from(part.size()?).ok());
+    let arrivals =
+        parts.iter().filter_map(|part| SystemTime::try_from(*part.last_modified()?).ok());
+    let last_active = arrivals.fold(upload.last_active, SystemTime::max);
+    UnfinishedUpload { bytes: sizes.sum(), last_active, ..upload }
 }
 
 /// An upload, if a writer of ours began it.
@@ -306,7 +321,7 @@ fn named(shared: &Shared, upload: &MultipartUpload) -> Option<UnfinishedUpload> 
         file,
         id: upload.upload_id()?.into(),
         bytes: 0,
-        begun: SystemTime::try_from(*upload.initiated()?).ok()?,
+        last_active: SystemTime::try_from(*upload.initiated()?).ok()?,
     })
 }
 

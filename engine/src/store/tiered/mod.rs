@@ -345,10 +345,12 @@ impl Store for TieredStore {
         if only.is_some() && standing(self, step)? != only {
             return Ok(0);
         }
+        let waits = work.is_waiting(step);
         work.cancel_and_wait(step);
         let attempt = work.to_take_back(step);
         // What stands behind the one that counts goes with it, or it would count.
-        let freed_bytes = self.near.remove_checkpoint(step, None)?;
+        let removed = self.near.remove_checkpoint(step, None);
+        let freed_bytes = removed.inspect_err(|_| work.add_again(step, waits))?;
         work.let_go_behind(step, attempt);
         Ok(freed_bytes + work.remove_now()?)
     }
@@ -361,9 +363,11 @@ impl Store for TieredStore {
             return Ok(());
         }
         // What is on its way arrives before it is removed: by the same thread.
+        let waits = work.is_waiting(step);
         work.cancel(step);
         let attempt = work.to_take_back(step);
-        self.near.remove_checkpoint(step, None)?;
+        let removed = self.near.remove_checkpoint(step, None);
+        removed.inspect_err(|_| work.add_again(step, waits))?;
         work.let_go_behind(step, attempt);
         Ok(())
     }
@@ -407,10 +411,8 @@ impl Store for TieredStore {
         self.uploads()?.wait_for(step, timeout)
     }
 
-    fn drain(&self) {
-        if let Some(uploads) = self.uploads() {
-            uploads.drain();
-        }
+    fn drain(&self, timeout: Option<Duration>) -> bool {
+        self.uploads().is_none_or(|uploads| uploads.drain(timeout))
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

@@ -42,7 +42,7 @@ pub(super) enum Removal {
 
 impl Removal {
     /// The step that nobody may upload meanwhile.
-    fn guarded_step(&self) -> Option<u64> {
+    pub(super) fn guarded_step(&self) -> Option<u64> {
         match self {
             Self::Checkpoint(step) | Self::Attempt(step, _) => Some(*step),
             Self::Orphan(..) => None,
@@ -92,6 +92,8 @@ pub(super) struct Queue {
     removing: Option<u64>,
     /// Steps whose manifest this process has put into the far store, or may have.
     published: BTreeSet<u64>,
+    /// Steps of which an upload may have been begun and not ended, by this process or one before.
+    unfinished: BTreeSet<u64>,
     /// The step that was committed last: later ones were retired by a rewind.
     latest: Option<u64>,
     /// Everything is tried once more at most: since when.
@@ -101,8 +103,9 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn new(waiting: BTreeSet<u64>, unsure: BTreeSet<u64>) -> Self {
+        let unfinished = waiting.clone();
         let waiting = waiting.into_iter().map(|step| (step, Due::default())).collect();
-        Self { waiting, unsure, ..Self::default() }
+        Self { waiting, unsure, unfinished, ..Self::default() }
     }
 
     /// The step is committed. Later ones, if there are any, are retired by it: they go no further,
@@ -122,6 +125,18 @@ impl Queue {
         self.removals.retain(goes);
         self.set_aside.retain(goes);
         self.waiting.insert(step, Due::default());
+    }
+
+    /// The step waits again, unless it was committed anew meanwhile.
+    pub(super) fn add_again(&mut self, step: u64) {
+        if !self.is_waiting(step) {
+            self.waiting.insert(step, Due::default());
+        }
+    }
+
+    /// Whether an upload of the step may have been begun and not ended; asked once.
+    pub(super) fn take_unfinished(&mut self, step: u64) -> bool {
+        self.unfinished.remove(&step)
     }
 
     /// The step's upload is not begun any more, and ends soon if it was: true until it has.
@@ -190,8 +205,10 @@ impl Queue {
     }
 
     pub(super) fn drain(&mut self, now: Duration) {
-        self.draining = Some(now);
-        self.look = Due::default();
+        if self.draining.is_none() {
+            self.draining = Some(now);
+            self.look = Due::default();
+        }
     }
 
     /// Whether there is nothing left to wait for.
@@ -237,6 +254,7 @@ impl Queue {
             return None;
         }
         self.waiting.remove(&step);
+        self.unfinished.insert(step);
         Some((step, self.begin(step, due)))
     }
 
@@ -255,6 +273,9 @@ impl Queue {
         now: Duration,
     ) -> bool {
         let Some(Current { step, due, cancelled }) = self.current.take() else { return false };
+        if outcome.is_ok() {
+            self.unfinished.remove(&step);
+        }
         if cancelled.load(Ordering::Relaxed) {
             return false;
         }

@@ -1,7 +1,7 @@
 //! Two directories as near and far store, one of which does to calls what the test says.
 
-use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::bounded;
@@ -17,6 +17,7 @@ use crate::io::open_backend;
 use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
+use crate::transfer::{Brought, Overwrite, publish_whole, transfer};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_mins(1);
@@ -28,6 +29,7 @@ enum Call {
     CreateShard(u64),
     OpenShard(u64),
     Publish(u64),
+    Published(u64),
     Remove(u64),
 }
 
@@ -93,7 +95,8 @@ impl Store for Ruled {
 
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
         self.pass(Call::Publish(publication.step))?;
-        self.store.publish(publication)
+        self.store.publish(publication)?;
+        self.pass(Call::Published(publication.step))
     }
 
     fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
@@ -233,7 +236,7 @@ fn a_shard_that_cannot_be_read_here_holds_up_no_other_step() {
     assert!(tier.uploaded(1, Some(Duration::ZERO)).is_none());
     assert!(!tier.may_remove(1) && tier.may_remove(2));
     // Once more, and no more.
-    tier.drain();
+    assert!(tier.drain(None));
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Io { .. })));
     assert!(!tier.may_remove(1), "no other copy is known");
     drop(tier);
@@ -335,6 +338,75 @@ fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
 }
 
 #[test]
+fn a_step_that_could_not_be_removed_here_is_uploaded_all_the_same() {
+    let [near, far] = places(&[1]);
+    let is_away = Arc::new(AtomicBool::new(true));
+    let away = Arc::clone(&is_away);
+    let near = Ruled::open(near.path(), |call| match call {
+        Call::Remove(1) => Err(eio("a directory")),
+        _ => Ok(()),
+    });
+    let far = Ruled::open(far.path(), move |call| match call {
+        Call::CreateShard(1) if away.load(Ordering::Relaxed) => Err(eio("a far shard")),
+        _ => Ok(()),
+    });
+    let tier = tier(near, far);
+    assert!(matches!(tier.remove_checkpoint(1, None), Err(EngineError::Io { .. })));
+    assert!(matches!(tier.let_go(1, None), Err(EngineError::Io { .. })));
+    assert!(!tier.may_remove(1), "it waits for its upload");
+    is_away.store(false, Ordering::Relaxed);
+    uploaded(&tier, 1).unwrap();
+}
+
+#[test]
+fn waiting_for_uploads_ends_when_the_time_is_over() {
+    let [near, far] = places(&[1]);
+    let (go, gone) = bounded(1);
+    let far = Ruled::open(far.path(), move |call| {
+        if call == Call::CreateShard(1) {
+            gone.recv().unwrap();
+        }
+        Ok(())
+    });
+    let tier = tier(Ruled::sound(near.path()), far);
+    for _ in 0..3 {
+        assert!(!tier.drain(Some(Duration::from_millis(1))));
+    }
+    go.send(()).unwrap();
+    assert!(tier.drain(Some(LONG)));
+    uploaded(&tier, 1).unwrap();
+}
+
+#[test]
+fn what_goes_while_it_is_published_is_taken_back() {
+    let share = OwnShare { rank: 0, world_size: 2 };
+    let environment: Arc<dyn Environment> = Arc::new(System::default());
+    for is_let_go in [false, true] {
+        let [near, far] = places(&[1]);
+        let goes = Arc::new(AtomicBool::new(false));
+        let goes_there = Arc::clone(&goes);
+        let step = far.path().join(names::step_dir_name(1));
+        let far = Ruled::open(far.path(), move |call| {
+            if goes.load(Ordering::Relaxed) && call == Call::Published(1) {
+                // Another rank let the step go meanwhile.
+                let files = std::fs::read_dir(&step).unwrap().map(|file| file.unwrap().path());
+                let is_shard = |path: &PathBuf| path.extension().is_some_and(|end| end == "shard");
+                files.filter(is_shard).for_each(|path| std::fs::remove_file(path).unwrap());
+            }
+            Ok(())
+        });
+        let near = Ruled::sound(near.path());
+        transfer(&*near, &*far, 1, Overwrite::No, &environment, &()).unwrap();
+        let attempt = standing(&*far, 1).unwrap().unwrap();
+        far.unpublish(1, attempt, None).unwrap();
+        goes_there.store(is_let_go, Ordering::Relaxed);
+        let brought = publish_whole(&*near, &*far, (1, share)).unwrap();
+        assert_eq!(brought, if is_let_go { Brought::Less } else { Brought::All });
+        assert_eq!(standing(&*far, 1).unwrap().is_some(), !is_let_go);
+    }
+}
+
+#[test]
 fn what_was_saved_after_one_looked_is_not_removed() {
     let [near, far] = places(&[5]);
     let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
@@ -342,7 +414,7 @@ fn what_was_saved_after_one_looked_is_not_removed() {
     let another = Some(AttemptId([9; 16]));
     assert_eq!(tier.remove_checkpoint(5, another).unwrap(), 0);
     tier.let_go(5, another).unwrap();
-    tier.drain();
+    assert!(tier.drain(None));
     assert!(standing(&tier, 5).unwrap().is_some());
     let stands = standing(tier.far.as_ref(), 5).unwrap();
     assert!(stands.is_some());
@@ -364,5 +436,5 @@ fn a_panic_is_told_and_nobody_waits_for_ever() {
     assert!(matches!(error, EngineError::Internal { .. }), "{error}");
     // The removal of step 1 stands behind that of step 2.
     assert!(tier.remove_checkpoint(1, None).is_err());
-    tier.drain();
+    assert!(tier.drain(None));
 }

@@ -15,7 +15,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -24,10 +24,10 @@ use super::far::FarView;
 use super::queue::{Queue, Removal};
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
-use crate::format::names::{AttemptId, MANIFEST_FILE};
+use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
 use crate::load::VerifyObserver;
 use crate::recovery::OwnShare;
-use crate::store::Store;
+use crate::store::{Store, UnfinishedUpload};
 use crate::transfer::{
     Brought, Copied, Overwrite, Transferred, publish_whole, standing, transfer, transfer_share,
 };
@@ -141,6 +141,13 @@ impl Work {
         self.change(|queue| queue.add(step));
     }
 
+    /// The step stays, though it was to go: if it waited for its upload, it does again.
+    pub(super) fn add_again(&self, step: u64, waited: bool) {
+        if waited {
+            self.change(|queue| queue.add_again(step));
+        }
+    }
+
     /// The step is going: its upload is not begun any more, and ends soon if it was.
     pub(super) fn cancel(&self, step: u64) {
         self.change(|queue| queue.cancel(step));
@@ -246,6 +253,11 @@ impl Work {
     }
 
     fn remove(&self, removal: &Removal) -> Result<u64> {
+        if let Some(step) = removal.guarded_step()
+            && self.change(|queue| queue.take_unfinished(step))
+        {
+            self.give_up_uploads(step);
+        }
         match removal {
             Removal::Checkpoint(step) => {
                 // Whatever stands there: this process puts nothing in its place meanwhile.
@@ -261,13 +273,47 @@ impl Work {
         }
     }
 
-    /// Waits until everything is done, or failed once more.
-    pub(super) fn drain(&self) {
+    /// Gives up what this process began to upload of a step that is not wanted any more: nobody
+    /// goes on with it, and the parts that arrived take space that no listing shows.
+    fn give_up_uploads(&self, step: u64) {
+        let is_own = |file: &str| {
+            let rank = parse_shard_file(file).map(|(rank, _)| rank);
+            self.share.is_none_or(|share| rank == Some(share.rank))
+        };
+        let given_up = self.far.unfinished_uploads().and_then(|uploads| {
+            let of_step = |upload: &&UnfinishedUpload| upload.step == step && is_own(&upload.file);
+            uploads
+                .iter()
+                .filter(of_step)
+                .try_for_each(|upload| self.far.abort_upload(upload).map(drop))
+        });
+        if let Err(error) = given_up {
+            tracing::info!(step, %error, "an upload that is not wanted any more may be left");
+        }
+    }
+
+    /// Waits, at most so long, until everything is done, or failed once more; true if it is.
+    pub(super) fn drain(&self, timeout: Option<Duration>) -> bool {
         let now = self.now();
         self.change(|queue| queue.drain(now));
-        let queue = self.changed.wait_while(self.lock(), |queue| !queue.is_drained());
-        queue.unwrap_or_else(PoisonError::into_inner).end_drain(self.now());
+        let is_under_way = |queue: &mut Queue| !queue.is_drained();
+        let mut queue = match timeout {
+            None => self.changed.wait_while(self.lock(), is_under_way),
+            Some(timeout) => {
+                let waited = self.changed.wait_timeout_while(self.lock(), timeout, is_under_way);
+                waited
+                    .map(|(queue, _)| queue)
+                    .map_err(|poisoned| PoisonError::new(poisoned.into_inner().0))
+            }
+        }
+        .unwrap_or_else(PoisonError::into_inner);
+        let is_drained = queue.is_drained();
+        if is_drained {
+            queue.end_drain(self.now());
+        }
+        drop(queue);
         self.changed.notify_all();
+        is_drained
     }
 
     fn stop(&self) {
@@ -314,7 +360,10 @@ impl Work {
         let error = outcome.as_ref().err().map(ToString::to_string);
         let share = self.share.is_some();
         let tries_again = self.change(|queue| queue.book(outcome, share, self.now()));
-        if let Some(error) = error {
+        let Some(error) = error else { return };
+        if cancelled.load(Ordering::Relaxed) && !self.lock().is_stopped() {
+            self.give_up_uploads(step);
+        } else {
             tracing::warn!(step, error, tries_again, "an upload failed");
         }
     }
@@ -431,24 +480,25 @@ fn warn_of(step: u64, error: &dyn fmt::Display) {
 struct Pacer<'a> {
     work: &'a Work,
     cancelled: &'a AtomicBool,
-    start: Duration,
-    bytes: AtomicU64,
+    /// When what has gone so far is paid for. Time in which nothing went buys nothing.
+    due: Mutex<Duration>,
 }
 
 impl<'a> Pacer<'a> {
     fn new(work: &'a Work, cancelled: &'a AtomicBool) -> Self {
-        let start = work.now();
-        Self { work, cancelled, start, bytes: AtomicU64::new(0) }
+        Self { work, cancelled, due: Mutex::new(work.now()) }
     }
 }
 
 impl VerifyObserver for Pacer<'_> {
     #[expect(clippy::cast_precision_loss, reason = "a pause")]
     fn advanced(&self, stored_bytes: u64) {
-        let bytes = self.bytes.fetch_add(stored_bytes, Ordering::Relaxed) + stored_bytes;
         let Some(rate) = self.work.bytes_per_second else { return };
-        let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-        let early = due.saturating_sub(elapsed(&*self.work.environment, self.start));
+        let now = self.work.now();
+        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        *due = (*due).max(now) + Duration::from_secs_f64(stored_bytes as f64 / rate.max(1) as f64);
+        let early = due.saturating_sub(now);
+        drop(due);
         if !early.is_zero() {
             self.work.sleep(early, |_| self.is_cancelled());
         }
