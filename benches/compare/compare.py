@@ -29,7 +29,14 @@ import report
 import state
 from engines import FIO, Entrant
 from limits import HUGE_PAGES_NEEDED, BareCopy, Fio
-from machine import available_bytes, describe, drop_caches, huge_pages, is_root
+from machine import (
+    available_bytes,
+    describe,
+    drop_caches,
+    have_free_memory,
+    huge_pages,
+    is_root,
+)
 from make_state import say
 from results import Results
 from state import Index
@@ -151,8 +158,9 @@ class Run:
         return self.step
 
     def drop_caches(self) -> None:
-        """Have nothing that was written in the page cache."""
+        """Have nothing that was written in the page cache, and free memory to read it into."""
         drop_caches(self.root, as_root=self.as_root)
+        have_free_memory(self.results.raw_bytes)
 
     def remove(self, worker: Worker, step: int) -> None:
         """Delete a checkpoint, and wait until the device knows."""

@@ -12,6 +12,8 @@ import datetime as dt
 import os
 import platform
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+_TOUCH = """
+import mmap, sys
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+mmap.mmap(-1, int(sys.argv[1]), flags)
+"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,16 @@ def drop_caches(folder: Path, *, as_root: bool) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def have_free_memory(count: int) -> None:
+    """Have so many bytes of memory free that this machine holds already.
+
+    A virtual machine gives free memory back to its host, and pays when it fetches it anew. Whoever
+    reads into the page cache would not, for that was just dropped; whoever needs memory of its own
+    would. A process of its own takes and returns as much, whoever reads next.
+    """
+    subprocess.run([sys.executable, "-c", _TOUCH, str(count)], check=True)
 
 
 @contextlib.contextmanager

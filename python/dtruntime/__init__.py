@@ -41,7 +41,14 @@ from dtruntime.errors import (
     UnsupportedValue,
     WorkerFenced,
 )
-from dtruntime.handle import SaveHandle, SaveInfo, SaveProgress, SaveStats, UploadInfo
+from dtruntime.handle import (
+    PendingUpload,
+    SaveHandle,
+    SaveInfo,
+    SaveProgress,
+    SaveStats,
+    UploadInfo,
+)
 from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
 from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
 
@@ -72,6 +79,7 @@ __all__ = [
     "MembershipChange",
     "MembershipChanged",
     "NoSpace",
+    "PendingUpload",
     "RestoreIncomplete",
     "RestoreReport",
     "SaveAborted",

@@ -35,7 +35,7 @@ from dtruntime.errors import (
     RestoreIncomplete,
 )
 from dtruntime.globs import globs_of
-from dtruntime.handle import Copied, SaveHandle, SaveInfo, Watcher
+from dtruntime.handle import Copied, PendingUpload, SaveHandle, SaveInfo, Watcher
 from dtruntime.lineage import Lineage
 from dtruntime.loading import Reader, device_of
 from dtruntime.replication import Replication
@@ -596,6 +596,16 @@ class CheckpointManager:
         usable = ordinals if ordinals and gpus.are_usable() else []
         self._native.prewarm(raw_bytes, gpus.current_streams(usable))
 
+    def pending_uploads(self) -> list[PendingUpload]:
+        """Give the checkpoints that are not in the remote store yet, by ascending step.
+
+        Those of earlier processes, too. Empty without a remote store.
+
+        >>> manager.pending_uploads()
+        [PendingUpload(step=2000, uploaded_bytes=25165824, total_bytes=104861696)]
+        """
+        return [PendingUpload(*upload) for upload in self._native.pending_uploads()]
+
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Wait for the save in flight, at most ``timeout`` seconds; tell whether none is left.
 
@@ -683,7 +693,7 @@ class CheckpointManager:
             if self._watcher is not None:
                 self._watcher.stop()
             if self._uploads is not None:
-                self._native.drain()
+                lifecycle.wait_for_uploads(self._native)
                 self._uploads.stop()
             self._is_shut = True  # from here on nobody is waited for
         try:

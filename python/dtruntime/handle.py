@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import gpus
 from dtruntime.errors import CheckpointError
@@ -139,6 +139,21 @@ class UploadInfo:
     resumed_parts: int
     retries: int
     seconds: float
+
+
+class PendingUpload(NamedTuple):
+    """A checkpoint that is not in the remote store yet.
+
+    Attributes:
+        step: Its step.
+        uploaded_bytes: Bytes that have gone so far in this try, or were there already.
+        total_bytes: Bytes of the shards that this process brings.
+
+    """
+
+    step: int
+    uploaded_bytes: int
+    total_bytes: int
 
 
 @dataclass

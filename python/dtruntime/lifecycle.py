@@ -69,7 +69,7 @@ def _let_go(
     def close() -> None:
         try:
             if uploads is not None:
-                native.drain()
+                wait_for_uploads(native)
                 uploads.stop()
             native.close()
         except CheckpointError as error:
@@ -80,6 +80,24 @@ def _let_go(
 
     watcher.submit(close)
     watcher.request_stop()
+
+
+def wait_for_uploads(native: _native.Manager) -> None:
+    """Wait until all that is committed was uploaded, and say so if it takes a while."""
+    if native.drain(_QUIET_SECONDS):
+        return
+    pending = native.pending_uploads()
+    if pending:
+        total = sum(total for _, _, total in pending)
+        left = total - sum(uploaded for _, uploaded, _ in pending)
+        _logger.warning(
+            "closing waits for the upload of step %s: %.1f of %.1f MiB are left; what an interrupt "
+            "leaves, the next process uploads",
+            ", ".join(str(step) for step, _, _ in pending),
+            left / (1 << 20),
+            total / (1 << 20),
+        )
+    native.drain()
 
 
 def _log_unseen(error: CheckpointError) -> None:

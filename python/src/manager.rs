@@ -12,6 +12,7 @@ use dtr_engine::load::VerifyObserver;
 use dtr_engine::ranks::Coordinated;
 use dtr_engine::recovery::StepState;
 use dtr_engine::save::{SaveRequest, share_of};
+use dtr_engine::store::PendingUpload;
 use dtr_engine::{EngineError, Result};
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -310,10 +311,22 @@ impl Manager {
         }
     }
 
-    /// Waits until everything was brought to the remote store, or has failed once more.
-    fn drain(&self, py: Python<'_>) -> PyResult<()> {
+    /// `(step, uploaded bytes, total bytes)` of what is not in the remote store yet, ascending.
+    fn pending_uploads(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64, u64)>> {
+        let pending =
+            self.guard.call(py, "listing pending uploads", || self.engine.pending_uploads())?;
+        let told = |upload: PendingUpload| {
+            (upload.step, upload.uploaded_bytes, upload.total_bytes)
+        };
+        Ok(pending.into_iter().map(told).collect())
+    }
+
+    /// Waits, at most `timeout` seconds, until everything was brought to the remote store, or has
+    /// failed once more; true if so.
+    #[pyo3(signature = (timeout=None))]
+    fn drain(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
         let wait = |slice| self.engine.drain(Some(slice));
-        self.guard.wait(py, "waiting for uploads", None, wait).map(drop)
+        self.guard.wait(py, "waiting for uploads", timeout_of(timeout), wait)
     }
 
     /// Finishes the save in flight and gives everything back. Raises the error of a save that

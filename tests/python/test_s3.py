@@ -115,6 +115,7 @@ def test_a_directory_that_drains_into_s3(tmp_path):
             handle = manager.save_async(state_of(step), step=step)
         assert handle.result().location == str(near)
         info = handle.uploaded.result(60)
+        assert manager.pending_uploads() == []
         assert (info.step, info.parts, info.was_there) == (3, 1, False)
         assert info.bytes == handle.result().stored_bytes
     with CheckpointManager(STORE, read_only=True) as far:
@@ -284,9 +285,11 @@ import os, signal, sys
 from dtruntime import CheckpointManager
 manager = CheckpointManager(sys.argv[1], remote=sys.argv[2], remote_bytes_per_second=1)
 manager.save({"a": 1}, step=1)
-for _ in range(2):
+[(step, uploaded, total)] = manager.pending_uploads()
+assert step == 1 and 0 <= uploaded <= total and total > 0
+for seconds in (0.3, 2):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         manager.close()
     except KeyboardInterrupt:
@@ -297,6 +300,7 @@ os._exit(0)
         STORE,
     )
     assert done.stdout == "interrupted\n" * 2, done.stderr
+    assert "closing waits for the upload of step 1: 0.0 of 0.0 MiB are left" in done.stderr
     with CheckpointManager(tmp_path / "near", remote=STORE):
         pass
     with CheckpointManager(STORE, read_only=True) as far:

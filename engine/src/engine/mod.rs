@@ -32,7 +32,7 @@ use crate::store::local::LocalStore;
 #[cfg(feature = "s3")]
 use crate::store::s3::S3Store;
 use crate::store::tiered::TieredStore;
-use crate::store::{Access, Store};
+use crate::store::{Access, PendingUpload, Store};
 use crate::transfer::{Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
@@ -512,6 +512,11 @@ impl Engine {
     /// save that nobody looked at.
     pub fn wait_until_finished(&self, timeout: Option<Duration>) -> Result<bool> {
         self.inner("waiting for the save in flight")?.wait_for_last(timeout)
+    }
+
+    /// Checkpoints that are not in the far store yet, by ascending step. None without a far store.
+    pub fn pending_uploads(&self) -> Result<Vec<PendingUpload>> {
+        Ok(self.inner("listing pending uploads")?.core.store.pending_uploads())
     }
 
     /// Waits, at most `timeout`, until every checkpoint was brought to the far store, or has failed

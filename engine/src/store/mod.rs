@@ -137,6 +137,11 @@ pub trait Store: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Checkpoints that are not in the far store yet, by ascending step.
+    fn pending_uploads(&self) -> Vec<PendingUpload> {
+        Vec::new()
+    }
+
     /// Waits, at most so long, until everything was brought to the far store, or has failed once
     /// more; true if it has. From the first call on nothing is tried more than once, until one has
     /// seen the end.
@@ -202,6 +207,17 @@ pub struct UnfinishedUpload {
     pub bytes: u64,
     /// When something of it arrived last, or it was begun, by the store's clock.
     pub last_active: SystemTime,
+}
+
+/// What [`Store::pending_uploads`] lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingUpload {
+    /// The step.
+    pub step: u64,
+    /// Bytes that have gone so far in this try, or were there already.
+    pub uploaded_bytes: u64,
+    /// Bytes of the shards that this process brings.
+    pub total_bytes: u64,
 }
 
 /// What [`Store::publish`] makes visible.

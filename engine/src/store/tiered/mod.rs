@@ -30,8 +30,8 @@ use std::time::{Duration, SystemTime};
 
 use super::flow::Flow;
 use super::{
-    FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing, Store,
-    UnfinishedUpload,
+    FileListing, PendingUpload, Publication, ShardId, ShardSink, ShardSize, ShardSource,
+    StepListing, Store, UnfinishedUpload,
 };
 use crate::clock::Environment;
 use crate::format::FormatError;
@@ -409,6 +409,10 @@ impl Store for TieredStore {
 
     fn uploaded(&self, step: u64, timeout: Option<Duration>) -> Option<Result<Transferred>> {
         self.uploads()?.wait_for(step, timeout)
+    }
+
+    fn pending_uploads(&self) -> Vec<PendingUpload> {
+        self.uploads().map(Work::pending).unwrap_or_default()
     }
 
     fn drain(&self, timeout: Option<Duration>) -> bool {

@@ -19,7 +19,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::format::names::AttemptId;
@@ -70,7 +70,30 @@ impl Due {
 struct Current {
     step: u64,
     due: Due,
-    cancelled: Arc<AtomicBool>,
+    turn: Arc<Turn>,
+}
+
+/// What the thread that is at a step, and those who look on, tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    cancelled: AtomicBool,
+    passed_bytes: AtomicU64,
+}
+
+impl Turn {
+    fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the step is not wanted any more.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// So many bytes more were passed on, or were there already.
+    pub(super) fn pass(&self, bytes: u64) {
+        self.passed_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -146,7 +169,7 @@ impl Queue {
         self.unsure.remove(&step);
         let current = self.current.as_ref().filter(|current| current.step == step);
         if let Some(current) = current {
-            current.cancelled.store(true, Ordering::Relaxed);
+            current.turn.cancel();
         }
         current.is_some()
     }
@@ -189,7 +212,7 @@ impl Queue {
     pub(super) fn stop(&mut self) {
         self.stopped = true;
         if let Some(current) = &self.current {
-            current.cancelled.store(true, Ordering::Relaxed);
+            current.turn.cancel();
         }
     }
 
@@ -245,7 +268,7 @@ impl Queue {
     }
 
     /// The next step to upload, which is current from now on.
-    pub(super) fn take(&mut self, now: Duration) -> Option<(u64, Arc<AtomicBool>)> {
+    pub(super) fn take(&mut self, now: Duration) -> Option<(u64, Arc<Turn>)> {
         let is_due = |(step, due): &(&u64, &Due)| {
             self.removing != Some(**step) && self.left(due, now).is_zero()
         };
@@ -258,10 +281,23 @@ impl Queue {
         Some((step, self.begin(step, due)))
     }
 
-    fn begin(&mut self, step: u64, due: Due) -> Arc<AtomicBool> {
-        let cancelled = Arc::new(AtomicBool::new(false));
-        self.current = Some(Current { step, due, cancelled: Arc::clone(&cancelled) });
-        cancelled
+    fn begin(&mut self, step: u64, due: Due) -> Arc<Turn> {
+        let turn = Arc::new(Turn::default());
+        self.current = Some(Current { step, due, turn: Arc::clone(&turn) });
+        turn
+    }
+
+    /// Steps that are not in the far store yet, ascending, with the bytes that have gone so far; of
+    /// those whose own shard is there, and that wait for other ranks', `None`.
+    pub(super) fn pending(&self) -> BTreeMap<u64, Option<u64>> {
+        let waiting = self.waiting.keys().map(|step| (*step, Some(0)));
+        let current = self
+            .current
+            .as_ref()
+            .map(|current| (current.step, Some(current.turn.passed_bytes.load(Ordering::Relaxed))));
+        let brought = self.brought.keys().map(|step| (*step, None));
+        // A step that was brought is current while it is looked at.
+        waiting.chain(current).chain(brought).collect()
     }
 
     /// Notes what came of the current upload; `share` if other ranks bring shards, too. True if it
@@ -272,11 +308,11 @@ impl Queue {
         share: bool,
         now: Duration,
     ) -> bool {
-        let Some(Current { step, due, cancelled }) = self.current.take() else { return false };
+        let Some(Current { step, due, turn }) = self.current.take() else { return false };
         if outcome.is_ok() {
             self.unfinished.remove(&step);
         }
-        if cancelled.load(Ordering::Relaxed) {
+        if turn.is_cancelled() {
             return false;
         }
         match outcome {
@@ -314,7 +350,7 @@ impl Queue {
     }
 
     /// Makes one of these current, unless it is wanted no more.
-    pub(super) fn take_brought(&mut self, step: u64) -> Option<Arc<AtomicBool>> {
+    pub(super) fn take_brought(&mut self, step: u64) -> Option<Arc<Turn>> {
         let is_wanted = self.brought.contains_key(&step) && self.removing != Some(step);
         (is_wanted && !self.stopped).then(|| self.begin(step, Due::default()))
     }
@@ -506,15 +542,15 @@ mod tests {
     #[test]
     fn a_retired_step_does_not_overtake_the_one_that_retires_it() {
         let mut queue = queue(&[2, 5, 7]);
-        let (step, cancelled) = queue.take(SECOND).unwrap();
+        let (step, turn) = queue.take(SECOND).unwrap();
         assert_eq!(step, 2);
         queue.book(Err(away()), false, SECOND);
-        assert!(!cancelled.load(Ordering::Relaxed));
-        let (step, cancelled) = queue.take(SECOND).unwrap();
+        assert!(!turn.is_cancelled());
+        let (step, turn) = queue.take(SECOND).unwrap();
         assert_eq!(step, 5);
         // A rewind: neither 5, which is on its way, nor 7 goes on.
         queue.add(3);
-        assert!(cancelled.load(Ordering::Relaxed) && !queue.is_waiting(7));
+        assert!(turn.is_cancelled() && !queue.is_waiting(7));
         queue.book(Ok(Transferred::default()), false, SECOND);
         assert!(queue.outcome(5).is_none());
         assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));

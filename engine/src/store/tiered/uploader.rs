@@ -15,19 +15,19 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::far::FarView;
-use super::queue::{Queue, Removal};
+use super::queue::{Queue, Removal, Turn};
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
+use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
 use crate::load::VerifyObserver;
 use crate::recovery::OwnShare;
-use crate::store::{Store, UnfinishedUpload};
+use crate::store::{PendingUpload, Store, UnfinishedUpload};
 use crate::transfer::{
     Brought, Copied, Overwrite, Transferred, publish_whole, standing, transfer, transfer_share,
 };
@@ -292,6 +292,31 @@ impl Work {
         }
     }
 
+    /// What is not in the far store yet.
+    pub(super) fn pending(&self) -> Vec<PendingUpload> {
+        let pending = self.lock().pending();
+        let upload = |(step, passed): (u64, Option<u64>)| {
+            let total_bytes = self.bytes_of(step);
+            // Footer, header and index count, too, and are read apart.
+            let uploaded_bytes = passed.unwrap_or(total_bytes).min(total_bytes);
+            PendingUpload { step, uploaded_bytes, total_bytes }
+        };
+        pending.into_iter().map(upload).collect()
+    }
+
+    /// Bytes of the shards that this process brings of a step; 0 where that cannot be read.
+    fn bytes_of(&self, step: u64) -> u64 {
+        let manifest = self.near.read_manifest(step).ok().flatten();
+        let manifest = manifest.and_then(|bytes| Manifest::decode(&bytes).ok());
+        let is_own = |manifest: &Manifest, rank| {
+            self.share.is_none_or(|share| !share.may_miss(manifest, rank))
+        };
+        manifest.map_or(0, |manifest| {
+            let own = manifest.shards.iter().filter(|shard| is_own(&manifest, shard.rank));
+            own.map(|shard| shard.bytes).sum()
+        })
+    }
+
     /// Waits, at most so long, until everything is done, or failed once more; true if it is.
     pub(super) fn drain(&self, timeout: Option<Duration>) -> bool {
         let now = self.now();
@@ -355,21 +380,21 @@ impl Work {
     }
 
     fn uploads_the_next(&self) {
-        let Some((step, cancelled)) = self.lock().take(self.now()) else { return };
-        let outcome = caught(&format!("uploading step {step}"), || self.upload(step, &cancelled));
+        let Some((step, turn)) = self.lock().take(self.now()) else { return };
+        let outcome = caught(&format!("uploading step {step}"), || self.upload(step, &turn));
         let error = outcome.as_ref().err().map(ToString::to_string);
         let share = self.share.is_some();
         let tries_again = self.change(|queue| queue.book(outcome, share, self.now()));
         let Some(error) = error else { return };
-        if cancelled.load(Ordering::Relaxed) && !self.lock().is_stopped() {
+        if turn.is_cancelled() && !self.lock().is_stopped() {
             self.give_up_uploads(step);
         } else {
             tracing::warn!(step, error, tries_again, "an upload failed");
         }
     }
 
-    fn upload(&self, step: u64, cancelled: &AtomicBool) -> Copied<Transferred> {
-        let pacer = Pacer::new(self, cancelled);
+    fn upload(&self, step: u64, turn: &Turn) -> Copied<Transferred> {
+        let pacer = Pacer::new(self, turn);
         let (near, far) = (self.near.as_ref(), self.far.as_ref());
         if let Some(share) = self.share {
             return transfer_share(near, far, (step, share), &self.environment, &pacer);
@@ -385,11 +410,11 @@ impl Work {
         let brought = self.lock().looks(self.now());
         for step in brought {
             // Whoever cancels it waits for this.
-            let Some(cancelled) = self.lock().take_brought(step) else { continue };
+            let Some(turn) = self.lock().take_brought(step) else { continue };
             let published = caught(&format!("publishing step {step}"), || {
                 publish_whole(self.near.as_ref(), self.far.as_ref(), (step, share))
             });
-            if matches!(published, Ok(Brought::All)) && !cancelled.load(Ordering::Relaxed) {
+            if matches!(published, Ok(Brought::All)) && !turn.is_cancelled() {
                 self.view.note(self.far.as_ref(), step);
             }
             self.book_whole(step, published);
@@ -479,20 +504,21 @@ fn warn_of(step: u64, error: &dyn fmt::Display) {
 /// Keeps an upload to its rate, and ends it when it is not wanted any more.
 struct Pacer<'a> {
     work: &'a Work,
-    cancelled: &'a AtomicBool,
+    turn: &'a Turn,
     /// When what has gone so far is paid for. Time in which nothing went buys nothing.
     due: Mutex<Duration>,
 }
 
 impl<'a> Pacer<'a> {
-    fn new(work: &'a Work, cancelled: &'a AtomicBool) -> Self {
-        Self { work, cancelled, due: Mutex::new(work.now()) }
+    fn new(work: &'a Work, turn: &'a Turn) -> Self {
+        Self { work, turn, due: Mutex::new(work.now()) }
     }
 }
 
 impl VerifyObserver for Pacer<'_> {
     #[expect(clippy::cast_precision_loss, reason = "a pause")]
     fn advanced(&self, stored_bytes: u64) {
+        self.turn.pass(stored_bytes);
         let Some(rate) = self.work.bytes_per_second else { return };
         let now = self.work.now();
         let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
@@ -505,6 +531,6 @@ impl VerifyObserver for Pacer<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+        self.turn.is_cancelled()
     }
 }
