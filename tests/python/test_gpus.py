@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dtruntime import (
     InvalidArgument,
     gpus,
 )
+from dtruntime.handle import _behind
 from dtruntime.loading import Reader
 from dtruntime.restore import plan_restore
 from dtruntime.tensors import StorageRecord
@@ -224,27 +226,36 @@ def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatc
     manager.save({"w": weight}, step=1)
 
 
-def test_a_restore_waits_for_a_save_that_still_copies(device, manager):
+@pytest.mark.parametrize("which", ["the same manager", "another manager"])
+def test_a_restore_waits_for_saves_that_still_copy(device, manager, tmp_path, which):
     old, new = noise(1, 100_000), noise(2, 100_000)
     weight = device.tensor(old).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    manager.save({"w": weight}, step=1)
-    with torch.no_grad():
-        weight.copy_(new)
-    device.hold_copies(True)
-    handle = manager.save_async({"w": weight}, step=2, consistency="overlap", optimizer=optimizer)
+    with CheckpointManager(tmp_path / "other") as other:
+        restoring = manager if which == "the same manager" else other
+        restoring.save({"w": weight}, step=1)
+        with torch.no_grad():
+            weight.copy_(new)
+        device.hold_copies(True)
+        handle = manager.save_async({"w": weight}, 2, consistency="overlap", optimizer=optimizer)
+        waited = []
 
-    def wait(ordinals):
+        def wait(ordinals):
+            waited.append(list(ordinals))
+            device.hold_copies(False)
+            assert handle._native.wait_captured(30)
+            return [(ordinal, 0) for ordinal in ordinals]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpus, "current_streams", lambda some: wait(some) if some else [])
+            restoring.restore({"w": weight}, step=1)
         device.hold_copies(False)
-        assert handle._native.wait_captured(30)
-        return [(ordinal, 0) for ordinal in ordinals]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpus, "current_streams", lambda ordinals: wait(ordinals) if ordinals else [])
-        manager.restore({"w": weight}, step=1)
+        assert waited == [[0]]
     assert torch.equal(weight, old)
     handle.result()
     assert torch.equal(manager.load(step=2)["w"], new)
+    handle.staged.result(10)
+    assert not _behind, "a save that has copied is forgotten"
 
 
 def test_memory_that_an_optimizer_fills_in_part_is_cloned(device, manager):
@@ -258,6 +269,51 @@ def test_memory_that_an_optimizer_fills_in_part_is_cloned(device, manager):
     other = torch.optim.SGD([weight, buffer.requires_grad_()], lr=0.1)
     manager.save(state, step=2, consistency="overlap", optimizer=other)
     assert device.calls("cuMemAllocAsync") == clones + 1, "the optimizer fills all of it"
+
+
+def test_a_frozen_parameter_is_cloned_though_an_optimizer_lists_it(device, manager):
+    # As the key encoder of a momentum contrast: forward itself keeps it, as an average.
+    before, after = noise(1, 100_000), noise(2, 100_000)
+    query = device.tensor(noise(3, 1_000)).requires_grad_()
+    key = device.tensor(before)
+    optimizer = torch.optim.SGD([query, key], lr=0.1)
+    device.hold_copies(True)
+    state = {"query": query, "key": key}
+    handle = manager.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
+    device.write(key, after)
+    device.settle()  # what may run beside the copies has run
+    device.hold_copies(False)
+    handle.result()
+    device.settle()
+    assert torch.equal(key, after)
+    assert torch.equal(manager.load()["key"], before)
+
+
+def test_a_parameter_in_another_order_of_dimensions_is_not_cloned(device, manager):
+    memory = device.tensor(noise(1, 2, 5, 7, 3))
+    weight = memory.permute(0, 3, 1, 2)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([weight.requires_grad_()], lr=0.1)
+    clones = device.calls("cuMemAllocAsync")
+    manager.save({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+    assert device.calls("cuMemAllocAsync") == clones
+    assert torch.equal(manager.load()["w"], weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "is_dense"),
+    [
+        ((), (), True),
+        ((2, 3), (3, 1), True),
+        ((2, 3), (1, 2), True),
+        ((2, 1, 3), (3, 77, 1), True),
+        ((2, 3), (4, 1), False),
+        ((2, 3), (0, 1), False),
+        ((3, 3), (1, 1), False),
+    ],
+)
+def test_items_that_lie_side_by_side_are_told(shape, strides, is_dense):
+    assert gpus._is_dense(torch.zeros(99).as_strided(shape, strides)) == is_dense
 
 
 def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
@@ -364,6 +420,56 @@ def test_a_captured_optimizer_is_saved_strictly(manager, caplog):
     with caplog.at_level(logging.WARNING, "dtruntime"):
         manager.save({"o": optimizer}, step=1, consistency="overlap", optimizer=optimizer)
     assert "`capturable`" in caplog.text
+
+
+@pytest.mark.usefixtures("manager")
+def test_every_step_is_looked_at_from_the_first_manager_on(monkeypatch):
+    optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True)], lr=0.1)
+    optimizer.step()
+    assert optimizer not in gpus._captured
+    monkeypatch.setattr(gpus, "is_capturing", lambda: True)
+    optimizer.step()
+    assert optimizer in gpus._captured
+
+
+def test_an_optimizer_whose_step_was_captured_is_saved_strictly(
+    device, manager, monkeypatch, caplog
+):
+    gpus._say_once.cache_clear()
+    weight = device.tensor(noise(1, 1_000)).requires_grad_()
+    other = device.tensor(noise(2, 1_000)).requires_grad_()
+    captured, eager = (torch.optim.SGD([one], lr=0.1) for one in (weight, other))
+    with monkeypatch.context() as patch:
+        patch.setattr(gpus, "is_capturing", lambda: True)
+        captured.step()
+    state = {"w": weight, "o": other}
+    for step, optimizer in enumerate((eager, [eager, captured], captured), 1):
+        with caplog.at_level(logging.WARNING, "dtruntime"):
+            handle = manager.save_async(state, step, consistency="overlap", optimizer=optimizer)
+        assert (handle._copied_behind is None) == (optimizer is not eager)
+    assert caplog.text.count("captured into a CUDA graph") == 1
+
+
+def test_a_step_that_is_captured_waits_here_for_a_save_before_it(device, manager, monkeypatch):
+    before = noise(1, 100_000)
+    weight = device.tensor(before).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    device.hold_copies(True)
+    handle = manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+
+    def wait() -> bool:
+        device.hold_copies(False)
+        return handle._native.wait_captured()
+
+    (hold,) = gpus._gate_of(optimizer).pending
+    hold.native = SimpleNamespace(wait_captured=wait)  # and nothing that a stream could be given
+    monkeypatch.setattr(gpus, "is_capturing", lambda: True)
+    optimizer.step()
+    assert handle._native.wait_captured(0), "everything was copied when the step is captured"
+    device.write(weight, noise(2, 100_000))  # as a replay does, without a hook
+    handle.result()
+    device.settle()
+    assert torch.equal(manager.load()["w"], before)
 
 
 def test_without_a_driver_torch_copies():
