@@ -263,11 +263,20 @@ def current_streams(ordinals: Iterable[int]) -> list[tuple[int, int]]:
 @functools.cache
 def are_usable() -> bool:
     """Tell whether GPUs can be copied from without torch; if not, say so once."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.version.hip is not None:
+        # NVIDIA's driver may be there besides; torch's addresses and streams are none of its.
+        _say_slow("PyTorch was built for AMD's GPUs, and only NVIDIA's can be copied from")
+        return False
     try:
         return _native.cuda_devices() > 0
     except AcceleratorError as error:
-        _logger.warning("tensors on GPUs are copied by torch, which is slower: %s", error)
+        _say_slow(error)
         return False
+
+
+def _say_slow(why: object) -> None:
+    _logger.warning("tensors on GPUs are copied by torch, which is slower: %s", why)
 
 
 def choose(consistency: str, optimizer: Any) -> Consistency:

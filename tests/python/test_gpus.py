@@ -14,12 +14,7 @@ import pytest
 import torch
 from support import script_environment
 
-from dtruntime import (
-    AcceleratorError,
-    CheckpointManager,
-    InvalidArgument,
-    gpus,
-)
+from dtruntime import AcceleratorError, CheckpointManager, InvalidArgument, gpus, loading
 from dtruntime.handle import _behind
 from dtruntime.loading import Reader
 from dtruntime.restore import plan_restore
@@ -491,6 +486,55 @@ print(gpus.are_usable())
     assert ran.stdout == "False\n"
     assert "tensors on GPUs are copied by torch" in ran.stderr
     assert "looking for GPUs: starting the CUDA driver" in ran.stderr
+
+
+def test_amd_s_gpus_are_none_of_nvidia_s_driver(device, monkeypatch, caplog):
+    assert device.calls("cuInit") >= 0, "there is a driver"
+    gpus.are_usable.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with caplog.at_level(logging.WARNING, "dtruntime"):
+        assert not gpus.are_usable()
+    assert "built for AMD's GPUs" in caplog.text
+    gpus.are_usable.cache_clear()
+
+
+class FullGpu:
+    """What stands for torch: a GPU without memory, and the host."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def UntypedStorage(self, count: int, device: object = None):  # noqa: N802  (torch's name)
+        self.asked.append(device)
+        if device is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.UntypedStorage(count)
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize("is_usable", [True, False])
+def test_a_load_to_a_gpu_without_room_is_refused(manager, monkeypatch, is_usable):
+    manager.save({"w": noise(1, 1_000)}, step=1)
+    full, place = FullGpu(), torch.device("cuda:0")
+    monkeypatch.setattr(loading, "import_torch", lambda _: full)
+    monkeypatch.setattr(gpus, "are_usable", lambda: is_usable)
+    reader = Reader(manager._native.checkpoint(1), device=place)
+    with pytest.raises(AcceleratorError, match=r"cuda:0.*no memory for 4000 bytes") as caught:
+        reader.load()
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert full.asked == ([place] if is_usable else [None, place])
+
+
+def test_a_restore_for_a_gpu_without_room_goes_through_the_host(manager, monkeypatch):
+    manager.save({"w": noise(1, 1_000)}, step=1)
+    full, place = FullGpu(), torch.device("cuda:0")
+    monkeypatch.setattr(loading, "import_torch", lambda _: full)
+    monkeypatch.setattr(gpus, "are_usable", lambda: True)
+    loaded = Reader(manager._native.checkpoint(1)).tensors([0], {0: place})
+    assert full.asked == [place, None]
+    assert torch.equal(loaded[0], noise(1, 1_000))
 
 
 LOST = "DTR_TEST_LOSES_THE_GPU"
