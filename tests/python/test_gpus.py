@@ -311,6 +311,21 @@ def test_items_that_lie_side_by_side_are_told(shape, strides, is_dense):
     assert gpus._is_dense(torch.zeros(99).as_strided(shape, strides)) == is_dense
 
 
+def test_a_save_does_not_wait_for_the_copies_of_another_manager(device, manager, tmp_path):
+    first, second = (device.tensor(noise(n, 100_000)).requires_grad_() for n in (1, 2))
+    optimizers = [torch.optim.SGD([one], lr=0.1) for one in (first, second)]
+    elsewhere, after = device.tensor(noise(3, 100)), noise(4, 100)
+    with CheckpointManager(tmp_path / "other") as other:
+        device.hold_copies(True)
+        manager.save_async({"w": first}, 1, consistency="overlap", optimizer=optimizers[0])
+        other.save_async({"w": second}, 1, consistency="overlap", optimizer=optimizers[1])
+        device.write(elsewhere, after)  # what the training does next
+        device.settle()
+        went_on = torch.equal(elsewhere, after)
+        device.hold_copies(False)
+    assert went_on, "nothing was cloned, so nothing is to be waited for"
+
+
 def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
     gpus._say_once.cache_clear()
     before = noise(1, 100_000)
@@ -326,9 +341,10 @@ def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
 
 def test_prewarmed_memory_is_pinned(device, manager):
     state = {"w": device.tensor(noise(1, 1_000_000))}
-    registered = device.calls("cuMemHostRegister_v2")
+    registered, fetched = device.calls("cuMemHostRegister_v2"), device.pages_fetched()
     manager._native.prewarm(4_000_000, [(0, 0)])
     assert device.calls("cuMemHostRegister_v2") == registered + 1
+    assert device.pages_fetched() == fetched, "all workers had fetched them before"
     manager.save(state, step=1)
     assert device.calls("cuMemHostRegister_v2") == registered + 1, "once for the arena"
 
