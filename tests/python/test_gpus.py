@@ -579,6 +579,20 @@ def test_a_lost_gpu_fails_the_save_and_the_host_goes_on(device, manager):
     assert torch.equal(manager.load(step=1)["w"], noise(1, 1_000_000))
 
 
+def test_the_figures_for_a_real_gpu_are_measured_without_one():
+    script = Path(__file__).parents[2] / "benches/compare/gpu.py"
+    ran = subprocess.run(
+        [sys.executable, script, "--device", "cpu", "--gigabytes", "0.002", "--rounds", "1"],
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    bounds = [line for line in ran.stdout.splitlines() if line.endswith(("  met", "  NOT MET"))]
+    assert len(bounds) in (7, 8), "one has none where dcp happened to slow nothing: " + ran.stdout
+
+
 def test_the_script_for_a_real_gpu_runs_without_one():
     script = Path(__file__).parents[1] / "gpu" / "check.py"
     ran = subprocess.run(
