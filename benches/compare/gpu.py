@@ -1,36 +1,65 @@
 """Measure saves and restores of tensors on a real GPU, beside PyTorch's own, in one run.
 
-    make bench-gpu                            # here
-    python benches/compare/gpu.py             # anywhere, after `pip install dtruntime-...whl`
+    make bench-gpu                                   # here, some minutes
+    make bench-gpu ARGS="--gigabytes 2 --rounds 2"   # less
+    python benches/compare/gpu.py                    # after `pip install dtruntime-...whl`
+    python benches/compare/gpu.py --device cpu --gigabytes 0.05   # tries the script, no more
 
 What is measured, each as the median of several rounds after a warm-up:
 
-- the bare rate: one `cudaMemcpyAsync` of 1 GB into pinned memory, by PyTorch;
-- the stall of `save_async` in each mode, and how long the training steps after it take;
-- the same of `torch.distributed.checkpoint.async_save` with its pinned stager;
-- a restore into fresh memory of the GPU, caches dropped where this may be done.
+- the bus: one copy of 1 GB between the GPU and pinned memory, by PyTorch, in each direction;
+- the stall of a save, from the call to its return, and what the training steps after it lose: from
+  the return until the GPU has done them, with nothing waited for in between, against the same steps
+  without a save;
+- both of `save_async` in each mode, and of `torch.distributed.checkpoint.async_save` with a
+  `DefaultStager` that is kept, whose staging is waited for before the next update;
+- the disk: the checkpoint's file, read by several threads around the page cache;
+- loads into fresh memory of the GPU, and restores in place, with no file in the page cache.
+
+Always holds: whatever was not done as it is said here is said in the output. Twice the state is on
+the disk at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import mmap
 import os
+import shutil
 import statistics
+import sys
 import tempfile
 import time
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint import filesystem, staging, state_dict_saver
 
 from dtruntime import CheckpointManager, gpus
+from machine import drop_caches, is_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEPS_AFTER = 20
 """Training steps that run beside what a save leaves to do."""
+WIDTHS = {"cuda": 4096, "cpu": 256}
+BUS_BYTES = {"cuda": 1_000_000_000, "cpu": 10_000_000}
+READ_BYTES = 8 << 20
+STAGING_BYTES_MIN = 64 << 20
+READERS = 8
+
+COPY_RATE_MIN = 0.9
+STRICT_STALL_MAX = 1.15
+OVERLAP_STALL_MAX_SECONDS = 0.005
+OVERLAP_STALL_MAX_SECONDS_PER_TENSOR = 2e-6
+SLOWDOWN_MAX = 0.03
+DCP_SHARE_MAX = 0.5
+RESTORE_RATE_MIN = 0.8
 
 
 class Training:
@@ -38,7 +67,7 @@ class Training:
 
     def __init__(self, device: torch.device, gigabytes: float) -> None:
         # fp32 weights and two moments of AdamW: twelve bytes a weight.
-        width = 8192
+        width = WIDTHS[device.type]
         count = max(1, round(gigabytes * 1e9 / (12 * width * width)))
         layers = [torch.nn.Linear(width, width, bias=False) for _ in range(count)]
         self.model = torch.nn.Sequential(*layers).to(device)
@@ -60,114 +89,351 @@ class Training:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return 3 * weights
 
-    def step(self) -> None:
+    def step(self, before_update: Callable[[], object] | None = None) -> None:
         """Train one step, without waiting for the GPU."""
         loss = self.model(self.batch).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
+        if before_update is not None:
+            before_update()
         self.optimizer.step()
 
-    def seconds_of(self, steps: int) -> float:
-        """Train and wait."""
-        torch.cuda.synchronize(self.device)
+    def seconds_of_steps(self, before_update: Callable[[], object] | None = None) -> float:
+        """Train, and wait for the GPU at the end, and not before: copies go on beside it."""
         start = time.perf_counter()
-        for _ in range(steps):
+        self.step(before_update)
+        for _ in range(STEPS_AFTER - 1):
             self.step()
-        torch.cuda.synchronize(self.device)
+        settle(self.device)
         return time.perf_counter() - start
 
 
-def bare_rate(device: torch.device) -> float:
-    """Give bytes a second from the GPU into pinned memory."""
-    source = torch.empty(1_000_000_000, dtype=torch.uint8, device=device)
-    target = torch.empty(1_000_000_000, dtype=torch.uint8, pin_memory=True)
+@dataclass
+class Begun:
+    """A save that has returned: what the next update has to wait for, and how it is ended."""
+
+    finish: Callable[[], object]
+    before_update: Callable[[], object] | None = None
+
+
+@dataclass
+class Timings:
+    """Seconds of one way to save, by round."""
+
+    stalls: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    slowed: list[float] = field(default_factory=list)
+
+    @property
+    def stall(self) -> float:
+        """Seconds until the save returned."""
+        return statistics.median(self.stalls)
+
+    @property
+    def lost(self) -> float:
+        """Seconds that the steps after it took longer."""
+        return statistics.median(self.slowed) - statistics.median(self.plain)
+
+    @property
+    def slowdown(self) -> float:
+        """The same as a share of what they take without a save."""
+        return self.lost / statistics.median(self.plain)
+
+
+@dataclass
+class Machine:
+    """Bytes a second that the machine itself can do."""
+
+    down: float
+    up: float
+    disk: float = 0.0
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the GPU has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bus_rate(device: torch.device, *, up: bool) -> float:
+    """Give bytes a second between the GPU and pinned memory."""
+    count, has_gpu = BUS_BYTES[device.type], device.type == "cuda"
+    on_gpu = torch.empty(count, dtype=torch.uint8, device=device)
+    in_host = torch.empty(count, dtype=torch.uint8, pin_memory=has_gpu)
+    target, source = (on_gpu, in_host) if up else (in_host, on_gpu)
     seconds = []
     for _ in range(6):
-        torch.cuda.synchronize(device)
+        settle(device)
         start = time.perf_counter()
         target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(device)
+        settle(device)
         seconds.append(time.perf_counter() - start)
-    return 1e9 / statistics.median(seconds[1:])
+    return count / statistics.median(seconds[1:])
 
 
-def measure(
-    training: Training, rounds: int, save: Callable[[int], Callable[[], object]]
-) -> tuple[float, float]:
-    """Give the stall of a save, and what the steps after it lose."""
-    stalls, losses = [], []
-    plain = statistics.median(training.seconds_of(STEPS_AFTER) for _ in range(3))
-    for number in range(rounds + 1):
-        torch.cuda.synchronize(training.device)
+def disk_rate(path: Path) -> float:
+    """Give bytes a second of reading a file around the page cache, by several threads."""
+    size = path.stat().st_size
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        say("the disk was read through the page cache: the filesystem has no direct I/O")
+        file = os.open(path, os.O_RDONLY)
+
+    def read(first: int) -> None:
+        with mmap.mmap(-1, READ_BYTES) as buffer:  # on a page, as direct I/O demands
+            for offset in range(first * READ_BYTES, size, READERS * READ_BYTES):
+                os.preadv(file, [buffer], offset)
+
+    try:
         start = time.perf_counter()
-        finish = save(number + 1)
-        stalls.append(time.perf_counter() - start)
-        losses.append(training.seconds_of(STEPS_AFTER) - plain)
-        finish()
-    return statistics.median(stalls[1:]), statistics.median(losses[1:])
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(read, range(READERS)))
+        return size / (time.perf_counter() - start)
+    finally:
+        os.close(file)
+
+
+def measure(training: Training, rounds: int, begin: Callable[[int], Begun]) -> Timings:
+    """Save and train on in turns; the first round warms up."""
+    timings = Timings()
+    for number in range(rounds + 1):
+        settle(training.device)
+        plain = training.seconds_of_steps()
+        start = time.perf_counter()
+        begun = begin(number + 1)
+        stall = time.perf_counter() - start
+        slowed = training.seconds_of_steps(begun.before_update)
+        begun.finish()
+        if number:
+            timings.plain.append(plain)
+            timings.stalls.append(stall)
+            timings.slowed.append(slowed)
+    return timings
+
+
+def measure_dcp(training: Training, rounds: int, folder: Path) -> Timings:
+    """Measure PyTorch's own, with memory that is pinned once."""
+    state = {name: value.state_dict() for name, value in training.state().items()}
+    writer = filesystem.FileSystemWriter(folder, thread_count=min(8, os.cpu_count() or 1))
+    stager = make_stager(training)
+
+    def begin(_: int) -> Begun:
+        response: Any = state_dict_saver.async_save(
+            state, storage_writer=writer, async_stager=stager, no_dist=True
+        )
+        staged = getattr(response, "staging_completion", None)
+        if staged is None:  # staged at once, as without a GPU
+            return Begun(response.result)
+        return Begun(response.upload_completion.result, staged.result)
+
+    try:
+        return measure(training, rounds, begin)
+    finally:
+        stager.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_stager(training: Training) -> Any:
+    """Make the stager that pins its memory and copies behind the training."""
+    if training.device.type != "cuda":
+        return staging.DefaultStager(staging.StagingOptions(*[False] * 4))
+    shared = "/dev/shm"  # noqa: S108  (where torch puts it)
+    if shutil.disk_usage(shared).free > 1.2 * training.state_bytes():
+        return staging.DefaultStager()
+    say(f"dcp's stager pins memory that is not shared: {shared} is too small for the state")
+    return staging.DefaultStager(staging.StagingOptions(use_shared_memory=False))
+
+
+def measure_mode(
+    training: Training, rounds: int, manager: CheckpointManager, mode: str
+) -> tuple[Timings, float]:
+    """Measure one mode; also give bytes a second of its copies, once they are all waited for."""
+    chosen: dict[str, Any] = {"optimizer": training.optimizer} if mode == "overlap" else {}
+    rates = []
+    first = (manager.latest_step() or 0) + 1
+
+    def begin(number: int) -> Begun:
+        step = first + number
+        handle = manager.save_async(training.state(), step, consistency=mode, **chosen)
+
+        def finish() -> None:
+            stats = handle.result().stats
+            rates.append(stats.raw_bytes / stats.capture_seconds)
+
+        return Begun(finish)
+
+    timings = measure(training, rounds, begin)
+    return timings, statistics.median(rates[1:])
+
+
+def measure_reads(
+    training: Training, rounds: int, store: Path, read: Callable[[], object]
+) -> float:
+    """Give the seconds of a load or a restore, with no file in the page cache."""
+    seconds = []
+    for _ in range(rounds + 1):
+        forget(store)
+        if training.device.type == "cuda":
+            torch.cuda.empty_cache()
+        settle(training.device)
+        start = time.perf_counter()
+        kept = read()
+        settle(training.device)
+        seconds.append(time.perf_counter() - start)
+        del kept
+    return statistics.median(seconds[1:])
+
+
+def forget(store: Path) -> str:
+    """Have nothing of the store in the page cache; say how."""
+    if is_root():
+        try:
+            drop_caches(store, as_root=True)
+        except OSError:  # a container's root may not
+            pass
+        else:
+            return "page cache dropped before each read"
+    drop_caches(store, as_root=False)
+    return "page cache dropped before each read, of the store's files only"
+
+
+def say(text: str) -> None:
+    """Print at once: a run that is cut short has said what it knew."""
+    print(text, flush=True)
+
+
+def judge(name: str, figure: str, *, is_met: bool) -> None:
+    """Print a figure beside its bound."""
+    say(f"{name:58}{figure:44}{'met' if is_met else 'NOT MET'}")
+
+
+def judge_at_most(name: str, value: float, bound: float) -> None:
+    """Judge a ratio that must not be larger."""
+    judge(name, f"at most {bound:.2f}, was {value:.2f}", is_met=value <= bound)
+
+
+def judge_at_least(name: str, value: float, bound: float) -> None:
+    """Judge a ratio that must not be smaller."""
+    judge(name, f"at least {bound:.2f}, was {value:.2f}", is_met=value >= bound)
+
+
+def show(name: str, timings: Timings) -> None:
+    """Print what was measured of one way to save."""
+    say(
+        f"{name:26}{timings.stall * 1e3:10.1f} ms{timings.lost * 1e3:12.1f} ms"
+        f"{timings.slowdown * 100:9.1f} %"
+    )
+
+
+def judge_saves(
+    training: Training, machine: Machine, found: dict[str, Timings], copy_rate: float
+) -> None:
+    """Print the saves' figures beside their bounds."""
+    strict, overlap, dcp = found["strict"], found["overlap"], found["dcp"]
+    judge_at_least("copies of `strict` over the bus", copy_rate / machine.down, COPY_RATE_MIN)
+    bare = training.state_bytes() / machine.down
+    judge_at_most("stall of `strict` over the bare copy", strict.stall / bare, STRICT_STALL_MAX)
+    bound = OVERLAP_STALL_MAX_SECONDS + (OVERLAP_STALL_MAX_SECONDS_PER_TENSOR * training.tensors())
+    figure = f"at most {bound * 1e3:.1f} ms, was {overlap.stall * 1e3:.1f} ms"
+    judge("stall of `overlap`", figure, is_met=overlap.stall <= bound)
+    slowdown = f"at most {SLOWDOWN_MAX * 100:.0f} %, was {overlap.slowdown * 100:.1f} %"
+    name = f"slowdown by `overlap` of the next {STEPS_AFTER} steps"
+    judge(name, slowdown, is_met=overlap.slowdown <= SLOWDOWN_MAX)
+    judge_at_most("stall of `overlap` over dcp's", overlap.stall / dcp.stall, DCP_SHARE_MAX)
+    # What noise makes of a peer that loses nothing is no bound.
+    if dcp.lost <= 0:
+        say("dcp slowed the next steps by nothing that could be measured: no ratio to it")
+    else:
+        share = overlap.lost / dcp.lost
+        judge_at_most("slowdown by `overlap` over dcp's", share, DCP_SHARE_MAX)
+    total = (overlap.stall + overlap.lost) / (dcp.stall + dcp.lost)
+    say(f"stall and slowdown of `overlap` together, over dcp's: {total:.2f}")
+
+
+def judge_restores(
+    training: Training, rounds: int, manager: CheckpointManager, machine: Machine
+) -> None:
+    """Measure loads and restores, and print them beside their bounds."""
+    store, size = Path(manager.path), training.state_bytes()
+    slower = min(machine.disk, machine.up)
+    say(f"the slower of disk and bus: {slower / 1e9:.1f} GB/s; {forget(store)}")
+    device = training.device if training.device.type == "cuda" else None
+    reads: dict[str, Callable[[], object]] = {
+        "load to the GPU": lambda: manager.load(map_location=device),
+        "restore in place": lambda: manager.restore(training.state()),
+    }
+    for name, read in reads.items():
+        seconds = measure_reads(training, rounds, store, read)
+        say(f"{name}: {seconds:.2f} s, {size / seconds / 1e9:.1f} GB/s")
+        rate = size / seconds / slower
+        judge_at_least(f"{name}, over the slower of disk and bus", rate, RESTORE_RATE_MIN)
+
+
+def run(device: torch.device, gigabytes: float, rounds: int, folder: Path) -> None:
+    """Measure everything, and print it as it becomes known."""
+    training = Training(device, gigabytes)
+    size = training.state_bytes()
+    check_room(folder, size)
+    machine = Machine(bus_rate(device, up=False), bus_rate(device, up=True))
+    say(f"state {size / 1e9:.2f} GB in {training.tensors()} tensors; {rounds} rounds")
+    say(f"bus: {machine.down / 1e9:.1f} GB/s down, {machine.up / 1e9:.1f} GB/s up")
+    say(f"{'':26}{'stall':>13}{f'{STEPS_AFTER} steps lose':>15}{'of them':>11}")
+    found = {"dcp": measure_dcp(training, rounds, folder / "dcp")}
+    show("dcp.async_save", found["dcp"])
+    settings: dict[str, Any] = {
+        "compression": "none",
+        "staging_bytes": max(2 * size, STAGING_BYTES_MIN),
+    }
+    with CheckpointManager(folder / "store", keep_last_n=1, **settings) as manager:
+        manager.prewarm(training.state())
+        copy_rate = 0.0
+        for mode in ("overlap", "device-snapshot", "strict"):
+            found[mode], copy_rate = measure_mode(training, rounds, manager, mode)
+            show(f"dtruntime, {mode}", found[mode])
+        files = (path for path in Path(manager.path).rglob("*") if path.is_file())
+        machine.disk = disk_rate(max(files, key=lambda path: path.stat().st_size))
+        say(f"disk: {machine.disk / 1e9:.1f} GB/s")
+        judge_saves(training, machine, found, copy_rate)
+        judge_restores(training, rounds, manager, machine)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuse a state of which two do not fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if free < 2.1 * size:
+        sys.exit(
+            f"measuring in `{folder}`: {free / 1e9:.0f} GB are free, and twice the state of "
+            f"{size / 1e9:.1f} GB is needed\n"
+            "hint: give less as `--gigabytes`, or another `--folder`"
+        )
+
+
+def describe(device: torch.device) -> str:
+    """Name what is measured on, or refuse it."""
+    cores = len(os.sched_getaffinity(0))
+    if device.type != "cuda":
+        return f"on no GPU: the figures mean nothing; torch {torch.__version__}, {cores} CPUs"
+    if not torch.cuda.is_available():
+        sys.exit("PyTorch sees no GPU here: nothing was measured")
+    if not gpus.are_usable():
+        sys.exit("the package cannot reach the GPU's driver, and would measure torch's copies")
+    return f"on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, {cores} CPUs"
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=10.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where to save; default: a temporary folder")
+    parser.add_argument("--device", default="cuda:0")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("PyTorch sees no GPU here: nothing was measured")
-        return
-    device = torch.device("cuda:0")
-    training = Training(device, options.gigabytes)
-    rate, size = bare_rate(device), training.state_bytes()
-    print(
-        f"on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, {os.cpu_count()} CPUs"
-    )
-    print(f"state {size / 1e9:.2f} GB in {training.tensors()} tensors")
-    print(f"bare copy into pinned memory: {rate / 1e9:.1f} GB/s")
-    print(f"{'':26}{'stall':>10}{'of bare copy':>14}{'20 steps lose':>16}")
-
-    def show(name: str, stall: float, loss: float) -> None:
-        print(f"{name:26}{stall * 1000:8.1f} ms{stall * rate / size:14.2f}{loss * 1000:13.1f} ms")
-
+    device = torch.device(options.device)
+    say(describe(device))
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # of one process
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for mode in gpus.MODES:
-            settings: dict[str, Any] = {
-                "consistency": mode,
-                "keep_last_n": 1,
-                "compression": "none",
-            }
-            settings["staging_bytes"] = 2 * size
-            with CheckpointManager(Path(folder) / mode, **settings) as manager:
-                manager.prewarm(training.state())
-                chosen: dict[str, Any] = (
-                    {"optimizer": training.optimizer} if mode == "overlap" else {}
-                )
-
-                def save(step: int) -> Callable[[], object]:
-                    state = training.state()
-                    return manager.save_async(state, step=step, **chosen).result  # noqa: B023
-
-                show(f"dtruntime, {mode}", *measure(training, options.rounds, save))
-        state = {name: value.state_dict() for name, value in training.state().items()}
-        dcp: Any = checkpoint  # its names are not all exported to type checkers
-        writer = dcp.FileSystemWriter(Path(folder) / "dcp")
-
-        def async_save(_: int) -> Callable[[], object]:
-            waits: Callable[[], object] = dcp.async_save(state, storage_writer=writer).result
-            return waits
-
-        show("dcp.async_save", *measure(training, options.rounds, async_save))
-        seconds = []
-        with CheckpointManager(Path(folder) / "strict", read_only=True) as manager:
-            for _ in range(options.rounds + 1):
-                torch.cuda.empty_cache()
-                start = time.perf_counter()
-                manager.load(map_location=device)
-                torch.cuda.synchronize(device)
-                seconds.append(time.perf_counter() - start)
-        loaded = statistics.median(seconds[1:])
-        print(f"load to the GPU: {loaded:.2f} s, {size / loaded / 1e9:.1f} GB/s, files cached")
+        run(device, options.gigabytes, options.rounds, Path(folder))
 
 
 if __name__ == "__main__":

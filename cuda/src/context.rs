@@ -20,7 +20,7 @@ use cudarc::driver::sys::{CUcontext, CUdevice, CUstreamCaptureMode};
 use rustix::process::Pid;
 
 use crate::driver::{Calls, check_owner, loaded};
-use crate::error::{Code, CudaError};
+use crate::error::{Code, CudaError, UNKNOWN};
 
 /// How much memory a device has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +123,22 @@ impl Context {
             }
             error
         })
+    }
+
+    /// The same for a call that asks for memory, to which drivers in some containers say
+    /// `CUDA_ERROR_UNKNOWN` for want of a better word: that is a loss only if the device does not
+    /// `answer` either. Else there is no such memory.
+    pub(crate) fn check_memory(
+        &self,
+        call: &'static str,
+        code: Code,
+        answer: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        if code != UNKNOWN || answer().is_err() {
+            return self.check(call, code);
+        }
+        let refused = self.calls.check(call, code);
+        refused.map_err(|refusal| CudaError::OutOfMemory { refusal })
     }
 
     /// Counts the device as lost because of `error`, which says more than that something failed:

@@ -9,7 +9,8 @@
 //!
 //! Always holds:
 //! - No method waits for the device but [`Device::finish`] and the drop of the device, as long as
-//!   copies are from and to pinned memory.
+//!   copies are from and to pinned memory; where the driver refuses memory without a reason, the
+//!   device is asked for its health by waiting.
 //! - The caller's stream and ours have no order but the one that [`Device::follow`] and
 //!   [`Device::precede`] make.
 //! - In a forked child nothing touches the driver: calls fail, drops do nothing.
@@ -21,7 +22,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::context::{Context, MemoryInfo};
+use crate::context::{Context, Entered, MemoryInfo};
 use crate::copy::{Direction, Landing, Takeoff, Traveller};
 use crate::error::CudaError;
 use crate::lane::Lane;
@@ -224,6 +225,11 @@ impl Device {
     /// [`CudaError::DeviceLost`].
     pub fn check(&self) -> Result<(), CudaError> {
         self.context.check_loss()
+    }
+
+    /// Waits until all copies down are over, to hear whether the device is there.
+    pub(crate) fn come_to_rest(&self, entered: &Entered<'_>) -> Result<(), CudaError> {
+        self.down.stream().synchronize(entered)
     }
 
     pub(crate) fn context(&self) -> &Arc<Context> {

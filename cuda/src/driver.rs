@@ -9,6 +9,7 @@
 //! - The answer is found once per process and kept: a driver does not come or go while one runs.
 //! - No call is made through a symbol that the library lacks.
 //! - A call of the driver returns a number: see [`Code`].
+//! - A child that was forked off while another thread looked for the driver does not wait for it.
 //!
 //! Why the calls are not made through cudarc's own functions: they panic where a symbol is missing,
 //! they return an `enum` of the codes of CUDA 12.2, so that a newer driver's code would be
@@ -22,6 +23,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUstream, CUstreamCaptureMode,
@@ -166,9 +168,27 @@ pub(crate) struct Loaded {
 /// The driver, loaded and started by the first call.
 pub(crate) fn loaded() -> Result<&'static Loaded, CudaError> {
     static LOADED: OnceLock<Result<Loaded, CudaError>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(load).as_ref().map_err(Clone::clone)?;
+    let found = if let Some(found) = LOADED.get() {
+        found
+    } else {
+        claim()?;
+        LOADED.get_or_init(load)
+    };
+    let loaded = found.as_ref().map_err(Clone::clone)?;
     check_owner(loaded.owner)?;
     Ok(loaded)
+}
+
+/// Lets this process look for the driver, unless it was forked off one that has begun to: the
+/// thread that would end that is not here.
+fn claim() -> Result<(), CudaError> {
+    /// The process that looked first; 0 until one does.
+    static SEEKER: AtomicI32 = AtomicI32::new(0);
+    let own = getpid();
+    match SEEKER.compare_exchange(0, own.as_raw_pid(), Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => Ok(()),
+        Err(seeker) => check_owner(Pid::from_raw(seeker).unwrap_or(own)),
+    }
 }
 
 /// `Ok` in the process `owner`, an error in a child of it.

@@ -14,6 +14,7 @@ pub(crate) type Code = u32;
 
 pub(crate) const SUCCESS: Code = 0;
 pub(crate) const NO_DEVICE: Code = 100;
+pub(crate) const UNKNOWN: Code = 999;
 
 const OUT_OF_MEMORY: Code = 2;
 const MAP_FAILED: Code = 205;
@@ -22,7 +23,8 @@ const ALREADY_REGISTERED: Code = 712;
 const NOT_PERMITTED: Code = 800;
 
 /// Codes after which CUDA documents that the context can do nothing any more, and that every later
-/// call fails. `CUDA_ERROR_UNKNOWN` is counted in: nothing can be trusted after it.
+/// call fails. `CUDA_ERROR_UNKNOWN` is counted in: nothing can be trusted after it, unless the
+/// device answers all the same (`Context::check_memory`).
 const STICKY: &[Code] = &[
     4,   // DEINITIALIZED
     214, // ECC_UNCORRECTABLE
@@ -39,7 +41,7 @@ const STICKY: &[Code] = &[
     718, // INVALID_PC
     719, // LAUNCH_FAILED
     721, // TENSOR_MEMORY_LEAK
-    999, // UNKNOWN
+    UNKNOWN,
 ];
 
 /// An error of this crate. The variant says what to do; the fields say what happened.

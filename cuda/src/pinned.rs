@@ -64,8 +64,8 @@ impl Pinned {
         let code = unsafe {
             (context.calls().cuMemHostRegister_v2)(start.cast(), bytes, CU_MEMHOSTREGISTER_PORTABLE)
         };
-        drop(entered);
-        let registered = context.check("cuMemHostRegister_v2", code);
+        let answer = || device.come_to_rest(&entered);
+        let registered = context.check_memory("cuMemHostRegister_v2", code, answer);
         registered.map_err(|error| error.not_pinned(address, bytes))?;
         Ok(Self { context: Arc::clone(context), address, bytes })
     }

@@ -20,7 +20,7 @@ use dtr_engine::load::{Departure, DeviceDestination};
 use dtr_engine::save::{DeviceSource, Gap, StorageSource};
 use dtr_engine::{EngineError, Result};
 
-use crate::{CudaError, Device, DeviceBuffer, Direction, Landing, Pinned, Takeoff};
+use crate::{CudaError, Device, DeviceBuffer, Direction, Landing, Pinned, Takeoff, probe};
 
 /// Memory is pinned in pieces of at most this size: what takes long can be seen to go on.
 const PINNED_PIECE_BYTES: usize = 256 << 20;
@@ -287,12 +287,15 @@ static DEVICES: Mutex<BTreeMap<u32, Arc<Device>>> = Mutex::new(BTreeMap::new());
 ///
 /// As for [`Device::open`], as [`EngineError::Accelerator`].
 pub fn shared_device(ordinal: u32) -> Result<Arc<Device>> {
+    let what = || format!("opening `cuda:{ordinal}`");
+    // First, which says whose process this is: in a forked child the lock may be a thread's that
+    // is not there.
+    probe().map_err(|error| engine_error(&what(), &error))?;
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(device) = devices.get(&ordinal) {
         return Ok(Arc::clone(device));
     }
-    let what = format!("opening `cuda:{ordinal}`");
-    let device = Device::open(ordinal).map_err(|error| engine_error(&what, &error))?;
+    let device = Device::open(ordinal).map_err(|error| engine_error(&what(), &error))?;
     devices.insert(ordinal, Arc::clone(&device));
     Ok(device)
 }

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Always holds:
-//! - No function here waits for the device but [`Event::wait`] and [`Stream::synchronize`].
+//! - No function here waits for the device but [`Event::wait`] and [`Stream::synchronize`], and
+//!   [`Stream::allocate`] where the driver refuses without a reason.
 //! - A stream of ours has no implicit order with the legacy default stream, on which torch works by
 //!   default: every order is an event's.
 //! - Events carry no timestamps, and a thread that waits for one sleeps.
@@ -180,13 +181,13 @@ impl Stream {
     }
 
     /// The address of `bytes` of the device that may be used in this stream from now on.
-    pub(crate) fn allocate(&self, _entered: &Entered<'_>, bytes: usize) -> Result<u64, CudaError> {
+    pub(crate) fn allocate(&self, entered: &Entered<'_>, bytes: usize) -> Result<u64, CudaError> {
         let mut address: u64 = 0;
         // SAFETY: writes one address to the pointer, which is valid for the call.
         let code = unsafe {
             (self.context.calls().cuMemAllocAsync)(&raw mut address, bytes, self.handle.0)
         };
-        self.context.check("cuMemAllocAsync", code)?;
+        self.context.check_memory("cuMemAllocAsync", code, || self.synchronize(entered))?;
         Ok(address)
     }
 

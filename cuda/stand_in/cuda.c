@@ -25,7 +25,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 enum code {
     SUCCESS = 0,
@@ -104,9 +106,10 @@ static struct event *events;
 static struct range *allocations, *registrations;
 static struct call calls[CALLS_MAX];
 static bool is_initialized, are_copies_held;
+static const char *held_call;
 static int version = 12040, devices = 2;
 static int contexts_retained, copies_delayed_by_us;
-static uint64_t copies_run, bytes_copied, pageable_copies, failures;
+static uint64_t copies_run, bytes_copied, pageable_copies, failures, pages_fetched;
 static size_t bytes_allocated, bytes_registered;
 
 static _Thread_local struct context *pushed[CONTEXTS_PUSHED_MAX];
@@ -396,12 +399,14 @@ static struct context *current(void)
     return pushed_count ? pushed[pushed_count - 1] : NULL;
 }
 
-/* Locks the world, counts the call, and fails it if a test has asked for that. */
+/* Locks the world, counts the call, and holds or fails it if a test has asked for that. */
 static unsigned begin(const char *name)
 {
     pthread_mutex_lock(&world);
     struct call *call = find_call(name);
     call->calls++;
+    while (held_call && strcmp(held_call, name) == 0)
+        pthread_cond_wait(&changed, &world);
     if (call->fails_for && --call->fails_in == 0) {
         call->fails_for--;
         call->fails_in = 1;
@@ -717,6 +722,20 @@ unsigned cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes)
     return end(code);
 }
 
+/* Pages that the driver has to fetch, because nobody has touched them. */
+static uint64_t missing_pages(uintptr_t start, size_t bytes)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = start / page * page;
+    size_t count = (start + bytes - first + page - 1) / page;
+    unsigned char *is_there = calloc(count, 1);
+    uint64_t missing = 0;
+    if (mincore((void *)first, count * page, is_there) == 0)
+        for (size_t index = 0; index < count; index++)
+            missing += !(is_there[index] & 1);
+    free(is_there);
+    return missing;
+}
+
 unsigned cuMemHostRegister_v2(void *start, size_t bytes, unsigned flags)
 {
     unsigned code = begin_unsafe("cuMemHostRegister_v2");
@@ -728,6 +747,7 @@ unsigned cuMemHostRegister_v2(void *start, size_t bytes, unsigned flags)
     for (struct range *range = registrations; range; range = range->next)
         if (touches(range, (uintptr_t)start, bytes))
             return end(ALREADY_REGISTERED);
+    pages_fetched += missing_pages((uintptr_t)start, bytes);
     add_range(&registrations, (uintptr_t)start, bytes, current());
     bytes_registered += bytes;
     return end(SUCCESS);
@@ -869,6 +889,15 @@ void stand_in_hold_copies(bool are_held)
     pthread_mutex_unlock(&world);
 }
 
+/* Calls of that name wait until another one, or none (NULL), is held; `name` stays valid. */
+void stand_in_hold_call(const char *name)
+{
+    pthread_mutex_lock(&world);
+    held_call = name;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&world);
+}
+
 void stand_in_capture(struct stream *stream, bool is_captured)
 {
     pthread_mutex_lock(&world);
@@ -951,6 +980,15 @@ uint64_t stand_in_calls(const char *name)
     return count;
 }
 
+/* Pages that the driver had to fetch itself to pin them. */
+uint64_t stand_in_pages_fetched(void)
+{
+    pthread_mutex_lock(&world);
+    uint64_t count = pages_fetched;
+    pthread_mutex_unlock(&world);
+    return count;
+}
+
 /* How often any function of the driver was called. */
 uint64_t stand_in_all_calls(void)
 {
@@ -984,6 +1022,7 @@ void stand_in_reset(void)
     while (allocations)
         free_device_memory(allocations->start);
     are_copies_held = false;
+    held_call = NULL;
     copies_delayed_by_us = 0;
     copies_run = bytes_copied = pageable_copies = failures = 0;
     for (struct call *call = calls; call->name; call++)

@@ -35,7 +35,14 @@ from dtruntime.errors import (
     RestoreIncomplete,
 )
 from dtruntime.globs import globs_of
-from dtruntime.handle import Copied, PendingUpload, SaveHandle, SaveInfo, Watcher
+from dtruntime.handle import (
+    Copied,
+    PendingUpload,
+    SaveHandle,
+    SaveInfo,
+    Watcher,
+    end_copies,
+)
 from dtruntime.lineage import Lineage
 from dtruntime.loading import Reader, device_of
 from dtruntime.replication import Replication
@@ -205,6 +212,7 @@ class CheckpointManager:
         engine_settings |= settings.retention(counts, best_metric, best_mode)
         self._best = (best_metric, best_mode)
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
+        gpus.watch_captures()  # before the first save: graphs are captured early
         self._world_size = ranks
         self._interval = settings.interval("save_interval_steps", save_interval_steps)
         if sigterm is not None:
@@ -468,7 +476,7 @@ class CheckpointManager:
             plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()
-            return attempts.carry_out(plan, reader, self._end_copies)
+            return attempts.carry_out(plan, reader, end_copies)
 
         try:
             plan, report = self._read(step, from_rank, read)
@@ -822,11 +830,6 @@ class CheckpointManager:
         self._watcher.watch(handle, self._native)
         handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
         return handle
-
-    def _end_copies(self) -> None:
-        """Wait for what a save still copies from GPUs: it must not change under it."""
-        if self._last is not None:
-            self._last.before_update()
 
     def _reader(self, checkpoint: _native.Checkpoint, **how: Any) -> Reader:
         return Reader(

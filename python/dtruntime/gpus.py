@@ -5,7 +5,7 @@ Three ways to be consistent (``consistency=``), of which each save takes one:
 ``strict``           returns when everything was copied.
 ``overlap``          returns at once; copies run beside forward and backward, and the optimizers'
                      next step waits for them, on the GPU. What the optimizers do not update
-                     (buffers, averages) is cloned on the GPU first.
+                     (buffers, averages, frozen parameters) is cloned on the GPU first.
 ``device-snapshot``  clones everything on the GPU, returns, and copies from the clones.
 
 Always holds: a tensor in the host's memory is copied before a save returns, whatever the mode; a
@@ -16,6 +16,7 @@ is strict, which is said once.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import sys
 import weakref
@@ -25,7 +26,7 @@ from dtruntime import _native, sharded_tensors
 from dtruntime.errors import AcceleratorError, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 MODES = ("strict", "overlap", "device-snapshot")
 """How a save of tensors on GPUs can be consistent."""
@@ -103,8 +104,16 @@ class Hold:
         return self.native is not None and self.native.done() and self.native.wait_captured(0)
 
     def hold_streams(self) -> None:
-        """Let what the current streams are given from now on wait for the copies."""
-        if self.native is not None:
+        """Let what the current streams are given from now on wait for the copies.
+
+        A stream that is being captured into a CUDA graph cannot be made to: this thread waits then,
+        so that a replay finds everything copied.
+        """
+        if self.native is None:
+            return
+        if is_capturing():
+            self.native.wait_captured()
+        else:
             self.native.precede(current_streams(self._ordinals))
 
 
@@ -125,6 +134,8 @@ class _Gate:
 
 
 _gates: weakref.WeakKeyDictionary[Any, _Gate] = weakref.WeakKeyDictionary()
+_captured: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Optimizers of which a step was captured into a CUDA graph: its replays run no hooks."""
 
 
 def _gate_of(optimizer: Any) -> _Gate:
@@ -143,19 +154,44 @@ def _gate_of(optimizer: Any) -> _Gate:
     return gate
 
 
+def watch_captures() -> None:
+    """Note, from now on, the optimizers of which a step is captured into a CUDA graph."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.backends.cuda.is_built():
+        _watch_steps()
+
+
+@functools.cache
+def _watch_steps() -> None:
+    """Have every step of every optimizer looked at, once in a process."""
+    # By its name: torch takes it off `torch.optim` again.
+    optimizers = importlib.import_module("torch.optim.optimizer")
+    optimizers.register_optimizer_step_pre_hook(_note_capture)
+
+
+def _note_capture(optimizer: Any, *_: object) -> None:
+    # A compiler traces hooks, and has nothing to do with what these are for.
+    if not sys.modules["torch"].compiler.is_compiling() and is_capturing():
+        _captured.add(optimizer)
+
+
+def is_capturing() -> bool:
+    """Tell whether the calling thread's current stream is captured into a CUDA graph."""
+    cuda = sys.modules["torch"].cuda
+    # Asked first: without a driver the other question is an error.
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+
 def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
-    """Give the storages that only steps of these optimizers change, all of their bytes."""
-    torch = sys.modules["torch"]
-    tensors = []
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            tensors += group["params"]
-        for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    """Give the storages that only steps of these optimizers change, all of their bytes.
+
+    A parameter without ``requires_grad`` is none of theirs, though it is listed: no step changes
+    it, so whatever does asks no optimizer, as an average does that forward keeps.
+    """
     covered: dict[int, set[tuple[int, int]]] = {}
     storages = {}
-    for tensor in map(sharded_tensors.local_of, tensors):
-        if tensor.is_contiguous():
+    for tensor in map(sharded_tensors.local_of, _updated_by(optimizers)):
+        if _is_dense(tensor):
             storage = tensor.untyped_storage()
             start = tensor.storage_offset() * tensor.itemsize
             end = start + tensor.numel() * tensor.itemsize
@@ -164,6 +200,28 @@ def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
     return frozenset(
         number for number, parts in covered.items() if _cover(parts, storages[number].nbytes())
     )
+
+
+def _updated_by(optimizers: Iterable[Any]) -> Iterator[Any]:
+    """Give the tensors that steps of these optimizers change."""
+    torch = sys.modules["torch"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from (one for one in group["params"] if one.requires_grad)
+        for key, state in optimizer.state.items():
+            if getattr(key, "requires_grad", True):
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Tell whether items lie side by side, each once, in whichever order of the dimensions."""
+    count = 1
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(pair for pair in strides if pair[1] != 1):
+        if stride != count:
+            return False
+        count *= size
+    return True
 
 
 def _cover(parts: Iterable[tuple[int, int]], count: int) -> bool:
@@ -205,11 +263,20 @@ def current_streams(ordinals: Iterable[int]) -> list[tuple[int, int]]:
 @functools.cache
 def are_usable() -> bool:
     """Tell whether GPUs can be copied from without torch; if not, say so once."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.version.hip is not None:
+        # NVIDIA's driver may be there besides; torch's addresses and streams are none of its.
+        _say_slow("PyTorch was built for AMD's GPUs, and only NVIDIA's can be copied from")
+        return False
     try:
         return _native.cuda_devices() > 0
     except AcceleratorError as error:
-        _logger.warning("tensors on GPUs are copied by torch, which is slower: %s", error)
+        _say_slow(error)
         return False
+
+
+def _say_slow(why: object) -> None:
+    _logger.warning("tensors on GPUs are copied by torch, which is slower: %s", why)
 
 
 def choose(consistency: str, optimizer: Any) -> Consistency:
@@ -227,6 +294,7 @@ def choose(consistency: str, optimizer: Any) -> Consistency:
         )
     if consistency != "overlap":
         return Consistency(consistency)
+    watch_captures()
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers or not all(hasattr(one, "register_step_pre_hook") for one in optimizers):
         raise InvalidArgument(
@@ -237,6 +305,9 @@ def choose(consistency: str, optimizer: Any) -> Consistency:
     captured = any(group.get("capturable") for one in optimizers for group in one.param_groups)
     if captured:
         _say_once("steps of a `capturable` optimizer may be replayed without hooks")
+        return Consistency("strict")
+    if any(one in _captured for one in optimizers):
+        _say_once("a step of the optimizer was captured into a CUDA graph: replays run no hooks")
         return Consistency("strict")
     return Consistency("overlap", optimizers)
 

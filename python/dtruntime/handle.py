@@ -12,8 +12,10 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import os
 import queue
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,6 +158,21 @@ class PendingUpload(NamedTuple):
     total_bytes: int
 
 
+_behind: weakref.WeakValueDictionary[int, SaveHandle] = weakref.WeakValueDictionary()
+"""Saves of this process, of whichever manager, that may still copy from GPUs."""
+
+
+def end_copies() -> None:
+    """Let what the current streams are given from now on wait for every save's copies."""
+    for reference in _behind.valuerefs():  # a list: other threads begin and end saves meanwhile
+        handle = reference()
+        if handle is not None:
+            handle.before_update()
+
+
+os.register_at_fork(after_in_child=_behind.clear)  # a child has no copies under way
+
+
 @dataclass
 class Copied:
     """What is copied behind a save: from which GPUs, and what keeps the tensors alive meanwhile."""
@@ -197,6 +214,8 @@ class SaveHandle:
         self.staged.set_running_or_notify_cancel()
         if copied_behind is None:
             self.staged.set_result(None)
+        else:
+            _behind[id(self)] = self
         self.uploaded: concurrent.futures.Future[UploadInfo | None] = concurrent.futures.Future()
         self.uploaded.set_running_or_notify_cancel()
 
@@ -326,6 +345,7 @@ class SaveHandle:
             self.staged.set_exception(error)
         else:
             self._copied_behind.table = None
+            _behind.pop(id(self), None)
             self.staged.set_result(None)
 
     def _announce(self) -> None:

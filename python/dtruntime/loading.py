@@ -15,7 +15,7 @@ import numpy as np
 
 from dtruntime import gpus
 from dtruntime.assembling import Assembly, Parts, whole_shape
-from dtruntime.errors import InvalidArgument
+from dtruntime.errors import AcceleratorError, InvalidArgument
 from dtruntime.globs import compiled
 from dtruntime.replication import check_loadable
 from dtruntime.scratch import Scratch, needed_bytes
@@ -297,6 +297,8 @@ class Reader:
             try:
                 return torch.UntypedStorage(count, device=device)
             except torch.OutOfMemoryError as error:
+                if self._device is not None:  # there it is wanted, and nowhere else
+                    raise _no_room(device, count) from error
                 _logger.warning("%s has no memory for a copy, the host has: %s", device, error)
         return torch.UntypedStorage(count)
 
@@ -305,8 +307,7 @@ class Reader:
             return {n: _array(memory.holder, record) for n, record in memory.views.items()}
         storage = memory.holder
         if self._device is not None and storage.device.type == "cpu":
-            moved = type(storage)(storage.nbytes(), device=self._device)
-            storage = moved.copy_(storage)
+            storage = _moved(storage, self._device)
         return {n: _tensor(storage, record) for n, record in memory.views.items()}
 
 
@@ -320,6 +321,22 @@ def _targets(storage: int, spans: Iterable[Span], holder: Any, *, is_numpy: bool
     address, device = holder.data_ptr(), holder.device
     place = (device.index,) if device.type == "cuda" else ()
     return [(storage, start, (*place, address + at, end - start)) for start, end, at in spans]
+
+
+def _moved(storage: Any, device: Any) -> Any:
+    torch = import_torch("loading a tensor")
+    try:
+        return torch.UntypedStorage(storage.nbytes(), device=device).copy_(storage)
+    except torch.OutOfMemoryError as error:
+        raise _no_room(device, storage.nbytes()) from error
+
+
+def _no_room(device: Any, count: int) -> AcceleratorError:
+    return AcceleratorError(
+        f"loading with `map_location` = {str(device)!r}",
+        f"it has no memory for {count} bytes more",
+        "free memory of the device, name fewer `keys`, or load to the host's memory",
+    )
 
 
 def _tensor(storage: Any, record: TensorRecord) -> Any:

@@ -90,6 +90,14 @@ impl Source {
         Ok(Self::Device(Described { element, bytes, ordinal, pieces, is_cloned }))
     }
 
+    /// The device on which it is cloned, if it is.
+    pub(crate) fn cloned_on(&self) -> Option<u32> {
+        match self {
+            Self::Device(Described { ordinal, is_cloned: true, .. }) => Some(*ordinal),
+            Self::Host(_) | Self::Device(_) => None,
+        }
+    }
+
     /// Ready to be captured, with its device opened.
     pub(crate) fn prepare(self) -> Result<Prepared> {
         match self {

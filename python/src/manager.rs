@@ -1,6 +1,6 @@
 //! One store as Python holds it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -77,7 +77,6 @@ impl Manager {
     /// Makes `storages` ready to be saved. Of devices, `streams` are the current streams, whose
     /// work so far comes first, and `behind` says whether copies from devices go on when the save
     /// has returned. Whoever catches an error of this has begun nothing.
-    #[expect(clippy::needless_pass_by_value, reason = "made from a Python list")]
     fn prepare(
         &self,
         py: Python<'_>,
@@ -90,10 +89,13 @@ impl Manager {
         self.guard.call(py, "preparing a save", || {
             device::pin_for(&self.engine, &streams)?;
             device::follow(Direction::Down, &streams)?;
+            let cloned: BTreeSet<u32> = sources.iter().filter_map(Source::cloned_on).collect();
             let sources = sources.into_iter().map(Source::prepare).collect::<Result<_>>()?;
             if behind {
-                // What was cloned may change as soon as the streams go on.
-                device::precede(&streams)?;
+                // What was cloned may change as soon as the streams go on. Streams of devices
+                // without clones do not wait: other saves may have copies under way there.
+                let streams = streams.into_iter().filter(|(ordinal, _)| cloned.contains(ordinal));
+                device::precede(&streams.collect())?;
             }
             Ok(Sources::new(sources, behind))
         })

@@ -33,6 +33,7 @@ class StandIn:
         self.driver.stand_in_allocate.restype = ctypes.c_uint64
         self.driver.stand_in_legacy_stream.restype = ctypes.c_void_p
         self.driver.stand_in_calls.restype = ctypes.c_uint64
+        self.driver.stand_in_pages_fetched.restype = ctypes.c_uint64
         # CUDA 12.4, two devices.
         self.driver.stand_in_set_up(12040, 2)
         self.owned: dict[int, Any] = {}
@@ -75,6 +76,10 @@ class StandIn:
     def calls(self, name: str) -> int:
         """Count the calls of a function of the driver."""
         return int(self.driver.stand_in_calls(_name(name)))
+
+    def pages_fetched(self) -> int:
+        """Count pages that nobody had touched when they were pinned."""
+        return int(self.driver.stand_in_pages_fetched())
 
     def owns(self, storage: Any) -> bool:
         """Tell whether a storage lies in the device's memory."""

@@ -9,7 +9,7 @@ use dtr_cuda::{CudaError, Device, Direction};
 
 use crate::scene::{
     CallerStream, HostMemory, Log, Memory, Scene, clone_part, copy_down, copy_down_clone, copy_up,
-    follow, noise, precede,
+    follow, noise, pin, precede,
 };
 
 /// Every call that can fail after a driver was found.
@@ -41,6 +41,7 @@ const CALLS: &[&CStr] = &[
 const INVALID_VALUE: u32 = 1;
 const OUT_OF_MEMORY: u32 = 2;
 const ILLEGAL_ADDRESS: u32 = 700;
+const UNKNOWN: u32 = 999;
 
 /// A save with a clone, then a restore: every call of the crate. What is told is in the logs.
 fn save_and_restore(
@@ -95,7 +96,7 @@ fn fails_once(call: &'static CStr, nth: u64, code: u32) -> bool {
 #[test]
 fn every_call_may_fail_at_every_place() {
     for call in CALLS {
-        for code in [INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, 12_345] {
+        for code in [INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN, 12_345] {
             let mut nth = 1;
             while fails_once(call, nth, code) {
                 nth += 1;
@@ -183,6 +184,40 @@ fn a_device_of_which_nothing_can_be_known_is_lost() {
     assert!(error.is_device_lost(), "{error}");
     assert!(log.all().pop().unwrap().outcome.is_err());
     assert_eq!(device.check(), Err(error));
+}
+
+#[test]
+fn memory_that_is_refused_without_a_reason_is_no_loss_where_the_device_answers() {
+    let scene = Scene::new();
+    let (log, memory) = (Log::default(), Memory::holding(0, &[3; 10]));
+    let device = Device::open(0).unwrap();
+    let mut host = vec![0_u8; 10];
+    scene.fail(c"cuMemHostRegister_v2", 1, UNKNOWN);
+    let error = pin(&device, host.as_mut_ptr(), 10).expect_err("refused");
+    let refusal = match &error {
+        CudaError::OutOfPinnedMemory { bytes: 10, refusal } => refusal,
+        other => panic!("{other}"),
+    };
+    assert_eq!((refusal.call, refusal.code), ("cuMemHostRegister_v2", UNKNOWN));
+    scene.fail(c"cuMemAllocAsync", 1, UNKNOWN);
+    let error = clone_part(&device, &memory, 0, 10).expect_err("refused");
+    assert!(matches!(&error, CudaError::OutOfMemory { refusal } if refusal.code == UNKNOWN));
+    device.check().unwrap();
+    copy_down(&device, &memory, log.landing(10));
+    device.finish(Direction::Down).unwrap();
+    assert_eq!(log.all().pop().unwrap().memory, [3; 10]);
+}
+
+#[test]
+fn memory_that_is_refused_without_a_reason_is_a_loss_where_the_device_does_not_answer() {
+    let scene = Scene::new();
+    let device = Device::open(0).unwrap();
+    let mut host = vec![0_u8; 10];
+    scene.fail(c"cuMemHostRegister_v2", 1, UNKNOWN);
+    scene.fail(c"cuStreamSynchronize", 1, UNKNOWN);
+    let error = pin(&device, host.as_mut_ptr(), 10).expect_err("refused");
+    assert!(error.is_device_lost(), "{error}");
+    assert!(device.check().expect_err("it is lost").is_device_lost());
 }
 
 #[test]

@@ -1,12 +1,16 @@
 //! A process that was forked off: its calls fail, its drops do nothing, and the driver, which does
 //! not survive a fork, is not touched.
 
-use dtr_cuda::{CudaError, Device, Direction, probe};
+use std::ffi::CStr;
+use std::mem;
+use std::thread;
+
+use dtr_cuda::{CudaError, Device, Direction, probe, shared_device};
 
 use crate::library::in_forked_child;
 use crate::scene::{
-    CallerStream, HostMemory, Log, Memory, Scene, clone_part, copy_down, copy_up, follow, pin,
-    precede,
+    CallerStream, HostMemory, Log, Memory, Scene, clone_part, copy_down, copy_up, follow,
+    in_own_process, pin, precede,
 };
 
 fn is_forked<T>(result: &Result<T, CudaError>) -> bool {
@@ -64,4 +68,37 @@ fn a_child_is_refused_and_the_parent_goes_on() {
     device.finish(Direction::Down).unwrap();
     let landed = log.all().pop().unwrap();
     assert_eq!((landed.outcome, landed.memory), (Ok(()), vec![7; 10]));
+}
+
+#[test]
+fn a_child_of_a_process_that_is_looking_for_the_driver_does_not_wait_for_it() {
+    in_own_process(
+        "forks::a_child_of_a_process_that_is_looking_for_the_driver_does_not_wait_for_it",
+        &[],
+        || is_refused_while_another_thread_is_in(c"cuInit"),
+    );
+}
+
+#[test]
+fn a_child_of_a_process_that_is_opening_a_device_does_not_wait_for_it() {
+    in_own_process(
+        "forks::a_child_of_a_process_that_is_opening_a_device_does_not_wait_for_it",
+        &[],
+        || is_refused_while_another_thread_is_in(c"cuDevicePrimaryCtxRetain"),
+    );
+}
+
+fn is_refused_while_another_thread_is_in(call: &'static CStr) {
+    let scene = Scene::new();
+    let mut opening = None;
+    scene.hold_until_called(call, || opening = Some(thread::spawn(|| shared_device(1).map(drop))));
+    let is_refused = in_forked_child(|| {
+        let error = shared_device(0).expect_err("a child has no driver").to_string();
+        error.contains("opening `cuda:0`") && error.contains("does not survive a fork")
+    });
+    scene.let_calls_go();
+    opening.unwrap().join().unwrap().unwrap();
+    assert!(is_refused, "see what the child has printed, or whether it was ended for waiting");
+    // What is shared stays open until the process ends.
+    mem::forget(scene);
 }

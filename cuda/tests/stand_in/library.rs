@@ -7,9 +7,10 @@
 #![expect(unsafe_code, reason = "loads a library in C and calls it")]
 
 use std::env;
-use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
+use std::ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::process::Command;
+use std::ptr;
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -71,6 +72,7 @@ controls! {
     stand_in_write => write(stream: u64, to: u64, from: *const c_void, bytes: usize);
     stand_in_hold => hold(stream: u64, is_held: bool);
     stand_in_hold_copies => hold_copies(are_held: bool);
+    stand_in_hold_call => hold_named(name: *const c_char);
     stand_in_capture => capture(stream: u64, is_captured: bool);
     stand_in_settle => settle();
     stand_in_delay_copies => delay_copies(microseconds: c_int);
@@ -94,6 +96,11 @@ impl StandIn {
     /// Lets the `nth` call of `name` from now fail with `code`, and the next ones: `times` in all.
     pub(crate) fn fail(&self, name: &'static CStr, nth: u64, times: u64, code: u32) {
         self.fail_named(name.as_ptr(), nth, times, code);
+    }
+
+    /// Lets calls of `name` wait until another one, or none, is held.
+    pub(crate) fn hold_call(&self, name: Option<&'static CStr>) {
+        self.hold_named(name.map_or(ptr::null(), CStr::as_ptr));
     }
 
     /// How often `name` was called.
@@ -133,16 +140,23 @@ fn build(file: &Path) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Whatever a child does takes less.
+const CHILD_SECONDS: c_uint = 60;
+
 /// What `run` says in a child that was forked off, where the threads of this process are not.
 pub(crate) fn in_forked_child(run: impl FnOnce() -> bool) -> bool {
     let own = Library::this();
     // SAFETY: the type of `fork` of the C library.
     let fork = *unsafe { own.get::<unsafe extern "C" fn() -> c_int>("fork") }.unwrap();
+    // SAFETY: the type of `alarm` of the C library.
+    let alarm = *unsafe { own.get::<unsafe extern "C" fn(c_uint) -> c_uint>("alarm") }.unwrap();
     // SAFETY: the type of `_exit` of the C library.
     let exit = *unsafe { own.get::<unsafe extern "C" fn(c_int) -> !>("_exit") }.unwrap();
     // SAFETY: the child runs `run`, which waits for no thread of the parent, and ends.
     match unsafe { fork() } {
         0 => {
+            // SAFETY: ends this child by a signal, should it wait for what never comes.
+            unsafe { alarm(CHILD_SECONDS) };
             let is_good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
             // SAFETY: ends the child without the destructors that are the parent's.
             unsafe { exit(c_int::from(!is_good.unwrap_or(false))) }

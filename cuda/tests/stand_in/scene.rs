@@ -65,6 +65,20 @@ impl Scene {
         self.stand_in.fail(name, 1, times, code);
     }
 
+    /// Lets calls of `name` wait, and waits until one does.
+    pub(crate) fn hold_until_called(&self, name: &'static CStr, call: impl FnOnce()) {
+        let before = self.calls(name);
+        self.stand_in.hold_call(Some(name));
+        call();
+        while self.calls(name) == before {
+            thread::yield_now();
+        }
+    }
+
+    pub(crate) fn let_calls_go(&self) {
+        self.stand_in.hold_call(None);
+    }
+
     /// Loses device `ordinal` by `code`.
     pub(crate) fn lose(&self, ordinal: u32, code: u32) {
         self.stand_in.lose(index(ordinal), code);

@@ -260,6 +260,7 @@ impl Inner {
                 let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
                     .context("allocating the staging arena for", self.core.store.location())?;
                 if let Some(pin) = &saving.pin {
+                    populate(&arena, memory::worker_count(config.workers));
                     pin_arena(&arena, pin.as_ref());
                 }
                 saving.arena = Some(Arc::clone(&arena));
@@ -295,6 +296,14 @@ fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
         };
         EngineError::invalid(format!("saving step {}", manifest.step), error.to_string(), hint)
     })
+}
+
+/// Gives an arena that is about to be pinned its memory, by all workers: the driver would fetch it
+/// page after page by one thread.
+fn populate(arena: &BufferPool, threads: usize) {
+    if let Err(error) = arena.prewarm(threads) {
+        tracing::warn!(%error, "the staging arena was not populated before it is pinned");
+    }
 }
 
 /// Copies from devices work without it, at a fraction of the rate.
