@@ -317,9 +317,7 @@ impl Manager {
     fn pending_uploads(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64, u64)>> {
         let pending =
             self.guard.call(py, "listing pending uploads", || self.engine.pending_uploads())?;
-        let told = |upload: PendingUpload| {
-            (upload.step, upload.uploaded_bytes, upload.total_bytes)
-        };
+        let told = |upload: PendingUpload| (upload.step, upload.uploaded_bytes, upload.total_bytes);
         Ok(pending.into_iter().map(told).collect())
     }
 
