@@ -186,6 +186,31 @@ fn a_damaged_step_that_a_save_leaves_behind_does_not_come_back_as_the_newest() {
 }
 
 #[test]
+fn a_step_that_cannot_be_removed_holds_up_no_other() {
+    let directory = scratch();
+    let state = State::training(1, 0);
+    let engine = open(config(directory.path()), backend());
+    for step in [10, 20, 30] {
+        state.save(&engine, step).unwrap();
+    }
+    drop(engine);
+
+    let sim = Arc::new(Sim::new(backend(), Plan::default()));
+    let settings = Config { keep_last_n: Some(1), ..config(directory.path()) };
+    let engine = open(settings, Arc::<Sim>::clone(&sim));
+    let is_removal_of_10 = |operation: &LoggedOp| {
+        matches!(operation.kind, OpKind::Entry(EntryOp::RemoveFile(_)))
+            && operation.path.ends_with("step-000000000010/manifest.json")
+    };
+    let trigger = Trigger::Matching(Box::new(is_removal_of_10));
+    sim.set_plan(Plan::single(trigger, Times::Forever, FaultKind::Error(5)));
+    assert_eq!(state.save(&engine, 40).unwrap().removed_steps, [20, 30]);
+    assert_eq!(engine.steps().unwrap(), [10, 40]);
+    sim.set_plan(Plan::default());
+    assert_eq!(state.save(&engine, 50).unwrap().removed_steps, [10, 40]);
+}
+
+#[test]
 fn what_a_deletion_left_undone_is_not_taken_for_what_was_there_before() {
     let directory = scratch();
     let state = State::training(1, 0);

@@ -353,15 +353,15 @@ impl Core {
             // Rank 0 does it for all.
             return Vec::new();
         }
-        let removed = self.try_prune(step);
-        if let Err(error) = &removed {
+        let mut removed = Vec::new();
+        if let Err(error) = self.try_prune(step, &mut removed) {
             tracing::warn!(step, %error, "retention failed; it runs again after the next save");
             self.note_change();
         }
-        removed.unwrap_or_default()
+        removed
     }
 
-    fn try_prune(&self, step: u64) -> Result<Vec<u64>> {
+    fn try_prune(&self, step: u64, removed: &mut Vec<u64>) -> Result<()> {
         let (mut survey, manifests) = self.look(Unreadable::IsDamaged)?;
         // All ranks have gone past it: nobody comes back to it.
         let mut passed = self.leave_out_own_only(&mut survey);
@@ -382,8 +382,20 @@ impl Core {
         if retired > 0 {
             tracing::info!(step, retired, "later checkpoints retired by a rewind");
         }
-        for &step in &plan {
-            self.store.let_go(step, survey.step(step).and_then(|step| step.attempt))?;
+        let mut first_failure = Ok(());
+        let mut is_stuck = false;
+        for step in plan {
+            // One that cannot go holds up no other, unless that may be retired by it.
+            if is_stuck && is_retired(&step) {
+                continue;
+            }
+            match self.store.let_go(step, survey.step(step).and_then(|step| step.attempt)) {
+                Ok(()) => removed.push(step),
+                Err(error) => {
+                    is_stuck |= is_retired(&step);
+                    first_failure = first_failure.and(Err(error));
+                }
+            }
         }
         let grace = std::time::Duration::from_secs(self.config.gc_grace_seconds);
         let orphans = plan_cleanup(&survey, self.store.now()?, grace);
@@ -392,11 +404,11 @@ impl Core {
                 tracing::info!(step = orphan.step, file = orphan.file, "abandoned file removed");
             }
         }
-        if !plan.is_empty() || !orphans.is_empty() {
+        if !removed.is_empty() || !orphans.is_empty() {
             self.note_change();
             self.survey()?;
         }
-        Ok(plan)
+        first_failure
     }
 
     /// What is kept for being best.
