@@ -381,7 +381,10 @@ def run(device: torch.device, gigabytes: float, rounds: int, folder: Path) -> No
     say(f"{'':26}{'stall':>13}{f'{STEPS_AFTER} steps lose':>15}{'of them':>11}")
     found = {"dcp": measure_dcp(training, rounds, folder / "dcp")}
     show("dcp.async_save", found["dcp"])
-    settings: dict[str, Any] = {"compression": "none", "staging_bytes": max(2 * size, STAGING_BYTES_MIN)}
+    settings: dict[str, Any] = {
+        "compression": "none",
+        "staging_bytes": max(2 * size, STAGING_BYTES_MIN),
+    }
     with CheckpointManager(folder / "store", keep_last_n=1, **settings) as manager:
         manager.prewarm(training.state())
         copy_rate = 0.0
