@@ -28,8 +28,8 @@ pub mod v1;
 /// and reports no shard of a save that others have begun.
 pub const OPENING_BARRIER: &str = "open a checkpoint manager";
 
-/// Most bytes of `Shard.annotations`, what rank 0's manifest says besides the shards: beside as many
-/// shards as a part has, they fit into a message.
+/// Most bytes of `Shard.annotations`, what rank 0's manifest says besides the shards: beside as
+/// many shards as a part has, they fit into a message.
 pub const ANNOTATIONS_BYTES_MAX: usize = 1 << 20;
 
 /// Every message and service, described for gRPC reflection.

@@ -174,8 +174,8 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
     }
 }
 
-/// Saves a step in a store of its own; gives the store, the first request of the save, the one after
-/// its last, and whether it succeeded.
+/// Saves a step in a store of its own; gives the store, the first request of the save, the one
+/// after its last, and whether it succeeded.
 fn save_through(place: &Place, plan: Plan) -> (Config, std::ops::Range<u64>, bool) {
     let store = place.config();
     let proxy = Proxy::start(place.address(), plan);

@@ -1,7 +1,7 @@
 //! A coordinator for tests: the real program on a free port, with a journal of its own.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -38,8 +38,8 @@ impl Program {
         let mut program = Self {
             environment: environment.iter().map(owned).collect(),
             folder: folder.to_owned(),
-            port: free_port(),
-            metrics_port: free_port(),
+            port: 0,
+            metrics_port: 0,
             arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
             child: None,
         };
@@ -47,7 +47,7 @@ impl Program {
         program
     }
 
-    /// Starts it on the same port and journal.
+    /// Starts it on the same ports and journal; at first on ports that it chooses.
     pub(crate) fn start_again(&mut self) {
         let mut command = program();
         command
@@ -61,10 +61,14 @@ impl Program {
         let mut child = command.spawn().expect("the program starts");
         let mut lines = BufReader::new(child.stderr.take().expect("it is piped"));
         let mut seen = String::new();
-        while !seen.contains("listening on") {
+        // An error has the address in quotes.
+        while port_after("listening on 127.0.0.1:", &seen).is_none() {
             let read = lines.read_line(&mut seen).expect("it writes text");
             assert!(read > 0, "the coordinator ended: {seen}");
         }
+        let told = |what: &str| port_after(what, &seen).unwrap_or_default();
+        self.port = told("listening on 127.0.0.1:");
+        self.metrics_port = told("metrics on http://127.0.0.1:");
         // A full pipe would stop it.
         std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
         self.child = Some(child);
@@ -111,10 +115,10 @@ pub(crate) fn run_to_end(folder: &Path, arguments: &[&str]) -> (Option<i32>, Str
     (status.code(), text(stdout), text(stderr))
 }
 
-/// A port that nobody listens on now.
-pub(crate) fn free_port() -> u16 {
-    let probe = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
-    probe.local_addr().expect("it is bound").port()
+/// The port that a log names after these words.
+fn port_after(words: &str, log: &str) -> Option<u16> {
+    let (_, rest) = log.split_once(words)?;
+    rest.split(|character: char| !character.is_ascii_digit()).next()?.parse().ok()
 }
 
 /// What a page says: its status line and its body.

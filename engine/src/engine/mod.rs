@@ -320,8 +320,8 @@ impl Engine {
     /// memory that is there already costs no page faults, and the next save finds it there.
     ///
     /// The arena as it is, or, with `grows_to`, as it will be for a state of so many raw bytes.
-    /// `None` where that is too small for `bytes`, a save is in flight, or the engine cannot save. A
-    /// save that begins before the memory comes back takes an arena of its own.
+    /// `None` where that is too small for `bytes`, a save is in flight, or the engine cannot save.
+    /// A save that begins before the memory comes back takes an arena of its own.
     pub fn lend_staging(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
         if self.config.read_only {
             return Ok(None);

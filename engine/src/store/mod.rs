@@ -64,8 +64,8 @@ pub trait Store: Send + Sync + fmt::Debug {
         self.create_shard(shard, size, flow)
     }
 
-    /// Whether a shard that lies here whole, of a copy that never came about, is as good as one that
-    /// was just brought: durable, and checked when it came.
+    /// Whether a shard that lies here whole, of a copy that never came about, is as good as one
+    /// that was just brought: durable, and checked when it came.
     fn keeps_what_arrived(&self) -> bool {
         false
     }
