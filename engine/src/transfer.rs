@@ -149,10 +149,12 @@ pub(crate) fn transfer(
     let copy = Copy { source, destination, manifest: &manifest, environment, observer, what };
     let mut sinks = Sinks(Vec::new());
     let mut shards = Vec::new();
+    let mut found_some = false;
     for entry in &manifest.shards {
         let may_be_there = was_there || destination.keeps_what_arrived();
         if may_be_there && is_whole(destination, &manifest, entry)? {
             shards.push((shard_of(step, entry)?, entry.bytes));
+            found_some = true;
             continue;
         }
         let (shard, sink) = copy.shard(entry)?;
@@ -171,6 +173,15 @@ pub(crate) fn transfer(
         shards: &shards,
     })?;
     sinks.0.clear();
+    // Nobody guards what no manifest named: it may have been cleaned away at this moment.
+    if found_some && !was_there && look_back(destination, &manifest, attempt)? != Brought::All {
+        return Err(EngineError::Unavailable {
+            what: naming(step, destination),
+            why: "a shard that was there already was deleted meanwhile".into(),
+            hint: "copy again: what is missing is sent".into(),
+        }
+        .into());
+    }
     transferred.seconds = elapsed(&**environment, start).as_secs_f64();
     Ok(transferred)
 }
@@ -263,17 +274,23 @@ pub(crate) enum Brought {
 }
 
 /// Publishes `step` at the destination, once every rank has brought its shard there. Any rank may,
-/// and several at once.
+/// and several at once. `may_be_ours` says whether this process may have done so before.
 pub(crate) fn publish_whole(
     source: &dyn Store,
     destination: &dyn Store,
     (step, share): (u64, OwnShare),
+    may_be_ours: bool,
 ) -> Copied<Brought> {
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let standing = standing(destination, step)?;
     if standing == Some(attempt) {
-        return Ok(Brought::All);
+        // Whoever put it looked again, unless that was this process and it could not.
+        return if may_be_ours {
+            look_back(destination, &manifest, attempt)
+        } else {
+            Ok(Brought::All)
+        };
     }
     let there = There::list(destination, step)?;
     if !part_of(source, &manifest, share)?.into_iter().all(|entry| there.has(entry)) {
@@ -290,12 +307,17 @@ pub(crate) fn publish_whole(
         // They were just listed, each read back by the rank that brought it.
         shards: &[],
     })?;
-    let there = There::list(destination, step)?;
+    look_back(destination, &manifest, attempt)
+}
+
+/// Looks, now that the manifest is visible, whether its shards still are, and takes it back if not:
+/// meanwhile another process let the step go, which sees what it deletes, or this one does.
+fn look_back(destination: &dyn Store, manifest: &Manifest, attempt: AttemptId) -> Copied<Brought> {
+    let there = There::list(destination, manifest.step)?;
     if manifest.shards.iter().all(|entry| there.has(entry)) {
         return Ok(Brought::All);
     }
-    // Meanwhile another rank let the step go: what it deletes is seen by one of the two.
-    destination.remove_checkpoint(step, Some(attempt))?;
+    destination.unpublish(manifest.step, attempt, None)?;
     Ok(Brought::Less)
 }
 

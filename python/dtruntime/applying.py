@@ -169,19 +169,17 @@ class Application:
 
     def _find_memory(self) -> tuple[Scratch | None, Iterable[Sequence[Action]]]:
         """Find memory to read everything into at once; else the actions come in groups."""
-        passing = self._plan.passing()
-        scratch = self._reader.borrow(passing, may_grow=False)
-        if not self._fits(scratch):
+        actions = self._plan.actions
+        # An arena that is there counts as new: its pages may never have been used.
+        if not self._fits():
             return None, self._plan.items()
-        if scratch is None:
-            scratch = self._reader.borrow(passing, may_grow=True)
-        return scratch, [self._plan.actions]
+        parts = {number: part for action in actions for number, part in action.parts.items()}
+        numbers = [number for action in actions for number in action.tensors]
+        return self._reader.borrow(numbers, parts, self._plan.passing()), [actions]
 
-    def _fits(self, scratch: Scratch | None) -> bool:
+    def _fits(self) -> bool:
         """Tell whether there is memory for everything at once, in the host and in GPUs."""
         have_memory = self._plan.fillable.keys() if self._plan.is_direct else frozenset()
-        if scratch is not None:
-            have_memory = scratch.numbers
         by_place: dict[Any, list[int]] = {}
         parts: dict[int, LivePart] = {}
         for action in self._plan.actions:

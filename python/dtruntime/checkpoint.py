@@ -230,6 +230,7 @@ class CheckpointManager:
         self._is_capturing = False
         self._is_closing = False
         self._is_shut = False
+        self._leaves_uploads = False
         self._is_closed = False
         self._failure = ""
         self.last_load: LoadReport | None = None
@@ -630,7 +631,8 @@ class CheckpointManager:
         """Finish the save in flight, then give back threads, memory and the store's lock.
 
         With a remote store, what is not uploaded yet is, or is tried once more. Closing twice is
-        fine; so is closing again after Ctrl-C ended this: it goes on from there.
+        fine; so is closing again after Ctrl-C ended this: it goes on from there. A process that
+        ends after that waits for no upload: the next one goes on with them.
 
         Raises:
             CheckpointError: A save failed, and nobody has looked at its error. The store is closed
@@ -701,7 +703,11 @@ class CheckpointManager:
             if self._watcher is not None:
                 self._watcher.stop()
             if self._uploads is not None:
-                lifecycle.wait_for_uploads(self._native)
+                try:
+                    lifecycle.wait_for_uploads(self._native)
+                except BaseException:
+                    self._leaves_uploads = True
+                    raise
                 self._uploads.stop()
             self._is_shut = True  # from here on nobody is waited for
         try:

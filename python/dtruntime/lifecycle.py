@@ -129,6 +129,8 @@ def _close_managers() -> None:
 
 def _close(manager: CheckpointManager) -> None:
     try:
+        if manager._leaves_uploads:  # noqa: SLF001  (an interrupt ended the wait for them before)
+            manager._native.leave_uploads()  # noqa: SLF001
         manager.close()
     except CheckpointError as error:
         _log_unseen(error)

@@ -128,13 +128,17 @@ class Reader:
             spans_bytes(self._spans(storage, group)) for (storage, _), group in groups
         )
 
-    def borrow(self, numbers: Iterable[int], *, may_grow: bool) -> Scratch | None:
-        """Borrow memory for tensors that nobody keeps once they are copied on.
+    def borrow(
+        self, numbers: Iterable[int], parts: Mapping[int, LivePart], passing: set[int]
+    ) -> Scratch | None:
+        """Borrow memory for those of the tensors that nobody keeps once they are copied on.
 
-        ``may_grow`` says whether the staging arena may grow for it, to what a save of all that
-        this rank saved would take. None where there is none to be had.
+        The staging arena may grow for it, to what a save of all that this rank saved takes. None
+        where there is none to be had.
         """
-        groups = self._group(numbers)
+        _, plain = self._split(numbers, parts)
+        groups = self._group(plain)
+        groups = {key: group for key, group in groups.items() if passing.issuperset(group)}
         counts = [
             spans_bytes(self._spans(storage, group)) for (storage, _), group in groups.items()
         ]
@@ -142,7 +146,7 @@ class Reader:
         # What others saved, too, is no reason to keep more memory than saves need.
         if self._lend is None or not 0 < sum(counts) <= held_bytes:
             return None
-        memory = self._lend(needed_bytes(counts), held_bytes if may_grow else None)
+        memory = self._lend(needed_bytes(counts), held_bytes)
         if memory is None:
             return None
         return Scratch(memory, (number for group in groups.values() for number in group))

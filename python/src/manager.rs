@@ -321,6 +321,11 @@ impl Manager {
         Ok(pending.into_iter().map(told).collect())
     }
 
+    /// Leaves what is not in the remote store yet to the next process that writes.
+    fn leave_uploads(&self, py: Python<'_>) -> PyResult<()> {
+        self.guard.call(py, "leaving uploads", || self.engine.leave_uploads())
+    }
+
     /// Waits, at most `timeout` seconds, until everything was brought to the remote store, or has
     /// failed once more; true if so.
     #[pyo3(signature = (timeout=None))]

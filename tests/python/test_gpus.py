@@ -135,6 +135,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
     weight.grad = torch.ones_like(weight)
     held = []
     with CheckpointManager(tmp_path / "best") as best:
+        device.hold_copies(True)
         for store in (manager, best):
             state = {"w": weight, "lr": 1}
             store.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
@@ -142,6 +143,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
 
         def wait(ordinals):
             held.append(list(ordinals))
+            device.hold_copies(False)
             for store in (manager, best):
                 assert store._last._native.wait_captured(30)
             return [(0, 0)]

@@ -294,7 +294,7 @@ for seconds in (0.3, 2):
         manager.close()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-os._exit(0)
+# A process that ends waits for nothing then.
 """,
         tmp_path / "near",
         STORE,

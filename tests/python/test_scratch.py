@@ -89,7 +89,7 @@ def test_damage_is_found_in_the_arena_and_changes_nothing(tmp_path, staged):
             manager.restore(live, step=1)
         assert staged == [{0}]
         assert not live["w"].any()
-        # What failed still holds the arena: the next save takes another one.
+        assert not has_it_back(manager), "what failed still holds it"
         manager.save(live, step=2)
         del caught
         manager.restore(live, step=2)
@@ -111,7 +111,22 @@ def test_an_arena_that_is_too_small_is_left_alone(tmp_path, staged, settings):
         assert not has_it_back(manager)
 
 
-def test_the_arena_of_a_save_in_flight_is_left_alone(tmp_path, staged):
+def test_memory_in_which_something_else_lies_is_not_of_the_arena(tmp_path, staged):
+    def state(scale: float) -> dict[str, Any]:
+        base = torch.arange(2.0 * ITEMS) * scale
+        return {"flat": base[:ITEMS], "turned": base[ITEMS:].view(-1, 2).t()}
+
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(state(1), step=1)
+    live = state(0)
+    with CheckpointManager(tmp_path) as manager:
+        manager.restore(live)
+        assert_same(live, state(1))
+        assert staged == [set()]
+        assert not has_it_back(manager), "none was made"
+
+
+def test_an_arena_that_is_lent_already_is_left_alone(tmp_path, staged):
     saved = {"w": torch.randn(3_000_000)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)

@@ -519,6 +519,12 @@ impl Engine {
         Ok(self.inner("listing pending uploads")?.core.store.pending_uploads())
     }
 
+    /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
+    pub fn leave_uploads(&self) -> Result<()> {
+        self.inner("leaving uploads")?.core.store.leave_uploads();
+        Ok(())
+    }
+
     /// Waits, at most `timeout`, until every checkpoint was brought to the far store, or has failed
     /// once more; true if so. From the first call on nothing is tried more than once, until one has
     /// seen the end.

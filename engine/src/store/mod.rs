@@ -78,7 +78,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn publish(&self, publication: Publication<'_>) -> Result<()>;
 
     /// Takes back a manifest of this attempt, if it stands there: the ranks, each with a store of
-    /// its own, did not all publish it. Puts the manifest back that it replaced. Shards stay.
+    /// its own, did not all publish it, or its shards are going. Puts the manifest back that it
+    /// replaced. Shards stay.
     fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()>;
 
     /// Hears that `step` is committed, wherever that is decided: a far store gets it from now on.
@@ -141,6 +142,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn pending_uploads(&self) -> Vec<PendingUpload> {
         Vec::new()
     }
+
+    /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
+    fn leave_uploads(&self) {}
 
     /// Waits, at most so long, until everything was brought to the far store, or has failed once
     /// more; true if it has. From the first call on nothing is tried more than once, until one has

@@ -169,8 +169,7 @@ async fn load(settings: &S3Settings, http: SharedHttpClient) -> SdkConfig {
     }
     if let Some(region) = &settings.region {
         loader = loader.region(Region::new(region.clone()));
-    } else if settings.endpoint_url.is_some() || ENDPOINT_VARIABLES.iter().any(|name| is_set(name))
-    {
+    } else if named_endpoint(settings).is_some_and(|url| !is_of_aws(&url)) {
         // Without the instance, the last of the chain: elsewhere it is long in not answering.
         let environment = aws_config::environment::EnvironmentVariableRegionProvider::new();
         let mut profile = aws_config::profile::ProfileFileRegionProvider::builder();
@@ -183,14 +182,23 @@ async fn load(settings: &S3Settings, http: SharedHttpClient) -> SdkConfig {
     loader.load().await
 }
 
-fn is_set(variable: &str) -> bool {
-    std::env::var_os(variable).is_some_and(|value| !value.is_empty())
+/// The endpoint that settings or environment name.
+fn named_endpoint(settings: &S3Settings) -> Option<String> {
+    let value = |name: &str| std::env::var(name).ok().filter(|url| !url.is_empty());
+    settings.endpoint_url.clone().or_else(|| ENDPOINT_VARIABLES.into_iter().find_map(value))
+}
+
+/// Whether an endpoint is one of AWS, such as that of a private network: it has a region.
+fn is_of_aws(url: &str) -> bool {
+    let url = without_user(url);
+    let (_, rest) = url.split_once("://").unwrap_or(("", &url));
+    let host = rest.split(['/', ':', '?', '#']).next().unwrap_or_default().to_ascii_lowercase();
+    [".amazonaws.com", ".amazonaws.com.cn", ".api.aws"].iter().any(|end| host.ends_with(end))
 }
 
 /// The endpoint that was named, if one was, for messages: without what may be a secret.
 fn endpoint_of(settings: &S3Settings, shared: &SdkConfig) -> Option<String> {
-    let of_environment = || std::env::var("AWS_ENDPOINT_URL_S3").ok().filter(|url| !url.is_empty());
-    let named = settings.endpoint_url.clone().or_else(of_environment);
+    let named = named_endpoint(settings);
     named.or_else(|| shared.endpoint_url().map(Into::into)).map(|url| without_user(&url))
 }
 
@@ -406,6 +414,20 @@ mod tests {
             ("", ""),
         ] {
             assert_eq!(without_user(url), told);
+        }
+    }
+
+    #[test]
+    fn endpoints_of_aws_are_known() {
+        for url in [
+            "https://bucket.vpce-1a2b3c-x.s3.eu-west-1.vpce.amazonaws.com",
+            "https://S3.cn-north-1.Amazonaws.com.cn:443/",
+            "https://s3.dualstack.us-west-2.api.aws/x",
+        ] {
+            assert!(is_of_aws(url), "{url}");
+        }
+        for url in ["http://127.0.0.1:9000", "https://minio.example/s3.amazonaws.com", "garage"] {
+            assert!(!is_of_aws(url), "{url}");
         }
     }
 

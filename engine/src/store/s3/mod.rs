@@ -213,11 +213,15 @@ impl Store for S3Store {
         publish::publish(&self.shared, publication)
     }
 
-    fn unpublish(&self, step: u64, attempt: AttemptId, _: Option<&[u8]>) -> Result<()> {
-        Err(EngineError::internal(
-            format!("taking back step {step}, attempt {attempt}, in `{}`", self.location()),
-            "a bucket is no rank's own store",
-        ))
+    fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
+        self.writer("taking back a manifest")?;
+        if replaced.is_some() {
+            return Err(EngineError::internal(
+                format!("taking back step {step}, attempt {attempt}, in `{}`", self.location()),
+                "a bucket is no rank's own store: what it replaced is not known",
+            ));
+        }
+        remove::take_back(&self.shared, step, attempt)
     }
 
     fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {

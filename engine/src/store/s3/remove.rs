@@ -28,7 +28,6 @@ pub(super) fn remove_checkpoint(
     if only.is_some() && only != attempt {
         return Ok(0);
     }
-    let is_of_many = manifest.as_ref().is_some_and(|manifest| manifest.shards.len() > 1);
     let goes: Vec<(String, u64)> = if let Some(manifest) = manifest {
         manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
     } else {
@@ -48,19 +47,20 @@ pub(super) fn remove_checkpoint(
             Err(failure) => first_failure = first_failure.and(Err(failure)),
         }
     }
-    if is_of_many {
-        take_back(shared, &what, step, attempt)?;
+    if let Some(attempt) = attempt {
+        // Somebody may have put it anew while its shards went, having seen them all. Whoever puts
+        // it later sees them missing.
+        take_back(shared, step, attempt)?;
     }
     first_failure.map(|()| freed_bytes)
 }
 
-/// Deletes a manifest that another rank put anew while its shards went: it had seen them all.
-/// Whoever puts it later sees them missing.
-fn take_back(shared: &Shared, what: &str, step: u64, attempt: Option<AttemptId>) -> Result<()> {
-    let Some(object) = shared.ask(what, shared.get_manifest(step))? else { return Ok(()) };
+/// Deletes the manifest of an attempt, if it stands there, and no shard.
+pub(super) fn take_back(shared: &Shared, step: u64, attempt: AttemptId) -> Result<()> {
+    let what = format!("taking back step {step} of `{}`", shared.address);
+    let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(()) };
     let stands = Manifest::decode(&object.bytes).ok();
-    let stands = stands.and_then(|manifest| AttemptId::parse(&manifest.attempt));
-    if stands.is_some() && stands == attempt {
+    if stands.and_then(|manifest| AttemptId::parse(&manifest.attempt)) == Some(attempt) {
         delete(shared, step, names::MANIFEST_FILE)?;
     }
     Ok(())

@@ -345,12 +345,12 @@ impl Store for TieredStore {
         if only.is_some() && standing(self, step)? != only {
             return Ok(0);
         }
-        let waits = work.is_waiting(step);
+        let care = work.care_for(step);
         work.cancel_and_wait(step);
         let attempt = work.to_take_back(step);
         // What stands behind the one that counts goes with it, or it would count.
         let removed = self.near.remove_checkpoint(step, None);
-        let freed_bytes = removed.inspect_err(|_| work.add_again(step, waits))?;
+        let freed_bytes = removed.inspect_err(|_| work.put_back(step, care))?;
         work.let_go_behind(step, attempt);
         Ok(freed_bytes + work.remove_now()?)
     }
@@ -363,11 +363,11 @@ impl Store for TieredStore {
             return Ok(());
         }
         // What is on its way arrives before it is removed: by the same thread.
-        let waits = work.is_waiting(step);
+        let care = work.care_for(step);
         work.cancel(step);
         let attempt = work.to_take_back(step);
         let removed = self.near.remove_checkpoint(step, None);
-        removed.inspect_err(|_| work.add_again(step, waits))?;
+        removed.inspect_err(|_| work.put_back(step, care))?;
         work.let_go_behind(step, attempt);
         Ok(())
     }
@@ -409,6 +409,12 @@ impl Store for TieredStore {
 
     fn uploaded(&self, step: u64, timeout: Option<Duration>) -> Option<Result<Transferred>> {
         self.uploads()?.wait_for(step, timeout)
+    }
+
+    fn leave_uploads(&self) {
+        if let Some(uploads) = self.uploads() {
+            uploads.stop();
+        }
     }
 
     fn pending_uploads(&self) -> Vec<PendingUpload> {

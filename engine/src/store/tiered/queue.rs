@@ -96,6 +96,13 @@ impl Turn {
     }
 }
 
+/// Why a step's near copy stays.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Care {
+    waits: bool,
+    is_unsure: bool,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     waiting: BTreeMap<u64, Due>,
@@ -150,11 +157,24 @@ impl Queue {
         self.waiting.insert(step, Due::default());
     }
 
-    /// The step waits again, unless it was committed anew meanwhile.
-    pub(super) fn add_again(&mut self, step: u64) {
-        if !self.is_waiting(step) {
+    /// What [`Queue::cancel`] forgets of a step.
+    pub(super) fn care_for(&self, step: u64) -> Care {
+        Care { waits: self.is_waiting(step), is_unsure: self.unsure.contains(&step) }
+    }
+
+    /// The step is as it was before it was cancelled, unless it was committed anew meanwhile.
+    pub(super) fn put_back(&mut self, step: u64, care: Care) {
+        if care.waits && !self.is_waiting(step) {
             self.waiting.insert(step, Due::default());
         }
+        if care.is_unsure {
+            self.unsure.insert(step);
+        }
+    }
+
+    /// An upload of the step may have been begun and not ended.
+    pub(super) fn note_unfinished(&mut self, step: u64) {
+        self.unfinished.insert(step);
     }
 
     /// Whether an upload of the step may have been begun and not ended; asked once.
@@ -197,6 +217,11 @@ impl Queue {
     /// Whether what this process committed last retires a step, whatever is there of it.
     pub(super) fn is_retired(&self, step: u64) -> bool {
         self.latest.is_some_and(|latest| step > latest)
+    }
+
+    /// Whether this process may have put the step's manifest into the far store.
+    pub(super) fn may_have_published(&self, step: u64) -> bool {
+        self.published.contains(&step)
     }
 
     /// Whether a step that a rewind retired may stand in the far store because of this process.
@@ -472,6 +497,20 @@ mod tests {
         let (step, _) = queue.take(now)?;
         queue.book(failure.map_or_else(|| Ok(Transferred::default()), Err), false, now);
         Some(step)
+    }
+
+    #[test]
+    fn what_stays_though_it_was_to_go_is_as_it_was() {
+        let mut queue = queue(&[5, 6]);
+        assert_eq!(passes(&mut queue, SECOND, Some(damaged())), Some(5));
+        for step in [5, 6] {
+            let care = queue.care_for(step);
+            queue.cancel(step);
+            assert!(queue.may_remove(step));
+            queue.put_back(step, care);
+            assert!(!queue.may_remove(step));
+        }
+        assert!(!queue.is_waiting(5) && queue.is_waiting(6));
     }
 
     #[test]

@@ -386,10 +386,12 @@ fn what_goes_while_it_is_published_is_taken_back() {
         let goes = Arc::new(AtomicBool::new(false));
         let goes_there = Arc::clone(&goes);
         let step = far.path().join(names::step_dir_name(1));
+        let step_there = step.clone();
         let far = Ruled::open(far.path(), move |call| {
+            let step = &step_there;
             if goes.load(Ordering::Relaxed) && call == Call::Published(1) {
                 // Another rank let the step go meanwhile.
-                let files = std::fs::read_dir(&step).unwrap().map(|file| file.unwrap().path());
+                let files = std::fs::read_dir(step).unwrap().map(|file| file.unwrap().path());
                 let is_shard = |path: &PathBuf| path.extension().is_some_and(|end| end == "shard");
                 files.filter(is_shard).for_each(|path| std::fs::remove_file(path).unwrap());
             }
@@ -398,11 +400,21 @@ fn what_goes_while_it_is_published_is_taken_back() {
         let near = Ruled::sound(near.path());
         transfer(&*near, &*far, 1, Overwrite::No, &environment, &()).unwrap();
         let attempt = standing(&*far, 1).unwrap().unwrap();
+        let file = names::shard_file_name(0, attempt);
         far.unpublish(1, attempt, None).unwrap();
         goes_there.store(is_let_go, Ordering::Relaxed);
-        let brought = publish_whole(&*near, &*far, (1, share)).unwrap();
+        let brought = publish_whole(&*near, &*far, (1, share), false).unwrap();
         assert_eq!(brought, if is_let_go { Brought::Less } else { Brought::All });
         assert_eq!(standing(&*far, 1).unwrap().is_some(), !is_let_go);
+        if is_let_go {
+            continue;
+        }
+        // Who did not put it does not look: shards that are lost are brought by their ranks.
+        std::fs::remove_file(step.join(&file)).unwrap();
+        let again = |may_be_ours| publish_whole(&*near, &*far, (1, share), may_be_ours).unwrap();
+        assert_eq!(again(false), Brought::All);
+        assert_eq!(again(true), Brought::Less);
+        assert_eq!(standing(&*far, 1).unwrap(), None);
     }
 }
 

@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::far::FarView;
-use super::queue::{Queue, Removal, Turn};
+use super::queue::{Care, Queue, Removal, Turn};
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
 use crate::format::manifest::Manifest;
@@ -141,11 +141,14 @@ impl Work {
         self.change(|queue| queue.add(step));
     }
 
-    /// The step stays, though it was to go: if it waited for its upload, it does again.
-    pub(super) fn add_again(&self, step: u64, waited: bool) {
-        if waited {
-            self.change(|queue| queue.add_again(step));
-        }
+    /// What is known of a step that is to go, in case that it stays.
+    pub(super) fn care_for(&self, step: u64) -> Care {
+        self.lock().care_for(step)
+    }
+
+    /// The step stays, though it was to go.
+    pub(super) fn put_back(&self, step: u64, care: Care) {
+        self.change(|queue| queue.put_back(step, care));
     }
 
     /// The step is going: its upload is not begun any more, and ends soon if it was.
@@ -289,6 +292,7 @@ impl Work {
         });
         if let Err(error) = given_up {
             tracing::info!(step, %error, "an upload that is not wanted any more may be left");
+            self.change(|queue| queue.note_unfinished(step));
         }
     }
 
@@ -341,7 +345,7 @@ impl Work {
         is_drained
     }
 
-    fn stop(&self) {
+    pub(super) fn stop(&self) {
         self.change(Queue::stop);
     }
 
@@ -411,8 +415,9 @@ impl Work {
         for step in brought {
             // Whoever cancels it waits for this.
             let Some(turn) = self.lock().take_brought(step) else { continue };
+            let may_be_ours = self.lock().may_have_published(step);
             let published = caught(&format!("publishing step {step}"), || {
-                publish_whole(self.near.as_ref(), self.far.as_ref(), (step, share))
+                publish_whole(self.near.as_ref(), self.far.as_ref(), (step, share), may_be_ours)
             });
             if matches!(published, Ok(Brought::All)) && !turn.is_cancelled() {
                 self.view.note(self.far.as_ref(), step);
