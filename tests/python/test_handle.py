@@ -130,11 +130,12 @@ def test_an_upload_whose_end_is_unknown_is_announced(manager):
     handle = manager.save_async(state(), step=1)
 
     class Native:
-        def uploaded(self, step: int) -> None:
+        def uploaded(self, step: int, timeout: float | None = None) -> None:
             raise RuntimeError(f"step {step} is unheard of")
 
+    handle.result()
     handle.uploaded = concurrent.futures.Future()
-    handle._follow_upload(Native())
+    handle._follow_upload(manager._watcher, Native())
     with pytest.raises(RuntimeError, match="unheard of"):
         handle.uploaded.result(timeout=60)
 
