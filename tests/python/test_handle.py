@@ -130,7 +130,7 @@ def test_an_upload_whose_end_is_unknown_is_announced(manager):
     handle = manager.save_async(state(), step=1)
 
     class Native:
-        def uploaded(self, step: int, timeout: float | None = None) -> None:
+        def uploaded(self, step: int, _seconds: float) -> None:
             raise RuntimeError(f"step {step} is unheard of")
 
     handle.result()
