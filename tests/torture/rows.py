@@ -213,6 +213,17 @@ ROWS: tuple[Row, ...] = (
     of_binary(
         "s3",
         crash_test(
+            "s3-uploads",
+            "... nor at any request of an upload behind a directory",
+            "faults::one_fault_at_any_request_of_an_upload_behind_loses_nothing",
+            "faults",
+            10_000,
+            30,
+        ),
+    ),
+    of_binary(
+        "s3",
+        crash_test(
             "s3-schedules",
             "... and whatever fails, how often: nothing wrong is visible",
             "faults::whatever_the_schedule_nothing_wrong_is_visible",
