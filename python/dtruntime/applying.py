@@ -160,11 +160,10 @@ class Application:
             raise self.incomplete from error
 
     def _read(
-        self, actions: Iterable[Action], into: dict[int, Any], scratch: Scratch | None
+        self, actions: Sequence[Action], into: dict[int, Any], scratch: Scratch | None
     ) -> dict[int, Any]:
-        numbers = [number for action in actions for number in action.tensors]
+        numbers, parts = _wanted(actions)
         devices = {n: place for action in actions for n, place in action.devices.items()}
-        parts = {n: part for action in actions for n, part in action.parts.items()}
         return self._reader.tensors(numbers, devices, parts, into, scratch)
 
     def _find_memory(self) -> tuple[Scratch | None, Iterable[Sequence[Action]]]:
@@ -173,9 +172,7 @@ class Application:
         # An arena that is there counts as new: its pages may never have been used.
         if not self._fits():
             return None, self._plan.items()
-        parts = {number: part for action in actions for number, part in action.parts.items()}
-        numbers = [number for action in actions for number in action.tensors]
-        return self._reader.borrow(numbers, parts, self._plan.passing()), [actions]
+        return self._reader.borrow(*_wanted(actions), self._plan.passing()), [actions]
 
     def _fits(self) -> bool:
         """Tell whether there is memory for everything at once, in the host and in GPUs."""
@@ -191,6 +188,12 @@ class Application:
         on_gpus = {place: bytes_of(numbers, parts) for place, numbers in by_place.items()}
         is_in_host = in_host <= _MEMORY_SHARE * available_memory_bytes()
         return is_in_host and gpus.have_room(on_gpus)
+
+
+def _wanted(actions: Sequence[Action]) -> tuple[list[int], dict[int, LivePart]]:
+    """Give the tensors that actions need, by number, and the parts that are taken of some."""
+    numbers = [number for action in actions for number in action.tensors]
+    return numbers, {n: part for action in actions for n, part in action.parts.items()}
 
 
 def _note_changed(tensors: Iterable[Any]) -> None:
