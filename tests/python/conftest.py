@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,9 +14,6 @@ from dtruntime import CheckpointManager
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-# A hang shows where every thread stands instead of a silent time limit.
-faulthandler.dump_traceback_later(900, exit=True)
 
 
 @pytest.fixture
