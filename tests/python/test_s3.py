@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from coordinators import CoordinatorProcess
-from support import assert_same, run_script, script_environment
+from support import assert_same, run_script, script_environment, start_script
 
 from dtruntime import CheckpointManager, CheckpointNotFound, InvalidArgument, Unavailable
 
@@ -250,6 +251,41 @@ def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_
             assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
     finally:
         coordinator.end()
+
+
+UPLOADING_SCRIPT = """
+import sys, threading, torch
+from dtruntime import CheckpointManager
+manager = CheckpointManager(
+    sys.argv[1], remote="s3://checkpoints/runs/gpt", compression="none",
+    remote_bytes_per_second="8MiB", s3={"part_bytes": "5MiB"},
+)
+manager.save({"big": torch.arange(10_000_000)}, step=1)
+asked = threading.Event()
+while manager.pending_uploads()[0].uploaded_bytes < 2 * 5 << 20:
+    asked.wait(0.01)
+print("two parts are there", flush=True)
+asked.wait()
+"""
+
+
+def test_a_process_that_is_killed_while_it_uploads_sends_nothing_twice(tmp_path):
+    near = tmp_path / "near"
+    with start_script(UPLOADING_SCRIPT, near) as process:
+        assert process.stdout.readline() == "two parts are there\n"
+        process.kill()
+    with CheckpointManager(STORE, read_only=True) as far:
+        assert far.all_steps() == []
+    [copied] = json.loads(tool("copy", near, STORE, "--json"))
+    assert 2 <= copied["resumed_parts"] < copied["parts"] == 16
+    with CheckpointManager(STORE) as far:
+        assert_same(far.load(), {"big": torch.arange(10_000_000)})
+    left = json.loads(tool("gc", STORE, "--grace", 0, "--dry-run", "--json"))
+    assert (left["removed"], left["kept"]) == ([], [])
+    # The next writer of the directory finds it there.
+    with CheckpointManager(near, remote=STORE) as manager:
+        manager.close()
+        assert manager.pending_uploads() == []
 
 
 def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path):

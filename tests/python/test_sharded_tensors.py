@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks, torchrun
-from support import assert_same
+from safetensors.torch import load_file
+from support import assert_same, script_environment
 
 from dtruntime import CheckpointManager, Corrupt, InvalidArgument
 from dtruntime.assembling import Assembly, Part, Parts, overlap
@@ -100,6 +102,15 @@ SHIFTS = 8
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
+def written_to_a_file(store, step):
+    """Give the model that ``ckpt-tool restore`` writes, which knows no torch."""
+    file = store.parent / f"{step}.safetensors"
+    asked = ["--step", str(step), "--tensors", "model.*", "--strip-prefix", "model"]
+    command = [sys.executable, "-m", "dtruntime.tool", "restore", store, "-o", file, *asked]
+    subprocess.run(command, env=script_environment(), check=True, capture_output=True)
+    return load_file(file)
+
+
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [(4, 3), (3, 2), (2, 4)])
 def test_any_layout_is_restored_into_any_other(coordinator, tmp_path, saved_by, loaded_by):
     store = tmp_path / "store"
@@ -120,6 +131,7 @@ with CheckpointManager(store, replicated="*", chunk_bytes="64KiB") as manager:
             loaded = alone.load(step=shift)
             assert loaded["shift"] == shift
             assert_same(loaded["model"], full_of)
+            assert_same(written_to_a_file(store, shift), full_of)
         assert alone.verify().ok
     outputs = run_ranks(
         LAYOUTS

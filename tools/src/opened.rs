@@ -159,9 +159,9 @@ fn newest_whole(survey: &Survey) -> Option<u64> {
     Some(newest)
 }
 
-/// Opens what `rank` saved of `step`, of the newest committed one if none is given. Without a rank
-/// the checkpoint has to be of one rank: which of several is meant is not guessed.
-pub(crate) fn checkpoint(
+/// Opens what `rank` saved of `step`, of the newest committed one if none is given; without a rank,
+/// what rank 0 did.
+pub(crate) fn any_rank(
     engine: &Engine,
     store: &StoreArgument,
     step: Option<u64>,
@@ -172,19 +172,38 @@ pub(crate) fn checkpoint(
         Some(step) => step,
         None => newest_whole(&engine.survey()?).ok_or_else(|| no_checkpoint(doing, store))?,
     };
-    let checkpoint = engine.checkpoint_of_rank(step, rank.unwrap_or(0))?;
-    let ranks = checkpoint.manifest().world_size;
-    if ranks != 1 && rank.is_none() {
-        return Err(EngineError::invalid(
-            format!("{doing} `{}`, step {step}", store.display()),
-            format!("{ranks} ranks saved it"),
-            format!(
-                "say whose part is meant: `--rank R`, from 0 to {}; what all saved alike is in \
-                 each. What they hold in slices is put together in Python: \
-                 `CheckpointManager(store, read_only=True).load()`",
-                ranks - 1
-            ),
-        ));
+    engine.checkpoint_of_rank(step, rank.unwrap_or(0))
+}
+
+/// [`any_rank`]; without a rank the checkpoint has to be of one rank: which of several is meant is
+/// not guessed.
+pub(crate) fn checkpoint(
+    engine: &Engine,
+    store: &StoreArgument,
+    step: Option<u64>,
+    rank: Option<u32>,
+    doing: &str,
+) -> Result<Checkpoint> {
+    let checkpoint = any_rank(engine, store, step, rank, doing)?;
+    if checkpoint.manifest().world_size != 1 && rank.is_none() {
+        return Err(which_rank(doing, store, &checkpoint));
     }
     Ok(checkpoint)
+}
+
+/// Asks which of several ranks is meant.
+pub(crate) fn which_rank(
+    doing: &str,
+    store: &StoreArgument,
+    checkpoint: &Checkpoint,
+) -> EngineError {
+    let ranks = checkpoint.manifest().world_size;
+    EngineError::invalid(
+        format!("{doing} `{}`, step {}", store.display(), checkpoint.step()),
+        format!("{ranks} ranks saved it"),
+        format!(
+            "say whose part is meant: `--rank R`, from 0 to {}; what all saved alike is in each",
+            ranks - 1
+        ),
+    )
 }

@@ -109,6 +109,17 @@ impl View {
         source + range.start..source + range.end
     }
 
+    /// Where the row-major byte at `position` lies in the storage, and how many bytes from it on lie
+    /// together there.
+    pub(crate) fn run_at(&self, position: u64) -> (u64, u64) {
+        let (mut source, mut within) = (self.start, position);
+        for dimension in &self.dimensions {
+            source += within / dimension.item_bytes * dimension.stride_bytes;
+            within %= dimension.item_bytes;
+        }
+        (source + within, self.run_bytes - within)
+    }
+
     /// Copies what `window` holds of the row-major `range` to its place in `memory`, which stands
     /// for that range.
     pub(crate) fn copy(&self, range: &Range<u64>, window: Window<'_>, memory: &mut [u8]) {
@@ -284,6 +295,13 @@ mod tests {
                 }
             }
             prop_assert_eq!(&memory[..], &expected[index(range.start)..index(range.end)]);
+
+            let mut by_runs = Vec::new();
+            while by_runs.len() < expected.len() {
+                let (start, bytes) = view.run_at(by_runs.len() as u64);
+                by_runs.extend_from_slice(&storage[index(start)..index(start + bytes)]);
+            }
+            prop_assert_eq!(by_runs, expected);
         }
     }
 

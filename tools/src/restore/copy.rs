@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use dtr_engine::config::S3Settings;
+use dtr_engine::format::index::TensorRecord;
 use dtr_engine::format::tree::tensor_paths;
 use dtr_engine::load::Checkpoint;
 use dtr_engine::recovery::{StepState, StepSurvey, Survey};
@@ -15,8 +16,9 @@ use dtr_engine::save::{SaveRequest, StorageInput, StorageSource};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use super::Restored;
-use super::selection::sliced;
 use crate::progress::Bar;
+use crate::text;
+use crate::tree_text::place;
 use crate::windows::Windows;
 
 /// Bytes of the staging arena, unless four chunks are more: the copy streams through it.
@@ -70,7 +72,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
     engine.close()?;
     Ok(Restored {
         step: info.step,
-        rank: checkpoint.header().rank,
+        rank: Some(checkpoint.header().rank),
         output: output.to_owned(),
         kind: "store",
         tensors: index.tensors.len() as u64,
@@ -91,6 +93,16 @@ fn check_later(survey: &Survey, step: u64, output: &Path) -> Result<()> {
         why: format!("step {} there is damaged, and would cease to exist", later.step),
         hint: "restore to another store, or mend or delete that step first".into(),
     })
+}
+
+/// Refuses to pass a part of a tensor off as the tensor.
+fn sliced(name: &str, record: &TensorRecord) -> EngineError {
+    EngineError::invalid(
+        format!("restoring tensor `{}`", text::one_line(name)),
+        format!("the shard holds a slice of it, {}; other ranks hold the rest", place(record)),
+        "copy the whole checkpoint with `ckpt-tool copy`, or restore to a file \
+         `NAME.safetensors`, where slices are put together",
+    )
 }
 
 /// The engine's advice is for training; this is a copy.

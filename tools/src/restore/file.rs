@@ -1,16 +1,16 @@
 //! Tensors to a safetensors file.
 //!
 //! ```text
-//! checkpoint -> windows -> parts (this thread) -> write (a thread) -> sync -> rename
+//! shard after shard -> windows -> pieces (this thread) -> each to its place (a thread) -> sync -> rename
 //! ```
 //!
 //! Always holds: the file gets its name only when it is whole and durable; what fails leaves
-//! nothing behind.
+//! nothing behind; every shard is read once, in order.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
-use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
@@ -20,44 +20,58 @@ use dtr_engine::error::IoContext;
 use dtr_engine::format::tree::Value;
 use dtr_engine::io::{EntryOp, open_backend};
 use dtr_engine::load::Checkpoint;
-use dtr_engine::{EngineError, Result};
+use dtr_engine::{Engine, EngineError, Result};
 use rustix::fs::{Mode, OFlags};
 
-use super::selection::{Selected, select};
-use super::{Options, Restored, header};
+use super::parts::{Gathered, Part, Tensor, Whose};
+use super::selection::Selection;
+use super::{DOING, Options, Restored, header, parts};
 use crate::console::note;
 use crate::progress::Bar;
-use crate::stream::{self, PART_BYTES};
-use crate::text;
+use crate::stream::{self, PART_BYTES, Segment};
 use crate::view::View;
 use crate::windows::Windows;
+use crate::{opened, text};
 
-/// Parts in memory: one being read, one being written.
-const PARTS: usize = 2;
+/// Pieces in memory: one being read, one being written.
+const PIECES: usize = 2;
 
 /// Writes the selected tensors.
-pub(super) fn restore(checkpoint: &Checkpoint, options: &Options) -> Result<Restored> {
+pub(super) fn restore(
+    engine: &Engine,
+    checkpoint: &Checkpoint,
+    options: &Options,
+) -> Result<Restored> {
     let start = Instant::now();
-    let tensors = select(
-        checkpoint.index(),
-        &options.tensors,
-        &options.exclude,
-        options.strip_prefix.as_deref(),
-    )?;
-    let header = header::encode(&tensors, checkpoint.step())?;
-    let views: Vec<View> = tensors.iter().map(|tensor| View::of(tensor.record)).collect();
-    let raw_bytes = views.iter().map(View::bytes).sum();
+    let is_of_all = options.rank.is_none() && checkpoint.manifest().world_size > 1;
+    let whose = if is_of_all { Whose::OfAll } else { Whose::OfRank };
+    let gathered = parts::gather(engine, checkpoint, &Selection::of(options), whose)?;
+    let tensors = &gathered.tensors;
+    if tensors.is_empty() {
+        return Err(opened::which_rank(DOING, &options.store, checkpoint));
+    }
+    let header = header::encode(tensors, checkpoint.step())?;
+    let raw_bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
 
     let draft = Draft::create(&options.output)?;
-    draft.write(&header)?;
-    let bar = Bar::new(raw_bytes, "restoring");
-    write_tensors(checkpoint, &tensors, &views, &draft, &bar)?;
+    draft.write(0, &header)?;
+    let placed = place(tensors, checkpoint.step(), header.len() as u64);
+    let read_bytes = placed.values().flatten().map(|part| part.source.bytes()).sum();
+    let bar = Bar::new(read_bytes, "restoring");
+    for (rank, parts) in &placed {
+        if *rank == checkpoint.header().rank {
+            write_parts(checkpoint, parts, &draft, &bar)?;
+        } else {
+            let shard = parts::open_shard(engine, checkpoint, *rank)?;
+            write_parts(&shard, parts, &draft, &bar)?;
+        }
+    }
     draft.publish(&options.output, options.force)?;
     drop(bar);
-    say_what_is_missing(checkpoint, &tensors);
+    say_what_is_missing(checkpoint, &gathered);
     Ok(Restored {
         step: checkpoint.step(),
-        rank: checkpoint.header().rank,
+        rank: (!is_of_all).then_some(checkpoint.header().rank),
         output: options.output.clone(),
         kind: "file",
         tensors: tensors.len() as u64,
@@ -67,24 +81,46 @@ pub(super) fn restore(checkpoint: &Checkpoint, options: &Options) -> Result<Rest
     })
 }
 
-/// Reads part after part, while another thread writes the one before.
-fn write_tensors(
-    checkpoint: &Checkpoint,
-    tensors: &[Selected<'_>],
-    views: &[View],
-    draft: &Draft,
-    bar: &Bar,
-) -> Result<()> {
+/// A part of a tensor, and where it goes.
+struct Placed<'t> {
+    step: u64,
+    tensor: &'t Tensor,
+    source: &'t View,
+    target: &'t View,
+    is_again: bool,
+    /// Where the tensor begins in the file.
+    at: u64,
+}
+
+/// By rank: parts, as they lie in its shard.
+fn place(tensors: &[Tensor], step: u64, mut at: u64) -> BTreeMap<u32, Vec<Placed<'_>>> {
+    let mut placed = BTreeMap::<u32, Vec<Placed<'_>>>::new();
+    for tensor in tensors {
+        for Part { rank, source, target, is_again } in &tensor.parts {
+            let part = Placed { step, tensor, source, target, is_again: *is_again, at };
+            placed.entry(*rank).or_default().push(part);
+        }
+        at += tensor.bytes;
+    }
+    for parts in placed.values_mut() {
+        parts.sort_by_key(|part| (part.source.storage, part.source.run_at(0).0));
+    }
+    placed
+}
+
+/// Reads piece after piece of one shard, while another thread writes the one before.
+fn write_parts(shard: &Checkpoint, parts: &[Placed<'_>], draft: &Draft, bar: &Bar) -> Result<()> {
+    let views: Vec<View> = parts.iter().map(|part| part.source.clone()).collect();
     let wanted: BTreeSet<u32> = views.iter().map(|view| view.storage).collect();
-    let windows = Windows::new(checkpoint, |storage| wanted.contains(&storage));
-    let items = tensors.iter().map(|tensor| tensor.record.item_bytes);
-    let lengths = views.iter().map(View::bytes).zip(items);
-    let (to_writer, filled) = sync_channel::<Vec<u8>>(PARTS);
-    let (to_reader, empty) = sync_channel::<Vec<u8>>(PARTS);
+    let windows = Windows::new(shard, |storage| wanted.contains(&storage));
+    let lengths = parts.iter().map(|part| (part.source.bytes(), part.tensor.item_bytes));
+    let (to_writer, filled) = sync_channel::<(Vec<Segment>, Vec<u8>)>(PIECES);
+    let (to_reader, empty) = sync_channel::<Vec<u8>>(PIECES);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(move || write_parts(draft, filled, &to_reader, bar));
-        let read = (0..PARTS).map(|_| Vec::new()).chain(empty.iter());
-        let result = read_parts(&windows, views, lengths, read, &to_writer);
+        let writer = scope.spawn(move || write_pieces(parts, draft, filled, &to_reader, bar));
+        let memories = (0..PIECES).map(|_| Vec::new()).chain(empty.iter());
+        let pieces = stream::plan(lengths, PART_BYTES).zip(memories);
+        let result = read_pieces(&windows, &views, pieces, &to_writer);
         drop(to_writer);
         drop(empty);
         let written = writer.join().unwrap_or_else(|_| {
@@ -95,34 +131,66 @@ fn write_tensors(
     })
 }
 
-fn read_parts(
+fn read_pieces(
     windows: &Windows<'_>,
     views: &[View],
-    lengths: impl Iterator<Item = (u64, u32)>,
-    memories: impl Iterator<Item = Vec<u8>>,
-    to_writer: &SyncSender<Vec<u8>>,
+    pieces: impl Iterator<Item = (Vec<Segment>, Vec<u8>)>,
+    to_writer: &SyncSender<(Vec<Segment>, Vec<u8>)>,
 ) -> Result<()> {
-    for (part, mut memory) in stream::plan(lengths, PART_BYTES).zip(memories) {
-        memory.resize(stream::part_bytes(&part), 0);
-        stream::read(windows, views, &part, &mut memory)?;
-        if to_writer.send(memory).is_err() {
+    for (piece, mut memory) in pieces {
+        memory.resize(stream::part_bytes(&piece), 0);
+        stream::read(windows, views, &piece, &mut memory)?;
+        if to_writer.send((piece, memory)).is_err() {
             break;
         }
     }
     Ok(())
 }
 
-fn write_parts(
+fn write_pieces(
+    parts: &[Placed<'_>],
     draft: &Draft,
-    filled: Receiver<Vec<u8>>,
+    filled: Receiver<(Vec<Segment>, Vec<u8>)>,
     to_reader: &SyncSender<Vec<u8>>,
     bar: &Bar,
 ) -> Result<()> {
-    for memory in filled {
-        draft.write(&memory)?;
+    let mut there = Vec::new();
+    for (piece, memory) in filled {
+        for segment in &piece {
+            let bytes = &memory[segment.place()];
+            write_segment(&parts[segment.tensor], segment.range.start, bytes, draft, &mut there)?;
+        }
         bar.advance(memory.len() as u64);
         // The reader may have read all there is.
         let _finished = to_reader.send(memory);
+    }
+    Ok(())
+}
+
+/// Writes a part's row-major bytes from `position` on to where they lie in the tensor; those that
+/// another rank saved, too, are compared with what is `there`.
+fn write_segment(
+    part: &Placed<'_>,
+    mut position: u64,
+    mut bytes: &[u8],
+    draft: &Draft,
+    there: &mut Vec<u8>,
+) -> Result<()> {
+    while !bytes.is_empty() {
+        let (start, length) = part.target.run_at(position);
+        let length = usize::try_from(length).map_or(bytes.len(), |length| length.min(bytes.len()));
+        let (run, rest) = bytes.split_at(length);
+        if part.is_again {
+            there.resize(length, 0);
+            draft.read(part.at + start, there)?;
+            if there != run {
+                return Err(parts::differ(part.tensor, part.step));
+            }
+        } else {
+            draft.write(part.at + start, run)?;
+        }
+        position += length as u64;
+        bytes = rest;
     }
     Ok(())
 }
@@ -149,8 +217,12 @@ impl Draft {
         }
     }
 
-    fn write(&self, bytes: &[u8]) -> Result<()> {
-        (&self.file).write_all(bytes).context("writing", &self.path)
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, at).context("writing", &self.path)
+    }
+
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(bytes, at).context("reading back", &self.path)
     }
 
     /// Makes it durable and gives it its name.
@@ -182,7 +254,7 @@ impl Drop for Draft {
 
 /// Through no link, and without waiting for whoever may read a pipe.
 fn create_or_open(path: &Path) -> io::Result<File> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
     let careful = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     Ok(rustix::fs::open(path, flags | careful, Mode::from_raw_mode(0o666))?.into())
 }
@@ -209,18 +281,28 @@ fn busy(path: &Path, error: TryLockError) -> EngineError {
 }
 
 /// A reader of the file must not take it for the whole state.
-fn say_what_is_missing(checkpoint: &Checkpoint, tensors: &[Selected<'_>]) {
-    let index = checkpoint.index();
-    let storages: BTreeSet<u32> = tensors.iter().map(|tensor| tensor.record.storage).collect();
-    if storages.len() < tensors.len() {
+fn say_what_is_missing(checkpoint: &Checkpoint, gathered: &Gathered) {
+    let tensors = &gathered.tensors;
+    let firsts = tensors.iter().filter_map(|tensor| tensor.parts.first());
+    let held = firsts.clone().count();
+    let storages = firsts.map(|part| (part.rank, part.source.storage)).collect::<BTreeSet<_>>();
+    if storages.len() < held {
         note(&format!(
             "tensors that share memory in the checkpoint are written once per name: {} for {}",
             text::count(tensors.len(), "tensor"),
             text::count(storages.len(), "storage")
         ));
     }
+    if gathered.alone > 0 {
+        note(&format!(
+            "{} that one rank saved as its own are not in the file: `--rank R` writes those of \
+             rank R, too",
+            text::count(gathered.alone, "tensor")
+        ));
+    }
     let is_plain = |value: &Value| !value.is_container() && !matches!(value, Value::Tensor(_));
-    let plain = index.nodes.iter().filter(|node| is_plain(&node.value)).count();
+    let nodes = &checkpoint.index().nodes;
+    let plain = nodes.iter().filter(|node| is_plain(&node.value)).count();
     if plain > 0 {
         note(&format!(
             "{} of the state are not in the file, which holds tensors only",

@@ -11,8 +11,8 @@ use std::fmt::Write as _;
 use dtr_engine::{EngineError, Result};
 use serde_json::json;
 
-use super::selection::Selected;
-use crate::tree_text::tensor_bytes;
+use super::parts::Tensor;
+use super::selection::cannot;
 
 /// The one name that no tensor may have.
 pub(super) const METADATA_NAME: &str = "__metadata__";
@@ -59,8 +59,13 @@ pub(super) fn file_dtype(dtype: &str) -> Option<FileDtype> {
     Some(FileDtype { name, item_bytes, values_per_item })
 }
 
+/// Tensors that repeat a few bytes can claim more than any file holds.
+fn too_large(path: &str) -> EngineError {
+    cannot(path, "with it, the tensors are larger than a file can be")
+}
+
 /// The bytes before the first tensor's.
-pub(super) fn encode(tensors: &[Selected<'_>], step: u64) -> Result<Vec<u8>> {
+pub(super) fn encode(tensors: &[Tensor], step: u64) -> Result<Vec<u8>> {
     // `format` is what loaders of model weights look for.
     let metadata = json!({
         "format": "pt",
@@ -68,9 +73,9 @@ pub(super) fn encode(tensors: &[Selected<'_>], step: u64) -> Result<Vec<u8>> {
         "source": concat!("ckpt-tool ", env!("CARGO_PKG_VERSION")),
     });
     let mut text = format!("{{\"{METADATA_NAME}\":{metadata}");
-    let mut offset = 0;
+    let mut offset = 0_u64;
     for tensor in tensors {
-        let end = offset + tensor_bytes(tensor.record);
+        let end = offset.checked_add(tensor.bytes).ok_or_else(|| too_large(&tensor.path))?;
         let entry = json!({
             "dtype": tensor.dtype,
             "shape": tensor.shape,

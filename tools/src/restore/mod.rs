@@ -17,15 +17,21 @@ use crate::text;
 mod copy;
 mod file;
 mod header;
+mod parts;
 mod selection;
+mod tiling;
 
 /// What a name ends with that means a file.
 const FILE_SUFFIX: &str = "safetensors";
 
+/// For messages.
+const DOING: &str = "restoring from";
+
 const AFTER_HELP: &str = "\
 An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the \
-state; plain values are not in it, and tensors that share memory are written once per name. Any \
-other OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
+state; plain values are not in it, and tensors that share memory are written once per name. Of \
+tensors that ranks hold in slices, as FSDP does, the slices of all ranks are put together. Any other \
+OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
 is copied into it whole, under its own step.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
@@ -40,7 +46,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     step: Option<u64>,
     /// The rank whose part is restored, where several ranks saved the checkpoint; `ckpt-tool copy`
-    /// copies all of them.
+    /// copies all of them [default: for a file, what is no rank's alone].
     #[arg(long, value_name = "R")]
     rank: Option<u32>,
     /// Write only tensors whose path fits; may be given several times. For files only.
@@ -68,7 +74,8 @@ pub(crate) struct Options {
 #[derive(Debug, Serialize)]
 struct Restored {
     step: u64,
-    rank: u32,
+    /// None for what is no rank's alone, of several.
+    rank: Option<u32>,
     output: PathBuf,
     /// `file` or `store`.
     kind: &'static str,
@@ -85,10 +92,11 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     check_options(options, to_file)?;
     let engine = options.store.open()?;
     let (step, rank) = (options.step, options.rank);
-    let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, "restoring from")?;
     let restored = if to_file {
-        file::restore(&checkpoint, options)?
+        let checkpoint = opened::any_rank(&engine, &options.store, step, rank, DOING)?;
+        file::restore(&engine, &checkpoint, options)?
     } else {
+        let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, DOING)?;
         copy::restore(&checkpoint, &options.output, options.store.s3())?
     };
     if options.json {

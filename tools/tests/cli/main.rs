@@ -11,5 +11,6 @@ mod golden;
 mod output;
 mod ranks;
 mod restore;
+mod slices;
 mod state;
 mod tool;

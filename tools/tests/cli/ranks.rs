@@ -1,6 +1,5 @@
 //! Checkpoints that several ranks saved: which rank's part is meant is said, never guessed.
 
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -18,8 +17,9 @@ use crate::state::{State, Store, singles};
 const RANKS: u32 = 2;
 
 /// Ranks that are threads of one process, without losses: the last one that reports publishes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Together {
+    ranks: u32,
     shards: Mutex<Vec<ShardEntry>>,
     published: Condvar,
 }
@@ -37,7 +37,7 @@ impl Ranks for Together {
     ) -> Result<Outcome> {
         let mut shards = self.shards.lock().unwrap();
         shards.push(report.shard.clone());
-        if shards.len() == RANKS as usize {
+        if shards.len() == self.ranks as usize {
             shards.sort_by_key(|shard| shard.rank);
             return Ok(Outcome::Publish { shards: shards.clone(), annotations: Vec::new() });
         }
@@ -67,33 +67,38 @@ fn saved_by_ranks() -> Store {
 
 /// The same; what is at and below the nodes `replicated` saved once.
 fn saved_alike(replicated: &[u32]) -> Store {
+    let state = |rank: u64| State { step: 30, ..State::at(10 + 10 * rank) };
+    saved_by(&[state(0), state(1)], replicated)
+}
+
+/// A step that as many ranks saved as there are states, each its own; what is at and below the
+/// nodes `replicated` saved once.
+pub(crate) fn saved_by(states: &[State], replicated: &[u32]) -> Store {
     let store = Store::empty();
-    let together = Arc::new(Together::default());
+    let ranks = u32::try_from(states.len()).unwrap();
+    let (shards, published) = (Mutex::default(), Condvar::default());
+    let together: Arc<dyn Ranks> = Arc::new(Together { ranks, shards, published });
     std::thread::scope(|scope| {
-        for rank in 0..RANKS {
-            let ranks: Arc<dyn Ranks> = Arc::<Together>::clone(&together);
-            let path = store.path();
-            scope.spawn(move || save(&path, ranks, rank, replicated));
+        for (rank, state) in (0..ranks).zip(states) {
+            let (together, path) = (Arc::clone(&together), store.path());
+            let config = Config {
+                rank,
+                world_size: ranks,
+                chunk_bytes: 64 << 10,
+                in_flight_bytes: 1 << 20,
+                compression: Compression::None,
+                job: "gpt".into(),
+                ..Config::new(path)
+            };
+            scope.spawn(move || {
+                let engine = Engine::open_among(config, together).unwrap();
+                let request = SaveRequest { replicated: replicated.to_vec(), ..state.request() };
+                engine.save(request).unwrap().result(None).unwrap().unwrap();
+                engine.close().unwrap();
+            });
         }
     });
     store
-}
-
-fn save(path: &Path, ranks: Arc<dyn Ranks>, rank: u32, replicated: &[u32]) {
-    let config = Config {
-        rank,
-        world_size: RANKS,
-        chunk_bytes: 64 << 10,
-        in_flight_bytes: 1 << 20,
-        compression: Compression::None,
-        job: "gpt".into(),
-        ..Config::new(path)
-    };
-    let engine = Engine::open_among(config, ranks).unwrap();
-    let state = State { step: 30, ..State::at(10 + 10 * u64::from(rank)) };
-    let request = SaveRequest { replicated: replicated.to_vec(), ..state.request() };
-    engine.save(request).unwrap().result(None).unwrap().unwrap();
-    engine.close().unwrap();
 }
 
 #[test]
