@@ -109,8 +109,8 @@ impl View {
         source + range.start..source + range.end
     }
 
-    /// Where the row-major byte at `position` lies in the storage, and how many bytes from it on lie
-    /// together there.
+    /// Where the row-major byte at `position` lies in the storage, and how many bytes from it on
+    /// lie together there.
     pub(crate) fn run_at(&self, position: u64) -> (u64, u64) {
         let (mut source, mut within) = (self.start, position);
         for dimension in &self.dimensions {

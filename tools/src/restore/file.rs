@@ -1,7 +1,8 @@
 //! Tensors to a safetensors file.
 //!
 //! ```text
-//! shard after shard -> windows -> pieces (this thread) -> each to its place (a thread) -> sync -> rename
+//! shard after shard -> windows -> pieces (this thread) -> each to its place (a thread)
+//!                                                      -> sync -> rename
 //! ```
 //!
 //! Always holds: the file gets its name only when it is whole and durable; what fails leaves

@@ -30,8 +30,8 @@ const DOING: &str = "restoring from";
 const AFTER_HELP: &str = "\
 An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the \
 state; plain values are not in it, and tensors that share memory are written once per name. Of \
-tensors that ranks hold in slices, as FSDP does, the slices of all ranks are put together. Any other \
-OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
+tensors that ranks hold in slices, as FSDP does, the slices of all ranks are put together. Any \
+other OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
 is copied into it whole, under its own step.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
