@@ -284,7 +284,7 @@ def test_a_process_that_is_killed_while_it_uploads_sends_nothing_twice(tmp_path)
     assert (left["removed"], left["kept"]) == ([], [])
     # The next writer of the directory finds it there.
     with CheckpointManager(near, remote=STORE) as manager:
-        manager.close()
+        manager.save_async({"big": 2}, step=2).uploaded.result(60)
         assert manager.pending_uploads() == []
 
 
