@@ -103,7 +103,7 @@ EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
 def written_to_a_file(store, step):
-    """Give the cases that ``ckpt-tool restore`` writes, which knows no torch, by their numbers."""
+    """Give the cases that ``ckpt-tool restore`` writes, which knows no torch."""
     file = store.parent / f"{step}.safetensors"
     asked = ["--step", str(step), "--tensors", "model.*", "--strip-prefix", "model"]
     command = [sys.executable, "-m", "dtruntime.tool", "restore", store, "-o", file, *asked]
@@ -428,11 +428,21 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
     inspected = json.loads(ckpt_tool("inspect", *part).stdout)
     [weight] = (t for t in inspected["tensors"] if t["paths"] == ["model.0.0.weight"])
     assert (weight["shape"], weight["slice"]["offsets"]) == ([128, 256], [128, 0])
-    for output in ("one.safetensors", "other"):
-        refused = ckpt_tool("restore", *part[:3], "--output", tmp_path / output)
-        assert refused.returncode != 0
-        assert "the shard holds a slice of it" in refused.stderr
-    assert not [*tmp_path.glob("one.*"), *(tmp_path / "other").glob("step-*")]
+    refused = ckpt_tool("restore", *part[:3], "--output", tmp_path / "other")
+    assert refused.returncode != 0
+    assert "the shard holds a slice of it" in refused.stderr
+    assert not [*(tmp_path / "other").glob("step-*")]
+    for rank in ([], ["--rank", "1"]):
+        file = tmp_path / "whole.safetensors"
+        done = ckpt_tool("restore", store, *rank, "--force", "--output", file)
+        assert done.returncode == 0, done.stderr
+        written = load_file(file)
+        for name, weight in state["model"].items():
+            assert torch.equal(written[f"model.{name}"], weight), name
+        for number, moments in state["optimizer"]["state"].items():
+            for name, moment in moments.items():
+                there = written[f"optimizer.state.{number}.{name}"]
+                assert torch.equal(there, moment), (number, name)
 
 
 def ckpt_tool(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -49,16 +49,23 @@ pub(crate) struct Window<'a> {
 impl View {
     /// The view that a tensor is.
     pub(crate) fn of(tensor: &TensorRecord) -> Self {
-        let item_bytes = u64::from(tensor.item_bytes);
-        let start = tensor.offset.saturating_mul(item_bytes);
-        if tensor.shape.contains(&0) {
-            return Self { storage: tensor.storage, start, dimensions: Vec::new(), run_bytes: 0 };
+        let strided =
+            Self::strided(tensor.item_bytes, &tensor.shape, &tensor.strides, tensor.offset);
+        Self { storage: tensor.storage, ..strided }
+    }
+
+    /// A view of storage 0: shape, strides, and the offset of the first item, all in items.
+    pub(crate) fn strided(item_bytes: u32, shape: &[u64], strides: &[u64], offset: u64) -> Self {
+        let item_bytes = u64::from(item_bytes);
+        let start = offset.saturating_mul(item_bytes);
+        if shape.contains(&0) {
+            return Self { storage: 0, start, dimensions: Vec::new(), run_bytes: 0 };
         }
         let mut run_bytes = item_bytes;
         let mut extent_bytes = item_bytes;
         let mut block_bytes = item_bytes;
         let mut dimensions = Vec::new();
-        for (&items, &stride) in tensor.shape.iter().zip(&tensor.strides).rev() {
+        for (&items, &stride) in shape.iter().zip(strides).rev() {
             if items == 1 {
                 continue;
             }
@@ -78,7 +85,7 @@ impl View {
             block_bytes *= items;
         }
         dimensions.reverse();
-        Self { storage: tensor.storage, start, dimensions, run_bytes }
+        Self { storage: 0, start, dimensions, run_bytes }
     }
 
     /// Row-major bytes.

@@ -76,6 +76,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         output: output.to_owned(),
         kind: "store",
         tensors: index.tensors.len() as u64,
+        left_out: 0,
         raw_bytes: info.raw_bytes,
         disk_bytes: info.stored_bytes,
         seconds: start.elapsed().as_secs_f64(),

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Always holds: the file gets its name only when it is whole and durable; what fails leaves
-//! nothing behind; every shard is read once, in order.
+//! nothing behind; what is read of a shard is read in order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
@@ -22,11 +22,12 @@ use dtr_engine::format::tree::Value;
 use dtr_engine::io::{EntryOp, open_backend};
 use dtr_engine::load::Checkpoint;
 use dtr_engine::{Engine, EngineError, Result};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 
-use super::parts::{Gathered, Part, Tensor, Whose};
-use super::selection::Selection;
-use super::{DOING, Options, Restored, header, parts};
+use super::gather::{self, Gathered, Whose};
+use super::parts::{self, Part, Tensor};
+use super::selection::{Selection, listed};
+use super::{DOING, Options, Restored, header};
 use crate::console::note;
 use crate::progress::Bar;
 use crate::stream::{self, PART_BYTES, Segment};
@@ -44,10 +45,15 @@ pub(super) fn restore(
     options: &Options,
 ) -> Result<Restored> {
     let start = Instant::now();
-    let is_of_all = options.rank.is_none() && checkpoint.manifest().world_size > 1;
+    let ranks = checkpoint.manifest().world_size;
+    let is_of_all = options.rank.is_none() && ranks > 1;
     let whose = if is_of_all { Whose::OfAll } else { Whose::OfRank };
-    let gathered = parts::gather(engine, checkpoint, &Selection::of(options), whose)?;
-    let tensors = &gathered.tensors;
+    let selection = Selection::of(options);
+    let gathered = gather::gather(engine, checkpoint, &selection, whose)?;
+    let Gathered { tensors, alone } = &gathered;
+    if !alone.is_empty() && selection.is_explicit() {
+        return Err(selection.whose(alone, ranks));
+    }
     if tensors.is_empty() {
         return Err(opened::which_rank(DOING, &options.store, checkpoint));
     }
@@ -55,16 +61,17 @@ pub(super) fn restore(
     let raw_bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
 
     let draft = Draft::create(&options.output)?;
+    draft.allocate(header.len() as u64 + raw_bytes)?;
     draft.write(0, &header)?;
     let placed = place(tensors, checkpoint.step(), header.len() as u64);
-    let read_bytes = placed.values().flatten().map(|part| part.source.bytes()).sum();
+    let parts = placed.values().flatten();
+    let read_bytes = parts.fold(0_u64, |bytes, part| bytes.saturating_add(part.source.bytes()));
     let bar = Bar::new(read_bytes, "restoring");
     for (rank, parts) in &placed {
         if *rank == checkpoint.header().rank {
             write_parts(checkpoint, parts, &draft, &bar)?;
         } else {
-            let shard = parts::open_shard(engine, checkpoint, *rank)?;
-            write_parts(&shard, parts, &draft, &bar)?;
+            write_parts(&open(engine, checkpoint, *rank, parts)?, parts, &draft, &bar)?;
         }
     }
     draft.publish(&options.output, options.force)?;
@@ -76,6 +83,7 @@ pub(super) fn restore(
         output: options.output.clone(),
         kind: "file",
         tensors: tensors.len() as u64,
+        left_out: alone.len() as u64,
         raw_bytes,
         disk_bytes: header.len() as u64 + raw_bytes,
         seconds: start.elapsed().as_secs_f64(),
@@ -107,6 +115,19 @@ fn place(tensors: &[Tensor], step: u64, mut at: u64) -> BTreeMap<u32, Vec<Placed
         parts.sort_by_key(|part| (part.source.storage, part.source.run_at(0).0));
     }
     placed
+}
+
+/// Opens another rank's shard, together with those that hold the rest of memory that it shares.
+fn open(engine: &Engine, own: &Checkpoint, rank: u32, parts: &[Placed<'_>]) -> Result<Checkpoint> {
+    let shard = gather::open_shard(engine, own, rank)?;
+    let is_there = |part: &Placed<'_>| {
+        let storage = shard.index().storages[part.source.storage as usize];
+        storage.held() == (0..storage.bytes)
+    };
+    if parts.iter().all(is_there) {
+        return Ok(shard);
+    }
+    engine.checkpoint_of_rank(own.step(), rank)
 }
 
 /// Reads piece after piece of one shard, while another thread writes the one before.
@@ -218,6 +239,16 @@ impl Draft {
         }
     }
 
+    /// Takes the room that is needed, where the file system can: a disk that is too small is told
+    /// at once.
+    fn allocate(&self, bytes: u64) -> Result<()> {
+        let allocate = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, bytes);
+        match rustix::io::retry_on_intr(allocate) {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            done => done.map_err(io::Error::from).context("allocating room for", &self.path),
+        }
+    }
+
     fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.file.write_all_at(bytes, at).context("writing", &self.path)
     }
@@ -294,11 +325,12 @@ fn say_what_is_missing(checkpoint: &Checkpoint, gathered: &Gathered) {
             text::count(storages.len(), "storage")
         ));
     }
-    if gathered.alone > 0 {
+    if let Some(first) = gathered.alone.first() {
         note(&format!(
-            "{} that one rank saved as its own are not in the file: `--rank R` writes those of \
+            "not in the file, since each rank has its own: {}, like {}; `--rank R` writes those of \
              rank R, too",
-            text::count(gathered.alone, "tensor")
+            text::count(gathered.alone.len(), "tensor"),
+            listed(std::slice::from_ref(first))
         ));
     }
     let is_plain = |value: &Value| !value.is_container() && !matches!(value, Value::Tensor(_));

@@ -18,6 +18,8 @@ use super::selection::cannot;
 pub(super) const METADATA_NAME: &str = "__metadata__";
 /// Most bytes of a header that readers of the format accept.
 const HEADER_BYTES_MAX: usize = 100_000_000;
+/// Most bytes of the tensors: what a file can hold, less the longest header.
+const TENSOR_BYTES_MAX: u64 = i64::MAX.unsigned_abs() - (1 << 30);
 /// What the length of a header is a multiple of.
 const HEADER_ALIGNMENT: usize = 8;
 
@@ -59,11 +61,6 @@ pub(super) fn file_dtype(dtype: &str) -> Option<FileDtype> {
     Some(FileDtype { name, item_bytes, values_per_item })
 }
 
-/// Tensors that repeat a few bytes can claim more than any file holds.
-fn too_large(path: &str) -> EngineError {
-    cannot(path, "with it, the tensors are larger than a file can be")
-}
-
 /// The bytes before the first tensor's.
 pub(super) fn encode(tensors: &[Tensor], step: u64) -> Result<Vec<u8>> {
     // `format` is what loaders of model weights look for.
@@ -75,7 +72,11 @@ pub(super) fn encode(tensors: &[Tensor], step: u64) -> Result<Vec<u8>> {
     let mut text = format!("{{\"{METADATA_NAME}\":{metadata}");
     let mut offset = 0_u64;
     for tensor in tensors {
-        let end = offset.checked_add(tensor.bytes).ok_or_else(|| too_large(&tensor.path))?;
+        let end = offset.saturating_add(tensor.bytes);
+        if end > TENSOR_BYTES_MAX {
+            // Tensors that repeat a few bytes can claim more than any file holds.
+            return Err(cannot(&tensor.path, "with it, the file is larger than files can be"));
+        }
         let entry = json!({
             "dtype": tensor.dtype,
             "shape": tensor.shape,

@@ -1,7 +1,7 @@
 //! `ckpt-tool restore`: a checkpoint's tensors to a safetensors file, or all of it to a store.
 //!
 //! Always holds: every byte that is written was checked against its checksums; what stands at the
-//! output's name is whole; memory is bounded, however large the checkpoint.
+//! output's name is whole; memory is bounded, however large the tensors.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use crate::text;
 
 mod copy;
 mod file;
+mod gather;
 mod header;
 mod parts;
 mod selection;
@@ -46,7 +47,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     step: Option<u64>,
     /// The rank whose part is restored, where several ranks saved the checkpoint; `ckpt-tool copy`
-    /// copies all of them [default: for a file, what is no rank's alone].
+    /// copies all of them. Its tensors in slices are completed from the others [default: for a
+    /// file, what is no rank's own].
     #[arg(long, value_name = "R")]
     rank: Option<u32>,
     /// Write only tensors whose path fits; may be given several times. For files only.
@@ -80,6 +82,8 @@ struct Restored {
     /// `file` or `store`.
     kind: &'static str,
     tensors: u64,
+    /// Tensors that were left out, since they are each rank's own and no rank was named.
+    left_out: u64,
     /// Raw bytes of the tensors or storages that were written.
     raw_bytes: u64,
     /// Bytes of what was written, as it lies there.

@@ -1,4 +1,4 @@
-//! What goes into a file: tensors, each with the parts that ranks saved of it.
+//! A tensor for a file, and the parts of it that ranks saved.
 //!
 //! ```text
 //! rank 0's shard    rank 1's shard        file
@@ -6,18 +6,15 @@
 //! ```
 //!
 //! Always holds: the parts of a tensor are all of it, each item once but for parts that several
-//! ranks saved alike; names are unique, and everything that is gathered can be written.
+//! ranks saved alike.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
 
-use dtr_engine::format::index::{GlobalSlice, TensorRecord};
-use dtr_engine::format::tree::{TreePath, tensor_paths};
-use dtr_engine::load::Checkpoint;
-use dtr_engine::{Engine, EngineError, Result};
+use dtr_engine::format::index::TensorRecord;
+use dtr_engine::{EngineError, Result};
 
 use super::header::file_dtype;
-use super::selection::{Selection, cannot};
+use super::selection::cannot;
 use super::tiling::{self, Tile};
 use crate::text;
 use crate::view::View;
@@ -50,193 +47,148 @@ pub(super) struct Part {
     pub(super) is_again: bool,
 }
 
-/// Whose tensors are wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Whose {
-    /// All that the rank of the checkpoint has, those of which it holds slices whole.
-    OfRank,
-    /// What is no rank's alone: what all saved alike, and of what they hold slices.
-    OfAll,
-}
-
-/// The tensors, and what was left out.
-#[derive(Debug)]
-pub(super) struct Gathered {
-    pub(super) tensors: Vec<Tensor>,
-    /// Tensors that were asked for and are a rank's alone.
-    pub(super) alone: u64,
-}
-
-/// Finds what of the tensors of a checkpoint goes into a file: by falling item size, so that each
-/// starts aligned, then as they lie in the checkpoint.
-pub(super) fn gather(
-    engine: &Engine,
-    own: &Checkpoint,
-    selection: &Selection<'_>,
-    whose: Whose,
-) -> Result<Gathered> {
-    let mut gathering = Gathering { selection, whose, found: BTreeMap::new(), alone: 0 };
-    gathering.add_own(own)?;
-    if whose == Whose::OfAll || gathering.found.values().any(Found::is_in_slices) {
-        for rank in (0..own.manifest().world_size).filter(|rank| *rank != own.header().rank) {
-            gathering.add_others(&open_shard(engine, own, rank)?)?;
-        }
-    }
-    let Gathering { found, alone, .. } = gathering;
-    if found.is_empty() && alone == 0 {
-        let paths: Vec<_> = tensor_paths(&own.index().nodes).map(|(_, path)| path).collect();
-        let paths: Vec<String> = paths.iter().map(ToString::to_string).collect();
-        return Err(selection.none_of(paths.iter().map(String::as_str)));
-    }
-    let step = own.step();
-    let mut ordered = found
-        .into_iter()
-        .map(|(name, found)| Ok((found.order(), found.put_together(name, step)?)))
-        .collect::<Result<Vec<_>>>()?;
-    ordered.sort_by_key(|(order, _)| *order);
-    Ok(Gathered { tensors: ordered.into_iter().map(|(_, tensor)| tensor).collect(), alone })
-}
-
-/// Opens what a rank saved of the same checkpoint as `own`.
-pub(super) fn open_shard(engine: &Engine, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
-    let shard = engine.shard_of_rank(own.step(), rank)?;
-    if shard.manifest().attempt == own.manifest().attempt {
-        return Ok(shard);
-    }
-    Err(EngineError::NotFound {
-        what: format!("restoring step {}", own.step()),
-        why: "another attempt at this step took its place meanwhile".into(),
-        hint: "restore again".into(),
-    })
-}
-
-struct Gathering<'s, 'o> {
-    selection: &'s Selection<'o>,
-    whose: Whose,
-    /// By name in the file.
-    found: BTreeMap<String, Found>,
-    alone: u64,
-}
-
 /// What was found of a tensor so far.
-struct Found {
+#[derive(Debug)]
+pub(super) struct Found {
     path: String,
-    /// The path with the types of its keys, which may differ where it reads the same.
-    typed: String,
-    /// By ascending rank.
-    records: Vec<(u32, TensorRecord)>,
+    dtype: String,
+    item_bytes: u32,
+    /// The shape of the whole tensor.
+    shape: Vec<u64>,
+    /// Where it comes in the file.
+    order: (Reverse<u32>, u32, u32, u64),
+    slices: Vec<Slice>,
+    last_rank: u32,
 }
 
-impl Gathering<'_, '_> {
-    fn add_own(&mut self, own: &Checkpoint) -> Result<()> {
-        let index = own.index();
-        for (number, path) in tensor_paths(&index.nodes) {
-            let record = &index.tensors[number as usize];
-            let is_alike = index.storages[record.storage as usize].replica.is_some();
-            if self.whose == Whose::OfRank || is_alike || record.slice.is_some() {
-                self.add(own.header().rank, &path, record)?;
-            } else {
-                self.count_alone(&path);
-            }
-        }
-        Ok(())
-    }
-
-    fn add_others(&mut self, other: &Checkpoint) -> Result<()> {
-        let index = other.index();
-        for (number, path) in tensor_paths(&index.nodes) {
-            let record = &index.tensors[number as usize];
-            let is_alike = index.storages[record.storage as usize].replica.is_some();
-            if record.slice.is_some() && self.is_wanted(&path)? {
-                self.add(other.header().rank, &path, record)?;
-            } else if record.slice.is_none() && !is_alike {
-                self.count_alone(&path);
-            }
-        }
-        Ok(())
-    }
-
-    fn count_alone(&mut self, path: &TreePath<'_>) {
-        if self.whose == Whose::OfAll && self.selection.fits(&path.to_string()) {
-            self.alone += 1;
-        }
-    }
-
-    /// Takes a tensor, or a slice of one.
-    fn add(&mut self, rank: u32, path: &TreePath<'_>, record: &TensorRecord) -> Result<()> {
-        let shown = path.to_string();
-        let Some(name) = self.selection.name(&shown)? else { return Ok(()) };
-        let typed = format!("{path:?}");
-        match self.found.get_mut(&name) {
-            Some(found) if found.typed != typed || found.is_of(rank) => {
-                let why = "two tensors are called this, as integer and string keys can be";
-                return Err(cannot(&shown, why));
-            }
-            Some(found) => found.records.push((rank, record.clone())),
-            None => {
-                let records = vec![(rank, record.clone())];
-                self.found.insert(name, Found { path: shown, typed, records });
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether another rank's slice belongs to a tensor that is wanted.
-    fn is_wanted(&self, path: &TreePath<'_>) -> Result<bool> {
-        if self.whose == Whose::OfAll {
-            return Ok(true);
-        }
-        let name = self.selection.name(&path.to_string())?;
-        let found = name.and_then(|name| self.found.get(&name));
-        Ok(found.is_some_and(Found::is_in_slices))
-    }
+/// A tensor, or a slice of it; none is empty.
+#[derive(Debug)]
+struct Slice {
+    rank: u32,
+    source: View,
+    offsets: Vec<u64>,
+    sizes: Vec<u64>,
 }
 
 impl Found {
-    /// Whether something of this rank, which came last, is there.
-    fn is_of(&self, rank: u32) -> bool {
-        self.records.last().is_some_and(|(last, _)| *last == rank)
+    /// The tensor at `path`, by what a rank saved of it.
+    pub(super) fn new(path: String, rank: u32, record: &TensorRecord) -> Self {
+        let mut found = Self {
+            path,
+            dtype: record.dtype.clone(),
+            item_bytes: record.item_bytes,
+            shape: whole_shape(record).to_vec(),
+            order: (Reverse(record.item_bytes), rank, record.storage, record.offset),
+            slices: Vec::new(),
+            last_rank: rank,
+        };
+        found.take(rank, record);
+        found
     }
 
-    fn is_in_slices(&self) -> bool {
-        self.records.iter().any(|(_, record)| record.slice.is_some())
-    }
-
-    fn order(&self) -> (Reverse<u32>, u32, u32, u64) {
-        let (rank, record) = &self.records[0];
-        (Reverse(record.item_bytes), *rank, record.storage, record.offset)
-    }
-
-    fn put_together(mut self, name: String, step: u64) -> Result<Tensor> {
-        self.records.sort_unstable_by_key(|(rank, _)| *rank);
-        let (_, first) = &self.records[0];
-        let (whole, item_bytes) = (whole_shape(first), first.item_bytes);
-        let damage = |why| no_tensor(&self.path, step, why);
-        for (rank, other) in &self.records {
-            let is_same = (whole_shape(other), &other.dtype) == (whole, &first.dtype);
-            if !is_same || other.item_bytes != item_bytes {
-                let is = |record: &TensorRecord| {
-                    format!("`{}` of shape {:?}", record.dtype, whole_shape(record))
-                };
-                let (here, there) = (is(first), is(other));
-                return Err(damage(format!("it is {here}, and {there} on rank {rank}")));
-            }
+    /// Takes what another rank saved of it.
+    pub(super) fn add(&mut self, rank: u32, record: &TensorRecord, step: u64) -> Result<()> {
+        if self.last_rank == rank {
+            return Err(cannot(&self.path, "two tensors are called this"));
         }
-        let (dtype, shape) = in_file(&self.path, first, whole)?;
-        let origin = vec![0; whole.len()];
-        let held: Vec<_> = self.records.iter().filter(|(_, it)| !it.shape.contains(&0)).collect();
-        let tiles: Vec<Tile<'_>> = held.iter().map(|(_, record)| tile(record, &origin)).collect();
-        let firsts = tiling::check(whole, &tiles).map_err(damage)?;
-        let bytes = whole.iter().try_fold(u64::from(item_bytes), |all, it| all.checked_mul(*it));
-        let bytes = bytes.ok_or_else(|| damage(format!("its shape {whole:?} is too large")))?;
-        let parts =
-            held.iter().zip(&tiles).zip(firsts).map(|(((rank, record), tile), is_first)| {
-                let target = View::of(&within(whole, tile, record));
-                Part { rank: *rank, source: View::of(record), target, is_again: !is_first }
-            });
-        let parts = parts.collect();
-        Ok(Tensor { name, path: self.path.clone(), dtype, shape, item_bytes, bytes, parts })
+        let is_same = record.dtype == self.dtype && record.item_bytes == self.item_bytes;
+        if !is_same || whole_shape(record) != self.shape {
+            let why = format!(
+                "rank {} saved it as `{}` of shape {:?}, rank {rank} as `{}` of shape {:?}",
+                self.last_rank,
+                self.dtype,
+                self.shape,
+                record.dtype,
+                whole_shape(record)
+            );
+            return Err(no_tensor(&self.path, step, why));
+        }
+        self.last_rank = rank;
+        self.take(rank, record);
+        Ok(())
     }
+
+    fn take(&mut self, rank: u32, record: &TensorRecord) {
+        if record.shape.contains(&0) {
+            return;
+        }
+        let offsets = record.slice.as_ref().map(|slice| slice.offsets.clone());
+        self.slices.push(Slice {
+            rank,
+            source: View::of(record),
+            offsets: offsets.unwrap_or_else(|| vec![0; record.shape.len()]),
+            sizes: record.shape.clone(),
+        });
+    }
+
+    /// By falling item size, so that each tensor starts aligned, then as they lie in shards.
+    pub(super) fn order(&self) -> impl Ord + Copy + use<> {
+        self.order
+    }
+
+    /// Checks that nothing is missing, and that the file format has its like.
+    pub(super) fn put_together(mut self, name: String, step: u64) -> Result<Tensor> {
+        self.slices.sort_by_key(|slice| slice.rank);
+        let (dtype, shape) = self.in_file()?;
+        let damage = |why| no_tensor(&self.path, step, why);
+        let tiles: Vec<Tile<'_>> = self.slices.iter().map(Slice::tile).collect();
+        let firsts = tiling::check(&self.shape, &tiles).map_err(damage)?;
+        let mut counted = self.shape.iter();
+        let bytes =
+            counted.try_fold(u64::from(self.item_bytes), |all, size| all.checked_mul(*size));
+        // Also of one without items, if a size of 0 comes too late: so do readers count.
+        let bytes = bytes.ok_or_else(|| cannot(&self.path, "its items cannot be counted"))?;
+        let targets: Vec<View> = tiles.iter().map(|tile| self.target(tile)).collect();
+        let slices = self.slices.into_iter().zip(targets).zip(firsts);
+        let parts = slices
+            .map(|((Slice { rank, source, .. }, target), is_first)| Part {
+                rank,
+                source,
+                target,
+                is_again: !is_first,
+            })
+            .collect();
+        let (path, item_bytes) = (self.path, self.item_bytes);
+        Ok(Tensor { name, path, dtype, shape, item_bytes, bytes, parts })
+    }
+
+    /// Where a tile lies in the tensor in row-major order. Of a tensor that tiles hold all of, the
+    /// arithmetic cannot overflow.
+    fn target(&self, tile: &Tile<'_>) -> View {
+        let mut strides = vec![1; self.shape.len()];
+        for dimension in (1..self.shape.len()).rev() {
+            strides[dimension - 1] = strides[dimension] * self.shape[dimension];
+        }
+        let first = tile.offsets.iter().zip(&strides).map(|(offset, stride)| offset * stride).sum();
+        View::strided(self.item_bytes, tile.sizes, &strides, first)
+    }
+
+    /// The dtype and the shape as the file has them.
+    fn in_file(&self) -> Result<(&'static str, Vec<u64>)> {
+        let known = file_dtype(&self.dtype).filter(|known| known.item_bytes == self.item_bytes);
+        let Some(known) = known else {
+            let why = format!("the file format has no dtype like `{}`", self.dtype);
+            return Err(cannot(&self.path, &why));
+        };
+        let mut shape = self.shape.clone();
+        if known.values_per_item > 1 {
+            let why = "it packs two values into one and has no dimension for them";
+            let last = shape.last_mut().ok_or_else(|| cannot(&self.path, why))?;
+            *last = last.saturating_mul(known.values_per_item);
+        }
+        Ok((known.name, shape))
+    }
+}
+
+impl Slice {
+    fn tile(&self) -> Tile<'_> {
+        Tile { offsets: &self.offsets, sizes: &self.sizes }
+    }
+}
+
+/// The shape of the tensor that a record is of, or of a slice of.
+fn whole_shape(record: &TensorRecord) -> &[u64] {
+    record.slice.as_ref().map_or(&record.shape, |slice| &slice.shape)
 }
 
 /// What ranks saved under one name is not one tensor.
@@ -253,44 +205,4 @@ fn no_tensor(path: &str, step: u64, why: String) -> EngineError {
 /// Tells that a part of a tensor is not what another rank saved of it, too.
 pub(super) fn differ(tensor: &Tensor, step: u64) -> EngineError {
     no_tensor(&tensor.path, step, "ranks saved different values under this name".into())
-}
-
-/// The shape of the tensor that a record is of, or of a slice of.
-fn whole_shape(record: &TensorRecord) -> &[u64] {
-    record.slice.as_ref().map_or(&record.shape, |slice| &slice.shape)
-}
-
-fn tile<'a>(record: &'a TensorRecord, origin: &'a [u64]) -> Tile<'a> {
-    let offsets = match &record.slice {
-        None => origin,
-        Some(GlobalSlice { offsets, .. }) => offsets,
-    };
-    Tile { offsets, sizes: &record.shape }
-}
-
-/// A tile of a tensor that lies in row-major order.
-fn within(whole: &[u64], tile: &Tile<'_>, record: &TensorRecord) -> TensorRecord {
-    let mut strides = vec![1; whole.len()];
-    for dimension in (1..whole.len()).rev() {
-        strides[dimension - 1] = strides[dimension] * whole[dimension];
-    }
-    let offset = tile.offsets.iter().zip(&strides).map(|(offset, stride)| offset * stride).sum();
-    TensorRecord { storage: 0, strides, offset, slice: None, ..record.clone() }
-}
-
-/// A tensor's dtype and shape as the file has them.
-fn in_file(path: &str, record: &TensorRecord, whole: &[u64]) -> Result<(&'static str, Vec<u64>)> {
-    let known = file_dtype(&record.dtype).filter(|known| known.item_bytes == record.item_bytes);
-    let Some(known) = known else {
-        let why = format!("the file format has no dtype like `{}`", record.dtype);
-        return Err(cannot(path, &why));
-    };
-    let mut shape = whole.to_vec();
-    if known.values_per_item > 1 {
-        let Some(last) = shape.last_mut() else {
-            return Err(cannot(path, "it packs two values into one and has no dimension for them"));
-        };
-        *last = last.saturating_mul(known.values_per_item);
-    }
-    Ok((known.name, shape))
 }

@@ -2,6 +2,8 @@
 //!
 //! Pure. Always holds: what is selected has a name that the file format allows.
 
+use std::collections::BTreeSet;
+
 use dtr_engine::{EngineError, Result};
 
 use super::Options;
@@ -9,7 +11,7 @@ use super::header::METADATA_NAME;
 use crate::{glob, text};
 
 /// Names that a message shows.
-const NAMES_SHOWN_MAX: usize = 5;
+pub(super) const NAMES_SHOWN_MAX: usize = 5;
 /// What a state is called that is one tensor and nothing else.
 const ROOT_NAME: &str = "tensor";
 
@@ -34,17 +36,12 @@ impl<'o> Selection<'o> {
 
     /// Whether the tensor at `path` is selected.
     pub(super) fn fits(&self, path: &str) -> bool {
-        let path = if path.is_empty() { ROOT_NAME } else { path };
         let is_wanted = self.wanted.is_empty() || glob::matches_any(self.wanted, path);
         is_wanted && !glob::matches_any(self.unwanted, path)
     }
 
-    /// What the tensor at `path` is called in the file; `None` if it is not selected.
-    pub(super) fn name(&self, path: &str) -> Result<Option<String>> {
-        if !self.fits(path) {
-            return Ok(None);
-        }
-        let path = if path.is_empty() { ROOT_NAME } else { path };
+    /// What the tensor at `path` is called in the file.
+    pub(super) fn name<'p>(&self, path: &'p str) -> Result<&'p str> {
         let name = match self.below {
             None => path,
             Some(below) => path_below(path, below)?,
@@ -52,26 +49,60 @@ impl<'o> Selection<'o> {
         if name == METADATA_NAME {
             return Err(cannot(path, "the file format keeps this name for itself"));
         }
-        Ok(Some(name.to_owned()))
+        Ok(name)
     }
 
-    /// Tells that no tensor is selected, of those at `paths`.
-    pub(super) fn none_of<'p>(&self, paths: impl Iterator<Item = &'p str>) -> EngineError {
-        let names: Vec<String> = paths
-            .take(NAMES_SHOWN_MAX)
-            .map(|path| format!("`{}`", text::one_line(text::path(path))))
-            .collect();
-        let hint = if names.is_empty() {
+    /// Tells that no tensor is selected; `unfit` are some that are not.
+    pub(super) fn none_of(&self, unfit: &[String]) -> EngineError {
+        let hint = if unfit.is_empty() {
             "the checkpoint holds no tensor: restore it to a store".into()
         } else {
-            format!("the checkpoint's tensors are called like {}", names.join(", "))
+            format!("the checkpoint's tensors are called like {}", listed(unfit))
         };
-        let what = match self.wanted {
+        EngineError::invalid(self.selecting(), "there is none", hint)
+    }
+
+    /// Tells that tensors which were asked for are each rank's own, of as many ranks.
+    pub(super) fn whose(&self, alone: &BTreeSet<String>, ranks: u32) -> EngineError {
+        let some: Vec<String> = alone.iter().take(NAMES_SHOWN_MAX).cloned().collect();
+        let more = match alone.len() - some.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        EngineError::invalid(
+            self.selecting(),
+            format!("each of {ranks} ranks saved its own: {}{more}", listed(&some)),
+            format!(
+                "say whose are meant: `--rank R`, from 0 to {}; or leave them out with \
+                 `--exclude`. What is saved as `replicated` is no rank's own",
+                ranks - 1
+            ),
+        )
+    }
+
+    /// Whether tensors were asked for by name.
+    pub(super) fn is_explicit(&self) -> bool {
+        !self.wanted.is_empty()
+    }
+
+    fn selecting(&self) -> String {
+        match self.wanted {
             [] => "selecting tensors".into(),
             _ => format!("selecting tensors that fit `{}`", self.wanted.join("`, `")),
-        };
-        EngineError::invalid(what, "there is none", hint)
+        }
     }
+}
+
+/// A tensor's path as it is matched and shown.
+pub(super) fn shown(path: String) -> String {
+    if path.is_empty() { ROOT_NAME.into() } else { path }
+}
+
+/// Names for a message.
+pub(super) fn listed(names: &[String]) -> String {
+    let quoted: Vec<_> =
+        names.iter().map(|name| format!("`{}`", text::one_line(text::path(name)))).collect();
+    quoted.join(", ")
 }
 
 /// What follows `below`, which may end with a dot, in a path.
@@ -93,6 +124,8 @@ pub(super) fn cannot(name: &str, why: &str) -> EngineError {
     EngineError::invalid(
         format!("writing tensor `{name}` to a safetensors file"),
         why,
-        format!("leave it out with `--exclude '{name}'`, or restore to a store, which takes all"),
+        format!(
+            "leave it out with `--exclude '{name}'`, or copy the checkpoint with `ckpt-tool copy`"
+        ),
     )
 }
