@@ -55,7 +55,7 @@ def test_its_status_and_output_are_those_of_the_program(open_manager, store):
             [program, *map(str, arguments)], capture_output=True, text=True, check=False
         )
         assert ours.returncode == theirs.returncode == status, ours.stderr
-        seconds = re.compile(r"[\d.]+ (s|ms|[KMG]?B/s)|\"seconds\": [\d.e-]+")
+        seconds = re.compile(r"[\d.]+ (s|ms|[kMGTPE]?B/s)|\"seconds\": [\d.e-]+")
         for one, other in [(ours.stdout, theirs.stdout), (ours.stderr, theirs.stderr)]:
             assert seconds.sub("T", one) == seconds.sub("T", other)
     assert json.loads(run("verify", store, "--step", 1, "--json").stdout)
