@@ -2,28 +2,21 @@
 //!
 //! ```text
 //! shard after shard -> windows -> pieces (this thread) -> each to its place (a thread)
-//!                                                      -> sync -> rename
+//!                                                      -> draft -> the file's name
 //! ```
 //!
-//! Always holds: the file gets its name only when it is whole and durable; what fails leaves
-//! nothing behind; what is read of a shard is read in order.
+//! Always holds: what is read of a shard is read in order, and in bounded memory; what several
+//! ranks saved of a tensor is written once, and compared.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, TryLockError};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
-use dtr_engine::config::{DirectIo, IoBackend};
-use dtr_engine::error::IoContext;
 use dtr_engine::format::tree::Value;
-use dtr_engine::io::{EntryOp, open_backend};
 use dtr_engine::load::Checkpoint;
 use dtr_engine::{Engine, EngineError, Result};
-use rustix::fs::{FallocateFlags, Mode, OFlags};
 
+use super::draft::Draft;
 use super::gather::{self, Gathered, Whose};
 use super::parts::{self, Part, Tensor};
 use super::selection::{Selection, listed};
@@ -63,19 +56,8 @@ pub(super) fn restore(
     let draft = Draft::create(&options.output)?;
     draft.allocate(header.len() as u64 + raw_bytes)?;
     draft.write(0, &header)?;
-    let placed = place(tensors, checkpoint.step(), header.len() as u64);
-    let parts = placed.values().flatten();
-    let read_bytes = parts.fold(0_u64, |bytes, part| bytes.saturating_add(part.source.bytes()));
-    let bar = Bar::new(read_bytes, "restoring");
-    for (rank, parts) in &placed {
-        if *rank == checkpoint.header().rank {
-            write_parts(checkpoint, parts, &draft, &bar)?;
-        } else {
-            write_parts(&open(engine, checkpoint, *rank, parts)?, parts, &draft, &bar)?;
-        }
-    }
+    write_tensors(engine, checkpoint, &place(tensors, header.len() as u64), &draft)?;
     draft.publish(&options.output, options.force)?;
-    drop(bar);
     say_what_is_missing(checkpoint, &gathered);
     Ok(Restored {
         step: checkpoint.step(),
@@ -90,9 +72,28 @@ pub(super) fn restore(
     })
 }
 
+/// Writes shard after shard.
+fn write_tensors(
+    engine: &Engine,
+    own: &Checkpoint,
+    placed: &BTreeMap<u32, Vec<Placed<'_>>>,
+    draft: &Draft,
+) -> Result<()> {
+    let parts = placed.values().flatten();
+    let bytes = parts.fold(0_u64, |bytes, part| bytes.saturating_add(part.source.bytes()));
+    let bar = Bar::new(bytes, "restoring");
+    for (rank, parts) in placed {
+        if *rank == own.header().rank {
+            write_parts(own, parts, draft, &bar)?;
+        } else {
+            write_parts(&open(engine, own, *rank, parts)?, parts, draft, &bar)?;
+        }
+    }
+    Ok(())
+}
+
 /// A part of a tensor, and where it goes.
 struct Placed<'t> {
-    step: u64,
     tensor: &'t Tensor,
     source: &'t View,
     target: &'t View,
@@ -102,11 +103,11 @@ struct Placed<'t> {
 }
 
 /// By rank: parts, as they lie in its shard.
-fn place(tensors: &[Tensor], step: u64, mut at: u64) -> BTreeMap<u32, Vec<Placed<'_>>> {
+fn place(tensors: &[Tensor], mut at: u64) -> BTreeMap<u32, Vec<Placed<'_>>> {
     let mut placed = BTreeMap::<u32, Vec<Placed<'_>>>::new();
     for tensor in tensors {
         for Part { rank, source, target, is_again } in &tensor.parts {
-            let part = Placed { step, tensor, source, target, is_again: *is_again, at };
+            let part = Placed { tensor, source, target, is_again: *is_again, at };
             placed.entry(*rank).or_default().push(part);
         }
         at += tensor.bytes;
@@ -206,7 +207,7 @@ fn write_segment(
             there.resize(length, 0);
             draft.read(part.at + start, there)?;
             if there != run {
-                return Err(parts::differ(part.tensor, part.step));
+                return Err(parts::differ(part.tensor));
             }
         } else {
             draft.write(part.at + start, run)?;
@@ -215,101 +216,6 @@ fn write_segment(
         bytes = rest;
     }
     Ok(())
-}
-
-/// A file under a name of its own, locked, and removed unless it is published. One that a process
-/// left which was killed is written anew.
-struct Draft {
-    file: File,
-    path: PathBuf,
-}
-
-impl Draft {
-    fn create(output: &Path) -> Result<Self> {
-        let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let path = output.with_file_name(format!(".{name}.tmp"));
-        loop {
-            let file = create_or_open(&path).context("creating", &path)?;
-            file.try_lock().map_err(|error| busy(&path, error))?;
-            // Whoever held the lock may have published the file, or removed it.
-            if is_still(&file, &path).context("looking at", &path)? {
-                file.set_len(0).context("emptying", &path)?;
-                return Ok(Self { file, path });
-            }
-        }
-    }
-
-    /// Takes the room that is needed, where the file system can: a disk that is too small is told
-    /// at once.
-    fn allocate(&self, bytes: u64) -> Result<()> {
-        let allocate = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, bytes);
-        match rustix::io::retry_on_intr(allocate) {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
-            done => done.map_err(io::Error::from).context("allocating room for", &self.path),
-        }
-    }
-
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, at).context("writing", &self.path)
-    }
-
-    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(bytes, at).context("reading back", &self.path)
-    }
-
-    /// Makes it durable and gives it its name.
-    fn publish(&self, output: &Path, replace: bool) -> Result<()> {
-        self.file.sync_all().context("syncing", &self.path)?;
-        let io = open_backend(IoBackend::Threads, DirectIo::Off)?;
-        let (from, to) = (self.path.clone(), output.to_owned());
-        let rename = if replace {
-            EntryOp::RenameReplace { from, to }
-        } else {
-            EntryOp::RenameNew { from, to }
-        };
-        io.entry(&rename).context("renaming the finished file to", output)?;
-        let parent = match output.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        io.entry(&EntryOp::SyncDir(parent.into())).context("syncing directory", parent)?;
-        Ok(())
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        // Once published, there is nothing of this name.
-        let _published = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Through no link, and without waiting for whoever may read a pipe.
-fn create_or_open(path: &Path) -> io::Result<File> {
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
-    let careful = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    Ok(rustix::fs::open(path, flags | careful, Mode::from_raw_mode(0o666))?.into())
-}
-
-/// Whether `path` names this file.
-fn is_still(file: &File, path: &Path) -> io::Result<bool> {
-    let ours = file.metadata()?;
-    match std::fs::symlink_metadata(path) {
-        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-fn busy(path: &Path, error: TryLockError) -> EngineError {
-    match error {
-        TryLockError::WouldBlock => EngineError::StoreBusy {
-            what: format!("writing `{}`", path.display()),
-            why: "another process writes it".into(),
-            hint: "wait for that process or stop it, or choose another name".into(),
-        },
-        TryLockError::Error(error) => EngineError::from_io("locking", path, error),
-    }
 }
 
 /// A reader of the file must not take it for the whole state.

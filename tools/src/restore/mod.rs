@@ -15,6 +15,7 @@ use crate::opened::{self, StoreArgument};
 use crate::text;
 
 mod copy;
+mod draft;
 mod file;
 mod gather;
 mod header;

@@ -25,6 +25,7 @@ pub(super) struct Tensor {
     pub(super) name: String,
     /// Where it stands in the state, for messages.
     pub(super) path: String,
+    step: u64,
     /// As the file calls it.
     pub(super) dtype: &'static str,
     /// As the file counts it.
@@ -149,7 +150,7 @@ impl Found {
             })
             .collect();
         let (path, item_bytes) = (self.path, self.item_bytes);
-        Ok(Tensor { name, path, dtype, shape, item_bytes, bytes, parts })
+        Ok(Tensor { name, path, step, dtype, shape, item_bytes, bytes, parts })
     }
 
     /// Where a tile lies in the tensor in row-major order. Of a tensor that tiles hold all of, the
@@ -203,6 +204,6 @@ fn no_tensor(path: &str, step: u64, why: String) -> EngineError {
 }
 
 /// Tells that a part of a tensor is not what another rank saved of it, too.
-pub(super) fn differ(tensor: &Tensor, step: u64) -> EngineError {
-    no_tensor(&tensor.path, step, "ranks saved different values under this name".into())
+pub(super) fn differ(tensor: &Tensor) -> EngineError {
+    no_tensor(&tensor.path, tensor.step, "ranks saved different values under this name".into())
 }
