@@ -643,7 +643,7 @@ fn ranks_agree_on_the_newest_common_step() {
             arrival: identity.incarnation,
             steps: steps.to_vec(),
             timeout_ms: 1_000,
-            attempts: vec![],
+            ..v1::AgreeStepRequest::default()
         }))
     };
     offer(&world[0], &[10, 20, 30]);
@@ -652,6 +652,32 @@ fn ranks_agree_on_the_newest_common_step() {
     assert_eq!(agreed.step, Some(20));
     let Some(Reply::AgreeStep(again)) = offer(&world[0], &[10]) else { panic!() };
     assert_eq!(again.step, Some(20));
+}
+
+#[test]
+fn who_is_kept_from_loading_is_named_to_all_and_who_gives_up_first() {
+    let mut table = Table::new();
+    let world = table.world(3);
+    let mut offer = |identity: &v1::Identity, hindrance: &str, gives_up| {
+        table.ask(Event::AgreeStep(v1::AgreeStepRequest {
+            identity: Some(identity.clone()),
+            arrival: identity.incarnation,
+            steps: if hindrance.is_empty() { vec![10] } else { vec![] },
+            timeout_ms: 1_000,
+            hindrance: hindrance.into(),
+            gives_up,
+            ..v1::AgreeStepRequest::default()
+        }))
+    };
+    offer(&world[0], "", false);
+    offer(&world[1], "step 10: a bit is wrong", false);
+    let Some(Reply::AgreeStep(last)) = offer(&world[2], &"x".repeat(5_000), true) else { panic!() };
+    let hindrance = last.hindrance.clone().unwrap();
+    assert_eq!((last.step, last.offering), (None, 1));
+    assert_eq!((hindrance.rank, hindrance.gave_up, hindrance.why.len()), (2, true, 1_000));
+    // Whoever lost the reply hears the same.
+    let Some(Reply::AgreeStep(again)) = offer(&world[0], "", false) else { panic!() };
+    assert_eq!(again, last);
 }
 
 #[test]
@@ -665,6 +691,7 @@ fn the_same_step_of_different_attempts_is_not_common() {
             steps: vec![10, 20],
             timeout_ms: 1_000,
             attempts: attempts.map(String::from).to_vec(),
+            ..v1::AgreeStepRequest::default()
         }))
     };
     offer(&world[0], ["a", "b"]);
@@ -676,6 +703,7 @@ fn the_same_step_of_different_attempts_is_not_common() {
         steps: vec![10, 20],
         timeout_ms: 1_000,
         attempts: vec!["a".into()],
+        ..v1::AgreeStepRequest::default()
     }));
     assert_eq!(refused(lacks.unwrap()).0, RefusalKind::Invalid);
 }

@@ -240,8 +240,8 @@ impl EngineError {
                     what,
                     why: source.to_string(),
                     hint:
-                        "free space, lower `keep_last_n`, or run `ckpt-tool gc`, then save again; \
-                           earlier checkpoints are untouched"
+                        "free space, or lower `keep_last_n`, then save again; earlier checkpoints \
+                           are untouched"
                             .into(),
                 };
             }
@@ -365,13 +365,13 @@ mod tests {
         let messages = [
             (
                 28,
-                "No space left on device (os error 28)\nhint: free space, lower `keep_last_n`, \
-                  or run `ckpt-tool gc`, then save again; earlier checkpoints are untouched",
+                "No space left on device (os error 28)\nhint: free space, or lower \
+                  `keep_last_n`, then save again; earlier checkpoints are untouched",
             ),
             (
                 122,
-                "Quota exceeded (os error 122)\nhint: free space, lower `keep_last_n`, \
-                  or run `ckpt-tool gc`, then save again; earlier checkpoints are untouched",
+                "Quota exceeded (os error 122)\nhint: free space, or lower \
+                  `keep_last_n`, then save again; earlier checkpoints are untouched",
             ),
             (
                 13,

@@ -434,6 +434,7 @@ impl Copy<'_> {
         let mut waiting = extents.into_iter();
         let mut next = waiting.next();
         let mut reading: VecDeque<Reading> = VecDeque::new();
+        let mut told_bytes = 0;
         while next.is_some() || !reading.is_empty() {
             while let Some(extent) = next {
                 // With nothing being read, all buffers are on their way out and come back.
@@ -444,9 +445,28 @@ impl Copy<'_> {
             }
             if let Some(read) = reading.pop_front() {
                 self.pass_on(checkpoint, read, sink)?;
+                let sent_bytes = sink.figures().sent_bytes;
+                self.observer.sent(sent_bytes - told_bytes);
+                told_bytes = sent_bytes;
+                self.check_wanted()?;
             }
         }
-        Ok(())
+        // What no part was filled by goes when the shard is finished.
+        let gone_bytes = told_bytes + sink.figures().resumed_bytes;
+        self.observer.sent(checkpoint.file_bytes().saturating_sub(gone_bytes));
+        Ok(self.check_wanted()?)
+    }
+
+    fn check_wanted(&self) -> Result<()> {
+        if !self.observer.is_cancelled() {
+            return Ok(());
+        }
+        Err(EngineError::Closed {
+            what: self.what.clone(),
+            why: "it was cancelled".into(),
+            hint: "copy again: what was brought over is not sent twice where the store can tell"
+                .into(),
+        })
     }
 
     fn pass_on(
@@ -473,16 +493,6 @@ impl Copy<'_> {
         }
         sink.write(extent.offset, Piece { buffer, bytes: extent.bytes, crc32c })?;
         self.observer.advanced(extent.bytes as u64);
-        if self.observer.is_cancelled() {
-            return Err(EngineError::Closed {
-                what: self.what.clone(),
-                why: "it was cancelled".into(),
-                hint: "copy again: what was brought over is not sent twice where the store can \
-                       tell"
-                    .into(),
-            }
-            .into());
-        }
         Ok(())
     }
 }

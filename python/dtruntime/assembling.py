@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dtruntime.errors import CheckpointNotFound, Corrupt
+from dtruntime.errors import Corrupt
 from dtruntime.sharded_tensors import Box, contiguous_strides, whole
 from dtruntime.state_tree import TAG_TENSOR, Tree
 from dtruntime.tensors import TensorRecord, hull_of
@@ -140,12 +140,6 @@ class Parts:
         self, rank: int
     ) -> tuple[_native.Checkpoint, dict[tuple[Any, ...], TensorRecord]]:
         other = self._open_rank(rank)
-        if other.attempt != self._own.attempt:
-            raise CheckpointNotFound(
-                f"reading step {self._own.step}",
-                "another attempt took its place meanwhile",
-                "load again",
-            )
         records = [TensorRecord(*record) for record in other.tensors()]
         places = _places_of_slices(Tree(other.nodes()), records)
         return other, {place: records[number] for number, place in places.items()}

@@ -30,6 +30,7 @@ from dtruntime.applying import Attempts
 from dtruntime.errors import (
     AcceleratorError,
     CheckpointError,
+    CheckpointNotFound,
     Closed,
     InvalidArgument,
     RestoreIncomplete,
@@ -81,7 +82,8 @@ class CheckpointManager:
         best_mode: ``min`` where small values of it are the better ones, as of a loss, or ``max``.
         compression: ``auto``, ``none``, ``float`` (made for weights), ``zstd`` or ``gzip``.
         staging_bytes: Memory that snapshots are copied into: bytes, or text such as ``"2GiB"``.
-            Default: the state's size, at most a quarter of the machine's memory. A larger state
+            Default: the state's size, at most a quarter of the machine's memory, which the ranks of
+            a machine share where ``LOCAL_WORLD_SIZE`` says how many they are. A larger state
             streams through it, and the training loop waits longer.
         chunk_bytes: Unit of encoding, checksums and I/O: a power of two from 64 KiB to 64 MiB.
             Default 4 MiB.
@@ -196,6 +198,7 @@ class CheckpointManager:
             "job": connecting.job_of(None) if job is None else job,
             "rank": rank_number,
             "world_size": ranks,
+            "local_world_size": settings.local_world_size(ranks),
             "read_only": bool(read_only),
             "compression": settings.choice("compression", compression, settings.COMPRESSIONS),
             "direct_io": settings.direct_io(direct_io),
@@ -564,7 +567,9 @@ class CheckpointManager:
         number = settings.step_of(step, "should_save(step)")
         if self._read_only or number % self._interval:
             return False
-        return self._lineage.is_ahead(number, -1 if self._last is None else self._last.step)
+        last = self._last
+        saving = -1 if last is None or last.done() else last.step
+        return self._lineage.is_ahead(number, saving)
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Read and check every byte of a checkpoint. Damage is reported, not raised.
@@ -635,8 +640,8 @@ class CheckpointManager:
         ends after that waits for no upload: the next one goes on with them.
 
         Raises:
-            CheckpointError: A save failed, and nobody has looked at its error. The store is closed
-                all the same.
+            CheckpointError: A save failed, and nobody has looked at its error; or an upload did,
+                and that checkpoint is not in the remote store. The store is closed all the same.
 
         >>> manager.close()
 
@@ -649,9 +654,16 @@ class CheckpointManager:
         try:
             if not self._is_shut:
                 self._native.wait_until_finished()
-        finally:
+        except BaseException:
             self._is_closing = True
-            self._shut()
+            try:
+                self._shut()
+            except CheckpointError as later:
+                # The first one goes on; this one must not take its place, nor be lost.
+                _logger.error("closing `%s`: %s", self._path, later)  # noqa: TRY400
+            raise
+        self._is_closing = True
+        self._shut()
 
     def __enter__(self) -> Self:
         return self
@@ -841,13 +853,13 @@ class CheckpointManager:
         return Reader(
             checkpoint,
             verify=self._verify_on_load,
-            open_rank=lambda rank: self._shards(rank, alone=True).open(checkpoint.step),
+            open_rank=lambda rank: self._shards(rank).open_beside(checkpoint, rank),
             **how,
         )
 
-    def _shards(self, rank: int | None, *, alone: bool = False) -> fallback.Shards:
+    def _shards(self, rank: int | None) -> fallback.Shards:
         awaits_upload = self._has_uploads and self._ranks is not None
-        return fallback.Shards(self._native, rank, awaits_upload=awaits_upload, alone=alone)
+        return fallback.Shards(self._native, rank, awaits_upload=awaits_upload)
 
     def _newest(self) -> int:
         known = self._native.candidates()
@@ -871,9 +883,18 @@ class CheckpointManager:
             checkpoint, result = fallback.read_step(shards, number, read)
             failed: dict[int, str] = {}
         elif self._ranks is not None:
-            checkpoint, result, failed = fallback.read_agreed(
-                shards, self._path, read, self._agreement_timeout
-            )
+            try:
+                checkpoint, result, failed = fallback.read_agreed(
+                    shards,
+                    self._path,
+                    read,
+                    self._agreement_timeout,
+                    has_own_store=self._has_uploads,
+                )
+            except CheckpointNotFound:
+                # All ranks begin anew: what one of them alone has is in no one's way.
+                self._lineage.note_loaded(-1, later_are_unsound=True)
+                raise
         else:
             checkpoint, result, failed = fallback.read_newest(shards, self._path, read)
         manifest = checkpoint.manifest()

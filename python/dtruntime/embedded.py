@@ -2,8 +2,9 @@
 
 Under ``torchrun`` the ranks find each other through the store that its agent serves: rank 0 starts
 the coordinator on a free port and leaves there where it listens and what token it asks for, under
-the run's id and its restart count, so that the processes of a restarted run never meet the
-coordinator of the run before.
+the run's id. What a rank 0 of before has left there stays until the next one comes, since agents
+neither agree on the number of a restart nor empty the store: a coordinator that nobody reaches is
+passed over until another one is named.
 
 Always holds: one coordinator a process and run; it ends with the process; where all ranks are on
 one machine it does not listen beyond it; a wait for rank 0 hears signals.
@@ -12,11 +13,13 @@ one machine it does not listen beyond it; a wait for rank 0 hears signals.
 from __future__ import annotations
 
 import datetime as dt
+import ipaddress
 import os
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+import urllib.parse
+from typing import TYPE_CHECKING, Any
 
 from dtruntime import _native
 from dtruntime.connecting import Security
@@ -31,8 +34,13 @@ _CONNECT_SECONDS = 60.0
 """How long the agent's store, which is there before the ranks are, may take to answer."""
 _LOOK_SECONDS = 0.1
 """How often a rank looks whether rank 0 has come."""
+_PROBE_SECONDS = 2.0
+"""How long a machine may take to say whether somebody listens there."""
 _LOOPBACK = "127.0.0.1"
-_EVERYWHERE = "0.0.0.0"  # noqa: S104  (a token is asked for)
+_EVERYWHERE = {
+    socket.AF_INET: "0.0.0.0",  # noqa: S104  (a token is asked for)
+    socket.AF_INET6: "[::]",
+}
 
 _hosted: dict[str, _native.EmbeddedCoordinator] = {}
 _lock = threading.Lock()
@@ -55,17 +63,17 @@ def find(
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     master = environment["MASTER_ADDR"]
-    run = environment.get("TORCHELASTIC_RUN_ID", "")
-    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"dtruntime/coordinator/{run}/{restarts}"
+    key = f"dtruntime/coordinator/{environment.get('TORCHELASTIC_RUN_ID', '')}"
     store = _store_of_agent(master, int(environment["MASTER_PORT"]))
     if rank == 0:
         is_one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
-        coordinator = _host(key, _LOOPBACK if is_one_machine else _EVERYWHERE)
-        host = _LOOPBACK if is_one_machine else _own_address(master)
-        store.set(key, f"http://{host}:{coordinator.port} {coordinator.token}")
-    _await(store, key, timeout)
-    url, token = store.get(key).decode().split()
+        family, host = (socket.AF_INET, _LOOPBACK) if is_one_machine else _own_address(master)
+        coordinator = _host(key, _LOOPBACK if is_one_machine else _EVERYWHERE[family])
+        named = f"[{host}]" if ":" in host else host
+        url, token = f"http://{named}:{coordinator.port}", coordinator.token
+        store.set(key, f"{url} {token}")
+    else:
+        url, token = _await(store, key, timeout)
     return url, Security(token=token)
 
 
@@ -84,21 +92,65 @@ def _store_of_agent(master: str, port: int) -> TCPStore:
         ) from error
 
 
-def _await(store: TCPStore, key: str, timeout: float) -> None:
-    """Look for a key until it is there: torch's own wait hears no signal, and logs a lot."""
+def _await(store: TCPStore, key: str, timeout: float) -> tuple[str, str]:
+    """Give URL and token once somebody listens there.
+
+    Looks again and again: torch's own wait hears no signal, and logs a lot.
+    """
     deadline = time.monotonic() + timeout
-    while not store.check([key]):
+    while True:
+        if store.check([key]):
+            url, token = store.get(key).decode().split()
+            if _is_listening(url):
+                return url, token
         if time.monotonic() >= deadline:
             raise NotOpened
         time.sleep(_LOOK_SECONDS)
 
 
-def _own_address(master: str) -> str:
+def _is_listening(url: str) -> bool:
+    place = urllib.parse.urlsplit(url)
+    try:
+        with socket.create_connection((str(place.hostname), place.port or 0), _PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def _own_address(master: str) -> tuple[socket.AddressFamily, str]:
     """Give the address by which this machine reaches, and is reached from, the run's master."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # nothing is sent
-        address = str(probe.getsockname()[0])
-    return master if address.startswith("127.") else address
+    try:
+        found = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise _no_way(master, str(error)) from error
+    # A name with addresses of both kinds is reached by the older one everywhere. What is
+    # link-local, with a scope, is another machine's from there.
+    usable = [place for place in found if not (len(place[4]) > 3 and place[4][3])]  # noqa: PLR2004
+    usable.sort(key=lambda place: place[0] != socket.AF_INET)
+    for family, kind, protocol, _, address in usable:
+        own = _reached_from((family, kind, protocol), address)
+        if own is not None:
+            # A name may mean this machine's loopback here, and its address elsewhere.
+            return family, master if ipaddress.ip_address(own).is_loopback else own
+    raise _no_way(master, "none of its addresses can be reached")
+
+
+def _reached_from(kind: tuple[int, int, int], address: tuple[Any, ...]) -> str | None:
+    """Give this machine's address on the way to another one."""
+    try:
+        with socket.socket(*kind) as probe:
+            probe.connect(address)  # nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _no_way(master: str, why: str) -> CoordinatorUnavailable:
+    return CoordinatorUnavailable(
+        "hosting the coordinator for all ranks",
+        f"this machine has no way to `{master}`, where torchrun's agent is: {why}",
+        "look at `MASTER_ADDR`; or start a coordinator, and name it: `coordinator_url=`",
+    )
 
 
 def _host(key: str, ip: str) -> _native.EmbeddedCoordinator:

@@ -151,6 +151,12 @@ class SaveAborted(CoordinatorError):  # noqa: N818
     is_retryable = True
 
 
+class LoadAborted(CoordinatorError):  # noqa: N818
+    """Load again, on every rank: one gave up, and the others do not go on without it."""
+
+    is_retryable = True
+
+
 class DatasetNotFound(CoordinatorError, LookupError):  # noqa: N818
     """Fix the name or the path: there is no such dataset, or a file of it is not there."""
 

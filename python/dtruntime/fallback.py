@@ -16,12 +16,13 @@ from dtruntime.errors import (
     CheckpointNotFound,
     Corrupt,
     InvalidArgument,
+    LoadAborted,
     StorageError,
 )
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from dtruntime import _native
 
@@ -38,27 +39,31 @@ class Shards:
         from_rank: int | None,
         *,
         awaits_upload: bool = False,
-        alone: bool = False,
     ) -> None:
-        """Refer to the shards of a store; parts of other ranks may still be on their way there.
-
-        With ``alone``, the shard of a rank is opened for what lies in it and in no other.
-        """
+        """Refer to the shards of a store; parts of other ranks may still be on their way there."""
         self.native = native
         self.failed: dict[int, str] = {}
         """Steps that do not verify, with reasons."""
         self._rank = from_rank
         self._awaits_upload = awaits_upload
-        self._alone = alone
 
     def open(self, step: int) -> _native.Checkpoint:
         """Open that of one step."""
+        return self._once_arrived(step, lambda: self.native.checkpoint(step, self._rank))
+
+    def open_beside(self, own: _native.Checkpoint, rank: int) -> _native.Checkpoint:
+        """Open what a rank saved of the same checkpoint, for what lies in its shard alone."""
+        return self._once_arrived(own.step, lambda: self.native.shard_beside(own, rank))
+
+    def _once_arrived(
+        self, step: int, opened: Callable[[], _native.Checkpoint]
+    ) -> _native.Checkpoint:
         try:
-            return self.native.checkpoint(step, self._rank, self._alone)
+            return opened()
         except CheckpointNotFound:
             if not self._awaits_upload or not self._arrives(step):
                 raise
-        return self.native.checkpoint(step, self._rank, self._alone)
+        return opened()
 
     def explained(self, error: InvalidArgument) -> InvalidArgument:
         """Say how it came to a step that is not the one that the caller meant."""
@@ -139,44 +144,71 @@ def read_agreed(
     store: str | os.PathLike[str],
     read: Callable[[_native.Checkpoint], _T],
     timeout: float,
+    *,
+    has_own_store: bool,
 ) -> tuple[_native.Checkpoint, _T, dict[int, str]]:
     """Read the newest checkpoint that verifies on every rank.
 
     Every rank offers what it can load, all read the newest common one, and offer again: if one
-    could not, all of them go on to an older one.
+    could not, all of them go on to an older one. Where nothing is left, or a rank gives up, every
+    rank hears the same.
+
+    Args:
+        shards: What this rank reads of each step.
+        store: The store, for messages.
+        read: Reads a checkpoint.
+        timeout: How long to wait for the other ranks, in seconds.
+        has_own_store: Whether other ranks may have a directory of their own.
+
     """
     native = shards.native
     failed = shards.failed
-    failed.update((step, why) for step, why, _ in native.candidates() if why is not None)
     done: tuple[_native.Checkpoint, _T] | None = None
+    patience = timeout
     while True:
-        offered = [s for s, why, _ in native.candidates() if why is None and s not in failed]
-        # Once loaded, others may take long over theirs; one that is lost ends the wait.
-        patience = timeout if done is None else _LOADING_SECONDS
-        step = native.agree(offered[-_OFFERED_MAX:], patience)
+        with _farewell(native, patience):
+            candidates = native.candidates()
+        if done is None:
+            failed.update((step, why) for step, why, _ in candidates if why is not None)
+        offered = [s for s, why, _ in candidates if why is None and s not in failed]
+        damage = "; ".join(f"step {number}: {failed[number]}" for number in sorted(failed)[-3:])
+        step, hindrance, offering = native.agree(offered[-_OFFERED_MAX:], patience, damage)
+        # From now on others may take long over their loads; one that is lost ends the wait.
+        patience = _LOADING_SECONDS
+        if hindrance is not None:
+            rank, why, gave_up = hindrance
+            raise _hindered(store, rank, why, gave_up=gave_up)
         if step is None:
-            raise _nothing_common(store, offered, failed)
+            raise _nothing_common(store, offered, failed, offering, has_own_store=has_own_store)
         if done is not None and done[0].step == step:
             newer = {number: why for number, why in failed.items() if number > step}
             return *done, newer
-        try:
-            done = read_step(shards, step, read)
-        except (Corrupt, StorageError, CheckpointNotFound) as error:
-            if isinstance(error, StorageError) and not _is_damage(error):
-                _leave_agreement(native)
-                raise
-            done = None
-            failed[step] = f"{error.what}: {error.why}"
-            _logger.warning("step %d does not verify on this rank: %s", step, error)
-        except BaseException:  # Ctrl-C, too: the process may live on
-            _leave_agreement(native)
-            raise
+        done = None
+        with _farewell(native, patience):
+            try:
+                done = read_step(shards, step, read)
+            except (Corrupt, StorageError, CheckpointNotFound) as error:
+                if isinstance(error, StorageError) and not _is_damage(error):
+                    raise
+                failed[step] = f"{error.what}: {error.why}"
+                _logger.warning("step %d does not verify on this rank: %s", step, error)
 
 
-def _leave_agreement(native: _native.Manager) -> None:
-    """Offer nothing, so that the others do not wait for a rank that gave up."""
-    with contextlib.suppress(CheckpointError):
-        native.agree([], _FAREWELL_SECONDS)
+@contextlib.contextmanager
+def _farewell(native: _native.Manager, patience: float) -> Iterator[None]:
+    """Tell the other ranks if this one gives up: they hear why, instead of waiting for it."""
+    try:
+        yield
+    except BaseException as error:  # Ctrl-C, too: the process may live on
+        if isinstance(error, CheckpointError):
+            why = f"{error.what}: {error.why}"
+        else:
+            why = f"{type(error).__name__}: {error}"
+        # They hear it when they have loaded. Who was interrupted does not wait for that.
+        is_asked_to_end = not isinstance(error, Exception)
+        with contextlib.suppress(CheckpointError):
+            native.agree([], _FAREWELL_SECONDS if is_asked_to_end else patience, gives_up=why)
+        raise
 
 
 def no_checkpoint(store: str | os.PathLike[str]) -> CheckpointNotFound:
@@ -199,6 +231,8 @@ def no_metric(store: str | os.PathLike[str], metric: str, steps: Sequence[int]) 
     )
 
 
+_SHOWN_MAX = 5
+"""Steps that a message names."""
 _OFFERED_MAX = 1000
 """Newest steps that a rank offers to load."""
 _LOADING_SECONDS = 6 * 3600.0
@@ -226,18 +260,55 @@ def _is_damage(error: StorageError) -> bool:
     return error.errno in _MEDIUM_ERRORS
 
 
-def _nothing_common(
-    store: str | os.PathLike[str], offered: list[int], failed: dict[int, str]
+def _hindered(
+    store: str | os.PathLike[str], rank: int, why: str, *, gave_up: bool
 ) -> CheckpointError:
-    if not offered and not failed:
+    what = f"looking for a checkpoint in `{store}` that every rank can load"
+    if gave_up:
+        hint = "mend what that rank says, then load on every rank again"
+        return LoadAborted(what, f"rank {rank} gave up: {why}", hint)
+    hint = "run `ckpt-tool verify --all` to see what is damaged, and look at the device"
+    return Corrupt(what, f"no step is left; rank {rank} cannot read {why}", hint)
+
+
+def _nothing_common(
+    store: str | os.PathLike[str],
+    offered: list[int],
+    failed: dict[int, str],
+    offering: int,
+    *,
+    has_own_store: bool,
+) -> CheckpointError:
+    if not (offering or offered or failed):
         return no_checkpoint(store)
-    damaged = "; ".join(f"step {step}: {why}" for step, why in sorted(failed.items()))
-    return Corrupt(
-        f"looking for a checkpoint in `{store}` that every rank can load",
-        f"this rank can load {offered or 'none'}, and others none of these"
-        + (f"; {damaged}" if damaged else ""),
-        "run `ckpt-tool verify --all`; check that every rank was given the same store",
+    what = f"looking for a checkpoint in `{store}` that every rank has"
+    have = f"this one has {_shown(offered)}" if offered else "this one has none"
+    if not offering:
+        return Corrupt(
+            what,
+            f"there is none: {have}; the coordinator, of an older version, does not say why",
+            "run `ckpt-tool verify --all`; check that every rank was given the same store",
+        )
+    if has_own_store:
+        # Before the first upload, or the first save by all: as if nothing had been saved.
+        _logger.warning("%s: %s, %d ranks have some, and none is whole", what, have, offering)
+        return CheckpointNotFound(
+            what,
+            f"there is none: {have}, and {offering} ranks have some that others lack",
+            "train from the start, or from an earlier run's checkpoint; if a directory is missing "
+            "or was not mounted, end all ranks and bring it back first",
+        )
+    return InvalidArgument(
+        what,
+        f"the ranks see different ones: {have}, and {offering} ranks have some",
+        "check that every rank was given the same store, and that it is mounted everywhere",
     )
+
+
+def _shown(steps: list[int]) -> str:
+    few = ", ".join(map(str, steps[-_SHOWN_MAX:]))
+    more = len(steps) - _SHOWN_MAX
+    return f"steps {few}" if more <= 0 else f"{more} steps and {few}"
 
 
 def nothing_readable(store: str | os.PathLike[str], failed: dict[int, str]) -> CheckpointError:

@@ -101,7 +101,7 @@ def wait_for_uploads(native: _native.Manager) -> None:
 
 
 def _log_unseen(error: CheckpointError) -> None:
-    _logger.error("a save failed, and nobody looked at its error: %s", error)
+    _logger.error("a save or an upload failed, and nobody looked at its error: %s", error)
 
 
 def _close_locks_in_child() -> None:

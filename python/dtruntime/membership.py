@@ -25,9 +25,13 @@ from dtruntime.connecting import Security
 from dtruntime.errors import (
     BarrierTimeout,
     CheckpointError,
+    Conflict,
+    CoordinatorUnavailable,
     InvalidArgument,
     JobAborted,
     MembershipChanged,
+    Unauthenticated,
+    WorkerFenced,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +41,8 @@ _logger = logging.getLogger("dtruntime")
 
 _MEETING = _native.OPENING_BARRIER
 _REMINDER_SECONDS = 10.0
+_AGAIN_SECONDS = 1.0
+"""Between two looks for a coordinator, if the one that was found did not do."""
 
 
 class Place(NamedTuple):
@@ -200,25 +206,44 @@ def enter(
     place = Place(url or os.environ.get("COORDINATOR_URL") or "", job, None, rank, world_size)
     deadline = time.monotonic() + timeout
     with _reminding(place):
-        if not place.url:
-            found = _found_under_torchrun(place, timeout)
+        if place.url:
+            return _take_seat(place, store, security or Security(), deadline)
+        refused: tuple[str, CheckpointError] | None = None
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            found = _found_under_torchrun(place, left, timeout)
             if found is None:
                 return None
             url, security = found
-            place = place._replace(url=url)
-        coordinator = connecting.connect(
-            place.url, security or Security(), connecting.PATIENCE_SECONDS
-        )
-        place = place._replace(url=coordinator.url)
-        seat = Seat(join(place, coordinator, ("", 0, "")), store)
-        try:
-            _meet(seat, place, store.common, deadline)
-        except BaseException:
-            seat.leave()
-            raise
+            if refused is not None and refused[0] == url:
+                raise refused[1]
+            try:
+                return _take_seat(place._replace(url=url), store, security, deadline)
+            except _OF_A_RUN_BEFORE as error:
+                # Of a rank 0 that ends just now, if torchrun restarts its processes one by one.
+                if rank == 0 or time.monotonic() >= deadline:
+                    raise
+                if not isinstance(error, (CoordinatorUnavailable, Unauthenticated)):
+                    refused = (url, error)  # meant, unless another coordinator is named by then
+                _logger.info("looking for the coordinator again: %s", error)
+                time.sleep(_AGAIN_SECONDS)
+
+
+def _take_seat(place: Place, store: Store, security: Security, deadline: float) -> Seat:
+    """Register, and meet the others."""
+    coordinator = connecting.connect(place.url, security, connecting.PATIENCE_SECONDS)
+    place = place._replace(url=coordinator.url)
+    seat = Seat(join(place, coordinator, ("", 0, "")), store)
+    try:
+        _meet(seat, place, store.common, deadline)
+    except BaseException:
+        seat.leave()
+        raise
     return seat
 
 
+_OF_A_RUN_BEFORE = (CoordinatorUnavailable, Unauthenticated, Conflict, JobAborted, WorkerFenced)
+"""What a rank may hear from the coordinator of processes that are just being ended."""
 _HINT = "open the manager on every rank; where one rank saves, pass `rank=0, world_size=1`"
 
 
@@ -235,9 +260,9 @@ def _reminding(place: Place) -> Iterator[None]:
         reminder.cancel()
 
 
-def _found_under_torchrun(place: Place, timeout: float) -> tuple[str, Security] | None:
+def _found_under_torchrun(place: Place, left: float, timeout: float) -> tuple[str, Security] | None:
     try:
-        return embedded.find(place.rank, timeout)
+        return embedded.find(place.rank, left)
     except embedded.NotOpened:
         what = f"opening a store with {place.others}"
         why = f"rank 0, which hosts the coordinator, has not opened its manager within {timeout} s"

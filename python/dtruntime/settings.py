@@ -30,7 +30,7 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix in ("B", "iB")
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_ORDINAL = re.compile(r"(?:.*-)?(\d+)")
+_ORDINAL = re.compile(r"(?:.*\w-)?(\d+)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _S3 = "s3://"
 _COLLAPSED = re.compile(r"[sS]3:/[^/]")
@@ -301,6 +301,16 @@ def rank_and_world_size(
             "world_size", world_size if world_size is not None else environment.get("WORLD_SIZE", 1)
         ),
     )
+
+
+def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Give how many of the ranks that save are on this machine, as the launcher says.
+
+    >>> local_world_size(16, {"LOCAL_WORLD_SIZE": "8"}), local_world_size(1, {})
+    (8, 1)
+    """
+    said = environment.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(int(said), world_size)) if said.isdecimal() else 1
 
 
 def _ordinal(name: str, value: int | str) -> int:

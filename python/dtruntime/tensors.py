@@ -494,7 +494,7 @@ def import_torch(what: str) -> Any:
         import torch  # noqa: PLC0415  (users of numpy alone need no torch)
     except ImportError as error:
         raise UnsupportedFormat(
-            what, "torch is not installed", "install it: `pip install dtruntime[torch]`"
+            what, "torch is not installed", "install it: `pip install torch`"
         ) from error
     return torch
 

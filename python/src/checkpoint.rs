@@ -32,6 +32,10 @@ impl Checkpoint {
         Self { inner: Arc::new(inner), guard }
     }
 
+    pub(crate) fn inner(&self) -> &load::Checkpoint {
+        &self.inner
+    }
+
     fn what(&self) -> String {
         format!("reading `{}`", self.inner.shard_name())
     }

@@ -9,7 +9,7 @@ use dtr_cuda::Direction;
 use dtr_engine::config::{BestMode, Config};
 use dtr_engine::engine::Engine;
 use dtr_engine::load::VerifyObserver;
-use dtr_engine::ranks::Coordinated;
+use dtr_engine::ranks::{Agreed, Coordinated, Hindrance};
 use dtr_engine::recovery::StepState;
 use dtr_engine::save::{SaveRequest, share_of};
 use dtr_engine::store::PendingUpload;
@@ -29,6 +29,9 @@ use crate::tree;
 
 /// A step, what is wrong with it, and its attempt.
 type Candidate = (u64, Option<String>, Option<String>);
+
+/// A step, or `(rank, why, gave_up)` of one that is kept from loading, or how many ranks offered.
+type Agreement = (Option<u64>, Option<(u32, String, bool)>, u32);
 
 /// The engine, opened on one store.
 #[pyclass(frozen, module = "dtruntime._native")]
@@ -215,21 +218,22 @@ impl Manager {
     }
 
     /// Opens this rank's shard of a step, or that of the rank that is named: manifest and index are
-    /// read and checked. With `alone`, what other shards hold a part of cannot be read from it.
-    #[pyo3(signature = (step, rank=None, alone=false))]
-    fn checkpoint(
-        &self,
-        py: Python<'_>,
-        step: u64,
-        rank: Option<u32>,
-        alone: bool,
-    ) -> PyResult<Checkpoint> {
+    /// read and checked.
+    #[pyo3(signature = (step, rank=None))]
+    fn checkpoint(&self, py: Python<'_>, step: u64, rank: Option<u32>) -> PyResult<Checkpoint> {
         let checkpoint = self.guard.call(py, &format!("opening step {step}"), || match rank {
             None => self.engine.checkpoint(step),
-            Some(rank) if alone => self.engine.shard_of_rank(step, rank),
             Some(rank) => self.engine.checkpoint_of_rank(step, rank),
         })?;
         Ok(Checkpoint::new(checkpoint, self.guard.clone()))
+    }
+
+    /// Opens the shard of a rank of the same checkpoint as `own`: what other shards hold a part of
+    /// cannot be read from it.
+    fn shard_beside(&self, py: Python<'_>, own: &Checkpoint, rank: u32) -> PyResult<Checkpoint> {
+        let what = format!("opening what rank {rank} saved");
+        let open = || self.engine.shard_beside(own.inner(), rank);
+        Ok(Checkpoint::new(self.guard.call(py, &what, open)?, self.guard.clone()))
     }
 
     /// Reads and checks every chunk of every shard; the report is a dict.
@@ -263,22 +267,40 @@ impl Manager {
         self.guard.call(py, &what, || self.engine.decline(step, reason))
     }
 
-    /// Waits, at most so many seconds, until every rank has said which steps it can load; the
-    /// newest that all can, or None.
+    /// Waits, at most so many seconds, until every rank has said which steps it can load: `(step,
+    /// hindrance, offering)`. `step` is the newest that all can; without one, `hindrance` is
+    /// `(rank, why, gave_up)` of a rank that is kept from loading, or None, and so many ranks
+    /// offered any.
+    #[pyo3(signature = (steps, timeout_seconds, damage="", gives_up=""))]
     fn agree(
         &self,
         py: Python<'_>,
         steps: Vec<u64>,
         timeout_seconds: f64,
-    ) -> PyResult<Option<u64>> {
+        damage: &str,
+        gives_up: &str,
+    ) -> PyResult<Agreement> {
         let engine = Arc::clone(&self.engine);
         let timeout = timeout_of(Some(timeout_seconds)).unwrap_or_default();
-        self.guard.call_interruptibly(
+        let (damage, gives_up) = (damage.to_owned(), gives_up.to_owned());
+        let agreed = self.guard.call_interruptibly(
             py,
             "agreeing with all ranks on the step to load",
-            move || engine.agree(&steps, timeout),
+            move || {
+                let hindrance = match (gives_up.as_str(), damage.as_str()) {
+                    ("", "") => Hindrance::None,
+                    ("", damage) => Hindrance::Damage(damage),
+                    (gives_up, _) => Hindrance::GivesUp(gives_up),
+                };
+                engine.agree(&steps, hindrance, timeout)
+            },
             || (),
-        )
+        )?;
+        Ok(match agreed {
+            Agreed::Step(step) => (Some(step), None, 0),
+            Agreed::Nothing { offering } => (None, None, offering),
+            Agreed::Hindered { rank, why, gave_up } => (None, Some((rank, why, gave_up)), 0),
+        })
     }
 
     /// Waits for the save in flight, at most `timeout` seconds; true if none is left. Raises the
@@ -334,8 +356,8 @@ impl Manager {
         self.guard.wait(py, "waiting for uploads", timeout_of(timeout), wait)
     }
 
-    /// Finishes the save in flight and gives everything back. Raises the error of a save that
-    /// nobody looked at.
+    /// Finishes the save in flight and the uploads, and gives everything back. Raises the error of
+    /// a save that nobody looked at, else that of an upload that has failed.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         self.guard.call(py, "closing the store", || {
             let closed = self.engine.close();

@@ -184,3 +184,28 @@ fn a_full_store_is_noticed_before_anything_is_written() {
     );
     assert_eq!(engine.survey().unwrap().steps.len(), 0);
 }
+
+#[test]
+fn shards_beside_one_are_of_its_attempt_until_they_are_cleaned_away() {
+    let directory = scratch();
+    let engine = Engine::open(config(directory.path())).unwrap();
+    let (state, other) = (State::training(1, 0), State::training(2, 0));
+    state.save(&engine, 1).unwrap();
+    let own = engine.checkpoint(1).unwrap();
+    let mut request = other.request(1);
+    request.rewind = true;
+    finish(&engine.save(request).unwrap()).unwrap();
+    state.assert_equals(&engine.shard_beside(&own, 0).unwrap());
+    let error = engine.shard_beside(&own, 1).unwrap_err();
+    assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error}");
+    engine.gc(GcOptions { dry_run: false, grace: Some(Duration::ZERO) }).unwrap();
+    let error = engine.shard_beside(&own, 0).unwrap_err();
+    assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
+    assert!(error.to_string().contains("another attempt took its place"), "{error}");
+    // Of one that stands, it is damage.
+    let own = engine.checkpoint(1).unwrap();
+    let file = &own.manifest().shards[0].file;
+    std::fs::remove_file(directory.path().join("step-000000000001").join(file)).unwrap();
+    let error = engine.shard_beside(&own, 0).unwrap_err();
+    assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
+}

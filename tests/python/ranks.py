@@ -12,7 +12,7 @@ from support import script_environment, start_script
 if TYPE_CHECKING:
     from pathlib import Path
 
-_PREAMBLE = """
+PREAMBLE = """
 import os, sys, signal
 import torch
 from dtruntime import *
@@ -30,7 +30,7 @@ def start_rank(
 ) -> subprocess.Popen[str]:
     """Start one rank: `rank` and `store` are known to it, and all names of the package."""
     place = place_of(rank, world_size, url)
-    return start_script(_PREAMBLE + textwrap.dedent(source), store, environment=place)
+    return start_script(PREAMBLE + textwrap.dedent(source), store, environment=place)
 
 
 def run_ranks(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:

@@ -436,6 +436,16 @@ def test_unseen_error_is_raised_by_the_next_save(open_manager):
     assert manager.all_steps() == [1, 3]
 
 
+def test_a_step_whose_save_failed_is_due_again(open_manager):
+    manager = open_manager(compression="zstd", save_interval_steps=1)
+    handle = save_one_that_fails(manager)
+    assert not manager.should_save(1)
+    assert manager.should_save(2)
+    assert isinstance(handle.exception(), StorageError)
+    manager.save(state_of(2), step=2)
+    assert not manager.should_save(2)
+
+
 def test_unseen_error_is_raised_by_close(open_manager):
     manager = open_manager(compression="zstd")
     save_one_that_fails(manager)

@@ -177,6 +177,46 @@ def test_a_rank_that_restored_what_others_could_not_has_a_mixture(coordinator, t
     assert outputs == [changed, unchanged, changed]
 
 
+def test_a_rank_that_gives_up_is_named_on_all(coordinator, tmp_path):
+    store = tmp_path / "store"
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            manager.save(state_of(1), step=1)
+        with CheckpointManager(store) as manager:
+            try:
+                manager.load(keys=["no-such" if rank == 1 else "w"])
+            except (InvalidArgument, LoadAborted) as error:
+                print(type(error).__name__, "rank 1 gave up: loading" in error.why)
+            assert same(manager.load(), state_of(1))
+        """,
+        store,
+        coordinator.url,
+    )
+    others = "LoadAborted True\n"
+    assert outputs == [others, "InvalidArgument False\n", others]
+
+
+def test_ranks_that_see_different_checkpoints_in_one_store_are_told_so(coordinator, tmp_path):
+    store = tmp_path / "store"
+    outputs = run(
+        """
+        with CheckpointManager(store) as manager:
+            manager.save(state_of(1), step=1)
+        place = store if rank else store + "-not-mounted"
+        with CheckpointManager(place) as manager:
+            try:
+                manager.load()
+            except InvalidArgument as error:
+                print(error.why, "mounted everywhere" in error.hint)
+        """,
+        store,
+        coordinator.url,
+    )
+    few = "the ranks see different ones: this one has {}, and 2 ranks have some True\n"
+    assert outputs == [few.format("none"), *[few.format("steps 1")] * 2]
+
+
 def test_all_ranks_go_on_over_what_one_of_them_could_not_load(coordinator, tmp_path):
     store = tmp_path / "store"
     run(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +22,7 @@ from support import assert_same, run_script, script_environment, start_script
 from dtruntime import CheckpointManager, CheckpointNotFound, InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", Path(__file__).parents[2] / "target"))
 SERVER = TARGET / "release" / "examples" / "s3-server"
@@ -31,27 +34,34 @@ TOKEN = "session-token-55aa"  # noqa: S105
 pytestmark = pytest.mark.usefixtures("server")
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
-    """Start a server with an empty bucket, and point the usual chain at it."""
+@contextlib.contextmanager
+def serving(objects: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """Start a server with an empty bucket; give it, its URL and its owner's key."""
     assert SERVER.exists(), "build it: make everything"
     with subprocess.Popen(
-        [SERVER, tmp_path / "objects"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [SERVER, objects], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         url, bucket, key, secret = process.stdout.readline().split()
         assert (bucket, secret) == ("checkpoints", SECRET)
+        yield process, url, key
+        process.stdin.close()
+        process.wait(10)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
+    """Start a server with an empty bucket, and point the usual chain at it."""
+    with serving(tmp_path / "objects") as (process, url, key):
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             (tmp_path / name).touch()
             monkeypatch.setenv(name, str(tmp_path / name))
         yield process
-        process.stdin.close()
-        process.wait(10)
 
 
 STORE = "s3://checkpoints/runs/gpt"
@@ -213,6 +223,13 @@ manager = CheckpointManager(
 if action == "save":
     manager.save_async(state_of(1), step=1).result()
     os._exit(9)
+if action == "begin":
+    try:
+        manager.load()
+    except CheckpointNotFound as error:
+        print("begins:", error.why)
+    assert manager.should_save(1)
+    manager.save(state_of(1), step=1)
 loaded = manager.load()
 assert torch.equal(loaded["model"]["w"], state_of(1)["model"]["w"])
 assert loaded["rank"] == state_of(1)["rank"]
@@ -221,15 +238,17 @@ manager.close()
 """
 
 
-def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_path):
-    coordinator = CoordinatorProcess(tmp_path)
+@contextlib.contextmanager
+def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, str]]]]:
+    """Give what runs a rank on each of two machines: their exit statuses and outputs."""
+    coordinator = CoordinatorProcess(folder)
     coordinator.start()
 
     def run(action: str) -> list[tuple[int, str, str]]:
         environment = script_environment() | {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-c", ALIKE_SCRIPT, tmp_path / f"machine-{rank}", action],
+                [sys.executable, "-c", ALIKE_SCRIPT, folder / f"machine-{rank}", action],
                 env=environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -241,6 +260,13 @@ def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_
         return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
 
     try:
+        yield run
+    finally:
+        coordinator.end()
+
+
+def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_path):
+    with two_machines(tmp_path) as run:
         assert [code for code, _, _ in run("save")] == [9, 9]
         with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
             assert far.all_steps() == []
@@ -249,8 +275,90 @@ def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_
         # A job of another size finds what all held alike.
         with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
             assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
+
+
+class Relay:
+    """A way to a port of this machine, until it is cut."""
+
+    def __init__(self, port: int) -> None:
+        self._far_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._ends = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._far_port))
+                self._ends += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while received := source.recv(1 << 16):
+                sink.sendall(received)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+AWAY_SCRIPT = """
+import sys
+from dtruntime import *
+patience = {"attempts": 1, "connect_timeout_ms": 1000}
+with CheckpointManager("s3://checkpoints/runs/away", s3=patience) as manager:
+    manager.save({"a": 1}, step=1)
+    print("saved", flush=True)
+    sys.stdin.readline()
+    try:
+        manager.load()
+    except (LoadAborted, Unavailable) as error:
+        print(type(error).__name__, "rank 1 gave up" in error.why)
+"""
+
+
+def test_a_rank_whose_network_fails_is_named_on_the_others(tmp_path):
+    coordinator = CoordinatorProcess(tmp_path)
+    coordinator.start()
+    relay = Relay(int(os.environ["AWS_ENDPOINT_URL_S3"].rsplit(":", 1)[1]))
+    environment = {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
+    ways = [{"RANK": "0"}, {"RANK": "1", "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{relay.port}"}]
+    ranks = [start_script(AWAY_SCRIPT, environment=environment | way) for way in ways]
+    try:
+        said = [rank.stdout.readline() for rank in ranks]
+        assert said == ["saved\n"] * 2, "".join(rank.communicate()[1] for rank in ranks)
+        relay.cut()
+        for rank in ranks:
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
+        ended = [rank.communicate(timeout=120) for rank in ranks]
+        outputs = [out for out, _ in ended]
+        assert outputs == ["LoadAborted True\n", "Unavailable False\n"], ended
     finally:
+        relay.cut()
         coordinator.end()
+
+
+def test_a_machine_that_is_lost_before_the_first_upload_has_all_begin_anew(tmp_path):
+    with two_machines(tmp_path) as run:
+        assert [code for code, _, _ in run("save")] == [9, 9]
+        shutil.rmtree(tmp_path / "machine-1")
+        found = run("begin")
+        assert [code for code, _, _ in found] == [0, 0], found
+        have = ("this one has steps 1", "this one has none")
+        for (_, out, _), said in zip(found, have, strict=True):
+            why = f"there is none: {said}, and 1 ranks have some that others lack"
+            assert out == f"begins: {why}\n1\n"
+        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+            assert far.all_steps() == [1]
+            assert far.verify().ok
 
 
 UPLOADING_SCRIPT = """
@@ -295,6 +403,10 @@ def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path
     server.wait(10)
     handle = manager.save_async({"a": 1}, step=1)
     assert handle.result().step == 1
+    with pytest.raises(
+        Unavailable, match="uploading step 1 to `s3://checkpoints/runs/gpt`: reading"
+    ):
+        manager.close()
     manager.close()
     assert isinstance(handle.uploaded.exception(10), Unavailable)
     with CheckpointManager(tmp_path / "near", read_only=True) as reader:
@@ -473,6 +585,13 @@ def test_the_tool_takes_stores_in_s3(tmp_path):
     tool("copy", tmp_path / "mirror", "s3://checkpoints/runs/mirror", "--step", 2)
     with CheckpointManager("s3://checkpoints/runs/mirror", read_only=True) as mirror:
         assert_same(mirror.load(), state_of(2))
+    with serving(tmp_path / "elsewhere") as (_, url, _):
+        with CheckpointManager(STORE, s3={"endpoint_url": url}) as other:
+            assert other.all_steps() == []
+        tool("copy", STORE, STORE, "--to-endpoint-url", url)
+        with CheckpointManager(STORE, s3={"endpoint_url": url}, read_only=True) as other:
+            assert other.all_steps() == [2]
+            assert_same(other.load(), state_of(2))
     refused = subprocess.run(
         [TOOL, "ls", "s3://no-such-bucket/x"], capture_output=True, text=True, check=False
     )

@@ -84,20 +84,17 @@ class Training:
 
     def __init__(self) -> None:
         model = torch.nn.Linear(1, 1)
-        optimizer = torch.optim.SGD(model.parameters())
-        self.scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        self.names = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler}
+        torch.nn.init.zeros_(model.bias)  # counts the steps that the weights have seen
+        self.names = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
         self.steps: list[int] = []
 
     def run(self, *, stopped_at: int | None = None) -> None:
-        def train_step(
-            _model: object, optimizer: torch.optim.Optimizer, _scheduler: object
-        ) -> None:
-            self.steps.append(self.scheduler.last_epoch + 1)
+        def train_step(model: torch.nn.Linear, _optimizer: object) -> None:
+            self.steps.append(int(model.bias) + 1)
             if self.steps[-1] == stopped_at:
                 raise KeyboardInterrupt
-            optimizer.step()
-            self.scheduler.step()
+            with torch.no_grad():
+                model.bias.add_(1)
 
         run("README.md", self.names | {"train_step": train_step})
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use dtr_engine::ranks::{Agreed, Hindrance};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::world::{Rank, World, save_all, state_of, together};
@@ -15,8 +16,9 @@ fn load(rank: &Rank) -> Result<u64> {
     loop {
         let mut offered = rank.engine.steps()?;
         offered.retain(|step| !failed.contains(step));
-        let agreed = rank.engine.agree(&offered, LONG)?;
-        let step = agreed.expect("there is a common step");
+        let Agreed::Step(step) = rank.engine.agree(&offered, Hindrance::None, LONG)? else {
+            panic!("there is a common step");
+        };
         if done == Some(step) {
             return Ok(step);
         }
@@ -57,18 +59,46 @@ fn ranks_that_see_different_steps_load_the_newest_common_one() {
     let world = World::new(2);
     let ranks = world.ranks();
     let steps: [&[u64]; 2] = [&[5, 10, 15], &[5, 10]];
-    let agreed = together(&ranks, |rank| rank.engine.agree(steps[rank.number as usize], LONG));
-    assert!(agreed.into_iter().all(|step| step.unwrap() == Some(10)));
-    let steps: [&[u64]; 2] = [&[5], &[10]];
-    let agreed = together(&ranks, |rank| rank.engine.agree(steps[rank.number as usize], LONG));
-    assert!(agreed.into_iter().all(|step| step.unwrap().is_none()));
+    let agree = |rank: &Rank| rank.engine.agree(steps[rank.number as usize], Hindrance::None, LONG);
+    let agreed = together(&ranks, agree);
+    assert!(agreed.into_iter().all(|agreed| agreed.unwrap() == Agreed::Step(10)));
+}
+
+#[test]
+fn ranks_without_a_common_step_are_told_the_same() {
+    let world = World::new(3);
+    let ranks = world.ranks();
+    let told = |offers: [(&[u64], Hindrance<'static>); 3]| {
+        let agree = |rank: &Rank| {
+            let (steps, hindrance) = offers[rank.number as usize];
+            rank.engine.agree(steps, hindrance, LONG)
+        };
+        let mut told: Vec<Agreed> =
+            together(&ranks, agree).into_iter().collect::<Result<_>>().unwrap();
+        told.dedup();
+        assert_eq!(told.len(), 1, "{told:?}");
+        told.remove(0)
+    };
+    let nothing = (&[][..], Hindrance::None);
+    assert_eq!(told([nothing; 3]), Agreed::Nothing { offering: 0 });
+    let some = [nothing, (&[5], Hindrance::None), (&[5, 10], Hindrance::None)];
+    assert_eq!(told(some), Agreed::Nothing { offering: 2 });
+    let damaged = [(&[5][..], Hindrance::None), (&[], Hindrance::Damage("step 5: a bit")), some[2]];
+    let hindered = |rank, why: &str, gave_up| Agreed::Hindered { rank, why: why.into(), gave_up };
+    assert_eq!(told(damaged), hindered(1, "step 5: a bit", false));
+    let away = [damaged[0], damaged[1], (&[][..], Hindrance::GivesUp("the bucket is away"))];
+    assert_eq!(told(away), hindered(2, "the bucket is away", true));
+    // What is wrong counts only where no step is left.
+    let enough = [(&[5][..], Hindrance::None), (&[5], Hindrance::Damage("step 9: a bit")), some[1]];
+    assert_eq!(told(enough), Agreed::Step(5));
 }
 
 #[test]
 fn who_does_not_come_is_named() {
     let world = World::new(2);
     let ranks = world.ranks();
-    let error = ranks[0].engine.agree(&[1], Duration::from_millis(200)).unwrap_err().to_string();
+    let agreed = ranks[0].engine.agree(&[1], Hindrance::None, Duration::from_millis(200));
+    let error = agreed.unwrap_err().to_string();
     assert!(error.contains("rank 1 (`worker-1`)"), "{error}");
 }
 

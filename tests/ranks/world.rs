@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator::embedded::Embedded;
-use dtr_engine::ranks::{Attempt, Begun, Coordinated, Outcome, Ranks, Report};
+use dtr_engine::ranks::{Agreed, Attempt, Begun, Coordinated, Hindrance, Outcome, Ranks, Report};
 use dtr_engine::save::SaveInfo;
 use dtr_engine::{Config, Engine, EngineError, Result};
 use dtr_proto::client::{Connection, Options, Registration, Worker};
@@ -78,8 +78,13 @@ impl<B: Between> Ranks for Beyond<B> {
         self.ranks.abort(attempt, reason, is_unpublished)
     }
 
-    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
-        self.ranks.agree(offered, timeout)
+    fn agree(
+        &self,
+        offered: &[Attempt],
+        hindrance: Hindrance<'_>,
+        timeout: Duration,
+    ) -> Result<Agreed> {
+        self.ranks.agree(offered, hindrance, timeout)
     }
 }
 

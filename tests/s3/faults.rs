@@ -174,36 +174,49 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
     }
 }
 
-/// Saves a step in a store of its own; gives the store, the first request of the save, the one
-/// after its last, and whether it succeeded.
-fn save_through(place: &Place, plan: Plan) -> (Config, std::ops::Range<u64>, bool) {
+/// What became of [`save_through`].
+struct Saved {
+    store: Config,
+    /// From the first request of the save to the one after its last.
+    requests: std::ops::Range<u64>,
+    is_saved: bool,
+    /// What is on its way arrives for as long as this is there.
+    _proxy: Proxy,
+}
+
+/// Saves a step in a store of its own.
+fn save_through(place: &Place, plan: Plan) -> Saved {
     let store = place.config();
     let proxy = Proxy::start(place.address(), plan);
     let (key, secret) = owner();
     let engine = try_open(through(&proxy, &store), (&key, &secret)).unwrap();
     let first = proxy.requests();
     let is_saved = state_of(1).save(&engine, 1).is_ok();
-    (store, first..proxy.requests(), is_saved)
+    Saved { store, requests: first..proxy.requests(), is_saved, _proxy: proxy }
 }
+
+/// When a request that is late takes effect: its writer, which asks again for a second and for
+/// three times, has given up by then, also on a busy machine.
+const LATE: Duration = Duration::from_secs(6);
 
 /// The answer that tells of a failure may be to the second attempt, and the first one still on its
 /// way.
 #[test]
 fn a_manifest_that_lands_after_its_writer_gave_up_has_its_shard() {
     let place = Place::new();
-    let (_, requests, _) = save_through(&place, Arc::new(|_| Fault::None));
+    let requests = save_through(&place, Arc::new(|_| Fault::None)).requests;
     let hit = |request: u64| {
         let plan = move |asked: u64| match asked.checked_sub(request) {
-            Some(0) => Fault::AppliedLate,
+            Some(0) => Fault::AppliedLate(LATE.as_secs()),
             Some(1) => Fault::Answer(409, "ConditionalRequestConflict"),
             Some(2..5) => Fault::Answer(503, "SlowDown"),
             _ => Fault::None,
         };
-        let (store, _, is_saved) = save_through(&place, Arc::new(plan));
+        let Saved { store, is_saved, _proxy, .. } = save_through(&place, Arc::new(plan));
         let reader = open(Config { read_only: true, ..store.clone() });
         let start = Instant::now();
         let is_visible = || !reader.survey().unwrap().committed_steps().is_empty();
-        while !is_visible() && start.elapsed() < Duration::from_secs(4) {
+        while !is_visible() && start.elapsed() < 2 * LATE {
             std::thread::sleep(Duration::from_millis(50));
         }
         let saved = if is_saved { vec![1] } else { Vec::new() };

@@ -35,8 +35,9 @@ pub(crate) enum Fault {
     Late,
     /// An answer that says 200 first, and an error in its body; for those that complete an upload.
     ErrorIn200,
-    /// The request takes effect, but later than anybody waits for its answer.
-    AppliedLate,
+    /// The connection breaks after a second, and the request takes effect so many seconds after it
+    /// came.
+    AppliedLate(u64),
 }
 
 /// Every fault.
@@ -56,7 +57,7 @@ pub(crate) const FAULTS: [Fault; 17] = [
     Fault::Slow,
     Fault::Late,
     Fault::ErrorIn200,
-    Fault::AppliedLate,
+    Fault::AppliedLate(2),
     Fault::None,
 ];
 
@@ -137,10 +138,10 @@ async fn relay(
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 return Ok(());
             }
-            Fault::AppliedLate => {
+            Fault::AppliedLate(seconds) => {
                 let (text, body) = (head.text.clone(), body);
                 tokio::spawn(async move {
-                    tokio::time::sleep(Duration::from_secs(2)).await;
+                    tokio::time::sleep(Duration::from_secs(seconds)).await;
                     let _late = forward(server, &text, &body).await;
                 });
                 tokio::time::sleep(Duration::from_secs(1)).await;

@@ -8,11 +8,13 @@ use std::time::{Duration, SystemTime};
 use dtr_engine::config::BestMode;
 use dtr_engine::engine::GcOptions;
 use dtr_engine::error::CoordinationKind;
-use dtr_engine::ranks::{Ranks, Report};
+use dtr_engine::ranks::{Agreed, Hindrance, Ranks, Report};
 use dtr_engine::save::{SaveInfo, SaveRequest};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
+use crate::faults::through;
 use crate::place::{Place, open, open_among};
+use crate::proxy::{Fault, Proxy};
 use crate::support::finish;
 use crate::world::{Between, Beyond, Call, Rank, World, is_aborted, save_all, state_of, together};
 
@@ -95,14 +97,20 @@ fn uploaded(ranks: &[Rank], step: u64) {
 }
 
 fn agreed(ranks: &[Rank]) -> Vec<Option<u64>> {
-    let agree = |rank: &Rank| match rank.engine.agree(&rank.engine.steps()?, LONG) {
+    let offer = |rank: &Rank| rank.engine.agree(&rank.engine.steps()?, Hindrance::None, LONG);
+    let agree = |rank: &Rank| match offer(rank) {
         // Others took the place of workers that were dropped without a word.
         Err(EngineError::Coordination { kind: CoordinationKind::MembershipChanged, .. }) => {
-            rank.engine.agree(&rank.engine.steps()?, LONG)
+            offer(rank)
         }
         agreed => agreed,
     };
-    together(ranks, agree).into_iter().map(Result::unwrap).collect()
+    let step = |agreed: Result<Agreed>| match agreed.unwrap() {
+        Agreed::Step(step) => Some(step),
+        Agreed::Nothing { .. } => None,
+        hindered @ Agreed::Hindered { .. } => panic!("nothing is wrong: {hindered:?}"),
+    };
+    together(ranks, agree).into_iter().map(step).collect()
 }
 
 /// Saves `step` with another state than it was saved with before.
@@ -165,6 +173,33 @@ fn every_rank_commits_in_its_own_directory_and_one_checkpoint_arrives_in_s3() {
 }
 
 #[test]
+fn shards_of_other_ranks_are_opened_without_looking_at_the_store_again() {
+    let place = Place::new();
+    let cluster = Cluster::new(&place, 3, Machines::OneForAll);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 2);
+    uploaded(&ranks, 2);
+    let proxy = Proxy::start(place.address(), Arc::new(|_| Fault::None));
+    let mut far = through(&proxy, &cluster.far);
+    // Nothing comes late here, but from a service that is busy itself.
+    far.s3.request_timeout_ms = 60_000;
+    let far = open(Config { read_only: true, ..far });
+    // The survey knows from then on what does not change.
+    far.checkpoint_of_rank(2, 0).unwrap();
+    let before = proxy.requests();
+    let own = far.checkpoint_of_rank(2, 0).unwrap();
+    let named = proxy.requests() - before;
+    for rank in [1, 2] {
+        let before = proxy.requests();
+        let beside = far.shard_beside(&own, rank).unwrap();
+        let requests = proxy.requests() - before;
+        // Neither a listing nor the manifest.
+        assert!(requests + 2 <= named, "rank {rank}: {requests} and {named}");
+        state_of(rank, 2).assert_equals(&beside);
+    }
+}
+
+#[test]
 fn a_new_machine_reads_from_s3_what_the_old_one_had() {
     let place = Place::new();
     let cluster = Cluster::new(&place, 2, Machines::OneEach);
@@ -206,6 +241,37 @@ fn a_rank_that_cannot_publish_leaves_no_checkpoint_on_any() {
     save_all(&ranks, 3);
     uploaded(&ranks, 3);
     assert_eq!(cluster.far().steps().unwrap(), [1, 3]);
+}
+
+#[test]
+fn where_no_step_is_whole_ranks_begin_anew_over_what_one_of_them_has() {
+    let place = Place::new();
+    let mut cluster = Cluster::new(&place, 2, Machines::OneEach);
+    // Nothing gets anywhere.
+    cluster.remote_bytes_per_second = Some(1);
+    let ranks = cluster.ranks();
+    save_all(&ranks, 10);
+    drop(ranks);
+    std::fs::remove_dir_all(cluster.directory(1)).unwrap();
+    cluster.remote_bytes_per_second = None;
+    let ranks = cluster.ranks();
+    assert_eq!(ranks[0].engine.steps().unwrap(), [10]);
+    assert_eq!(agreed(&ranks), [None, None]);
+    for step in [5, 10, 15] {
+        let infos: Vec<_> = together(&ranks, |rank| save_anew(rank, step, false))
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
+        uploaded(&ranks, step);
+        let far = cluster.far();
+        assert_eq!(far.manifest(step).unwrap().attempt, infos[0].attempt);
+        for rank in &ranks {
+            let there = far.checkpoint_of_rank(step, rank.number).unwrap();
+            state_of(rank.number, step + 500).assert_equals(&there);
+        }
+    }
+    assert_eq!(cluster.far().steps().unwrap(), [5, 10, 15]);
+    assert!(ranks.iter().all(|rank| rank.engine.steps().unwrap() == [5, 10, 15]));
 }
 
 #[test]

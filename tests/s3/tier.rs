@@ -463,6 +463,9 @@ fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
     engine.drain(None).unwrap();
     let failed = engine.uploaded(1, None).unwrap().unwrap().unwrap_err();
     assert!(failed.to_string().contains("AccessDenied"), "{failed}");
+    let left = engine.close().unwrap_err().to_string();
+    assert!(left.starts_with("uploading step 2 to"), "{left}");
+    assert!(left.contains("AccessDenied"), "{left}");
     engine.close().unwrap();
     place.rules().refuses_writes.store(false, Ordering::Relaxed);
     open(near).close().unwrap();

@@ -10,6 +10,18 @@ use dtr_engine::{Config, Engine, EngineError};
 use crate::place::{PART_BYTES, Place, open};
 use crate::support::{State, config, scratch};
 
+/// Counts what is sent.
+#[derive(Default)]
+struct Sent(AtomicU64);
+
+impl VerifyObserver for Sent {
+    fn advanced(&self, _stored_bytes: u64) {}
+
+    fn sent(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
 /// Cancels once so many bytes were passed on.
 struct Until(u64, AtomicU64);
 
@@ -69,8 +81,12 @@ fn a_copy_that_broke_off_is_resumed_and_sends_no_part_twice() {
     assert_eq!(place.unfinished(), 1);
     let remote = open(store);
     assert!(remote.steps().unwrap().is_empty());
-    let copied = local.copy_to(&remote, 1, Overwrite::No, &()).unwrap();
+    let sent = Sent::default();
+    let copied = local.copy_to(&remote, 1, Overwrite::No, &sent).unwrap();
     assert_eq!(copied.parts, info.stored_bytes.div_ceil(PART_BYTES));
+    // A limit of the rate counts what goes, not what was there.
+    let resumed_bytes = copied.resumed_parts * PART_BYTES;
+    assert_eq!(sent.0.into_inner(), info.stored_bytes - resumed_bytes);
     // Those that were under way when it broke off may or may not have arrived.
     assert!((1..=3).contains(&copied.resumed_parts), "{copied:?}");
     assert_eq!(place.unfinished(), 0);

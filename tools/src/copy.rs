@@ -13,7 +13,7 @@ use dtr_engine::{Engine, EngineError};
 use serde::Serialize;
 
 use crate::console::{Failure, Outcome, Verdict, write_json};
-use crate::opened::{StoreArgument, chosen_steps};
+use crate::opened::{OtherS3Arguments, StoreArgument, chosen_steps};
 use crate::progress::Bar;
 use crate::text;
 
@@ -35,6 +35,8 @@ pub(crate) struct Options {
     /// The other store, created if need be.
     #[arg(value_name = "DESTINATION")]
     destination: PathBuf,
+    #[command(flatten)]
+    to: OtherS3Arguments,
     /// The step to copy [default: the newest]
     #[arg(long, value_name = "N", conflicts_with = "all", allow_negative_numbers = true)]
     step: Option<u64>,
@@ -64,7 +66,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let survey = source.survey()?;
     let chosen = chosen_steps(&survey, options.step, options.all, "copying from", &options.store);
     let steps = chosen?;
-    let destination = options.store.open_other(&options.destination)?;
+    let destination = options.store.open_other(&options.destination, &options.to)?;
     let stored_bytes = |step: &u64| survey.step(*step).map_or(0, |step| step.bytes);
     let bar = Bar::new(steps.iter().map(stored_bytes).sum(), "copying");
     let mut copied = Vec::new();

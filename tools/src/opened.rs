@@ -38,6 +38,20 @@ pub(crate) struct S3Arguments {
     profile: Option<String>,
 }
 
+/// How the other one of two stores in S3 is reached, where that differs.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct OtherS3Arguments {
+    /// Service of the destination [default: the source's]
+    #[arg(long, value_name = "URL")]
+    to_endpoint_url: Option<String>,
+    /// Region of the destination's bucket [default: the source's]
+    #[arg(long, value_name = "NAME")]
+    to_region: Option<String>,
+    /// Profile for the destination [default: the source's]
+    #[arg(long, value_name = "NAME")]
+    to_profile: Option<String>,
+}
+
 impl S3Arguments {
     /// As the engine takes them.
     pub(crate) fn settings(&self) -> S3Settings {
@@ -73,9 +87,17 @@ impl StoreArgument {
         Config { io_backend: IoBackend::Auto, s3, ..Config::new(&self.path) }
     }
 
-    /// Opens another store as its one writer, created if need be, reached as this one is.
-    pub(crate) fn open_other(&self, path: &Path) -> Result<Engine> {
-        Engine::open(Config { s3: self.s3.settings(), ..Config::new(path) })
+    /// Opens another store as its one writer, created if need be; reached as this one is, but for
+    /// what `other` says.
+    pub(crate) fn open_other(&self, path: &Path, other: &OtherS3Arguments) -> Result<Engine> {
+        let S3Settings { endpoint_url, region, profile, .. } = self.s3.settings();
+        let s3 = S3Settings {
+            endpoint_url: other.to_endpoint_url.clone().or(endpoint_url),
+            region: other.to_region.clone().or(region),
+            profile: other.to_profile.clone().or(profile),
+            ..S3Settings::default()
+        };
+        Engine::open(Config { s3, ..Config::new(path) })
     }
 
     /// How stores in S3 are reached.

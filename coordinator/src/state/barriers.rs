@@ -27,6 +27,8 @@ const MISSING_NAMED_MAX: usize = 64;
 const STRAGGLERS_AFTER_MS: [u64; 2] = [10_000, 60_000];
 /// Steps that one rank may offer.
 const STEPS_MAX: usize = 100_000;
+/// What a rank may say of what keeps it from loading.
+const HINDRANCE_CHARACTERS_MAX: usize = 1_000;
 /// The barrier that ranks agree on a step at; no name that users give has a line break.
 const AGREEMENT: &str = "\nstep";
 
@@ -56,8 +58,58 @@ struct Arrival {
     offer: Option<Offer>,
 }
 
-/// Steps that a rank can load, each with its attempt.
-type Offer = BTreeMap<u64, String>;
+/// What a rank can load.
+#[derive(Debug)]
+struct Offer {
+    /// By step, the attempt.
+    steps: BTreeMap<u64, String>,
+    /// What keeps it from more; empty if nothing does.
+    hindrance: String,
+    gives_up: bool,
+}
+
+/// What came of the offers of all ranks.
+#[derive(Clone, Debug, Default)]
+struct Agreement {
+    step: Option<u64>,
+    hindrance: Option<v1::Hindrance>,
+    offering: u32,
+}
+
+impl Agreement {
+    fn of(arrivals: &BTreeMap<u32, Arrival>) -> Self {
+        let offers: Vec<(u32, &Offer)> = arrivals
+            .iter()
+            .filter_map(|(rank, arrival)| Some((*rank, arrival.offer.as_ref()?)))
+            .collect();
+        let step = newest_common(&offers);
+        let hindrance = if step.is_none() { worst_hindrance(&offers) } else { None };
+        let offering = offers.iter().filter(|(_, offer)| !offer.steps.is_empty()).count();
+        Self { step, hindrance, offering: u32::try_from(offering).unwrap_or(u32::MAX) }
+    }
+
+    fn recorded(record: &v1::BarrierRecord) -> Self {
+        let v1::BarrierRecord { agreed_step: step, hindrance, offering, .. } = record.clone();
+        Self { step, hindrance, offering }
+    }
+}
+
+/// The newest step of which all of them offer the same attempt.
+fn newest_common(offers: &[(u32, &Offer)]) -> Option<u64> {
+    let ((_, first), rest) = offers.split_first()?;
+    let is_common = |(step, attempt): &(&u64, &String)| {
+        rest.iter().all(|(_, offer)| offer.steps.get(step) == Some(*attempt))
+    };
+    first.steps.iter().rev().find(is_common).map(|(step, _)| *step)
+}
+
+/// What keeps the first rank from loading that gives up, else the first that anything keeps.
+fn worst_hindrance(offers: &[(u32, &Offer)]) -> Option<v1::Hindrance> {
+    let hindered = offers.iter().filter(|(_, offer)| !offer.hindrance.is_empty());
+    let (rank, offer) = hindered.min_by_key(|(rank, offer)| (!offer.gives_up, *rank))?;
+    let (why, gave_up) = (offer.hindrance.clone(), offer.gives_up);
+    Some(v1::Hindrance { rank: *rank, why, gave_up })
+}
 
 /// One rank's call.
 struct Call<'a> {
@@ -106,7 +158,7 @@ impl Barrier {
         let arrived = record.arrivals.get(usize::try_from(rank).ok()?)?;
         (*arrived == key).then_some(Ended {
             outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
-            step: record.agreed_step,
+            agreement: Agreement::recorded(record),
         })
     }
 
@@ -129,11 +181,14 @@ impl Barrier {
     fn release(&mut self, order: u64) -> (&v1::BarrierRecord, BTreeMap<u32, Arrival>) {
         let waiting = std::mem::take(&mut self.waiting);
         let generation = self.record.as_ref().map_or(0, |record| record.generation + 1);
+        let Agreement { step, hindrance, offering } = Agreement::of(&waiting);
         let record = v1::BarrierRecord {
             generation,
             arrivals: waiting.values().map(|arrival| arrival.key).collect(),
-            agreed_step: newest_common(waiting.values()),
+            agreed_step: step,
             order,
+            hindrance,
+            offering,
         };
         (self.record.insert(record), waiting)
     }
@@ -143,33 +198,24 @@ impl Barrier {
 #[derive(Clone)]
 struct Ended {
     outcome: Outcome,
-    step: Option<u64>,
+    agreement: Agreement,
 }
 
 impl Ended {
     fn of(outcome: Outcome) -> Self {
-        Self { outcome, step: None }
+        Self { outcome, agreement: Agreement::default() }
     }
 
     fn reply(self, name: &str) -> Reply {
         let waited = v1::WaitBarrierReply { outcome: Some(self.outcome) };
         if name == AGREEMENT {
-            Reply::AgreeStep(v1::AgreeStepReply { waited: Some(waited), step: self.step })
+            let Agreement { step, hindrance, offering } = self.agreement;
+            let waited = Some(waited);
+            Reply::AgreeStep(v1::AgreeStepReply { waited, step, hindrance, offering })
         } else {
             Reply::Barrier(waited)
         }
     }
-}
-
-/// The newest step of which all of them offer the same attempt.
-fn newest_common<'a>(arrivals: impl Iterator<Item = &'a Arrival>) -> Option<u64> {
-    let mut offers = arrivals.filter_map(|arrival| arrival.offer.as_ref());
-    let first = offers.next()?;
-    let rest: Vec<_> = offers.collect();
-    let is_common = |(step, attempt): &(&u64, &String)| {
-        rest.iter().all(|offer| offer.get(step) == Some(*attempt))
-    };
-    first.iter().rev().find(is_common).map(|(step, _)| *step)
 }
 
 impl Job {
@@ -213,13 +259,18 @@ impl Job {
             ));
         }
         let attempts = attempts.into_iter().chain(std::iter::repeat(String::new()));
+        let offer = Offer {
+            steps: steps.into_iter().zip(attempts).collect(),
+            hindrance: request.hindrance.chars().take(HINDRANCE_CHARACTERS_MAX).collect(),
+            gives_up: request.gives_up,
+        };
         let call = Call {
             identity: request.identity.as_ref(),
             name: AGREEMENT,
             key: request.arrival,
             timeout_ms: request.timeout_ms,
             alike: "",
-            offer: Some(steps.into_iter().zip(attempts).collect()),
+            offer: Some(offer),
         };
         self.arrive(scene, ticket, call)
     }
@@ -305,7 +356,7 @@ impl Job {
         let (record, waiting) = barrier.release(self.releases);
         let ended = Ended {
             outcome: Outcome::Released(v1::BarrierReleased { generation: record.generation }),
-            step: record.agreed_step,
+            agreement: Agreement::recorded(record),
         };
         let key = Key::Barrier { job: self.name.clone(), name: name.to_owned() };
         scene.effects.changes.push(Change::put(key, record));

@@ -99,14 +99,16 @@ pub struct Config {
     /// Number of ranks that save together. Default 1; more need a coordinator to write, and a store
     /// that all of them reach.
     pub world_size: u32,
+    /// Number of these ranks on this machine: they share its memory and its cores. Default 1.
+    pub local_world_size: u32,
     /// Never creates, writes, locks or deletes anything. Default false.
     pub read_only: bool,
     /// How chunks are encoded. Default `auto`.
     pub compression: Compression,
     /// Bytes of a chunk. Default 4 MiB; a power of two from 64 KiB to 64 MiB.
     pub chunk_bytes: u32,
-    /// Bytes of the staging arena. Default: the state's size, at most a quarter of the machine's
-    /// memory; at least four chunks.
+    /// Bytes of the staging arena. Default: the state's size, at most this rank's part of a quarter
+    /// of the machine's memory; at least four chunks.
     pub staging_bytes: Option<u64>,
     /// Whether the page cache is bypassed. Default `auto`.
     pub direct_io: DirectIo,
@@ -114,7 +116,7 @@ pub struct Config {
     pub io_backend: IoBackend,
     /// Bytes in flight to the device. Default 32 MiB; at least one chunk, at most 1 GiB.
     pub in_flight_bytes: u64,
-    /// Threads that checksum and encode. Default: one per core, at most 16.
+    /// Threads that checksum and encode. Default: this rank's part of one per core, at most 16.
     pub workers: Option<u32>,
     /// Newest checkpoints to keep. Default: all. At least 1.
     pub keep_last_n: Option<u32>,
@@ -150,6 +152,7 @@ impl Default for Config {
             job: "default".into(),
             rank: 0,
             world_size: 1,
+            local_world_size: 1,
             read_only: false,
             compression: Compression::Auto,
             chunk_bytes: CHUNK_BYTES_DEFAULT,
@@ -250,6 +253,13 @@ impl Config {
                 format!("setting `job`, {} bytes long", self.job.len()),
                 "a job name has 1 to 255 bytes",
                 "choose a short name for the training run",
+            ));
+        }
+        if !(1..=self.world_size.max(1)).contains(&self.local_world_size) {
+            return Err(EngineError::invalid(
+                format!("setting `local_world_size` = {}", self.local_world_size),
+                format!("of {} ranks, 1 to all are on one machine", self.world_size),
+                "leave it to the launcher, which sets LOCAL_WORLD_SIZE",
             ));
         }
         if self.world_size == 0 || self.rank >= self.world_size {

@@ -16,7 +16,7 @@ use crate::format::FormatError;
 use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::io::buffer::BufferPool;
-use crate::ranks::{Attempt, Ranks};
+use crate::ranks::{Agreed, Attempt, Ranks};
 use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
 use crate::retention::{self, Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
@@ -70,8 +70,8 @@ struct Book {
     verified: Option<u64>,
     /// What this rank had when steps were last offered to other ranks, by step.
     offered: BTreeMap<u64, Option<AttemptId>>,
-    /// The step that all agreed on, and what of that is later: other ranks do not have it, or could
-    /// not load it.
+    /// The first step after the one that all agreed on, and what of that is not before it: other
+    /// ranks do not have it, or could not load it.
     not_common: Option<(u64, BTreeMap<u64, Option<AttemptId>>)>,
 }
 
@@ -92,7 +92,7 @@ impl Core {
     ) -> Result<Self> {
         let chunk_bytes = config.chunk_bytes as usize;
         let in_flight = usize::try_from(config.in_flight_bytes).unwrap_or(usize::MAX) / chunk_bytes;
-        let workers = super::memory::worker_count(config.workers);
+        let workers = super::memory::worker_count(&config);
         let encodes = !config.read_only && config.compression.fixed_codec() != Some(Codec::None);
         // In flight, and one being filled by each worker.
         let buffers = if encodes { in_flight + workers } else { 1 };
@@ -253,22 +253,27 @@ impl Core {
         Ok(steps.iter().map(offer).collect())
     }
 
-    /// All ranks agreed to load `step`: what this one alone has of later ones is no checkpoint.
-    pub(super) fn note_agreed(&self, step: Option<u64>) {
+    /// What this rank alone has after the step that all agreed to load is no checkpoint, and none
+    /// of what it has is where they have none in common. A rank that is kept from loading says
+    /// nothing of that.
+    pub(super) fn note_agreed(&self, agreed: &Agreed) {
+        let first = match agreed {
+            Agreed::Step(step) => Some(step.saturating_add(1)),
+            Agreed::Nothing { offering: 1.. } => Some(0),
+            // Also what a coordinator says that does not know better.
+            Agreed::Nothing { offering: 0 } | Agreed::Hindered { .. } => None,
+        };
         let mut book = self.book();
-        book.not_common = step.map(|agreed| {
-            let later = book.offered.split_off(&agreed.saturating_add(1));
-            (agreed, later)
-        });
+        book.not_common = first.map(|first| (first, book.offered.split_off(&first)));
     }
 
     /// Whether saving `step` goes back only over what other ranks do not have: checkpoints in this
     /// rank's own store that were published here and never committed, or were lost elsewhere.
     pub(super) fn goes_over_own_only(&self, step: u64) -> bool {
         let book = self.book();
-        let range = book.not_common.as_ref().and_then(|(agreed, later)| {
+        let range = book.not_common.as_ref().and_then(|(first, later)| {
             let newest = *later.keys().next_back()?;
-            Some(agreed.saturating_add(1)..=newest)
+            Some(*first..=newest)
         });
         self.config.has_own_store() && range.is_some_and(|range| range.contains(&step))
     }

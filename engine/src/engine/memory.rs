@@ -6,13 +6,32 @@ use crate::config::{Config, STAGING_CHUNKS_MIN};
 
 /// Most worker threads when the setting is left to us.
 const WORKERS_MAX: usize = 16;
-/// Without a setting, the arena takes at most this part of the memory.
+/// Without a setting, the arenas of all ranks on a machine take at most this part of its memory.
 const MEMORY_DIVISOR: u64 = 4;
 
 /// Threads that checksum and encode.
-pub(super) fn worker_count(configured: Option<u32>) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    configured.map_or(cores.min(WORKERS_MAX), |workers| workers as usize)
+pub(super) fn worker_count(config: &Config) -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").ok();
+    let online = online.as_deref().and_then(counted).unwrap_or(allowed);
+    let own = own_workers(allowed, online, config.local_world_size);
+    config.workers.map_or(own, |workers| workers as usize)
+}
+
+/// This rank's part of the cores that are `online`, of which it may use those that are `allowed`:
+/// where ranks are bound to cores, these are its own already.
+fn own_workers(allowed: usize, online: usize, local_world_size: u32) -> usize {
+    allowed.min(online / local_world_size as usize).clamp(1, WORKERS_MAX)
+}
+
+/// How many there are in a list such as `0-3,8`.
+fn counted(list: &str) -> Option<usize> {
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
+        last.checked_sub(first)?.checked_add(1)
+    };
+    list.trim().split(',').map(count).sum()
 }
 
 /// Chunks that the staging arena holds for a state of `raw_bytes` on a machine with
@@ -20,7 +39,8 @@ pub(super) fn worker_count(configured: Option<u32>) -> usize {
 pub(super) fn arena_chunks(config: &Config, raw_bytes: u64, memory_bytes: u64) -> u64 {
     let chunk_bytes = u64::from(config.chunk_bytes);
     let state_chunks = raw_bytes.div_ceil(chunk_bytes);
-    let chunks_max = config.staging_bytes.unwrap_or(memory_bytes / MEMORY_DIVISOR) / chunk_bytes;
+    let own_bytes = memory_bytes / MEMORY_DIVISOR / u64::from(config.local_world_size);
+    let chunks_max = config.staging_bytes.unwrap_or(own_bytes) / chunk_bytes;
     state_chunks.min(chunks_max).max(STAGING_CHUNKS_MIN)
 }
 
@@ -48,6 +68,22 @@ mod tests {
         assert_eq!(arena_chunks(&config, GIB, 16 * GIB), 256);
         assert_eq!(arena_chunks(&config, 100 * GIB, 16 * GIB), 1024);
         assert_eq!(arena_chunks(&config, 1, 16 * GIB), STAGING_CHUNKS_MIN);
+    }
+
+    #[test]
+    fn ranks_of_one_machine_share_its_memory_and_its_cores() {
+        let config = Config { local_world_size: 8, ..Config::new("x") };
+        assert_eq!(arena_chunks(&config, 100 * GIB, 64 * GIB), 512);
+        assert_eq!([1, 4, 8, 64].map(|cores| own_workers(cores, cores, 4)), [1, 1, 2, 16]);
+        assert_eq!(own_workers(64, 64, 1), WORKERS_MAX);
+        // Each bound to its own twelve of 96.
+        assert_eq!(own_workers(12, 96, 8), 12);
+    }
+
+    #[test]
+    fn lists_of_cores_are_counted() {
+        let lists = ["0\n", "0-95\n", "0-3,8,10-11", "", "3-1", "x"];
+        assert_eq!(lists.map(counted), [Some(1), Some(96), Some(7), None, None, None]);
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl Inner {
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
         let arena = self.arena(saving, layout.raw_bytes())?;
 
-        let workers = memory::worker_count(self.core.config.workers);
+        let workers = memory::worker_count(&self.core.config);
         let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
         let compression = self.core.config.compression;
         let job = Arc::new(Job::new(
@@ -185,8 +185,9 @@ impl Inner {
             Some(free) if free < needed => Err(EngineError::NoSpace {
                 what: format!("saving step {step} in `{}`", self.core.store.location()),
                 why: format!("about {needed} bytes are needed, {free} are free"),
-                hint: "free space, lower `keep_last_n`, or run `ckpt-tool gc`, then save again; \
-                       nothing was written"
+                hint: "free space, or lower `keep_last_n`, then save again; nothing was written. \
+                       What killed processes left goes with `ckpt-tool gc STORE --grace 0` while \
+                       nobody trains"
                     .into(),
             }),
             _ => Ok(needed),
@@ -200,7 +201,7 @@ impl Inner {
         }
         let arena = self.arena(&mut saving, raw_bytes)?;
         arena
-            .prewarm(memory::worker_count(self.core.config.workers))
+            .prewarm(memory::worker_count(&self.core.config))
             .context("populating the staging arena for", self.core.store.location())
     }
 
@@ -260,7 +261,7 @@ impl Inner {
                 let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
                     .context("allocating the staging arena for", self.core.store.location())?;
                 if let Some(pin) = &saving.pin {
-                    populate(&arena, memory::worker_count(config.workers));
+                    populate(&arena, memory::worker_count(config));
                     pin_arena(&arena, pin.as_ref());
                 }
                 saving.arena = Some(Arc::clone(&arena));

@@ -48,7 +48,8 @@ pub(crate) use verify::verify_step;
 /// the parts in the others'. Manifest and indexes were read and checked.
 #[derive(Debug)]
 pub struct Checkpoint {
-    manifest: Manifest,
+    /// Shared by all that are opened of one checkpoint: it names every rank's shard.
+    manifest: Arc<Manifest>,
     own: Shard,
     parts: Parts,
     whose: Whose,
@@ -72,7 +73,7 @@ impl Checkpoint {
     /// index says.
     pub(crate) fn open(
         store: &dyn Store,
-        manifest: Manifest,
+        manifest: Arc<Manifest>,
         rank: u32,
         whose: Whose,
     ) -> Result<Self> {
@@ -92,6 +93,11 @@ impl Checkpoint {
     /// The checkpoint's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// The same, for others of the checkpoint.
+    pub(crate) fn shared_manifest(&self) -> Arc<Manifest> {
+        Arc::clone(&self.manifest)
     }
 
     /// The header of the rank's shard.

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dtr_proto::client::{ClientError, ErrorKind, Pending, ShardOutcome, ShardReport, Worker};
+use dtr_proto::client::{
+    Agreement, ClientError, ErrorKind, Pending, ShardOutcome, ShardReport, Worker,
+};
 use dtr_proto::v1;
 
-use super::{Attempt, Begun, Outcome, Ranks, Report};
+use super::{Agreed, Attempt, Begun, Hindrance, Outcome, Ranks, Report};
 use crate::error::CoordinationKind;
 use crate::format::checksum;
 use crate::format::manifest::ShardEntry;
@@ -111,9 +113,27 @@ impl Ranks for Coordinated {
         aborting.join().map(drop).map_err(error_of)
     }
 
-    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>> {
-        let offered = offered.iter().map(|offer| (offer.step, offer.id.to_string()));
-        self.worker.agree_step(offered.collect(), timeout).join().map_err(error_of)
+    fn agree(
+        &self,
+        offered: &[Attempt],
+        hindrance: Hindrance<'_>,
+        timeout: Duration,
+    ) -> Result<Agreed> {
+        let offered = offered.iter().map(|offer| (offer.step, offer.id.to_string())).collect();
+        let hindrance = match hindrance {
+            Hindrance::None => ("", false),
+            Hindrance::Damage(why) => (why, false),
+            Hindrance::GivesUp(why) => (why, true),
+        };
+        let agreed = self.worker.agree_step(offered, hindrance, timeout).join();
+        let Agreement { step, hindrance, offering } = agreed.map_err(error_of)?;
+        Ok(match (step, hindrance) {
+            (Some(step), _) => Agreed::Step(step),
+            (None, None) => Agreed::Nothing { offering },
+            (None, Some(v1::Hindrance { rank, why, gave_up })) => {
+                Agreed::Hindered { rank, why, gave_up }
+            }
+        })
     }
 }
 

@@ -47,9 +47,45 @@ pub trait Ranks: Send + Sync + fmt::Debug {
     /// not, and will not.
     fn abort(&self, attempt: Attempt, reason: &str, is_unpublished: bool) -> Result<()>;
 
-    /// Waits, for at most `timeout`, until every rank has said which attempts it can load; gives
-    /// the step of the newest that all can, if there is one.
-    fn agree(&self, offered: &[Attempt], timeout: Duration) -> Result<Option<u64>>;
+    /// Waits, for at most `timeout`, until every rank has said which attempts it can load.
+    fn agree(
+        &self,
+        offered: &[Attempt],
+        hindrance: Hindrance<'_>,
+        timeout: Duration,
+    ) -> Result<Agreed>;
+}
+
+/// What keeps a rank from loading more than it offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hindrance<'a> {
+    /// Nothing.
+    None,
+    /// Checkpoints that it cannot read: which, and why.
+    Damage(&'a str),
+    /// It gives up, for this reason.
+    GivesUp(&'a str),
+}
+
+/// What every rank loads: the same answer for all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Agreed {
+    /// The newest step that all can load.
+    Step(u64),
+    /// There is none, though nothing keeps any rank from loading.
+    Nothing {
+        /// How many ranks have a checkpoint, each one that others have not.
+        offering: u32,
+    },
+    /// There is none, and one of the reasons is this.
+    Hindered {
+        /// The rank that cannot load.
+        rank: u32,
+        /// What it said.
+        why: String,
+        /// Whether it gave up.
+        gave_up: bool,
+    },
 }
 
 /// What a rank says of its part in an attempt.

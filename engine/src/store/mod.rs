@@ -143,6 +143,12 @@ pub trait Store: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
+    /// Why the newest of the checkpoints is not in the far store whose upload has failed and is not
+    /// tried again; `None` where there is none.
+    fn failed_upload(&self) -> Option<EngineError> {
+        None
+    }
+
     /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
     fn leave_uploads(&self) {}
 
@@ -285,6 +291,10 @@ pub struct TransferFigures {
     pub parts: u64,
     /// Of these, parts that were there already.
     pub resumed_parts: u64,
+    /// Bytes of parts that were handed to the network.
+    pub sent_bytes: u64,
+    /// Bytes of parts that were there already.
+    pub resumed_bytes: u64,
     /// Requests that were repeated.
     pub retries: u64,
 }

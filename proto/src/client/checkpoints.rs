@@ -39,6 +39,17 @@ pub enum ShardOutcome {
     Aborted(v1::AttemptAborted),
 }
 
+/// What came of the offers of all ranks.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Agreement {
+    /// The newest step that every rank can load.
+    pub step: Option<u64>,
+    /// Without one: what keeps a rank from loading, if anything does.
+    pub hindrance: Option<v1::Hindrance>,
+    /// How many ranks offered a step.
+    pub offering: u32,
+}
+
 impl Worker {
     /// Begins the save of a step, or joins it. A loss that this worker had not heard of is no
     /// obstacle: whether a save can still be complete, the coordinator says.
@@ -152,16 +163,18 @@ impl Worker {
         })
     }
 
-    /// Waits until every rank has offered the steps that it can load, each with its attempt; the
-    /// newest that all can, if there is one.
+    /// Waits until every rank has offered the steps that it can load, each with its attempt, and
+    /// said what keeps it from more, if anything does, and whether it gives up for that.
     pub fn agree_step(
         &self,
         offered: Vec<(u64, String)>,
+        (hindrance, gives_up): (&str, bool),
         timeout: Duration,
-    ) -> Pending<Option<u64>> {
+    ) -> Pending<Agreement> {
         let what = "agreeing with all ranks on the step to load";
         let (shared, inner) = (Arc::clone(&self.shared), Arc::clone(self.connection.inner()));
         let arrival = self.next_arrival();
+        let hindrance = super::worker::shortened(hindrance);
         let (steps, attempts) = offered.into_iter().unzip();
         self.connection.start(what, async move {
             shared.check(what)?;
@@ -170,18 +183,23 @@ impl Worker {
                 arrival,
                 steps,
                 attempts,
+                hindrance,
+                gives_up,
                 timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             };
             let call = |channel, request| async move {
                 CheckpointsClient::new(channel).agree_step(request).await
             };
             let reply = inner.ask(what, Wait::Long, request, call).await;
-            let (waited, step) = match reply {
-                Ok(reply) => (Ok(reply.waited.unwrap_or_default()), reply.step),
-                Err(error) => (Err(error), None),
+            let (waited, agreement) = match reply {
+                Ok(reply) => {
+                    let v1::AgreeStepReply { waited, step, hindrance, offering } = reply;
+                    (Ok(waited.unwrap_or_default()), Agreement { step, hindrance, offering })
+                }
+                Err(error) => (Err(error), Agreement::default()),
             };
             shared.barrier_outcome(&inner, what, timeout, waited).await?;
-            Ok(step)
+            Ok(agreement)
         })
     }
 }

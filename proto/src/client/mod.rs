@@ -18,7 +18,7 @@ mod error;
 mod retry;
 mod worker;
 
-pub use checkpoints::{ShardOutcome, ShardReport};
+pub use checkpoints::{Agreement, ShardOutcome, ShardReport};
 pub use connection::{Connection, Options, Pending};
 pub use error::{ClientError, ErrorKind};
 pub use worker::{BarrierWait, Notice, Registration, Worker};

@@ -519,6 +519,26 @@ pub struct AgreeStepRequest {
     /// The attempt of each of these steps, in their order: only the same attempt of a step is common.
     #[prost(string, repeated, tag = "5")]
     pub attempts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What keeps this rank from loading more than it offers: damage that it met, or why it gives up;
+    /// empty if nothing does.
+    #[prost(string, tag = "6")]
+    pub hindrance: ::prost::alloc::string::String,
+    /// Whether it gives up.
+    #[prost(bool, tag = "7")]
+    pub gives_up: bool,
+}
+/// What keeps a rank from loading.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Hindrance {
+    /// The rank.
+    #[prost(uint32, tag = "1")]
+    pub rank: u32,
+    /// Damage that it met, or why it gave up.
+    #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
+    /// Whether it gave up.
+    #[prost(bool, tag = "3")]
+    pub gave_up: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgreeStepReply {
@@ -528,6 +548,13 @@ pub struct AgreeStepReply {
     /// The newest step that every rank can load; absent if there is none.
     #[prost(uint64, optional, tag = "2")]
     pub step: ::core::option::Option<u64>,
+    /// Without a step: what keeps a rank from loading, of one that gives up if any does; absent if
+    /// nothing keeps any.
+    #[prost(message, optional, tag = "3")]
+    pub hindrance: ::core::option::Option<Hindrance>,
+    /// How many ranks offered a step.
+    #[prost(uint32, tag = "4")]
+    pub offering: u32,
 }
 /// What a dataset is.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3635,6 +3662,12 @@ pub struct BarrierRecord {
     /// Counts up, over all barriers of the run, with each release: the smallest is the oldest one.
     #[prost(uint64, tag = "4")]
     pub order: u64,
+    /// Where steps were offered and none was agreed on: what keeps a rank from loading, if anything.
+    #[prost(message, optional, tag = "5")]
+    pub hindrance: ::core::option::Option<Hindrance>,
+    /// Where steps were offered: how many ranks offered one.
+    #[prost(uint32, tag = "6")]
+    pub offering: u32,
 }
 /// An attempt that has begun and not ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -120,7 +120,7 @@ fn place(tensors: &[Tensor], mut at: u64) -> BTreeMap<u32, Vec<Placed<'_>>> {
 
 /// Opens another rank's shard, together with those that hold the rest of memory that it shares.
 fn open(engine: &Engine, own: &Checkpoint, rank: u32, parts: &[Placed<'_>]) -> Result<Checkpoint> {
-    let shard = gather::open_shard(engine, own, rank)?;
+    let shard = engine.shard_beside(own, rank)?;
     let is_there = |part: &Placed<'_>| {
         let storage = shard.index().storages[part.source.storage as usize];
         storage.held() == (0..storage.bytes)
@@ -128,7 +128,7 @@ fn open(engine: &Engine, own: &Checkpoint, rank: u32, parts: &[Placed<'_>]) -> R
     if parts.iter().all(is_there) {
         return Ok(shard);
     }
-    engine.checkpoint_of_rank(own.step(), rank)
+    engine.checkpoint_beside(own, rank)
 }
 
 /// Reads piece after piece of one shard, while another thread writes the one before.

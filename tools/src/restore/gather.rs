@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use dtr_engine::format::index::{ShardIndex, TensorRecord};
 use dtr_engine::format::tree::{TreePath, Value, tensor_paths};
 use dtr_engine::load::Checkpoint;
-use dtr_engine::{Engine, EngineError, Result};
+use dtr_engine::{Engine, Result};
 
 use super::parts::{Found, Tensor};
 use super::selection::{NAMES_SHOWN_MAX, Selection, cannot, shown};
@@ -51,7 +51,7 @@ pub(super) fn gather(
     gathering.add(own, Gathering::take_own)?;
     if whose == Whose::OfAll || !gathering.in_slices.is_empty() {
         for rank in (0..own.manifest().world_size).filter(|rank| *rank != own.header().rank) {
-            gathering.add(&open_shard(engine, own, rank)?, Gathering::take_other)?;
+            gathering.add(&engine.shard_beside(own, rank)?, Gathering::take_other)?;
         }
     }
     let Gathering { found, alone, unfit, step, .. } = gathering;
@@ -64,19 +64,6 @@ pub(super) fn gather(
         .collect::<Result<Vec<_>>>()?;
     ordered.sort_by_key(|(order, _)| *order);
     Ok(Gathered { tensors: ordered.into_iter().map(|(_, tensor)| tensor).collect(), alone })
-}
-
-/// Opens what a rank saved of the same checkpoint as `own`.
-pub(super) fn open_shard(engine: &Engine, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
-    let shard = engine.shard_of_rank(own.step(), rank)?;
-    if shard.manifest().attempt == own.manifest().attempt {
-        return Ok(shard);
-    }
-    Err(EngineError::NotFound {
-        what: format!("restoring step {}", own.step()),
-        why: "another attempt at this step took its place meanwhile".into(),
-        hint: "restore again".into(),
-    })
 }
 
 struct Gathering<'s, 'o> {

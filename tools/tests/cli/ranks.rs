@@ -6,7 +6,7 @@ use std::time::Duration;
 use dtr_engine::config::Compression;
 use dtr_engine::format::manifest::ShardEntry;
 use dtr_engine::format::names::AttemptId;
-use dtr_engine::ranks::{Attempt, Begun, Outcome, Ranks, Report};
+use dtr_engine::ranks::{Agreed, Attempt, Begun, Hindrance, Outcome, Ranks, Report};
 use dtr_engine::save::SaveRequest;
 use dtr_engine::{Config, Engine, Result};
 use safetensors::SafeTensors;
@@ -55,8 +55,8 @@ impl Ranks for Together {
         panic!("no rank fails: {reason}");
     }
 
-    fn agree(&self, offered: &[Attempt], _timeout: Duration) -> Result<Option<u64>> {
-        Ok(offered.last().map(|offer| offer.step))
+    fn agree(&self, _: &[Attempt], _: Hindrance<'_>, _: Duration) -> Result<Agreed> {
+        panic!("nobody loads");
     }
 }
 

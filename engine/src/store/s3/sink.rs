@@ -46,6 +46,8 @@ pub(super) struct S3ShardSink {
     /// Parts that were there before.
     there: BTreeMap<u32, Arrived>,
     resumed_parts: u64,
+    sent_bytes: u64,
+    resumed_bytes: u64,
     /// Repetitions of requests before this shard.
     retries_before: u64,
 }
@@ -86,6 +88,8 @@ impl S3ShardSink {
             is_found_again: true,
             there: BTreeMap::new(),
             resumed_parts: 0,
+            sent_bytes: 0,
+            resumed_bytes: 0,
             retries_before: shared.client.watch.retries(),
         }
     }
@@ -109,9 +113,11 @@ impl S3ShardSink {
         self.flight.start(part.bytes)?;
         if let Some(completed) = there {
             self.resumed_parts += 1;
+            self.resumed_bytes += part.bytes;
             self.flight.land(part.number, part.bytes, Outcome::Part(completed));
             return Ok(());
         }
+        self.sent_bytes += part.bytes;
         let (shared, flight) = (Arc::clone(&self.shared), Arc::clone(&self.flight));
         let mut landing = Landing::of(&flight, &part);
         let task = self.shared.client.spawn(async move {
@@ -172,8 +178,9 @@ impl S3ShardSink {
         }
     }
 
-    fn put_whole(&self, part: &Part) -> Result<()> {
+    fn put_whole(&mut self, part: &Part) -> Result<()> {
         self.flight.start(part.bytes)?;
+        self.sent_bytes += part.bytes;
         let what = self.shared.naming("writing", &self.key);
         let put = self.shared.ask(&what, self.shared.put_whole(&self.key, part));
         self.flight.land(part.number, part.bytes, Outcome::Whole);
@@ -265,6 +272,8 @@ impl ShardSink for S3ShardSink {
         TransferFigures {
             parts: self.flight.landed(),
             resumed_parts: self.resumed_parts,
+            sent_bytes: self.sent_bytes,
+            resumed_bytes: self.resumed_bytes,
             retries: self.shared.client.watch.retries().saturating_sub(self.retries_before),
         }
     }

@@ -44,6 +44,7 @@ use crate::{EngineError, Result};
 mod far;
 mod near;
 mod queue;
+mod removals;
 #[cfg(test)]
 mod tests;
 mod uploader;
@@ -351,8 +352,9 @@ impl Store for TieredStore {
         // What stands behind the one that counts goes with it, or it would count.
         let removed = self.near.remove_checkpoint(step, None);
         let freed_bytes = removed.inspect_err(|_| work.put_back(step, care))?;
-        work.let_go_behind(step, attempt);
-        Ok(freed_bytes + work.remove_now()?)
+        let asked = work.let_go_behind(step, attempt);
+        let far_bytes = asked.map_or(Ok(0), |removal| work.remove_now(&removal))?;
+        Ok(freed_bytes + far_bytes)
     }
 
     fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
@@ -368,7 +370,7 @@ impl Store for TieredStore {
         let attempt = work.to_take_back(step);
         let removed = self.near.remove_checkpoint(step, None);
         removed.inspect_err(|_| work.put_back(step, care))?;
-        work.let_go_behind(step, attempt);
+        let _behind = work.let_go_behind(step, attempt);
         Ok(())
     }
 
@@ -378,8 +380,8 @@ impl Store for TieredStore {
         if freed_bytes.is_none() || !work.view.has(step, file) {
             return Ok(freed_bytes);
         }
-        work.remove_orphan_behind(step, file);
-        let far_bytes = work.remove_now()?;
+        let asked = work.remove_orphan_behind(step, file);
+        let far_bytes = asked.map_or(Ok(0), |removal| work.remove_now(&removal))?;
         Ok(freed_bytes.map(|near_bytes| near_bytes + far_bytes))
     }
 
@@ -387,7 +389,7 @@ impl Store for TieredStore {
         let Some(work) = self.uploads() else { return self.near.let_go_orphan(step, file) };
         let is_gone = self.near.remove_orphan(step, file)?.is_some();
         if is_gone && work.view.has(step, file) {
-            work.remove_orphan_behind(step, file);
+            let _behind = work.remove_orphan_behind(step, file);
         }
         Ok(is_gone)
     }
@@ -419,6 +421,10 @@ impl Store for TieredStore {
 
     fn pending_uploads(&self) -> Vec<PendingUpload> {
         self.uploads().map(Work::pending).unwrap_or_default()
+    }
+
+    fn failed_upload(&self) -> Option<EngineError> {
+        self.uploads()?.failed()
     }
 
     fn drain(&self, timeout: Option<Duration>) -> bool {

@@ -9,20 +9,20 @@
 //!
 //! Always holds:
 //! - A step that failed has a time of its own to be tried again, so that it holds up no other; of
-//!   those whose time has come the smallest is taken. Removals keep their order, and have a pause
-//!   of their own.
+//!   those whose time has come the smallest is taken. Removals have a pause of their own, and an
+//!   order ([`super::removals`]).
 //! - What ended for good, but for damage here, is kept here: nobody knows of another copy.
 //! - Of one step, one thing is done at a time: it is not taken while it is removed, nor removed
 //!   while it is current.
 //! - While all is drained, everything is tried once more and then done with: steps have failed, and
 //!   removals are set aside until the drain is over.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::format::names::AttemptId;
+use super::removals::{Removal, Removals};
 use crate::transfer::{Copied, Transferred, Uncopied};
 use crate::{EngineError, Result};
 
@@ -30,25 +30,6 @@ use crate::{EngineError, Result};
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
 /// First and longest pause before it is looked again whether all ranks have brought their shards.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
-
-/// Something that goes from the far store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Removal {
-    Checkpoint(u64),
-    /// The step, if it is still this attempt's.
-    Attempt(u64, AttemptId),
-    Orphan(u64, String),
-}
-
-impl Removal {
-    /// The step that nobody may upload meanwhile.
-    pub(super) fn guarded_step(&self) -> Option<u64> {
-        match self {
-            Self::Checkpoint(step) | Self::Attempt(step, _) => Some(*step),
-            Self::Orphan(..) => None,
-        }
-    }
-}
 
 /// When something is to be done, by the monotonic clock, and how long it was waited for that. At
 /// once by default.
@@ -114,10 +95,10 @@ pub(super) struct Queue {
     /// Steps of which it is not known that the far store has them, though nothing waits for them:
     /// whose upload has failed, or whose manifest could not be read.
     unsure: BTreeSet<u64>,
-    removals: VecDeque<Removal>,
+    removals: Removals,
     removals_due: Due,
-    /// Removals that have failed in this drain.
-    set_aside: VecDeque<Removal>,
+    /// Removals that wait until this drain is over, since one has failed in it.
+    set_aside: Removals,
     /// The step whose removal is being carried out.
     removing: Option<u64>,
     /// Steps whose manifest this process has put into the far store, or may have.
@@ -151,9 +132,8 @@ impl Queue {
         self.latest = Some(step);
         self.outcomes.remove(&step);
         // The upload takes the place of what was to go.
-        let goes = |removal: &Removal| *removal != Removal::Checkpoint(step);
-        self.removals.retain(goes);
-        self.set_aside.retain(goes);
+        self.removals.forget(&Removal::Checkpoint(step));
+        self.set_aside.forget(&Removal::Checkpoint(step));
         self.waiting.insert(step, Due::default());
     }
 
@@ -198,7 +178,11 @@ impl Queue {
         if let Removal::Checkpoint(step) = removal {
             self.published.remove(&step);
         }
-        self.removals.push_back(removal);
+        if self.set_aside.hold_up(&removal) {
+            self.set_aside.push(removal);
+        } else {
+            self.removals.push(removal);
+        }
     }
 
     pub(super) fn is_waiting(&self, step: u64) -> bool {
@@ -428,6 +412,14 @@ impl Queue {
         })
     }
 
+    /// The newest step that has failed and is still here, and why.
+    pub(super) fn failed(&self) -> Option<(u64, EngineError)> {
+        let failures = self.outcomes.iter().filter(|(step, _)| self.unsure.contains(*step));
+        let mut errors =
+            failures.filter_map(|(step, outcome)| Some((*step, outcome.as_ref().err()?)));
+        errors.next_back().map(|(step, error)| (step, error.duplicate()))
+    }
+
     /// Whether it is time to remove something.
     pub(super) fn removes(&self, now: Duration) -> bool {
         !self.removals.is_empty() && self.left(&self.removals_due, now).is_zero()
@@ -435,12 +427,12 @@ impl Queue {
 
     /// Whether the next removal has to wait until the step has arrived or was given up.
     pub(super) fn is_removal_blocked(&self) -> bool {
-        let step = self.removals.front().and_then(Removal::guarded_step);
+        let step = self.removals.next().and_then(Removal::guarded_step);
         step.is_some_and(|step| self.is_at(step))
     }
 
     pub(super) fn begin_removal(&mut self) -> Option<Removal> {
-        let removal = self.removals.front().cloned()?;
+        let removal = self.removals.next().cloned()?;
         self.removing = removal.guarded_step();
         Some(removal)
     }
@@ -449,27 +441,26 @@ impl Queue {
     pub(super) fn end_removal(&mut self, removal: &Removal, is_done: bool) {
         self.removing = None;
         if !is_done {
+            self.removals.note_failure(removal);
             return;
         }
         self.removals_due = Due::default();
         if let Removal::Attempt(step, _) = removal {
             self.published.remove(step);
         }
-        // Unless a new commit of the step took it out meanwhile.
-        if self.removals.front() == Some(removal) {
-            self.removals.pop_front();
-        }
+        // A new commit of the step may have taken it out meanwhile.
+        self.removals.forget(removal);
     }
 
-    /// A removal failed: it and those behind it are tried again later. Gives how many.
-    pub(super) fn put_removals_off(&mut self, now: Duration) -> usize {
-        let left = self.removals.len();
+    /// A removal failed: it is tried again later; in a drain, once that is over. Gives how many are
+    /// left.
+    pub(super) fn put_removals_off(&mut self, failed: &Removal, now: Duration) -> usize {
         if self.draining.is_some() {
-            self.set_aside.append(&mut self.removals);
+            self.set_aside.append(&mut self.removals.split_off(failed));
         } else {
             self.removals_due = self.removals_due.again(now, PAUSES);
         }
-        left
+        self.removals.len() + self.set_aside.len()
     }
 }
 
@@ -542,15 +533,15 @@ mod tests {
     }
 
     #[test]
-    fn removals_that_fail_keep_their_order_and_hold_up_no_upload() {
+    fn a_removal_that_fails_holds_up_no_other_and_no_upload() {
         let mut queue = queue(&[3]);
         let now = SECOND;
         queue.remove(Removal::Checkpoint(1));
         queue.remove(Removal::Checkpoint(2));
-        for pause in [1, 2, 4] {
-            assert_eq!(queue.begin_removal(), Some(Removal::Checkpoint(1)));
-            queue.end_removal(&Removal::Checkpoint(1), false);
-            assert_eq!(queue.put_removals_off(now), 2);
+        for (step, pause) in [(1, 1), (2, 2), (1, 4)] {
+            assert_eq!(queue.begin_removal(), Some(Removal::Checkpoint(step)));
+            queue.end_removal(&Removal::Checkpoint(step), false);
+            assert_eq!(queue.put_removals_off(&Removal::Checkpoint(step), now), 2);
             assert_eq!(queue.removals_due.pause, pause * SECOND);
             assert!(!queue.removes(now) && queue.removes(now + pause * SECOND));
         }
@@ -566,15 +557,21 @@ mod tests {
         queue.remove(Removal::Checkpoint(2));
         queue.drain(SECOND);
         assert!(queue.removes(SECOND) && !queue.is_drained());
-        queue.put_removals_off(SECOND);
-        // Asked for while the drain goes on.
+        queue.put_removals_off(&Removal::Checkpoint(2), SECOND);
+        // Asked for while the drain goes on: one that waits for it, and one that does not.
         queue.remove(Removal::Checkpoint(1));
-        queue.put_removals_off(SECOND);
+        queue.remove(Removal::Checkpoint(4));
+        assert_eq!(queue.begin_removal(), Some(Removal::Checkpoint(4)));
+        queue.end_removal(&Removal::Checkpoint(4), true);
         assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));
         assert!(queue.is_drained());
         assert!(matches!(queue.outcome(3), Some(Err(_))) && !queue.may_remove(3));
+        assert!(queue.failed().is_some());
         queue.end_drain(SECOND);
-        assert_eq!(queue.removals, [Removal::Checkpoint(2), Removal::Checkpoint(1)]);
+        assert_eq!(
+            (queue.removals.len(), queue.removals.next()),
+            (2, Some(&Removal::Checkpoint(2)))
+        );
         assert!(!queue.removes(SECOND) && queue.removes(2 * SECOND));
     }
 
@@ -603,10 +600,11 @@ mod tests {
         assert_eq!(passes(&mut queue, SECOND, None), Some(2));
         assert_eq!(queue.pause(SECOND), None);
         assert_eq!([1, 2, 9].map(|step| queue.may_remove(step)), [false, true, false]);
+        assert!(queue.failed().is_some_and(|(step, _)| step == 1));
         // Saved again, it arrives.
         queue.add(1);
         assert_eq!(passes(&mut queue, SECOND, None), Some(1));
-        assert!(queue.may_remove(1));
+        assert!(queue.may_remove(1) && queue.failed().is_none());
     }
 
     #[test]
@@ -618,7 +616,7 @@ mod tests {
         queue.add(5);
         assert_eq!((queue.take(SECOND).map(drop), queue.pause(SECOND)), (None, None));
         queue.end_removal(&removal, true);
-        assert_eq!(queue.removals, []);
+        assert!(queue.removals.is_empty());
         assert!(queue.take(SECOND).is_some());
         queue.cancel(5);
         queue.remove(Removal::Checkpoint(5));

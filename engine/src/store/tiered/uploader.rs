@@ -4,8 +4,7 @@
 //! - Everything that is to be done survives a failure: it is tried again until the store is closed,
 //!   and what is left then is found by the next writer, in the listings of both stores. A step that
 //!   cannot be uploaded holds up no other, and no removal does ([`super::queue`]).
-//! - Removals are carried out in the order in which they were asked for: a checkpoint that retires
-//!   another goes after it.
+//! - A checkpoint that retires another is removed after it ([`super::removals`]).
 //! - One thread at a time removes; a step that is committed again is not removed any more.
 //! - Where several ranks save, each with a store of its own, each brings its own shard; whoever
 //!   finds all of them there publishes, and the others wait to see it. Rank 0 alone removes; the
@@ -20,7 +19,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::far::FarView;
-use super::queue::{Care, Queue, Removal, Turn};
+use super::queue::{Care, Queue, Turn};
+use super::removals::Removal;
 use crate::clock::{Environment, elapsed};
 use crate::error::IoContext;
 use crate::format::manifest::Manifest;
@@ -215,38 +215,65 @@ impl Work {
     }
 
     /// Lets the far store go of a step, behind; `attempt` stood near and was [to be taken
-    /// back][Self::to_take_back].
-    pub(super) fn let_go_behind(&self, step: u64, attempt: Option<AttemptId>) {
+    /// back][Self::to_take_back]. Gives what is to be done for that, if anything.
+    pub(super) fn let_go_behind(&self, step: u64, attempt: Option<AttemptId>) -> Option<Removal> {
         self.view.forget(step);
-        if self.removes_for_all() {
-            self.change(|queue| queue.remove(Removal::Checkpoint(step)));
-        } else if let Some(attempt) = attempt {
-            self.change(|queue| queue.remove(Removal::Attempt(step, attempt)));
-        }
+        let removal = if self.removes_for_all() {
+            Some(Removal::Checkpoint(step))
+        } else {
+            attempt.map(|attempt| Removal::Attempt(step, attempt))
+        };
+        self.asked(removal)
     }
 
-    /// Lets the far store go of a file that no manifest names, behind.
-    pub(super) fn remove_orphan_behind(&self, step: u64, file: &str) {
-        self.view.forget_file(step, file);
-        if self.removes_for_all() {
-            self.change(|queue| queue.remove(Removal::Orphan(step, file.into())));
+    fn asked(&self, removal: Option<Removal>) -> Option<Removal> {
+        if let Some(removal) = &removal {
+            self.change(|queue| queue.remove(removal.clone()));
         }
+        removal
+    }
+
+    /// Lets the far store go of a file that no manifest names, behind. Gives what is to be done for
+    /// that, if anything.
+    pub(super) fn remove_orphan_behind(&self, step: u64, file: &str) -> Option<Removal> {
+        self.view.forget_file(step, file);
+        self.asked(self.removes_for_all().then(|| Removal::Orphan(step, file.into())))
     }
 
     fn removes_for_all(&self) -> bool {
         self.share.is_none_or(|share| share.rank == 0)
     }
 
-    /// Carries out what removals wait, in their order, until one fails. Returns the bytes freed.
-    pub(super) fn remove_now(&self) -> Result<u64> {
+    /// Carries a removal out that waits, and those before it that it waits for. Returns the bytes
+    /// freed.
+    pub(super) fn remove_now(&self, wanted: &Removal) -> Result<u64> {
         let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut freed_bytes = 0;
-        while let Some(removal) = self.begin_removal() {
-            let removed = caught("removing a checkpoint", || self.remove(&removal));
-            self.change(|queue| queue.end_removal(&removal, removed.is_ok()));
-            freed_bytes += removed?;
+        let mut failed: Vec<(Removal, EngineError)> = Vec::new();
+        while let Some((removal, removed)) = self.remove_next() {
+            let is_wanted = removal == *wanted;
+            match removed {
+                Ok(bytes) => freed_bytes += bytes,
+                Err(error) if is_wanted => return Err(error),
+                // What is left waits for one that cannot go.
+                Err(_) if failed.iter().any(|(again, _)| *again == removal) => break,
+                Err(error) => failed.push((removal, error)),
+            }
+            if is_wanted {
+                return Ok(freed_bytes);
+            }
         }
-        Ok(freed_bytes)
+        // Or another thread carried it out.
+        let first = failed.into_iter().next();
+        first.map_or(Ok(freed_bytes), |(_, error)| Err(error))
+    }
+
+    /// Tries the removal whose turn it is.
+    fn remove_next(&self) -> Option<(Removal, Result<u64>)> {
+        let removal = self.begin_removal()?;
+        let removed = caught("removing a checkpoint", || self.remove(&removal));
+        self.change(|queue| queue.end_removal(&removal, removed.is_ok()));
+        Some((removal, removed))
     }
 
     fn begin_removal(&self) -> Option<Removal> {
@@ -306,6 +333,19 @@ impl Work {
             PendingUpload { step, uploaded_bytes, total_bytes }
         };
         pending.into_iter().map(upload).collect()
+    }
+
+    /// Why the newest step is not in the far store of those that have failed.
+    pub(super) fn failed(&self) -> Option<EngineError> {
+        let (step, error) = self.lock().failed()?;
+        Some(match error {
+            EngineError::Unavailable { what, why, hint } => EngineError::Unavailable {
+                what: format!("uploading step {step} to `{}`", self.far.location()),
+                why: format!("{what}: {why}"),
+                hint,
+            },
+            error => error,
+        })
     }
 
     /// Bytes of the shards that this process brings of a step; 0 where that cannot be read.
@@ -377,9 +417,12 @@ impl Work {
         if !self.lock().removes(self.now()) {
             return;
         }
-        if let Err(error) = self.remove_now() {
-            let left = self.change(|queue| queue.put_removals_off(self.now()));
+        let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((removal, removed)) = self.remove_next() {
+            let Err(error) = removed else { continue };
+            let left = self.change(|queue| queue.put_removals_off(&removal, self.now()));
             tracing::warn!(%error, left, "removing from the far store failed, to be tried again");
+            return;
         }
     }
 
@@ -521,13 +564,16 @@ impl<'a> Pacer<'a> {
 }
 
 impl VerifyObserver for Pacer<'_> {
-    #[expect(clippy::cast_precision_loss, reason = "a pause")]
     fn advanced(&self, stored_bytes: u64) {
         self.turn.pass(stored_bytes);
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a pause")]
+    fn sent(&self, bytes: u64) {
         let Some(rate) = self.work.bytes_per_second else { return };
         let now = self.work.now();
         let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        *due = (*due).max(now) + Duration::from_secs_f64(stored_bytes as f64 / rate.max(1) as f64);
+        *due = (*due).max(now) + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
         let early = due.saturating_sub(now);
         drop(due);
         if !early.is_zero() {

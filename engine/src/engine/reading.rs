@@ -1,0 +1,208 @@
+//! The verbs that read: what is there, and opening and verifying it.
+//!
+//! Always holds: a step that was retired or never committed is not opened, whatever files are left
+//! of it; what a writer replaced or removed meanwhile is looked up anew before it is called
+//! damaged.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Core, Engine};
+use crate::config::{BestMode, Config};
+use crate::format::manifest::Manifest;
+use crate::load::{
+    Checkpoint, ReadOptions, VerifyObserver, VerifyReport, Whose, read_manifest, verify_step,
+};
+use crate::recovery::{StepState, Survey};
+use crate::store::Store;
+use crate::{EngineError, Result};
+
+impl Engine {
+    /// The committed steps, ascending.
+    pub fn steps(&self) -> Result<Vec<u64>> {
+        Ok(self.survey()?.committed_steps())
+    }
+
+    /// Everything that lies in the store, and what it means.
+    pub fn survey(&self) -> Result<Survey> {
+        self.inner("listing checkpoints")?.core.survey()
+    }
+
+    /// What was attached to a committed step. No shard is opened.
+    pub fn metadata(&self, step: u64) -> Result<BTreeMap<String, serde_json::Value>> {
+        let inner = self.inner(&format!("reading the metadata of step {step}"))?;
+        inner.core.check_exists(step)?;
+        Ok(read_manifest(inner.core.store.as_ref(), step)?.metadata)
+    }
+
+    /// The committed steps whose metadata has a number called `metric`, the best first; of equal
+    /// ones the newer.
+    pub fn best_steps(&self, metric: &str, mode: BestMode) -> Result<Vec<u64>> {
+        self.inner("comparing checkpoints")?.core.best_steps(metric, mode)
+    }
+
+    /// The manifest that lies at `step`, checked; that of a retired checkpoint too. No shard is
+    /// opened.
+    pub fn manifest(&self, step: u64) -> Result<Manifest> {
+        let inner = self.inner(&format!("reading the manifest of step {step}"))?;
+        read_manifest(inner.core.store.as_ref(), step)
+    }
+
+    /// Opens this rank's shard of a committed step: manifest, footer, header and index are read and
+    /// checked, chunks are not. If another number of ranks saved it, only what they saved alike can
+    /// be read ([`Checkpoint::is_replicated_only`]), and it is an error if that is nothing: what
+    /// the ranks that are not there saved would be lost without a word.
+    pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
+        self.open_shard(step, None)
+    }
+
+    /// [`Engine::checkpoint`] of a rank that is named, whatever the number of ranks then and now.
+    pub fn checkpoint_of_rank(&self, step: u64, rank: u32) -> Result<Checkpoint> {
+        self.open_shard(step, Some(rank))
+    }
+
+    /// Opens the shard of a rank of the same checkpoint as `own`, for what lies in that shard
+    /// alone: storages of which it holds a part cannot be read. Nothing is listed: to open those of
+    /// a thousand ranks costs what their own footers, headers and indexes take.
+    pub fn shard_beside(&self, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
+        self.open_beside(own, rank, Whose::Alone)
+    }
+
+    /// [`Engine::shard_beside`], with the shards that hold the rest of its storages.
+    pub fn checkpoint_beside(&self, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
+        self.open_beside(own, rank, Whose::Asked)
+    }
+
+    fn open_beside(&self, own: &Checkpoint, rank: u32, whose: Whose) -> Result<Checkpoint> {
+        let step = own.step();
+        let inner = self.inner(&format!("opening what rank {rank} saved of step {step}"))?;
+        let store = inner.core.store.as_ref();
+        match Checkpoint::open(store, own.shared_manifest(), rank, whose) {
+            Err(error) if is_gone(&error) => Err(self.gone_beside(store, own, error)),
+            opened => opened,
+        }
+    }
+
+    /// Why a shard is gone that was there when the checkpoint was opened.
+    fn gone_beside(&self, store: &dyn Store, own: &Checkpoint, error: EngineError) -> EngineError {
+        let step = own.step();
+        match read_manifest(store, step) {
+            Ok(standing) if standing.attempt != own.manifest().attempt => EngineError::NotFound {
+                what: format!("reading step {step}"),
+                why: "another attempt took its place meanwhile".into(),
+                hint: "load again".into(),
+            },
+            _ => self.judged(store, step, error),
+        }
+    }
+
+    fn open_shard(&self, step: u64, named: Option<u32>) -> Result<Checkpoint> {
+        let inner = self.inner(&format!("opening step {step}"))?;
+        inner.core.check_exists(step)?;
+        let store = inner.core.store.as_ref();
+        let open = || {
+            let manifest = read_manifest(store, step)?;
+            let saved = manifest.world_size;
+            let Config { rank, world_size, .. } = self.config;
+            let (rank, whose) = match named {
+                Some(named) => (named, Whose::Asked),
+                None if saved == world_size => (rank, Whose::Asked),
+                // Any will do.
+                None => (rank % saved, Whose::Another),
+            };
+            check_world_size(&manifest, whose, world_size)?;
+            Checkpoint::open(store, Arc::new(manifest), rank, whose)
+        };
+        match open() {
+            // The writer replaced or removed it under our feet: what stands there now counts.
+            Err(error) if is_gone(&error) => {
+                open().map_err(|error| self.judged(store, step, error))
+            }
+            opened => opened,
+        }
+    }
+
+    /// What is gone of a checkpoint that stands is damage, unless it may lie, or be on its way,
+    /// elsewhere.
+    fn judged(&self, store: &dyn Store, step: u64, error: EngineError) -> EngineError {
+        match error {
+            EngineError::NotFound { what, why, .. }
+                if self.config.own_share().is_none() && read_manifest(store, step).is_ok() =>
+            {
+                EngineError::Corrupt {
+                    what,
+                    why: format!("{why}, and the manifest of step {step} names it"),
+                    hint: "restore another step, or bring the file back from a copy of the store"
+                        .into(),
+                }
+            }
+            error => error,
+        }
+    }
+
+    /// Reads and checks every chunk of every shard of a step.
+    pub fn verify(&self, step: u64, observer: &dyn VerifyObserver) -> Result<VerifyReport> {
+        let inner = self.inner(&format!("verifying step {step}"))?;
+        inner.core.check_exists(step)?;
+        let options = ReadOptions { workers: self.config.workers, ..ReadOptions::default() };
+        let share = self.config.own_share();
+        verify_step(inner.core.store.as_ref(), step, (options, share), observer)
+    }
+}
+
+/// Refuses another number of ranks where no entry was saved alike by all of them.
+fn check_world_size(manifest: &Manifest, whose: Whose, expected: u32) -> Result<()> {
+    let has_replicated = manifest.shards.iter().any(|shard| !shard.replicated.is_empty());
+    if whose != Whose::Another || has_replicated {
+        return Ok(());
+    }
+    let saved = manifest.world_size;
+    Err(EngineError::invalid(
+        format!("opening step {} among {expected} ranks", manifest.step),
+        format!("{saved} ranks saved it, each its own state"),
+        "load what one of them saved: `load(from_rank=0)`, `restore(state, from_rank=0)`; or load \
+         it with as many ranks. What all ranks hold alike can be saved as `replicated=[...]`, \
+         which any number of ranks loads",
+    ))
+}
+
+/// Whether an error says that a file vanished.
+fn is_gone(error: &EngineError) -> bool {
+    match error {
+        EngineError::NotFound { .. } => true,
+        // The second: removed by another machine while it was open here, on NFS.
+        EngineError::Io { source, .. } => matches!(
+            source.kind(),
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::StaleNetworkFileHandle
+        ),
+        _ => false,
+    }
+}
+
+impl Core {
+    /// A step that a rewind retired, or that was never committed, cannot be opened, whatever files
+    /// are left of it.
+    pub(super) fn check_exists(&self, step: u64) -> Result<()> {
+        let survey = self.survey()?;
+        let why = match survey.step(step).map(|step| &step.state) {
+            None => "there is no checkpoint of this step".into(),
+            Some(StepState::Incomplete) => "an attempt was begun and never committed".into(),
+            Some(StepState::Retired { by }) => format!("it was retired by the rewind to step {by}"),
+            Some(StepState::Committed | StepState::Damaged { .. } | StepState::Newer { .. }) => {
+                return Ok(());
+            }
+        };
+        let steps = survey.committed_steps();
+        let hint = match (steps.first(), steps.last()) {
+            (Some(first), Some(last)) => {
+                format!("{} checkpoints exist, from step {first} to step {last}", steps.len())
+            }
+            _ => "no checkpoint exists in this store".into(),
+        };
+        Err(EngineError::NotFound {
+            what: format!("opening step {step} in `{}`", self.store.location()),
+            why,
+            hint,
+        })
+    }
+}

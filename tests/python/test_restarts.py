@@ -1,0 +1,129 @@
+"""Ranks that `torchrun` starts anew, as the environment that it gives them says it."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from coordinators import free_port
+from ranks import PREAMBLE
+from support import start_script
+
+from dtruntime import embedded
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no distributed"
+)
+
+KEY = "dtruntime/coordinator/run"
+SAVES = """
+with CheckpointManager(store) as manager:
+    print("open", flush=True)
+    manager.save({"rank": rank}, step=1)
+    assert manager.load()["rank"] == rank
+    print("saved")
+"""
+TELLS = """
+from dtruntime import connecting, membership
+
+connecting.PATIENCE_SECONDS = 2.0
+
+meet = membership._meet
+
+def told(*arguments):
+    print("meets", flush=True)
+    meet(*arguments)
+
+membership._meet = told
+"""
+WAITS = """
+manager = CheckpointManager(store)
+print("open", flush=True)
+signal.pause()
+"""
+
+
+class Agent:
+    """What agents of `torchrun` give their processes: a store, which outlives them."""
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.address = address
+        self.store = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+
+    def start(self, source: str, path: Path, rank: int, restarts: int = 0) -> subprocess.Popen[str]:
+        """Start one of two ranks; agents count restarts each for itself."""
+        environment = {
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": "run",
+            "TORCHELASTIC_RESTART_COUNT": str(restarts),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.store.port),
+            "LOCAL_WORLD_SIZE": "1",
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "COORDINATOR_URL": "",
+        }
+        return start_script(PREAMBLE + source, path, environment=environment)
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> None:
+    ended = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], ended
+    assert all(out.endswith("open\nsaved\n") for out, _ in ended), ended
+
+
+def test_what_a_rank_0_of_before_left_is_passed_over(tmp_path):
+    agent = Agent()
+    agent.store.set(KEY, f"http://127.0.0.1:{free_port()} a-token-of-before")
+    late = agent.start(SAVES, tmp_path / "store", 1, restarts=1)
+    finish([agent.start(SAVES, tmp_path / "store", 0), late])
+
+
+def test_a_rank_that_comes_before_the_old_rank_0_has_gone_meets_the_new_one(tmp_path):
+    agent = Agent()
+    old = [agent.start(WAITS, tmp_path / "store", rank) for rank in range(2)]
+    assert [rank.stdout.readline() for rank in old] == ["open\n"] * 2
+    left = agent.store.get(KEY)
+    old[1].kill()
+    early = agent.start(TELLS + SAVES, tmp_path / "store", 1, restarts=1)
+    assert early.stdout.readline() == "meets\n"
+    old[0].kill()
+    for rank in old:
+        rank.communicate()
+    finish([agent.start(SAVES, tmp_path / "store", 0), early])
+    assert agent.store.get(KEY) != left
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        (["127.0.1.1"], (socket.AF_INET, "node0")),  # as some systems have their own name
+        (["::1", "127.0.0.1"], (socket.AF_INET, "node0")),
+    ],
+)
+def test_a_name_that_is_this_machine_is_handed_on_as_a_name(monkeypatch, addresses, expected):
+    def found(*_arguments: object, **_how: object) -> list[tuple[object, ...]]:
+        kinds = {False: socket.AF_INET, True: socket.AF_INET6}
+        return [
+            (kinds[":" in address], socket.SOCK_DGRAM, 0, "", (address, 9)) for address in addresses
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    assert embedded._own_address("node0") == expected
+
+
+def test_an_agent_that_is_reached_by_ipv6(tmp_path):
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            pass
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    agent = Agent("::1")
+    finish([agent.start(SAVES, tmp_path / "store", rank) for rank in range(2)])
+    assert agent.store.get(KEY).startswith(b"http://[::1]:")
