@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from coordinators import free_port
 from ranks import PREAMBLE
-from support import start_script
+from support import script_environment, start_script
 
-from dtruntime import embedded
+from dtruntime import CheckpointManager, embedded
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
@@ -127,3 +128,53 @@ def test_an_agent_that_is_reached_by_ipv6(tmp_path):
     agent = Agent("::1")
     finish([agent.start(SAVES, tmp_path / "store", rank) for rank in range(2)])
     assert agent.store.get(KEY).startswith(b"http://[::1]:")
+
+
+ELASTIC = """
+import contextlib, os, pathlib, signal, sys
+from dtruntime import *
+
+store, mark = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+rank, restarts = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+state = {"step": 0, "rank": rank}
+with CheckpointManager(store) as manager:
+    with contextlib.suppress(CheckpointNotFound):
+        manager.restore(state)
+    for step in range(state["step"] + 1, 5):
+        manager.save({"step": step, "rank": rank}, step=step)
+        if (step, rank) == (2, 1) and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+(store / f"ended-{rank}").write_text(restarts)
+"""
+
+
+def test_agents_that_count_restarts_apart_meet_again(tmp_path):
+    script, store, port = tmp_path / "train.py", tmp_path / "store", free_port()
+    script.write_text(ELASTIC)
+    command = [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
+        "--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"127.0.0.1:{port}",
+        script, store, tmp_path / "mark",
+    ]  # fmt: skip
+    environment = script_environment()
+    environment.pop("COORDINATOR_URL", None)
+    agents = [
+        subprocess.Popen(
+            [*map(str, command)],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ended = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ended
+    with CheckpointManager(store, read_only=True, rank=1, world_size=2) as reader:
+        assert reader.all_steps() == [1, 2, 3, 4]
+        assert reader.load() == {"step": 4, "rank": 1}
+    # The agent of the lost process has counted; the other one has not, unless its own process ended
+    # by itself first.
+    assert "1" in {(store / f"ended-{rank}").read_text() for rank in range(2)}
