@@ -42,14 +42,14 @@ pub(crate) struct S3Arguments {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct OtherS3Arguments {
     /// Service of the destination [default: the source's]
-    #[arg(long, value_name = "URL")]
-    to_endpoint_url: Option<String>,
+    #[arg(id = "to_endpoint_url", long = "to-endpoint-url", value_name = "URL")]
+    endpoint_url: Option<String>,
     /// Region of the destination's bucket [default: the source's]
-    #[arg(long, value_name = "NAME")]
-    to_region: Option<String>,
+    #[arg(id = "to_region", long = "to-region", value_name = "NAME")]
+    region: Option<String>,
     /// Profile for the destination [default: the source's]
-    #[arg(long, value_name = "NAME")]
-    to_profile: Option<String>,
+    #[arg(id = "to_profile", long = "to-profile", value_name = "NAME")]
+    profile: Option<String>,
 }
 
 impl S3Arguments {
@@ -92,9 +92,9 @@ impl StoreArgument {
     pub(crate) fn open_other(&self, path: &Path, other: &OtherS3Arguments) -> Result<Engine> {
         let S3Settings { endpoint_url, region, profile, .. } = self.s3.settings();
         let s3 = S3Settings {
-            endpoint_url: other.to_endpoint_url.clone().or(endpoint_url),
-            region: other.to_region.clone().or(region),
-            profile: other.to_profile.clone().or(profile),
+            endpoint_url: other.endpoint_url.clone().or(endpoint_url),
+            region: other.region.clone().or(region),
+            profile: other.profile.clone().or(profile),
             ..S3Settings::default()
         };
         Engine::open(Config { s3, ..Config::new(path) })

@@ -25,13 +25,13 @@ fn own_workers(allowed: usize, online: usize, local_world_size: u32) -> usize {
 }
 
 /// How many there are in a list such as `0-3,8`.
-fn counted(list: &str) -> Option<usize> {
+fn counted(ranges: &str) -> Option<usize> {
     let count = |range: &str| {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
-        last.checked_sub(first)?.checked_add(1)
+        let (from, to) = range.split_once('-').unwrap_or((range, range));
+        let (from, to) = (from.parse::<usize>().ok()?, to.parse::<usize>().ok()?);
+        to.checked_sub(from)?.checked_add(1)
     };
-    list.trim().split(',').map(count).sum()
+    ranges.trim().split(',').map(count).sum()
 }
 
 /// Chunks that the staging arena holds for a state of `raw_bytes` on a machine with
