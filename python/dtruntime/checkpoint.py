@@ -30,7 +30,6 @@ from dtruntime.applying import Attempts
 from dtruntime.errors import (
     AcceleratorError,
     CheckpointError,
-    CheckpointNotFound,
     Closed,
     InvalidArgument,
     RestoreIncomplete,
@@ -883,18 +882,13 @@ class CheckpointManager:
             checkpoint, result = fallback.read_step(shards, number, read)
             failed: dict[int, str] = {}
         elif self._ranks is not None:
-            try:
-                checkpoint, result, failed = fallback.read_agreed(
-                    shards,
-                    self._path,
-                    read,
-                    self._agreement_timeout,
-                    has_own_store=self._has_uploads,
-                )
-            except CheckpointNotFound:
-                # All ranks begin anew: what one of them alone has is in no one's way.
-                self._lineage.note_loaded(-1, later_are_unsound=True)
-                raise
+            checkpoint, result, failed = fallback.read_agreed(
+                shards,
+                self._path,
+                read,
+                self._agreement_timeout,
+                has_own_store=self._has_uploads,
+            )
         else:
             checkpoint, result, failed = fallback.read_newest(shards, self._path, read)
         manifest = checkpoint.manifest()

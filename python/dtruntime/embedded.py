@@ -50,6 +50,15 @@ class NotOpened(Exception):  # noqa: N818
     """Rank 0 has not said in time where its coordinator listens."""
 
 
+def _nobody_at(url: str) -> CoordinatorUnavailable:
+    return CoordinatorUnavailable(
+        "looking for the coordinator that rank 0 hosts",
+        f"nobody answers at `{url}`, which rank 0, or one of before, has named",
+        "open the manager on rank 0, and let its machine's ports be reached; or start a "
+        "coordinator, and name it: `coordinator_url=`",
+    )
+
+
 def find(
     rank: int, timeout: float, environment: Mapping[str, str] = os.environ
 ) -> tuple[str, Security] | None:
@@ -98,13 +107,14 @@ def _await(store: TCPStore, key: str, timeout: float) -> tuple[str, str]:
     Looks again and again: torch's own wait hears no signal, and logs a lot.
     """
     deadline = time.monotonic() + timeout
+    url = ""
     while True:
         if store.check([key]):
             url, token = store.get(key).decode().split()
             if _is_listening(url):
                 return url, token
         if time.monotonic() >= deadline:
-            raise NotOpened
+            raise _nobody_at(url) if url else NotOpened
         time.sleep(_LOOK_SECONDS)
 
 

@@ -205,6 +205,7 @@ def _farewell(native: _native.Manager, patience: float) -> Iterator[None]:
         else:
             why = f"{type(error).__name__}: {error}"
         # They hear it when they have loaded. Who was interrupted does not wait for that.
+        _logger.warning("giving up, and telling the other ranks: %s", why)
         is_asked_to_end = not isinstance(error, Exception)
         with contextlib.suppress(CheckpointError):
             native.agree([], _FAREWELL_SECONDS if is_asked_to_end else patience, gives_up=why)
@@ -290,13 +291,12 @@ def _nothing_common(
             "run `ckpt-tool verify --all`; check that every rank was given the same store",
         )
     if has_own_store:
-        # Before the first upload, or the first save by all: as if nothing had been saved.
-        _logger.warning("%s: %s, %d ranks have some, and none is whole", what, have, offering)
-        return CheckpointNotFound(
+        return LoadAborted(
             what,
-            f"there is none: {have}, and {offering} ranks have some that others lack",
-            "train from the start, or from an earlier run's checkpoint; if a directory is missing "
-            "or was not mounted, end all ranks and bring it back first",
+            f"there is none: {have}, ranks that have some: {offering}",
+            "bring back the directory that is missing, or mount it; what is on its way to the "
+            "remote store may arrive. To begin without, end all ranks and delete what the "
+            "directories hold",
         )
     return InvalidArgument(
         what,

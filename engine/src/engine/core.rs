@@ -253,15 +253,12 @@ impl Core {
         Ok(steps.iter().map(offer).collect())
     }
 
-    /// What this rank alone has after the step that all agreed to load is no checkpoint, and none
-    /// of what it has is where they have none in common. A rank that is kept from loading says
-    /// nothing of that.
+    /// What this rank alone has after the step that all agreed to load is no checkpoint.
     pub(super) fn note_agreed(&self, agreed: &Agreed) {
         let first = match agreed {
             Agreed::Step(step) => Some(step.saturating_add(1)),
-            Agreed::Nothing { offering: 1.. } => Some(0),
-            // Also what a coordinator says that does not know better.
-            Agreed::Nothing { offering: 0 } | Agreed::Hindered { .. } => None,
+            // What a rank has may yet come to be whole: it is on its way, or its machine comes back.
+            Agreed::Nothing { .. } | Agreed::Hindered { .. } => None,
         };
         let mut book = self.book();
         book.not_common = first.map(|first| (first, book.offered.split_off(&first)));

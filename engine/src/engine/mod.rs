@@ -250,7 +250,12 @@ impl Engine {
         // Who gives up has nothing to offer, and may not even reach the store.
         let offered = match hindrance {
             Hindrance::GivesUp(_) => Vec::new(),
-            Hindrance::None | Hindrance::Damage(_) => inner.core.offers(steps)?,
+            Hindrance::None | Hindrance::Damage(_) => {
+                inner.core.offers(steps).inspect_err(|error| {
+                    let why = error.to_string();
+                    let _told = ranks.agree(&[], Hindrance::GivesUp(&why), timeout);
+                })?
+            }
         };
         let agreed = ranks.agree(&offered, hindrance, timeout)?;
         inner.core.note_agreed(&agreed);

@@ -426,13 +426,23 @@ impl Queue {
     }
 
     /// Whether the next removal has to wait until the step has arrived or was given up.
-    pub(super) fn is_removal_blocked(&self) -> bool {
-        let step = self.removals.next().and_then(Removal::guarded_step);
+    pub(super) fn is_removal_blocked(&self, wanted: Option<&Removal>) -> bool {
+        let step = self.next_removal(wanted).and_then(Removal::guarded_step);
         step.is_some_and(|step| self.is_at(step))
     }
 
-    pub(super) fn begin_removal(&mut self) -> Option<Removal> {
-        let removal = self.removals.next().cloned()?;
+    /// The next removal, or the next that has to be done for `wanted`.
+    fn next_removal(&self, wanted: Option<&Removal>) -> Option<&Removal> {
+        wanted.map_or_else(|| self.removals.next(), |wanted| self.removals.next_for(wanted))
+    }
+
+    /// Whether a removal waits until a drain is over.
+    pub(super) fn is_set_aside(&self, removal: &Removal) -> bool {
+        self.set_aside.next_for(removal).is_some()
+    }
+
+    pub(super) fn begin_removal(&mut self, wanted: Option<&Removal>) -> Option<Removal> {
+        let removal = self.next_removal(wanted).cloned()?;
         self.removing = removal.guarded_step();
         Some(removal)
     }
@@ -452,11 +462,11 @@ impl Queue {
         self.removals.forget(removal);
     }
 
-    /// A removal failed: it is tried again later; in a drain, once that is over. Gives how many are
-    /// left.
-    pub(super) fn put_removals_off(&mut self, failed: &Removal, now: Duration) -> usize {
+    /// A removal failed: it and the rest are gone on with later; in a drain, once that is over, so
+    /// that closing does not wait for each of many in vain. Gives how many are left.
+    pub(super) fn put_removals_off(&mut self, now: Duration) -> usize {
         if self.draining.is_some() {
-            self.set_aside.append(&mut self.removals.split_off(failed));
+            self.set_aside.append(&mut self.removals);
         } else {
             self.removals_due = self.removals_due.again(now, PAUSES);
         }
@@ -539,9 +549,9 @@ mod tests {
         queue.remove(Removal::Checkpoint(1));
         queue.remove(Removal::Checkpoint(2));
         for (step, pause) in [(1, 1), (2, 2), (1, 4)] {
-            assert_eq!(queue.begin_removal(), Some(Removal::Checkpoint(step)));
+            assert_eq!(queue.begin_removal(None), Some(Removal::Checkpoint(step)));
             queue.end_removal(&Removal::Checkpoint(step), false);
-            assert_eq!(queue.put_removals_off(&Removal::Checkpoint(step), now), 2);
+            assert_eq!(queue.put_removals_off(now), 2);
             assert_eq!(queue.removals_due.pause, pause * SECOND);
             assert!(!queue.removes(now) && queue.removes(now + pause * SECOND));
         }
@@ -557,11 +567,11 @@ mod tests {
         queue.remove(Removal::Checkpoint(2));
         queue.drain(SECOND);
         assert!(queue.removes(SECOND) && !queue.is_drained());
-        queue.put_removals_off(&Removal::Checkpoint(2), SECOND);
+        queue.put_removals_off(SECOND);
         // Asked for while the drain goes on: one that waits for it, and one that does not.
         queue.remove(Removal::Checkpoint(1));
         queue.remove(Removal::Checkpoint(4));
-        assert_eq!(queue.begin_removal(), Some(Removal::Checkpoint(4)));
+        assert_eq!(queue.begin_removal(None), Some(Removal::Checkpoint(4)));
         queue.end_removal(&Removal::Checkpoint(4), true);
         assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));
         assert!(queue.is_drained());
@@ -611,7 +621,7 @@ mod tests {
     fn of_one_step_one_thing_is_done_at_a_time() {
         let mut queue = queue(&[]);
         queue.remove(Removal::Checkpoint(5));
-        let removal = queue.begin_removal().unwrap();
+        let removal = queue.begin_removal(None).unwrap();
         // It is committed again while the old one is being removed.
         queue.add(5);
         assert_eq!((queue.take(SECOND).map(drop), queue.pause(SECOND)), (None, None));
@@ -620,9 +630,9 @@ mod tests {
         assert!(queue.take(SECOND).is_some());
         queue.cancel(5);
         queue.remove(Removal::Checkpoint(5));
-        assert!(queue.is_removal_blocked());
+        assert!(queue.is_removal_blocked(None));
         queue.book(Ok(Transferred::default()), false, SECOND);
-        assert!(!queue.is_removal_blocked());
+        assert!(!queue.is_removal_blocked(None));
     }
 
     #[test]

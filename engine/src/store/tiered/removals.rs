@@ -82,17 +82,15 @@ impl Removals {
         self.0.retain(|entry| entry.removal != *removal);
     }
 
-    /// Takes a removal out that was tried in vain, and those that wait for it.
-    pub(super) fn split_off(&mut self, failed: &Removal) -> Self {
-        let Some(at) = self.0.iter().position(|entry| entry.removal == *failed) else {
-            return Self::default();
-        };
-        let rest = self.0.split_off(at);
-        let (stays, goes) = rest
-            .into_iter()
-            .partition(|entry| entry.removal != *failed && !failed.holds_up(&entry.removal));
-        self.0.append(&mut Self(stays).0);
-        Self(goes)
+    /// The one that is to be tried next so that `wanted` can go: the first that it waits for, or
+    /// itself; `None` if it is not asked for any more.
+    pub(super) fn next_for(&self, wanted: &Removal) -> Option<&Removal> {
+        let removals = || self.0.iter().map(|entry| &entry.removal);
+        let is_asked = removals().any(|removal| removal == wanted);
+        // Whatever holds up the first of these would be one of them.
+        let mut needed =
+            removals().filter(|removal| *removal == wanted || removal.holds_up(wanted));
+        if is_asked { needed.next() } else { None }
     }
 
     /// Whether a removal that is asked for now waits for one of these.
@@ -159,12 +157,17 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_go_is_set_aside_with_what_waits_for_it() {
-        let mut left = removals(&[1, 7, 2, 8, 7, 3].map(Removal::Checkpoint));
-        let aside = left.split_off(&Removal::Checkpoint(7));
-        assert_eq!(removed(left, &[], 9), [1, 8].map(Removal::Checkpoint));
-        assert!(aside.hold_up(&Removal::Checkpoint(6)) && !aside.hold_up(&Removal::Checkpoint(8)));
-        assert_eq!(removed(aside, &[], 9), [7, 2, 3].map(Removal::Checkpoint));
+    fn one_that_is_wanted_waits_for_none_but_those_that_it_may_have_retired() {
+        let mut removals = removals(&[1, 7, 2, 8, 3].map(Removal::Checkpoint));
+        let wanted = Removal::Checkpoint(3);
+        for step in [7, 8, 3] {
+            let next = removals.next_for(&wanted).cloned();
+            assert_eq!(next, Some(Removal::Checkpoint(step)));
+            removals.forget(&Removal::Checkpoint(step));
+        }
+        assert_eq!(removals.next_for(&wanted), None);
+        assert!(removals.hold_up(&Removal::Checkpoint(2)));
+        assert!(!removals.hold_up(&Removal::Checkpoint(4)));
     }
 
     #[test]

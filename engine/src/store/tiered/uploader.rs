@@ -249,37 +249,34 @@ impl Work {
     pub(super) fn remove_now(&self, wanted: &Removal) -> Result<u64> {
         let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut freed_bytes = 0;
-        let mut failed: Vec<(Removal, EngineError)> = Vec::new();
-        while let Some((removal, removed)) = self.remove_next() {
-            let is_wanted = removal == *wanted;
-            match removed {
-                Ok(bytes) => freed_bytes += bytes,
-                Err(error) if is_wanted => return Err(error),
-                // What is left waits for one that cannot go.
-                Err(_) if failed.iter().any(|(again, _)| *again == removal) => break,
-                Err(error) => failed.push((removal, error)),
-            }
-            if is_wanted {
-                return Ok(freed_bytes);
-            }
+        while let Some(removed) = self.remove_next(Some(wanted)) {
+            freed_bytes += removed?;
+        }
+        if self.lock().is_set_aside(wanted) {
+            return Err(EngineError::Unavailable {
+                what: format!("removing what was let go from `{}`", self.far.location()),
+                why: "a removal that has to come first has failed".into(),
+                hint: "it is tried again behind the training, and by whoever opens the store next"
+                    .into(),
+            });
         }
         // Or another thread carried it out.
-        let first = failed.into_iter().next();
-        first.map_or(Ok(freed_bytes), |(_, error)| Err(error))
+        Ok(freed_bytes)
     }
 
-    /// Tries the removal whose turn it is.
-    fn remove_next(&self) -> Option<(Removal, Result<u64>)> {
-        let removal = self.begin_removal()?;
+    /// Tries the removal whose turn it is, or that has to be done next for `wanted`.
+    fn remove_next(&self, wanted: Option<&Removal>) -> Option<Result<u64>> {
+        let removal = self.begin_removal(wanted)?;
         let removed = caught("removing a checkpoint", || self.remove(&removal));
         self.change(|queue| queue.end_removal(&removal, removed.is_ok()));
-        Some((removal, removed))
+        Some(removed)
     }
 
-    fn begin_removal(&self) -> Option<Removal> {
+    fn begin_removal(&self, wanted: Option<&Removal>) -> Option<Removal> {
         // What is on its way has arrived by then, or was given up.
-        let queue = self.changed.wait_while(self.lock(), |queue| queue.is_removal_blocked());
-        queue.unwrap_or_else(PoisonError::into_inner).begin_removal()
+        let is_blocked = |queue: &mut Queue| queue.is_removal_blocked(wanted);
+        let queue = self.changed.wait_while(self.lock(), is_blocked);
+        queue.unwrap_or_else(PoisonError::into_inner).begin_removal(wanted)
     }
 
     fn remove(&self, removal: &Removal) -> Result<u64> {
@@ -418,9 +415,9 @@ impl Work {
             return;
         }
         let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some((removal, removed)) = self.remove_next() {
+        while let Some(removed) = self.remove_next(None) {
             let Err(error) = removed else { continue };
-            let left = self.change(|queue| queue.put_removals_off(&removal, self.now()));
+            let left = self.change(|queue| queue.put_removals_off(self.now()));
             tracing::warn!(%error, left, "removing from the far store failed, to be tried again");
             return;
         }
