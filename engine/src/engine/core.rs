@@ -257,7 +257,8 @@ impl Core {
     pub(super) fn note_agreed(&self, agreed: &Agreed) {
         let first = match agreed {
             Agreed::Step(step) => Some(step.saturating_add(1)),
-            // What a rank has may yet come to be whole: it is on its way, or its machine comes back.
+            // What a rank has may yet come to be whole: it is on its way, or its machine comes
+            // back.
             Agreed::Nothing { .. } | Agreed::Hindered { .. } => None,
         };
         let mut book = self.book();
