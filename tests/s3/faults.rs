@@ -179,7 +179,7 @@ struct Saved {
     store: Config,
     /// From the first request of the save to the one after its last.
     requests: std::ops::Range<u64>,
-    is_saved: bool,
+    succeeded: bool,
     /// What is on its way arrives for as long as this is there.
     _proxy: Proxy,
 }
@@ -191,8 +191,8 @@ fn save_through(place: &Place, plan: Plan) -> Saved {
     let (key, secret) = owner();
     let engine = try_open(through(&proxy, &store), (&key, &secret)).unwrap();
     let first = proxy.requests();
-    let is_saved = state_of(1).save(&engine, 1).is_ok();
-    Saved { store, requests: first..proxy.requests(), is_saved, _proxy: proxy }
+    let succeeded = state_of(1).save(&engine, 1).is_ok();
+    Saved { store, requests: first..proxy.requests(), succeeded, _proxy: proxy }
 }
 
 /// When a request that is late takes effect: its writer, which asks again for a second and for
@@ -212,16 +212,16 @@ fn a_manifest_that_lands_after_its_writer_gave_up_has_its_shard() {
             Some(2..5) => Fault::Answer(503, "SlowDown"),
             _ => Fault::None,
         };
-        let Saved { store, is_saved, _proxy, .. } = save_through(&place, Arc::new(plan));
+        let Saved { store, succeeded, _proxy, .. } = save_through(&place, Arc::new(plan));
         let reader = open(Config { read_only: true, ..store.clone() });
         let start = Instant::now();
         let is_visible = || !reader.survey().unwrap().committed_steps().is_empty();
         while !is_visible() && start.elapsed() < 2 * LATE {
             std::thread::sleep(Duration::from_millis(50));
         }
-        let saved = if is_saved { vec![1] } else { Vec::new() };
+        let saved = if succeeded { vec![1] } else { Vec::new() };
         judge(&store, &Seen { saved, errors: Vec::new() }).unwrap();
-        !is_saved && is_visible()
+        !succeeded && is_visible()
     };
     let late = std::thread::scope(|scope| {
         let threads: Vec<_> = requests.map(|request| scope.spawn(move || hit(request))).collect();
