@@ -16,7 +16,7 @@ use crate::format::FormatError;
 use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, MANIFEST_FILE};
 use crate::io::buffer::BufferPool;
-use crate::ranks::{Agreed, Attempt, Ranks};
+use crate::ranks::{Attempt, Ranks};
 use crate::recovery::{self, ManifestState, StepState, StepSurvey, Survey};
 use crate::retention::{self, Policy, plan_cleanup, plan_retention};
 use crate::save::SaveInfo;
@@ -70,8 +70,8 @@ struct Book {
     verified: Option<u64>,
     /// What this rank had when steps were last offered to other ranks, by step.
     offered: BTreeMap<u64, Option<AttemptId>>,
-    /// The first step after the one that all agreed on, and what of that is not before it: other
-    /// ranks do not have it, or could not load it.
+    /// The step that all agreed on, and what of that is later: other ranks do not have it, or could
+    /// not load it.
     not_common: Option<(u64, BTreeMap<u64, Option<AttemptId>>)>,
 }
 
@@ -253,25 +253,22 @@ impl Core {
         Ok(steps.iter().map(offer).collect())
     }
 
-    /// What this rank alone has after the step that all agreed to load is no checkpoint.
-    pub(super) fn note_agreed(&self, agreed: &Agreed) {
-        let first = match agreed {
-            Agreed::Step(step) => Some(step.saturating_add(1)),
-            // What a rank has may yet come to be whole: it is on its way, or its machine comes
-            // back.
-            Agreed::Nothing { .. } | Agreed::Hindered { .. } => None,
-        };
+    /// All ranks agreed to load `step`: what this one alone has of later ones is no checkpoint.
+    pub(super) fn note_agreed(&self, step: Option<u64>) {
         let mut book = self.book();
-        book.not_common = first.map(|first| (first, book.offered.split_off(&first)));
+        book.not_common = step.map(|agreed| {
+            let later = book.offered.split_off(&agreed.saturating_add(1));
+            (agreed, later)
+        });
     }
 
     /// Whether saving `step` goes back only over what other ranks do not have: checkpoints in this
     /// rank's own store that were published here and never committed, or were lost elsewhere.
     pub(super) fn goes_over_own_only(&self, step: u64) -> bool {
         let book = self.book();
-        let range = book.not_common.as_ref().and_then(|(first, later)| {
+        let range = book.not_common.as_ref().and_then(|(agreed, later)| {
             let newest = *later.keys().next_back()?;
-            Some(*first..=newest)
+            Some(agreed.saturating_add(1)..=newest)
         });
         self.config.has_own_store() && range.is_some_and(|range| range.contains(&step))
     }

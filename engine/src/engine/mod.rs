@@ -258,7 +258,10 @@ impl Engine {
             }
         };
         let agreed = ranks.agree(&offered, hindrance, timeout)?;
-        inner.core.note_agreed(&agreed);
+        // Without a common step, what a rank has may yet come to be whole: it is on its way, or its
+        // machine comes back.
+        let step = if let Agreed::Step(step) = agreed { Some(step) } else { None };
+        inner.core.note_agreed(step);
         Ok(agreed)
     }
 
