@@ -21,6 +21,7 @@ from dtruntime import (
     connecting,
     fallback,
     gpus,
+    launch,
     lifecycle,
     membership,
     settings,
@@ -49,6 +50,7 @@ from dtruntime.replication import Replication
 from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
 from dtruntime.restore import plan_restore
 from dtruntime.state_tree import FlatState, flatten, needs_of
+from dtruntime.told import Told, told_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,13 +75,16 @@ class CheckpointManager:
     Args:
         path: The store: a directory, made with its parents if it is not there, or
             ``s3://bucket/prefix``. Default: the environment's ``CHECKPOINT_DIR``.
-        keep_last_n: Newest checkpoints to keep; None keeps all.
+        keep_last_n: Newest checkpoints to keep. Default: all. Of this, ``compression``,
+            ``async_write``, ``save_interval_steps`` and the store, what is not given is what the
+            coordinator was configured to say, where this process is registered with one.
         keep_every: Keep every checkpoint whose step is a multiple of this, besides.
         keep_best_n: Keep this many besides: the best by ``best_metric``, of equal ones the newer.
         best_metric: Key of the number in ``metadata`` that tells which checkpoints are best, such
             as ``val_loss``; those without it are never among them.
         best_mode: ``min`` where small values of it are the better ones, as of a loss, or ``max``.
-        compression: ``auto``, ``none``, ``float`` (made for weights), ``zstd`` or ``gzip``.
+        compression: ``auto`` (the default), ``none``, ``float`` (made for weights), ``zstd`` or
+            ``gzip``.
         staging_bytes: Memory that snapshots are copied into: bytes, or text such as ``"2GiB"``.
             Default: the state's size, at most a quarter of the machine's memory, which the ranks of
             a machine share where ``LOCAL_WORLD_SIZE`` says how many they are. A larger state
@@ -92,10 +97,11 @@ class CheckpointManager:
         progress: Whether saves show a bar on standard error.
         read_only: For evaluators: writes, locks and deletes nothing.
         async_write: False makes ``save_async`` wait until the checkpoint is durable.
-        save_interval_steps: What ``should_save`` goes by; None means every step.
-        rank: This process's rank. Default: the environment's ``RANK``, else 0.
-        world_size: Default: the environment's ``WORLD_SIZE``, else 1. Where it is more, every rank
-            saves its own state under the same step, and the checkpoint exists when all of them are
+        save_interval_steps: What ``should_save`` goes by. Default: every step.
+        rank: This process's rank. Default: that in the process group of ``torch.distributed``, if
+            the script has initialised it, else the environment's ``RANK``, else 0.
+        world_size: Default: likewise, ``WORLD_SIZE``, else 1. Where it is more, every rank saves
+            its own state under the same step, and the checkpoint exists when all of them are
             durable, or not at all: this needs a store that all ranks reach, and a coordinator.
         replicated: What all ranks hold alike, as globs over paths written with dots: with data
             parallel training ``["model.*", "optimizer.*"]``. Its bytes are written once, each rank
@@ -113,11 +119,11 @@ class CheckpointManager:
             saves of a job apart by their step: a process that has two stores open at a time, of a
             model and of its moving average say, gives each a job of its own.
         coordinator_url: Where ranks find each other. Default: the environment's
-            ``COORDINATOR_URL``. Under ``torchrun`` neither is needed: rank 0 then hosts a
-            coordinator in its own process.
+            ``COORDINATOR_URL``. Under ``torchrun``, or with a process group, neither is needed:
+            rank 0 then hosts a coordinator in its own process.
         security: Token and certificates for the coordinator.
         agreement_timeout: How long opening, ``load`` and ``restore`` wait for the other ranks, in
-            seconds; under ``torchrun`` also for rank 0 to host the coordinator.
+            seconds; also for rank 0 to host the coordinator, where none is named.
         sigterm: What SIGTERM does to a save in flight: ``finish`` it by the deadline, or ``drop``
             it. Default None: no handler is installed.
         sigterm_deadline_seconds: How long ``finish`` may take.
@@ -163,7 +169,7 @@ class CheckpointManager:
         keep_best_n: int | None = None,
         best_metric: str | None = None,
         best_mode: str = "min",
-        compression: str = "auto",
+        compression: str | None = None,
         staging_bytes: int | str | None = None,
         chunk_bytes: int | str | None = None,
         direct_io: bool | str = "auto",
@@ -171,7 +177,7 @@ class CheckpointManager:
         verify_on_load: bool = True,
         progress: bool = False,
         read_only: bool = False,
-        async_write: bool = True,
+        async_write: bool | None = None,
         save_interval_steps: int | None = None,
         rank: int | str | None = None,
         world_size: int | str | None = None,
@@ -190,38 +196,40 @@ class CheckpointManager:
         remove_before_upload: bool = False,
         s3: Mapping[str, Any] | None = None,
     ) -> None:
-        self._path = settings.store_path(path, storage_path=storage_path, backend=backend)
-        rank_number, ranks = settings.rank_and_world_size(rank, world_size)
+        rank_number, ranks = launch.rank_and_world_size(rank, world_size)
+        job_name = connecting.job_of(None) if job is None else job
         globs = globs_of("replicated", replicated)
-        engine_settings: dict[str, Any] = {
-            "job": connecting.job_of(None) if job is None else job,
+        engine_settings = {
+            "job": job_name,
             "rank": rank_number,
             "world_size": ranks,
-            "local_world_size": settings.local_world_size(ranks),
+            "local_world_size": launch.local_world_size(ranks),
             "read_only": bool(read_only),
-            "compression": settings.choice("compression", compression, settings.COMPRESSIONS),
-            "direct_io": settings.direct_io(direct_io),
-            "io_backend": settings.choice("io_backend", io_backend, settings.IO_BACKENDS),
-            "verify_on_load": bool(verify_on_load),
-            "s3": settings.s3_settings(s3),
-        } | settings.remote_settings(
-            remote, remote_bytes_per_second, remove_before_upload=remove_before_upload
+        } | settings.engine_settings(
+            compression=compression,
+            staging_bytes=staging_bytes,
+            chunk_bytes=chunk_bytes,
+            direct_io=direct_io,
+            io_backend=io_backend,
+            verify_on_load=verify_on_load,
+            counts={
+                "keep_last_n": keep_last_n,
+                "keep_every": keep_every,
+                "keep_best_n": keep_best_n,
+            },
+            best=(best_metric, best_mode),
+            remote=(remote, remote_bytes_per_second, remove_before_upload),
+            s3=s3,
         )
-        for name, value in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
-            if value is not None:
-                engine_settings[name] = settings.parse_bytes(name, value)
-        counts = {"keep_last_n": keep_last_n, "keep_every": keep_every, "keep_best_n": keep_best_n}
-        engine_settings |= settings.retention(counts, best_metric, best_mode)
+        interval = settings.interval("save_interval_steps", save_interval_steps)
         self._best = (best_metric, best_mode)
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
         gpus.watch_captures()  # before the first save: graphs are captured early
         self._world_size = ranks
-        self._interval = settings.interval("save_interval_steps", save_interval_steps)
         if sigterm is not None:
             settings.choice("sigterm", sigterm, ("finish", "drop"))
         self._verify_on_load = bool(verify_on_load)
         self._read_only = bool(read_only)
-        self._async_write = bool(async_write)
         self._pid = os.getpid()
         # Threads take turns; the second lock is held in a turn, to know one in another.
         self._turns = threading.RLock()
@@ -238,11 +246,20 @@ class CheckpointManager:
         self.last_load: LoadReport | None = None
         """What the last ``load`` or ``restore`` read; None before the first."""
         self._agreement_timeout = float(agreement_timeout)
+
+        def store_of(told: Told) -> membership.Store:
+            found = settings.store_path(
+                path, storage_path=storage_path, backend=backend, told=told.path
+            )
+            return membership.Store(found, settings.common_name(found, remote))
+
+        if settings.is_named(path, storage_path):
+            store_of(Told())  # what is wrong with it is told before anybody is asked
         self._ranks: membership.Seat | None = None
         if ranks > 1 and not self._read_only:
             self._ranks = membership.enter(
-                membership.Store(os.fspath(self._path), settings.common_name(self._path, remote)),
-                engine_settings["job"],
+                lambda values: store_of(told_by(values)),
+                job_name,
                 (rank_number, ranks),
                 (coordinator_url, security),
                 self._agreement_timeout,
@@ -251,7 +268,13 @@ class CheckpointManager:
         self._has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
         try:
-            self._open(json.dumps(engine_settings))
+            told = told_by(membership.told_in(job_name))
+            if told != Told():
+                _logger.info("the coordinator says, of what is not set here: %s", told)
+            self._path = store_of(told).path
+            self._interval = interval or told.save_interval_steps or 1
+            self._async_write = bool(told.async_write if async_write is None else async_write)
+            self._open(json.dumps(settings.completed(engine_settings, told)))
             self._replication = Replication(globs, self._native.share) if globs else None
         except BaseException:
             self._give_back()

@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from dtruntime import connecting, embedded, membership, settings
+from dtruntime import connecting, embedded, launch, membership, settings
 from dtruntime.connecting import PATIENCE_SECONDS, Security
 from dtruntime.errors import CoordinatorUnavailable, DatasetNotFound, InvalidArgument
 
@@ -189,7 +189,7 @@ class DatasetRegistry:
             world_size: Among how many ranks. Default: the job's.
 
         """
-        rank, _ = settings.rank_and_world_size(worker_rank, None)
+        rank, _ = launch.rank_and_world_size(worker_rank, None)
         place = (rank, 0 if world_size is None else settings.integer("world_size", world_size))
         share = self.share(name, place, settings.integer("epoch", epoch))
         return [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118  (str)
@@ -219,11 +219,11 @@ class DatasetRegistry:
             rank = found.place.rank if rank is None else rank
             world_size = found.place.world_size if world_size is None else world_size
         told = {} if found is None else found.worker.settings
-        return (*settings.rank_and_world_size(rank, world_size), told)
+        return (*launch.rank_and_world_size(rank, world_size), told)
 
 
 def _hosted_by_rank_0(patience: float) -> tuple[str, Security] | None:
-    rank, _ = settings.rank_and_world_size(None, None)
+    rank, _ = launch.rank_and_world_size(None, None)
     try:
         return embedded.find(rank, patience)
     except embedded.NotOpened as error:

@@ -1,10 +1,11 @@
 """A coordinator that rank 0 hosts in its own process, for runs that are given none.
 
-Under ``torchrun`` the ranks find each other through the store that its agent serves: rank 0 starts
-the coordinator on a free port and leaves there where it listens and what token it asks for, under
-the run's id. What a rank 0 of before has left there stays until the next one comes, since agents
-neither agree on the number of a restart nor empty the store: a coordinator that nobody reaches is
-passed over until another one is named.
+The ranks find each other through a store that is there already: that of ``torchrun``'s agent, else
+that of the script's process group. Rank 0 starts the coordinator on a free port and leaves there
+where it listens and what token it asks for, with an agent under the run's id. What a rank 0 of
+before has left there stays until the next one comes, since agents neither agree on the number of a
+restart nor empty the store: a coordinator that nobody reaches is passed over until another one is
+named.
 
 Always holds: one coordinator a process and run; it ends with the process; where all ranks are on
 one machine it does not listen beyond it; a wait for rank 0 hears signals.
@@ -19,16 +20,16 @@ import socket
 import threading
 import time
 import urllib.parse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dtruntime import _native
+from dtruntime import _native, launch
 from dtruntime.connecting import Security
 from dtruntime.errors import CoordinatorUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _CONNECT_SECONDS = 60.0
 """How long the agent's store, which is there before the ranks are, may take to answer."""
@@ -62,31 +63,77 @@ def _nobody_at(url: str) -> CoordinatorUnavailable:
 def find(
     rank: int, timeout: float, environment: Mapping[str, str] = os.environ
 ) -> tuple[str, Security] | None:
-    """Give URL and token of this ``torchrun`` run's coordinator; None if this is no such run.
+    """Give URL and token of the coordinator that rank 0 hosts; None if ranks cannot meet.
 
     Raises:
         NotOpened: Rank 0 did not come to host it within ``timeout`` seconds.
         CoordinatorUnavailable: The agent's store, where it would say so, does not answer.
 
     """
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    meeting = _meeting(environment)
+    if meeting is None:
         return None
-    master = environment["MASTER_ADDR"]
-    key = f"dtruntime/coordinator/{environment.get('TORCHELASTIC_RUN_ID', '')}"
-    store = _store_of_agent(master, int(environment["MASTER_PORT"]))
     if rank == 0:
-        is_one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
-        family, host = (socket.AF_INET, _LOOPBACK) if is_one_machine else _own_address(master)
-        coordinator = _host(key, _LOOPBACK if is_one_machine else _EVERYWHERE[family])
-        named = f"[{host}]" if ":" in host else host
-        url, token = f"http://{named}:{coordinator.port}", coordinator.token
-        store.set(key, f"{url} {token}")
+        url, token = _announce(meeting)
     else:
-        url, token = _await(store, key, timeout)
+        url, token = _await(meeting, timeout)
     return url, Security(token=token)
 
 
-def _store_of_agent(master: str, port: int) -> TCPStore:
+class _Meeting(NamedTuple):
+    """Where ranks leave word for each other.
+
+    Attributes:
+        store: What they share.
+        key: The entry that names the coordinator.
+        master: The machine that serves the store.
+        is_one_machine: Whether all ranks are known to be on this machine.
+
+    """
+
+    store: Store
+    key: str
+    master: str
+    is_one_machine: bool
+
+
+def _meeting(environment: Mapping[str, str]) -> _Meeting | None:
+    key = "dtruntime/coordinator"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        master = environment["MASTER_ADDR"]
+        store = _store_of_agent(master, int(environment["MASTER_PORT"]))
+        is_one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+        key = f"{key}/{environment.get('TORCHELASTIC_RUN_ID', '')}"
+        return _Meeting(store, key, master, is_one_machine)
+    group = launch.process_group(environment)
+    if group is None or group.store is None:
+        return None
+    return _Meeting(group.store, key, group.master, _is_loopback(group.master))
+
+
+def _is_loopback(master: str) -> bool:
+    """Tell whether only this machine can have meant itself by it: a name may mean another there."""
+    try:
+        return ipaddress.ip_address(master).is_loopback
+    except ValueError:
+        return master == "localhost"
+
+
+def _announce(meeting: _Meeting) -> tuple[str, str]:
+    """Host the coordinator, and leave word of it."""
+    if meeting.is_one_machine:
+        family, host = socket.AF_INET, _LOOPBACK
+    else:
+        family, host = _own_address(meeting.master)
+    ip = _LOOPBACK if meeting.is_one_machine else _EVERYWHERE[family]
+    coordinator = _host(meeting.key, ip)
+    named = f"[{host}]" if ":" in host else host
+    url, token = f"http://{named}:{coordinator.port}", coordinator.token
+    meeting.store.set(meeting.key, f"{url} {token}")
+    return url, token
+
+
+def _store_of_agent(master: str, port: int) -> Store:
     # Here, because a process that does not run under torchrun needs no torch.
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # noqa: PLC0415
 
@@ -101,7 +148,7 @@ def _store_of_agent(master: str, port: int) -> TCPStore:
         ) from error
 
 
-def _await(store: TCPStore, key: str, timeout: float) -> tuple[str, str]:
+def _await(meeting: _Meeting, timeout: float) -> tuple[str, str]:
     """Give URL and token once somebody listens there.
 
     Looks again and again: torch's own wait hears no signal, and logs a lot.
@@ -109,8 +156,8 @@ def _await(store: TCPStore, key: str, timeout: float) -> tuple[str, str]:
     deadline = time.monotonic() + timeout
     url = ""
     while True:
-        if store.check([key]):
-            url, token = store.get(key).decode().split()
+        if meeting.store.check([meeting.key]):
+            url, token = meeting.store.get(meeting.key).decode().split()
             if _is_listening(url):
                 return url, token
         if time.monotonic() >= deadline:
@@ -158,7 +205,7 @@ def _reached_from(kind: tuple[int, int, int], address: tuple[Any, ...]) -> str |
 def _no_way(master: str, why: str) -> CoordinatorUnavailable:
     return CoordinatorUnavailable(
         "hosting the coordinator for all ranks",
-        f"this machine has no way to `{master}`, where torchrun's agent is: {why}",
+        f"this machine has no way to `{master}`, where the ranks' store is: {why}",
         "look at `MASTER_ADDR`; or start a coordinator, and name it: `coordinator_url=`",
     )
 

@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from dtruntime import _native, connecting, embedded
@@ -90,7 +91,7 @@ class Store(NamedTuple):
 
     """
 
-    path: str
+    path: str | os.PathLike[str]
     common: str
 
 
@@ -124,7 +125,12 @@ class Membership:
 class Seat:
     """A manager's part in a membership, for as long as its store is open."""
 
-    def __init__(self, membership: Membership, store: Store) -> None:
+    def __init__(self, membership: Membership, store_of: StoreOf) -> None:
+        try:
+            store = store_of(membership.worker.settings)
+        except BaseException:
+            membership.leave()
+            raise
         self.worker = membership.worker
         self._membership = membership
         self.store = store
@@ -151,6 +157,9 @@ class Seat:
         if is_taken:
             self._membership.leave(failure)
 
+
+StoreOf = Callable[[Mapping[str, str]], Store]
+"""Gives the store that a rank opens, from what the coordinator told it."""
 
 _live: list[Membership] = []
 _lock = threading.Lock()
@@ -181,7 +190,7 @@ def join(
 
 
 def enter(
-    store: Store,
+    store_of: StoreOf,
     job: str,
     ranks: tuple[int, int],
     way: tuple[str | None, Security | None],
@@ -190,11 +199,12 @@ def enter(
     """Become a worker of a job of several ranks, and wait until all of them open the store.
 
     Args:
-        store: What this rank opens.
+        store_of: Gives what this rank opens.
         job: The training run.
         ranks: This process's rank, and how many there are.
         way: The coordinator's URL and how to get in. Default: the environment's
-            ``COORDINATOR_URL``, else the one that rank 0 hosts under ``torchrun``.
+            ``COORDINATOR_URL``, else the one that rank 0 hosts, where ranks can meet: under
+            ``torchrun``, or in a process group of theirs.
         timeout: How long to wait for the other ranks, in seconds.
 
     Returns:
@@ -207,18 +217,18 @@ def enter(
     deadline = time.monotonic() + timeout
     with _reminding(place):
         if place.url:
-            return _take_seat(place, store, security or Security(), deadline)
+            return _take_seat(place, store_of, security or Security(), deadline)
         refused: tuple[str, CheckpointError] | None = None
         while True:
             left = max(deadline - time.monotonic(), 0.0)
-            found = _found_under_torchrun(place, left, timeout)
+            found = _hosted_by_rank_0(place, left, timeout)
             if found is None:
                 return None
             url, security = found
             if refused is not None and refused[0] == url:
                 raise refused[1]
             try:
-                return _take_seat(place._replace(url=url), store, security, deadline)
+                return _take_seat(place._replace(url=url), store_of, security, deadline)
             except _OF_A_RUN_BEFORE as error:
                 # Of a rank 0 that ends just now, if torchrun restarts its processes one by one.
                 if rank == 0 or time.monotonic() >= deadline:
@@ -229,13 +239,13 @@ def enter(
                 time.sleep(_AGAIN_SECONDS)
 
 
-def _take_seat(place: Place, store: Store, security: Security, deadline: float) -> Seat:
+def _take_seat(place: Place, store_of: StoreOf, security: Security, deadline: float) -> Seat:
     """Register, and meet the others."""
     coordinator = connecting.connect(place.url, security, connecting.PATIENCE_SECONDS)
     place = place._replace(url=coordinator.url)
-    seat = Seat(join(place, coordinator, ("", 0, "")), store)
+    seat = Seat(join(place, coordinator, ("", 0, "")), store_of)
     try:
-        _meet(seat, place, store.common, deadline)
+        _meet(seat, place, seat.store.common, deadline)
     except BaseException:
         seat.leave()
         raise
@@ -260,7 +270,7 @@ def _reminding(place: Place) -> Iterator[None]:
         reminder.cancel()
 
 
-def _found_under_torchrun(place: Place, left: float, timeout: float) -> tuple[str, Security] | None:
+def _hosted_by_rank_0(place: Place, left: float, timeout: float) -> tuple[str, Security] | None:
     try:
         return embedded.find(place.rank, left)
     except embedded.NotOpened:
@@ -288,6 +298,13 @@ def _meet(seat: Seat, place: Place, common: str, deadline: float) -> None:
             raise InvalidArgument(what, error.why, error.hint) from None
         else:
             return
+
+
+def told_in(job: str) -> Mapping[str, str]:
+    """Give what this process's worker in the job was told; nothing if it has none."""
+    with _lock:
+        found = [membership for membership in _live if membership.place.job == job]
+    return next((m.worker.settings for m in found if not m.worker.is_ended), {})
 
 
 def membership_at(url: str, job: str) -> Membership | None:

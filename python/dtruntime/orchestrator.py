@@ -19,7 +19,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dtruntime import connecting, membership, settings
+from dtruntime import connecting, launch, membership, settings
 from dtruntime.connecting import PATIENCE_SECONDS, Security
 from dtruntime.errors import CheckpointError, Closed, InvalidArgument, JobAborted
 from dtruntime.membership import Membership, Place, failure_of
@@ -123,7 +123,7 @@ class TrainingOrchestrator:
         on_membership_change: Callable[[MembershipChange], Any] | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        self.rank, self.world_size = settings.rank_and_world_size(rank, world_size)
+        self.rank, self.world_size = launch.rank_and_world_size(rank, world_size)
         self.worker_id = worker_id or os.environ.get("WORKER_ID") or f"worker-{self.rank}"
         self.job = connecting.job_of(job)
         url = connecting.url_of(coordinator_url)

@@ -20,6 +20,8 @@ from dtruntime.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dtruntime.told import Told
+
 COMPRESSIONS = ("auto", "none", "float", "zstd", "gzip")
 IO_BACKENDS = ("auto", "uring", "threads")
 BEST_MODES = ("min", "max")
@@ -30,7 +32,6 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix in ("B", "iB")
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_ORDINAL = re.compile(r"(?:.*\w-)?(\d+)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _S3 = "s3://"
 _COLLAPSED = re.compile(r"[sS]3:/[^/]")
@@ -105,7 +106,60 @@ def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
     )
 
 
-def retention(
+def engine_settings(
+    *,
+    compression: Any,
+    staging_bytes: int | str | None,
+    chunk_bytes: int | str | None,
+    direct_io: bool | str,
+    io_backend: Any,
+    verify_on_load: bool,
+    counts: Mapping[str, Any],
+    best: tuple[str | None, str],
+    remote: tuple[str | None, int | str | None, bool],
+    s3: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Give the engine's settings from a manager's arguments; what is not set is left out.
+
+    Args:
+        compression: As the manager takes it, and so are the others, but for these.
+        staging_bytes: The same.
+        chunk_bytes: The same.
+        direct_io: The same.
+        io_backend: The same.
+        verify_on_load: The same.
+        counts: ``keep_last_n``, ``keep_every`` and ``keep_best_n``.
+        best: ``best_metric`` and ``best_mode``.
+        remote: ``remote``, ``remote_bytes_per_second`` and ``remove_before_upload``.
+        s3: How a store in S3 is reached.
+
+    Raises:
+        InvalidArgument: One is not what is accepted.
+
+    """
+    address, bytes_per_second, remove_before_upload = remote
+    given = {
+        "direct_io": _direct_io(direct_io),
+        "io_backend": choice("io_backend", io_backend, IO_BACKENDS),
+        "verify_on_load": bool(verify_on_load),
+        "s3": _s3_settings(s3),
+    } | _remote_settings(address, bytes_per_second, remove_before_upload=remove_before_upload)
+    if compression is not None:
+        given["compression"] = choice("compression", compression, COMPRESSIONS)
+    for name, value in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
+        if value is not None:
+            given[name] = parse_bytes(name, value)
+    return given | _retention(counts, *best)
+
+
+def completed(given: Mapping[str, Any], told: Told) -> dict[str, Any]:
+    """Give the engine's settings with what the coordinator says of those that are not set."""
+    said = {"compression": told.compression, "keep_last_n": told.keep_last_n}
+    set_by_it = {name: value for name, value in said.items() if value is not None}
+    return set_by_it | dict(given) | {"s3": {**told.s3, **given["s3"]}}
+
+
+def _retention(
     counts: Mapping[str, Any], best_metric: str | None, best_mode: str
 ) -> dict[str, int | str]:
     """Give the engine's settings of which checkpoints stay; ``counts`` are those that are set."""
@@ -128,9 +182,11 @@ def metric(name: str, value: Any) -> str:
     )
 
 
-def interval(name: str, value: Any) -> int:
-    """Give a number of steps, at least 1; None means every step."""
-    number = 1 if value is None else integer(name, value)
+def interval(name: str, value: Any) -> int | None:
+    """Give a number of steps, at least 1; None if it is not set."""
+    if value is None:
+        return None
+    number = integer(name, value)
     if number == 0:
         raise InvalidArgument(
             f"setting `{name}` = 0", "at least 1 is expected", "leave it unset to save every step"
@@ -138,7 +194,7 @@ def interval(name: str, value: Any) -> int:
     return number
 
 
-def direct_io(value: bool | str) -> str:
+def _direct_io(value: bool | str) -> str:
     """Give the engine's word for the setting ``direct_io``."""
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -150,9 +206,10 @@ def store_path(
     *,
     storage_path: str | os.PathLike[str] | None,
     backend: str | None,
+    told: str | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> str | Path:
-    """Give the store, from the arguments or from ``CHECKPOINT_DIR``.
+    """Give the store, from the arguments, ``CHECKPOINT_DIR``, or what the coordinator ``told``.
 
     A directory is a ``Path``; text that begins with ``s3://`` is a store in S3.
     """
@@ -166,7 +223,7 @@ def store_path(
         choice("backend", backend, ("local", "s3"))
     chosen = path if path is not None else storage_path
     if chosen is None:
-        chosen = environment.get("CHECKPOINT_DIR") or None
+        chosen = environment.get("CHECKPOINT_DIR") or told
     if chosen is None:
         raise InvalidArgument(
             "setting `path`",
@@ -182,6 +239,11 @@ def store_path(
             f"setting `path` = {chosen!r}", "a str or a path is expected", "pass `str` or `Path`"
         )
     return _located(text, backend)
+
+
+def is_named(*paths: object, environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether an argument or ``CHECKPOINT_DIR`` names the store."""
+    return any(path is not None for path in paths) or bool(environment.get("CHECKPOINT_DIR"))
 
 
 def _located(text: str, backend: str | None) -> str | Path:
@@ -225,7 +287,7 @@ def _directory(text: str) -> Path:
         raise InvalidArgument(refused, str(error), hint) from error
 
 
-def remote_settings(
+def _remote_settings(
     remote: str | None, bytes_per_second: int | str | None, *, remove_before_upload: bool
 ) -> dict[str, Any]:
     """Give the engine's settings of a second store. What it accepts is the engine's to check."""
@@ -257,7 +319,7 @@ def _s3_name(text: str) -> str:
     return (_S3 + text[scheme.end() :] if scheme else text).rstrip("/")
 
 
-def s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Give the engine's settings of a store in S3. Ranges are the engine's to check."""
     settings = {}
     for name, value in (given or {}).items():
@@ -283,47 +345,6 @@ def _s3_setting(name: str, value: Any) -> Any:
     if name == "path_style":
         return bool(value)
     return os.fspath(value)
-
-
-def rank_and_world_size(
-    rank: int | str | None,
-    world_size: int | str | None,
-    environment: Mapping[str, str] = os.environ,
-) -> tuple[int, int]:
-    """Give both, from the arguments, else from ``RANK`` and ``WORLD_SIZE``, else 0 and 1.
-
-    >>> rank_and_world_size(None, None, {"RANK": "worker-3", "WORLD_SIZE": "8"})
-    (3, 8)
-    """
-    return (
-        _ordinal("rank", rank if rank is not None else environment.get("RANK", 0)),
-        _ordinal(
-            "world_size", world_size if world_size is not None else environment.get("WORLD_SIZE", 1)
-        ),
-    )
-
-
-def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Give how many of the ranks that save are on this machine, as the launcher says.
-
-    >>> local_world_size(16, {"LOCAL_WORLD_SIZE": "8"}), local_world_size(1, {})
-    (8, 1)
-    """
-    said = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, min(int(said), world_size)) if said.isdecimal() else 1
-
-
-def _ordinal(name: str, value: int | str) -> int:
-    if not isinstance(value, str):
-        return integer(name, value)
-    match = _ORDINAL.fullmatch(value.strip())
-    if match is None:
-        raise InvalidArgument(
-            f"setting `{name}` = {value!r}",
-            "a whole number is expected, or a name that ends in one",
-            f"pass `{name}=`, or set {name.upper()} to a number or a pod name such as `worker-3`",
-        )
-    return int(match[1])
 
 
 def is_comparable(value: Any) -> bool:

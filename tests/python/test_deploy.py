@@ -18,7 +18,7 @@ import yaml_subset
 from coordinators import CoordinatorProcess, free_port
 from support import script_environment
 
-from dtruntime import CheckpointManager, settings
+from dtruntime import CheckpointManager, launch
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -469,7 +469,7 @@ def test_workers_find_the_coordinator_and_each_other():
     assert environment["WORLD_SIZE"] == str(spec["replicas"])
     assert environment["RANK"] == {"fieldRef": {"fieldPath": "metadata.name"}}
     ranks = {"RANK": "worker-3", "WORLD_SIZE": environment["WORLD_SIZE"]}
-    assert settings.rank_and_world_size(None, None, ranks) == (3, 4)
+    assert launch.rank_and_world_size(None, None, ranks) == (3, 4)
     named("ServiceAccount", spec["template"]["spec"]["serviceAccountName"])
     # Longer than the save's deadline and torchrun's patience.
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 30

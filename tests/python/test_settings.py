@@ -7,7 +7,7 @@ import json
 import pytest
 from support import run_script
 
-from dtruntime import CheckpointManager, InvalidArgument, settings
+from dtruntime import CheckpointManager, InvalidArgument, launch, settings
 
 WRONG = {
     "no path": ({"path": None}, "setting `path`: it is not given"),
@@ -131,21 +131,21 @@ def test_sizes_as_text(text, count):
     ],
 )
 def test_rank_from_the_environment(environment, expected):
-    assert settings.rank_and_world_size(None, None, environment) == expected
-    assert settings.rank_and_world_size(5, "9", environment) == (5, 9)
+    assert launch.rank_and_world_size(None, None, environment) == expected
+    assert launch.rank_and_world_size(5, "9", environment) == (5, 9)
 
 
 @pytest.mark.parametrize("text", ["-1", "--1", "worker", "3rd", ""])
 def test_what_is_no_rank_is_refused(text):
     with pytest.raises(InvalidArgument, match="a whole number is expected"):
-        settings.rank_and_world_size(None, None, {"RANK": text, "WORLD_SIZE": "4"})
+        launch.rank_and_world_size(None, None, {"RANK": text, "WORLD_SIZE": "4"})
 
 
 @pytest.mark.parametrize(
     ("world_size", "said", "expected"), [(16, "8", 8), (1, "8", 1), (4, "0", 1), (4, "many", 1)]
 )
 def test_how_many_ranks_share_a_machine(world_size, said, expected):
-    assert settings.local_world_size(world_size, {"LOCAL_WORLD_SIZE": said}) == expected
+    assert launch.local_world_size(world_size, {"LOCAL_WORLD_SIZE": said}) == expected
 
 
 def test_the_engine_logs_to_standard_error(store):

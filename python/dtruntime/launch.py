@@ -1,0 +1,100 @@
+"""How this process was started: which rank it is, of how many, and through what they can meet.
+
+Always holds: arguments win over the default process group of ``torch.distributed``, that over the
+environment; torch is asked only if the script has imported it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from dtruntime.errors import InvalidArgument
+from dtruntime.settings import integer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+_ORDINAL = re.compile(r"(?:.*\w-)?(\d+)")
+
+
+class ProcessGroup(NamedTuple):
+    """The default process group of ``torch.distributed``.
+
+    Attributes:
+        rank: This process's rank in it.
+        world_size: How many ranks it has.
+        store: Where its ranks found each other; None if torch does not say.
+        master: The machine that serves the store.
+
+    """
+
+    rank: int
+    world_size: int
+    store: Store | None
+    master: str
+
+
+def process_group(environment: Mapping[str, str] = os.environ) -> ProcessGroup | None:
+    """Give the default process group; None if the script has initialised none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    # Torch has no public name for it; its own device meshes and elastic agents use this one.
+    store_of = getattr(distributed.distributed_c10d, "_get_default_store", None)
+    store = None if store_of is None else store_of()
+    return ProcessGroup(
+        distributed.get_rank(), distributed.get_world_size(), store, _master(store, environment)
+    )
+
+
+def _master(store: Store | None, environment: Mapping[str, str]) -> str:
+    """Give the machine that serves a store; that of no machine is memory or a file of this one."""
+    while (below := getattr(store, "underlying_store", None)) is not None:
+        store = below
+    return getattr(store, "host", None) or environment.get("MASTER_ADDR") or "localhost"
+
+
+def rank_and_world_size(
+    rank: int | str | None,
+    world_size: int | str | None,
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[int, int]:
+    """Give both: the arguments, else the process group's, else ``RANK`` and ``WORLD_SIZE``.
+
+    >>> rank_and_world_size(None, None, {"RANK": "worker-3", "WORLD_SIZE": "8"})
+    (3, 8)
+    """
+    group = process_group()
+    if rank is None:
+        rank = environment.get("RANK", 0) if group is None else group.rank
+    if world_size is None:
+        world_size = environment.get("WORLD_SIZE", 1) if group is None else group.world_size
+    return _ordinal("rank", rank), _ordinal("world_size", world_size)
+
+
+def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Give how many of the ranks that save are on this machine, as the launcher says.
+
+    >>> local_world_size(16, {"LOCAL_WORLD_SIZE": "8"}), local_world_size(1, {})
+    (8, 1)
+    """
+    said = environment.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(int(said), world_size)) if said.isdecimal() else 1
+
+
+def _ordinal(name: str, value: int | str) -> int:
+    if not isinstance(value, str):
+        return integer(name, value)
+    match = _ORDINAL.fullmatch(value.strip())
+    if match is None:
+        raise InvalidArgument(
+            f"setting `{name}` = {value!r}",
+            "a whole number is expected, or a name that ends in one",
+            f"pass `{name}=`, or set {name.upper()} to a number or a pod name such as `worker-3`",
+        )
+    return int(match[1])

@@ -1,0 +1,75 @@
+"""What the coordinator was configured to tell workers, as settings of a manager.
+
+Always holds: it only fills in what neither an argument nor the environment says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_S3_ENVIRONMENT = {
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    "endpoint_url": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+}
+
+
+class Told(NamedTuple):
+    """The sections ``[checkpoint]`` and ``[storage]`` of ``coordinator.toml``.
+
+    Attributes:
+        keep_last_n: As the manager takes it; None if it is not said.
+        compression: The same.
+        async_write: The same; True if it is not said.
+        save_interval_steps: The same; None if it is not said.
+        path: The store: a directory, or ``s3://bucket/prefix``.
+        s3: How a store in S3 is reached, less what the environment says.
+
+    """
+
+    keep_last_n: int | None = None
+    compression: str | None = None
+    async_write: bool = True
+    save_interval_steps: int | None = None
+    path: str | None = None
+    s3: Mapping[str, Any] = {}
+
+
+def told_by(values: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Told:
+    """Read what a worker was told when it registered: TOML values by ``section.key``.
+
+    >>> told_by({"checkpoint.keep_last_n": "5", "storage.bucket": '"b"', "storage.path": '"r"'}, {})
+    Told(keep_last_n=5, compression=None, async_write=True, save_interval_steps=None, \
+path='s3://b/r', s3={})
+    """
+    known = {name: _plain(text) for name, text in values.items()}
+    bucket, path = known.get("storage.bucket"), known.get("storage.path")
+    if bucket is not None and known.get("storage.backend") != "local":
+        path = f"s3://{bucket}/{path.strip('/')}" if path else f"s3://{bucket}"
+    places = {
+        "region": known.get("storage.region"),
+        "endpoint_url": known.get("storage.endpoint"),
+    }
+    return Told(
+        known.get("checkpoint.keep_last_n"),
+        known.get("checkpoint.compression"),
+        known.get("checkpoint.async_write", True),
+        known.get("checkpoint.interval_steps"),
+        path,
+        {
+            name: value
+            for name, value in places.items()
+            if value is not None and not any(map(environment.get, _S3_ENVIRONMENT[name]))
+        },
+    )
+
+
+def _plain(text: str) -> Any:
+    """Give a number, a truth value or a text that is written as in TOML."""
+    if text.startswith("'"):  # TOML's literal strings, which JSON does not have
+        return text.strip("'")
+    return json.loads(text)
