@@ -46,7 +46,8 @@ from dtruntime.handle import (
 )
 from dtruntime.lineage import Lineage
 from dtruntime.loading import Reader, device_of
-from dtruntime.replication import Replication
+from dtruntime.location import Named
+from dtruntime.replication import Replication, advice
 from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
 from dtruntime.restore import plan_restore
 from dtruntime.state_tree import FlatState, flatten, needs_of
@@ -104,8 +105,9 @@ class CheckpointManager:
             its own state under the same step, and the checkpoint exists when all of them are
             durable, or not at all: this needs a store that all ranks reach, and a coordinator.
         replicated: What all ranks hold alike, as globs over paths written with dots: with data
-            parallel training ``["model.*", "optimizer.*"]``. Its bytes are written once, each rank
-            a part, and any number of ranks can load it. What ``replicated`` names must be the same
+            parallel training ``["model.*", "optimizer.*"]``; ``!`` takes away again what a glob
+            after it matches, as in ``["*", "!random"]``. Its bytes are written once, each rank a
+            part, and any number of ranks can load it. What ``replicated`` names must be the same
             on every rank: keys, plain values, shapes and the way tensors lie in memory are
             compared before a checkpoint comes to be, what the tensors hold is not. Sharded tensors
             (``DTensor``) may be among them: each rank writes its part, and any number of ranks puts
@@ -236,7 +238,7 @@ class CheckpointManager:
         self._in_turn = threading.Lock()
         self._incomplete: RestoreIncomplete | None = None
         self._last: SaveHandle | None = None
-        self._told_of_metric = False
+        self._is_advised = self._told_of_metric = False
         self._is_capturing = False
         self._is_closing = False
         self._is_shut = False
@@ -247,18 +249,12 @@ class CheckpointManager:
         """What the last ``load`` or ``restore`` read; None before the first."""
         self._agreement_timeout = float(agreement_timeout)
 
-        def store_of(told: Told) -> membership.Store:
-            found = settings.store_path(
-                path, storage_path=storage_path, backend=backend, told=told.path
-            )
-            return membership.Store(found, settings.common_name(found, remote))
-
-        if settings.is_named(path, storage_path):
-            store_of(Told())  # what is wrong with it is told before anybody is asked
+        named = Named(path, storage_path, backend, remote)
+        named.check()  # what is wrong with it is told before anybody is asked
         self._ranks: membership.Seat | None = None
         if ranks > 1 and not self._read_only:
             self._ranks = membership.enter(
-                lambda values: store_of(told_by(values)),
+                lambda values: named.store(told_by(values).path),
                 job_name,
                 (rank_number, ranks),
                 (coordinator_url, security),
@@ -271,7 +267,7 @@ class CheckpointManager:
             told = told_by(membership.told_in(job_name))
             if told != Told():
                 _logger.info("the coordinator says, of what is not set here: %s", told)
-            self._path = store_of(told).path
+            self._path = named.store(told.path).path
             self._interval = interval or told.save_interval_steps or 1
             self._async_write = bool(told.async_write if async_write is None else async_write)
             self._open(json.dumps(settings.completed(engine_settings, told)))
@@ -779,6 +775,13 @@ class CheckpointManager:
             self._told_of_metric = True
         return text
 
+    def _advise(self, flat: FlatState) -> None:
+        """Say once, at the first save, what would be found out at a restore by other ranks."""
+        if self._world_size > 1 and not self._is_advised:
+            for text in advice(flat):
+                _logger.warning("%s (said once)", text)
+        self._is_advised = True
+
     def _check_turn(self, step: int) -> None:
         """Refuse a save in the middle of another one of the same thread, which could never end."""
         if not self._in_turn.locked():
@@ -823,6 +826,7 @@ class CheckpointManager:
             begun = time.monotonic()
             rewind = rewind or self._lineage.replaces_unsound(step)
             flat, sources, chosen = self._prepare(state, chosen)
+            self._advise(flat)
             chosen.arm()
         last = self._last
         self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop

@@ -38,6 +38,8 @@ from dtruntime.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dtruntime.location import Store
+
 _logger = logging.getLogger("dtruntime")
 
 _MEETING = _native.OPENING_BARRIER
@@ -79,20 +81,6 @@ class Place(NamedTuple):
         """Whether the worker at ``other`` will do."""
         anybody = other._replace(worker_id=None)
         return self in (other, anybody)
-
-
-class Store(NamedTuple):
-    """What a rank opens.
-
-    Attributes:
-        path: As this rank names it.
-        common: What all ranks of one store call it alike, as far as they do: a directory has
-            another path wherever it is mounted.
-
-    """
-
-    path: str | os.PathLike[str]
-    common: str
 
 
 class Membership:
@@ -158,7 +146,7 @@ class Seat:
             self._membership.leave(failure)
 
 
-StoreOf = Callable[[Mapping[str, str]], Store]
+StoreOf = Callable[[Mapping[str, str]], "Store"]
 """Gives the store that a rank opens, from what the coordinator told it."""
 
 _live: list[Membership] = []

@@ -17,12 +17,17 @@ from dtruntime.state_tree import TAG_DICT, TAG_TENSOR, Tree
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from dtruntime.state_tree import Node
+    from dtruntime.state_tree import FlatState, Node
+    from dtruntime.tensors import TensorRecord
 
 _NAMED_MAX = 3
 """Entries that an error names."""
+_NOT = "!"
+"""Before a glob of what is not replicated."""
+_GENERATOR_BYTES = 5056
+"""The size of ``torch.get_rng_state()``."""
 
 
 class Replicated(NamedTuple):
@@ -46,8 +51,11 @@ class Replication:
     """Globs over the paths of a state, and how its memory is dealt among the ranks.
 
     Args:
-        globs: As ``load(keys=...)`` takes them.
+        globs: As ``load(keys=...)`` takes them; with ``!`` before it one takes away again.
         share: Gives this rank's part of each of so many bytes.
+
+    Raises:
+        InvalidArgument: All of them take away.
 
     """
 
@@ -55,8 +63,17 @@ class Replication:
         self, globs: Sequence[str], share: Callable[[list[int]], list[tuple[int, int]]]
     ) -> None:
         self._globs = globs
-        self._patterns = compiled(globs)
+        self._patterns = compiled([glob.removeprefix(_NOT) for glob in globs])
+        marked = list(zip(globs, self._patterns, strict=True))
+        self._named = [pattern for glob, pattern in marked if not glob.startswith(_NOT)]
+        self._exempt = [pattern for glob, pattern in marked if glob.startswith(_NOT)]
         self._share = share
+        if not self._named:
+            raise InvalidArgument(
+                f"setting `replicated` = {list(globs)!r}",
+                "it only says what is not replicated",
+                f"name what is: `replicated={['*', *globs]!r}`",
+            )
 
     def of(
         self,
@@ -95,16 +112,26 @@ class Replication:
         A container is none for all of its children's sake: on another rank it may have one more.
         """
         tops: list[int] = []
+        exempt = self._exempted(paths)
         unmatched = set(self._patterns)
-        end = 0
+        end = within = 0
         for index, path in enumerate(paths):
             if index < end or (index == 0 and tree.is_container(0)):
                 continue
-            hits = [pattern for pattern in self._patterns if pattern.match(path)]
-            if hits:
-                unmatched.difference_update(hits)
-                tops.append(index)
+            after = bisect.bisect_left(exempt, index)
+            next_exempt = exempt[after] if after < len(exempt) else len(paths)
+            if next_exempt == index:
                 end = tree.ends[index]
+                continue
+            hits = [pattern for pattern in self._named if pattern.match(path)]
+            unmatched.difference_update(hits)
+            if not hits and index >= within:
+                continue
+            if next_exempt < tree.ends[index]:  # not as a whole, but what is in it
+                within = max(within, tree.ends[index])
+                continue
+            tops.append(index)
+            end = tree.ends[index]
         # A glob may match only below what another one has taken.
         for pattern in list(unmatched):
             if any(map(pattern.match, paths[1:])):
@@ -112,6 +139,16 @@ class Replication:
         if unmatched:
             self._refuse(tree, paths, unmatched)
         return tops
+
+    def _exempted(self, paths: list[str]) -> list[int]:
+        """Give the nodes that are taken away, ascending."""
+        if not self._exempt:
+            return []
+        return [
+            index
+            for index, path in enumerate(paths)
+            if any(pattern.match(path) for pattern in self._exempt)
+        ]
 
     def _refuse(self, tree: Tree, paths: list[str], unmatched: set[re.Pattern[str]]) -> None:
         globs = zip(self._globs, self._patterns, strict=True)
@@ -123,6 +160,31 @@ class Replication:
             f"the state's top-level entries are {', '.join(top) or '(none)'}; globs are over paths "
             "written with dots, such as `model.*`",
         )
+
+
+def advice(flat: FlatState) -> Iterator[str]:
+    """Say what of a state that several ranks save will not come back as one may expect."""
+    tree = Tree(flat.nodes)
+    shared = [node for top in flat.replicated for node in range(top, tree.ends[top])]
+    if not flat.replicated and any(tensor.slice is not None for tensor in flat.tensors):
+        yield (
+            "the state has sharded tensors, and `replicated` is not set: another number of ranks "
+            "can restore it only with `from_rank=`, which says whose settings and step it takes; "
+            'with `replicated="*"`, or a list of what is alike on all ranks, it need not say so'
+        )
+    for node in shared:
+        tag, payload = flat.nodes[node][:2]
+        if tag == TAG_TENSOR and _is_generator_state(flat.tensors[payload]):
+            name = _native.paths_of(flat.nodes)[node]
+            yield (
+                f"`{name}` looks like the state of a random generator, which differs from rank to "
+                f"rank, and `replicated` makes one of them all: take it away, with `!{name}` "
+                "behind the other globs"
+            )
+
+
+def _is_generator_state(tensor: TensorRecord) -> bool:
+    return tensor.dtype.endswith("uint8") and tensor.shape == (_GENERATOR_BYTES,)
 
 
 def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[int]) -> None:
@@ -158,8 +220,9 @@ def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[i
     raise InvalidArgument(
         f"loading step {checkpoint.step}, which {ranks} ranks saved",
         f"{named}{more} {'is' if len(own) == 1 else 'are'} what each of them saved for itself",
-        f"ask only for what they saved alike ({alike}), name a rank, as in `from_rank=0`, or load "
-        "with as many ranks",
+        f"ask only for what they saved alike ({alike}), or say whose it is to be, as in "
+        "`from_rank=0` (sharded tensors come from all ranks all the same), or load with as many "
+        "ranks",
     )
 
 

@@ -12,7 +12,6 @@ import math
 import operator
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtruntime.errors import InvalidArgument
@@ -32,9 +31,6 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix in ("B", "iB")
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_S3 = "s3://"
-_COLLAPSED = re.compile(r"[sS]3:/[^/]")
 
 S3_SETTINGS = (
     "region",
@@ -201,92 +197,6 @@ def _direct_io(value: bool | str) -> str:
     return choice("direct_io", value, ("auto", "on", "off"))
 
 
-def store_path(
-    path: str | os.PathLike[str] | None,
-    *,
-    storage_path: str | os.PathLike[str] | None,
-    backend: str | None,
-    told: str | None = None,
-    environment: Mapping[str, str] = os.environ,
-) -> str | Path:
-    """Give the store, from the arguments, ``CHECKPOINT_DIR``, or what the coordinator ``told``.
-
-    A directory is a ``Path``; text that begins with ``s3://`` is a store in S3.
-    """
-    if path is not None and storage_path is not None:
-        raise InvalidArgument(
-            f"settings `path` = {os.fspath(path)!r}, `storage_path` = {os.fspath(storage_path)!r}",
-            "both name the store",
-            "pass one of them",
-        )
-    if backend is not None:
-        choice("backend", backend, ("local", "s3"))
-    chosen = path if path is not None else storage_path
-    if chosen is None:
-        chosen = environment.get("CHECKPOINT_DIR") or told
-    if chosen is None:
-        raise InvalidArgument(
-            "setting `path`",
-            "it is not given, and the environment has no CHECKPOINT_DIR",
-            'name the store: `CheckpointManager("runs/gpt")`, or "s3://bucket/runs/gpt"',
-        )
-    try:
-        text = os.fspath(chosen)
-    except TypeError:
-        text = b""  # type: ignore[assignment]
-    if not isinstance(text, str):
-        raise InvalidArgument(
-            f"setting `path` = {chosen!r}", "a str or a path is expected", "pass `str` or `Path`"
-        )
-    return _located(text, backend)
-
-
-def is_named(*paths: object, environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether an argument or ``CHECKPOINT_DIR`` names the store."""
-    return any(path is not None for path in paths) or bool(environment.get("CHECKPOINT_DIR"))
-
-
-def _located(text: str, backend: str | None) -> str | Path:
-    """Tell a directory from a store in S3; ``backend``, if it is given, must agree."""
-    scheme = _SCHEME.match(text)
-    if _COLLAPSED.match(text):
-        raise InvalidArgument(
-            f"setting `path` = {text!r}",
-            "`pathlib` makes one slash of the two in an address, and what is left is a directory",
-            f'pass `str`: "{_S3}{text.partition("/")[2]}"; or, for a directory of that name, '
-            f'"./{text}"',
-        )
-    if scheme is None and backend == "s3":
-        if text.startswith("/"):
-            raise InvalidArgument(
-                f"settings `path` = {text!r}, `backend` = 's3'",
-                "it is a directory",
-                'name a bucket and a prefix: "s3://bucket/runs/gpt"',
-            )
-        return _S3 + text
-    if scheme is None:
-        return _directory(text)
-    if scheme[0].lower() != _S3 or backend == "local":
-        raise InvalidArgument(
-            f"setting `path` = {text!r}" + (f", `backend` = {backend!r}" if backend else ""),
-            "a directory, or a store in S3, is expected",
-            'name a directory on this machine, or "s3://bucket/runs/gpt"',
-        )
-    return _S3 + text[len(_S3) :]
-
-
-def _directory(text: str) -> Path:
-    """Give a directory; ``~`` is that of the user, as shells have it."""
-    refused = f"setting `path` = {text!r}"
-    if not text:
-        raise InvalidArgument(refused, "it is empty", 'name a directory, "." for this one')
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        hint = "write the directory out, or begin the path with `./` if it is called so"
-        raise InvalidArgument(refused, str(error), hint) from error
-
-
 def _remote_settings(
     remote: str | None, bytes_per_second: int | str | None, *, remove_before_upload: bool
 ) -> dict[str, Any]:
@@ -298,25 +208,6 @@ def _remote_settings(
         name = "remote_bytes_per_second"
         settings[name] = parse_bytes(name, bytes_per_second)
     return settings
-
-
-def common_name(path: str | os.PathLike[str], remote: str | None) -> str:
-    """Say what store this is in words that are the same on all of its ranks.
-
-    A directory that all reach may be mounted anywhere: of it only that it is one can be said.
-
-    >>> common_name("s3://bucket/run/", None), common_name("/mnt/run", None)
-    ('`s3://bucket/run`', 'a directory that all ranks reach')
-    """
-    if remote is not None:
-        return f"a directory in front of `{_s3_name(str(remote))}`"
-    text = os.fspath(path)
-    return f"`{_s3_name(text)}`" if _SCHEME.match(text) else "a directory that all ranks reach"
-
-
-def _s3_name(text: str) -> str:
-    scheme = _SCHEME.match(text)
-    return (_S3 + text[scheme.end() :] if scheme else text).rstrip("/")
 
 
 def _s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -352,14 +243,21 @@ def is_comparable(value: Any) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
 
 
-def _with_finite_numbers(value: Any) -> Any:
-    """Give a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers."""
+def _as_json(value: Any) -> Any:
+    """Give a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers.
+
+    Raises:
+        TypeError: A whole number is too large to be kept exactly.
+
+    """
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise TypeError("a whole number of more than 64 bits would lose digits")
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, dict):
-        return {key: _with_finite_numbers(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_finite_numbers(item) for item in value]
+        return [_as_json(item) for item in value]
     return value
 
 
@@ -373,7 +271,7 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
     try:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
-        return json.dumps(_with_finite_numbers(value), allow_nan=False)
+        return json.dumps(_as_json(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"`{name}`",

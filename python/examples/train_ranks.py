@@ -1,11 +1,12 @@
-"""Train on several ranks, lose one, and go on from the checkpoint that all of them have.
+"""Train on several ranks (DDP), lose one, and go on from the checkpoint that all of them have.
 
     torchrun --nproc-per-node 4 --max-restarts 1 python/examples/train_ranks.py runs/ranks
 
-Every rank holds a slice of the optimizer's state, as with sharded optimizers, and saves it under
-the same step: the checkpoint exists when all of them are durable. The model is the same on all of
-them, and is written once, a part by each. Rank 0 hosts the coordinator, unless COORDINATOR_URL
-names one. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step, once.
+Model and optimizer are the same on all ranks, so each writes a part of them under the same step,
+and any number of ranks can go on from there: the checkpoint exists when all parts are durable.
+Rank 0 hosts the coordinator, unless COORDINATOR_URL names one. It runs on GPUs where there are
+some, else on the processor. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step,
+once.
 
 Where ranks do not share a disk, ``--remote s3://bucket/run`` gives each a directory of its own
 below the store, and what all have saved goes to S3.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dtruntime import CheckpointError, CheckpointManager, CheckpointNotFound
 
@@ -31,7 +33,7 @@ SAVE_EVERY = 10
 WIDTH = 256
 
 
-def join() -> None:
+def join(device: torch.device) -> None:
     """Make the process group, in a corner of torchrun's store that a restart does not share.
 
     Without it, gloo finds the addresses of the processes that the restart replaced.
@@ -43,20 +45,21 @@ def join() -> None:
     name = f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}"
     corner = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    dist.init_process_group("gloo", store=corner, rank=rank, world_size=world_size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=corner, rank=rank, world_size=world_size)
 
 
-def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the data of one step and rank: the same after a restart."""
-    generator = torch.Generator().manual_seed(step * 1000 + rank)
-    inputs = torch.randn(64, WIDTH, generator=generator)
+def batch(step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the data of one step and this rank: the same after a restart."""
+    generator = torch.Generator().manual_seed(step * 1000 + dist.get_rank())
+    inputs = torch.randn(64, WIDTH, generator=generator).to(device)
     return inputs, inputs.roll(1, dims=1)
 
 
 def open_manager(store: Path, remote: str | None) -> CheckpointManager:
     """Open the store; a save in flight is finished before SIGTERM ends the rank."""
     own = store if remote is None else store / f"rank-{dist.get_rank()}"
-    alike = ["model.*", "step"]
+    alike = ["model.*", "optimizer.*", "step"]
     # torchrun kills a rank 30 s after it has sent SIGTERM.
     return CheckpointManager(
         own,
@@ -70,34 +73,31 @@ def open_manager(store: Path, remote: str | None) -> CheckpointManager:
 
 def train(store: Path, remote: str | None, lose: tuple[int, int] | None) -> None:
     """Run the training loop of one rank."""
-    join()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    join(device)
+    rank = dist.get_rank()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-    parameters = list(model.parameters())
-    # The parameters whose moments this rank keeps.
-    owned = parameters[rank::world_size]
-    optimizer = torch.optim.AdamW(owned, lr=1e-3)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    averaging = DistributedDataParallel(model)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with open_manager(store, remote) as manager:
+        # The model without its wrapper: so an evaluation needs none.
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
         with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)
         begin = int(state["step"])
         if rank == 0:
-            print(f"{world_size} ranks begin after step {begin}", flush=True)
+            print(f"{dist.get_world_size()} ranks begin after step {begin}", flush=True)
         for step in range(begin + 1, STEPS + 1):
-            inputs, targets = batch(step, rank)
-            loss = nn.functional.mse_loss(model(inputs), targets)
-            model.zero_grad()
+            inputs, targets = batch(step, device)
+            loss = nn.functional.mse_loss(averaging(inputs), targets)
+            optimizer.zero_grad()
             loss.backward()
-            for gradient in (parameter.grad for parameter in parameters):
-                assert gradient is not None  # noqa: S101  (each takes part in the loss)
-                dist.all_reduce(gradient)
-                gradient.div_(world_size)
             optimizer.step()
-            for index, parameter in enumerate(parameters):
-                dist.broadcast(parameter.data, src=index % world_size)
             if step % SAVE_EVERY == 0:
                 save(manager, state | {"step": step}, rank)
                 if is_first_run and lose == (rank, step):

@@ -193,7 +193,8 @@ fn check_ranks(config: &Config, has_coordinator: bool) -> Result<()> {
     Err(EngineError::invalid(
         format!("setting `world_size` = {}", config.world_size),
         "ranks that save one checkpoint together need a coordinator, and none is configured",
-        "name one: `coordinator_url=`, or the environment's COORDINATOR_URL; or save from one rank \
+        "start the ranks with `torchrun`, or open the manager after `init_process_group`; or name \
+         one: `coordinator_url=`, or the environment's COORDINATOR_URL; or save from one rank \
          with `rank=0, world_size=1`",
     ))
 }

@@ -160,9 +160,10 @@ fn check_world_size(manifest: &Manifest, whose: Whose, expected: u32) -> Result<
     Err(EngineError::invalid(
         format!("opening step {} among {expected} ranks", manifest.step),
         format!("{saved} ranks saved it, each its own state"),
-        "load what one of them saved: `load(from_rank=0)`, `restore(state, from_rank=0)`; or load \
-         it with as many ranks. What all ranks hold alike can be saved as `replicated=[...]`, \
-         which any number of ranks loads",
+        "say whose it is to be: `load(from_rank=0)`, `restore(state, from_rank=0)`; sharded \
+         tensors are put together from all ranks all the same. Or load it with as many ranks. \
+         What all ranks hold alike can be saved as `replicated=[...]`, which any number of ranks \
+         loads",
     ))
 }
 

@@ -267,7 +267,8 @@ fn busy(store: &Path, lock: &Path) -> EngineError {
         ),
         Some(holder) => (
             format!("{} holds its writer lock", holder.describe()),
-            "wait for that process or stop it",
+            "if it is another rank of this job, open the manager after `init_process_group`, or \
+             pass `rank=` and `world_size=`; else wait for that process or stop it",
         ),
     };
     EngineError::StoreBusy {

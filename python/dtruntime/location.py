@@ -1,0 +1,162 @@
+"""Which store is meant: a directory or a place in S3, as arguments, environment or coordinator say.
+
+Always holds: a directory is a ``Path``; a store in S3 is text that begins with ``s3://``; what is
+neither is an ``InvalidArgument`` that shows what was given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dtruntime.errors import InvalidArgument
+from dtruntime.settings import choice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_S3 = "s3://"
+_COLLAPSED = re.compile(r"[sS]3:/[^/]")
+
+
+class Store(NamedTuple):
+    """What a manager opens.
+
+    Attributes:
+        path: As this rank names it.
+        common: What all ranks of one store call it alike, as far as they do: a directory has
+            another path wherever it is mounted.
+
+    """
+
+    path: str | Path
+    common: str
+
+
+class Named(NamedTuple):
+    """A manager's arguments that name its store.
+
+    Attributes:
+        path: The store.
+        storage_path: Another name for it.
+        backend: ``local`` or ``s3``; None for what the path says.
+        remote: The store in S3 behind a directory.
+
+    """
+
+    path: str | os.PathLike[str] | None
+    storage_path: str | os.PathLike[str] | None
+    backend: str | None
+    remote: str | None
+
+    def check(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Refuse what is given and names no store; that nothing is given is no error yet."""
+        given = (self.path, self.storage_path, environment.get("CHECKPOINT_DIR") or None)
+        if any(path is not None for path in given):
+            self.store(None, environment)
+
+    def store(self, told: str | None = None, environment: Mapping[str, str] = os.environ) -> Store:
+        """Give the store: the arguments', else ``CHECKPOINT_DIR``, else what a coordinator told.
+
+        Raises:
+            InvalidArgument: Nothing names one, or what does is none.
+
+        """
+        path = self._located(told, environment)
+        return Store(path, common_name(path, self.remote))
+
+    def _located(self, told: str | None, environment: Mapping[str, str]) -> str | Path:
+        if self.path is not None and self.storage_path is not None:
+            raise InvalidArgument(
+                f"settings `path` = {os.fspath(self.path)!r}, "
+                f"`storage_path` = {os.fspath(self.storage_path)!r}",
+                "both name the store",
+                "pass one of them",
+            )
+        if self.backend is not None:
+            choice("backend", self.backend, ("local", "s3"))
+        chosen = self.path if self.path is not None else self.storage_path
+        if chosen is None:
+            chosen = environment.get("CHECKPOINT_DIR") or None
+        if chosen is None:
+            chosen = told
+        if chosen is None:
+            raise InvalidArgument(
+                "setting `path`",
+                "it is not given, and the environment has no CHECKPOINT_DIR",
+                'name the store: `CheckpointManager("runs/gpt")`, or "s3://bucket/runs/gpt"',
+            )
+        try:
+            text = os.fspath(chosen)
+        except TypeError:
+            text = b""  # type: ignore[assignment]
+        if not isinstance(text, str):
+            raise InvalidArgument(
+                f"setting `path` = {chosen!r}",
+                "a str or a path is expected",
+                "pass `str` or `Path`",
+            )
+        return _located(text, self.backend)
+
+
+def _located(text: str, backend: str | None) -> str | Path:
+    """Tell a directory from a store in S3; ``backend``, if it is given, must agree."""
+    scheme = _SCHEME.match(text)
+    if _COLLAPSED.match(text):
+        raise InvalidArgument(
+            f"setting `path` = {text!r}",
+            "`pathlib` makes one slash of the two in an address, and what is left is a directory",
+            f'pass `str`: "{_S3}{text.partition("/")[2]}"; or, for a directory of that name, '
+            f'"./{text}"',
+        )
+    if scheme is None and backend == "s3":
+        if text.startswith("/"):
+            raise InvalidArgument(
+                f"settings `path` = {text!r}, `backend` = 's3'",
+                "it is a directory",
+                'name a bucket and a prefix: "s3://bucket/runs/gpt"',
+            )
+        return _S3 + text
+    if scheme is None:
+        return _directory(text)
+    if scheme[0].lower() != _S3 or backend == "local":
+        raise InvalidArgument(
+            f"setting `path` = {text!r}" + (f", `backend` = {backend!r}" if backend else ""),
+            "a directory, or a store in S3, is expected",
+            'name a directory on this machine, or "s3://bucket/runs/gpt"',
+        )
+    return _S3 + text[len(_S3) :]
+
+
+def _directory(text: str) -> Path:
+    """Give a directory; ``~`` is that of the user, as shells have it."""
+    refused = f"setting `path` = {text!r}"
+    if not text:
+        raise InvalidArgument(refused, "it is empty", 'name a directory, "." for this one')
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        hint = "write the directory out, or begin the path with `./` if it is called so"
+        raise InvalidArgument(refused, str(error), hint) from error
+
+
+def common_name(path: str | os.PathLike[str], remote: str | None) -> str:
+    """Say what store this is in words that are the same on all of its ranks.
+
+    A directory that all reach may be mounted anywhere: of it only that it is one can be said.
+
+    >>> common_name("s3://bucket/run/", None), common_name("/mnt/run", None)
+    ('`s3://bucket/run`', 'a directory that all ranks reach')
+    """
+    if remote is not None:
+        return f"a directory in front of `{_s3_name(str(remote))}`"
+    text = os.fspath(path)
+    return f"`{_s3_name(text)}`" if _SCHEME.match(text) else "a directory that all ranks reach"
+
+
+def _s3_name(text: str) -> str:
+    scheme = _SCHEME.match(text)
+    return (_S3 + text[scheme.end() :] if scheme else text).rstrip("/")
