@@ -1,4 +1,4 @@
-//! A service with an empty bucket, and engines on stores in it.
+//! A service with an empty bucket, engines on stores in it, and a wait that ends.
 //!
 //! The service is the tests' own, or one that the environment names:
 //!
@@ -14,7 +14,7 @@ use std::env;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dtr_engine::config::{S3Credentials, S3Settings};
 use dtr_engine::engine::GcOptions;
@@ -27,6 +27,8 @@ use crate::support;
 
 /// The smallest part that the service takes, so that little data makes several.
 pub(crate) const PART_BYTES: u64 = 5 << 20;
+/// By when all that is waited for has come.
+pub(crate) const LONG: Duration = Duration::from_mins(1);
 
 /// A service, and a prefix in it that nobody used before.
 pub(crate) struct Place {
@@ -171,6 +173,16 @@ fn credentials(user: (&str, &str)) -> S3Credentials {
         access_key_id: user.0.into(),
         secret_access_key: user.1.into(),
         session_token: None,
+    }
+}
+
+/// Waits until it holds.
+#[track_caller]
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !holds() {
+        assert!(since.elapsed() < LONG, "{what} did not come to be");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
