@@ -22,6 +22,7 @@ use dtr_engine::ranks::Ranks;
 use dtr_engine::{Config, Engine, Result};
 use tempfile::TempDir;
 
+use crate::budget::scratch;
 use crate::server::{BUCKET, OWNER, Rules, Server};
 use crate::support;
 
@@ -184,11 +185,4 @@ pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(since.elapsed() < LONG, "{what} did not come to be");
         std::thread::sleep(Duration::from_millis(5));
     }
-}
-
-/// In memory where there is such a place: what is tested is no device.
-fn scratch() -> TempDir {
-    tempfile::tempdir_in("/dev/shm")
-        .or_else(|_| tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")))
-        .unwrap()
 }
