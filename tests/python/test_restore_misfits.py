@@ -681,6 +681,8 @@ with CheckpointManager(store, replicated="*") as manager:
         except InvalidArgument as error:
             assert "cast=True" in error.hint
             assert not net.one.to_local().any()
+        else:
+            raise AssertionError("it was converted unasked")
         manager.restore(live, cast=True)
         part = local_of(full.bfloat16(), dim)
         for tensor in (live["w"], live["plain"]):
