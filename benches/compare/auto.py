@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import make_state
 import peers
 import state
+import tables
 from machine import describe, is_root
 from make_state import say
 from results import Results
@@ -174,7 +175,7 @@ def rate_row(results: Results, rate: str) -> str:
     cells = [name, f"{raw / 1e6:,.0f} MB", f"{raw / none / 1e6:,.0f} MB/s"]
     cells += [f"{value:.2f} s" for value in (none, floats, auto)]
     cells += [f"{shares[1]:.2f}", f"{shares[2]:.2f}", f"{ratio:.3f}"]
-    cells += ["met" if ratio <= SLOWER_MAX else "**not met**"]
+    cells += [tables.cell(ratio <= SLOWER_MAX)]
     return f"| {' | '.join(cells)} |"
 
 

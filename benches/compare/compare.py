@@ -27,6 +27,7 @@ import engines
 import peers
 import report
 import state
+import tables
 from engines import FIO, Entrant
 from limits import HUGE_PAGES_NEEDED, BareCopy, Fio
 from machine import (
@@ -386,9 +387,10 @@ def main() -> None:
     record = compare(options)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(record, indent=1) + "\n")
-    print(report.text(record))
+    text = report.text(record)
+    print(text)
     if options.readme:
-        report.rewrite(options.readme, record)
+        tables.rewrite(options.readme, "compare", text)
         chart.write(Path(__file__).with_name("results.svg"), record)
     say(f"numbers: {options.results}")
 

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import tables
 from machine import describe
+from make_state import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
-README_MARKS = ("<!-- fleet:begin -->", "<!-- fleet:end -->")
 START_SECONDS = 30.0
 MUST = {
     "heartbeat": "99 of 100 under 20 ms",
@@ -44,11 +45,6 @@ MUST = {
 
 Figures = dict[str, tuple[int, float, float, float]]
 """By name: how many, and their median, 99th of 100 and worst, in milliseconds."""
-
-
-def say(text: str) -> None:
-    """Tell whoever waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def free_port() -> int:
@@ -205,13 +201,6 @@ def table(found: dict[str, Any], options: argparse.Namespace) -> str:
     )
 
 
-def put_into(readme: Path, text: str) -> None:
-    """Replace what stands between the marks."""
-    before, rest = readme.read_text().split(README_MARKS[0])
-    _, after = rest.split(README_MARKS[1])
-    readme.write_text(f"{before}{README_MARKS[0]}\n{text}\n{README_MARKS[1]}{after}")
-
-
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description="The coordinator under load, and others beside it")
@@ -239,7 +228,7 @@ def main() -> None:
     text = f"{table(found, options)}\n\nOn {machine}; {options.connections:,} connections."
     print(text)
     if options.readme is not None:
-        put_into(options.readme, text)
+        tables.rewrite(options.readme, "fleet", text)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2))
 

@@ -1,20 +1,18 @@
-"""A run's numbers as people read them: the table, the verdicts, the README's section."""
+"""A run's numbers as people read them: the table and the verdicts of the README's section."""
 
 from __future__ import annotations
 
 import platform
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import engines
 import peers
 from results import Results
+from tables import Verdict, verdict_table
 
 MANIFEST = Path(__file__).parents[2] / "Cargo.toml"
-BEGIN = "<!-- compare:begin -->"
-END = "<!-- compare:end -->"
 MIB = 1 << 20
 
 OTHER_ROWS = {
@@ -38,16 +36,6 @@ LOAD_TO_PEER_MAX = 0.6
 LOAD_TO_FIO_MAX = 1.1
 EXTRA_BYTES_MAX = 64 * MIB
 GROWTH_BYTES_MAX = 4 * MIB
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One figure that the engine is held to."""
-
-    figure: str
-    must: str
-    was: str
-    is_met: bool
 
 
 def versions(fio: str) -> dict[str, str]:
@@ -131,16 +119,6 @@ def milliseconds(value: float) -> str:
 def seconds(value: float) -> str:
     """Write a longer time."""
     return f"{value:.2f} s"
-
-
-def verdict_table(found: list[Verdict]) -> list[str]:
-    """Give the verdicts as a table."""
-    rows = ["| figure | must be | was | |", "|---|---|---|---|"]
-    rows += [
-        f"| {v.figure} | {v.must} | {v.was} | {'met' if v.is_met else '**not met**'} |"
-        for v in found
-    ]
-    return rows
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -274,16 +252,3 @@ def endurance_verdicts(results: Results) -> list[Verdict]:
             not any((*grown.values(), *left.values())),
         ),
     ]
-
-
-def rewrite(path: Path, record: dict[str, Any]) -> None:
-    """Put a run's tables between the marks of a document."""
-    document = path.read_text()
-    before, _, rest = document.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(
-            f"error: `{path}` has no place for the table\n"
-            f"hint: write `{BEGIN}` and `{END}` where it belongs, each on a line of its own"
-        )
-    path.write_text(f"{before}{BEGIN}\n{text(record)}\n{END}{after}")

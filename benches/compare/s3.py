@@ -28,24 +28,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import peers
+import tables
 from machine import describe
+from make_state import say
+from tables import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 REQUIREMENTS = Path(__file__).with_name("requirements-s3.txt")
 MEMORY = Path("/dev/shm")  # noqa: S108  (the service's objects belong in memory)
-README_MARKS = ("<!-- s3:begin -->", "<!-- s3:end -->")
 PART_BYTES = 16 << 20
 TENSOR_BYTES = 32 << 20
 REGION = "us-east-1"
 CPU_MOST, RESTORE_LEAST, STALL_MOST = 0.5, 1.3, 1.15
 """What is held to be good enough, beside s3torchconnector and a save into a directory."""
-
-
-def say(text: str) -> None:
-    """Tell whoever waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def state_of(size: int) -> dict[str, torch.Tensor]:
@@ -237,71 +234,69 @@ def median(turns: list[dict[str, Any]], what: str, figure: str) -> float:
 
 def table(found: dict[str, list[dict[str, Any]]], size: int, stall: float) -> str:
     """Make the tables: what was measured, and what it must be."""
-    lines = [
+    judged = tables.verdict_table(verdicts(found, stall), "figure of `none`, the same bytes")
+    return "\n".join([*figures(found, size), "", *judged])
+
+
+def figures(found: dict[str, list[dict[str, Any]]], size: int) -> list[str]:
+    """Give what was measured, one row for each client."""
+    rows = [
         "| | upload | restore | CPU of the upload | CPU of the restore |",
         "|---|--:|--:|--:|--:|",
     ]
     for client, turns in found.items():
-        figures = [
-            median(turns, what, figure)
-            for what, figure in (
-                ("save", "seconds"),
-                ("load", "seconds"),
-                ("save", "cpu"),
-                ("load", "cpu"),
-            )
-        ]
-        speeds = [f"{seconds:.2f} s, {size / seconds / 1e6:.0f} MB/s" for seconds in figures[:2]]
-        lines.append(
-            f"| {client} | {' | '.join(speeds)} | {figures[2]:.2f} s | {figures[3]:.2f} s |"
-        )
+        times = [median(turns, what, "seconds") for what in ("save", "load")]
+        cells = [f"{seconds:.2f} s, {size / seconds / 1e6:.0f} MB/s" for seconds in times]
+        cells += [f"{median(turns, what, 'cpu'):.2f} s" for what in ("save", "load")]
+        rows.append(f"| {client} | {' | '.join(cells)} |")
+    return rows
+
+
+def verdicts(found: dict[str, list[dict[str, Any]]], stall: float) -> list[Verdict]:
+    """Judge every figure; `stall` is that of a save into a directory."""
     ours, connector = found["dtruntime, `none`"], found["s3torchconnector, DCP"]
-    upload = median(ours, "save", "seconds")
-    aws_text, aws_is_met = "not run", None
-    if "aws s3 cp, CRT" in found:
-        aws = found["aws s3 cp, CRT"]
-        start = median(aws, "start", "seconds")
-        alone = median(aws, "save", "seconds") - start
-        aws_text = (
-            f"{upload / alone:.2f} of its time, less the {start:.2f} s that it takes to start"
-        )
-        aws_is_met = upload <= alone
-    peer = upload / median(connector, "save", "seconds")
+    upload = median(ours, "save", "seconds") / median(connector, "save", "seconds")
     cpu = median(ours, "save", "cpu") / median(connector, "save", "cpu")
     restore = median(connector, "load", "seconds") / median(ours, "load", "seconds")
     own_stall = statistics.median(turn["stall"] for turn in ours)
-    rows = [
-        ("upload beside `aws s3 cp`", "not slower", aws_text, aws_is_met),
-        ("upload beside s3torchconnector", "not slower", f"{peer:.2f} of its time", peer <= 1.0),
-        (
+    return [
+        aws_verdict(ours, found.get("aws s3 cp, CRT")),
+        Verdict(
+            "upload beside s3torchconnector",
+            "not slower",
+            f"{upload:.2f} of its time",
+            upload <= 1.0,
+        ),
+        Verdict(
             "CPU of the upload",
             f"at most {CPU_MOST} of s3torchconnector's",
             f"{cpu:.2f}",
             cpu <= CPU_MOST,
         ),
-        (
+        Verdict(
             "restore",
             f"at least {RESTORE_LEAST} of s3torchconnector's speed",
             f"{restore:.2f}",
             restore >= RESTORE_LEAST,
         ),
-        (
+        Verdict(
             "stall",
             f"that of a save into a directory, {1e3 * stall:.0f} ms",
             f"{1e3 * own_stall:.0f} ms",
             own_stall <= STALL_MOST * stall,
         ),
     ]
-    lines += ["", "| figure of `none`, the same bytes | must be | was | |", "|---|---|---|---|"]
-    lines += [
-        f"| {what} | {must} | {was} | {verdict(is_met)} |" for what, must, was, is_met in rows
-    ]
-    return "\n".join(lines)
 
 
-def verdict(is_met: bool | None) -> str:
-    """Say whether a figure is what it must be; None where it was not measured."""
-    return "" if is_met is None else "met" if is_met else "**not met**"
+def aws_verdict(ours: list[dict[str, Any]], aws: list[dict[str, Any]] | None) -> Verdict:
+    """Judge the upload beside that of `aws`, which starts a process for each."""
+    figure, must = "upload beside `aws s3 cp`", "not slower"
+    if aws is None:
+        return Verdict(figure, must, "not run", None)
+    upload, start = median(ours, "save", "seconds"), median(aws, "start", "seconds")
+    alone = median(aws, "save", "seconds") - start
+    was = f"{upload / alone:.2f} of its time, less the {start:.2f} s that it takes to start"
+    return Verdict(figure, must, was, upload <= alone)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -326,9 +321,7 @@ def compare(options: argparse.Namespace) -> None:
     )
     print(text)
     if options.readme is not None:
-        before, rest = options.readme.read_text().split(README_MARKS[0])
-        _, after = rest.split(README_MARKS[1])
-        options.readme.write_text(f"{before}{README_MARKS[0]}\n{text}\n{README_MARKS[1]}{after}")
+        tables.rewrite(options.readme, "s3", text)
 
 
 def main() -> None:

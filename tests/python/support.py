@@ -1,4 +1,4 @@
-"""Helpers of the tests: equality by type and bits, and scripts in processes of their own."""
+"""Helpers of the tests: equality by type and bits, scripts in own processes, waits that end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 PACKAGE_ROOT = Path(__file__).parents[2] / "python"
 
@@ -106,6 +107,14 @@ def start_script(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until it holds; fail if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to be in time"
+        time.sleep(0.01)
 
 
 def shard_of(store: Path, step: int) -> Path:

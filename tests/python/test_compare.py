@@ -24,6 +24,7 @@ import make_state  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import state  # noqa: E402
+import tables  # noqa: E402
 
 FIGURES = (
     "stall_seconds",
@@ -35,7 +36,7 @@ FIGURES = (
     "extra_bytes",
     "training_lost_seconds",
 )
-README = f"before\n{report.BEGIN}\nold numbers\n{report.END}\nafter\n"
+README = "before\n<!-- compare:begin -->\nold numbers\n<!-- compare:end -->\nafter\n"
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +93,8 @@ def test_limits_are_measured_in_the_same_run(run):
 def test_a_run_becomes_a_section_and_a_picture(run, tmp_path):
     readme, picture = tmp_path / "README.md", tmp_path / "results.svg"
     readme.write_text(README)
-    report.rewrite(readme, run)
-    report.rewrite(readme, run)
+    for _ in range(2):
+        tables.rewrite(readme, "compare", report.text(run))
     written = readme.read_text()
     assert written.startswith("before\n")
     assert written.endswith("\nafter\n")
@@ -110,10 +111,11 @@ def test_a_run_becomes_a_section_and_a_picture(run, tmp_path):
 
 def test_a_document_without_marks_is_left_alone(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("no marks")
-    with pytest.raises(SystemExit, match="hint: write"):
-        report.rewrite(readme, record())
-    assert readme.read_text() == "no marks"
+    for text in ("no marks", "<!-- s3:begin -->", "<!-- s3:end -->", README):
+        readme.write_text(text)
+        with pytest.raises(SystemExit, match="hint: write"):
+            tables.rewrite(readme, "s3", "new numbers")
+        assert readme.read_text() == text
 
 
 def record(**changes: float) -> dict:

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 from coordinators import CoordinatorProcess, free_port
-from support import script_environment
+from support import script_environment, wait_until
 
 from dtruntime import (
     BarrierTimeout,
@@ -62,11 +62,8 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-async def until(holds, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to be in time"
-        await asyncio.sleep(0.02)
+async def until(holds) -> None:
+    await asyncio.to_thread(wait_until, holds)  # the loop goes on meanwhile
 
 
 ONE_NODE = """

@@ -30,13 +30,18 @@ def test_result_done_and_staged(manager):
     assert "step=4" in repr(handle)
 
 
-def test_timeouts(manager):
-    handle = manager.save_async(state(), step=1)
-    try:
+def test_timeouts(device, manager):
+    weight = device.tensor(torch.ones(100_000)).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    device.hold_copies(True)  # so that the save cannot end
+    handle = manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+    has_ended = manager.wait_until_finished(timeout=0)
+    with pytest.raises(TimeoutError) as caught:
         handle.result(timeout=0)
-    except TimeoutError as error:
-        assert "hint: " in str(error)  # noqa: PT017  (it may have ended already)
-    handle.result()
+    device.hold_copies(False)
+    assert handle.result().step == 1
+    assert not has_ended
+    assert "hint: " in str(caught.value)
     assert manager.wait_until_finished(timeout=0)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from coordinators import CoordinatorProcess
-from support import script_environment
+from support import script_environment, wait_until
 
 from dtruntime import CheckpointManager
 
@@ -144,13 +144,6 @@ class Coordinator(CoordinatorProcess):
         with (self.folder / "coordinator.log").open("ab") as log:
             self.process = subprocess.Popen(self.network.on(0, *command), stderr=log)
         wait_until(lambda: "listening on" in self.log)
-
-
-def wait_until(holds, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.01)
 
 
 WORKER = """

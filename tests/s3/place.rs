@@ -1,4 +1,4 @@
-//! A service with an empty bucket, and engines on stores in it.
+//! A service with an empty bucket, engines on stores in it, and a wait that ends.
 //!
 //! The service is the tests' own, or one that the environment names:
 //!
@@ -14,7 +14,7 @@ use std::env;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dtr_engine::config::{S3Credentials, S3Settings};
 use dtr_engine::engine::GcOptions;
@@ -22,11 +22,14 @@ use dtr_engine::ranks::Ranks;
 use dtr_engine::{Config, Engine, Result};
 use tempfile::TempDir;
 
+use crate::budget::scratch;
 use crate::server::{BUCKET, OWNER, Rules, Server};
 use crate::support;
 
 /// The smallest part that the service takes, so that little data makes several.
 pub(crate) const PART_BYTES: u64 = 5 << 20;
+/// By when all that is waited for has come.
+pub(crate) const LONG: Duration = Duration::from_mins(1);
 
 /// A service, and a prefix in it that nobody used before.
 pub(crate) struct Place {
@@ -174,9 +177,12 @@ fn credentials(user: (&str, &str)) -> S3Credentials {
     }
 }
 
-/// In memory where there is such a place: what is tested is no device.
-fn scratch() -> TempDir {
-    tempfile::tempdir_in("/dev/shm")
-        .or_else(|_| tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")))
-        .unwrap()
+/// Waits until it holds.
+#[track_caller]
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !holds() {
+        assert!(since.elapsed() < LONG, "{what} did not come to be");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -118,70 +118,96 @@ async fn relay(
             // What is unread makes closing a reset.
             return Ok(());
         }
-        let mut body = head.rest.clone();
-        let missing = head.body_bytes.saturating_sub(body.len());
-        let read = body.len();
-        body.resize(read + missing, 0);
-        client.read_exact(&mut body[read..]).await?;
-        let is_completion = head.text.starts_with("POST ") && head.text.contains("uploadId=");
-        match fault {
-            Fault::Answer(status, code) => {
-                client.write_all(&answer(status, code, number)).await?;
-                continue;
+        let body = read_body(&mut client, &head).await?;
+        match before(fault, number, &mut client, server, &head.text, &body).await? {
+            Some(Handled::Answered) => {}
+            Some(Handled::Ended) => return Ok(()),
+            None => {
+                let reply = forward(server, &head.text, &body).await?;
+                return after(fault, &mut client, reply).await;
             }
-            Fault::ErrorIn200 if is_completion => {
-                client.write_all(&answer(200, "InternalError", number)).await?;
-                continue;
-            }
-            Fault::HalfClosed => {
-                client.shutdown().await?;
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                return Ok(());
-            }
-            Fault::AppliedLate(seconds) => {
-                let (text, body) = (head.text.clone(), body);
-                tokio::spawn(async move {
-                    tokio::time::sleep(Duration::from_secs(seconds)).await;
-                    let _late = forward(server, &text, &body).await;
-                });
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                return Ok(());
-            }
-            _ => {}
         }
-        let mut reply = forward(server, &head.text, &body).await?;
-        match fault {
-            Fault::AnswerLost => {
-                client.set_zero_linger()?;
-                return Ok(());
-            }
-            Fault::Truncated => {
-                client.write_all(&reply[..reply.len() - reply.len() / 3 - 1]).await?;
-                client.flush().await?;
-                return Ok(());
-            }
-            Fault::Corrupted => {
-                let start = find(&reply, b"\r\n\r\n").map_or(reply.len(), |at| at + 4);
-                if start < reply.len() {
-                    let place = start + (reply.len() - start) / 2;
-                    reply[place] ^= 1;
-                }
-            }
-            Fault::Slow => {
-                for piece in reply.chunks(100) {
-                    client.write_all(piece).await?;
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-                return Ok(());
-            }
-            Fault::Late => tokio::time::sleep(Duration::from_secs(3)).await,
-            _ => {}
-        }
-        client.write_all(&reply).await?;
-        // The server closed its end, and says so in the answer.
-        return client.shutdown().await;
     }
     Ok(())
+}
+
+/// What became of a request that is not passed on at once.
+enum Handled {
+    /// It has its answer, and the next one may come.
+    Answered,
+    /// The connection is over.
+    Ended,
+}
+
+/// Does what is done to a request before the server has it; None if it is passed on now.
+async fn before(
+    fault: Fault,
+    number: u64,
+    client: &mut TcpStream,
+    server: SocketAddr,
+    head: &str,
+    body: &[u8],
+) -> std::io::Result<Option<Handled>> {
+    let is_completion = head.starts_with("POST ") && head.contains("uploadId=");
+    match fault {
+        Fault::Answer(status, code) => {
+            client.write_all(&answer(status, code, number)).await?;
+            Ok(Some(Handled::Answered))
+        }
+        Fault::ErrorIn200 if is_completion => {
+            client.write_all(&answer(200, "InternalError", number)).await?;
+            Ok(Some(Handled::Answered))
+        }
+        Fault::HalfClosed => {
+            client.shutdown().await?;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(Some(Handled::Ended))
+        }
+        Fault::AppliedLate(seconds) => {
+            let (head, body) = (head.to_owned(), body.to_vec());
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_secs(seconds)).await;
+                let _late = forward(server, &head, &body).await;
+            });
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(Some(Handled::Ended))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Does what is done to the server's answer; the connection is over then.
+async fn after(fault: Fault, client: &mut TcpStream, mut reply: Vec<u8>) -> std::io::Result<()> {
+    match fault {
+        Fault::AnswerLost => {
+            client.set_zero_linger()?;
+            return Ok(());
+        }
+        Fault::Truncated => {
+            client.write_all(&reply[..reply.len() - reply.len() / 3 - 1]).await?;
+            client.flush().await?;
+            return Ok(());
+        }
+        Fault::Corrupted => {
+            let start = find(&reply, b"\r\n\r\n").map_or(reply.len(), |at| at + 4);
+            if start < reply.len() {
+                let place = start + (reply.len() - start) / 2;
+                reply[place] ^= 1;
+            }
+        }
+        Fault::Slow => {
+            for piece in reply.chunks(100) {
+                client.write_all(piece).await?;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            return Ok(());
+        }
+        Fault::Late => tokio::time::sleep(Duration::from_secs(3)).await,
+        _ => {}
+    }
+    client.write_all(&reply).await?;
+    // The server closed its end, and says so in the answer.
+    client.shutdown().await
 }
 
 struct Head {
@@ -207,6 +233,16 @@ async fn read_head(client: &mut TcpStream) -> std::io::Result<Option<Head>> {
             return Ok(None);
         }
     }
+}
+
+/// Reads what is left of a request's body; gives all of it.
+async fn read_body(client: &mut TcpStream, head: &Head) -> std::io::Result<Vec<u8>> {
+    let mut body = head.rest.clone();
+    let missing = head.body_bytes.saturating_sub(body.len());
+    let read = body.len();
+    body.resize(read + missing, 0);
+    client.read_exact(&mut body[read..]).await?;
+    Ok(body)
 }
 
 /// Sends a request to the server on a connection of its own; gives the whole answer.

@@ -13,12 +13,10 @@ use dtr_engine::save::{SaveInfo, SaveRequest};
 use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::faults::through;
-use crate::place::{Place, open, open_among};
+use crate::place::{LONG, Place, open, open_among, until};
 use crate::proxy::{Fault, Proxy};
 use crate::support::finish;
 use crate::world::{Between, Beyond, Call, Rank, World, is_aborted, save_all, state_of, together};
-
-const LONG: Duration = Duration::from_mins(1);
 
 /// Which ranks share a directory.
 #[derive(Clone, Copy, Debug)]
@@ -635,11 +633,7 @@ fn shard_in(step: &Path, rank: u32) -> PathBuf {
 
 /// Waits until a file is there.
 fn appears(path: &Path) {
-    let since = std::time::Instant::now();
-    while !path.exists() {
-        assert!(since.elapsed() < LONG, "it does not come: {}", path.display());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until(&path.display().to_string(), || path.exists());
 }
 
 #[test]

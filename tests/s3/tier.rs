@@ -13,7 +13,7 @@ use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
 
 use crate::faults::through;
-use crate::place::{PART_BYTES, Place, config_at, open};
+use crate::place::{PART_BYTES, Place, config_at, open, until};
 use crate::proxy::{Fault, Proxy};
 use crate::support::{State, config, finish, scratch};
 
@@ -186,9 +186,7 @@ fn what_a_process_left_is_uploaded_by_the_next_and_no_part_twice() {
     let engine = open(Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() });
     let info = state.save(&engine, 1).unwrap();
     assert!(engine.uploaded(1, Some(Duration::ZERO)).unwrap().is_none());
-    while place.rules().arrived_parts() < 2 {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until("an upload of two parts", || place.rules().arrived_parts() >= 2);
     // As a process that ends without closing.
     drop(engine);
     assert!(open(far.clone()).steps().unwrap().is_empty());
@@ -211,9 +209,7 @@ fn an_upload_that_is_not_wanted_any_more_leaves_no_parts() {
         let slow = Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() };
         let mut engine = open(slow);
         State::training(1, 6).save(&engine, 1).unwrap();
-        while place.rules().arrived_parts() < 1 {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until("an upload of a part", || place.rules().arrived_parts() >= 1);
         if dies_before {
             drop(engine);
             // Hours: it is at nothing when the step goes.
