@@ -51,7 +51,11 @@ class CoordinatorProcess:
         return (self.folder / "coordinator.log").read_text()
 
     def start(self) -> None:
-        sets = [f"--set=coordinator.{key}={value}" for key, value in self.settings.items()]
+        named = (
+            (key if "." in key else f"coordinator.{key}", self.settings[key])
+            for key in self.settings
+        )
+        sets = [f"--set={key}={value}" for key, value in named]
         with (self.folder / "coordinator.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from coordinators import free_port
+from coordinators import CoordinatorProcess, free_port
 from ranks import run_ranks, start_rank, torchrun
-from support import assert_same, flip_byte
+from support import assert_same, flip_byte, start_script
 
 from dtruntime import (
     BarrierTimeout,
@@ -581,6 +581,45 @@ def test_ranks_without_a_coordinator_are_told_what_is_missing(tmp_path, monkeypa
         CheckpointManager(tmp_path, rank=0, world_size=2, remote="s3://bucket/run")
 
 
+def test_managers_do_what_the_coordinator_was_configured_to_say(tmp_path):
+    configured = CoordinatorProcess(
+        tmp_path,
+        **{
+            "checkpoint.keep_last_n": 2,
+            "checkpoint.interval_steps": 5,
+            "checkpoint.async_write": "false",
+            "checkpoint.compression": "none",
+            "storage.path": tmp_path / "told",
+        },
+    )
+    configured.start()
+    try:
+        outputs = run_ranks(
+            """
+            with CheckpointManager() as manager:
+                assert os.fspath(manager.path) == store, manager.path
+                for step in range(1, 21):
+                    if manager.should_save(step):
+                        handle = manager.save_async({"w": torch.zeros(9000)}, step=step)
+                        assert handle.done()
+                        assert handle.result().stored_bytes > 36_000  # not compressed
+                print(manager.all_steps()[-2:])
+            with CheckpointManager(store, keep_last_n=3, save_interval_steps=1) as manager:
+                assert manager.should_save(21)
+                manager.save({"w": torch.zeros(9)}, step=21)
+                print(manager.all_steps()[-3:])
+            """,
+            tmp_path / "told",
+            configured.url,
+            world_size=2,
+        )
+        assert outputs == ["[15, 20]\n[15, 20, 21]\n"] * 2
+    finally:
+        configured.end()
+    with CheckpointManager(tmp_path / "told", read_only=True) as reader:
+        assert reader.all_steps() == [15, 20, 21]
+
+
 def test_a_rank_that_opens_alone_is_told_who_is_missing(coordinator, tmp_path):
     with pytest.raises(BarrierTimeout) as caught:
         CheckpointManager(
@@ -597,6 +636,31 @@ def test_a_rank_that_opens_alone_is_told_who_is_missing(coordinator, tmp_path):
 needs_distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no distributed"
 )
+
+
+IN_A_GROUP = """
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
+with CheckpointManager(store, replicated="w") as manager:
+    manager.save({"w": torch.arange(9), "own": dist.get_rank()}, step=1)
+    assert manager.load()["own"] == dist.get_rank()
+dist.destroy_process_group()
+"""
+
+
+@needs_distributed
+@pytest.mark.parametrize("kind", ["tcp", "file"])
+def test_ranks_find_each_other_by_their_process_group(tmp_path, monkeypatch, kind):
+    for name in ("RANK", "WORLD_SIZE", "COORDINATOR_URL"):
+        monkeypatch.delenv(name, raising=False)
+    met = f"tcp://127.0.0.1:{free_port()}" if kind == "tcp" else f"file://{tmp_path / 'meeting'}"
+    source = "import sys, torch\nfrom dtruntime import *\nstore = sys.argv[1]\n" + IN_A_GROUP
+    store = tmp_path / "store"
+    ranks = [start_script(source, store, met, rank, environment={}) for rank in range(2)]
+    ended = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], ended
+    with CheckpointManager(store, read_only=True, rank=1, world_size=2) as reader:
+        assert_same(reader.load(), {"w": torch.arange(9), "own": 1})
 
 
 @needs_distributed

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import assert_same
 
 from dtruntime import CheckpointManager, InvalidArgument, _native
-from dtruntime.replication import Replication
+from dtruntime.replication import Replication, advice
 from dtruntime.state_tree import Tree, flatten, needs_of
 
 
@@ -50,6 +50,46 @@ STATE = {
 )
 def test_globs_take_the_topmost_entries(globs, expected):
     assert tops(STATE, *globs) == expected
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        (["*", "!rng"], ["model", "optimizer", "step"]),
+        (["!rng", "*"], ["model", "optimizer", "step"]),
+        (["*", "!model.b", "!rng"], ["model.w", "optimizer", "step"]),
+        (["model", "!*.b"], ["model.w"]),
+        (
+            ["*", "!*.lr", "!model"],
+            [
+                "optimizer.state",
+                "rng",
+                "step",
+            ],
+        ),
+        (["optimizer", "!optimizer.groups.1"], ["optimizer.state", "optimizer.groups.0"]),
+    ],
+)
+def test_globs_take_away_again(globs, expected):
+    assert tops(STATE, *globs) == expected
+
+
+def test_globs_that_only_take_away_or_match_nothing_are_refused(tmp_path):
+    with pytest.raises(InvalidArgument, match="it only says what is not replicated"):
+        CheckpointManager(tmp_path, replicated="!rng")
+    with (
+        CheckpointManager(tmp_path, replicated=["*", "!random"]) as manager,
+        pytest.raises(InvalidArgument, match="nothing matches '!random'"),
+    ):
+        manager.save(STATE, step=1)
+
+
+def test_what_would_not_come_back_as_expected_is_said():
+    [said] = advice(flatten({"a": {"rng": torch.get_rng_state()}}, Replication(["*"], whole)))
+    assert said.startswith("`a.rng` looks like the state of a random generator")
+    assert "`!a.rng`" in said
+    assert list(advice(flatten(STATE, Replication(["*"], whole)))) == []
+    assert list(advice(flatten({"rng": torch.get_rng_state()}))) == []
 
 
 def test_a_container_without_entries_is_replicated_only_if_it_is_named():

@@ -8,6 +8,7 @@ import pytest
 from support import run_script
 
 from dtruntime import CheckpointManager, InvalidArgument, launch, settings
+from dtruntime.told import Told, told_by
 
 WRONG = {
     "no path": ({"path": None}, "setting `path`: it is not given"),
@@ -97,7 +98,7 @@ def test_wrong_steps_are_refused(manager, step):
         manager.save_async(1000, {"model": 1})
 
 
-@pytest.mark.parametrize("value", [{1: 2}, {"a": {1, 2}}, [1], "text"])
+@pytest.mark.parametrize("value", [{1: 2}, {"a": {1, 2}}, [1], "text", {"a": [{"b": 2**64}]}])
 def test_annotations_are_json(manager, value):
     with pytest.raises(InvalidArgument, match="it is stored as JSON"):
         manager.save_async({}, step=1, metadata=value)
@@ -139,6 +140,34 @@ def test_rank_from_the_environment(environment, expected):
 def test_what_is_no_rank_is_refused(text):
     with pytest.raises(InvalidArgument, match="a whole number is expected"):
         launch.rank_and_world_size(None, None, {"RANK": text, "WORLD_SIZE": "4"})
+
+
+def test_what_a_coordinator_tells_fills_in_only_what_nothing_else_says():
+    values = {
+        "checkpoint.keep_last_n": "5",
+        "checkpoint.compression": '"zstd"',
+        "checkpoint.async_write": "false",
+        "checkpoint.interval_steps": "1000",
+        "storage.backend": '"s3"',
+        "storage.bucket": "'my-bucket'",
+        "storage.path": '"/runs/gpt"',
+        "storage.region": '"us-west-2"',
+        "storage.endpoint": '"http://127.0.0.1:9000"',
+        "dataset.prefetch_shards": "2",
+    }
+    s3 = {"region": "us-west-2", "endpoint_url": "http://127.0.0.1:9000"}
+    told = told_by(values, {})
+    assert told == Told(5, "zstd", False, 1000, "s3://my-bucket/runs/gpt", s3)
+    environment = {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_ENDPOINT_URL_S3": "https://s3.eu"}
+    assert told_by(values, environment).s3 == {}
+    assert told_by(values | {"storage.backend": '"local"'}, {}).path == "/runs/gpt"
+    assert told_by({}, {}) == Told()
+    given = {"keep_last_n": 2, "s3": {"region": "eu-north-1"}}
+    assert settings.completed(given, told) == {
+        "keep_last_n": 2,
+        "compression": "zstd",
+        "s3": s3 | {"region": "eu-north-1"},
+    }
 
 
 @pytest.mark.parametrize(
