@@ -25,13 +25,18 @@ use crate::format::shard::Header;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::store::{ShardSource, Store};
 
+// What a checkpoint is made of, checked from the manifest down.
 mod control;
+mod parts;
+mod shard;
+
+// Chunks to memory.
 mod device;
 mod map;
-mod parts;
 mod read;
+
+// Damage: another way to the bytes, and a report of all of it.
 mod second;
-mod shard;
 mod verify;
 
 pub use device::{Departure, DeviceDestination, DeviceTarget};
