@@ -31,8 +31,10 @@ mod parts;
 mod shard;
 
 // Chunks to memory.
+mod deliver;
 mod device;
 mod map;
+mod plan;
 mod read;
 
 // Damage: another way to the bytes, and a report of all of it.

@@ -12,7 +12,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::read::{ChunkJob, ReadOptions, Ways, run};
+use super::deliver::Ways;
+use super::plan::ChunkJob;
+use super::read::{ReadOptions, run};
 use super::{Checkpoint, Damaged, Shard, check_replicas, read_manifest};
 use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
