@@ -84,6 +84,7 @@ pub(super) struct Care {
     is_unsure: bool,
 }
 
+/// What is to be done of each step, and what came of it; see the picture above.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     waiting: BTreeMap<u64, Due>,
