@@ -281,6 +281,11 @@ impl Survey {
         self.steps.get(position)
     }
 
+    /// Whether a step ceased to exist, and its files are still there.
+    pub(crate) fn is_retired(&self, step: u64) -> bool {
+        self.step(step).is_some_and(StepSurvey::is_retired)
+    }
+
     /// Steps that ceased to exist and whose files are still there, ascending.
     pub fn retired_steps(&self) -> Vec<u64> {
         self.steps_where(StepSurvey::is_retired).collect()

@@ -68,6 +68,22 @@ pub fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec
     plan
 }
 
+/// [`plan_retention`], with what waits for the far store left out, unless a rewind retired it: that
+/// is wanted nowhere. `may_remove` says of a step whether it need not wait; `passed` are checkpoints
+/// that not all ranks have and that all have gone past: they go in any case, last.
+pub(crate) fn plan_prune(
+    survey: &Survey,
+    policy: Policy,
+    protected: &[u64],
+    passed: &[u64],
+    may_remove: impl Fn(u64) -> bool,
+) -> Vec<u64> {
+    let mut plan = plan_retention(survey, policy, protected);
+    plan.retain(|step| survey.is_retired(*step) || may_remove(*step));
+    plan.extend(passed);
+    plan
+}
+
 /// Which of the `committed` steps the policy lets go, ascending, none of the `protected` ones.
 pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
     let Some(keep_last_n) = policy.keep_last_n else {
@@ -110,6 +126,17 @@ mod tests {
 
     fn policy(keep_last_n: Option<u32>, keep_every: Option<u64>) -> Policy {
         Policy { keep_last_n, keep_every }
+    }
+
+    #[test]
+    fn what_waits_for_the_far_store_stays_unless_it_was_retired_or_passed() {
+        let committed = [1, 2, 3, 4].map(|number| step(number, StepState::Committed));
+        let retired = [8, 9].map(|number| step(number, StepState::Retired { by: 4 }));
+        let incomplete = [step(7, StepState::Incomplete)];
+        let steps = committed.into_iter().chain(incomplete).chain(retired).collect();
+        let survey = Survey { steps, ceased: Vec::new() };
+        let plan = plan_prune(&survey, policy(Some(1), None), &[4], &[7], |step| step != 2);
+        assert_eq!(plan, [9, 8, 1, 3, 7]);
     }
 
     #[test]

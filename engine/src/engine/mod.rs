@@ -28,12 +28,15 @@ use crate::store::{PendingUpload, Store};
 use crate::transfer::{Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
+mod agreed;
 mod clean;
 mod core;
 mod memory;
 mod opening;
+mod prune;
 mod reading;
 mod save;
+mod survey;
 
 pub use clean::{GcItem, GcOptions, GcReport};
 pub(crate) use core::Core;
