@@ -29,6 +29,7 @@ use crate::transfer::{Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
 mod agreed;
+mod arena;
 mod clean;
 mod core;
 mod memory;
