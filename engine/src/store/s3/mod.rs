@@ -36,6 +36,7 @@ use crate::{EngineError, Result};
 
 mod client;
 mod error;
+mod flight;
 mod objects;
 mod parts;
 mod publish;
