@@ -29,8 +29,8 @@ pub mod transfer;
 // Beside the path of a byte.
 pub mod clock;
 pub mod config;
-pub mod copy;
 pub mod error;
+pub mod memcpy;
 pub mod progress;
 mod sync;
 

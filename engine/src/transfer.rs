@@ -25,7 +25,7 @@ use crate::format::checksum::crc32c;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::io::buffer::{Buffer, BufferPool};
-use crate::load::{Damaged, Extent, Shard, VerifyObserver, from_format};
+use crate::load::{Extent, OnDamage, Shard, VerifyObserver, from_format};
 use crate::recovery::OwnShare;
 use crate::store::flow::Flow;
 use crate::store::{FileListing, Piece, Publication, ShardId, ShardSink, ShardSize, Store};
@@ -237,7 +237,7 @@ fn part_of<'a>(
 /// Header, footer and index as they lie at the destination now; the chunks' checksums are in the
 /// index. What comes damaged is asked for once more: it may have been damaged on its way.
 fn read_back(destination: &dyn Store, manifest: &Manifest, entry: &ShardEntry) -> Result<()> {
-    let open = || Shard::open(destination, manifest, entry.rank, Damaged::Told).map(drop);
+    let open = || Shard::open(destination, manifest, entry.rank, OnDamage::Report).map(drop);
     match open() {
         Err(error @ EngineError::Corrupt { .. }) => {
             tracing::warn!(%error, "what was copied came back damaged, and is read once more");
@@ -406,7 +406,7 @@ type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
 
 impl Copy<'_> {
     fn shard(&self, entry: &ShardEntry) -> Copied<(ShardId, Box<dyn ShardSink>)> {
-        let checkpoint = Shard::open(self.source, self.manifest, entry.rank, Damaged::Told)
+        let checkpoint = Shard::open(self.source, self.manifest, entry.rank, OnDamage::Report)
             .map_err(Uncopied::of_source)?;
         let shard = shard_of(self.manifest.step, entry)?;
         let size = ShardSize { expected_bytes: entry.bytes, most_bytes: entry.bytes };

@@ -12,11 +12,11 @@ use super::read::ReadOptions;
 use super::second::{is_damage, read_elsewhere};
 use super::{Shard, read_now};
 use crate::codec::{Codec, Decoder};
-use crate::copy::{copy, copy_with_checksum};
 use crate::format::checksum::crc32c;
 use crate::format::index::ChunkRecord;
 use crate::io::ALIGNMENT;
 use crate::io::buffer::{Buffer, BufferPool};
+use crate::memcpy::{copy, copy_with_checksum};
 use crate::{EngineError, Result};
 
 /// A chunk, for messages.

@@ -46,7 +46,7 @@ pub use map::MappedShard;
 use parts::Parts;
 pub(crate) use parts::check_replicas;
 pub use read::{ReadOptions, ReadStats, Target};
-pub(crate) use shard::{Damaged, Extent, Shard};
+pub(crate) use shard::{Extent, OnDamage, Shard};
 pub use verify::{Damage, VerifyObserver, VerifyReport};
 
 pub(crate) use verify::verify_step;
@@ -59,20 +59,21 @@ pub struct Checkpoint {
     manifest: Arc<Manifest>,
     own: Shard,
     parts: Parts,
-    whose: Whose,
+    scope: ShardScope,
     /// Where chunks for devices are decoded, made when the first is.
     staging: OnceLock<Arc<BufferPool>>,
 }
 
-/// Whether the shard is the reader's own.
+/// What of a shard its reader may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Whose {
-    /// It is, or its rank was named.
-    Asked,
-    /// Another number of ranks saved it: only what they saved alike means anything to the reader.
-    Another,
-    /// A rank's that was named, for what lies in its shard alone: no other shard is opened for it.
-    Alone,
+pub(crate) enum ShardScope {
+    /// All, with the parts in other shards: it is the reader's own, or its rank was named.
+    All,
+    /// What all ranks saved alike: another number of ranks saved it, and the rest means nothing to
+    /// the reader.
+    ReplicatedOnly,
+    /// What lies whole in it: its rank was named, and no other shard is opened for it.
+    ShardOnly,
 }
 
 impl Checkpoint {
@@ -82,14 +83,14 @@ impl Checkpoint {
         store: &dyn Store,
         manifest: Arc<Manifest>,
         rank: u32,
-        whose: Whose,
+        scope: ShardScope,
     ) -> Result<Self> {
-        let own = Shard::open(store, &manifest, rank, Damaged::ReadElsewhere)?;
-        let parts = match whose {
-            Whose::Alone => Parts::default(),
-            Whose::Asked | Whose::Another => Parts::open(store, &manifest, &own)?,
+        let own = Shard::open(store, &manifest, rank, OnDamage::ReadCopy)?;
+        let parts = match scope {
+            ShardScope::ShardOnly => Parts::default(),
+            ShardScope::All | ShardScope::ReplicatedOnly => Parts::open(store, &manifest, &own)?,
         };
-        Ok(Self { manifest, own, parts, whose, staging: OnceLock::new() })
+        Ok(Self { manifest, own, parts, scope, staging: OnceLock::new() })
     }
 
     /// The training step.
@@ -138,7 +139,7 @@ impl Checkpoint {
     /// Whether only [replicated](ShardIndex::replicated) entries may be loaded, since another
     /// number of ranks saved the checkpoint: the rest of this shard is some other rank's state.
     pub fn is_replicated_only(&self) -> bool {
-        self.whose == Whose::Another
+        self.scope == ShardScope::ReplicatedOnly
     }
 
     /// The shard's name, for messages.

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::device::{Destination, DeviceTarget};
 use super::parts::Part;
 use super::read::Target;
-use super::{Checkpoint, Shard, Whose};
+use super::{Checkpoint, Shard, ShardScope};
 use crate::format::index::ChunkRecord;
 use crate::{EngineError, Result};
 
@@ -94,15 +94,15 @@ impl Checkpoint {
     /// Refuses what belongs to another rank's state.
     pub(super) fn check_readable(&self, storage: u32) -> Result<()> {
         let Some(record) = self.own.index.storages.get(storage as usize) else { return Ok(()) };
-        let is_readable = match self.whose {
-            Whose::Asked => true,
-            Whose::Another => record.replica.is_some(),
-            Whose::Alone => record.held() == (0..record.bytes),
+        let is_readable = match self.scope {
+            ShardScope::All => true,
+            ShardScope::ReplicatedOnly => record.replica.is_some(),
+            ShardScope::ShardOnly => record.held() == (0..record.bytes),
         };
         if is_readable {
             return Ok(());
         }
-        if self.whose == Whose::Alone {
+        if self.scope == ShardScope::ShardOnly {
             return Err(EngineError::invalid(
                 format!("reading storage {storage} of `{}`", self.shard_name()),
                 "the shard holds a part of it, and was opened alone",

@@ -32,11 +32,11 @@ pub(crate) struct Shard {
 
 /// What is done about damage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Damaged {
-    /// The same bytes are looked for elsewhere ([`ShardSource::second`]).
-    ReadElsewhere,
-    /// It is told: what lies here is what is asked about.
-    Told,
+pub(crate) enum OnDamage {
+    /// The same bytes are looked for in the copy ([`ShardSource::second`]), if there is one.
+    ReadCopy,
+    /// It is the answer: what lies here is what is asked about.
+    Report,
 }
 
 impl Shard {
@@ -45,7 +45,7 @@ impl Shard {
         store: &dyn Store,
         manifest: &Manifest,
         rank: u32,
-        damaged: Damaged,
+        on_damage: OnDamage,
     ) -> Result<Self> {
         // A manifest that was decoded has one entry for each rank, in order.
         let entry = manifest.shards.get(rank as usize).ok_or_else(|| {
@@ -61,7 +61,7 @@ impl Shard {
         let source = store.open_shard(ShardId { step: manifest.step, rank, attempt })?;
         let (control, mut second) = match read_control(source.as_ref(), manifest, entry) {
             Ok(control) => (control, OnceLock::new()),
-            Err(met) if damaged == Damaged::ReadElsewhere && is_damage(&met) => {
+            Err(met) if on_damage == OnDamage::ReadCopy && is_damage(&met) => {
                 let Some(second) = open_second(source.as_ref(), &met)? else { return Err(met) };
                 let read = |way: &dyn ShardSource| read_control(way, manifest, entry);
                 let control = read_elsewhere(second.as_ref(), met, read)?;

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::deliver::Ways;
 use super::plan::ChunkJob;
 use super::read::{ReadOptions, run};
-use super::{Checkpoint, Damaged, Shard, check_replicas, read_manifest};
+use super::{Checkpoint, OnDamage, Shard, check_replicas, read_manifest};
 use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
@@ -93,7 +93,7 @@ pub(crate) fn verify_step(
         Ok(manifest) => {
             let mut has_replicated = false;
             for entry in &manifest.shards {
-                match Shard::open(store, &manifest, entry.rank, Damaged::Told) {
+                match Shard::open(store, &manifest, entry.rank, OnDamage::Report) {
                     Ok(shard) => {
                         has_replicated |= shard.header.replicated;
                         verify_shard(&shard, options, observer, &mut report)?;

@@ -24,7 +24,7 @@ use crate::format::checksum::to_hex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
-use crate::load::{Damaged, Shard, read_manifest};
+use crate::load::{OnDamage, Shard, read_manifest};
 use crate::ranks::{Attempt, Begun, Ranks};
 use crate::store::{Publication, ShardId, ShardSink, ShardSize, TransferFigures};
 use crate::{EngineError, Result};
@@ -353,7 +353,7 @@ fn publish(
 fn read_back(core: &Core, durable: &Durable, written: &Manifest) -> Result<()> {
     let (shard, store) = (durable.shard, core.store.as_ref());
     let manifest = read_manifest(store, shard.step)?;
-    Shard::open(store, &manifest, shard.rank, Damaged::Told)?;
+    Shard::open(store, &manifest, shard.rank, OnDamage::Report)?;
     let is_ours = match core.ranks {
         None => manifest == *written,
         // Another rank may have written it.

@@ -143,7 +143,7 @@ impl StorageSource for [u8] {
                     format!("the storage has {} bytes", self.len()),
                 )
             })?;
-        crate::copy::copy(bytes, destination);
+        crate::memcpy::copy(bytes, destination);
         Ok(())
     }
 }

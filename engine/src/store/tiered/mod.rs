@@ -259,12 +259,12 @@ impl Store for TieredStore {
         if only.is_some() && standing(self, step)? != only {
             return Ok(0);
         }
-        let care = work.care_for(step);
+        let state = work.upload_state(step);
         work.cancel_and_wait(step);
         let attempt = work.to_take_back(step);
         // What stands behind the one that counts goes with it, or it would count.
         let removed = self.near.remove_checkpoint(step, None);
-        let freed_bytes = removed.inspect_err(|_| work.put_back(step, care))?;
+        let freed_bytes = removed.inspect_err(|_| work.put_back(step, state))?;
         let asked = work.let_go_behind(step, attempt);
         let far_bytes = asked.map_or(Ok(0), |removal| work.remove_now(&removal))?;
         Ok(freed_bytes + far_bytes)
@@ -278,11 +278,11 @@ impl Store for TieredStore {
             return Ok(());
         }
         // What is on its way arrives before it is removed: by the same thread.
-        let care = work.care_for(step);
+        let state = work.upload_state(step);
         work.cancel(step);
         let attempt = work.to_take_back(step);
         let removed = self.near.remove_checkpoint(step, None);
-        removed.inspect_err(|_| work.put_back(step, care))?;
+        removed.inspect_err(|_| work.put_back(step, state))?;
         let _behind = work.let_go_behind(step, attempt);
         Ok(())
     }

@@ -6,27 +6,27 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::queue::Turn;
+use super::queue::UploadTask;
 use super::work::Work;
 use crate::load::VerifyObserver;
 
 /// Keeps an upload to its rate, and ends it when it is not wanted any more.
 pub(super) struct Pacer<'a> {
     work: &'a Work,
-    turn: &'a Turn,
+    task: &'a UploadTask,
     /// When what has gone so far is paid for.
     due: Mutex<Duration>,
 }
 
 impl<'a> Pacer<'a> {
-    pub(super) fn new(work: &'a Work, turn: &'a Turn) -> Self {
-        Self { work, turn, due: Mutex::new(work.now()) }
+    pub(super) fn new(work: &'a Work, task: &'a UploadTask) -> Self {
+        Self { work, task, due: Mutex::new(work.now()) }
     }
 }
 
 impl VerifyObserver for Pacer<'_> {
     fn advanced(&self, stored_bytes: u64) {
-        self.turn.pass(stored_bytes);
+        self.task.pass(stored_bytes);
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a pause")]
@@ -43,6 +43,6 @@ impl VerifyObserver for Pacer<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.turn.is_cancelled()
+        self.task.is_cancelled()
     }
 }

@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::pacer::Pacer;
-use super::queue::{Queue, Turn};
+use super::queue::{Queue, UploadTask};
 use super::work::Work;
 use crate::clock::elapsed;
 use crate::error::IoContext;
@@ -101,21 +101,21 @@ impl Work {
     }
 
     fn uploads_the_next(&self) {
-        let Some((step, turn)) = self.lock().take(self.now()) else { return };
-        let outcome = caught(&format!("uploading step {step}"), || self.upload(step, &turn));
+        let Some((step, task)) = self.lock().take(self.now()) else { return };
+        let outcome = caught(&format!("uploading step {step}"), || self.upload(step, &task));
         let error = outcome.as_ref().err().map(ToString::to_string);
         let share = self.share.is_some();
         let tries_again = self.change(|queue| queue.book(outcome, share, self.now()));
         let Some(error) = error else { return };
-        if turn.is_cancelled() && !self.lock().is_stopped() {
+        if task.is_cancelled() && !self.lock().is_stopped() {
             self.give_up_uploads(step);
         } else {
             tracing::warn!(step, error, tries_again, "an upload failed");
         }
     }
 
-    fn upload(&self, step: u64, turn: &Turn) -> Copied<Transferred> {
-        let pacer = Pacer::new(self, turn);
+    fn upload(&self, step: u64, task: &UploadTask) -> Copied<Transferred> {
+        let pacer = Pacer::new(self, task);
         let (near, far) = (self.near.as_ref(), self.far.as_ref());
         if let Some(share) = self.share {
             return transfer_share(near, far, (step, share), &self.environment, &pacer);
@@ -131,12 +131,12 @@ impl Work {
         let brought = self.lock().looks(self.now());
         for step in brought {
             // Whoever cancels it waits for this.
-            let Some(turn) = self.lock().take_brought(step) else { continue };
+            let Some(task) = self.lock().take_brought(step) else { continue };
             let may_be_ours = self.lock().may_have_published(step);
             let published = caught(&format!("publishing step {step}"), || {
                 publish_whole(self.near.as_ref(), self.far.as_ref(), (step, share), may_be_ours)
             });
-            if matches!(published, Ok(Brought::All)) && !turn.is_cancelled() {
+            if matches!(published, Ok(Brought::All)) && !task.is_cancelled() {
                 self.view.note(self.far.as_ref(), step);
             }
             self.book_whole(step, published);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::far::FarView;
-use super::queue::{Care, Queue};
+use super::queue::{Queue, UploadState};
 use crate::clock::Environment;
 use crate::format::manifest::Manifest;
 use crate::recovery::OwnShare;
@@ -83,13 +83,13 @@ impl Work {
     }
 
     /// What is known of a step that is to go, in case that it stays.
-    pub(super) fn care_for(&self, step: u64) -> Care {
-        self.lock().care_for(step)
+    pub(super) fn upload_state(&self, step: u64) -> UploadState {
+        self.lock().upload_state(step)
     }
 
     /// The step stays, though it was to go.
-    pub(super) fn put_back(&self, step: u64, care: Care) {
-        self.change(|queue| queue.put_back(step, care));
+    pub(super) fn put_back(&self, step: u64, state: UploadState) {
+        self.change(|queue| queue.put_back(step, state));
     }
 
     /// The step is going: its upload is not begun any more, and ends soon if it was.
