@@ -158,7 +158,7 @@ pub fn survey(
             let state = step_state(directory, (read, manifest), by, share);
             StepSurvey {
                 step: directory.step,
-                attempt: manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)),
+                attempt: manifest.and_then(|manifest| manifest.attempt_id().ok()),
                 created_unix_ms: manifest.map_or(0, |manifest| manifest.created_unix_ms),
                 bytes: directory.files.iter().map(|file| file.bytes).sum(),
                 orphans: orphans(directory, manifest, &state),

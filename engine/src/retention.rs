@@ -6,11 +6,10 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::config::{BestMode, Config};
 use crate::recovery::{ManifestState, OrphanFile, Survey};
-use crate::store::Grace;
 
 /// Which checkpoints a store keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,7 +102,7 @@ pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> V
 
 /// Orphans that have been left alone for at least `grace` at `now`, by the store's clock. Whether a
 /// live attempt holds the lock of one is asked when it is deleted.
-pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Grace) -> Vec<OrphanFile> {
+pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Duration) -> Vec<OrphanFile> {
     // A file from the future has no age: it stays.
     let old =
         |orphan: &&OrphanFile| now.duration_since(orphan.idle_since).is_ok_and(|age| age >= grace);
@@ -113,7 +112,6 @@ pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Grace) -> Vec<Orpha
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::time::Duration;
 
     use proptest::prelude::*;
 

@@ -378,7 +378,7 @@ impl Transferred {
 /// decides what becomes of it.
 pub(crate) fn standing(store: &dyn Store, step: u64) -> Result<Option<AttemptId>> {
     let manifest = store.read_manifest(step)?.and_then(|bytes| Manifest::decode(&bytes).ok());
-    Ok(manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)))
+    Ok(manifest.and_then(|manifest| manifest.attempt_id().ok()))
 }
 
 /// Sinks whose shards are whole; given up unless the manifest was published.

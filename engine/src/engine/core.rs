@@ -12,7 +12,7 @@ use crate::codec::Codec;
 use crate::config::{Compression, Config};
 use crate::error::IoContext;
 use crate::format::names::AttemptId;
-use crate::io::buffer::BufferPool;
+use crate::io::buffer::{BufferPool, CONTROL_BUFFER_BYTES};
 use crate::ranks::{Attempt, Ranks};
 use crate::recovery::{ManifestState, Survey};
 use crate::save::SaveInfo;
@@ -22,9 +22,7 @@ use crate::store::flow::{Flow, Pace};
 use crate::store::{FileListing, Store};
 use crate::{EngineError, Result};
 
-/// Bytes of a piece of header, index or footer on its way to the device.
-const CONTROL_BUFFER_BYTES: usize = 1 << 20;
-/// One being filled while the other is written.
+/// Buffers for header, index and footer: one being filled while the other is written.
 const CONTROL_BUFFERS: usize = 2;
 
 /// Shared by the caller's threads, the workers and the committer.

@@ -14,7 +14,6 @@ use super::{Shard, read_now};
 use crate::codec::{Codec, Decoder};
 use crate::format::checksum::crc32c;
 use crate::format::index::ChunkRecord;
-use crate::io::ALIGNMENT;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::memcpy::{copy, copy_with_checksum};
 use crate::{EngineError, Result};
@@ -72,7 +71,7 @@ impl Delivery {
         let mut spare = Some(buffer);
         let delivered = read_elsewhere(second, met, |way| {
             let buffer = spare.take().expect("each read gives it back");
-            let (read, buffer) = read_now(way, record.offset, buffer, padded_bytes(&record))?;
+            let (read, buffer) = read_now(way, record.offset, buffer, record.padded_bytes())?;
             let delivered = read.and_then(|()| self.deliver(job, &buffer));
             spare = Some(buffer);
             delivered
@@ -85,7 +84,7 @@ impl Delivery {
         let record = *job.record();
         let at = (job.shard, job.chunk);
         let stored_bytes = record.stored_bytes as usize;
-        let padded = &buffer[..padded_bytes(&record)];
+        let padded = &buffer[..record.padded_bytes()];
         // Raw bytes in whole blocks have one checksum under two names: it is taken below.
         let one_checksum = record.codec == Codec::None && padded.len() == stored_bytes;
         if self.options.verify {
@@ -224,11 +223,6 @@ impl Delivery {
             format!("chunk {chunk} at offset {}: {why}", record.offset),
         )
     }
-}
-
-/// Bytes of a chunk in the file, whole blocks.
-pub(super) fn padded_bytes(record: &ChunkRecord) -> usize {
-    (record.stored_bytes as usize).next_multiple_of(ALIGNMENT)
 }
 
 fn checksum(bytes: &[u8]) -> u32 {

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::deliver::{Delivery, Ways, padded_bytes};
+use super::deliver::{Delivery, Ways};
 use super::device::{DeviceTarget, UnderWay};
 use super::plan::{ChunkJob, plan, wanted};
 use super::verify::listed;
@@ -235,7 +235,7 @@ fn submit_all(
             .as_ref()
             .map(|job| (job.shard, *job.record()));
         let (shard, record) = read.expect("jobs are taken only after their read");
-        let padded = padded_bytes(&record);
+        let padded = record.padded_bytes();
         let arrived = arrived.clone();
         let done = Box::new(move |result, buffer| {
             // Workers that stopped early need it no more.

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use crossbeam_channel::Receiver;
 
-use super::control::{CONTROL_BUFFER_BYTES, read_control};
+use super::control::read_control;
 use super::second::{is_damage, open_second, read_elsewhere};
 use super::start_reading;
 use crate::format::index::{ChunkRecord, ShardIndex};
@@ -15,8 +15,7 @@ use crate::format::layout::chunks_of;
 use crate::format::manifest::Manifest;
 use crate::format::names::parse_shard_file;
 use crate::format::shard::{BLOCK_BYTES, Header};
-use crate::io::ALIGNMENT;
-use crate::io::buffer::Buffer;
+use crate::io::buffer::{Buffer, CONTROL_BUFFER_BYTES};
 use crate::store::{ShardId, ShardSource, Store};
 use crate::{EngineError, Result};
 
@@ -108,7 +107,7 @@ impl Shard {
         let mut extents = vec![Extent { offset: 0, bytes: BLOCK_BYTES, crc32c: None }];
         extents.extend(self.index.chunks.iter().map(|chunk| Extent {
             offset: chunk.offset,
-            bytes: (chunk.stored_bytes as usize).next_multiple_of(ALIGNMENT),
+            bytes: chunk.padded_bytes(),
             crc32c: Some(chunk.stored_crc32c),
         }));
         extents.sort_by_key(|extent| extent.offset);

@@ -307,6 +307,7 @@ impl fmt::Write for Clipped {
 fn overlaps(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
+
 /// Tensors that a message names.
 const LISTED_MAX: usize = 10;
 

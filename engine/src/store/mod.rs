@@ -334,6 +334,3 @@ pub trait ShardSource: Send + Sync + fmt::Debug {
 
 /// Receives the outcome of [`ShardSource::read`].
 pub type ReadDone = Box<dyn FnOnce(Result<()>, Buffer) + Send>;
-
-/// How long an unreferenced file must have been left alone before a cleaner may take it.
-pub type Grace = Duration;
