@@ -24,7 +24,7 @@ pub mod retention;
 // Stores, copies from one to another, and devices.
 pub mod io;
 pub mod store;
-pub mod transfer;
+pub mod store_copy;
 
 // Beside the path of a byte.
 pub mod clock;

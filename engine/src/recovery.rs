@@ -29,7 +29,7 @@ use std::time::SystemTime;
 use crate::format::manifest::{Manifest, Retired};
 use crate::format::names::{self, AttemptId};
 use crate::store::StepListing;
-use crate::transfer::Overwrite;
+use crate::store_copy::Overwrite;
 use crate::{EngineError, Result};
 
 /// What reading a step's manifest gave.

@@ -25,7 +25,7 @@ use crate::save::commit::Committer;
 use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
 use crate::store::{PendingUpload, Store};
-use crate::transfer::{Overwrite, Transferred, transfer};
+use crate::store_copy::{Between, Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
 mod agreed;
@@ -201,7 +201,9 @@ impl Engine {
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
-        let copied = transfer(source, target, step, overwrite, &to.core.environment, observer);
+        let environment = &to.core.environment;
+        let between = Between { source, destination: target, environment, observer };
+        let copied = transfer(&between, step, overwrite);
         // Of many that are there already, the first has the store listed, and no other.
         if !copied.as_ref().is_ok_and(|copied| copied.was_there) {
             to.core.note_saved(step);

@@ -154,15 +154,26 @@ impl Checkpoint {
 }
 
 pub(crate) fn read_manifest(store: &dyn Store, step: u64) -> Result<Manifest> {
+    let what = format!("opening step {step} in `{}`", store.location());
+    Ok(read_manifest_for(store, step, &what)?.0)
+}
+
+/// The manifest of a step, checked, and its bytes as they are; `what` it is read for is for
+/// messages.
+pub(crate) fn read_manifest_for(
+    store: &dyn Store,
+    step: u64,
+    what: &str,
+) -> Result<(Manifest, Vec<u8>)> {
     let file = format!("{}, manifest of step {step}", store.location());
     let bytes = store.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
-        what: format!("opening step {step} in `{}`", store.location()),
+        what: what.into(),
         why: "there is no committed checkpoint of this step".into(),
         hint: "`all_steps()` or `ckpt-tool ls` lists those that exist".into(),
     })?;
     let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
     if manifest.step == step {
-        Ok(manifest)
+        Ok((manifest, bytes))
     } else {
         Err(EngineError::corrupt(file, format!("it is the manifest of step {}", manifest.step)))
     }

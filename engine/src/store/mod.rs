@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
-use crate::transfer::Transferred;
+use crate::store_copy::Transferred;
 use crate::{EngineError, Result};
 
 pub mod flow;

@@ -16,7 +16,7 @@ use super::uploader::caught;
 use super::work::Work;
 use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
 use crate::store::UnfinishedUpload;
-use crate::transfer::standing;
+use crate::store_copy::standing;
 use crate::{EngineError, Result};
 
 impl Work {

@@ -37,7 +37,7 @@ use crate::clock::Environment;
 use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::recovery::OwnShare;
-use crate::transfer::{Transferred, standing};
+use crate::store_copy::{Transferred, standing};
 use crate::{EngineError, Result};
 
 mod differences;

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::removals::{Removal, Removals};
-use crate::transfer::{Copied, Transferred, Uncopied};
+use crate::store_copy::{Copied, Transferred, Uncopied};
 use crate::{EngineError, Result};
 
 /// First and longest pause before something is tried again.

@@ -17,7 +17,7 @@ use crate::io::open_backend;
 use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
-use crate::transfer::{Brought, Overwrite, publish_whole, transfer};
+use crate::store_copy::{Between, Brought, Overwrite, publish_whole, transfer};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_mins(1);
@@ -344,7 +344,13 @@ fn what_goes_while_it_is_published_is_taken_back() {
             Ok(())
         });
         let near = Ruled::sound(near.path());
-        transfer(&*near, &*far, 1, Overwrite::No, &environment, &()).unwrap();
+        let between = Between {
+            source: &*near,
+            destination: &*far,
+            environment: &environment,
+            observer: &(),
+        };
+        transfer(&between, 1, Overwrite::No).unwrap();
         let attempt = standing(&*far, 1).unwrap().unwrap();
         let file = names::shard_file_name(0, attempt);
         far.unpublish(1, attempt, None).unwrap();

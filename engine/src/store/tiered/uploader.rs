@@ -20,8 +20,8 @@ use super::queue::{Queue, UploadTask};
 use super::work::Work;
 use crate::clock::elapsed;
 use crate::error::IoContext;
-use crate::transfer::{
-    Brought, Copied, Overwrite, Transferred, publish_whole, transfer, transfer_share,
+use crate::store_copy::{
+    Between, Brought, Copied, Overwrite, Transferred, publish_whole, transfer, transfer_share,
 };
 use crate::{EngineError, Result};
 
@@ -117,10 +117,12 @@ impl Work {
     fn upload(&self, step: u64, task: &UploadTask) -> Copied<Transferred> {
         let pacer = Pacer::new(self, task);
         let (near, far) = (self.near.as_ref(), self.far.as_ref());
+        let environment = &self.environment;
+        let between = Between { source: near, destination: far, environment, observer: &pacer };
         if let Some(share) = self.share {
-            return transfer_share(near, far, (step, share), &self.environment, &pacer);
+            return transfer_share(&between, (step, share));
         }
-        let transferred = transfer(near, far, step, Overwrite::Yes, &self.environment, &pacer)?;
+        let transferred = transfer(&between, step, Overwrite::Yes)?;
         self.view.note(near, step);
         Ok(transferred)
     }

@@ -13,7 +13,7 @@ use crate::clock::Environment;
 use crate::format::manifest::Manifest;
 use crate::recovery::OwnShare;
 use crate::store::{PendingUpload, Store};
-use crate::transfer::Transferred;
+use crate::store_copy::Transferred;
 use crate::{EngineError, Result};
 
 /// What the uploader and those who wait for it share.
