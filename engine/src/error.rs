@@ -115,16 +115,6 @@ pub enum EngineError {
         /// How to go on.
         hint: String,
     },
-    /// Load again before saving: live memory was changed in part when an in-place restore failed.
-    #[error("{what}: {why}\nhint: {hint}")]
-    RestoreIncomplete {
-        /// The operation and the checkpoint.
-        what: String,
-        /// What failed.
-        why: String,
-        /// How to go on.
-        hint: String,
-    },
     /// Open a new engine: this one was closed, or belongs to the parent of a forked process.
     #[error("{what}: {why}\nhint: {hint}")]
     Closed {
@@ -194,7 +184,6 @@ impl EngineError {
             | Self::NoSpace { hint, .. }
             | Self::Io { hint, .. }
             | Self::Unavailable { hint, .. }
-            | Self::RestoreIncomplete { hint, .. }
             | Self::Accelerator { hint, .. }
             | Self::Closed { hint, .. }
             | Self::Coordination { hint, .. }
@@ -222,7 +211,6 @@ impl EngineError {
             | Self::StepConflict { .. }
             | Self::Corrupt { .. }
             | Self::UnsupportedFormat { .. }
-            | Self::RestoreIncomplete { .. }
             | Self::Accelerator { .. }
             | Self::Closed { .. }
             | Self::Internal { .. } => false,
@@ -288,6 +276,20 @@ impl EngineError {
         }
     }
 
+    /// `what` was asked of the store at `location` by a fork of `process`, which opened it.
+    pub(crate) fn forked(what: &str, location: impl fmt::Display, process: u32) -> Self {
+        Self::Closed {
+            what: format!("{what} in store `{location}`"),
+            why: format!(
+                "it was opened by process {process}, and this is a fork of it, process {}",
+                std::process::id()
+            ),
+            hint: "open the store anew in this process, with `read_only=True` while the other one \
+                   writes to it"
+                .into(),
+        }
+    }
+
     /// An argument out of range.
     pub fn invalid(
         what: impl Into<String>,
@@ -329,7 +331,6 @@ impl EngineError {
             UnsupportedFormat,
             NoSpace,
             Unavailable,
-            RestoreIncomplete,
             Accelerator,
             Closed,
             Internal

@@ -1,27 +1,38 @@
 //! The checkpoint engine: tensors' bytes in, committed checkpoint out.
 //!
-//! Knows no Python and no CUDA, and of networks only S3 (feature `s3`) and other ranks (feature
-//! `coordinator`). A byte travels through the modules in the order in which they are declared here,
-//! from the store's front door to the device.
+//! Always holds: it knows no Python and no CUDA, and of networks only S3 (feature `s3`) and other
+//! ranks (feature `coordinator`).
+//!
+//! The groups of modules are declared from the front door to the device; the decisions that the
+//! pipelines go by stand between, and last what is beside the path of a byte.
 #![deny(missing_docs)]
 
-pub mod clock;
-pub mod codec;
-pub mod config;
-pub mod copy;
+// The front door.
 pub mod engine;
-pub mod error;
-pub mod format;
-pub mod io;
+
+// The pipelines of a save and of a load, and what several ranks say to one another.
 pub mod load;
-pub mod progress;
 pub mod ranks;
+pub mod save;
+
+// Decisions and formats: pure.
+pub mod codec;
+pub mod format;
 pub mod recovery;
 pub mod retention;
-pub mod save;
+
+// Stores, copies from one to another, and devices.
+pub mod io;
 pub mod store;
+pub mod store_copy;
+
+// Beside the path of a byte.
+pub mod clock;
+pub mod config;
+pub mod error;
+pub mod memcpy;
+pub mod progress;
 mod sync;
-pub mod transfer;
 
 pub use config::Config;
 pub use engine::Engine;

@@ -29,7 +29,7 @@ use std::time::SystemTime;
 use crate::format::manifest::{Manifest, Retired};
 use crate::format::names::{self, AttemptId};
 use crate::store::StepListing;
-use crate::transfer::Overwrite;
+use crate::store_copy::Overwrite;
 use crate::{EngineError, Result};
 
 /// What reading a step's manifest gave.
@@ -158,7 +158,7 @@ pub fn survey(
             let state = step_state(directory, (read, manifest), by, share);
             StepSurvey {
                 step: directory.step,
-                attempt: manifest.and_then(|manifest| AttemptId::parse(&manifest.attempt)),
+                attempt: manifest.and_then(|manifest| manifest.attempt_id().ok()),
                 created_unix_ms: manifest.map_or(0, |manifest| manifest.created_unix_ms),
                 bytes: directory.files.iter().map(|file| file.bytes).sum(),
                 orphans: orphans(directory, manifest, &state),
@@ -279,6 +279,11 @@ impl Survey {
     pub fn step(&self, step: u64) -> Option<&StepSurvey> {
         let position = self.steps.binary_search_by_key(&step, |survey| survey.step).ok()?;
         self.steps.get(position)
+    }
+
+    /// Whether a step ceased to exist, and its files are still there.
+    pub(crate) fn is_retired(&self, step: u64) -> bool {
+        self.step(step).is_some_and(StepSurvey::is_retired)
     }
 
     /// Steps that ceased to exist and whose files are still there, ascending.

@@ -6,11 +6,10 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::config::{BestMode, Config};
 use crate::recovery::{ManifestState, OrphanFile, Survey};
-use crate::store::Grace;
 
 /// Which checkpoints a store keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +67,22 @@ pub fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec
     plan
 }
 
+/// [`plan_retention`], with what waits for the far store left out, unless a rewind retired it: that
+/// is wanted nowhere. `may_remove` says of a step whether it need not wait; `passed` are checkpoints
+/// that not all ranks have and that all have gone past: they go in any case, last.
+pub(crate) fn plan_prune(
+    survey: &Survey,
+    policy: Policy,
+    protected: &[u64],
+    passed: &[u64],
+    may_remove: impl Fn(u64) -> bool,
+) -> Vec<u64> {
+    let mut plan = plan_retention(survey, policy, protected);
+    plan.retain(|step| survey.is_retired(*step) || may_remove(*step));
+    plan.extend(passed);
+    plan
+}
+
 /// Which of the `committed` steps the policy lets go, ascending, none of the `protected` ones.
 pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
     let Some(keep_last_n) = policy.keep_last_n else {
@@ -87,7 +102,7 @@ pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> V
 
 /// Orphans that have been left alone for at least `grace` at `now`, by the store's clock. Whether a
 /// live attempt holds the lock of one is asked when it is deleted.
-pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Grace) -> Vec<OrphanFile> {
+pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Duration) -> Vec<OrphanFile> {
     // A file from the future has no age: it stays.
     let old =
         |orphan: &&OrphanFile| now.duration_since(orphan.idle_since).is_ok_and(|age| age >= grace);
@@ -97,7 +112,6 @@ pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Grace) -> Vec<Orpha
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::time::Duration;
 
     use proptest::prelude::*;
 
@@ -110,6 +124,17 @@ mod tests {
 
     fn policy(keep_last_n: Option<u32>, keep_every: Option<u64>) -> Policy {
         Policy { keep_last_n, keep_every }
+    }
+
+    #[test]
+    fn what_waits_for_the_far_store_stays_unless_it_was_retired_or_passed() {
+        let committed = [1, 2, 3, 4].map(|number| step(number, StepState::Committed));
+        let retired = [8, 9].map(|number| step(number, StepState::Retired { by: 4 }));
+        let incomplete = [step(7, StepState::Incomplete)];
+        let steps = committed.into_iter().chain(incomplete).chain(retired).collect();
+        let survey = Survey { steps, ceased: Vec::new() };
+        let plan = plan_prune(&survey, policy(Some(1), None), &[4], &[7], |step| step != 2);
+        assert_eq!(plan, [9, 8, 1, 3, 7]);
     }
 
     #[test]

@@ -46,7 +46,6 @@ fn class_name(error: &EngineError) -> &'static str {
         EngineError::NoSpace { .. } => "NoSpace",
         EngineError::Io { .. } => "StorageError",
         EngineError::Unavailable { .. } => "Unavailable",
-        EngineError::RestoreIncomplete { .. } => "RestoreIncomplete",
         EngineError::Accelerator { .. } => "AcceleratorError",
         EngineError::Closed { .. } => "Closed",
         EngineError::Coordination { kind, .. } => coordination_class(*kind),
@@ -94,7 +93,6 @@ fn what_of(error: &EngineError) -> Option<&str> {
         | EngineError::UnsupportedFormat { what, .. }
         | EngineError::NoSpace { what, .. }
         | EngineError::Unavailable { what, .. }
-        | EngineError::RestoreIncomplete { what, .. }
         | EngineError::Accelerator { what, .. }
         | EngineError::Closed { what, .. }
         | EngineError::Coordination { what, .. }

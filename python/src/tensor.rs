@@ -109,7 +109,7 @@ impl StorageSource for HostSource {
             // bytes are then unspecified, and only bytes.
             unsafe {
                 let source = std::ptr::with_exposed_provenance::<u8>(piece.address + skip);
-                dtr_engine::copy::copy_from(source, part);
+                dtr_engine::memcpy::copy_from(source, part);
             }
             at += count as u64;
             next += 1;

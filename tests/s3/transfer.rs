@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dtr_engine::config::Compression;
 use dtr_engine::load::VerifyObserver;
-use dtr_engine::transfer::Overwrite;
+use dtr_engine::store_copy::Overwrite;
 use dtr_engine::{Config, Engine, EngineError};
 
 use crate::place::{PART_BYTES, Place, open};

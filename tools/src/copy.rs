@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use dtr_engine::transfer::{Overwrite, Transferred};
+use dtr_engine::store_copy::{Overwrite, Transferred};
 use dtr_engine::{Engine, EngineError};
 use serde::Serialize;
 

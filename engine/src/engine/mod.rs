@@ -25,15 +25,19 @@ use crate::save::commit::Committer;
 use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
 use crate::store::{PendingUpload, Store};
-use crate::transfer::{Overwrite, Transferred, transfer};
+use crate::store_copy::{Between, Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
+mod agreed;
+mod arena;
 mod clean;
 mod core;
 mod memory;
 mod opening;
+mod prune;
 mod reading;
 mod save;
+mod survey;
 
 pub use clean::{GcItem, GcOptions, GcReport};
 pub(crate) use core::Core;
@@ -70,6 +74,14 @@ pub(crate) use core::Core;
 /// # Ok(())
 /// # }
 /// ```
+///
+/// # Errors
+///
+/// Of what every verb may answer: [`EngineError::Closed`] after [`Engine::close`] and in a forked
+/// child; where it writes, [`EngineError::InvalidArgument`] if the engine was opened read-only;
+/// where it asks the store, what that says: [`EngineError::Io`] of a directory, and
+/// [`EngineError::Unavailable`] of S3, or [`EngineError::NotFound`] where the bucket is gone. What
+/// a verb adds is said there.
 #[derive(Debug)]
 pub struct Engine {
     config: Config,
@@ -123,12 +135,27 @@ impl Engine {
 
     /// Takes a snapshot of the request's storages and returns; the checkpoint is written behind.
     /// Waits for a save in flight first. Raises the error of an earlier save that nobody looked at.
+    ///
+    /// # Errors
+    ///
+    /// What an earlier save failed with that nobody looked at. [`EngineError::StepConflict`] where the
+    /// step is not after the newest and nothing says `rewind`; [`EngineError::UnsupportedFormat`] where
+    /// a checkpoint would have to go that a newer version wrote; [`EngineError::InvalidArgument`] where
+    /// the state, what is attached to it, or what is named as replicated cannot be saved;
+    /// [`EngineError::NoSpace`] where the store has too little; [`EngineError::Io`] where there is no
+    /// memory for the arena; [`EngineError::Internal`] after a save that panicked. Whatever fails while
+    /// the caller waits, its own [storages](crate::save::StorageSource::read) included. What fails later
+    /// is the handle's to say.
     pub fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
         self.save_until(request, Until::Landed)
     }
 
     /// [`Engine::save`], but copies from devices go on behind the caller: what they read stays
     /// valid and unchanged until [`SaveHandle::wait_captured`], also if the save fails.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Engine::save`]; of copies from devices, what fails later is the handle's to say.
     pub fn save_behind(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
         self.save_until(request, Until::Begun)
     }
@@ -143,6 +170,10 @@ impl Engine {
 
     /// Has the staging arena registered with a device's driver, as it is and as it will be. Where
     /// that is refused, copies from devices are slow, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`], [`EngineError::InvalidArgument`], as of every verb that writes.
     pub fn pin_staging(&self, pin: &Arc<dyn Pin>) -> Result<()> {
         self.writer("pinning the staging arena")?.pin(pin);
         Ok(())
@@ -150,6 +181,10 @@ impl Engine {
 
     /// Allocates and populates the staging arena for a state of `raw_bytes`, ahead of the first
     /// save, whose stall then is that of any other.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Io`] where there is no memory for the arena.
     pub fn prewarm(&self, raw_bytes: u64) -> Result<()> {
         self.writer("prewarming the staging arena")?.prewarm(raw_bytes)
     }
@@ -160,6 +195,10 @@ impl Engine {
     /// The arena as it is, or, with `grows_to`, as it will be for a state of so many raw bytes.
     /// `None` where that is too small for `bytes`, a save is in flight, or the engine cannot save.
     /// A save that begins before the memory comes back takes an arena of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Io`] where there is no memory for an arena that has to grow.
     pub fn lend_staging(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
         if self.config.read_only {
             return Ok(None);
@@ -170,6 +209,10 @@ impl Engine {
     /// What came of bringing a step to the far store, or `None` if it has not ended within
     /// `timeout` or there is no far store. An error is of that upload; the checkpoint in the near
     /// store stands.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`]; the inner error is the upload's.
     pub fn uploaded(
         &self,
         step: u64,
@@ -184,6 +227,15 @@ impl Engine {
     /// was interrupted, parts of an upload are not sent again.
     ///
     /// What ceased to exist there when the training went back cannot be copied there.
+    ///
+    /// # Errors
+    ///
+    /// What an earlier save to the destination failed with that nobody looked at.
+    /// [`EngineError::NotFound`] where the step does not exist here; [`EngineError::StepConflict`] where
+    /// it ceased to exist there, or what stands there is not to be overwritten;
+    /// [`EngineError::Corrupt`], [`EngineError::UnsupportedFormat`] of what is to be copied;
+    /// [`EngineError::NoSpace`] of the destination; [`EngineError::Unavailable`] where a shard that was
+    /// there was deleted meanwhile; [`EngineError::Closed`] where the observer cancels it.
     pub fn copy_to(
         &self,
         destination: &Self,
@@ -197,7 +249,9 @@ impl Engine {
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
-        let copied = transfer(source, target, step, overwrite, &to.core.environment, observer);
+        let environment = &to.core.environment;
+        let between = Between { source, destination: target, environment, observer };
+        let copied = transfer(&between, step, overwrite);
         // Of many that are there already, the first has the store listed, and no other.
         if !copied.as_ref().is_ok_and(|copied| copied.was_there) {
             to.core.note_saved(step);
@@ -206,6 +260,11 @@ impl Engine {
     }
 
     /// Deletes a checkpoint, manifest first. Returns the bytes freed.
+    ///
+    /// # Errors
+    ///
+    /// What an earlier save failed with that nobody looked at. [`EngineError::NotFound`] where the step
+    /// does not exist; [`EngineError::UnsupportedFormat`] where a newer version wrote it.
     pub fn delete(&self, step: u64) -> Result<u64> {
         let inner = self.writer(&format!("deleting step {step}"))?;
         inner.wait_for_last(None)?;
@@ -214,6 +273,10 @@ impl Engine {
 
     /// Deletes what no checkpoint needs: files of abandoned attempts whose lock is free and which
     /// are older than the grace period, and retired checkpoints.
+    ///
+    /// # Errors
+    ///
+    /// What an earlier save failed with that nobody looked at. A dry run is no verb that writes.
     pub fn gc(&self, options: GcOptions) -> Result<GcReport> {
         let what = "cleaning up";
         let inner = if options.dry_run { self.inner(what)? } else { self.writer(what)? };
@@ -222,6 +285,10 @@ impl Engine {
     }
 
     /// Keeps a step from retention: the one that the training was restored from.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`].
     pub fn protect(&self, step: u64) -> Result<()> {
         self.inner("protecting a step")?.core.protect(step);
         Ok(())
@@ -229,6 +296,10 @@ impl Engine {
 
     /// Tells the other ranks that this one does not save `step`: their saves of it fail, with this
     /// reason, instead of waiting for it. Does nothing where one rank saves.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`]; that the others could not be told is logged.
     pub fn decline(&self, step: u64, reason: &str) -> Result<()> {
         self.inner(&format!("giving up the save of step {step}"))?.core.decline(step, reason);
         Ok(())
@@ -236,6 +307,12 @@ impl Engine {
 
     /// Waits, at most `timeout`, until every rank has said which steps it can load, and what keeps
     /// it from others; gives the newest that all can. Where one rank saves, its own newest.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Coordination`] where the ranks did not come together in time, or the coordinator
+    /// cannot be asked or refuses; [`EngineError::InvalidArgument`] where it does not know what is asked
+    /// of it.
     pub fn agree(
         &self,
         steps: &[u64],
@@ -267,16 +344,28 @@ impl Engine {
 
     /// Waits for the save in flight, at most `timeout`; true if none is left. Raises the error of a
     /// save that nobody looked at.
+    ///
+    /// # Errors
+    ///
+    /// What the save failed with, if nobody looked at it before.
     pub fn wait_until_finished(&self, timeout: Option<Duration>) -> Result<bool> {
         self.inner("waiting for the save in flight")?.wait_for_last(timeout)
     }
 
     /// Checkpoints that are not in the far store yet, by ascending step. None without a far store.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`].
     pub fn pending_uploads(&self) -> Result<Vec<PendingUpload>> {
         Ok(self.inner("listing pending uploads")?.core.store.pending_uploads())
     }
 
     /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`].
     pub fn leave_uploads(&self) -> Result<()> {
         self.inner("leaving uploads")?.core.store.leave_uploads();
         Ok(())
@@ -285,6 +374,10 @@ impl Engine {
     /// Waits, at most `timeout`, until every checkpoint was brought to the far store, or has failed
     /// once more; true if so. From the first call on nothing is tried more than once, until one has
     /// seen the end.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`]; what an upload failed with is told by [`Engine::uploaded`].
     pub fn drain(&self, timeout: Option<Duration>) -> Result<bool> {
         let inner = self.inner("waiting for uploads")?;
         let environment = &*inner.core.environment;
@@ -300,6 +393,11 @@ impl Engine {
     /// gives back threads, memory and the store's lock. Raises the error of a save that nobody
     /// looked at, else that of the newest upload which has failed, now or before, and is of a
     /// checkpoint that is still here. Closing twice is fine.
+    ///
+    /// # Errors
+    ///
+    /// What a save failed with that nobody looked at, else what the newest such upload failed with. The
+    /// engine is closed all the same.
     pub fn close(&self) -> Result<()> {
         if self.is_forked() {
             return Ok(());

@@ -22,12 +22,24 @@ use crate::{EngineError, Result};
 
 impl Engine {
     /// Opens the store that `config` names, on this machine's devices and clocks.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::InvalidArgument`] where a setting is out of range, does not go with another, or
+    /// needs what this build lacks, or the path is a file; [`EngineError::NotFound`] where a store that
+    /// is only read, or a bucket, is not there; [`EngineError::StoreBusy`] where another writer has the
+    /// directory; [`EngineError::Io`], [`EngineError::NoSpace`] where the operating system refuses what
+    /// opening takes; [`EngineError::Unavailable`] where S3 does not answer.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
         Self::open_any(config, None, None)
     }
 
     /// Opens the directory that `config` names, on the given parts.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Engine::open`].
     pub fn open_with(config: Config, components: Components) -> Result<Self> {
         config.validate()?;
         check_ranks(&config, false)?;
@@ -37,6 +49,10 @@ impl Engine {
 
     /// Opens the store that `config` names, to save and load together with the other ranks of its
     /// job.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Engine::open`], but that there is no coordinator.
     pub fn open_among(config: Config, ranks: Arc<dyn Ranks>) -> Result<Self> {
         config.validate()?;
         Self::open_any(config, None, Some(ranks))
@@ -77,6 +93,10 @@ impl Engine {
 
     /// Opens the store that `config` names, with these credentials for what of it is in S3, instead
     /// of those that the usual chain finds; together with other ranks, if they are given.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Engine::open`].
     #[cfg(feature = "s3")]
     pub fn open_as(
         config: Config,

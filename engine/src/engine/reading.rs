@@ -11,7 +11,7 @@ use super::{Core, Engine};
 use crate::config::{BestMode, Config};
 use crate::format::manifest::Manifest;
 use crate::load::{
-    Checkpoint, ReadOptions, VerifyObserver, VerifyReport, Whose, read_manifest, verify_step,
+    Checkpoint, ReadOptions, ShardScope, VerifyObserver, VerifyReport, read_manifest, verify_step,
 };
 use crate::recovery::{StepState, Survey};
 use crate::store::Store;
@@ -65,19 +65,19 @@ impl Engine {
     /// alone: storages of which it holds a part cannot be read. Nothing is listed: to open those of
     /// a thousand ranks costs what their own footers, headers and indexes take.
     pub fn shard_beside(&self, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
-        self.open_beside(own, rank, Whose::Alone)
+        self.open_beside(own, rank, ShardScope::ShardOnly)
     }
 
     /// [`Engine::shard_beside`], with the shards that hold the rest of its storages.
     pub fn checkpoint_beside(&self, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
-        self.open_beside(own, rank, Whose::Asked)
+        self.open_beside(own, rank, ShardScope::All)
     }
 
-    fn open_beside(&self, own: &Checkpoint, rank: u32, whose: Whose) -> Result<Checkpoint> {
+    fn open_beside(&self, own: &Checkpoint, rank: u32, scope: ShardScope) -> Result<Checkpoint> {
         let step = own.step();
         let inner = self.inner(&format!("opening what rank {rank} saved of step {step}"))?;
         let store = inner.core.store.as_ref();
-        match Checkpoint::open(store, own.shared_manifest(), rank, whose) {
+        match Checkpoint::open(store, own.shared_manifest(), rank, scope) {
             Err(error) if is_gone(&error) => Err(self.gone_beside(store, own, error)),
             opened => opened,
         }
@@ -104,14 +104,14 @@ impl Engine {
             let manifest = read_manifest(store, step)?;
             let saved = manifest.world_size;
             let Config { rank, world_size, .. } = self.config;
-            let (rank, whose) = match named {
-                Some(named) => (named, Whose::Asked),
-                None if saved == world_size => (rank, Whose::Asked),
+            let (rank, scope) = match named {
+                Some(named) => (named, ShardScope::All),
+                None if saved == world_size => (rank, ShardScope::All),
                 // Any will do.
-                None => (rank % saved, Whose::Another),
+                None => (rank % saved, ShardScope::ReplicatedOnly),
             };
-            check_world_size(&manifest, whose, world_size)?;
-            Checkpoint::open(store, Arc::new(manifest), rank, whose)
+            check_world_size(&manifest, scope, world_size)?;
+            Checkpoint::open(store, Arc::new(manifest), rank, scope)
         };
         match open() {
             // The writer replaced or removed it under our feet: what stands there now counts.
@@ -151,9 +151,9 @@ impl Engine {
 }
 
 /// Refuses another number of ranks where no entry was saved alike by all of them.
-fn check_world_size(manifest: &Manifest, whose: Whose, expected: u32) -> Result<()> {
+fn check_world_size(manifest: &Manifest, scope: ShardScope, expected: u32) -> Result<()> {
     let has_replicated = manifest.shards.iter().any(|shard| !shard.replicated.is_empty());
-    if whose != Whose::Another || has_replicated {
+    if scope != ShardScope::ReplicatedOnly || has_replicated {
         return Ok(());
     }
     let saved = manifest.world_size;

@@ -5,21 +5,21 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use crossbeam_channel::Receiver;
+
 use super::{Inner, Saving, memory};
 use crate::clock::elapsed;
 use crate::config::Config;
-use crate::error::IoContext;
 use crate::format::checksum;
 use crate::format::layout::{Layout, StorageSpec};
-use crate::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
+use crate::format::manifest::{FORMAT_VERSION, Manifest, Retired, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::BLOCK_BYTES;
-use crate::io::buffer::{BufferPool, Slab};
-use crate::io::pin::Pin;
+use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
 use crate::save::capture::{Origin, Until, capture, fits};
 use crate::save::commit::CommitTask;
-use crate::save::job::Job;
+use crate::save::job::{Job, Message};
 use crate::save::share::Share;
 use crate::save::write::IndexDraft;
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
@@ -43,6 +43,13 @@ struct Begun<'a> {
     storages: Vec<Origin<'a>>,
 }
 
+/// When the caller called, and when it began to wait for this save, or to prepare it.
+#[derive(Clone, Copy)]
+struct Clocked {
+    called: Duration,
+    started: Duration,
+}
+
 /// What taking the snapshot goes by.
 struct Capturing<'a> {
     job: &'a Arc<Job>,
@@ -60,7 +67,7 @@ impl Inner {
         let started = called.saturating_sub(request.waited + request.prepared);
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        let begun = self.begin(&mut saving, request, (called, started));
+        let begun = self.begin(&mut saving, request, Clocked { called, started });
         // From here on the committer tells the other ranks of a failure.
         let Begun { job, handle, arena, storages } =
             begun.inspect_err(|error| self.core.decline(step, &error.to_string()))?;
@@ -73,10 +80,10 @@ impl Inner {
         &self,
         saving: &mut Saving,
         mut request: SaveRequest<'a>,
-        (called, started): (Duration, Duration),
+        clocked: Clocked,
     ) -> Result<Begun<'a>> {
         self.wait_for_last(None)?;
-        let waited = request.waited + elapsed(&*self.core.environment, called);
+        let waited = request.waited + elapsed(&*self.core.environment, clocked.called);
         let rewind = request.rewind || self.core.goes_over_own_only(request.step);
         let survey = self.core.survey_for_save(request.step, rewind)?;
         let plan = check_save(&survey, request.step, rewind)?;
@@ -86,39 +93,9 @@ impl Inner {
         let layout = saving.layout(&request.storages, &share, &origins, chunk_bytes)?;
         let reserve_bytes = self.check_space(request.step, layout.raw_bytes())?;
         let arena = self.arena(saving, layout.raw_bytes())?;
-
-        let workers = memory::worker_count(&self.core.config);
-        let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
-        let compression = self.core.config.compression;
-        let job = Arc::new(Job::new(
-            request.step,
-            layout,
-            compression,
-            self.core.conduct(workers),
-            to_committer,
-        ));
-        job.update_stats(|stats| {
-            stats.prepare_seconds = request.prepared.as_secs_f64();
-            stats.wait_seconds = waited.as_secs_f64();
-            stats.staging_bytes = (arena.buffer_bytes() * arena.count()) as u64;
-            stats.streamed = !fits(&job, &arena);
-            stats.io_backend = self.core.io_name.into();
-        });
+        let (job, encoded) = self.start_job(&request, layout, &arena, waited);
         let handle = SaveHandle::new(Arc::clone(&job));
-        let manifest = Manifest {
-            // The committer fills in what makes it this attempt's.
-            attempt: AttemptId([0; 16]).to_string(),
-            created_unix_ms: 0,
-            dataset_positions: std::mem::take(&mut request.dataset_positions),
-            engine_version: env!("CARGO_PKG_VERSION").into(),
-            format_version: FORMAT_VERSION,
-            job: self.core.config.job.clone(),
-            metadata: std::mem::take(&mut request.metadata),
-            retired: plan.retired,
-            shards: Vec::new(),
-            step: request.step,
-            world_size,
-        };
+        let manifest = self.draft_manifest(&mut request, plan.retired);
         check_manifest(&manifest, &share.names)?;
         let index = IndexDraft::new(&job.layout, &share, request)?;
         self.submit(CommitTask {
@@ -131,10 +108,51 @@ impl Inner {
             not_before_unix_ms: plan.not_before_unix_ms,
             reserve_bytes,
             handle: handle.clone(),
-            started,
+            started: clocked.started,
         })?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
         Ok(Begun { job, handle, arena, storages: origins })
+    }
+
+    /// What the stages of the save share, and the committer's end of their queue.
+    fn start_job(
+        &self,
+        request: &SaveRequest<'_>,
+        layout: Arc<Layout>,
+        arena: &BufferPool,
+        waited: Duration,
+    ) -> (Arc<Job>, Receiver<Message>) {
+        let workers = memory::worker_count(&self.core.config);
+        let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
+        let compression = self.core.config.compression;
+        let conduct = self.core.conduct(workers);
+        let job = Arc::new(Job::new(request.step, layout, compression, conduct, to_committer));
+        job.update_stats(|stats| {
+            stats.prepare_seconds = request.prepared.as_secs_f64();
+            stats.wait_seconds = waited.as_secs_f64();
+            stats.staging_bytes = (arena.buffer_bytes() * arena.count()) as u64;
+            stats.streamed = !fits(&job, arena);
+            stats.io_backend = self.core.io_name.into();
+        });
+        (job, encoded)
+    }
+
+    /// The manifest, as far as it is known; what was attached is taken out of the request.
+    fn draft_manifest(&self, request: &mut SaveRequest<'_>, retired: Vec<Retired>) -> Manifest {
+        Manifest {
+            // The committer fills in what makes it this attempt's.
+            attempt: AttemptId([0; 16]).to_string(),
+            created_unix_ms: 0,
+            dataset_positions: std::mem::take(&mut request.dataset_positions),
+            engine_version: env!("CARGO_PKG_VERSION").into(),
+            format_version: FORMAT_VERSION,
+            job: self.core.config.job.clone(),
+            metadata: std::mem::take(&mut request.metadata),
+            retired,
+            shards: Vec::new(),
+            step: request.step,
+            world_size: self.core.config.world_size,
+        }
     }
 
     /// Takes the snapshot. If that fails, the handle's error is the one that is returned here.
@@ -193,82 +211,6 @@ impl Inner {
             _ => Ok(needed),
         }
     }
-
-    pub(super) fn prewarm(&self, raw_bytes: u64) -> Result<()> {
-        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = self.last() {
-            last.wait(None);
-        }
-        let arena = self.arena(&mut saving, raw_bytes)?;
-        arena
-            .prewarm(memory::worker_count(&self.core.config))
-            .context("populating the staging arena for", self.core.store.location())
-    }
-
-    /// Lends the staging arena; see [`Engine::lend_staging`](super::Engine::lend_staging).
-    pub(super) fn lend(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
-        // Whoever holds it takes a snapshot, or is about to.
-        let Ok(mut saving) = self.saving.try_lock() else { return Ok(None) };
-        if self.last().is_some_and(|last| !last.wait(Some(Duration::ZERO))) {
-            return Ok(None);
-        }
-        let config = &self.core.config;
-        let chunk_bytes = u64::from(config.chunk_bytes);
-        let suffices = |chunks: u64| bytes <= chunks.saturating_mul(chunk_bytes);
-        match &saving.arena {
-            Some(arena) if suffices(arena.count() as u64) => {
-                return Ok(BufferPool::try_take_all(arena));
-            }
-            // Lent already: another one beside it would be twice the memory.
-            Some(arena) if arena.free() < arena.count() => return Ok(None),
-            _ => {}
-        }
-        let Some(raw_bytes) = grows_to.map(|raw_bytes| raw_bytes.max(bytes)) else {
-            return Ok(None);
-        };
-        if !suffices(memory::arena_chunks(config, raw_bytes, memory::memory_bytes())) {
-            return Ok(None);
-        }
-        Ok(BufferPool::try_take_all(&self.arena(&mut saving, raw_bytes)?))
-    }
-
-    /// Has the staging arena registered with a device's driver, as it is and as it will be.
-    pub(super) fn pin(&self, pin: &Arc<dyn Pin>) {
-        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(arena) = &saving.arena {
-            pin_arena(arena, pin.as_ref());
-        }
-        saving.pin = Some(Arc::clone(pin));
-    }
-
-    /// The staging arena, grown if this state wants more than it has. No save is in flight.
-    fn arena(&self, saving: &mut Saving, raw_bytes: u64) -> Result<Arc<BufferPool>> {
-        if let Some(last) = self.last() {
-            // Copies of a save that failed may still be under way.
-            last.wait_captured(None);
-        }
-        let config = &self.core.config;
-        let wanted = memory::arena_chunks(config, raw_bytes, memory::memory_bytes());
-        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-        match &saving.arena {
-            // A failed device may have kept buffers for good: such an arena is replaced.
-            Some(arena) if wanted <= arena.count() && arena.free() == arena.count() => {
-                Ok(Arc::clone(arena))
-            }
-            _ => {
-                // The old one goes first, so that both never count at once.
-                saving.arena = None;
-                let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
-                    .context("allocating the staging arena for", self.core.store.location())?;
-                if let Some(pin) = &saving.pin {
-                    populate(&arena, memory::worker_count(config));
-                    pin_arena(&arena, pin.as_ref());
-                }
-                saving.arena = Some(Arc::clone(&arena));
-                Ok(arena)
-            }
-        }
-    }
 }
 
 /// So many retired checkpoints that they, not the metadata, fill a manifest.
@@ -297,21 +239,6 @@ fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
         };
         EngineError::invalid(format!("saving step {}", manifest.step), error.to_string(), hint)
     })
-}
-
-/// Gives an arena that is about to be pinned its memory, by all workers: the driver would fetch it
-/// page after page by one thread.
-fn populate(arena: &BufferPool, threads: usize) {
-    if let Err(error) = arena.prewarm(threads) {
-        tracing::warn!(%error, "the staging arena was not populated before it is pinned");
-    }
-}
-
-/// Copies from devices work without it, at a fraction of the rate.
-fn pin_arena(arena: &BufferPool, pin: &dyn Pin) {
-    if let Err(error) = arena.pin(pin) {
-        tracing::warn!(%error, "the staging arena is not pinned: copies from devices are slow");
-    }
 }
 
 /// Where each storage's part is copied from.

@@ -27,6 +27,11 @@ const REPLICATED: u64 = 1;
 /// All of them.
 const INCOMPATIBLE_KNOWN: u64 = REPLICATED;
 
+/// Bytes in the file of so many stored ones, with their zero padding.
+pub fn padded_bytes(stored_bytes: u32) -> usize {
+    (stored_bytes as usize).next_multiple_of(BLOCK_BYTES)
+}
+
 const HEADER_MAGIC: [u8; 8] = *b"DTRSHARD";
 const FOOTER_MAGIC: [u8; 8] = *b"DTRSHEND";
 

@@ -39,6 +39,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// What one thread populates at a time: large enough to amortise the call, small enough to share.
 const POPULATE_PIECE_BYTES: usize = 32 << 20;
+/// Bytes of a buffer for header, index and footer, which are read and written piece by piece.
+pub(crate) const CONTROL_BUFFER_BYTES: usize = 1 << 20;
 /// The index of a stand-in for a buffer that was left to the kernel.
 const LOST: usize = usize::MAX;
 

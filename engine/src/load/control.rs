@@ -12,13 +12,9 @@ use crate::format::checksum::crc32c;
 use crate::format::index::{IndexContext, ShardIndex};
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
-use crate::io::ALIGNMENT;
-use crate::io::buffer::BufferPool;
+use crate::io::buffer::{BufferPool, CONTROL_BUFFER_BYTES};
 use crate::store::ShardSource;
 use crate::{EngineError, Result};
-
-/// Bytes of a buffer for reading footer, header and index.
-pub(super) const CONTROL_BUFFER_BYTES: usize = 1 << 20;
 
 /// Header and index of a shard, checked from the manifest down.
 pub(super) fn read_control(
@@ -111,7 +107,7 @@ impl<'a> Control<'a> {
     }
 
     fn index(&self, footer: &Footer, header: &Header) -> Result<ShardIndex> {
-        let padded = footer.index_stored_bytes.next_multiple_of(ALIGNMENT as u64);
+        let padded = footer.index_padded_bytes();
         let end = footer.index_offset.checked_add(padded);
         if end != Some(footer.file_bytes - BLOCK_BYTES as u64) {
             return Err(self.corrupt(format!(

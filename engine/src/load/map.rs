@@ -13,7 +13,6 @@ use super::Checkpoint;
 use super::verify::listed;
 use crate::codec::Codec;
 use crate::format::checksum::crc32c;
-use crate::io::ALIGNMENT;
 use crate::{EngineError, Result};
 
 /// A shard in memory, with the ranges of the storages that can be used in place.
@@ -99,8 +98,7 @@ impl Checkpoint {
         let record = self.own.record(chunk);
         let start = usize::try_from(record.offset).unwrap_or(usize::MAX);
         let raw = &map[start..start + record.raw_bytes as usize];
-        let padded = (record.stored_bytes as usize).next_multiple_of(ALIGNMENT);
-        let whole = &map[start..start + padded];
+        let whole = &map[start..start + record.padded_bytes()];
         if crc32c(raw) == record.raw_crc32c && crc32c(whole) == record.stored_crc32c {
             return Ok(());
         }

@@ -25,13 +25,20 @@ use crate::format::shard::Header;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::store::{ShardSource, Store};
 
+// What a checkpoint is made of, checked from the manifest down.
 mod control;
+mod parts;
+mod shard;
+
+// Chunks to memory.
+mod deliver;
 mod device;
 mod map;
-mod parts;
+mod plan;
 mod read;
+
+// Damage: another way to the bytes, and a report of all of it.
 mod second;
-mod shard;
 mod verify;
 
 pub use device::{Departure, DeviceDestination, DeviceTarget};
@@ -39,7 +46,7 @@ pub use map::MappedShard;
 use parts::Parts;
 pub(crate) use parts::check_replicas;
 pub use read::{ReadOptions, ReadStats, Target};
-pub(crate) use shard::{Damaged, Extent, Shard};
+pub(crate) use shard::{Extent, OnDamage, Shard};
 pub use verify::{Damage, VerifyObserver, VerifyReport};
 
 pub(crate) use verify::verify_step;
@@ -52,20 +59,21 @@ pub struct Checkpoint {
     manifest: Arc<Manifest>,
     own: Shard,
     parts: Parts,
-    whose: Whose,
+    scope: ShardScope,
     /// Where chunks for devices are decoded, made when the first is.
     staging: OnceLock<Arc<BufferPool>>,
 }
 
-/// Whether the shard is the reader's own.
+/// What of a shard its reader may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Whose {
-    /// It is, or its rank was named.
-    Asked,
-    /// Another number of ranks saved it: only what they saved alike means anything to the reader.
-    Another,
-    /// A rank's that was named, for what lies in its shard alone: no other shard is opened for it.
-    Alone,
+pub(crate) enum ShardScope {
+    /// All, with the parts in other shards: it is the reader's own, or its rank was named.
+    All,
+    /// What all ranks saved alike: another number of ranks saved it, and the rest means nothing to
+    /// the reader.
+    ReplicatedOnly,
+    /// What lies whole in it: its rank was named, and no other shard is opened for it.
+    ShardOnly,
 }
 
 impl Checkpoint {
@@ -75,14 +83,14 @@ impl Checkpoint {
         store: &dyn Store,
         manifest: Arc<Manifest>,
         rank: u32,
-        whose: Whose,
+        scope: ShardScope,
     ) -> Result<Self> {
-        let own = Shard::open(store, &manifest, rank, Damaged::ReadElsewhere)?;
-        let parts = match whose {
-            Whose::Alone => Parts::default(),
-            Whose::Asked | Whose::Another => Parts::open(store, &manifest, &own)?,
+        let own = Shard::open(store, &manifest, rank, OnDamage::ReadCopy)?;
+        let parts = match scope {
+            ShardScope::ShardOnly => Parts::default(),
+            ShardScope::All | ShardScope::ReplicatedOnly => Parts::open(store, &manifest, &own)?,
         };
-        Ok(Self { manifest, own, parts, whose, staging: OnceLock::new() })
+        Ok(Self { manifest, own, parts, scope, staging: OnceLock::new() })
     }
 
     /// The training step.
@@ -131,7 +139,7 @@ impl Checkpoint {
     /// Whether only [replicated](ShardIndex::replicated) entries may be loaded, since another
     /// number of ranks saved the checkpoint: the rest of this shard is some other rank's state.
     pub fn is_replicated_only(&self) -> bool {
-        self.whose == Whose::Another
+        self.scope == ShardScope::ReplicatedOnly
     }
 
     /// The shard's name, for messages.
@@ -146,15 +154,26 @@ impl Checkpoint {
 }
 
 pub(crate) fn read_manifest(store: &dyn Store, step: u64) -> Result<Manifest> {
+    let what = format!("opening step {step} in `{}`", store.location());
+    Ok(read_manifest_for(store, step, &what)?.0)
+}
+
+/// The manifest of a step, checked, and its bytes as they are; `what` it is read for is for
+/// messages.
+pub(crate) fn read_manifest_for(
+    store: &dyn Store,
+    step: u64,
+    what: &str,
+) -> Result<(Manifest, Vec<u8>)> {
     let file = format!("{}, manifest of step {step}", store.location());
     let bytes = store.read_manifest(step)?.ok_or_else(|| EngineError::NotFound {
-        what: format!("opening step {step} in `{}`", store.location()),
+        what: what.into(),
         why: "there is no committed checkpoint of this step".into(),
         hint: "`all_steps()` or `ckpt-tool ls` lists those that exist".into(),
     })?;
     let manifest = Manifest::decode(&bytes).map_err(|error| from_format(&file, error))?;
     if manifest.step == step {
-        Ok(manifest)
+        Ok((manifest, bytes))
     } else {
         Err(EngineError::corrupt(file, format!("it is the manifest of step {}", manifest.step)))
     }

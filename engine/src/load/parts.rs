@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::{Damaged, Shard};
+use super::{OnDamage, Shard};
 use crate::format::index::{Difference, ShardIndex, StorageRecord, difference};
 use crate::format::layout::{ElementType, Layout, StorageSpec};
 use crate::format::manifest::Manifest;
@@ -47,7 +47,7 @@ impl Parts {
         if own.index.storages.iter().all(|storage| storage.held() == (0..storage.bytes)) {
             return Ok(Self::default());
         }
-        let opened = open_others(store, manifest, own, Damaged::ReadElsewhere)?;
+        let opened = open_others(store, manifest, own, OnDamage::ReadCopy)?;
         let mut others = Vec::with_capacity(opened.len());
         for (other, found) in opened {
             if let Some(found) = found {
@@ -80,7 +80,7 @@ fn open_others(
     store: &dyn Store,
     manifest: &Manifest,
     own: &Shard,
-    damaged: Damaged,
+    on_damage: OnDamage,
 ) -> Result<Vec<(Shard, Option<Difference>)>> {
     let ranks: Vec<u32> =
         (0..manifest.world_size).filter(|rank| *rank != own.header.rank).collect();
@@ -88,7 +88,7 @@ fn open_others(
     let opened = Mutex::new(Vec::with_capacity(ranks.len()));
     let open = || {
         while let Some(rank) = ranks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let shard = Shard::open(store, manifest, *rank, damaged).map(|mut shard| {
+            let shard = Shard::open(store, manifest, *rank, on_damage).map(|mut shard| {
                 let found = difference(&own.index, &shard.index);
                 let index = &mut shard.index;
                 (index.nodes, index.tensors) = (Vec::new(), Vec::new());
@@ -182,9 +182,9 @@ fn disagreement(own: &Shard, other: &Shard, found: &Difference) -> String {
 /// Checks that the shards that a manifest names, published or not, agree on what is replicated and
 /// hold all of it.
 pub(crate) fn check_replicas(store: &dyn Store, manifest: &Manifest, rank: u32) -> Result<()> {
-    let own = Shard::open(store, manifest, rank, Damaged::Told)?;
+    let own = Shard::open(store, manifest, rank, OnDamage::Report)?;
     let mut others = Vec::new();
-    for (other, found) in open_others(store, manifest, &own, Damaged::Told)? {
+    for (other, found) in open_others(store, manifest, &own, OnDamage::Report)? {
         if let Some(found) = found {
             return Err(EngineError::invalid(
                 format!("saving step {} with all ranks", manifest.step),

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use crossbeam_channel::Receiver;
 
-use super::control::{CONTROL_BUFFER_BYTES, read_control};
+use super::control::read_control;
 use super::second::{is_damage, open_second, read_elsewhere};
 use super::start_reading;
 use crate::format::index::{ChunkRecord, ShardIndex};
@@ -15,8 +15,7 @@ use crate::format::layout::chunks_of;
 use crate::format::manifest::Manifest;
 use crate::format::names::parse_shard_file;
 use crate::format::shard::{BLOCK_BYTES, Header};
-use crate::io::ALIGNMENT;
-use crate::io::buffer::Buffer;
+use crate::io::buffer::{Buffer, CONTROL_BUFFER_BYTES};
 use crate::store::{ShardId, ShardSource, Store};
 use crate::{EngineError, Result};
 
@@ -32,11 +31,11 @@ pub(crate) struct Shard {
 
 /// What is done about damage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Damaged {
-    /// The same bytes are looked for elsewhere ([`ShardSource::second`]).
-    ReadElsewhere,
-    /// It is told: what lies here is what is asked about.
-    Told,
+pub(crate) enum OnDamage {
+    /// The same bytes are looked for in the copy ([`ShardSource::second`]), if there is one.
+    ReadCopy,
+    /// It is the answer: what lies here is what is asked about.
+    Report,
 }
 
 impl Shard {
@@ -45,7 +44,7 @@ impl Shard {
         store: &dyn Store,
         manifest: &Manifest,
         rank: u32,
-        damaged: Damaged,
+        on_damage: OnDamage,
     ) -> Result<Self> {
         // A manifest that was decoded has one entry for each rank, in order.
         let entry = manifest.shards.get(rank as usize).ok_or_else(|| {
@@ -61,7 +60,7 @@ impl Shard {
         let source = store.open_shard(ShardId { step: manifest.step, rank, attempt })?;
         let (control, mut second) = match read_control(source.as_ref(), manifest, entry) {
             Ok(control) => (control, OnceLock::new()),
-            Err(met) if damaged == Damaged::ReadElsewhere && is_damage(&met) => {
+            Err(met) if on_damage == OnDamage::ReadCopy && is_damage(&met) => {
                 let Some(second) = open_second(source.as_ref(), &met)? else { return Err(met) };
                 let read = |way: &dyn ShardSource| read_control(way, manifest, entry);
                 let control = read_elsewhere(second.as_ref(), met, read)?;
@@ -108,7 +107,7 @@ impl Shard {
         let mut extents = vec![Extent { offset: 0, bytes: BLOCK_BYTES, crc32c: None }];
         extents.extend(self.index.chunks.iter().map(|chunk| Extent {
             offset: chunk.offset,
-            bytes: (chunk.stored_bytes as usize).next_multiple_of(ALIGNMENT),
+            bytes: chunk.padded_bytes(),
             crc32c: Some(chunk.stored_crc32c),
         }));
         extents.sort_by_key(|extent| extent.offset);

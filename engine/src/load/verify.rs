@@ -12,8 +12,10 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::read::{ChunkJob, ReadOptions, Ways, run};
-use super::{Checkpoint, Damaged, Shard, check_replicas, read_manifest};
+use super::deliver::Ways;
+use super::plan::ChunkJob;
+use super::read::{ReadOptions, run};
+use super::{Checkpoint, OnDamage, Shard, check_replicas, read_manifest};
 use crate::format::index::{ShardIndex, StorageRecord};
 use crate::format::manifest::Manifest;
 use crate::format::names::shard_file_name;
@@ -91,7 +93,7 @@ pub(crate) fn verify_step(
         Ok(manifest) => {
             let mut has_replicated = false;
             for entry in &manifest.shards {
-                match Shard::open(store, &manifest, entry.rank, Damaged::Told) {
+                match Shard::open(store, &manifest, entry.rank, OnDamage::Report) {
                     Ok(shard) => {
                         has_replicated |= shard.header.replicated;
                         verify_shard(&shard, options, observer, &mut report)?;
@@ -305,6 +307,7 @@ impl fmt::Write for Clipped {
 fn overlaps(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
+
 /// Tensors that a message names.
 const LISTED_MAX: usize = 10;
 

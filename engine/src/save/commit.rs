@@ -24,9 +24,9 @@ use crate::format::checksum::to_hex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
-use crate::load::{Damaged, Shard, read_manifest};
+use crate::load::{OnDamage, Shard, read_manifest};
 use crate::ranks::{Attempt, Begun, Ranks};
-use crate::store::{Publication, ShardId, ShardSink, ShardSize};
+use crate::store::{Publication, ShardId, ShardSink, ShardSize, TransferFigures};
 use crate::{EngineError, Result};
 
 /// One save, as the committer gets it.
@@ -175,77 +175,41 @@ fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
     }
 }
 
+/// A shard that is durable, for a manifest to name.
+struct Durable {
+    shard: ShardId,
+    written: WrittenShard,
+    entry: ShardEntry,
+    /// What its manifest takes the place of.
+    replaces: Option<AttemptId>,
+}
+
+/// When the stages of an attempt began and ended.
+struct Moments {
+    started: Duration,
+    write_began: Duration,
+    publish_began: Duration,
+    published: Duration,
+}
+
 fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInfo> {
-    let CommitTask { job, encoded, index, mut manifest, replaces, reserve_bytes, .. } = task;
-    let (replicated, started) = (task.replicated, task.started);
-    let write_start = core.environment.monotonic();
+    let CommitTask { job, encoded, index, mut manifest, replaces, started, .. } = task;
+    let write_began = core.environment.monotonic();
     let shard = ShardId { step: job.step, rank: core.config.rank, attempt: begun.attempt };
     manifest.attempt = begun.attempt.to_string();
     manifest.created_unix_ms = begun.created_unix_ms.max(task.not_before_unix_ms);
-    let size = ShardSize { expected_bytes: reserve_bytes, most_bytes: job.layout.raw_bytes() };
-    let mut sink = core.store.create_shard(shard, size, &job.flow)?;
-    let header = Header {
-        attempt: shard.attempt,
-        step: shard.step,
-        rank: shard.rank,
-        world_size: core.config.world_size,
-        chunk_bytes: job.layout.chunk_bytes(),
-        replicated: index.has_replicated(),
-    };
-    let pool = &core.control_pool;
-    let written = write_shard(&job, index, &header, &encoded, sink.as_mut(), pool);
-    // Frees the buffers of whatever a failed save left in the queue.
-    drop(encoded);
-    let written = match written.and_then(|written| job.failure().map_or(Ok(written), Err)) {
-        Ok(written) => written,
-        Err(error) => {
-            sink.abandon();
-            return Err(error);
-        }
-    };
-    let publish_start = core.environment.monotonic();
+    let size = ShardSize { expected_bytes: task.reserve_bytes, most_bytes: job.layout.raw_bytes() };
+    let (written, sink) = write(core, &job, (shard, size), index, encoded)?;
+    let publish_began = core.environment.monotonic();
     let figures = sink.figures();
-    let entry = shard_entry(&job, shard, written, replicated);
-    match &core.ranks {
-        None => {
-            manifest.shards = vec![entry.clone()];
-            publish(core, &manifest, (shard, written), replaces, sink)?;
-        }
-        Some(ranks) => {
-            let attempt = Attempt { step: shard.step, id: shard.attempt };
-            let (ranks, entry) = (ranks.as_ref(), entry.clone());
-            let replicated_crc32c = written.replicated_crc32c;
-            let annotations = match annotations_of(&core.config, &manifest) {
-                Ok(annotations) => annotations,
-                Err(error) => {
-                    sink.abandon();
-                    return Err(error);
-                }
-            };
-            let together = Together {
-                core,
-                ranks,
-                job: &job,
-                attempt,
-                entry,
-                replicated_crc32c,
-                annotations,
-                replaces,
-            };
-            commit_together(&together, &manifest, sink)?;
-        }
-    }
+    let entry = shard_entry(&job, shard, written, task.replicated);
+    let durable = Durable { shard, written, entry, replaces };
+    make_visible(core, &job, &durable, &mut manifest, sink)?;
     core.store.committed(shard.step);
     let published = core.environment.monotonic();
-    job.update_stats(|stats| {
-        stats.write_seconds = publish_start.saturating_sub(write_start).as_secs_f64();
-        stats.publish_seconds = published.saturating_sub(publish_start).as_secs_f64();
-        stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
-        stats.stored_bytes = written.file_bytes;
-        stats.parts = figures.parts;
-        stats.retries = figures.retries;
-    });
-    tracing::trace_span!("read_back").in_scope(|| read_back(core, shard, &entry, &manifest))?;
+    let moments = Moments { started, write_began, publish_began, published };
+    book(&job, &moments, written, figures);
+    tracing::trace_span!("read_back").in_scope(|| read_back(core, &durable, &manifest))?;
     let removed_steps = tracing::trace_span!("retention").in_scope(|| core.prune(shard.step));
     Ok(SaveInfo {
         step: shard.step,
@@ -256,6 +220,79 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
         removed_steps,
         stats: job.stats(),
     })
+}
+
+/// Writes the shard and makes it durable.
+fn write(
+    core: &Core,
+    job: &Arc<Job>,
+    (shard, size): (ShardId, ShardSize),
+    index: IndexDraft,
+    encoded: Receiver<Message>,
+) -> Result<(WrittenShard, Box<dyn ShardSink>)> {
+    let mut sink = core.store.create_shard(shard, size, &job.flow)?;
+    let header = Header {
+        attempt: shard.attempt,
+        step: shard.step,
+        rank: shard.rank,
+        world_size: core.config.world_size,
+        chunk_bytes: job.layout.chunk_bytes(),
+        replicated: index.has_replicated(),
+    };
+    let written = write_shard(job, index, &header, &encoded, sink.as_mut(), &core.control_pool);
+    // Frees the buffers of whatever a failed save left in the queue.
+    drop(encoded);
+    or_abandon(sink, written.and_then(|written| job.failure().map_or(Ok(written), Err)))
+}
+
+/// Publishes the manifest, alone or with the other ranks.
+fn make_visible(
+    core: &Core,
+    job: &Job,
+    durable: &Durable,
+    manifest: &mut Manifest,
+    sink: Box<dyn ShardSink>,
+) -> Result<()> {
+    let Some(ranks) = &core.ranks else {
+        manifest.shards = vec![durable.entry.clone()];
+        return publish(core, manifest, durable, sink);
+    };
+    let (annotations, sink) = or_abandon(sink, annotations_of(&core.config, manifest))?;
+    let together = Together {
+        core,
+        ranks: ranks.as_ref(),
+        job,
+        attempt: Attempt { step: durable.shard.step, id: durable.shard.attempt },
+        entry: durable.entry.clone(),
+        replicated_crc32c: durable.written.replicated_crc32c,
+        annotations,
+        replaces: durable.replaces,
+    };
+    commit_together(&together, manifest, sink)
+}
+
+/// Notes what the attempt took.
+fn book(job: &Job, moments: &Moments, written: WrittenShard, figures: TransferFigures) {
+    let &Moments { started, write_began, publish_began, published } = moments;
+    job.update_stats(|stats| {
+        stats.write_seconds = publish_began.saturating_sub(write_began).as_secs_f64();
+        stats.publish_seconds = published.saturating_sub(publish_began).as_secs_f64();
+        stats.durable_seconds = published.saturating_sub(started).as_secs_f64();
+        stats.stored_bytes = written.file_bytes;
+        stats.parts = figures.parts;
+        stats.retries = figures.retries;
+    });
+}
+
+/// The result with the sink that it left as it was; after a failure nobody wants the shard.
+fn or_abandon<T>(sink: Box<dyn ShardSink>, result: Result<T>) -> Result<(T, Box<dyn ShardSink>)> {
+    match result {
+        Ok(value) => Ok((value, sink)),
+        Err(error) => {
+            sink.abandon();
+            Err(error)
+        }
+    }
 }
 
 fn commit_together(
@@ -292,44 +329,35 @@ fn shard_entry(
 fn publish(
     core: &Core,
     manifest: &Manifest,
-    (shard, written): (ShardId, WrittenShard),
-    replaces: Option<AttemptId>,
+    durable: &Durable,
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
     let _span = tracing::trace_span!("publish").entered();
+    let shard = durable.shard;
     let encoded = manifest.encode().map_err(|error| {
         EngineError::internal(format!("publishing step {}", shard.step), error.to_string())
     });
-    let bytes = match encoded {
-        Ok(bytes) => bytes,
-        Err(error) => {
-            sink.abandon();
-            return Err(error);
-        }
-    };
+    let (bytes, sink) = or_abandon(sink, encoded)?;
     let published = core.store.publish(Publication {
         step: shard.step,
         attempt: shard.attempt,
         manifest: &bytes,
-        replaces,
-        shards: &[(shard, written.file_bytes)],
+        replaces: durable.replaces,
+        shards: &[(shard, durable.written.file_bytes)],
     });
-    if published.is_err() {
-        // The store keeps the shard if the manifest may have become visible all the same.
-        sink.abandon();
-    }
-    published
+    // The store keeps the shard if the manifest may have become visible all the same.
+    or_abandon(sink, published).map(drop)
 }
 
 /// Reads manifest, header, footer, index and lengths of what was just committed.
-fn read_back(core: &Core, shard: ShardId, entry: &ShardEntry, written: &Manifest) -> Result<()> {
-    let store = core.store.as_ref();
+fn read_back(core: &Core, durable: &Durable, written: &Manifest) -> Result<()> {
+    let (shard, store) = (durable.shard, core.store.as_ref());
     let manifest = read_manifest(store, shard.step)?;
-    Shard::open(store, &manifest, shard.rank, Damaged::Told)?;
+    Shard::open(store, &manifest, shard.rank, OnDamage::Report)?;
     let is_ours = match core.ranks {
         None => manifest == *written,
         // Another rank may have written it.
-        Some(_) => manifest.attempt == written.attempt && manifest.shards.contains(entry),
+        Some(_) => manifest.attempt == written.attempt && manifest.shards.contains(&durable.entry),
     };
     if is_ours {
         return Ok(());

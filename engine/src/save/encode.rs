@@ -7,7 +7,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -104,9 +103,7 @@ impl Worker {
             let start = self.environment.monotonic();
             match catch_unwind(AssertUnwindSafe(|| self.encode(task))) {
                 Ok(Ok(chunk)) => {
-                    let nanos = elapsed(&*self.environment, start).as_nanos();
-                    let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
-                    job.encode_nanos.fetch_add(nanos, Ordering::Relaxed);
+                    job.end_chunk(elapsed(&*self.environment, start));
                     job.progress.add_encoded(u64::from(chunk.raw_bytes));
                     job.flow.expect(chunk.padded_bytes() as u64);
                     // A closed queue means that the committer gave the save up.
@@ -169,7 +166,7 @@ impl Worker {
         Ok(match encoded {
             Encoded::Raw => pad(chunk),
             Encoded::Stored(bytes) => {
-                job.chunks_encoded.fetch_add(1, Ordering::Relaxed);
+                job.note_encoded();
                 pad(EncodedChunk { buffer: stored, codec, stored_bytes: narrow(bytes), ..chunk })
             }
         })

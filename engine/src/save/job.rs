@@ -14,7 +14,7 @@ use crate::EngineError;
 use crate::codec::Codec;
 use crate::config::Compression;
 use crate::format::layout::{ElementType, Layout};
-use crate::io::ALIGNMENT;
+use crate::format::shard::padded_bytes;
 use crate::io::buffer::Buffer;
 use crate::progress::{Progress, SaveStats};
 use crate::store::flow::Flow;
@@ -38,8 +38,8 @@ pub(crate) struct Job {
     chunks_left: AtomicUsize,
     /// Towards the committer.
     pub(crate) encoded: Sender<Message>,
-    pub(crate) encode_nanos: AtomicU64,
-    pub(crate) chunks_encoded: AtomicU64,
+    encode_nanos: AtomicU64,
+    chunks_encoded: AtomicU64,
     stats: Mutex<SaveStats>,
     failed: AtomicBool,
     failure: Mutex<Option<EngineError>>,
@@ -78,7 +78,7 @@ pub(crate) struct EncodedChunk {
 impl EncodedChunk {
     /// Bytes that it takes in the file.
     pub(crate) fn padded_bytes(&self) -> usize {
-        (self.stored_bytes as usize).next_multiple_of(ALIGNMENT)
+        padded_bytes(self.stored_bytes)
     }
 }
 
@@ -133,6 +133,17 @@ impl Job {
     /// A worker takes up a chunk.
     pub(crate) fn begin_chunk(&self) {
         self.chunks_left.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A worker is done with a chunk, which took it so long.
+    pub(crate) fn end_chunk(&self, took: Duration) {
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.encode_nanos.fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// A codec shrank a chunk.
+    pub(crate) fn note_encoded(&self) {
+        self.chunks_encoded.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The codec for one chunk: the fixed one, or by `auto` what gets the save done sooner.

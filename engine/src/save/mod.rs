@@ -29,18 +29,28 @@ use crate::format::index::TensorRecord;
 use crate::format::layout::ElementType;
 use crate::format::tree::Node;
 
-pub(crate) mod adapt;
+// Planned before the first byte is copied.
+pub(crate) mod share;
+
+// The caller's thread.
 pub(crate) mod arrivals;
 pub(crate) mod capture;
-pub(crate) mod commit;
+
+// The workers.
+pub(crate) mod adapt;
 pub(crate) mod encode;
-mod handle;
-pub(crate) mod job;
-#[cfg(all(test, loom))]
-mod models;
-pub(crate) mod share;
+
+// The committer.
+pub(crate) mod commit;
 mod together;
 pub(crate) mod write;
+
+// What they share, and what the caller keeps of it.
+mod handle;
+pub(crate) mod job;
+
+#[cfg(all(test, loom))]
+mod models;
 
 pub use arrivals::Gap;
 pub use handle::{SaveHandle, SaveInfo};
@@ -133,7 +143,7 @@ impl StorageSource for [u8] {
                     format!("the storage has {} bytes", self.len()),
                 )
             })?;
-        crate::copy::copy(bytes, destination);
+        crate::memcpy::copy(bytes, destination);
         Ok(())
     }
 }

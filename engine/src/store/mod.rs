@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
-use crate::transfer::Transferred;
+use crate::store_copy::Transferred;
 use crate::{EngineError, Result};
 
 pub mod flow;
@@ -334,6 +334,3 @@ pub trait ShardSource: Send + Sync + fmt::Debug {
 
 /// Receives the outcome of [`ShardSource::read`].
 pub type ReadDone = Box<dyn FnOnce(Result<()>, Buffer) + Send>;
-
-/// How long an unreferenced file must have been left alone before a cleaner may take it.
-pub type Grace = Duration;

@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use super::FormatError;
 use super::layout::ElementType;
+use super::shard::padded_bytes;
 use super::tree::{self, Node};
 use crate::codec::Codec;
 
@@ -189,6 +190,13 @@ pub struct ChunkRecord {
     pub stored_crc32c: u32,
     /// CRC-32C of the raw bytes.
     pub raw_crc32c: u32,
+}
+
+impl ChunkRecord {
+    /// Stored bytes with their zero padding: what [`ChunkRecord::stored_crc32c`] covers.
+    pub fn padded_bytes(&self) -> usize {
+        padded_bytes(self.stored_bytes)
+    }
 }
 
 /// An index as its shard stores it.

@@ -256,17 +256,7 @@ impl Shared {
         if self.locks.in_owner() {
             return Ok(());
         }
-        Err(EngineError::Closed {
-            what: format!("{what} in store `{}`", self.path.display()),
-            why: format!(
-                "it was opened by process {}, and this is a fork of it, process {}",
-                self.locks.process(),
-                std::process::id()
-            ),
-            hint: "open the store anew in this process, with `read_only=True` while the other one \
-                   writes to it"
-                .into(),
-        })
+        Err(EngineError::forked(what, self.path.display(), self.locks.process()))
     }
 
     fn sync_directory(&self, path: &Path) -> Result<()> {

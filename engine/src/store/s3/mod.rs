@@ -36,6 +36,7 @@ use crate::{EngineError, Result};
 
 mod client;
 mod error;
+mod flight;
 mod objects;
 mod parts;
 mod publish;
@@ -354,17 +355,7 @@ impl Shared {
         if self.client.in_owner() {
             return Ok(());
         }
-        Err(EngineError::Closed {
-            what: format!("{what} in store `{}`", self.address),
-            why: format!(
-                "it was opened by process {}, and this is a fork of it, process {}",
-                self.client.process(),
-                std::process::id()
-            ),
-            hint: "open the store anew in this process, with `read_only=True` while the other one \
-                   writes to it"
-                .into(),
-        })
+        Err(EngineError::forked(what, &self.address, self.client.process()))
     }
 }
 

@@ -24,7 +24,7 @@ pub(super) fn remove_checkpoint(
     let what = format!("deleting step {step} of `{}`", shared.address);
     let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(0) };
     let manifest = Manifest::decode(&object.bytes).ok();
-    let attempt = manifest.as_ref().and_then(|manifest| AttemptId::parse(&manifest.attempt));
+    let attempt = manifest.as_ref().and_then(|manifest| manifest.attempt_id().ok());
     if only.is_some() && only != attempt {
         return Ok(0);
     }
@@ -60,7 +60,7 @@ pub(super) fn take_back(shared: &Shared, step: u64, attempt: AttemptId) -> Resul
     let what = format!("taking back step {step} of `{}`", shared.address);
     let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(()) };
     let stands = Manifest::decode(&object.bytes).ok();
-    if stands.and_then(|manifest| AttemptId::parse(&manifest.attempt)) == Some(attempt) {
+    if stands.and_then(|manifest| manifest.attempt_id().ok()) == Some(attempt) {
         delete(shared, step, names::MANIFEST_FILE)?;
     }
     Ok(())

@@ -34,24 +34,29 @@ use super::{
     StepListing, Store, UnfinishedUpload,
 };
 use crate::clock::Environment;
-use crate::format::FormatError;
-use crate::format::manifest::{Manifest, ShardEntry};
-use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
-use crate::recovery::{OwnShare, retirements};
-use crate::transfer::{Transferred, standing};
+use crate::format::manifest::Manifest;
+use crate::format::names::{AttemptId, parse_shard_file};
+use crate::recovery::OwnShare;
+use crate::store_copy::{Transferred, standing};
 use crate::{EngineError, Result};
 
+mod differences;
 mod far;
+mod far_removals;
 mod near;
+mod pacer;
 mod queue;
 mod removals;
 #[cfg(test)]
 mod tests;
 mod uploader;
+mod work;
 
+use differences::{Contents, Differences, differences, is_damaged};
 use far::FarView;
 use near::NearShard;
-use uploader::{Uploader, Work};
+use uploader::Uploader;
+use work::{Work, WorkParts};
 
 /// A near store and a far one.
 pub struct TieredStore {
@@ -93,9 +98,16 @@ impl TieredStore {
                 "another machine saved these steps again, later: its checkpoints count"
             );
         }
-        let limits = (bytes_per_second, share);
-        let known = (waiting, unsure);
-        let work = Arc::new(Work::new((&near, &far), view, known, environment, limits));
+        let work = Arc::new(Work::new(WorkParts {
+            near: Arc::clone(&near),
+            far: Arc::clone(&far),
+            view,
+            environment,
+            bytes_per_second,
+            share,
+            waiting,
+            unsure,
+        }));
         let (uploader, outdated) = (Some(Uploader::start(work)?), Mutex::new(outdated));
         Ok(Self { near, far, uploader, outdated })
     }
@@ -146,105 +158,6 @@ impl fmt::Debug for TieredStore {
             .field("far", &self.far.location())
             .finish_non_exhaustive()
     }
-}
-
-/// The checkpoints of a store, as far as they can be read when it is opened.
-#[derive(Debug, Default)]
-struct Contents {
-    /// Manifests by step.
-    manifests: BTreeMap<u64, Manifest>,
-    /// Steps whose manifest cannot be read now: whatever they are, they hide no other.
-    unread: BTreeSet<u64>,
-    /// Steps of which a shard is not listed that this rank can bring.
-    lacking: BTreeSet<u64>,
-}
-
-impl Contents {
-    fn read(store: &dyn Store, listing: &[StepListing], share: Option<OwnShare>) -> Result<Self> {
-        let has_manifest =
-            |step: &StepListing| step.files.iter().any(|file| file.name == MANIFEST_FILE);
-        let steps: Vec<u64> =
-            listing.iter().filter(|step| has_manifest(step)).map(|step| step.step).collect();
-        let mut contents = Self::default();
-        for (step, read) in steps.iter().zip(store.read_manifests(&steps)) {
-            match read {
-                Ok(bytes) => contents.manifests.extend(
-                    bytes
-                        .and_then(|bytes| Manifest::decode(&bytes).ok())
-                        .filter(|manifest| manifest.step == *step)
-                        .map(|manifest| (*step, manifest)),
-                ),
-                Err(error @ (EngineError::Io { .. } | EngineError::Corrupt { .. })) => {
-                    let store = store.location();
-                    tracing::warn!(store, step, %error, "a manifest cannot be read, and is left");
-                    contents.unread.insert(*step);
-                }
-                // Nothing is known of any.
-                Err(error) => return Err(error),
-            }
-        }
-        for directory in listing {
-            let Some(manifest) = contents.manifests.get(&directory.step) else { continue };
-            let is_listed = |shard: &ShardEntry| {
-                directory.files.iter().any(|f| f.name == shard.file && f.bytes == shard.bytes)
-            };
-            let is_ours = |shard: &&ShardEntry| {
-                share.is_none_or(|share| !share.may_miss(manifest, shard.rank))
-            };
-            if !manifest.shards.iter().filter(is_ours).all(is_listed) {
-                contents.lacking.insert(directory.step);
-            }
-        }
-        Ok(contents)
-    }
-}
-
-/// Whether a manifest's bytes are not what was written. What a newer version wrote is sound.
-fn is_damaged(manifest: &[u8]) -> bool {
-    matches!(Manifest::decode(manifest), Err(FormatError::Damaged(_)))
-}
-
-/// How the two stores differ when they are opened.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Differences {
-    /// Steps that the near store committed and the far one does not have, or not whole.
-    waiting: BTreeSet<u64>,
-    /// Steps of which the far store has an attempt that began later.
-    outdated: BTreeSet<u64>,
-    /// Steps that cannot be compared.
-    unsure: BTreeSet<u64>,
-}
-
-fn differences(here: &Contents, there: &Contents) -> Differences {
-    let unsure = here.unread.union(&there.unread).copied().collect();
-    let mut differences = Differences { unsure, ..Differences::default() };
-    for (step, near) in &here.manifests {
-        match there.manifests.get(step) {
-            _ if differences.unsure.contains(step) => {}
-            Some(far) if far.attempt == near.attempt => {
-                if there.lacking.contains(step) {
-                    differences.waiting.insert(*step);
-                }
-            }
-            Some(far) if far.created_unix_ms > near.created_unix_ms => {
-                differences.outdated.insert(*step);
-            }
-            _ => drop(differences.waiting.insert(*step)),
-        }
-    }
-    // What a rewind has retired is wanted nowhere.
-    let retired = retired_in(here, there, &differences.outdated);
-    differences.waiting.retain(|step| !retired.contains(step));
-    differences
-}
-
-/// Steps that checkpoints of either store retire, where those that count are looked at.
-fn retired_in(here: &Contents, there: &Contents, outdated: &BTreeSet<u64>) -> BTreeSet<u64> {
-    let mut counts: BTreeMap<u64, &Manifest> =
-        there.manifests.iter().map(|(step, manifest)| (*step, manifest)).collect();
-    let near = here.manifests.iter().filter(|(step, _)| !outdated.contains(step));
-    counts.extend(near.map(|(step, manifest)| (*step, manifest)));
-    retirements(&counts).into_keys().collect()
 }
 
 impl Store for TieredStore {
@@ -346,12 +259,12 @@ impl Store for TieredStore {
         if only.is_some() && standing(self, step)? != only {
             return Ok(0);
         }
-        let care = work.care_for(step);
+        let state = work.upload_state(step);
         work.cancel_and_wait(step);
         let attempt = work.to_take_back(step);
         // What stands behind the one that counts goes with it, or it would count.
         let removed = self.near.remove_checkpoint(step, None);
-        let freed_bytes = removed.inspect_err(|_| work.put_back(step, care))?;
+        let freed_bytes = removed.inspect_err(|_| work.put_back(step, state))?;
         let asked = work.let_go_behind(step, attempt);
         let far_bytes = asked.map_or(Ok(0), |removal| work.remove_now(&removal))?;
         Ok(freed_bytes + far_bytes)
@@ -365,11 +278,11 @@ impl Store for TieredStore {
             return Ok(());
         }
         // What is on its way arrives before it is removed: by the same thread.
-        let care = work.care_for(step);
+        let state = work.upload_state(step);
         work.cancel(step);
         let attempt = work.to_take_back(step);
         let removed = self.near.remove_checkpoint(step, None);
-        removed.inspect_err(|_| work.put_back(step, care))?;
+        removed.inspect_err(|_| work.put_back(step, state))?;
         let _behind = work.let_go_behind(step, attempt);
         Ok(())
     }

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::removals::{Removal, Removals};
-use crate::transfer::{Copied, Transferred, Uncopied};
+use crate::store_copy::{Copied, Transferred, Uncopied};
 use crate::{EngineError, Result};
 
 /// First and longest pause before something is tried again.
@@ -51,17 +51,18 @@ impl Due {
 struct Current {
     step: u64,
     due: Due,
-    turn: Arc<Turn>,
+    task: Arc<UploadTask>,
 }
 
-/// What the thread that is at a step, and those who look on, tell each other.
+/// The work on one step, as the thread that is at it and those who look on share it: whether it is
+/// still wanted, and how far it is.
 #[derive(Debug, Default)]
-pub(super) struct Turn {
+pub(super) struct UploadTask {
     cancelled: AtomicBool,
     passed_bytes: AtomicU64,
 }
 
-impl Turn {
+impl UploadTask {
     fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
@@ -77,13 +78,14 @@ impl Turn {
     }
 }
 
-/// Why a step's near copy stays.
+/// Whether a step waits for its upload, or may never have arrived: why its near copy stays.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Care {
+pub(super) struct UploadState {
     waits: bool,
     is_unsure: bool,
 }
 
+/// What is to be done of each step, and what came of it; see the picture above.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     waiting: BTreeMap<u64, Due>,
@@ -138,16 +140,16 @@ impl Queue {
     }
 
     /// What [`Queue::cancel`] forgets of a step.
-    pub(super) fn care_for(&self, step: u64) -> Care {
-        Care { waits: self.is_waiting(step), is_unsure: self.unsure.contains(&step) }
+    pub(super) fn upload_state(&self, step: u64) -> UploadState {
+        UploadState { waits: self.is_waiting(step), is_unsure: self.unsure.contains(&step) }
     }
 
     /// The step is as it was before it was cancelled, unless it was committed anew meanwhile.
-    pub(super) fn put_back(&mut self, step: u64, care: Care) {
-        if care.waits && !self.is_waiting(step) {
+    pub(super) fn put_back(&mut self, step: u64, state: UploadState) {
+        if state.waits && !self.is_waiting(step) {
             self.waiting.insert(step, Due::default());
         }
-        if care.is_unsure {
+        if state.is_unsure {
             self.unsure.insert(step);
         }
     }
@@ -169,7 +171,7 @@ impl Queue {
         self.unsure.remove(&step);
         let current = self.current.as_ref().filter(|current| current.step == step);
         if let Some(current) = current {
-            current.turn.cancel();
+            current.task.cancel();
         }
         current.is_some()
     }
@@ -221,7 +223,7 @@ impl Queue {
     pub(super) fn stop(&mut self) {
         self.stopped = true;
         if let Some(current) = &self.current {
-            current.turn.cancel();
+            current.task.cancel();
         }
     }
 
@@ -277,7 +279,7 @@ impl Queue {
     }
 
     /// The next step to upload, which is current from now on.
-    pub(super) fn take(&mut self, now: Duration) -> Option<(u64, Arc<Turn>)> {
+    pub(super) fn take(&mut self, now: Duration) -> Option<(u64, Arc<UploadTask>)> {
         let is_due = |(step, due): &(&u64, &Due)| {
             self.removing != Some(**step) && self.left(due, now).is_zero()
         };
@@ -290,10 +292,10 @@ impl Queue {
         Some((step, self.begin(step, due)))
     }
 
-    fn begin(&mut self, step: u64, due: Due) -> Arc<Turn> {
-        let turn = Arc::new(Turn::default());
-        self.current = Some(Current { step, due, turn: Arc::clone(&turn) });
-        turn
+    fn begin(&mut self, step: u64, due: Due) -> Arc<UploadTask> {
+        let task = Arc::new(UploadTask::default());
+        self.current = Some(Current { step, due, task: Arc::clone(&task) });
+        task
     }
 
     /// Steps that are not in the far store yet, ascending, with the bytes that have gone so far; of
@@ -303,7 +305,7 @@ impl Queue {
         let current = self
             .current
             .as_ref()
-            .map(|current| (current.step, Some(current.turn.passed_bytes.load(Ordering::Relaxed))));
+            .map(|current| (current.step, Some(current.task.passed_bytes.load(Ordering::Relaxed))));
         let brought = self.brought.keys().map(|step| (*step, None));
         // A step that was brought is current while it is looked at.
         waiting.chain(current).chain(brought).collect()
@@ -317,11 +319,11 @@ impl Queue {
         share: bool,
         now: Duration,
     ) -> bool {
-        let Some(Current { step, due, turn }) = self.current.take() else { return false };
+        let Some(Current { step, due, task }) = self.current.take() else { return false };
         if outcome.is_ok() {
             self.unfinished.remove(&step);
         }
-        if turn.is_cancelled() {
+        if task.is_cancelled() {
             return false;
         }
         match outcome {
@@ -359,7 +361,7 @@ impl Queue {
     }
 
     /// Makes one of these current, unless it is wanted no more.
-    pub(super) fn take_brought(&mut self, step: u64) -> Option<Arc<Turn>> {
+    pub(super) fn take_brought(&mut self, step: u64) -> Option<Arc<UploadTask>> {
         let is_wanted = self.brought.contains_key(&step) && self.removing != Some(step);
         (is_wanted && !self.stopped).then(|| self.begin(step, Due::default()))
     }
@@ -505,10 +507,10 @@ mod tests {
         let mut queue = queue(&[5, 6]);
         assert_eq!(passes(&mut queue, SECOND, Some(damaged())), Some(5));
         for step in [5, 6] {
-            let care = queue.care_for(step);
+            let state = queue.upload_state(step);
             queue.cancel(step);
             assert!(queue.may_remove(step));
-            queue.put_back(step, care);
+            queue.put_back(step, state);
             assert!(!queue.may_remove(step));
         }
         assert!(!queue.is_waiting(5) && queue.is_waiting(6));
@@ -588,15 +590,15 @@ mod tests {
     #[test]
     fn a_retired_step_does_not_overtake_the_one_that_retires_it() {
         let mut queue = queue(&[2, 5, 7]);
-        let (step, turn) = queue.take(SECOND).unwrap();
+        let (step, task) = queue.take(SECOND).unwrap();
         assert_eq!(step, 2);
         queue.book(Err(away()), false, SECOND);
-        assert!(!turn.is_cancelled());
-        let (step, turn) = queue.take(SECOND).unwrap();
+        assert!(!task.is_cancelled());
+        let (step, task) = queue.take(SECOND).unwrap();
         assert_eq!(step, 5);
         // A rewind: neither 5, which is on its way, nor 7 goes on.
         queue.add(3);
-        assert!(turn.is_cancelled() && !queue.is_waiting(7));
+        assert!(task.is_cancelled() && !queue.is_waiting(7));
         queue.book(Ok(Transferred::default()), false, SECOND);
         assert!(queue.outcome(5).is_none());
         assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));

@@ -17,7 +17,7 @@ use crate::io::open_backend;
 use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
-use crate::transfer::{Brought, Overwrite, publish_whole, transfer};
+use crate::store_copy::{Between, Brought, Overwrite, publish_whole, transfer};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_mins(1);
@@ -166,60 +166,6 @@ fn eio(what: &str) -> EngineError {
 
 fn steps_of(path: &Path) -> Vec<u64> {
     Engine::open(Config { read_only: true, ..Config::new(path) }).unwrap().steps().unwrap()
-}
-
-fn manifest(step: u64, begun: u64, attempt: u8, retired: &[(u64, u8)]) -> Manifest {
-    let name = |attempt: u8| AttemptId([attempt; 16]).to_string();
-    let entry = |(step, attempt): &(u64, u8)| crate::format::manifest::Retired {
-        attempt: name(*attempt),
-        step: *step,
-    };
-    Manifest {
-        attempt: name(attempt),
-        created_unix_ms: begun,
-        dataset_positions: BTreeMap::new(),
-        engine_version: "0".into(),
-        format_version: 1,
-        job: "job".into(),
-        metadata: BTreeMap::new(),
-        retired: retired.iter().map(entry).collect(),
-        shards: Vec::new(),
-        step,
-        world_size: 0,
-    }
-}
-
-/// Steps, when they were begun, and by which attempt.
-fn contents(attempts: &[(u64, u64, u8)]) -> Contents {
-    let manifest =
-        |(step, begun, attempt): &(u64, u64, u8)| (*step, manifest(*step, *begun, *attempt, &[]));
-    Contents { manifests: attempts.iter().map(manifest).collect(), ..Contents::default() }
-}
-
-#[test]
-fn of_two_attempts_the_one_begun_later_counts() {
-    let here = contents(&[(1, 10, 1), (2, 20, 2), (3, 30, 3), (4, 40, 4), (5, 50, 5)]);
-    let there = contents(&[(1, 10, 1), (2, 21, 12), (3, 29, 13), (4, 40, 14), (9, 1, 19)]);
-    let Differences { waiting, outdated, unsure } = differences(&here, &there);
-    assert_eq!(waiting, BTreeSet::from([3, 4, 5]));
-    assert_eq!(outdated, BTreeSet::from([2]));
-    assert_eq!(unsure, BTreeSet::new());
-}
-
-#[test]
-fn what_cannot_be_read_or_was_retired_waits_for_no_upload() {
-    let mut here = contents(&[(1, 10, 1), (2, 20, 2), (3, 30, 3), (4, 40, 4)]);
-    let mut there = contents(&[(3, 31, 13)]);
-    here.unread.insert(9);
-    there.unread.insert(1);
-    there.manifests.insert(3, manifest(3, 31, 13, &[(4, 4)]));
-    let found = differences(&here, &there);
-    assert_eq!(found.unsure, BTreeSet::from([1, 9]));
-    assert_eq!(found.outdated, BTreeSet::from([3]));
-    assert_eq!(found.waiting, BTreeSet::from([2]));
-    // What does not count retires nothing.
-    there.manifests.insert(3, manifest(3, 29, 13, &[(4, 4)]));
-    assert_eq!(differences(&here, &there).waiting, BTreeSet::from([2, 3, 4]));
 }
 
 #[test]
@@ -398,7 +344,13 @@ fn what_goes_while_it_is_published_is_taken_back() {
             Ok(())
         });
         let near = Ruled::sound(near.path());
-        transfer(&*near, &*far, 1, Overwrite::No, &environment, &()).unwrap();
+        let between = Between {
+            source: &*near,
+            destination: &*far,
+            environment: &environment,
+            observer: &(),
+        };
+        transfer(&between, 1, Overwrite::No).unwrap();
         let attempt = standing(&*far, 1).unwrap().unwrap();
         let file = names::shard_file_name(0, attempt);
         far.unpublish(1, attempt, None).unwrap();

@@ -1,0 +1,108 @@
+//! The staging arena: who has it, and when it grows.
+//!
+//! Always holds: a save, a loan and whoever prewarms or pins it take turns; while it is lent or a
+//! save is in flight nobody else gets it; it is replaced only by a larger one, or because buffers
+//! of it did not come back.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use super::{Inner, Saving, memory};
+use crate::Result;
+use crate::error::IoContext;
+use crate::io::buffer::{BufferPool, Slab};
+use crate::io::pin::Pin;
+
+impl Inner {
+    /// Allocates and populates the arena; see [`Engine::prewarm`](super::Engine::prewarm).
+    pub(super) fn prewarm(&self, raw_bytes: u64) -> Result<()> {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = self.last() {
+            last.wait(None);
+        }
+        let arena = self.arena(&mut saving, raw_bytes)?;
+        arena
+            .prewarm(memory::worker_count(&self.core.config))
+            .context("populating the staging arena for", self.core.store.location())
+    }
+
+    /// Lends the staging arena; see [`Engine::lend_staging`](super::Engine::lend_staging).
+    pub(super) fn lend(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
+        // Whoever holds it takes a snapshot, or is about to.
+        let Ok(mut saving) = self.saving.try_lock() else { return Ok(None) };
+        if self.last().is_some_and(|last| !last.wait(Some(Duration::ZERO))) {
+            return Ok(None);
+        }
+        let config = &self.core.config;
+        let chunk_bytes = u64::from(config.chunk_bytes);
+        let suffices = |chunks: u64| bytes <= chunks.saturating_mul(chunk_bytes);
+        match &saving.arena {
+            Some(arena) if suffices(arena.count() as u64) => {
+                return Ok(BufferPool::try_take_all(arena));
+            }
+            // Lent already: another one beside it would be twice the memory.
+            Some(arena) if arena.free() < arena.count() => return Ok(None),
+            _ => {}
+        }
+        let Some(raw_bytes) = grows_to.map(|raw_bytes| raw_bytes.max(bytes)) else {
+            return Ok(None);
+        };
+        if !suffices(memory::arena_chunks(config, raw_bytes, memory::memory_bytes())) {
+            return Ok(None);
+        }
+        Ok(BufferPool::try_take_all(&self.arena(&mut saving, raw_bytes)?))
+    }
+
+    /// Has the staging arena registered with a device's driver, as it is and as it will be.
+    pub(super) fn pin(&self, pin: &Arc<dyn Pin>) {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(arena) = &saving.arena {
+            pin_arena(arena, pin.as_ref());
+        }
+        saving.pin = Some(Arc::clone(pin));
+    }
+
+    /// The staging arena, grown if this state wants more than it has. No save is in flight.
+    pub(super) fn arena(&self, saving: &mut Saving, raw_bytes: u64) -> Result<Arc<BufferPool>> {
+        if let Some(last) = self.last() {
+            // Copies of a save that failed may still be under way.
+            last.wait_captured(None);
+        }
+        let config = &self.core.config;
+        let wanted = memory::arena_chunks(config, raw_bytes, memory::memory_bytes());
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        match &saving.arena {
+            // A failed device may have kept buffers for good: such an arena is replaced.
+            Some(arena) if wanted <= arena.count() && arena.free() == arena.count() => {
+                Ok(Arc::clone(arena))
+            }
+            _ => {
+                // The old one goes first, so that both never count at once.
+                saving.arena = None;
+                let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
+                    .context("allocating the staging arena for", self.core.store.location())?;
+                if let Some(pin) = &saving.pin {
+                    populate(&arena, memory::worker_count(config));
+                    pin_arena(&arena, pin.as_ref());
+                }
+                saving.arena = Some(Arc::clone(&arena));
+                Ok(arena)
+            }
+        }
+    }
+}
+
+/// Gives an arena that is about to be pinned its memory, by all workers: the driver would fetch it
+/// page after page by one thread.
+fn populate(arena: &BufferPool, threads: usize) {
+    if let Err(error) = arena.prewarm(threads) {
+        tracing::warn!(%error, "the staging arena was not populated before it is pinned");
+    }
+}
+
+/// Copies from devices work without it, at a fraction of the rate.
+fn pin_arena(arena: &BufferPool, pin: &dyn Pin) {
+    if let Err(error) = arena.pin(pin) {
+        tracing::warn!(%error, "the staging arena is not pinned: copies from devices are slow");
+    }
+}

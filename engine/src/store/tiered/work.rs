@@ -1,0 +1,233 @@
+//! What the thread that uploads and those who wait for it share.
+//!
+//! Always holds: whoever changes the queue wakes those who wait for it; its lock is held for a few
+//! assignments, never while a store is asked.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::far::FarView;
+use super::queue::{Queue, UploadState};
+use crate::clock::Environment;
+use crate::format::manifest::Manifest;
+use crate::recovery::OwnShare;
+use crate::store::{PendingUpload, Store};
+use crate::store_copy::Transferred;
+use crate::{EngineError, Result};
+
+/// What the uploader and those who wait for it share.
+pub(super) struct Work {
+    pub(super) near: Arc<dyn Store>,
+    pub(super) far: Arc<dyn Store>,
+    pub(super) view: FarView,
+    pub(super) environment: Arc<dyn Environment>,
+    pub(super) bytes_per_second: Option<u64>,
+    /// Of a rank with a store of its own.
+    pub(super) share: Option<OwnShare>,
+    queue: Mutex<Queue>,
+    pub(super) changed: Condvar,
+    /// Held by whoever removes from the far store.
+    pub(super) removing: Mutex<()>,
+}
+
+/// What [`Work`] is made of.
+pub(super) struct WorkParts {
+    pub(super) near: Arc<dyn Store>,
+    pub(super) far: Arc<dyn Store>,
+    pub(super) view: FarView,
+    pub(super) environment: Arc<dyn Environment>,
+    pub(super) bytes_per_second: Option<u64>,
+    pub(super) share: Option<OwnShare>,
+    /// Steps that the far store does not have as they are.
+    pub(super) waiting: BTreeSet<u64>,
+    /// Steps of which that is not known.
+    pub(super) unsure: BTreeSet<u64>,
+}
+
+impl Work {
+    pub(super) fn new(parts: WorkParts) -> Self {
+        let WorkParts { near, far, view, environment, bytes_per_second, share, waiting, unsure } =
+            parts;
+        Self {
+            near,
+            far,
+            view,
+            environment,
+            bytes_per_second,
+            share,
+            queue: Mutex::new(Queue::new(waiting, unsure)),
+            changed: Condvar::new(),
+            removing: Mutex::new(()),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Every critical section is a few assignments.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the queue, which those who wait hear of.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> T {
+        let changed = change(&mut self.lock());
+        self.changed.notify_all();
+        changed
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.environment.monotonic()
+    }
+
+    pub(super) fn add(&self, step: u64) {
+        self.change(|queue| queue.add(step));
+    }
+
+    /// What is known of a step that is to go, in case that it stays.
+    pub(super) fn upload_state(&self, step: u64) -> UploadState {
+        self.lock().upload_state(step)
+    }
+
+    /// The step stays, though it was to go.
+    pub(super) fn put_back(&self, step: u64, state: UploadState) {
+        self.change(|queue| queue.put_back(step, state));
+    }
+
+    /// The step is going: its upload is not begun any more, and ends soon if it was.
+    pub(super) fn cancel(&self, step: u64) {
+        self.change(|queue| queue.cancel(step));
+    }
+
+    /// The same; nobody uploads the step any more when this returns.
+    pub(super) fn cancel_and_wait(&self, step: u64) {
+        let mut queue = self.lock();
+        while queue.cancel(step) {
+            self.changed.notify_all();
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(queue);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn is_waiting(&self, step: u64) -> bool {
+        self.lock().is_waiting(step)
+    }
+
+    pub(super) fn may_remove(&self, step: u64) -> bool {
+        self.lock().may_remove(step)
+    }
+
+    pub(super) fn wait_for(
+        &self,
+        step: u64,
+        timeout: Option<Duration>,
+    ) -> Option<Result<Transferred>> {
+        let pending = |queue: &mut Queue| queue.is_waiting(step) && !queue.is_stopped();
+        let queue = match timeout {
+            None => self.changed.wait_while(self.lock(), pending),
+            Some(timeout) => match self.changed.wait_timeout_while(self.lock(), timeout, pending) {
+                Ok((queue, _)) => Ok(queue),
+                Err(poisoned) => Ok(poisoned.into_inner().0),
+            },
+        };
+        let queue = queue.unwrap_or_else(PoisonError::into_inner);
+        if queue.is_waiting(step) && !queue.is_stopped() {
+            return None;
+        }
+        Some(queue.outcome(step).unwrap_or_else(|| Err(self.not_uploaded(step))))
+    }
+
+    fn not_uploaded(&self, step: u64) -> EngineError {
+        EngineError::Closed {
+            what: format!("uploading step {step} to `{}`", self.far.location()),
+            why: "it was never committed, or was deleted, or the store closed before".into(),
+            hint: "what is committed and left is uploaded when the store is opened for writing \
+                   again"
+                .into(),
+        }
+    }
+
+    /// What is not in the far store yet.
+    pub(super) fn pending(&self) -> Vec<PendingUpload> {
+        let pending = self.lock().pending();
+        let upload = |(step, passed): (u64, Option<u64>)| {
+            let total_bytes = self.bytes_of(step);
+            // Footer, header and index count, too, and are read apart.
+            let uploaded_bytes = passed.unwrap_or(total_bytes).min(total_bytes);
+            PendingUpload { step, uploaded_bytes, total_bytes }
+        };
+        pending.into_iter().map(upload).collect()
+    }
+
+    /// Why the newest step is not in the far store of those that have failed.
+    pub(super) fn failed(&self) -> Option<EngineError> {
+        let (step, error) = self.lock().failed()?;
+        Some(match error {
+            EngineError::Unavailable { what, why, hint } => EngineError::Unavailable {
+                what: format!("uploading step {step} to `{}`", self.far.location()),
+                why: format!("{what}: {why}"),
+                hint,
+            },
+            error => error,
+        })
+    }
+
+    /// Bytes of the shards that this process brings of a step; 0 where that cannot be read.
+    fn bytes_of(&self, step: u64) -> u64 {
+        let manifest = self.near.read_manifest(step).ok().flatten();
+        let manifest = manifest.and_then(|bytes| Manifest::decode(&bytes).ok());
+        let is_own = |manifest: &Manifest, rank| {
+            self.share.is_none_or(|share| !share.may_miss(manifest, rank))
+        };
+        manifest.map_or(0, |manifest| {
+            let own = manifest.shards.iter().filter(|shard| is_own(&manifest, shard.rank));
+            own.map(|shard| shard.bytes).sum()
+        })
+    }
+
+    /// Waits, at most so long, until everything is done, or failed once more; true if it is.
+    pub(super) fn drain(&self, timeout: Option<Duration>) -> bool {
+        let now = self.now();
+        self.change(|queue| queue.drain(now));
+        let is_under_way = |queue: &mut Queue| !queue.is_drained();
+        let mut queue = match timeout {
+            None => self.changed.wait_while(self.lock(), is_under_way),
+            Some(timeout) => {
+                let waited = self.changed.wait_timeout_while(self.lock(), timeout, is_under_way);
+                waited
+                    .map(|(queue, _)| queue)
+                    .map_err(|poisoned| PoisonError::new(poisoned.into_inner().0))
+            }
+        }
+        .unwrap_or_else(PoisonError::into_inner);
+        let is_drained = queue.is_drained();
+        if is_drained {
+            queue.end_drain(self.now());
+        }
+        drop(queue);
+        self.changed.notify_all();
+        is_drained
+    }
+
+    pub(super) fn stop(&self) {
+        self.change(Queue::stop);
+    }
+
+    /// Whether this rank removes for all that share the far store.
+    pub(super) fn removes_for_all(&self) -> bool {
+        self.share.is_none_or(|share| share.rank == 0)
+    }
+
+    /// Steps that are whole in the far store, ascending.
+    pub(super) fn arrived(&self) -> Vec<u64> {
+        let mut complete = self.view.committed();
+        let queue = self.lock();
+        complete.retain(|step| !queue.is_waiting(*step));
+        complete
+    }
+
+    /// Sleeps unless, or until, it is time to hurry.
+    pub(super) fn sleep(&self, pause: Duration, hurries: impl Fn(&Queue) -> bool) {
+        let calm = |queue: &mut Queue| !queue.is_stopped() && !hurries(queue);
+        drop(self.changed.wait_timeout_while(self.lock(), pause, calm));
+    }
+}
