@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::format::manifest::{Manifest, Retired};
+use crate::format::manifest::{Manifest, Retired, total_bytes};
 use crate::format::names::{self, AttemptId};
 use crate::store::StepListing;
 use crate::store_copy::Overwrite;
@@ -160,7 +160,7 @@ pub fn survey(
                 step: directory.step,
                 attempt: manifest.and_then(|manifest| manifest.attempt_id().ok()),
                 created_unix_ms: manifest.map_or(0, |manifest| manifest.created_unix_ms),
-                bytes: directory.files.iter().map(|file| file.bytes).sum(),
+                bytes: total_bytes(directory.files.iter().map(|file| file.bytes)),
                 orphans: orphans(directory, manifest, &state),
                 state,
             }

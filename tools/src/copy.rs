@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use dtr_engine::format::manifest::total_bytes;
 use dtr_engine::store_copy::{Overwrite, Transferred};
 use dtr_engine::{Engine, EngineError};
 use serde::Serialize;
@@ -68,7 +69,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let steps = chosen?;
     let destination = options.store.open_other(&options.destination, &options.to)?;
     let stored_bytes = |step: &u64| survey.step(*step).map_or(0, |step| step.bytes);
-    let bar = Bar::new(steps.iter().map(stored_bytes).sum(), "copying");
+    let bar = Bar::new(total_bytes(steps.iter().map(stored_bytes)), "copying");
     let mut copied = Vec::new();
     for step in steps {
         bar.doing(&format!("copying step {step}"));

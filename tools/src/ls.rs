@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 use dtr_engine::engine::{GcOptions, GcReport};
-use dtr_engine::format::manifest::Manifest;
+use dtr_engine::format::manifest::{Manifest, total_bytes};
 use dtr_engine::recovery::{StepState, StepSurvey};
 use dtr_engine::{Engine, Result};
 use serde::Serialize;
@@ -87,15 +87,14 @@ fn entry(step: &StepSurvey, manifest: Option<&Manifest>) -> Entry {
         StepState::Newer { why } => ("newer", Some(why.clone())),
         StepState::Incomplete => ("incomplete", Some("never committed".into())),
     };
-    let shards = manifest.map(|manifest| &manifest.shards);
     Entry {
         step: step.step,
         state,
         why,
         created_unix_ms: manifest.map(|manifest| manifest.created_unix_ms),
         disk_bytes: step.bytes,
-        stored_bytes: shards.map(|shards| shards.iter().map(|shard| shard.bytes).sum()),
-        raw_bytes: shards.map(|shards| shards.iter().map(|shard| shard.raw_bytes).sum()),
+        stored_bytes: manifest.map(Manifest::stored_bytes),
+        raw_bytes: manifest.map(Manifest::raw_bytes),
         ranks: manifest.map(|manifest| manifest.world_size),
         attempt: manifest.map(|manifest| manifest.attempt.clone()),
     }
@@ -150,7 +149,7 @@ fn write_abandoned(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()
         )?;
     }
     if !kept.is_empty() {
-        let kept_bytes = kept.iter().map(|item| item.bytes).sum();
+        let kept_bytes = total_bytes(kept.iter().map(|item| item.bytes));
         writeln!(
             out,
             "\n{} of unfinished or replaced attempts, {}: too young for `ckpt-tool gc`",

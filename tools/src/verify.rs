@@ -4,6 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 use dtr_engine::Engine;
+use dtr_engine::format::manifest::total_bytes;
 use dtr_engine::load::{Damage, VerifyReport};
 use dtr_engine::recovery::Survey;
 use serde::Serialize;
@@ -53,7 +54,8 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     let survey = engine.survey()?;
     let chosen = chosen_steps(&survey, options.step, options.all, "verifying", &options.store);
     let steps = chosen?;
-    let bar = Bar::new(steps.iter().map(|step| stored_bytes(&survey, *step)).sum(), "verifying");
+    let bar =
+        Bar::new(total_bytes(steps.iter().map(|step| stored_bytes(&survey, *step))), "verifying");
     let mut verified = Vec::new();
     for step in steps {
         bar.doing(&format!("verifying step {step}"));
@@ -76,7 +78,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
 /// Nearly what will be read: the files of a step that a manifest names.
 fn stored_bytes(survey: &Survey, step: u64) -> u64 {
     survey.step(step).map_or(0, |step| {
-        let orphans: u64 = step.orphans.iter().map(|orphan| orphan.bytes).sum();
+        let orphans = total_bytes(step.orphans.iter().map(|orphan| orphan.bytes));
         step.bytes.saturating_sub(orphans)
     })
 }

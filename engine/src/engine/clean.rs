@@ -155,7 +155,7 @@ impl Core {
 
 impl GcReport {
     fn remove(&mut self, item: GcItem) {
-        self.freed_bytes += item.bytes;
+        self.freed_bytes = self.freed_bytes.saturating_add(item.bytes);
         self.removed.push(item);
     }
 }

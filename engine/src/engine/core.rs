@@ -43,6 +43,8 @@ pub(crate) struct Core {
     adaptation: Arc<Adaptation>,
     poisoned: AtomicBool,
     known: Mutex<Known>,
+    /// The attempt that this rank began last, among several.
+    last_attempt: Mutex<Option<AttemptId>>,
 }
 
 /// What the engine remembers.
@@ -98,7 +100,17 @@ impl Core {
             adaptation: Arc::new(Adaptation::new()),
             poisoned: AtomicBool::new(false),
             known: Mutex::default(),
+            last_attempt: Mutex::default(),
         })
+    }
+
+    /// The attempt that this rank began last, of whatever step; among several ranks only.
+    pub(crate) fn last_attempt(&self) -> Option<AttemptId> {
+        *self.last_attempt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn note_attempt(&self, attempt: AttemptId) {
+        *self.last_attempt.lock().unwrap_or_else(PoisonError::into_inner) = Some(attempt);
     }
 
     /// After a panic of the committer nothing that the engine believes can be trusted.

@@ -150,11 +150,7 @@ fn manifest_state(read: Result<Option<Vec<u8>>>) -> Result<ManifestState> {
 
 fn newest_ratio(survey: &Survey, manifests: &BTreeMap<u64, ManifestState>) -> Option<f64> {
     match manifests.get(&survey.newest()?)? {
-        ManifestState::Valid(manifest) => {
-            let stored = manifest.shards.iter().map(|shard| shard.bytes).sum();
-            let raw = manifest.shards.iter().map(|shard| shard.raw_bytes).sum();
-            ratio(stored, raw)
-        }
+        ManifestState::Valid(manifest) => ratio(manifest.stored_bytes(), manifest.raw_bytes()),
         _ => None,
     }
 }

@@ -123,6 +123,16 @@ impl Manifest {
         parse_attempt(&self.attempt)
     }
 
+    /// Bytes of all shards' files, as they are said to be.
+    pub fn stored_bytes(&self) -> u64 {
+        total_bytes(self.shards.iter().map(|shard| shard.bytes))
+    }
+
+    /// Bytes of what all ranks saved, before compression, as they are said to be.
+    pub fn raw_bytes(&self) -> u64 {
+        total_bytes(self.shards.iter().map(|shard| shard.raw_bytes))
+    }
+
     /// The number of this name that the user attached, if one is.
     pub fn metric(&self, name: &str) -> Option<f64> {
         self.metadata.get(name)?.as_f64().filter(|value| value.is_finite())
@@ -157,6 +167,11 @@ impl Manifest {
         );
         self.shards.iter().zip(0..).try_for_each(|(shard, rank)| shard.validate(rank, attempt))
     }
+}
+
+/// The sum of numbers of bytes that somebody else wrote down: it stops at the largest number.
+pub fn total_bytes(sizes: impl Iterator<Item = u64>) -> u64 {
+    sizes.fold(0, u64::saturating_add)
 }
 
 impl Retired {

@@ -88,14 +88,7 @@ impl Drop for Committer {
 fn run(core: &Core, task: CommitTask) {
     let handle = task.handle.clone();
     let job = Arc::clone(&task.job);
-    let outcome = catch_unwind(AssertUnwindSafe(|| commit(core, task)));
-    let result = outcome.unwrap_or_else(|_panic| {
-        core.poison();
-        Err(EngineError::internal(
-            format!("saving step {}", job.step),
-            "the committing thread panicked",
-        ))
-    });
+    let result = caught(core, job.step, || commit(core, task));
     if let Err(error) = &result {
         // Copiers and workers that are still at it must stop before the handle resolves.
         job.fail(error.duplicate());
@@ -105,17 +98,26 @@ fn run(core: &Core, task: CommitTask) {
     handle.resolve(result);
 }
 
+/// A panic becomes an error, and the engine saves no more.
+fn caught<T>(core: &Core, step: u64, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|_panic| {
+        core.poison();
+        let what = format!("saving step {step}");
+        Err(EngineError::internal(what, "the committing thread panicked"))
+    })
+}
+
 fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
     let job = Arc::clone(&task.job);
     let begun = match &core.ranks {
-        Some(ranks) => ranks.begin(job.step)?,
+        Some(ranks) => begin_together(core, ranks.as_ref(), &task)?,
         None => Begun {
             attempt: core.environment.attempt_id()?,
             created_unix_ms: core.environment.unix_ms(),
         },
     };
     let started = task.started;
-    let committed = commit_attempt(core, task, begun);
+    let committed = caught(core, job.step, || commit_attempt(core, task, begun));
     trace(core, &job, begun.attempt, started, committed.as_ref().err());
     if let (Err(error), Some(ranks)) = (&committed, &core.ranks) {
         // First, because telling the others may take a while.
@@ -123,6 +125,27 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         give_up(ranks.as_ref(), Attempt { step: job.step, id: begun.attempt }, error);
     }
     committed
+}
+
+/// Begins an attempt under whose name this rank has written nothing yet. A coordinator that was
+/// away may hand out, from its journal, one that this rank has seen the end of: what was written
+/// under its name belongs to a checkpoint, or may come to.
+fn begin_together(core: &Core, ranks: &dyn Ranks, task: &CommitTask) -> Result<Begun> {
+    let step = task.job.step;
+    let ended = [task.replaces, core.last_attempt()];
+    let mut begun = ranks.begin(step)?;
+    if ended.contains(&Some(begun.attempt)) {
+        let attempt = Attempt { step, id: begun.attempt };
+        tracing::warn!(step, %begun.attempt, "an attempt that has ended is begun anew");
+        ranks.abort(attempt, "this rank has seen it end, and begins anew", false)?;
+        begun = ranks.begin(step)?;
+    }
+    if ended.contains(&Some(begun.attempt)) {
+        let why = format!("the coordinator names attempt {}, which has ended", begun.attempt);
+        return Err(EngineError::internal(format!("beginning to save step {step}"), why));
+    }
+    core.note_attempt(begun.attempt);
+    Ok(begun)
 }
 
 /// Says where the time of an attempt went, for traces, as [`dtr_proto::span`] describes.

@@ -86,8 +86,7 @@ fn ranks(inspected: &Inspected) -> String {
     if manifest.world_size == 1 {
         return "1".into();
     }
-    let disk_bytes = manifest.shards.iter().map(|shard| shard.bytes).sum();
-    let raw_bytes = manifest.shards.iter().map(|shard| shard.raw_bytes).sum();
+    let (disk_bytes, raw_bytes) = (manifest.stored_bytes(), manifest.raw_bytes());
     format!(
         "{}: {} on disk, {} raw; below is the part of rank {}, `--rank` shows another",
         manifest.world_size,

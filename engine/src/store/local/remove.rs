@@ -42,7 +42,7 @@ pub(super) fn remove_checkpoint(
         remove_file(shared, &directory.join(names::MANIFEST_FILE))?
     };
     // Even if there was none: whoever deleted it may have died before this.
-    shared.sync_directory(&directory)?;
+    sync_if_there(shared, &directory)?;
     for name in names.iter().filter(|name| *name != names::MANIFEST_FILE) {
         // One that is locked belongs to an attempt that runs: it goes or is committed by itself.
         freed_bytes += remove_unlocked(shared, &directory.join(name), || Ok(true))?.unwrap_or(0);
@@ -121,11 +121,20 @@ fn settle(shared: &Shared) -> Result<()> {
     for step in shared.steps()? {
         let directory = shared.step_directory(step);
         if is_directory(&*shared.io, &directory)? {
-            shared.sync_directory(&directory)?;
+            sync_if_there(shared, &directory)?;
         }
     }
     shared.settled.store(true, Ordering::Release);
     Ok(())
+}
+
+/// Makes a step's directory durable. Another rank that deletes the same checkpoint may have removed
+/// it meanwhile, and then there is nothing to make durable.
+fn sync_if_there(shared: &Shared, directory: &Path) -> Result<()> {
+    match shared.sync_directory(directory) {
+        Err(EngineError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
+        synced => synced,
+    }
 }
 
 /// Deletes a step's directory if nothing is in it.

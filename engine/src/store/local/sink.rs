@@ -252,7 +252,9 @@ fn create_step_directory(shared: &Shared, directory: &Path) -> Result<()> {
     match shared.io.entry(&EntryOp::CreateDir(directory.into())) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            if !super::is_directory(&*shared.io, directory)? {
+            // Gone again if another rank has just removed it: opening the file finds that out.
+            let found = super::stat(&*shared.io, directory)?;
+            if found.is_some_and(|metadata| !metadata.is_dir()) {
                 return Err(EngineError::from_io(
                     "creating directory",
                     directory,

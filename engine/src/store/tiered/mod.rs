@@ -25,6 +25,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -122,19 +123,28 @@ impl TieredStore {
         self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the far store has of a manifest that is damaged near, if it is certain that it is the
-    /// same: the shards that lie near tell of which attempt it was.
-    fn mended(&self, step: u64, near: &[u8]) -> Option<Vec<u8>> {
-        if !is_damaged(near) {
-            return None;
-        }
-        let far = self.far.read_manifest(step).ok().flatten()?;
-        let attempt = Manifest::decode(&far).ok()?.attempt_id().ok()?;
-        let files = self.near.list_step(step).ok().flatten()?.files;
+    /// What the far store has of a manifest that is damaged near, or cannot be read there, if it is
+    /// certain that it is the same: the shards that lie near tell of which attempt it was.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Unavailable`]: the far store may have it, and cannot be asked.
+    fn mended(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        let far = match self.far.read_manifest(step) {
+            Ok(Some(far)) => far,
+            Err(EngineError::Unavailable { what, why, hint }) => {
+                let near = self.near.location();
+                let why = format!("{why}; it was asked because the one in `{near}` is damaged");
+                return Err(EngineError::Unavailable { what, why, hint });
+            }
+            Ok(None) | Err(_) => return Ok(None),
+        };
+        let attempt = Manifest::decode(&far).ok().and_then(|far| far.attempt_id().ok());
+        let listing = self.near.list_step(step).ok().flatten();
+        let files = listing.map(|listing| listing.files).unwrap_or_default();
         let mut shards = files.iter().filter_map(|file| parse_shard_file(&file.name)).peekable();
-        shards.peek()?;
-        if !shards.all(|(_, other)| other == attempt) {
-            return None;
+        if shards.peek().is_none() || !shards.all(|(_, shard)| Some(shard) == attempt) {
+            return Ok(None);
         }
         tracing::warn!(
             near = self.near.location(),
@@ -142,11 +152,20 @@ impl TieredStore {
             step,
             "a manifest is damaged, and taken from the far store"
         );
-        Some(far)
+        Ok(Some(far))
     }
 
     fn uploads(&self) -> Option<&Work> {
         self.uploader.as_ref().map(|uploader| uploader.work.as_ref())
+    }
+}
+
+/// A manifest that neither store gives at this moment, as an error of the device.
+fn not_given_now(step: u64, error: &EngineError) -> EngineError {
+    EngineError::Io {
+        what: format!("reading the manifest of step {step}"),
+        source: std::io::Error::new(ErrorKind::NetworkUnreachable, error.to_string()),
+        hint: "try again when the far store can be reached".into(),
     }
 }
 
@@ -183,11 +202,14 @@ impl Store for TieredStore {
     }
 
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
-        match self.near.read_manifest(step)? {
-            Some(near) if !self.is_outdated(step) => {
-                Ok(Some(self.mended(step, &near).unwrap_or(near)))
-            }
-            _ => self.far.read_manifest(step),
+        if self.is_outdated(step) {
+            return self.far.read_manifest(step);
+        }
+        match self.near.read_manifest(step) {
+            Ok(None) => self.far.read_manifest(step),
+            Ok(Some(near)) if is_damaged(&near) => Ok(Some(self.mended(step)?.unwrap_or(near))),
+            Err(error @ EngineError::Io { .. }) => self.mended(step)?.map(Some).ok_or(error),
+            near => near,
         }
     }
 
@@ -202,9 +224,15 @@ impl Store for TieredStore {
             read[*place] = manifest;
         }
         for place in (0..steps.len()).filter(|place| !missing.contains(place)) {
-            let near = read[place].as_ref().ok().and_then(Option::as_deref);
-            if let Some(far) = near.and_then(|near| self.mended(steps[place], near)) {
-                read[place] = Ok(Some(far));
+            let is_unusable = match &read[place] {
+                Ok(near) => near.as_deref().is_some_and(is_damaged),
+                Err(error) => matches!(error, EngineError::Io { .. }),
+            };
+            match is_unusable.then(|| self.mended(steps[place])) {
+                Some(Ok(Some(far))) => read[place] = Ok(Some(far)),
+                // Asked again by whoever has to know. It must hide no other step meanwhile.
+                Some(Err(error)) => read[place] = Err(not_given_now(steps[place], &error)),
+                Some(Ok(None)) | None => {}
             }
         }
         read

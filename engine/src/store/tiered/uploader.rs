@@ -123,7 +123,8 @@ impl Work {
             return transfer_share(&between, (step, share));
         }
         let transferred = transfer(&between, step, Overwrite::Yes)?;
-        self.view.note(near, step);
+        // Not as it is near: a shard that another rank brought lies in the far one alone.
+        self.view.note(far, step);
         Ok(transferred)
     }
 

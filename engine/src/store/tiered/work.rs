@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::far::FarView;
 use super::queue::{Queue, UploadState};
 use crate::clock::Environment;
-use crate::format::manifest::Manifest;
+use crate::format::manifest::{Manifest, total_bytes};
 use crate::recovery::OwnShare;
 use crate::store::{PendingUpload, Store};
 use crate::store_copy::Transferred;
@@ -180,7 +180,7 @@ impl Work {
         };
         manifest.map_or(0, |manifest| {
             let own = manifest.shards.iter().filter(|shard| is_own(&manifest, shard.rank));
-            own.map(|shard| shard.bytes).sum()
+            total_bytes(own.map(|shard| shard.bytes))
         })
     }
 
