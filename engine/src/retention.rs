@@ -68,8 +68,8 @@ pub fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec
 }
 
 /// [`plan_retention`], with what waits for the far store left out, unless a rewind retired it: that
-/// is wanted nowhere. `may_remove` says of a step whether it need not wait; `passed` are checkpoints
-/// that not all ranks have and that all have gone past: they go in any case, last.
+/// is wanted nowhere. `may_remove` says of a step whether it need not wait; `passed` are
+/// checkpoints that not all ranks have and that all have gone past: they go in any case, last.
 pub(crate) fn plan_prune(
     survey: &Survey,
     policy: Policy,

@@ -138,14 +138,15 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// What an earlier save failed with that nobody looked at. [`EngineError::StepConflict`] where the
-    /// step is not after the newest and nothing says `rewind`; [`EngineError::UnsupportedFormat`] where
-    /// a checkpoint would have to go that a newer version wrote; [`EngineError::InvalidArgument`] where
-    /// the state, what is attached to it, or what is named as replicated cannot be saved;
-    /// [`EngineError::NoSpace`] where the store has too little; [`EngineError::Io`] where there is no
-    /// memory for the arena; [`EngineError::Internal`] after a save that panicked. Whatever fails while
-    /// the caller waits, its own [storages](crate::save::StorageSource::read) included. What fails later
-    /// is the handle's to say.
+    /// What an earlier save failed with that nobody looked at. [`EngineError::StepConflict`] where
+    /// the step is not after the newest and nothing says `rewind`;
+    /// [`EngineError::UnsupportedFormat`] where a checkpoint would have to go that a newer version
+    /// wrote; [`EngineError::InvalidArgument`] where the state, what is attached to it, or what is
+    /// named as replicated cannot be saved; [`EngineError::NoSpace`] where the store has too
+    /// little; [`EngineError::Io`] where there is no memory for the arena;
+    /// [`EngineError::Internal`] after a save that panicked. Whatever fails while the caller waits,
+    /// its own [storages](crate::save::StorageSource::read) included. What fails later is the
+    /// handle's to say.
     pub fn save(&self, request: SaveRequest<'_>) -> Result<SaveHandle> {
         self.save_until(request, Until::Landed)
     }
@@ -231,11 +232,11 @@ impl Engine {
     /// # Errors
     ///
     /// What an earlier save to the destination failed with that nobody looked at.
-    /// [`EngineError::NotFound`] where the step does not exist here; [`EngineError::StepConflict`] where
-    /// it ceased to exist there, or what stands there is not to be overwritten;
+    /// [`EngineError::NotFound`] where the step does not exist here; [`EngineError::StepConflict`]
+    /// where it ceased to exist there, or what stands there is not to be overwritten;
     /// [`EngineError::Corrupt`], [`EngineError::UnsupportedFormat`] of what is to be copied;
-    /// [`EngineError::NoSpace`] of the destination; [`EngineError::Unavailable`] where a shard that was
-    /// there was deleted meanwhile; [`EngineError::Closed`] where the observer cancels it.
+    /// [`EngineError::NoSpace`] of the destination; [`EngineError::Unavailable`] where a shard that
+    /// was there was deleted meanwhile; [`EngineError::Closed`] where the observer cancels it.
     pub fn copy_to(
         &self,
         destination: &Self,
@@ -263,8 +264,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// What an earlier save failed with that nobody looked at. [`EngineError::NotFound`] where the step
-    /// does not exist; [`EngineError::UnsupportedFormat`] where a newer version wrote it.
+    /// What an earlier save failed with that nobody looked at. [`EngineError::NotFound`] where the
+    /// step does not exist; [`EngineError::UnsupportedFormat`] where a newer version wrote it.
     pub fn delete(&self, step: u64) -> Result<u64> {
         let inner = self.writer(&format!("deleting step {step}"))?;
         inner.wait_for_last(None)?;
@@ -310,9 +311,9 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::Coordination`] where the ranks did not come together in time, or the coordinator
-    /// cannot be asked or refuses; [`EngineError::InvalidArgument`] where it does not know what is asked
-    /// of it.
+    /// [`EngineError::Coordination`] where the ranks did not come together in time, or the
+    /// coordinator cannot be asked or refuses; [`EngineError::InvalidArgument`] where it does not
+    /// know what is asked of it.
     pub fn agree(
         &self,
         steps: &[u64],
@@ -396,8 +397,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// What a save failed with that nobody looked at, else what the newest such upload failed with. The
-    /// engine is closed all the same.
+    /// What a save failed with that nobody looked at, else what came of the newest upload that has
+    /// failed. The engine is closed all the same.
     pub fn close(&self) -> Result<()> {
         if self.is_forked() {
             return Ok(());

@@ -25,11 +25,11 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::InvalidArgument`] where a setting is out of range, does not go with another, or
-    /// needs what this build lacks, or the path is a file; [`EngineError::NotFound`] where a store that
-    /// is only read, or a bucket, is not there; [`EngineError::StoreBusy`] where another writer has the
-    /// directory; [`EngineError::Io`], [`EngineError::NoSpace`] where the operating system refuses what
-    /// opening takes; [`EngineError::Unavailable`] where S3 does not answer.
+    /// [`EngineError::InvalidArgument`] where a setting is out of range, does not go with another,
+    /// or needs what this build lacks, or the path is a file; [`EngineError::NotFound`] where a
+    /// store that is only read, or a bucket, is not there; [`EngineError::StoreBusy`] where another
+    /// writer has the directory; [`EngineError::Io`], [`EngineError::NoSpace`] where the operating
+    /// system refuses what opening takes; [`EngineError::Unavailable`] where S3 does not answer.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
         Self::open_any(config, None, None)
