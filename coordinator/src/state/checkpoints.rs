@@ -25,221 +25,20 @@
 //!   another rank waits for all to open a store;
 //! - an attempt ends: committed, or given up within `checkpoint_timeout_ms`.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use dtr_proto::v1;
 
+use super::attempt::{ATTEMPTS_MAX, Attempt, Report, invalid_shard};
+use super::given_up::{Refused, Told};
 use super::{
-    COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene,
-    Ticket, members::LostMember, members::ended,
+    COMMITS_KEPT, Change, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene, Ticket,
+    members::LostMember, members::ended,
 };
 
 /// What to do where one rank opens a store, and others have it open.
 const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: \
                         they go on from the newest checkpoint";
-/// Attempts that a job may have in flight.
-const ATTEMPTS_MAX: usize = 64;
 /// It is said who has not begun a checkpoint, after it has been waited for this long.
 const STRAGGLERS_AFTER_MS: [u64; 3] = [10_000, 60_000, 600_000];
-
-/// An attempt in flight.
-#[derive(Debug)]
-pub(super) struct Attempt {
-    record: v1::AttemptRecord,
-    begun_ms: u64,
-    /// How often it was said who has not begun it.
-    warnings: usize,
-    /// Ranks that know of it, each with how often it had tried the step before. After a restart
-    /// nobody is known to, so everybody may.
-    begun: BTreeMap<u32, u32>,
-    shards: BTreeMap<u32, v1::Shard>,
-    /// Whether each rank publishes in a store of its own; known with the first report.
-    has_own_stores: Option<bool>,
-    /// Checksums of the manifests that are durable in the ranks' own stores.
-    published: BTreeMap<u32, u32>,
-    /// Checksums of the structure of what the ranks save alike, where each has a store of its own.
-    replicated: BTreeMap<u32, Option<u32>>,
-    waiting: BTreeMap<u32, Ticket>,
-    /// The rank that was asked to publish, and when.
-    publisher: Option<(u32, u64)>,
-    /// The ranks that were ever asked, but for those that have said that they will not.
-    asked: BTreeSet<u32>,
-    /// Begun before a restart: who was asked then is not known.
-    is_recovered: bool,
-}
-
-/// An attempt that was given up: why, for ranks that still write their shard, and for those that
-/// come to it late.
-#[derive(Debug)]
-pub(super) struct AbortedAttempt {
-    attempt: String,
-    aborted: v1::AttemptAborted,
-    /// The most often that one of its ranks had tried the step before.
-    tries: u32,
-    /// Ranks that knew of it, or have heard since, or were lost.
-    told: BTreeMap<u32, Told>,
-}
-
-/// What a rank knows of an attempt that was given up.
-#[derive(Clone, Copy, Debug)]
-enum Told {
-    /// It was there, or has heard, having tried the step so often before.
-    Tries(u32),
-    /// Its process was lost at this epoch, and may come back.
-    Lost(u64),
-    /// Its process is another one since.
-    Renewed,
-}
-
-impl AbortedAttempt {
-    /// Whether a rank that begins the step comes for the next attempt. A call that was sent again
-    /// does not, nor one that a lost rank had made before it was lost.
-    fn is_past(&self, rank: u32, request: &v1::BeginCheckpointRequest) -> bool {
-        let is_next = |told: &Told| match *told {
-            Told::Tries(told) => request.tries > told,
-            Told::Lost(epoch) => request.known_epoch >= epoch,
-            Told::Renewed => true,
-        };
-        request.tries > self.tries || self.told.get(&rank).is_some_and(is_next)
-    }
-}
-
-impl Attempt {
-    /// One that just begins.
-    fn new(now_ms: u64, record: v1::AttemptRecord) -> Self {
-        Self { is_recovered: false, ..Self::recovered(now_ms, record) }
-    }
-
-    /// One that an earlier process of the coordinator kept.
-    pub(super) fn recovered(now_ms: u64, record: v1::AttemptRecord) -> Self {
-        Self {
-            record,
-            begun_ms: now_ms,
-            warnings: 0,
-            begun: BTreeMap::new(),
-            shards: BTreeMap::new(),
-            has_own_stores: None,
-            published: BTreeMap::new(),
-            replicated: BTreeMap::new(),
-            waiting: BTreeMap::new(),
-            publisher: None,
-            asked: BTreeSet::new(),
-            is_recovered: true,
-        }
-    }
-
-    /// Whether a rank may have published, or still may. In stores of their own ranks take back
-    /// what was not committed.
-    fn may_be_published(&self) -> bool {
-        !self.each_publishes() && (self.is_recovered || !self.asked.is_empty())
-    }
-
-    fn each_publishes(&self) -> bool {
-        self.has_own_stores == Some(true)
-    }
-
-    fn ended(&self, step: u64, ended_ms: u64, error: String) -> EndedAttempt {
-        EndedAttempt {
-            attempt: self.record.attempt.clone(),
-            step,
-            begun_ms: self.begun_ms,
-            asked_ms: self.publisher.map(|(_, asked_ms)| asked_ms),
-            ended_ms,
-            error,
-        }
-    }
-
-    fn is_complete(&self, world_size: u32) -> bool {
-        self.shards.len() == usize::try_from(world_size).unwrap_or(usize::MAX)
-    }
-
-    /// Whether the manifest is durable in every rank's own store.
-    fn is_published_by_all(&self, world_size: u32) -> bool {
-        self.is_complete(world_size) && self.published.len() == self.shards.len()
-    }
-
-    fn commit(&self, step: u64, scene: &Scene<'_>, manifest_crc32c: u32) -> v1::Commit {
-        v1::Commit {
-            step,
-            attempt: self.record.attempt.clone(),
-            world_size: u32::try_from(self.shards.len()).unwrap_or(u32::MAX),
-            bytes: self.shards.values().map(|shard| shard.bytes).sum(),
-            raw_bytes: self.shards.values().map(|shard| shard.raw_bytes).sum(),
-            manifest_crc32c,
-            committed_unix_ms: scene.at.wall_ms,
-            epoch: self.record.epoch,
-        }
-    }
-
-    /// Takes a report in; whoever waited with an earlier one of the same rank.
-    fn take(
-        &mut self,
-        ticket: Ticket,
-        rank: u32,
-        report: Report,
-    ) -> Result<Option<Ticket>, Refusal> {
-        if self.has_own_stores.is_some_and(|known| known != report.own_store) {
-            return Err(Refusal::new(
-                RefusalKind::Invalid,
-                format!("rank {rank} and others differ in whether each has a store of its own"),
-                "give `remote` to every rank of the job, or to none",
-            ));
-        }
-        if self.shards.get(&rank).is_some_and(|earlier| *earlier != report.shard) {
-            return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
-        }
-        self.has_own_stores = Some(report.own_store);
-        self.replicated.insert(rank, report.replicated_crc32c);
-        self.begun.entry(rank).or_insert(0);
-        self.shards.insert(rank, report.shard);
-        if let Some(crc32c) = report.published_crc32c {
-            self.published.insert(rank, crc32c);
-        }
-        Ok(self.waiting.insert(rank, ticket))
-    }
-
-    /// Another rank than `rank`, whose entries that all save alike are not those of `rank`.
-    fn differs_from(&self, rank: u32) -> Option<u32> {
-        let own = self.replicated.get(&rank)?;
-        let differs = |(_, other): &(&u32, &Option<u32>)| *other != own;
-        self.replicated.iter().find(differs).map(|(other, _)| *other)
-    }
-
-    /// Asks whoever is to publish now that `rank` has reported.
-    fn ask_after_report(&mut self, now_ms: u64, rank: u32) -> Vec<(Ticket, Reply)> {
-        let has_published = |rank: &u32| self.published.contains_key(rank);
-        let asked: Vec<u32> = match self.publisher {
-            _ if self.each_publishes() => {
-                self.waiting.keys().copied().filter(|rank| !has_published(rank)).collect()
-            }
-            Some((publisher, _)) if publisher != rank => Vec::new(),
-            _ => vec![rank],
-        };
-        asked.into_iter().filter_map(|rank| self.ask(now_ms, rank)).collect()
-    }
-
-    fn reply(&self, world_size: u32) -> Reply {
-        Reply::BeginCheckpoint(v1::BeginCheckpointReply {
-            attempt: self.record.attempt.clone(),
-            created_unix_ms: self.record.created_unix_ms,
-            world_size,
-        })
-    }
-
-    /// Asks `rank` to publish.
-    fn ask(&mut self, now_ms: u64, rank: u32) -> Option<(Ticket, Reply)> {
-        let ticket = self.waiting.remove(&rank)?;
-        self.publisher = Some((rank, now_ms));
-        self.asked.insert(rank);
-        Some((ticket, Reply::Publish(self.shards.values().cloned().collect())))
-    }
-
-    /// Asks the first rank that waits, if one does.
-    fn ask_next(&mut self, now_ms: u64) -> Option<(Ticket, Reply)> {
-        let rank = *self.waiting.keys().next()?;
-        self.ask(now_ms, rank)
-    }
-}
 
 impl Job {
     pub(super) fn begin(
@@ -299,28 +98,6 @@ impl Job {
         }
     }
 
-    /// Refuses a rank that was not there when the step's last attempt was given up, once, and a
-    /// call for that attempt that is sent again.
-    fn tell_of_aborted(
-        &mut self,
-        rank: u32,
-        request: &v1::BeginCheckpointRequest,
-    ) -> Result<(), Refusal> {
-        let step = request.step;
-        let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
-        if last.is_past(rank, request) {
-            self.aborted.remove(&step);
-            return Ok(());
-        }
-        let reason = last.aborted.reason.clone();
-        last.told.insert(rank, Told::Tries(request.tries));
-        Err(Refusal::new(
-            RefusalKind::AttemptAborted,
-            format!("the save of step {step} was given up: {reason}"),
-            "training may go on; save again",
-        ))
-    }
-
     fn check_step(&self, step: u64, rewind: bool) -> Result<(), Refusal> {
         let Some((newest, _)) = self.commits.last_key_value() else { return Ok(()) };
         if step > *newest || rewind {
@@ -347,7 +124,7 @@ impl Job {
         );
         let told = Told::Lost(self.record.fence);
         let hint = "training may go on; save again once a worker has taken its place";
-        Err(self.refuse_step((rank, request), (lost, told), (reason, hint)))
+        Err(self.refuse_step(request, Refused { rank, cause: lost, told, reason, hint }))
     }
 
     /// Refuses a save that cannot end: another rank has begun a later step, and goes back only if
@@ -366,8 +143,8 @@ impl Job {
             "step {step} cannot be saved by all ranks: rank {passed} (`{worker_id}`) went on to \
              step {later} without it"
         );
-        let hint = "training may go on; save the same steps on every rank";
-        Err(self.refuse_step((rank, request), (passed, Told::Renewed), (reason, hint)))
+        let (told, hint) = (Told::Renewed, "training may go on; save the same steps on every rank");
+        Err(self.refuse_step(request, Refused { rank, cause: passed, told, reason, hint }))
     }
 
     /// Refuses a save that cannot end: another rank waits for all to open a store, this one too.
@@ -379,7 +156,8 @@ impl Job {
         let Some(opening) = self.opening_beside(rank) else { return Ok(()) };
         let reason = self.why_opening(opening);
         let reason = format!("step {} cannot be saved by all ranks: {reason}", request.step);
-        Err(self.refuse_step((rank, request), (opening, Told::Renewed), (reason, OPEN_ALL)))
+        let (told, hint) = (Told::Renewed, OPEN_ALL);
+        Err(self.refuse_step(request, Refused { rank, cause: opening, told, reason, hint }))
     }
 
     /// A rank opens a store: what it has not reported of the saves that others wait for, it never
@@ -411,32 +189,6 @@ impl Job {
             let is_without = !attempt.is_recovered && !attempt.begun.contains_key(&rank);
             is_without.then_some((*later, *first))
         })
-    }
-
-    /// Gives a step up before it is begun, because of rank `cause`, for this rank and for whoever
-    /// comes to it late.
-    fn refuse_step(
-        &mut self,
-        (rank, request): (u32, &v1::BeginCheckpointRequest),
-        (cause, told): (u32, Told),
-        (reason, hint): (String, &'static str),
-    ) -> Refusal {
-        let refused = self.aborted.entry(request.step).or_insert_with(|| AbortedAttempt {
-            attempt: String::new(),
-            aborted: v1::AttemptAborted {
-                reason: reason.clone(),
-                rank: Some(cause),
-                may_be_published: false,
-            },
-            tries: request.tries,
-            told: BTreeMap::from([(cause, told)]),
-        });
-        refused.tries = refused.tries.max(request.tries);
-        refused.told.insert(rank, Told::Tries(request.tries));
-        while self.aborted.len() > ATTEMPTS_MAX {
-            self.aborted.pop_first();
-        }
-        Refusal::new(RefusalKind::AttemptAborted, reason, hint)
     }
 
     pub(super) fn report(
@@ -480,21 +232,6 @@ impl Job {
             scene.effects.replies.extend(attempt.ask_after_report(scene.at.now_ms, rank));
         }
         Ok(None)
-    }
-
-    fn why_gone(&mut self, rank: u32, step: u64, id: &str) -> v1::AttemptAborted {
-        let known = self.aborted.get_mut(&step).filter(|aborted| aborted.attempt == id);
-        known.map_or_else(
-            || v1::AttemptAborted {
-                reason: format!("attempt `{id}` of step {step} is over"),
-                rank: None,
-                may_be_published: true,
-            },
-            |aborted| {
-                aborted.told.entry(rank).or_insert(Told::Tries(0));
-                aborted.aborted.clone()
-            },
-        )
     }
 
     pub(super) fn commit(
@@ -591,30 +328,6 @@ impl Job {
         Ok(Reply::Done)
     }
 
-    fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, (rank, reason): (Option<u32>, String)) {
-        let Some(attempt) = self.attempts.remove(&step) else { return };
-        let may_be_published = attempt.may_be_published();
-        let ended = Some(attempt.ended(step, scene.at.now_ms, reason.clone()));
-        let aborted = v1::AttemptAborted { reason, rank, may_be_published };
-        let key = Key::Attempt { job: self.name.clone(), step };
-        scene.effects.changes.push(Change::remove(key));
-        for ticket in attempt.waiting.into_values() {
-            scene.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
-        }
-        let text = format!("the save of step {step} is given up: {}", aborted.reason);
-        let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
-        scene.effects.notes.push(note);
-        let tries = attempt.begun.values().copied().max().unwrap_or_default();
-        let begun = attempt.begun.into_iter();
-        let told = begun.map(|(rank, tries)| (rank, Told::Tries(tries))).collect();
-        let attempt = attempt.record.attempt;
-        if self.aborted.len() >= ATTEMPTS_MAX {
-            self.aborted.pop_first();
-        }
-        let known = AbortedAttempt { attempt, aborted, tries, told };
-        self.aborted.insert(step, known);
-    }
-
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.
     pub(super) fn lose_rank_of_attempts(
         &mut self,
@@ -643,16 +356,7 @@ impl Job {
             let reason = format!("rank {rank} (`{worker_id}`) was lost: {reason}");
             self.give_up(scene, step, (Some(rank), reason));
         }
-        for aborted in self.aborted.values_mut() {
-            aborted.told.insert(rank, Told::Lost(self.record.epoch));
-        }
-    }
-
-    /// A new process has a rank: it knows nothing of attempts that were given up before.
-    pub(super) fn renew_rank_of_attempts(&mut self, rank: u32) {
-        for aborted in self.aborted.values_mut() {
-            aborted.told.insert(rank, Told::Renewed);
-        }
+        self.lose_rank_of_given_up(rank);
     }
 
     pub(super) fn forget_attempts(&mut self, scene: &mut Scene<'_>, reason: &str) {
@@ -723,14 +427,6 @@ impl Job {
     }
 }
 
-/// What a rank says of its part.
-struct Report {
-    shard: v1::Shard,
-    own_store: bool,
-    published_crc32c: Option<u32>,
-    replicated_crc32c: Option<u32>,
-}
-
 fn unlike(rank: u32, other: u32) -> String {
     let (one, two) = (rank.min(other), rank.max(other));
     format!(
@@ -744,14 +440,6 @@ fn superseded(rank: u32) -> Refusal {
         RefusalKind::Conflict,
         format!("a later report of rank {rank} waits for the same attempt"),
         "report a shard once at a time",
-    )
-}
-
-fn invalid_shard(why: &str) -> Refusal {
-    Refusal::new(
-        RefusalKind::Invalid,
-        format!("the shard cannot be taken: {why}"),
-        "report what this rank wrote in this attempt",
     )
 }
 

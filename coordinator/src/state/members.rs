@@ -104,7 +104,7 @@ impl Job {
         }
         if request.rejoins == 0 {
             self.make_room(scene, &request)?;
-            self.renew_rank_of_attempts(request.rank);
+            self.renew_rank_of_given_up(request.rank);
         } else {
             self.check_may_rejoin(&request)?;
         }

@@ -12,9 +12,11 @@
 //!   job that has a living worker or an open attempt;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
 
+mod attempt;
 mod barriers;
 mod checkpoints;
 mod datasets;
+mod given_up;
 mod members;
 mod record;
 mod refusal;
@@ -29,8 +31,9 @@ pub use record::{Change, Key, RecoverError};
 pub use refusal::{Refusal, RefusalKind};
 pub use summary::{JobSummary, Summary};
 
+use attempt::Attempt;
 use barriers::Barrier;
-use checkpoints::{AbortedAttempt, Attempt};
+use given_up::AbortedAttempt;
 use members::Member;
 use record::Stored;
 
