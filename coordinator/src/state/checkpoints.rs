@@ -29,9 +29,10 @@ use dtr_proto::v1;
 
 use super::attempt::{ATTEMPTS_MAX, Attempt, Report, invalid_shard};
 use super::given_up::{Refused, Told};
+use super::losses::LostMember;
+use super::members::ended;
 use super::{
     COMMITS_KEPT, Change, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene, Ticket,
-    members::LostMember, members::ended,
 };
 
 /// What to do where one rank opens a store, and others have it open.

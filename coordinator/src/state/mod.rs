@@ -17,6 +17,7 @@ mod barriers;
 mod checkpoints;
 mod datasets;
 mod given_up;
+mod losses;
 mod members;
 mod record;
 mod refusal;
