@@ -31,6 +31,7 @@ use super::attempt::{ATTEMPTS_MAX, Attempt, Report, invalid_shard};
 use super::given_up::{Refused, Told};
 use super::losses::LostMember;
 use super::members::ended;
+use super::stragglers::SAVE_AFTER_MS;
 use super::{
     COMMITS_KEPT, Change, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene, Ticket,
 };
@@ -38,8 +39,6 @@ use super::{
 /// What to do where one rank opens a store, and others have it open.
 const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: \
                         they go on from the newest checkpoint";
-/// It is said who has not begun a checkpoint, after it has been waited for this long.
-const STRAGGLERS_AFTER_MS: [u64; 3] = [10_000, 60_000, 600_000];
 
 impl Job {
     pub(super) fn begin(
@@ -395,15 +394,14 @@ impl Job {
         let mut attempts = std::mem::take(&mut self.attempts);
         for (step, attempt) in &mut attempts {
             let waited_ms = scene.at.now_ms.saturating_sub(attempt.begun_ms);
-            let warn_ms = STRAGGLERS_AFTER_MS.get(attempt.warnings).copied();
+            let warn_ms = SAVE_AFTER_MS.get(attempt.warnings).copied();
             if warn_ms.is_none_or(|warn_ms| waited_ms < warn_ms) {
                 continue;
             }
             attempt.warnings += 1;
             let missing = self.missing_of(|rank| attempt.begun.contains_key(&rank));
             if !missing.is_empty() && !attempt.is_recovered {
-                let what = format!("the save of step {step}");
-                let text = self.straggler_text(&what, &missing, waited_ms);
+                let text = self.save_text(*step, &missing, waited_ms);
                 self.note(scene, Level::Warn, text);
             }
         }

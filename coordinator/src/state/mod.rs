@@ -12,6 +12,7 @@
 //!   job that has a living worker or an open attempt;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
 
+mod agreement;
 mod attempt;
 mod barriers;
 mod checkpoints;
@@ -21,6 +22,7 @@ mod losses;
 mod members;
 mod record;
 mod refusal;
+mod stragglers;
 mod summary;
 
 use std::collections::{BTreeMap, VecDeque};
