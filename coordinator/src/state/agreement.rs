@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use dtr_proto::v1;
 
 use super::barriers::Call;
-use super::{Job, Refusal, RefusalKind, Reply, Scene, Ticket};
+use super::{Context, Job, Refusal, RefusalKind, Reply, Ticket};
 
 /// Steps that one rank may offer.
 const STEPS_MAX: usize = 100_000;
@@ -101,7 +101,7 @@ fn worst_hindrance(offers: &[(u32, &Offer)]) -> Option<v1::Hindrance> {
 impl Job {
     pub(super) fn agree_step(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         mut request: v1::AgreeStepRequest,
     ) -> Result<Option<Reply>, Refusal> {
@@ -115,6 +115,6 @@ impl Job {
             alike: "",
             offer: Some(Offer::of(request)?),
         };
-        self.arrive(scene, ticket, call)
+        self.arrive(context, ticket, call)
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dtr_proto::v1;
 
-use super::{EndedAttempt, Refusal, RefusalKind, Reply, Scene, Ticket};
+use super::{Context, EndedAttempt, Refusal, RefusalKind, Reply, Ticket};
 
 /// Attempts that a job may have in flight.
 pub(super) const ATTEMPTS_MAX: usize = 64;
@@ -102,7 +102,12 @@ impl Attempt {
         self.is_complete(world_size) && self.published.len() == self.shards.len()
     }
 
-    pub(super) fn commit(&self, step: u64, scene: &Scene<'_>, manifest_crc32c: u32) -> v1::Commit {
+    pub(super) fn commit(
+        &self,
+        step: u64,
+        context: &Context<'_>,
+        manifest_crc32c: u32,
+    ) -> v1::Commit {
         v1::Commit {
             step,
             attempt: self.record.attempt.clone(),
@@ -110,7 +115,7 @@ impl Attempt {
             bytes: self.shards.values().map(|shard| shard.bytes).sum(),
             raw_bytes: self.shards.values().map(|shard| shard.raw_bytes).sum(),
             manifest_crc32c,
-            committed_unix_ms: scene.at.wall_ms,
+            committed_unix_ms: context.at.wall_ms,
             epoch: self.record.epoch,
         }
     }

@@ -19,7 +19,7 @@ use dtr_proto::v1::{self, wait_barrier_reply::Outcome};
 
 use super::agreement::{AGREEMENT, Agreement, Offer};
 use super::stragglers::BARRIER_AFTER_MS;
-use super::{Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, Ticket};
+use super::{Change, Context, Job, Key, Level, Refusal, RefusalKind, Reply, Ticket};
 
 /// Longest wait, and the shortest.
 const TIMEOUT_MAX_MS: u64 = 24 * 3_600_000;
@@ -163,7 +163,7 @@ impl Ended {
 impl Job {
     pub(super) fn wait_barrier(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         request: &v1::WaitBarrierRequest,
     ) -> Result<Option<Reply>, Refusal> {
@@ -175,12 +175,12 @@ impl Job {
             alike: &request.alike,
             offer: None,
         };
-        self.arrive(scene, ticket, call)
+        self.arrive(context, ticket, call)
     }
 
     pub(super) fn arrive(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         call: Call<'_>,
     ) -> Result<Option<Reply>, Refusal> {
@@ -189,9 +189,9 @@ impl Job {
             return Ok(Some(ended.reply(call.name)));
         }
         if !self.barriers.contains_key(call.name) {
-            self.make_room_for_barrier(scene)?;
+            self.make_room_for_barrier(context)?;
         }
-        self.enter(scene, ticket, rank, call)?;
+        self.enter(context, ticket, rank, call)?;
         Ok(None)
     }
 
@@ -222,12 +222,12 @@ impl Job {
     /// last.
     fn enter(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         rank: u32,
         call: Call<'_>,
     ) -> Result<(), Refusal> {
-        let now_ms = scene.at.now_ms;
+        let now_ms = context.at.now_ms;
         let barrier = self.barriers.entry(call.name.to_owned()).or_default();
         if barrier.waiting.get(&rank).is_some_and(|arrival| arrival.key > call.key) {
             return Err(superseded(rank));
@@ -247,12 +247,12 @@ impl Job {
         if let Some(older) = barrier.waiting.insert(rank, arrival)
             && older.ticket != ticket
         {
-            scene.effects.replies.push((older.ticket, Reply::Refused(superseded(rank))));
+            context.effects.replies.push((older.ticket, Reply::Refused(superseded(rank))));
         }
         if call.name == OPENING_BARRIER {
-            self.give_up_unreported(scene, rank);
+            self.give_up_unreported(context, rank);
         }
-        self.release_if_complete(scene, call.name);
+        self.release_if_complete(context, call.name);
         Ok(())
     }
 
@@ -262,7 +262,7 @@ impl Job {
         barrier.waiting.keys().copied().find(|opening| *opening != rank)
     }
 
-    fn release_if_complete(&mut self, scene: &mut Scene<'_>, name: &str) {
+    fn release_if_complete(&mut self, context: &mut Context<'_>, name: &str) {
         let Some(barrier) = self.barriers.get_mut(name) else { return };
         if barrier.waiting.len() != usize::try_from(self.record.world_size).unwrap_or(usize::MAX) {
             return;
@@ -271,7 +271,7 @@ impl Job {
             barrier.unlike = Some(refusal.clone());
             for rank in 0..self.record.world_size {
                 let refused = |ticket| (ticket, Reply::Refused(refusal.clone()));
-                scene.effects.replies.extend(barrier.end_wait(rank).map(refused));
+                context.effects.replies.extend(barrier.end_wait(rank).map(refused));
             }
             return;
         }
@@ -282,20 +282,20 @@ impl Job {
             agreement: Agreement::recorded(record),
         };
         let key = Key::Barrier { job: self.name.clone(), name: name.to_owned() };
-        scene.effects.changes.push(Change::put(key, record));
+        context.effects.changes.push(Change::put(key, record));
         let replies = waiting.values().map(|a| (a.ticket, ended.clone().reply(name)));
-        scene.effects.replies.extend(replies);
+        context.effects.replies.extend(replies);
     }
 
     /// At the limit the barrier that was released the longest ago goes, if nobody waits at it.
-    fn make_room_for_barrier(&mut self, scene: &mut Scene<'_>) -> Result<(), Refusal> {
-        if self.barriers.len() < scene.policy.barriers_max {
+    fn make_room_for_barrier(&mut self, context: &mut Context<'_>) -> Result<(), Refusal> {
+        if self.barriers.len() < context.policy.barriers_max {
             return Ok(());
         }
         let order = |barrier: &Barrier| barrier.record.as_ref().map_or(0, |record| record.order);
         let idle = self.barriers.iter().filter(|(_, barrier)| barrier.waiting.is_empty());
         let oldest = idle.min_by_key(|(_, barrier)| order(barrier)).map(|(name, _)| name.clone());
-        let name = oldest.ok_or_else(|| too_many(&self.name, scene.policy.barriers_max))?;
+        let name = oldest.ok_or_else(|| too_many(&self.name, context.policy.barriers_max))?;
         let Some(barrier) = self.barriers.remove(&name) else { return Ok(()) };
         for (rank, key) in barrier.past_arrivals() {
             let past = self.past_arrivals.entry(rank).or_insert(key);
@@ -303,14 +303,14 @@ impl Job {
         }
         if barrier.is_kept() {
             let key = Key::Barrier { job: self.name.clone(), name };
-            scene.effects.changes.push(Change::remove(key));
+            context.effects.changes.push(Change::remove(key));
         }
         Ok(())
     }
 
     pub(super) fn withdraw_barrier(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::WithdrawBarrierRequest,
     ) -> Result<Reply, Refusal> {
         let (_, rank) = self.member_of(request.identity.as_ref())?;
@@ -319,45 +319,45 @@ impl Job {
         {
             let ticket = barrier.end_wait(rank);
             let refusal = |ticket| (ticket, Reply::Refused(taken_back(rank)));
-            scene.effects.replies.extend(ticket.map(refusal));
+            context.effects.replies.extend(ticket.map(refusal));
         }
         Ok(Reply::Done)
     }
 
     /// A worker was lost: nobody can know whether the others still mean the same point.
-    pub(super) fn break_barriers(&mut self, scene: &mut Scene<'_>) {
+    pub(super) fn break_barriers(&mut self, context: &mut Context<'_>) {
         let reason = self.newest_loss();
         let changed = v1::EpochChanged { epoch: self.record.epoch, reason };
-        self.end_waits(scene, &Ended::of(Outcome::EpochChanged(changed)));
+        self.end_waits(context, &Ended::of(Outcome::EpochChanged(changed)));
     }
 
-    pub(super) fn abort_barriers(&mut self, scene: &mut Scene<'_>, reason: &str) {
-        self.end_waits(scene, &Ended::of(Outcome::Aborted(reason.to_owned())));
+    pub(super) fn abort_barriers(&mut self, context: &mut Context<'_>, reason: &str) {
+        self.end_waits(context, &Ended::of(Outcome::Aborted(reason.to_owned())));
     }
 
-    fn end_waits(&mut self, scene: &mut Scene<'_>, ended: &Ended) {
+    fn end_waits(&mut self, context: &mut Context<'_>, ended: &Ended) {
         for (name, barrier) in &mut self.barriers {
             for (rank, arrival) in std::mem::take(&mut barrier.waiting) {
                 barrier.ended.insert(rank, arrival.key);
-                scene.effects.replies.push((arrival.ticket, ended.clone().reply(name)));
+                context.effects.replies.push((arrival.ticket, ended.clone().reply(name)));
             }
         }
     }
 
     /// A new run counts from the beginning.
-    pub(super) fn forget_barriers(&mut self, scene: &mut Scene<'_>) {
+    pub(super) fn forget_barriers(&mut self, context: &mut Context<'_>) {
         self.past_arrivals.clear();
         self.releases = 0;
         for (name, barrier) in std::mem::take(&mut self.barriers) {
             if barrier.record.is_some() {
                 let key = Key::Barrier { job: self.name.clone(), name };
-                scene.effects.changes.push(Change::remove(key));
+                context.effects.changes.push(Change::remove(key));
             }
         }
     }
 
-    pub(super) fn tick_barriers(&mut self, scene: &mut Scene<'_>) {
-        let now_ms = scene.at.now_ms;
+    pub(super) fn tick_barriers(&mut self, context: &mut Context<'_>) {
+        let now_ms = context.at.now_ms;
         let mut barriers = std::mem::take(&mut self.barriers);
         for (name, barrier) in barriers.iter_mut().filter(|(_, b)| !b.waiting.is_empty()) {
             let waited_ms = now_ms - barrier.since_ms;
@@ -365,15 +365,15 @@ impl Job {
             if warn_ms.is_some_and(|warn_ms| warn_ms <= waited_ms) {
                 barrier.warnings += 1;
                 let text = self.barrier_text(name, &self.missing(barrier), waited_ms);
-                self.note(scene, Level::Warn, text);
+                self.note(context, Level::Warn, text);
             }
-            self.end_late_waits(scene, name, barrier);
+            self.end_late_waits(context, name, barrier);
         }
         self.barriers = barriers;
     }
 
-    fn end_late_waits(&self, scene: &mut Scene<'_>, name: &str, barrier: &mut Barrier) {
-        let now_ms = scene.at.now_ms;
+    fn end_late_waits(&self, context: &mut Context<'_>, name: &str, barrier: &mut Barrier) {
+        let now_ms = context.at.now_ms;
         if barrier.waiting.values().all(|arrival| now_ms < arrival.deadline_ms) {
             return;
         }
@@ -384,7 +384,7 @@ impl Job {
         for rank in late {
             let ticket = barrier.end_wait(rank);
             let reply = |ticket| (ticket, timed_out.clone().reply(name));
-            scene.effects.replies.extend(ticket.map(reply));
+            context.effects.replies.extend(ticket.map(reply));
         }
     }
 

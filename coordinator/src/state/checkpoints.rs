@@ -33,7 +33,7 @@ use super::losses::LostMember;
 use super::members::ended;
 use super::stragglers::SAVE_AFTER_MS;
 use super::{
-    COMMITS_KEPT, Change, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene, Ticket,
+    COMMITS_KEPT, Change, Context, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Ticket,
 };
 
 /// What to do where one rank opens a store, and others have it open.
@@ -43,14 +43,14 @@ const OPEN_ALL: &str = "if it was started anew, end this process, too, and start
 impl Job {
     pub(super) fn begin(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::BeginCheckpointRequest,
     ) -> Result<Reply, Refusal> {
         self.member_of(request.identity.as_ref())?;
         self.refuse_if_aborted()?;
         let (worker_id, rank) = self.current_member_of(request.identity.as_ref())?;
         let step = request.step;
-        self.give_up_left(scene, (rank, &worker_id), step);
+        self.give_up_left(context, (rank, &worker_id), step);
         if let Some(attempt) = self.attempts.get_mut(&step) {
             attempt.begun.insert(rank, request.tries);
             return Ok(attempt.reply(self.record.world_size));
@@ -68,14 +68,14 @@ impl Job {
             ));
         }
         let record = v1::AttemptRecord {
-            attempt: format!("{:032x}", scene.at.random),
-            created_unix_ms: scene.at.wall_ms,
+            attempt: format!("{:032x}", context.at.random),
+            created_unix_ms: context.at.wall_ms,
             epoch: self.record.epoch,
             rewind: request.rewind,
         };
         let key = Key::Attempt { job: self.name.clone(), step };
-        scene.effects.changes.push(Change::put(key, &record));
-        let mut attempt = Attempt::new(scene.at.now_ms, record);
+        context.effects.changes.push(Change::put(key, &record));
+        let mut attempt = Attempt::new(context.at.now_ms, record);
         attempt.begun.insert(rank, request.tries);
         let reply = attempt.reply(self.record.world_size);
         self.attempts.insert(step, attempt);
@@ -84,7 +84,12 @@ impl Job {
 
     /// A rank saves one step at a time, and goes on to later ones: what it has not reported of
     /// others that it began, or of earlier ones, it never will.
-    fn give_up_left(&mut self, scene: &mut Scene<'_>, (rank, worker_id): (u32, &str), step: u64) {
+    fn give_up_left(
+        &mut self,
+        context: &mut Context<'_>,
+        (rank, worker_id): (u32, &str),
+        step: u64,
+    ) {
         let is_left = |(other, attempt): &(&u64, &Attempt)| {
             let knows = attempt.begun.contains_key(&rank) || **other < step;
             **other != step && knows && !attempt.shards.contains_key(&rank)
@@ -94,7 +99,7 @@ impl Job {
         for other in left {
             let reason =
                 format!("rank {rank} (`{worker_id}`) went on to step {step} without reporting it");
-            self.give_up(scene, other, (Some(rank), reason));
+            self.give_up(context, other, (Some(rank), reason));
         }
     }
 
@@ -162,13 +167,13 @@ impl Job {
 
     /// A rank opens a store: what it has not reported of the saves that others wait for, it never
     /// will.
-    pub(super) fn give_up_unreported(&mut self, scene: &mut Scene<'_>, rank: u32) {
+    pub(super) fn give_up_unreported(&mut self, context: &mut Context<'_>, rank: u32) {
         let is_waited_for = |(_, attempt): &(&u64, &Attempt)| !attempt.shards.contains_key(&rank);
         let steps: Vec<u64> =
             self.attempts.iter().filter(is_waited_for).map(|(step, _)| *step).collect();
         for step in steps {
             let reason = format!("{}; {OPEN_ALL}", self.why_opening(rank));
-            self.give_up(scene, step, (Some(rank), reason));
+            self.give_up(context, step, (Some(rank), reason));
         }
     }
 
@@ -193,7 +198,7 @@ impl Job {
 
     pub(super) fn report(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         request: v1::ReportShardRequest,
     ) -> Result<Option<Reply>, Refusal> {
@@ -220,23 +225,23 @@ impl Job {
         }
         let report = Report { shard, own_store, published_crc32c, replicated_crc32c };
         if let Some(older) = attempt.take(ticket, rank, report)? {
-            scene.effects.replies.push((older, Reply::Refused(superseded(rank))));
+            context.effects.replies.push((older, Reply::Refused(superseded(rank))));
         }
         if let Some(other) = attempt.differs_from(rank) {
-            self.give_up(scene, step, (None, unlike(rank, other)));
+            self.give_up(context, step, (None, unlike(rank, other)));
         } else if attempt.is_published_by_all(world_size) {
             let crc32c = attempt.published.values().next().copied().unwrap_or_default();
-            let commit = attempt.commit(step, scene, crc32c);
-            self.settle(scene, &commit);
+            let commit = attempt.commit(step, context, crc32c);
+            self.settle(context, &commit);
         } else if attempt.is_complete(world_size) {
-            scene.effects.replies.extend(attempt.ask_after_report(scene.at.now_ms, rank));
+            context.effects.replies.extend(attempt.ask_after_report(context.at.now_ms, rank));
         }
         Ok(None)
     }
 
     pub(super) fn commit(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::CommitCheckpointRequest,
     ) -> Result<Reply, Refusal> {
         self.member_of(request.identity.as_ref())?;
@@ -271,17 +276,17 @@ impl Job {
                 "report the shard again, with the checksum of the manifest",
             ));
         }
-        let commit = attempt.commit(*step, scene, *manifest_crc32c);
-        self.settle(scene, &commit);
+        let commit = attempt.commit(*step, context, *manifest_crc32c);
+        self.settle(context, &commit);
         Ok(Reply::Committed(commit))
     }
 
     /// Keeps a commit and tells everybody who waits for it.
-    fn settle(&mut self, scene: &mut Scene<'_>, commit: &v1::Commit) {
+    fn settle(&mut self, context: &mut Context<'_>, commit: &v1::Commit) {
         let step = commit.step;
         let Some(attempt) = self.attempts.remove(&step) else { return };
         let job = || self.name.clone();
-        let changes = &mut scene.effects.changes;
+        let changes = &mut context.effects.changes;
         changes.push(Change::put(Key::Commit { job: job(), step }, commit));
         changes.push(Change::remove(Key::Attempt { job: job(), step }));
         if attempt.record.rewind {
@@ -296,23 +301,23 @@ impl Job {
         }
         self.commit_count += 1;
         self.forgive();
-        self.keep_job(scene);
-        let took_ms = scene.at.now_ms - attempt.begun_ms;
+        self.keep_job(context);
+        let took_ms = context.at.now_ms - attempt.begun_ms;
         let text = format!(
             "step {step} is committed: {} bytes of {} ranks in {took_ms} ms",
             commit.bytes, commit.world_size
         );
-        let ended = Some(attempt.ended(step, scene.at.now_ms, String::new()));
+        let ended = Some(attempt.ended(step, context.at.now_ms, String::new()));
         let note = Note { job: self.name.clone(), level: Level::Info, text, ended };
-        scene.effects.notes.push(note);
+        context.effects.notes.push(note);
         for ticket in attempt.waiting.into_values() {
-            scene.effects.replies.push((ticket, Reply::Committed(commit.clone())));
+            context.effects.replies.push((ticket, Reply::Committed(commit.clone())));
         }
     }
 
     pub(super) fn abort_checkpoint(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::AbortCheckpointRequest,
     ) -> Result<Reply, Refusal> {
         let (worker_id, rank) = self.member_of(request.identity.as_ref())?;
@@ -323,7 +328,7 @@ impl Job {
                 attempt.asked.remove(&rank);
             }
             let reason = format!("rank {rank} (`{worker_id}`) failed: {}", request.reason);
-            self.give_up(scene, step, (Some(rank), reason));
+            self.give_up(context, step, (Some(rank), reason));
         }
         Ok(Reply::Done)
     }
@@ -331,69 +336,69 @@ impl Job {
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.
     pub(super) fn lose_rank_of_attempts(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         (rank, worker_id): (u32, &str),
         reason: &str,
     ) {
         let world_size = self.record.world_size;
-        let now_ms = scene.at.now_ms;
+        let now_ms = context.at.now_ms;
         let mut incomplete = Vec::new();
         for (step, attempt) in &mut self.attempts {
             if let Some(ticket) = attempt.waiting.remove(&rank) {
                 // It may live, and asks again once it is a member.
                 let refused = Reply::Refused(ended(worker_id, &self.name));
-                scene.effects.replies.push((ticket, refused));
+                context.effects.replies.push((ticket, refused));
             }
             // In stores of their own all must publish, and one that is gone may not have.
             if !attempt.is_complete(world_size) || attempt.each_publishes() {
                 incomplete.push(*step);
             } else if attempt.publisher.is_some_and(|(publisher, _)| publisher == rank) {
                 attempt.publisher = None;
-                scene.effects.replies.extend(attempt.ask_next(now_ms));
+                context.effects.replies.extend(attempt.ask_next(now_ms));
             }
         }
         for step in incomplete {
             let reason = format!("rank {rank} (`{worker_id}`) was lost: {reason}");
-            self.give_up(scene, step, (Some(rank), reason));
+            self.give_up(context, step, (Some(rank), reason));
         }
         self.lose_rank_of_given_up(rank);
     }
 
-    pub(super) fn forget_attempts(&mut self, scene: &mut Scene<'_>, reason: &str) {
+    pub(super) fn forget_attempts(&mut self, context: &mut Context<'_>, reason: &str) {
         let steps: Vec<u64> = self.attempts.keys().copied().collect();
         for step in steps {
-            self.give_up(scene, step, (None, reason.to_owned()));
+            self.give_up(context, step, (None, reason.to_owned()));
         }
         self.aborted.clear();
     }
 
-    pub(super) fn tick_attempts(&mut self, scene: &mut Scene<'_>) {
-        let now_ms = scene.at.now_ms;
-        let publish_ms = scene.policy.heartbeat_timeout_ms;
+    pub(super) fn tick_attempts(&mut self, context: &mut Context<'_>) {
+        let now_ms = context.at.now_ms;
+        let publish_ms = context.policy.heartbeat_timeout_ms;
         let mut late = Vec::new();
         for (step, attempt) in &mut self.attempts {
             let is_slow = attempt
                 .publisher
                 .is_some_and(|(_, asked_ms)| now_ms.saturating_sub(asked_ms) > publish_ms);
             if is_slow && !attempt.waiting.is_empty() && !attempt.each_publishes() {
-                scene.effects.replies.extend(attempt.ask_next(now_ms));
+                context.effects.replies.extend(attempt.ask_next(now_ms));
             }
-            if now_ms.saturating_sub(attempt.begun_ms) > scene.policy.checkpoint_timeout_ms {
+            if now_ms.saturating_sub(attempt.begun_ms) > context.policy.checkpoint_timeout_ms {
                 late.push(*step);
             }
         }
-        self.name_stragglers(scene);
+        self.name_stragglers(context);
         for step in late {
-            let why = self.too_late(step, scene.policy.checkpoint_timeout_ms);
-            self.give_up(scene, step, why);
+            let why = self.too_late(step, context.policy.checkpoint_timeout_ms);
+            self.give_up(context, step, why);
         }
     }
 
     /// Says who has not begun a checkpoint that the others save.
-    fn name_stragglers(&mut self, scene: &mut Scene<'_>) {
+    fn name_stragglers(&mut self, context: &mut Context<'_>) {
         let mut attempts = std::mem::take(&mut self.attempts);
         for (step, attempt) in &mut attempts {
-            let waited_ms = scene.at.now_ms.saturating_sub(attempt.begun_ms);
+            let waited_ms = context.at.now_ms.saturating_sub(attempt.begun_ms);
             let warn_ms = SAVE_AFTER_MS.get(attempt.warnings).copied();
             if warn_ms.is_none_or(|warn_ms| waited_ms < warn_ms) {
                 continue;
@@ -402,7 +407,7 @@ impl Job {
             let missing = self.missing_of(|rank| attempt.begun.contains_key(&rank));
             if !missing.is_empty() && !attempt.is_recovered {
                 let text = self.save_text(*step, &missing, waited_ms);
-                self.note(scene, Level::Warn, text);
+                self.note(context, Level::Warn, text);
             }
         }
         self.attempts = attempts;

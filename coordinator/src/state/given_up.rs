@@ -1,8 +1,8 @@
 //! Attempts that were given up, and who knows it.
 //!
 //! Always holds:
-//! - a rank that had no part in an attempt that was given up is told once when it comes to the step,
-//!   and then it is past it; what it sends again is told again;
+//! - a rank that had no part in an attempt that was given up is told once when it comes to the
+//!   step, and then it is past it; what it sends again is told again;
 //! - a job remembers [`ATTEMPTS_MAX`] such steps at most, and forgets the lowest first.
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use dtr_proto::v1;
 
 use super::attempt::ATTEMPTS_MAX;
-use super::{Change, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene};
+use super::{Change, Context, Job, Key, Level, Note, Refusal, RefusalKind, Reply};
 
 /// An attempt that was given up: why, for ranks that still write their shard, and for those that
 /// come to it late.
@@ -126,22 +126,22 @@ impl Job {
     /// Gives an attempt up, because of a rank if one is the reason, and tells everybody who waits.
     pub(super) fn give_up(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         step: u64,
         (rank, reason): (Option<u32>, String),
     ) {
         let Some(attempt) = self.attempts.remove(&step) else { return };
         let may_be_published = attempt.may_be_published();
-        let ended = Some(attempt.ended(step, scene.at.now_ms, reason.clone()));
+        let ended = Some(attempt.ended(step, context.at.now_ms, reason.clone()));
         let aborted = v1::AttemptAborted { reason, rank, may_be_published };
         let key = Key::Attempt { job: self.name.clone(), step };
-        scene.effects.changes.push(Change::remove(key));
+        context.effects.changes.push(Change::remove(key));
         for ticket in attempt.waiting.into_values() {
-            scene.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
+            context.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
         }
         let text = format!("the save of step {step} is given up: {}", aborted.reason);
         let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
-        scene.effects.notes.push(note);
+        context.effects.notes.push(note);
         let tries = attempt.begun.values().copied().max().unwrap_or_default();
         let begun = attempt.begun.into_iter();
         let told = begun.map(|(rank, tries)| (rank, Told::Tries(tries))).collect();

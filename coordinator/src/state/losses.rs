@@ -10,7 +10,7 @@
 use dtr_proto::v1::{ChangeKind, WorkerState};
 
 use super::members::Member;
-use super::{Job, Level, Scene};
+use super::{Context, Job, Level};
 
 /// A worker that missed this many heartbeats is suspect.
 const SUSPECT_AFTER_INTERVALS: u64 = 3;
@@ -52,46 +52,46 @@ impl Job {
     }
 
     /// Takes a worker out and tells everything that counted on it.
-    pub(super) fn lose(&mut self, scene: &mut Scene<'_>, loss: &Loss<'_>) {
+    pub(super) fn lose(&mut self, context: &mut Context<'_>, loss: &Loss<'_>) {
         let Some(member) = self.members.get_mut(loss.worker_id) else { return };
         let rank = member.record.rank;
         let is_leave = loss.kind == ChangeKind::Left;
         member.record.state =
             if is_leave { WorkerState::Left.into() } else { WorkerState::Dead.into() };
-        member.heard_ms = scene.at.now_ms;
+        member.heard_ms = context.at.now_ms;
         self.holders.remove(&rank);
         self.record.epoch += 1;
         self.record.fence = self.record.epoch;
-        self.keep_member(scene, loss.worker_id);
+        self.keep_member(context, loss.worker_id);
         self.log(loss.worker_id, rank, loss.kind, loss.reason.clone());
         let level = if is_leave { Level::Info } else { Level::Warn };
         let text = format!("`{}` (rank {rank}) is gone: {}", loss.worker_id, loss.reason);
-        self.note(scene, level, text);
-        self.count_failure(scene, loss);
+        self.note(context, level, text);
+        self.count_failure(context, loss);
         if self.holders.is_empty() {
-            self.note_end(scene);
+            self.note_end(context);
         }
-        self.keep_job(scene);
-        self.break_barriers(scene);
-        self.lose_rank_of_attempts(scene, (rank, loss.worker_id), &loss.reason);
-        if self.record.failures >= scene.policy.max_worker_failures {
+        self.keep_job(context);
+        self.break_barriers(context);
+        self.lose_rank_of_attempts(context, (rank, loss.worker_id), &loss.reason);
+        if self.record.failures >= context.policy.max_worker_failures {
             let reason = format!(
                 "{} failures since the last checkpoint, at most {} are allowed; the last: `{}` \
                  (rank {rank}): {}",
                 self.record.failures,
-                scene.policy.max_worker_failures - 1,
+                context.policy.max_worker_failures - 1,
                 loss.worker_id,
                 loss.reason
             );
-            self.abort(scene, &reason);
+            self.abort(context, &reason);
         }
     }
 
     /// Counts what is a failure. Workers that are started again together are replaced one by one:
     /// that is one. So are the deaths of workers that fell silent together.
-    fn count_failure(&mut self, scene: &Scene<'_>, loss: &Loss<'_>) {
-        let now_ms = scene.at.now_ms;
-        let window_ms = scene.policy.heartbeat_timeout_ms;
+    fn count_failure(&mut self, context: &Context<'_>, loss: &Loss<'_>) {
+        let now_ms = context.at.now_ms;
+        let window_ms = context.policy.heartbeat_timeout_ms;
         let is_failure = match loss.kind {
             ChangeKind::Failed | ChangeKind::Died => true,
             ChangeKind::Replaced => {
@@ -134,27 +134,27 @@ impl Job {
         self.failures.clear();
     }
 
-    pub(super) fn lose_everybody(&mut self, scene: &mut Scene<'_>, reason: &str) {
-        self.failed_ms = Some(scene.at.now_ms); // a take-over is no failure
+    pub(super) fn lose_everybody(&mut self, context: &mut Context<'_>, reason: &str) {
+        self.failed_ms = Some(context.at.now_ms); // a take-over is no failure
         for worker_id in std::mem::take(&mut self.holders).into_values() {
             let reason = reason.to_owned();
             let kind = ChangeKind::Replaced;
             let loss = Loss { worker_id: &worker_id, kind, reason, in_silence: false };
-            self.lose(scene, &loss);
+            self.lose(context, &loss);
         }
     }
 
-    pub(super) fn tick_members(&mut self, scene: &mut Scene<'_>) {
-        if scene.at.now_ms < self.quiet_until_ms {
+    pub(super) fn tick_members(&mut self, context: &mut Context<'_>) {
+        if context.at.now_ms < self.quiet_until_ms {
             return;
         }
-        let timeout_ms = scene.policy.heartbeat_timeout_ms;
-        let heard_ms = HEARD_INTERVALS * scene.policy.heartbeat_interval_ms;
+        let timeout_ms = context.policy.heartbeat_timeout_ms;
+        let heard_ms = HEARD_INTERVALS * context.policy.heartbeat_interval_ms;
         let mut dead = Vec::new();
         let mut in_silence = true;
         for worker_id in self.holders.values() {
             let member = &self.members[worker_id];
-            let silent_ms = scene.at.now_ms.saturating_sub(member.heard_ms);
+            let silent_ms = context.at.now_ms.saturating_sub(member.heard_ms);
             in_silence &= silent_ms > heard_ms;
             if silent_ms > timeout_ms {
                 dead.push((worker_id.clone(), silent_ms));
@@ -165,18 +165,18 @@ impl Job {
                 format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
             let kind = ChangeKind::Died;
             let loss = Loss { worker_id: &worker_id, kind, reason, in_silence };
-            self.lose(scene, &loss);
+            self.lose(context, &loss);
         }
-        self.doubt(scene);
-        self.quiet_until_ms = self.next_due_ms(scene);
+        self.doubt(context);
+        self.quiet_until_ms = self.next_due_ms(context);
     }
 
     /// Before when no tick finds anything. Who is heard of, or registers, after this one is due no
     /// sooner than the shortest limit allows.
-    fn next_due_ms(&self, scene: &Scene<'_>) -> u64 {
-        let timeout_ms = scene.policy.heartbeat_timeout_ms;
-        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
-        let stalled_ms = match scene.policy.progress_timeout_ms {
+    fn next_due_ms(&self, context: &Context<'_>) -> u64 {
+        let timeout_ms = context.policy.heartbeat_timeout_ms;
+        let suspect_ms = SUSPECT_AFTER_INTERVALS * context.policy.heartbeat_interval_ms;
+        let stalled_ms = match context.policy.progress_timeout_ms {
             0 => u64::MAX,
             stalled_ms => stalled_ms,
         };
@@ -189,16 +189,16 @@ impl Job {
             silent_ms.min(member.progressed_ms.saturating_add(stalled_ms))
         };
         let shortest_ms = timeout_ms.min(suspect_ms).min(stalled_ms);
-        let latest_ms = scene.at.now_ms.saturating_add(shortest_ms);
+        let latest_ms = context.at.now_ms.saturating_add(shortest_ms);
         // A limit is passed one millisecond after it was reached.
         self.holders.values().map(due_ms).fold(latest_ms, u64::min).saturating_add(1)
     }
 
     /// Marks who missed heartbeats, and whose training loop stands still.
-    fn doubt(&mut self, scene: &mut Scene<'_>) {
-        let now_ms = scene.at.now_ms;
-        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
-        let stalled_ms = scene.policy.progress_timeout_ms;
+    fn doubt(&mut self, context: &mut Context<'_>) {
+        let now_ms = context.at.now_ms;
+        let suspect_ms = SUSPECT_AFTER_INTERVALS * context.policy.heartbeat_interval_ms;
+        let stalled_ms = context.policy.progress_timeout_ms;
         let mut texts = Vec::new();
         for (rank, worker_id) in &self.holders {
             let member = self.members.get_mut(worker_id).expect("holders are members");
@@ -218,7 +218,7 @@ impl Job {
             }
         }
         for text in texts {
-            self.note(scene, Level::Warn, text);
+            self.note(context, Level::Warn, text);
         }
     }
 }

@@ -15,7 +15,7 @@ use dtr_proto::v1::{self, ChangeKind, WorkerRecord, WorkerState};
 
 use super::losses::Loss;
 use super::{
-    CHANGES_KEPT, Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, WORLD_SIZE_MAX,
+    CHANGES_KEPT, Change, Context, Job, Key, Level, Refusal, RefusalKind, Reply, WORLD_SIZE_MAX,
 };
 
 /// A worker: what is kept of it, and what is only remembered.
@@ -59,7 +59,7 @@ impl Member {
 impl Job {
     pub(super) fn register(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         incarnation: u64,
         request: v1::RegisterRequest,
     ) -> Result<Reply, Refusal> {
@@ -70,34 +70,34 @@ impl Job {
             if !member.is_alive() {
                 return Err(ended(&request.worker_id, &self.name));
             }
-            member.heard_ms = scene.at.now_ms;
+            member.heard_ms = context.at.now_ms;
             let epoch = member.record.joined_epoch;
-            return Ok(self.welcome(scene, incarnation, epoch));
+            return Ok(self.welcome(context, incarnation, epoch));
         }
         let known = self.members.get(&request.worker_id);
         if known.is_some_and(|known| known.record.former_incarnation == request.incarnation) {
             return Err(ended(&request.worker_id, &self.name));
         }
         if request.rejoins == 0 {
-            self.make_room(scene, &request)?;
+            self.make_room(context, &request)?;
             self.renew_rank_of_given_up(request.rank);
         } else {
             self.check_may_rejoin(&request)?;
         }
-        let epoch = self.join(scene, request);
-        Ok(self.welcome(scene, incarnation, epoch))
+        let epoch = self.join(context, request);
+        Ok(self.welcome(context, incarnation, epoch))
     }
 
     /// Ends the last run or the worker's last process, if they stand in the way and may be ended.
     fn make_room(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::RegisterRequest,
     ) -> Result<(), Refusal> {
         let is_known = self.members.get(&request.worker_id).is_some_and(Member::is_alive);
         let resizes = request.world_size != self.record.world_size;
         if self.holders.is_empty() {
-            self.begin_run(scene, request.world_size);
+            self.begin_run(context, request.world_size);
             return Ok(());
         }
         if resizes && !is_known {
@@ -105,17 +105,17 @@ impl Job {
         }
         if resizes {
             let reason = format!("a run of world size {} took the job over", request.world_size);
-            self.lose_everybody(scene, &reason);
-            self.begin_run(scene, request.world_size);
+            self.lose_everybody(context, &reason);
+            self.begin_run(context, request.world_size);
             return Ok(());
         }
         self.refuse_if_aborted()?;
-        self.check_rank_is_free(scene, request)?;
+        self.check_rank_is_free(context, request)?;
         if is_known {
             let worker_id = &request.worker_id;
             let reason = format!("a new process of `{worker_id}` took its place");
             let kind = ChangeKind::Replaced;
-            self.lose(scene, &Loss { worker_id, kind, reason, in_silence: false });
+            self.lose(context, &Loss { worker_id, kind, reason, in_silence: false });
             self.refuse_if_aborted()?;
         }
         Ok(())
@@ -140,7 +140,7 @@ impl Job {
 
     fn check_rank_is_free(
         &self,
-        scene: &Scene<'_>,
+        context: &Context<'_>,
         request: &v1::RegisterRequest,
     ) -> Result<(), Refusal> {
         let rank = request.rank;
@@ -155,10 +155,10 @@ impl Job {
             ));
         }
         for (worker_id, member) in self.members.iter().filter(|(_, m)| m.record.rank == rank) {
-            let free_ms = member.heard_ms.saturating_add(scene.policy.failure_backoff_ms);
-            let is_kept = member.record.state() == WorkerState::Dead && scene.at.now_ms < free_ms;
+            let free_ms = member.heard_ms.saturating_add(context.policy.failure_backoff_ms);
+            let is_kept = member.record.state() == WorkerState::Dead && context.at.now_ms < free_ms;
             if is_kept && *worker_id != request.worker_id {
-                let left_ms = free_ms - scene.at.now_ms;
+                let left_ms = free_ms - context.at.now_ms;
                 return Err(Refusal::new(
                     RefusalKind::Conflict,
                     format!("rank {rank} is kept for `{worker_id}` for another {left_ms} ms"),
@@ -170,7 +170,7 @@ impl Job {
     }
 
     /// Forgets the last run. Failures stay counted where the same job just starts over.
-    fn begin_run(&mut self, scene: &mut Scene<'_>, world_size: u32) {
+    fn begin_run(&mut self, context: &mut Context<'_>, world_size: u32) {
         let finished = self.members.values().all(|m| m.record.state() == WorkerState::Left);
         let was_aborted = !self.record.abort_reason.is_empty();
         if finished || was_aborted || world_size != self.record.world_size {
@@ -178,18 +178,18 @@ impl Job {
         }
         for worker_id in std::mem::take(&mut self.members).into_keys() {
             let key = Key::Worker { job: self.name.clone(), worker_id };
-            scene.effects.changes.push(Change::remove(key));
+            context.effects.changes.push(Change::remove(key));
         }
-        self.forget_barriers(scene);
-        self.forget_attempts(scene, "a new run of the job began");
+        self.forget_barriers(context);
+        self.forget_attempts(context, "a new run of the job began");
         self.record.run += 1;
         self.record.world_size = world_size;
         self.record.abort_reason.clear();
     }
 
-    fn join(&mut self, scene: &mut Scene<'_>, request: v1::RegisterRequest) -> u64 {
+    fn join(&mut self, context: &mut Context<'_>, request: v1::RegisterRequest) -> u64 {
         let v1::RegisterRequest { worker_id, incarnation, rank, ip, port, .. } = request;
-        self.drop_former_holders(scene, rank, &worker_id);
+        self.drop_former_holders(context, rank, &worker_id);
         let former = self.members.get(&worker_id);
         let former_incarnation = former.map_or(0, |former| former.record.incarnation);
         let failure = former.map_or(0, |former| former.failure);
@@ -208,22 +208,22 @@ impl Job {
             state: WorkerState::Alive.into(),
             former_incarnation,
         };
-        let now_ms = scene.at.now_ms;
+        let now_ms = context.at.now_ms;
         let member =
             Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
         self.holders.insert(rank, worker_id.clone());
         self.members.insert(worker_id.clone(), member);
-        self.keep_member(scene, &worker_id);
-        self.keep_job(scene);
+        self.keep_member(context, &worker_id);
+        self.keep_job(context);
         self.log(&worker_id, rank, ChangeKind::Joined, String::new());
         let (alive, world) = (self.holders.len(), self.record.world_size);
         let text = format!("`{worker_id}` joined as rank {rank}: {alive} of {world} are there");
-        self.note(scene, Level::Info, text);
+        self.note(context, Level::Info, text);
         self.record.epoch
     }
 
     /// Those who held the rank before are history once it is taken again.
-    fn drop_former_holders(&mut self, scene: &mut Scene<'_>, rank: u32, worker_id: &str) {
+    fn drop_former_holders(&mut self, context: &mut Context<'_>, rank: u32, worker_id: &str) {
         let is_former = |id: &String, member: &Member| {
             member.record.rank == rank && !member.is_alive() && id != worker_id
         };
@@ -236,12 +236,12 @@ impl Job {
         for worker_id in former {
             self.members.remove(&worker_id);
             let key = Key::Worker { job: self.name.clone(), worker_id };
-            scene.effects.changes.push(Change::remove(key));
+            context.effects.changes.push(Change::remove(key));
         }
     }
 
-    fn welcome(&self, scene: &Scene<'_>, incarnation: u64, epoch: u64) -> Reply {
-        let policy = scene.policy;
+    fn welcome(&self, context: &Context<'_>, incarnation: u64, epoch: u64) -> Reply {
+        let policy = context.policy;
         Reply::Register(v1::RegisterReply {
             epoch,
             coordinator_incarnation: incarnation,
@@ -254,7 +254,7 @@ impl Job {
 
     pub(super) fn heartbeat(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         incarnation: u64,
         request: &v1::HeartbeatRequest,
     ) -> Result<Reply, Refusal> {
@@ -263,7 +263,7 @@ impl Job {
         self.heartbeat_count += 1;
         self.silence = None;
         let member = self.members.get_mut(&worker_id).expect("it was just found");
-        member.hear(scene.at.now_ms, request.progress);
+        member.hear(context.at.now_ms, request.progress);
         let changes = if known_epoch == self.record.epoch {
             Vec::new()
         } else {
@@ -280,7 +280,7 @@ impl Job {
 
     pub(super) fn leave(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::LeaveRequest,
     ) -> Result<Reply, Refusal> {
         match self.member_of(request.identity.as_ref()) {
@@ -291,7 +291,7 @@ impl Job {
                     (ChangeKind::Failed, request.failure.clone())
                 };
                 let worker_id = &worker_id;
-                self.lose(scene, &Loss { worker_id, kind, reason, in_silence: false });
+                self.lose(context, &Loss { worker_id, kind, reason, in_silence: false });
             }
             // It is gone already: by this call, sent twice, or by its death.
             Err(refusal) if refusal.kind == RefusalKind::Fenced => {}
@@ -300,7 +300,7 @@ impl Job {
         Ok(Reply::Leave(v1::LeaveReply { epoch: self.record.epoch }))
     }
 
-    pub(super) fn list_workers(&self, scene: &Scene<'_>) -> Reply {
+    pub(super) fn list_workers(&self, context: &Context<'_>) -> Reply {
         let mut workers: Vec<v1::Worker> = self
             .members
             .iter()
@@ -311,7 +311,7 @@ impl Job {
                 port: member.record.port,
                 advertise_address: member.record.advertise_address.clone(),
                 state: member.state().into(),
-                silent_ms: scene.at.now_ms.saturating_sub(member.heard_ms),
+                silent_ms: context.at.now_ms.saturating_sub(member.heard_ms),
                 progress: member.progress,
                 joined_epoch: member.record.joined_epoch,
             })
@@ -364,19 +364,19 @@ impl Job {
     }
 
     /// Ends the job for everybody, once.
-    pub(super) fn abort(&mut self, scene: &mut Scene<'_>, reason: &str) {
+    pub(super) fn abort(&mut self, context: &mut Context<'_>, reason: &str) {
         if !self.record.abort_reason.is_empty() {
             return;
         }
         reason.clone_into(&mut self.record.abort_reason);
-        self.keep_job(scene);
-        self.note(scene, Level::Warn, format!("the job is aborted: {reason}"));
-        self.abort_barriers(scene, reason);
-        self.forget_attempts(scene, &format!("the job is aborted: {reason}"));
+        self.keep_job(context);
+        self.note(context, Level::Warn, format!("the job is aborted: {reason}"));
+        self.abort_barriers(context, reason);
+        self.forget_attempts(context, &format!("the job is aborted: {reason}"));
     }
 
-    pub(super) fn abort_by_operator(&mut self, scene: &mut Scene<'_>, reason: &str) -> Reply {
-        self.abort(scene, &format!("an operator aborted it: {reason}"));
+    pub(super) fn abort_by_operator(&mut self, context: &mut Context<'_>, reason: &str) -> Reply {
+        self.abort(context, &format!("an operator aborted it: {reason}"));
         Reply::Done
     }
 
@@ -406,9 +406,9 @@ impl Job {
         )
     }
 
-    pub(super) fn keep_member(&self, scene: &mut Scene<'_>, worker_id: &str) {
+    pub(super) fn keep_member(&self, context: &mut Context<'_>, worker_id: &str) {
         let key = Key::Worker { job: self.name.clone(), worker_id: worker_id.to_owned() };
-        scene.effects.changes.push(Change::put(key, &self.members[worker_id].record));
+        context.effects.changes.push(Change::put(key, &self.members[worker_id].record));
     }
 
     pub(super) fn log(&mut self, worker_id: &str, rank: u32, kind: ChangeKind, reason: String) {
