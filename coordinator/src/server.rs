@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use dtr_proto::FILES_BYTES_MAX;
 use dtr_proto::v1::admin_server::AdminServer;
 use dtr_proto::v1::barriers_server::BarriersServer;
 use dtr_proto::v1::checkpoints_server::CheckpointsServer;
@@ -31,7 +32,7 @@ use crate::config::{Config, ConfigError};
 use crate::connections::accept;
 use crate::driver::{Core, system_clock};
 use crate::journal::{Journal, JournalError};
-use crate::limits::{FILES_BYTES_MAX, MESSAGE_BYTES_MAX};
+use crate::limits::MESSAGE_BYTES_MAX;
 use crate::metrics::Histograms;
 use crate::pages::{self, Pages};
 use crate::service::Service;
