@@ -14,6 +14,7 @@ use std::time::Duration;
 use coordinator::state::assign;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use dtr_engine::format::checksum::crc32c;
+use dtr_proto::FILES_BYTES_MAX;
 use dtr_proto::v1;
 use dtr_proto::v1::datasets_client::DatasetsClient;
 use tonic::transport::Channel;
@@ -21,9 +22,6 @@ use tonic::transport::Channel;
 mod service;
 
 use service::Service;
-
-/// Bytes of a message that lists files, as the coordinator bounds it.
-const FILES_BYTES_MAX: usize = 32 << 20;
 
 /// Fewer than a job may have.
 const DATASETS_OF_A_JOB: usize = 5_000;

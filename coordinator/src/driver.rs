@@ -266,15 +266,19 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()>
 pub fn system_clock() -> Clock {
     let started = Instant::now();
     Box::new(move || {
-        let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut random = [0; 16];
         getrandom::fill(&mut random).expect("the system gives random bits");
         Moment {
             now_ms: millis(started.elapsed()),
-            wall_ms: millis(wall),
+            wall_ms: wall_ms(),
             random: u128::from_le_bytes(random),
         }
     })
+}
+
+/// Milliseconds since 1970 on the wall clock; 0 if it stands before that.
+pub(crate) fn wall_ms() -> u64 {
+    millis(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -9,12 +9,14 @@
 
 pub mod auth;
 pub mod config;
+mod connections;
 pub mod driver;
 pub mod embedded;
 pub mod health;
 pub mod journal;
 mod limits;
 pub mod metrics;
+mod pages;
 pub mod server;
 pub mod service;
 pub mod state;

@@ -14,8 +14,6 @@ const TEXT_BYTES_MAX: usize = 4_096;
 const REPLICATED_MAX: usize = 8;
 /// Bytes of a message, but for registering a dataset's files.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 20;
-/// Bytes of a message that lists files.
-pub(crate) const FILES_BYTES_MAX: usize = 32 << 20;
 /// Shards in one part of the list that a publisher gets.
 pub(crate) const PART_SHARDS: usize = 1_000;
 

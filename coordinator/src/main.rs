@@ -136,7 +136,7 @@ fn ask_health(arguments: HealthArguments) -> Result<(), Box<dyn Error>> {
 
 fn configured_address(file: Option<PathBuf>) -> Result<String, ConfigError> {
     let sources = Sources { file, overrides: Vec::new() };
-    let config = Config::load(&sources, |name| std::env::var(name).ok())?;
+    let config = Config::load(&sources, |name| std::env::var_os(name))?;
     Ok(config.address().to_owned())
 }
 
@@ -167,7 +167,7 @@ fn load(sources: SourceArguments, address: Option<String>) -> Result<Config, Con
         overrides.extend(value.map(|value| format!("coordinator.{key}={value}")));
     }
     let sources = Sources { file: sources.config, overrides };
-    Config::load(&sources, |name| std::env::var(name).ok())
+    Config::load(&sources, |name| std::env::var_os(name))
 }
 
 async fn serve(config: &Config) -> Result<(), ServeError> {

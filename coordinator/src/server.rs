@@ -7,38 +7,36 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State as Shared;
-use axum::http::{StatusCode, header};
-use axum::routing::get;
+use dtr_proto::FILES_BYTES_MAX;
 use dtr_proto::v1::admin_server::AdminServer;
 use dtr_proto::v1::barriers_server::BarriersServer;
 use dtr_proto::v1::checkpoints_server::CheckpointsServer;
 use dtr_proto::v1::datasets_server::DatasetsServer;
 use dtr_proto::v1::membership_server::MembershipServer;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio_stream::Stream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::transport::server::Router;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
 use crate::auth::Auth;
 use crate::config::{Config, ConfigError};
+use crate::connections::accept;
 use crate::driver::{Core, system_clock};
 use crate::journal::{Journal, JournalError};
-use crate::limits::{FILES_BYTES_MAX, MESSAGE_BYTES_MAX};
-use crate::metrics::{self, Histograms};
+use crate::limits::MESSAGE_BYTES_MAX;
+use crate::metrics::Histograms;
+use crate::pages::{self, Pages};
 use crate::service::Service;
-use crate::state::{Event, RecoverError, Reply, State};
+use crate::state::{RecoverError, State};
 
 /// Calls that one connection may have open.
 const STREAMS_PER_CONNECTION_MAX: u32 = 256;
@@ -118,32 +116,17 @@ pub async fn run(
     let core = start_core(config, address, &histograms, failed)?;
     let draining = Arc::new(AtomicBool::new(false));
     if let Some(metrics) = metrics {
-        serve_metrics(metrics, &core, &histograms, &draining);
+        let (core, histograms) = (core.clone(), Arc::clone(&histograms));
+        pages::serve(metrics, Pages { core, histograms, draining: Arc::clone(&draining) });
     }
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<MembershipServer<Service>>().await;
     let service = Service::new(core.clone(), auth, histograms);
-    let mut builder = builder();
-    if let Some(tls) = tls {
-        builder = builder.tls_config(tls).map_err(|error| tls_error(config, &error))?;
-    }
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(dtr_proto::FILE_DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|error| ServeError::Serve(error.to_string()))?;
-    let router = builder
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(limited!(MembershipServer, service, MESSAGE_BYTES_MAX))
-        .add_service(limited!(BarriersServer, service, MESSAGE_BYTES_MAX))
-        .add_service(limited!(CheckpointsServer, service, MESSAGE_BYTES_MAX))
-        .add_service(limited!(DatasetsServer, service, FILES_BYTES_MAX))
-        .add_service(limited!(AdminServer, service, MESSAGE_BYTES_MAX));
+    let router = router(builder(config, tls)?, health, &service)?;
     info!("listening on {address}");
     let (end, ended) = oneshot::channel();
     let incoming = accept(listener, config.connections_max());
-    let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
+    let served = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
         // Whoever asks for the end drops or uses the sender: both mean the same.
         let _either = ended.await;
     }));
@@ -151,25 +134,64 @@ pub async fn run(
         () = shutdown => None,
         error = failure => error.ok(),
     };
-    info!("shutting down");
-    draining.store(true, Ordering::Release);
-    reporter.set_not_serving::<MembershipServer<Service>>().await;
-    reporter.set_service_status(WHOLE_SERVER, ServingStatus::NotServing).await;
-    core.drain().await;
-    let _gone = end.send(());
-    if tokio::time::timeout(DRAIN, serving).await.is_err() {
-        warn!("some connections did not close within {} s", DRAIN.as_secs());
-    }
+    Serving { core, draining, reporter, end, served }.end().await;
     cause.map_or(Ok(()), |error| Err(error.into()))
 }
 
-fn builder() -> Server {
-    Server::builder()
+/// What hears of the end.
+struct Serving {
+    core: Core,
+    draining: Arc<AtomicBool>,
+    reporter: HealthReporter,
+    /// Lets no more connections in once it is used.
+    end: oneshot::Sender<()>,
+    served: JoinHandle<Result<(), tonic::transport::Error>>,
+}
+
+impl Serving {
+    async fn end(self) {
+        info!("shutting down");
+        self.draining.store(true, Ordering::Release);
+        self.reporter.set_not_serving::<MembershipServer<Service>>().await;
+        self.reporter.set_service_status(WHOLE_SERVER, ServingStatus::NotServing).await;
+        self.core.drain().await;
+        let _gone = self.end.send(());
+        if tokio::time::timeout(DRAIN, self.served).await.is_err() {
+            warn!("some connections did not close within {} s", DRAIN.as_secs());
+        }
+    }
+}
+
+/// Every service, those that say what there is and how it is among them.
+fn router(
+    mut builder: Server,
+    health: HealthServer<impl Health>,
+    service: &Service,
+) -> Result<Router, ServeError> {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(dtr_proto::FILE_DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|error| ServeError::Serve(error.to_string()))?;
+    Ok(builder
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(limited!(MembershipServer, service, MESSAGE_BYTES_MAX))
+        .add_service(limited!(BarriersServer, service, MESSAGE_BYTES_MAX))
+        .add_service(limited!(CheckpointsServer, service, MESSAGE_BYTES_MAX))
+        .add_service(limited!(DatasetsServer, service, FILES_BYTES_MAX))
+        .add_service(limited!(AdminServer, service, MESSAGE_BYTES_MAX)))
+}
+
+fn builder(config: &Config, tls: Option<ServerTlsConfig>) -> Result<Server, ServeError> {
+    let builder = Server::builder()
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
         .http2_max_header_list_size(HEADERS_BYTES_MAX)
         .http2_max_pending_accept_reset_streams(Some(64))
         .http2_keepalive_interval(Some(KEEPALIVE.0))
-        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1));
+    let Some(tls) = tls else { return Ok(builder) };
+    builder.tls_config(tls).map_err(|error| tls_error(config, &error))
 }
 
 fn start_core(
@@ -218,145 +240,4 @@ fn tls_error(config: &Config, error: &tonic::transport::Error) -> ServeError {
         source = inner.source();
     }
     config.tls_refused(&why).into()
-}
-
-/// Connections, at most `connections_max` at a time; more wait in the kernel's queue.
-fn accept(
-    listener: TcpListener,
-    connections_max: usize,
-) -> impl Stream<Item = io::Result<Connection>> {
-    let (sender, receiver) = mpsc::channel(64);
-    let places = Arc::new(Semaphore::new(connections_max));
-    tokio::spawn(async move {
-        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = sender.closed() => return,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    // Small messages that are waited for.
-                    let _refused = stream.set_nodelay(true);
-                    if sender.send(Ok(Connection { stream, _place: place })).await.is_err() {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    warn!("a connection could not be taken: {error}");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    });
-    tokio_stream::wrappers::ReceiverStream::new(receiver)
-}
-
-/// A connection that gives its place back when it ends.
-struct Connection {
-    stream: TcpStream,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, bytes)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-}
-
-/// What the pages of the metrics address look at.
-#[derive(Clone)]
-struct Pages {
-    core: Core,
-    histograms: Arc<Histograms>,
-    draining: Arc<AtomicBool>,
-}
-
-fn serve_metrics(
-    listener: TcpListener,
-    core: &Core,
-    histograms: &Arc<Histograms>,
-    draining: &Arc<AtomicBool>,
-) {
-    let pages = Pages {
-        core: core.clone(),
-        histograms: Arc::clone(histograms),
-        draining: Arc::clone(draining),
-    };
-    if let Ok(address) = listener.local_addr() {
-        info!("metrics on http://{address}/metrics");
-    }
-    let router = Router::new()
-        .route("/metrics", get(show_metrics))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .route("/readyz", get(show_ready))
-        .with_state(pages);
-    tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
-            warn!("the metrics address stopped: {error}");
-        }
-    });
-}
-
-async fn show_metrics(
-    Shared(pages): Shared<Pages>,
-) -> Result<([(header::HeaderName, &'static str); 1], String), StatusCode> {
-    let Ok(Reply::Summary(summary)) = pages.core.ask(Event::Inspect).await else {
-        return Err(StatusCode::SERVICE_UNAVAILABLE);
-    };
-    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let wall_ms = u64::try_from(wall.as_millis()).unwrap_or(u64::MAX);
-    let text = metrics::render(&summary, &pages.histograms, wall_ms);
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text))
-}
-
-async fn show_ready(Shared(pages): Shared<Pages>) -> (StatusCode, &'static str) {
-    if pages.draining.load(Ordering::Acquire) {
-        return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n");
-    }
-    match pages.core.ask(Event::Inspect).await {
-        Ok(_) => (StatusCode::OK, "ready\n"),
-        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
-    }
 }

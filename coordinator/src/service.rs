@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use dtr_proto::refusal::REFUSAL_HEADER;
 use dtr_proto::v1;
 use dtr_proto::v1::admin_server::Admin;
 use dtr_proto::v1::barriers_server::Barriers;
@@ -21,9 +22,6 @@ use crate::driver::Core;
 use crate::limits;
 use crate::metrics::Histograms;
 use crate::state::{Event, Refusal, RefusalKind, Reply};
-
-/// The trailer that says what a caller does next.
-pub const REFUSAL_HEADER: &str = "dtr-refusal";
 
 /// Every service of the coordinator.
 #[derive(Clone, Debug)]

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use dtr_proto::FILES_BYTES_MAX;
 use dtr_proto::client::{
     BarrierWait, ClientError, Connection, ErrorKind, Notice, Options, Pending, Registration,
     Worker as NativeWorker,
@@ -186,9 +187,6 @@ impl Coordinator {
 
 /// A registered dataset's format, samples, samples in a shard, seed, and whether it is shuffled.
 type DatasetParts = (String, u64, u64, u64, bool);
-
-/// Bytes of a message that lists files, as the coordinator bounds it.
-const FILES_BYTES_MAX: usize = 32 << 20;
 
 /// A registered worker.
 #[pyclass(frozen, module = "dtruntime._native")]

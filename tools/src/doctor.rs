@@ -1,4 +1,7 @@
 //! `ckpt-tool doctor`: what this machine offers for fast checkpoints, and what would help.
+//!
+//! Always holds: a check warns exactly if it has a hint; what could be better, or cannot be
+//! measured, is a finding and no error.
 
 use std::io::Write;
 use std::path::PathBuf;

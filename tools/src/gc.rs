@@ -1,4 +1,7 @@
 //! `ckpt-tool gc`: deletes what no checkpoint needs.
+//!
+//! Always holds: what goes is the engine's decision, the same with and without `--dry-run`, which
+//! opens the store as a reader; all that goes or is too young to go is printed with its reason.
 
 use std::io::Write;
 use std::time::Duration;

@@ -1,4 +1,7 @@
 //! `ckpt-tool ls`: what a store holds.
+//!
+//! Always holds: nothing in the store changes, and no shard's chunks are read; every step that is
+//! there has one row, in whatever state it is, and what cannot be read of it is left blank.
 
 use std::io::Write;
 

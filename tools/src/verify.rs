@@ -1,4 +1,8 @@
 //! `ckpt-tool verify`: reads every byte and says what is damaged.
+//!
+//! Always holds: nothing in the store changes; all damage that is found is told, not the first
+//! alone; of several steps one that cannot be verified keeps no other from it; the exit status is 0
+//! only if all that were asked for are whole.
 
 use std::io::Write;
 

@@ -17,21 +17,14 @@ use std::collections::BTreeMap;
 use dtr_proto::OPENING_BARRIER;
 use dtr_proto::v1::{self, wait_barrier_reply::Outcome};
 
-use super::{Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, Ticket};
+use super::agreement::{AGREEMENT, Agreement, Offer};
+use super::stragglers::BARRIER_AFTER_MS;
+use super::{Change, Context, Job, Key, Level, Refusal, RefusalKind, Reply, Ticket};
 
 /// Longest wait, and the shortest.
 const TIMEOUT_MAX_MS: u64 = 24 * 3_600_000;
 /// Ranks that a timed-out wait names.
 const MISSING_NAMED_MAX: usize = 64;
-/// Waits that are logged, once each.
-const STRAGGLERS_AFTER_MS: [u64; 2] = [10_000, 60_000];
-/// Steps that one rank may offer.
-const STEPS_MAX: usize = 100_000;
-/// What a rank may say of what keeps it from loading.
-const HINDRANCE_CHARACTERS_MAX: usize = 1_000;
-/// The barrier that ranks agree on a step at; no name that users give has a line break.
-const AGREEMENT: &str = "\nstep";
-
 /// One barrier.
 #[derive(Debug, Default)]
 pub(super) struct Barrier {
@@ -58,67 +51,14 @@ struct Arrival {
     offer: Option<Offer>,
 }
 
-/// What a rank can load.
-#[derive(Debug)]
-struct Offer {
-    /// By step, the attempt.
-    steps: BTreeMap<u64, String>,
-    /// What keeps it from more; empty if nothing does.
-    hindrance: String,
-    gives_up: bool,
-}
-
-/// What came of the offers of all ranks.
-#[derive(Clone, Debug, Default)]
-struct Agreement {
-    step: Option<u64>,
-    hindrance: Option<v1::Hindrance>,
-    offering: u32,
-}
-
-impl Agreement {
-    fn of(arrivals: &BTreeMap<u32, Arrival>) -> Self {
-        let offers: Vec<(u32, &Offer)> = arrivals
-            .iter()
-            .filter_map(|(rank, arrival)| Some((*rank, arrival.offer.as_ref()?)))
-            .collect();
-        let step = newest_common(&offers);
-        let hindrance = if step.is_none() { worst_hindrance(&offers) } else { None };
-        let offering = offers.iter().filter(|(_, offer)| !offer.steps.is_empty()).count();
-        Self { step, hindrance, offering: u32::try_from(offering).unwrap_or(u32::MAX) }
-    }
-
-    fn recorded(record: &v1::BarrierRecord) -> Self {
-        let v1::BarrierRecord { agreed_step: step, hindrance, offering, .. } = record.clone();
-        Self { step, hindrance, offering }
-    }
-}
-
-/// The newest step of which all of them offer the same attempt.
-fn newest_common(offers: &[(u32, &Offer)]) -> Option<u64> {
-    let ((_, first), rest) = offers.split_first()?;
-    let is_common = |(step, attempt): &(&u64, &String)| {
-        rest.iter().all(|(_, offer)| offer.steps.get(step) == Some(*attempt))
-    };
-    first.steps.iter().rev().find(is_common).map(|(step, _)| *step)
-}
-
-/// What keeps the first rank from loading that gives up, else the first that anything keeps.
-fn worst_hindrance(offers: &[(u32, &Offer)]) -> Option<v1::Hindrance> {
-    let hindered = offers.iter().filter(|(_, offer)| !offer.hindrance.is_empty());
-    let (rank, offer) = hindered.min_by_key(|(rank, offer)| (!offer.gives_up, *rank))?;
-    let (why, gave_up) = (offer.hindrance.clone(), offer.gives_up);
-    Some(v1::Hindrance { rank: *rank, why, gave_up })
-}
-
 /// One rank's call.
-struct Call<'a> {
-    identity: Option<&'a v1::Identity>,
-    name: &'a str,
-    key: u64,
-    timeout_ms: u64,
-    alike: &'a str,
-    offer: Option<Offer>,
+pub(super) struct Call<'a> {
+    pub(super) identity: Option<&'a v1::Identity>,
+    pub(super) name: &'a str,
+    pub(super) key: u64,
+    pub(super) timeout_ms: u64,
+    pub(super) alike: &'a str,
+    pub(super) offer: Option<Offer>,
 }
 
 impl Barrier {
@@ -181,7 +121,9 @@ impl Barrier {
     fn release(&mut self, order: u64) -> (&v1::BarrierRecord, BTreeMap<u32, Arrival>) {
         let waiting = std::mem::take(&mut self.waiting);
         let generation = self.record.as_ref().map_or(0, |record| record.generation + 1);
-        let Agreement { step, hindrance, offering } = Agreement::of(&waiting);
+        let offers = waiting.iter().filter_map(|(rank, a)| Some((*rank, a.offer.as_ref()?)));
+        let offers: Vec<(u32, &Offer)> = offers.collect();
+        let Agreement { step, hindrance, offering } = Agreement::of(&offers);
         let record = v1::BarrierRecord {
             generation,
             arrivals: waiting.values().map(|arrival| arrival.key).collect(),
@@ -221,7 +163,7 @@ impl Ended {
 impl Job {
     pub(super) fn wait_barrier(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         request: &v1::WaitBarrierRequest,
     ) -> Result<Option<Reply>, Refusal> {
@@ -233,78 +175,59 @@ impl Job {
             alike: &request.alike,
             offer: None,
         };
-        self.arrive(scene, ticket, call)
+        self.arrive(context, ticket, call)
     }
 
-    pub(super) fn agree_step(
+    pub(super) fn arrive(
         &mut self,
-        scene: &mut Scene<'_>,
-        ticket: Ticket,
-        request: v1::AgreeStepRequest,
-    ) -> Result<Option<Reply>, Refusal> {
-        if request.steps.len() > STEPS_MAX {
-            let given = request.steps.len();
-            return Err(Refusal::new(
-                RefusalKind::Invalid,
-                format!("{given} steps are offered, at most {STEPS_MAX} are allowed"),
-                "offer the newest ones",
-            ));
-        }
-        let (steps, attempts) = (request.steps, request.attempts);
-        if !attempts.is_empty() && attempts.len() != steps.len() {
-            return Err(Refusal::new(
-                RefusalKind::Invalid,
-                format!("{} steps are offered with {} attempts", steps.len(), attempts.len()),
-                "name the attempt of every step, or of none",
-            ));
-        }
-        let attempts = attempts.into_iter().chain(std::iter::repeat(String::new()));
-        let offer = Offer {
-            steps: steps.into_iter().zip(attempts).collect(),
-            hindrance: request.hindrance.chars().take(HINDRANCE_CHARACTERS_MAX).collect(),
-            gives_up: request.gives_up,
-        };
-        let call = Call {
-            identity: request.identity.as_ref(),
-            name: AGREEMENT,
-            key: request.arrival,
-            timeout_ms: request.timeout_ms,
-            alike: "",
-            offer: Some(offer),
-        };
-        self.arrive(scene, ticket, call)
-    }
-
-    fn arrive(
-        &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         call: Call<'_>,
     ) -> Result<Option<Reply>, Refusal> {
         let (_, rank) = self.member_of(call.identity)?;
-        let barrier = self.barriers.get(call.name);
-        if let Some(ended) = barrier.and_then(|barrier| barrier.earlier_reply(rank, call.key)) {
+        if let Some(ended) = self.answer_known(rank, &call)? {
             return Ok(Some(ended.reply(call.name)));
         }
+        if !self.barriers.contains_key(call.name) {
+            self.make_room_for_barrier(context)?;
+        }
+        self.enter(context, ticket, rank, call)?;
+        Ok(None)
+    }
+
+    /// What the arrival is told at once: its release, if it is sent again, or why it counts for
+    /// nothing.
+    fn answer_known(&self, rank: u32, call: &Call<'_>) -> Result<Option<Ended>, Refusal> {
+        let barrier = self.barriers.get(call.name);
+        if let Some(ended) = barrier.and_then(|barrier| barrier.earlier_reply(rank, call.key)) {
+            return Ok(Some(ended));
+        }
         if !self.record.abort_reason.is_empty() {
-            let ended = Ended::of(Outcome::Aborted(self.record.abort_reason.clone()));
-            return Ok(Some(ended.reply(call.name)));
+            return Ok(Some(Ended::of(Outcome::Aborted(self.record.abort_reason.clone()))));
         }
         self.current_member_of(call.identity)?;
         check_timeout(call.timeout_ms)?;
-        if let Some(barrier) = barrier.filter(|barrier| barrier.is_over(rank, call.key)) {
-            return match &barrier.unlike {
-                Some(refusal) => Err(refusal.clone()),
-                None => Ok(Some(self.timed_out(barrier).reply(call.name))),
-            };
+        let Some(barrier) = barrier else {
+            let is_past = self.past_arrivals.get(&rank).is_some_and(|past| call.key <= *past);
+            return Ok(is_past.then(|| self.timed_out(&Barrier::default())));
+        };
+        match &barrier.unlike {
+            _ if !barrier.is_over(rank, call.key) => Ok(None),
+            Some(refusal) => Err(refusal.clone()),
+            None => Ok(Some(self.timed_out(barrier))),
         }
-        if barrier.is_none() {
-            if self.past_arrivals.get(&rank).is_some_and(|past| call.key <= *past) {
-                return Ok(Some(self.timed_out(&Barrier::default()).reply(call.name)));
-            }
-            self.make_room_for_barrier(scene)?;
-        }
-        let now_ms = scene.at.now_ms;
+    }
+
+    /// Lets the rank wait, in the place of an earlier call of it, and releases all if it is the
+    /// last.
+    fn enter(
+        &mut self,
+        context: &mut Context<'_>,
+        ticket: Ticket,
+        rank: u32,
+        call: Call<'_>,
+    ) -> Result<(), Refusal> {
+        let now_ms = context.at.now_ms;
         let barrier = self.barriers.entry(call.name.to_owned()).or_default();
         if barrier.waiting.get(&rank).is_some_and(|arrival| arrival.key > call.key) {
             return Err(superseded(rank));
@@ -324,13 +247,13 @@ impl Job {
         if let Some(older) = barrier.waiting.insert(rank, arrival)
             && older.ticket != ticket
         {
-            scene.effects.replies.push((older.ticket, Reply::Refused(superseded(rank))));
+            context.effects.replies.push((older.ticket, Reply::Refused(superseded(rank))));
         }
         if call.name == OPENING_BARRIER {
-            self.give_up_unreported(scene, rank);
+            self.give_up_unreported(context, rank);
         }
-        self.release_if_complete(scene, call.name);
-        Ok(None)
+        self.release_if_complete(context, call.name);
+        Ok(())
     }
 
     /// Another rank than `rank` that waits for all to open a store.
@@ -339,7 +262,7 @@ impl Job {
         barrier.waiting.keys().copied().find(|opening| *opening != rank)
     }
 
-    fn release_if_complete(&mut self, scene: &mut Scene<'_>, name: &str) {
+    fn release_if_complete(&mut self, context: &mut Context<'_>, name: &str) {
         let Some(barrier) = self.barriers.get_mut(name) else { return };
         if barrier.waiting.len() != usize::try_from(self.record.world_size).unwrap_or(usize::MAX) {
             return;
@@ -348,7 +271,7 @@ impl Job {
             barrier.unlike = Some(refusal.clone());
             for rank in 0..self.record.world_size {
                 let refused = |ticket| (ticket, Reply::Refused(refusal.clone()));
-                scene.effects.replies.extend(barrier.end_wait(rank).map(refused));
+                context.effects.replies.extend(barrier.end_wait(rank).map(refused));
             }
             return;
         }
@@ -359,20 +282,20 @@ impl Job {
             agreement: Agreement::recorded(record),
         };
         let key = Key::Barrier { job: self.name.clone(), name: name.to_owned() };
-        scene.effects.changes.push(Change::put(key, record));
+        context.effects.changes.push(Change::put(key, record));
         let replies = waiting.values().map(|a| (a.ticket, ended.clone().reply(name)));
-        scene.effects.replies.extend(replies);
+        context.effects.replies.extend(replies);
     }
 
     /// At the limit the barrier that was released the longest ago goes, if nobody waits at it.
-    fn make_room_for_barrier(&mut self, scene: &mut Scene<'_>) -> Result<(), Refusal> {
-        if self.barriers.len() < scene.policy.barriers_max {
+    fn make_room_for_barrier(&mut self, context: &mut Context<'_>) -> Result<(), Refusal> {
+        if self.barriers.len() < context.policy.barriers_max {
             return Ok(());
         }
         let order = |barrier: &Barrier| barrier.record.as_ref().map_or(0, |record| record.order);
         let idle = self.barriers.iter().filter(|(_, barrier)| barrier.waiting.is_empty());
         let oldest = idle.min_by_key(|(_, barrier)| order(barrier)).map(|(name, _)| name.clone());
-        let name = oldest.ok_or_else(|| too_many(&self.name, scene.policy.barriers_max))?;
+        let name = oldest.ok_or_else(|| too_many(&self.name, context.policy.barriers_max))?;
         let Some(barrier) = self.barriers.remove(&name) else { return Ok(()) };
         for (rank, key) in barrier.past_arrivals() {
             let past = self.past_arrivals.entry(rank).or_insert(key);
@@ -380,14 +303,14 @@ impl Job {
         }
         if barrier.is_kept() {
             let key = Key::Barrier { job: self.name.clone(), name };
-            scene.effects.changes.push(Change::remove(key));
+            context.effects.changes.push(Change::remove(key));
         }
         Ok(())
     }
 
     pub(super) fn withdraw_barrier(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::WithdrawBarrierRequest,
     ) -> Result<Reply, Refusal> {
         let (_, rank) = self.member_of(request.identity.as_ref())?;
@@ -396,62 +319,61 @@ impl Job {
         {
             let ticket = barrier.end_wait(rank);
             let refusal = |ticket| (ticket, Reply::Refused(taken_back(rank)));
-            scene.effects.replies.extend(ticket.map(refusal));
+            context.effects.replies.extend(ticket.map(refusal));
         }
         Ok(Reply::Done)
     }
 
     /// A worker was lost: nobody can know whether the others still mean the same point.
-    pub(super) fn break_barriers(&mut self, scene: &mut Scene<'_>) {
+    pub(super) fn break_barriers(&mut self, context: &mut Context<'_>) {
         let reason = self.newest_loss();
         let changed = v1::EpochChanged { epoch: self.record.epoch, reason };
-        self.end_waits(scene, &Ended::of(Outcome::EpochChanged(changed)));
+        self.end_waits(context, &Ended::of(Outcome::EpochChanged(changed)));
     }
 
-    pub(super) fn abort_barriers(&mut self, scene: &mut Scene<'_>, reason: &str) {
-        self.end_waits(scene, &Ended::of(Outcome::Aborted(reason.to_owned())));
+    pub(super) fn abort_barriers(&mut self, context: &mut Context<'_>, reason: &str) {
+        self.end_waits(context, &Ended::of(Outcome::Aborted(reason.to_owned())));
     }
 
-    fn end_waits(&mut self, scene: &mut Scene<'_>, ended: &Ended) {
+    fn end_waits(&mut self, context: &mut Context<'_>, ended: &Ended) {
         for (name, barrier) in &mut self.barriers {
             for (rank, arrival) in std::mem::take(&mut barrier.waiting) {
                 barrier.ended.insert(rank, arrival.key);
-                scene.effects.replies.push((arrival.ticket, ended.clone().reply(name)));
+                context.effects.replies.push((arrival.ticket, ended.clone().reply(name)));
             }
         }
     }
 
     /// A new run counts from the beginning.
-    pub(super) fn forget_barriers(&mut self, scene: &mut Scene<'_>) {
+    pub(super) fn forget_barriers(&mut self, context: &mut Context<'_>) {
         self.past_arrivals.clear();
         self.releases = 0;
         for (name, barrier) in std::mem::take(&mut self.barriers) {
             if barrier.record.is_some() {
                 let key = Key::Barrier { job: self.name.clone(), name };
-                scene.effects.changes.push(Change::remove(key));
+                context.effects.changes.push(Change::remove(key));
             }
         }
     }
 
-    pub(super) fn tick_barriers(&mut self, scene: &mut Scene<'_>) {
-        let now_ms = scene.at.now_ms;
+    pub(super) fn tick_barriers(&mut self, context: &mut Context<'_>) {
+        let now_ms = context.at.now_ms;
         let mut barriers = std::mem::take(&mut self.barriers);
         for (name, barrier) in barriers.iter_mut().filter(|(_, b)| !b.waiting.is_empty()) {
             let waited_ms = now_ms - barrier.since_ms;
-            let warn_ms = STRAGGLERS_AFTER_MS.get(barrier.warnings).copied();
+            let warn_ms = BARRIER_AFTER_MS.get(barrier.warnings).copied();
             if warn_ms.is_some_and(|warn_ms| warn_ms <= waited_ms) {
                 barrier.warnings += 1;
-                let what = format!("barrier `{}`", name.trim());
-                let text = self.straggler_text(&what, &self.missing(barrier), waited_ms);
-                self.note(scene, Level::Warn, text);
+                let text = self.barrier_text(name, &self.missing(barrier), waited_ms);
+                self.note(context, Level::Warn, text);
             }
-            self.end_late_waits(scene, name, barrier);
+            self.end_late_waits(context, name, barrier);
         }
         self.barriers = barriers;
     }
 
-    fn end_late_waits(&self, scene: &mut Scene<'_>, name: &str, barrier: &mut Barrier) {
-        let now_ms = scene.at.now_ms;
+    fn end_late_waits(&self, context: &mut Context<'_>, name: &str, barrier: &mut Barrier) {
+        let now_ms = context.at.now_ms;
         if barrier.waiting.values().all(|arrival| now_ms < arrival.deadline_ms) {
             return;
         }
@@ -462,7 +384,7 @@ impl Job {
         for rank in late {
             let ticket = barrier.end_wait(rank);
             let reply = |ticket| (ticket, timed_out.clone().reply(name));
-            scene.effects.replies.extend(ticket.map(reply));
+            context.effects.replies.extend(ticket.map(reply));
         }
     }
 
@@ -477,41 +399,6 @@ impl Job {
 
     fn missing(&self, barrier: &Barrier) -> Vec<v1::MissingRank> {
         self.missing_of(|rank| barrier.waiting.contains_key(&rank))
-    }
-
-    /// Ranks of the job for which this does not hold, and who holds them.
-    pub(super) fn missing_of(&self, is_there: impl Fn(u32) -> bool) -> Vec<v1::MissingRank> {
-        (0..self.record.world_size)
-            .filter(|rank| !is_there(*rank))
-            .map(|rank| v1::MissingRank {
-                rank,
-                worker_id: self.holders.get(&rank).cloned().unwrap_or_default(),
-            })
-            .collect()
-    }
-
-    /// Says who keeps the others waiting.
-    pub(super) fn straggler_text(
-        &self,
-        what: &str,
-        missing: &[v1::MissingRank],
-        waited_ms: u64,
-    ) -> String {
-        let named: Vec<String> = missing
-            .iter()
-            .take(8)
-            .map(|m| match m.worker_id.as_str() {
-                "" => format!("rank {} (nobody)", m.rank),
-                worker_id => format!("rank {} (`{worker_id}`)", m.rank),
-            })
-            .collect();
-        let more = if missing.len() > named.len() { " and others" } else { "" };
-        format!(
-            "{what} waits for {} of {} ranks since {waited_ms} ms: {}{more}",
-            missing.len(),
-            self.record.world_size,
-            named.join(", ")
-        )
     }
 
     pub(super) fn waiting_count(&self) -> usize {

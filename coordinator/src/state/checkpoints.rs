@@ -25,233 +25,32 @@
 //!   another rank waits for all to open a store;
 //! - an attempt ends: committed, or given up within `checkpoint_timeout_ms`.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use dtr_proto::v1;
 
+use super::attempt::{ATTEMPTS_MAX, Attempt, Report, invalid_shard};
+use super::given_up::{Refused, Told};
+use super::losses::LostMember;
+use super::members::ended;
+use super::stragglers::SAVE_AFTER_MS;
 use super::{
-    COMMITS_KEPT, Change, EndedAttempt, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Scene,
-    Ticket, members::LostMember, members::ended,
+    COMMITS_KEPT, Change, Context, Job, Key, Level, Note, Refusal, RefusalKind, Reply, Ticket,
 };
 
 /// What to do where one rank opens a store, and others have it open.
 const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: \
                         they go on from the newest checkpoint";
-/// Attempts that a job may have in flight.
-const ATTEMPTS_MAX: usize = 64;
-/// It is said who has not begun a checkpoint, after it has been waited for this long.
-const STRAGGLERS_AFTER_MS: [u64; 3] = [10_000, 60_000, 600_000];
-
-/// An attempt in flight.
-#[derive(Debug)]
-pub(super) struct Attempt {
-    record: v1::AttemptRecord,
-    begun_ms: u64,
-    /// How often it was said who has not begun it.
-    warnings: usize,
-    /// Ranks that know of it, each with how often it had tried the step before. After a restart
-    /// nobody is known to, so everybody may.
-    begun: BTreeMap<u32, u32>,
-    shards: BTreeMap<u32, v1::Shard>,
-    /// Whether each rank publishes in a store of its own; known with the first report.
-    has_own_stores: Option<bool>,
-    /// Checksums of the manifests that are durable in the ranks' own stores.
-    published: BTreeMap<u32, u32>,
-    /// Checksums of the structure of what the ranks save alike, where each has a store of its own.
-    replicated: BTreeMap<u32, Option<u32>>,
-    waiting: BTreeMap<u32, Ticket>,
-    /// The rank that was asked to publish, and when.
-    publisher: Option<(u32, u64)>,
-    /// The ranks that were ever asked, but for those that have said that they will not.
-    asked: BTreeSet<u32>,
-    /// Begun before a restart: who was asked then is not known.
-    is_recovered: bool,
-}
-
-/// An attempt that was given up: why, for ranks that still write their shard, and for those that
-/// come to it late.
-#[derive(Debug)]
-pub(super) struct AbortedAttempt {
-    attempt: String,
-    aborted: v1::AttemptAborted,
-    /// The most often that one of its ranks had tried the step before.
-    tries: u32,
-    /// Ranks that knew of it, or have heard since, or were lost.
-    told: BTreeMap<u32, Told>,
-}
-
-/// What a rank knows of an attempt that was given up.
-#[derive(Clone, Copy, Debug)]
-enum Told {
-    /// It was there, or has heard, having tried the step so often before.
-    Tries(u32),
-    /// Its process was lost at this epoch, and may come back.
-    Lost(u64),
-    /// Its process is another one since.
-    Renewed,
-}
-
-impl AbortedAttempt {
-    /// Whether a rank that begins the step comes for the next attempt. A call that was sent again
-    /// does not, nor one that a lost rank had made before it was lost.
-    fn is_past(&self, rank: u32, request: &v1::BeginCheckpointRequest) -> bool {
-        let is_next = |told: &Told| match *told {
-            Told::Tries(told) => request.tries > told,
-            Told::Lost(epoch) => request.known_epoch >= epoch,
-            Told::Renewed => true,
-        };
-        request.tries > self.tries || self.told.get(&rank).is_some_and(is_next)
-    }
-}
-
-impl Attempt {
-    /// One that just begins.
-    fn new(now_ms: u64, record: v1::AttemptRecord) -> Self {
-        Self { is_recovered: false, ..Self::recovered(now_ms, record) }
-    }
-
-    /// One that an earlier process of the coordinator kept.
-    pub(super) fn recovered(now_ms: u64, record: v1::AttemptRecord) -> Self {
-        Self {
-            record,
-            begun_ms: now_ms,
-            warnings: 0,
-            begun: BTreeMap::new(),
-            shards: BTreeMap::new(),
-            has_own_stores: None,
-            published: BTreeMap::new(),
-            replicated: BTreeMap::new(),
-            waiting: BTreeMap::new(),
-            publisher: None,
-            asked: BTreeSet::new(),
-            is_recovered: true,
-        }
-    }
-
-    /// Whether a rank may have published, or still may. In stores of their own ranks take back
-    /// what was not committed.
-    fn may_be_published(&self) -> bool {
-        !self.each_publishes() && (self.is_recovered || !self.asked.is_empty())
-    }
-
-    fn each_publishes(&self) -> bool {
-        self.has_own_stores == Some(true)
-    }
-
-    fn ended(&self, step: u64, ended_ms: u64, error: String) -> EndedAttempt {
-        EndedAttempt {
-            attempt: self.record.attempt.clone(),
-            step,
-            begun_ms: self.begun_ms,
-            asked_ms: self.publisher.map(|(_, asked_ms)| asked_ms),
-            ended_ms,
-            error,
-        }
-    }
-
-    fn is_complete(&self, world_size: u32) -> bool {
-        self.shards.len() == usize::try_from(world_size).unwrap_or(usize::MAX)
-    }
-
-    /// Whether the manifest is durable in every rank's own store.
-    fn is_published_by_all(&self, world_size: u32) -> bool {
-        self.is_complete(world_size) && self.published.len() == self.shards.len()
-    }
-
-    fn commit(&self, step: u64, scene: &Scene<'_>, manifest_crc32c: u32) -> v1::Commit {
-        v1::Commit {
-            step,
-            attempt: self.record.attempt.clone(),
-            world_size: u32::try_from(self.shards.len()).unwrap_or(u32::MAX),
-            bytes: self.shards.values().map(|shard| shard.bytes).sum(),
-            raw_bytes: self.shards.values().map(|shard| shard.raw_bytes).sum(),
-            manifest_crc32c,
-            committed_unix_ms: scene.at.wall_ms,
-            epoch: self.record.epoch,
-        }
-    }
-
-    /// Takes a report in; whoever waited with an earlier one of the same rank.
-    fn take(
-        &mut self,
-        ticket: Ticket,
-        rank: u32,
-        report: Report,
-    ) -> Result<Option<Ticket>, Refusal> {
-        if self.has_own_stores.is_some_and(|known| known != report.own_store) {
-            return Err(Refusal::new(
-                RefusalKind::Invalid,
-                format!("rank {rank} and others differ in whether each has a store of its own"),
-                "give `remote` to every rank of the job, or to none",
-            ));
-        }
-        if self.shards.get(&rank).is_some_and(|earlier| *earlier != report.shard) {
-            return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
-        }
-        self.has_own_stores = Some(report.own_store);
-        self.replicated.insert(rank, report.replicated_crc32c);
-        self.begun.entry(rank).or_insert(0);
-        self.shards.insert(rank, report.shard);
-        if let Some(crc32c) = report.published_crc32c {
-            self.published.insert(rank, crc32c);
-        }
-        Ok(self.waiting.insert(rank, ticket))
-    }
-
-    /// Another rank than `rank`, whose entries that all save alike are not those of `rank`.
-    fn differs_from(&self, rank: u32) -> Option<u32> {
-        let own = self.replicated.get(&rank)?;
-        let differs = |(_, other): &(&u32, &Option<u32>)| *other != own;
-        self.replicated.iter().find(differs).map(|(other, _)| *other)
-    }
-
-    /// Asks whoever is to publish now that `rank` has reported.
-    fn ask_after_report(&mut self, now_ms: u64, rank: u32) -> Vec<(Ticket, Reply)> {
-        let has_published = |rank: &u32| self.published.contains_key(rank);
-        let asked: Vec<u32> = match self.publisher {
-            _ if self.each_publishes() => {
-                self.waiting.keys().copied().filter(|rank| !has_published(rank)).collect()
-            }
-            Some((publisher, _)) if publisher != rank => Vec::new(),
-            _ => vec![rank],
-        };
-        asked.into_iter().filter_map(|rank| self.ask(now_ms, rank)).collect()
-    }
-
-    fn reply(&self, world_size: u32) -> Reply {
-        Reply::BeginCheckpoint(v1::BeginCheckpointReply {
-            attempt: self.record.attempt.clone(),
-            created_unix_ms: self.record.created_unix_ms,
-            world_size,
-        })
-    }
-
-    /// Asks `rank` to publish.
-    fn ask(&mut self, now_ms: u64, rank: u32) -> Option<(Ticket, Reply)> {
-        let ticket = self.waiting.remove(&rank)?;
-        self.publisher = Some((rank, now_ms));
-        self.asked.insert(rank);
-        Some((ticket, Reply::Publish(self.shards.values().cloned().collect())))
-    }
-
-    /// Asks the first rank that waits, if one does.
-    fn ask_next(&mut self, now_ms: u64) -> Option<(Ticket, Reply)> {
-        let rank = *self.waiting.keys().next()?;
-        self.ask(now_ms, rank)
-    }
-}
 
 impl Job {
     pub(super) fn begin(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::BeginCheckpointRequest,
     ) -> Result<Reply, Refusal> {
         self.member_of(request.identity.as_ref())?;
         self.refuse_if_aborted()?;
         let (worker_id, rank) = self.current_member_of(request.identity.as_ref())?;
         let step = request.step;
-        self.give_up_left(scene, (rank, &worker_id), step);
+        self.give_up_left(context, (rank, &worker_id), step);
         if let Some(attempt) = self.attempts.get_mut(&step) {
             attempt.begun.insert(rank, request.tries);
             return Ok(attempt.reply(self.record.world_size));
@@ -269,14 +68,14 @@ impl Job {
             ));
         }
         let record = v1::AttemptRecord {
-            attempt: format!("{:032x}", scene.at.random),
-            created_unix_ms: scene.at.wall_ms,
+            attempt: format!("{:032x}", context.at.random),
+            created_unix_ms: context.at.wall_ms,
             epoch: self.record.epoch,
             rewind: request.rewind,
         };
         let key = Key::Attempt { job: self.name.clone(), step };
-        scene.effects.changes.push(Change::put(key, &record));
-        let mut attempt = Attempt::new(scene.at.now_ms, record);
+        context.effects.changes.push(Change::put(key, &record));
+        let mut attempt = Attempt::new(context.at.now_ms, record);
         attempt.begun.insert(rank, request.tries);
         let reply = attempt.reply(self.record.world_size);
         self.attempts.insert(step, attempt);
@@ -285,7 +84,12 @@ impl Job {
 
     /// A rank saves one step at a time, and goes on to later ones: what it has not reported of
     /// others that it began, or of earlier ones, it never will.
-    fn give_up_left(&mut self, scene: &mut Scene<'_>, (rank, worker_id): (u32, &str), step: u64) {
+    fn give_up_left(
+        &mut self,
+        context: &mut Context<'_>,
+        (rank, worker_id): (u32, &str),
+        step: u64,
+    ) {
         let is_left = |(other, attempt): &(&u64, &Attempt)| {
             let knows = attempt.begun.contains_key(&rank) || **other < step;
             **other != step && knows && !attempt.shards.contains_key(&rank)
@@ -295,30 +99,8 @@ impl Job {
         for other in left {
             let reason =
                 format!("rank {rank} (`{worker_id}`) went on to step {step} without reporting it");
-            self.give_up(scene, other, (Some(rank), reason));
+            self.give_up(context, other, (Some(rank), reason));
         }
-    }
-
-    /// Refuses a rank that was not there when the step's last attempt was given up, once, and a
-    /// call for that attempt that is sent again.
-    fn tell_of_aborted(
-        &mut self,
-        rank: u32,
-        request: &v1::BeginCheckpointRequest,
-    ) -> Result<(), Refusal> {
-        let step = request.step;
-        let Some(last) = self.aborted.get_mut(&step) else { return Ok(()) };
-        if last.is_past(rank, request) {
-            self.aborted.remove(&step);
-            return Ok(());
-        }
-        let reason = last.aborted.reason.clone();
-        last.told.insert(rank, Told::Tries(request.tries));
-        Err(Refusal::new(
-            RefusalKind::AttemptAborted,
-            format!("the save of step {step} was given up: {reason}"),
-            "training may go on; save again",
-        ))
     }
 
     fn check_step(&self, step: u64, rewind: bool) -> Result<(), Refusal> {
@@ -347,7 +129,7 @@ impl Job {
         );
         let told = Told::Lost(self.record.fence);
         let hint = "training may go on; save again once a worker has taken its place";
-        Err(self.refuse_step((rank, request), (lost, told), (reason, hint)))
+        Err(self.refuse_step(request, Refused { rank, cause: lost, told, reason, hint }))
     }
 
     /// Refuses a save that cannot end: another rank has begun a later step, and goes back only if
@@ -366,8 +148,8 @@ impl Job {
             "step {step} cannot be saved by all ranks: rank {passed} (`{worker_id}`) went on to \
              step {later} without it"
         );
-        let hint = "training may go on; save the same steps on every rank";
-        Err(self.refuse_step((rank, request), (passed, Told::Renewed), (reason, hint)))
+        let (told, hint) = (Told::Renewed, "training may go on; save the same steps on every rank");
+        Err(self.refuse_step(request, Refused { rank, cause: passed, told, reason, hint }))
     }
 
     /// Refuses a save that cannot end: another rank waits for all to open a store, this one too.
@@ -379,18 +161,19 @@ impl Job {
         let Some(opening) = self.opening_beside(rank) else { return Ok(()) };
         let reason = self.why_opening(opening);
         let reason = format!("step {} cannot be saved by all ranks: {reason}", request.step);
-        Err(self.refuse_step((rank, request), (opening, Told::Renewed), (reason, OPEN_ALL)))
+        let (told, hint) = (Told::Renewed, OPEN_ALL);
+        Err(self.refuse_step(request, Refused { rank, cause: opening, told, reason, hint }))
     }
 
     /// A rank opens a store: what it has not reported of the saves that others wait for, it never
     /// will.
-    pub(super) fn give_up_unreported(&mut self, scene: &mut Scene<'_>, rank: u32) {
+    pub(super) fn give_up_unreported(&mut self, context: &mut Context<'_>, rank: u32) {
         let is_waited_for = |(_, attempt): &(&u64, &Attempt)| !attempt.shards.contains_key(&rank);
         let steps: Vec<u64> =
             self.attempts.iter().filter(is_waited_for).map(|(step, _)| *step).collect();
         for step in steps {
             let reason = format!("{}; {OPEN_ALL}", self.why_opening(rank));
-            self.give_up(scene, step, (Some(rank), reason));
+            self.give_up(context, step, (Some(rank), reason));
         }
     }
 
@@ -413,35 +196,9 @@ impl Job {
         })
     }
 
-    /// Gives a step up before it is begun, because of rank `cause`, for this rank and for whoever
-    /// comes to it late.
-    fn refuse_step(
-        &mut self,
-        (rank, request): (u32, &v1::BeginCheckpointRequest),
-        (cause, told): (u32, Told),
-        (reason, hint): (String, &'static str),
-    ) -> Refusal {
-        let refused = self.aborted.entry(request.step).or_insert_with(|| AbortedAttempt {
-            attempt: String::new(),
-            aborted: v1::AttemptAborted {
-                reason: reason.clone(),
-                rank: Some(cause),
-                may_be_published: false,
-            },
-            tries: request.tries,
-            told: BTreeMap::from([(cause, told)]),
-        });
-        refused.tries = refused.tries.max(request.tries);
-        refused.told.insert(rank, Told::Tries(request.tries));
-        while self.aborted.len() > ATTEMPTS_MAX {
-            self.aborted.pop_first();
-        }
-        Refusal::new(RefusalKind::AttemptAborted, reason, hint)
-    }
-
     pub(super) fn report(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         ticket: Ticket,
         request: v1::ReportShardRequest,
     ) -> Result<Option<Reply>, Refusal> {
@@ -468,38 +225,23 @@ impl Job {
         }
         let report = Report { shard, own_store, published_crc32c, replicated_crc32c };
         if let Some(older) = attempt.take(ticket, rank, report)? {
-            scene.effects.replies.push((older, Reply::Refused(superseded(rank))));
+            context.effects.replies.push((older, Reply::Refused(superseded(rank))));
         }
         if let Some(other) = attempt.differs_from(rank) {
-            self.give_up(scene, step, (None, unlike(rank, other)));
+            self.give_up(context, step, (None, unlike(rank, other)));
         } else if attempt.is_published_by_all(world_size) {
             let crc32c = attempt.published.values().next().copied().unwrap_or_default();
-            let commit = attempt.commit(step, scene, crc32c);
-            self.settle(scene, &commit);
+            let commit = attempt.commit(step, context, crc32c);
+            self.settle(context, &commit);
         } else if attempt.is_complete(world_size) {
-            scene.effects.replies.extend(attempt.ask_after_report(scene.at.now_ms, rank));
+            context.effects.replies.extend(attempt.ask_after_report(context.at.now_ms, rank));
         }
         Ok(None)
     }
 
-    fn why_gone(&mut self, rank: u32, step: u64, id: &str) -> v1::AttemptAborted {
-        let known = self.aborted.get_mut(&step).filter(|aborted| aborted.attempt == id);
-        known.map_or_else(
-            || v1::AttemptAborted {
-                reason: format!("attempt `{id}` of step {step} is over"),
-                rank: None,
-                may_be_published: true,
-            },
-            |aborted| {
-                aborted.told.entry(rank).or_insert(Told::Tries(0));
-                aborted.aborted.clone()
-            },
-        )
-    }
-
     pub(super) fn commit(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::CommitCheckpointRequest,
     ) -> Result<Reply, Refusal> {
         self.member_of(request.identity.as_ref())?;
@@ -534,17 +276,17 @@ impl Job {
                 "report the shard again, with the checksum of the manifest",
             ));
         }
-        let commit = attempt.commit(*step, scene, *manifest_crc32c);
-        self.settle(scene, &commit);
+        let commit = attempt.commit(*step, context, *manifest_crc32c);
+        self.settle(context, &commit);
         Ok(Reply::Committed(commit))
     }
 
     /// Keeps a commit and tells everybody who waits for it.
-    fn settle(&mut self, scene: &mut Scene<'_>, commit: &v1::Commit) {
+    fn settle(&mut self, context: &mut Context<'_>, commit: &v1::Commit) {
         let step = commit.step;
         let Some(attempt) = self.attempts.remove(&step) else { return };
         let job = || self.name.clone();
-        let changes = &mut scene.effects.changes;
+        let changes = &mut context.effects.changes;
         changes.push(Change::put(Key::Commit { job: job(), step }, commit));
         changes.push(Change::remove(Key::Attempt { job: job(), step }));
         if attempt.record.rewind {
@@ -559,23 +301,23 @@ impl Job {
         }
         self.commit_count += 1;
         self.forgive();
-        self.keep_job(scene);
-        let took_ms = scene.at.now_ms - attempt.begun_ms;
+        self.keep_job(context);
+        let took_ms = context.at.now_ms - attempt.begun_ms;
         let text = format!(
             "step {step} is committed: {} bytes of {} ranks in {took_ms} ms",
             commit.bytes, commit.world_size
         );
-        let ended = Some(attempt.ended(step, scene.at.now_ms, String::new()));
+        let ended = Some(attempt.ended(step, context.at.now_ms, String::new()));
         let note = Note { job: self.name.clone(), level: Level::Info, text, ended };
-        scene.effects.notes.push(note);
+        context.effects.notes.push(note);
         for ticket in attempt.waiting.into_values() {
-            scene.effects.replies.push((ticket, Reply::Committed(commit.clone())));
+            context.effects.replies.push((ticket, Reply::Committed(commit.clone())));
         }
     }
 
     pub(super) fn abort_checkpoint(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::AbortCheckpointRequest,
     ) -> Result<Reply, Refusal> {
         let (worker_id, rank) = self.member_of(request.identity.as_ref())?;
@@ -586,120 +328,86 @@ impl Job {
                 attempt.asked.remove(&rank);
             }
             let reason = format!("rank {rank} (`{worker_id}`) failed: {}", request.reason);
-            self.give_up(scene, step, (Some(rank), reason));
+            self.give_up(context, step, (Some(rank), reason));
         }
         Ok(Reply::Done)
-    }
-
-    fn give_up(&mut self, scene: &mut Scene<'_>, step: u64, (rank, reason): (Option<u32>, String)) {
-        let Some(attempt) = self.attempts.remove(&step) else { return };
-        let may_be_published = attempt.may_be_published();
-        let ended = Some(attempt.ended(step, scene.at.now_ms, reason.clone()));
-        let aborted = v1::AttemptAborted { reason, rank, may_be_published };
-        let key = Key::Attempt { job: self.name.clone(), step };
-        scene.effects.changes.push(Change::remove(key));
-        for ticket in attempt.waiting.into_values() {
-            scene.effects.replies.push((ticket, Reply::AttemptAborted(aborted.clone())));
-        }
-        let text = format!("the save of step {step} is given up: {}", aborted.reason);
-        let note = Note { job: self.name.clone(), level: Level::Warn, text, ended };
-        scene.effects.notes.push(note);
-        let tries = attempt.begun.values().copied().max().unwrap_or_default();
-        let begun = attempt.begun.into_iter();
-        let told = begun.map(|(rank, tries)| (rank, Told::Tries(tries))).collect();
-        let attempt = attempt.record.attempt;
-        if self.aborted.len() >= ATTEMPTS_MAX {
-            self.aborted.pop_first();
-        }
-        let known = AbortedAttempt { attempt, aborted, tries, told };
-        self.aborted.insert(step, known);
     }
 
     /// A rank is gone. What it had not reported is lost with it; what was complete is not.
     pub(super) fn lose_rank_of_attempts(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         (rank, worker_id): (u32, &str),
         reason: &str,
     ) {
         let world_size = self.record.world_size;
-        let now_ms = scene.at.now_ms;
+        let now_ms = context.at.now_ms;
         let mut incomplete = Vec::new();
         for (step, attempt) in &mut self.attempts {
             if let Some(ticket) = attempt.waiting.remove(&rank) {
                 // It may live, and asks again once it is a member.
                 let refused = Reply::Refused(ended(worker_id, &self.name));
-                scene.effects.replies.push((ticket, refused));
+                context.effects.replies.push((ticket, refused));
             }
             // In stores of their own all must publish, and one that is gone may not have.
             if !attempt.is_complete(world_size) || attempt.each_publishes() {
                 incomplete.push(*step);
             } else if attempt.publisher.is_some_and(|(publisher, _)| publisher == rank) {
                 attempt.publisher = None;
-                scene.effects.replies.extend(attempt.ask_next(now_ms));
+                context.effects.replies.extend(attempt.ask_next(now_ms));
             }
         }
         for step in incomplete {
             let reason = format!("rank {rank} (`{worker_id}`) was lost: {reason}");
-            self.give_up(scene, step, (Some(rank), reason));
+            self.give_up(context, step, (Some(rank), reason));
         }
-        for aborted in self.aborted.values_mut() {
-            aborted.told.insert(rank, Told::Lost(self.record.epoch));
-        }
+        self.lose_rank_of_given_up(rank);
     }
 
-    /// A new process has a rank: it knows nothing of attempts that were given up before.
-    pub(super) fn renew_rank_of_attempts(&mut self, rank: u32) {
-        for aborted in self.aborted.values_mut() {
-            aborted.told.insert(rank, Told::Renewed);
-        }
-    }
-
-    pub(super) fn forget_attempts(&mut self, scene: &mut Scene<'_>, reason: &str) {
+    pub(super) fn forget_attempts(&mut self, context: &mut Context<'_>, reason: &str) {
         let steps: Vec<u64> = self.attempts.keys().copied().collect();
         for step in steps {
-            self.give_up(scene, step, (None, reason.to_owned()));
+            self.give_up(context, step, (None, reason.to_owned()));
         }
         self.aborted.clear();
     }
 
-    pub(super) fn tick_attempts(&mut self, scene: &mut Scene<'_>) {
-        let now_ms = scene.at.now_ms;
-        let publish_ms = scene.policy.heartbeat_timeout_ms;
+    pub(super) fn tick_attempts(&mut self, context: &mut Context<'_>) {
+        let now_ms = context.at.now_ms;
+        let publish_ms = context.policy.heartbeat_timeout_ms;
         let mut late = Vec::new();
         for (step, attempt) in &mut self.attempts {
             let is_slow = attempt
                 .publisher
                 .is_some_and(|(_, asked_ms)| now_ms.saturating_sub(asked_ms) > publish_ms);
             if is_slow && !attempt.waiting.is_empty() && !attempt.each_publishes() {
-                scene.effects.replies.extend(attempt.ask_next(now_ms));
+                context.effects.replies.extend(attempt.ask_next(now_ms));
             }
-            if now_ms.saturating_sub(attempt.begun_ms) > scene.policy.checkpoint_timeout_ms {
+            if now_ms.saturating_sub(attempt.begun_ms) > context.policy.checkpoint_timeout_ms {
                 late.push(*step);
             }
         }
-        self.name_stragglers(scene);
+        self.name_stragglers(context);
         for step in late {
-            let why = self.too_late(step, scene.policy.checkpoint_timeout_ms);
-            self.give_up(scene, step, why);
+            let why = self.too_late(step, context.policy.checkpoint_timeout_ms);
+            self.give_up(context, step, why);
         }
     }
 
     /// Says who has not begun a checkpoint that the others save.
-    fn name_stragglers(&mut self, scene: &mut Scene<'_>) {
+    fn name_stragglers(&mut self, context: &mut Context<'_>) {
         let mut attempts = std::mem::take(&mut self.attempts);
         for (step, attempt) in &mut attempts {
-            let waited_ms = scene.at.now_ms.saturating_sub(attempt.begun_ms);
-            let warn_ms = STRAGGLERS_AFTER_MS.get(attempt.warnings).copied();
+            let waited_ms = context.at.now_ms.saturating_sub(attempt.begun_ms);
+            let warn_ms = SAVE_AFTER_MS.get(attempt.warnings).copied();
             if warn_ms.is_none_or(|warn_ms| waited_ms < warn_ms) {
                 continue;
             }
             attempt.warnings += 1;
             let missing = self.missing_of(|rank| attempt.begun.contains_key(&rank));
             if !missing.is_empty() && !attempt.is_recovered {
-                let what = format!("the save of step {step}");
-                let text = self.straggler_text(&what, &missing, waited_ms);
-                self.note(scene, Level::Warn, text);
+                let text = self.save_text(*step, &missing, waited_ms);
+                self.note(context, Level::Warn, text);
             }
         }
         self.attempts = attempts;
@@ -723,14 +431,6 @@ impl Job {
     }
 }
 
-/// What a rank says of its part.
-struct Report {
-    shard: v1::Shard,
-    own_store: bool,
-    published_crc32c: Option<u32>,
-    replicated_crc32c: Option<u32>,
-}
-
 fn unlike(rank: u32, other: u32) -> String {
     let (one, two) = (rank.min(other), rank.max(other));
     format!(
@@ -744,14 +444,6 @@ fn superseded(rank: u32) -> Refusal {
         RefusalKind::Conflict,
         format!("a later report of rank {rank} waits for the same attempt"),
         "report a shard once at a time",
-    )
-}
-
-fn invalid_shard(why: &str) -> Refusal {
-    Refusal::new(
-        RefusalKind::Invalid,
-        format!("the shard cannot be taken: {why}"),
-        "report what this rank wrote in this attempt",
     )
 }
 

@@ -10,7 +10,7 @@
 
 use dtr_proto::v1;
 
-use super::{Change, Job, Key, Level, NAMES_MAX, Refusal, RefusalKind, Reply, Scene};
+use super::{Change, Context, Job, Key, Level, NAMES_MAX, Refusal, RefusalKind, Reply};
 
 /// Most files of one dataset.
 pub(super) const FILES_MAX: usize = 200_000;
@@ -46,7 +46,7 @@ fn mix(value: u64) -> u64 {
 impl Job {
     pub(super) fn register_dataset(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: v1::RegisterDatasetRequest,
     ) -> Result<Reply, Refusal> {
         if request.identity.is_some() {
@@ -69,15 +69,15 @@ impl Job {
             return Err(invalid(&format!("job `{}` has {NAMES_MAX} datasets", self.name)));
         }
         let key = Key::Dataset { job: self.name.clone(), name: name.clone() };
-        scene.effects.changes.push(Change::put(key, &record));
+        context.effects.changes.push(Change::put(key, &record));
         let count = record.files.len();
         let level = if count == 0 { Level::Warn } else { Level::Info };
-        self.note(scene, level, format!("dataset `{name}` is registered with {count} files"));
+        self.note(context, level, format!("dataset `{name}` is registered with {count} files"));
         self.datasets.insert(name, record);
         if self.holders.is_empty() {
             // It may be meant for workers that are still to come.
-            self.note_end(scene);
-            self.keep_job(scene);
+            self.note_end(context);
+            self.keep_job(context);
         }
         Ok(reply)
     }

@@ -9,23 +9,14 @@
 //! - a rank has at most one living worker, and a living worker one process (its incarnation);
 //! - a process that was replaced, declared dead or left changes nothing any more; one that was
 //!   taken for dead may come back to its rank, under a new incarnation, while nobody else has it;
-//! - a death is counted once, and not at all if its process comes back; while nobody of the job is
-//!   heard, all deaths are one, for the network is what failed; a worker that leaves is none;
-//! - nobody dies before a whole timeout of silence on this clock, nor because this process stood
-//!   still;
 //! - a run ends when nobody of it lives; the next registration begins a new one.
 
 use dtr_proto::v1::{self, ChangeKind, WorkerRecord, WorkerState};
 
+use super::losses::Loss;
 use super::{
-    CHANGES_KEPT, Change, Job, Key, Level, Refusal, RefusalKind, Reply, Scene, WORLD_SIZE_MAX,
+    CHANGES_KEPT, Change, Context, Job, Key, Level, Refusal, RefusalKind, Reply, WORLD_SIZE_MAX,
 };
-
-/// A worker that missed this many heartbeats is suspect.
-const SUSPECT_AFTER_INTERVALS: u64 = 3;
-/// Who was silent for longer is not heard any more: of workers that fall silent together none is,
-/// when the first of them is dead, for their last heartbeats lie within one interval.
-const HEARD_INTERVALS: u64 = 2;
 
 /// A worker: what is kept of it, and what is only remembered.
 #[derive(Debug, Default)]
@@ -33,27 +24,12 @@ pub(super) struct Member {
     pub(super) record: WorkerRecord,
     /// When it was heard of last, or died.
     pub(super) heard_ms: u64,
-    progress: u64,
-    progressed_ms: u64,
-    is_suspect: bool,
-    is_stalled: bool,
+    pub(super) progress: u64,
+    pub(super) progressed_ms: u64,
+    pub(super) is_suspect: bool,
+    pub(super) is_stalled: bool,
     /// The failure that its end is, or is part of; 0 if it is none.
-    failure: u64,
-}
-
-/// How a job loses a worker.
-pub(super) struct Loss<'a> {
-    pub(super) worker_id: &'a str,
-    pub(super) kind: ChangeKind,
-    pub(super) reason: String,
-    /// Nobody of the job is heard any more.
-    pub(super) in_silence: bool,
-}
-
-/// Who held a rank that nobody holds now.
-pub(super) struct LostMember<'a> {
-    pub(super) worker_id: &'a str,
-    pub(super) rank: u32,
+    pub(super) failure: u64,
 }
 
 impl Member {
@@ -83,7 +59,7 @@ impl Member {
 impl Job {
     pub(super) fn register(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         incarnation: u64,
         request: v1::RegisterRequest,
     ) -> Result<Reply, Refusal> {
@@ -94,34 +70,34 @@ impl Job {
             if !member.is_alive() {
                 return Err(ended(&request.worker_id, &self.name));
             }
-            member.heard_ms = scene.at.now_ms;
+            member.heard_ms = context.at.now_ms;
             let epoch = member.record.joined_epoch;
-            return Ok(self.welcome(scene, incarnation, epoch));
+            return Ok(self.welcome(context, incarnation, epoch));
         }
         let known = self.members.get(&request.worker_id);
         if known.is_some_and(|known| known.record.former_incarnation == request.incarnation) {
             return Err(ended(&request.worker_id, &self.name));
         }
         if request.rejoins == 0 {
-            self.make_room(scene, &request)?;
-            self.renew_rank_of_attempts(request.rank);
+            self.make_room(context, &request)?;
+            self.renew_rank_of_given_up(request.rank);
         } else {
             self.check_may_rejoin(&request)?;
         }
-        let epoch = self.join(scene, request);
-        Ok(self.welcome(scene, incarnation, epoch))
+        let epoch = self.join(context, request);
+        Ok(self.welcome(context, incarnation, epoch))
     }
 
     /// Ends the last run or the worker's last process, if they stand in the way and may be ended.
     fn make_room(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::RegisterRequest,
     ) -> Result<(), Refusal> {
         let is_known = self.members.get(&request.worker_id).is_some_and(Member::is_alive);
         let resizes = request.world_size != self.record.world_size;
         if self.holders.is_empty() {
-            self.begin_run(scene, request.world_size);
+            self.begin_run(context, request.world_size);
             return Ok(());
         }
         if resizes && !is_known {
@@ -129,17 +105,17 @@ impl Job {
         }
         if resizes {
             let reason = format!("a run of world size {} took the job over", request.world_size);
-            self.lose_everybody(scene, &reason);
-            self.begin_run(scene, request.world_size);
+            self.lose_everybody(context, &reason);
+            self.begin_run(context, request.world_size);
             return Ok(());
         }
         self.refuse_if_aborted()?;
-        self.check_rank_is_free(scene, request)?;
+        self.check_rank_is_free(context, request)?;
         if is_known {
             let worker_id = &request.worker_id;
             let reason = format!("a new process of `{worker_id}` took its place");
             let kind = ChangeKind::Replaced;
-            self.lose(scene, &Loss { worker_id, kind, reason, in_silence: false });
+            self.lose(context, &Loss { worker_id, kind, reason, in_silence: false });
             self.refuse_if_aborted()?;
         }
         Ok(())
@@ -164,7 +140,7 @@ impl Job {
 
     fn check_rank_is_free(
         &self,
-        scene: &Scene<'_>,
+        context: &Context<'_>,
         request: &v1::RegisterRequest,
     ) -> Result<(), Refusal> {
         let rank = request.rank;
@@ -179,10 +155,10 @@ impl Job {
             ));
         }
         for (worker_id, member) in self.members.iter().filter(|(_, m)| m.record.rank == rank) {
-            let free_ms = member.heard_ms.saturating_add(scene.policy.failure_backoff_ms);
-            let is_kept = member.record.state() == WorkerState::Dead && scene.at.now_ms < free_ms;
+            let free_ms = member.heard_ms.saturating_add(context.policy.failure_backoff_ms);
+            let is_kept = member.record.state() == WorkerState::Dead && context.at.now_ms < free_ms;
             if is_kept && *worker_id != request.worker_id {
-                let left_ms = free_ms - scene.at.now_ms;
+                let left_ms = free_ms - context.at.now_ms;
                 return Err(Refusal::new(
                     RefusalKind::Conflict,
                     format!("rank {rank} is kept for `{worker_id}` for another {left_ms} ms"),
@@ -194,7 +170,7 @@ impl Job {
     }
 
     /// Forgets the last run. Failures stay counted where the same job just starts over.
-    fn begin_run(&mut self, scene: &mut Scene<'_>, world_size: u32) {
+    fn begin_run(&mut self, context: &mut Context<'_>, world_size: u32) {
         let finished = self.members.values().all(|m| m.record.state() == WorkerState::Left);
         let was_aborted = !self.record.abort_reason.is_empty();
         if finished || was_aborted || world_size != self.record.world_size {
@@ -202,18 +178,18 @@ impl Job {
         }
         for worker_id in std::mem::take(&mut self.members).into_keys() {
             let key = Key::Worker { job: self.name.clone(), worker_id };
-            scene.effects.changes.push(Change::remove(key));
+            context.effects.changes.push(Change::remove(key));
         }
-        self.forget_barriers(scene);
-        self.forget_attempts(scene, "a new run of the job began");
+        self.forget_barriers(context);
+        self.forget_attempts(context, "a new run of the job began");
         self.record.run += 1;
         self.record.world_size = world_size;
         self.record.abort_reason.clear();
     }
 
-    fn join(&mut self, scene: &mut Scene<'_>, request: v1::RegisterRequest) -> u64 {
+    fn join(&mut self, context: &mut Context<'_>, request: v1::RegisterRequest) -> u64 {
         let v1::RegisterRequest { worker_id, incarnation, rank, ip, port, .. } = request;
-        self.drop_former_holders(scene, rank, &worker_id);
+        self.drop_former_holders(context, rank, &worker_id);
         let former = self.members.get(&worker_id);
         let former_incarnation = former.map_or(0, |former| former.record.incarnation);
         let failure = former.map_or(0, |former| former.failure);
@@ -232,22 +208,22 @@ impl Job {
             state: WorkerState::Alive.into(),
             former_incarnation,
         };
-        let now_ms = scene.at.now_ms;
+        let now_ms = context.at.now_ms;
         let member =
             Member { record, heard_ms: now_ms, progressed_ms: now_ms, ..Member::default() };
         self.holders.insert(rank, worker_id.clone());
         self.members.insert(worker_id.clone(), member);
-        self.keep_member(scene, &worker_id);
-        self.keep_job(scene);
+        self.keep_member(context, &worker_id);
+        self.keep_job(context);
         self.log(&worker_id, rank, ChangeKind::Joined, String::new());
         let (alive, world) = (self.holders.len(), self.record.world_size);
         let text = format!("`{worker_id}` joined as rank {rank}: {alive} of {world} are there");
-        self.note(scene, Level::Info, text);
+        self.note(context, Level::Info, text);
         self.record.epoch
     }
 
     /// Those who held the rank before are history once it is taken again.
-    fn drop_former_holders(&mut self, scene: &mut Scene<'_>, rank: u32, worker_id: &str) {
+    fn drop_former_holders(&mut self, context: &mut Context<'_>, rank: u32, worker_id: &str) {
         let is_former = |id: &String, member: &Member| {
             member.record.rank == rank && !member.is_alive() && id != worker_id
         };
@@ -260,12 +236,12 @@ impl Job {
         for worker_id in former {
             self.members.remove(&worker_id);
             let key = Key::Worker { job: self.name.clone(), worker_id };
-            scene.effects.changes.push(Change::remove(key));
+            context.effects.changes.push(Change::remove(key));
         }
     }
 
-    fn welcome(&self, scene: &Scene<'_>, incarnation: u64, epoch: u64) -> Reply {
-        let policy = scene.policy;
+    fn welcome(&self, context: &Context<'_>, incarnation: u64, epoch: u64) -> Reply {
+        let policy = context.policy;
         Reply::Register(v1::RegisterReply {
             epoch,
             coordinator_incarnation: incarnation,
@@ -278,7 +254,7 @@ impl Job {
 
     pub(super) fn heartbeat(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         incarnation: u64,
         request: &v1::HeartbeatRequest,
     ) -> Result<Reply, Refusal> {
@@ -287,7 +263,7 @@ impl Job {
         self.heartbeat_count += 1;
         self.silence = None;
         let member = self.members.get_mut(&worker_id).expect("it was just found");
-        member.hear(scene.at.now_ms, request.progress);
+        member.hear(context.at.now_ms, request.progress);
         let changes = if known_epoch == self.record.epoch {
             Vec::new()
         } else {
@@ -304,7 +280,7 @@ impl Job {
 
     pub(super) fn leave(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         request: &v1::LeaveRequest,
     ) -> Result<Reply, Refusal> {
         match self.member_of(request.identity.as_ref()) {
@@ -315,7 +291,7 @@ impl Job {
                     (ChangeKind::Failed, request.failure.clone())
                 };
                 let worker_id = &worker_id;
-                self.lose(scene, &Loss { worker_id, kind, reason, in_silence: false });
+                self.lose(context, &Loss { worker_id, kind, reason, in_silence: false });
             }
             // It is gone already: by this call, sent twice, or by its death.
             Err(refusal) if refusal.kind == RefusalKind::Fenced => {}
@@ -324,7 +300,7 @@ impl Job {
         Ok(Reply::Leave(v1::LeaveReply { epoch: self.record.epoch }))
     }
 
-    pub(super) fn list_workers(&self, scene: &Scene<'_>) -> Reply {
+    pub(super) fn list_workers(&self, context: &Context<'_>) -> Reply {
         let mut workers: Vec<v1::Worker> = self
             .members
             .iter()
@@ -335,7 +311,7 @@ impl Job {
                 port: member.record.port,
                 advertise_address: member.record.advertise_address.clone(),
                 state: member.state().into(),
-                silent_ms: scene.at.now_ms.saturating_sub(member.heard_ms),
+                silent_ms: context.at.now_ms.saturating_sub(member.heard_ms),
                 progress: member.progress,
                 joined_epoch: member.record.joined_epoch,
             })
@@ -387,209 +363,21 @@ impl Job {
         Ok(found)
     }
 
-    /// A rank that had a worker and has none now.
-    pub(super) fn lost_member(&self) -> Option<LostMember<'_>> {
-        let is_lost = |member: &Member| !self.holders.contains_key(&member.record.rank);
-        let (worker_id, member) =
-            self.members.iter().find(|(_, member)| !member.is_alive() && is_lost(member))?;
-        Some(LostMember { worker_id, rank: member.record.rank })
-    }
-
-    /// The newest loss, for people.
-    pub(super) fn newest_loss(&self) -> String {
-        let loss = self.log.iter().rev().find(|change| change.epoch == self.record.fence);
-        loss.map_or_else(
-            || format!("the membership changed at epoch {}", self.record.fence),
-            |loss| format!("`{}` (rank {}): {}", loss.worker_id, loss.rank, loss.reason),
-        )
-    }
-
-    /// Takes a worker out and tells everything that counted on it.
-    pub(super) fn lose(&mut self, scene: &mut Scene<'_>, loss: &Loss<'_>) {
-        let Some(member) = self.members.get_mut(loss.worker_id) else { return };
-        let rank = member.record.rank;
-        let is_leave = loss.kind == ChangeKind::Left;
-        member.record.state =
-            if is_leave { WorkerState::Left.into() } else { WorkerState::Dead.into() };
-        member.heard_ms = scene.at.now_ms;
-        self.holders.remove(&rank);
-        self.record.epoch += 1;
-        self.record.fence = self.record.epoch;
-        self.keep_member(scene, loss.worker_id);
-        self.log(loss.worker_id, rank, loss.kind, loss.reason.clone());
-        let level = if is_leave { Level::Info } else { Level::Warn };
-        let text = format!("`{}` (rank {rank}) is gone: {}", loss.worker_id, loss.reason);
-        self.note(scene, level, text);
-        self.count_failure(scene, loss);
-        if self.holders.is_empty() {
-            self.note_end(scene);
-        }
-        self.keep_job(scene);
-        self.break_barriers(scene);
-        self.lose_rank_of_attempts(scene, (rank, loss.worker_id), &loss.reason);
-        if self.record.failures >= scene.policy.max_worker_failures {
-            let reason = format!(
-                "{} failures since the last checkpoint, at most {} are allowed; the last: `{}` \
-                 (rank {rank}): {}",
-                self.record.failures,
-                scene.policy.max_worker_failures - 1,
-                loss.worker_id,
-                loss.reason
-            );
-            self.abort(scene, &reason);
-        }
-    }
-
-    /// Counts what is a failure. Workers that are started again together are replaced one by one:
-    /// that is one. So are the deaths of workers that fell silent together.
-    fn count_failure(&mut self, scene: &Scene<'_>, loss: &Loss<'_>) {
-        let now_ms = scene.at.now_ms;
-        let window_ms = scene.policy.heartbeat_timeout_ms;
-        let is_failure = match loss.kind {
-            ChangeKind::Failed | ChangeKind::Died => true,
-            ChangeKind::Replaced => {
-                self.failed_ms.is_none_or(|failed_ms| now_ms - failed_ms > window_ms)
-            }
-            _ => false,
-        };
-        if !is_failure {
-            return;
-        }
-        let known = self.silence.filter(|_| loss.in_silence);
-        // The loss was just given an epoch of its own.
-        let failure = known.unwrap_or(self.record.epoch);
-        if known.is_none() {
-            self.record.failures += 1;
-            self.failed_ms = Some(now_ms);
-        }
-        self.silence = loss.in_silence.then_some(failure);
-        *self.failures.entry(failure).or_insert(0) += 1;
-        if let Some(member) = self.members.get_mut(loss.worker_id) {
-            member.failure = failure;
-        }
-    }
-
-    /// A process that was taken for dead lives, and with it all that it holds: once the last one of
-    /// a failure is back, it was none.
-    fn take_back(&mut self, failure: u64) {
-        let Some(missing) = self.failures.get_mut(&failure) else { return };
-        *missing -= 1;
-        if *missing == 0 {
-            self.failures.remove(&failure);
-            self.record.failures = self.record.failures.saturating_sub(1);
-        }
-    }
-
-    /// Counts failures from none again.
-    pub(super) fn forgive(&mut self) {
-        self.record.failures = 0;
-        self.failed_ms = None;
-        self.failures.clear();
-    }
-
-    fn lose_everybody(&mut self, scene: &mut Scene<'_>, reason: &str) {
-        self.failed_ms = Some(scene.at.now_ms); // a take-over is no failure
-        for worker_id in std::mem::take(&mut self.holders).into_values() {
-            let reason = reason.to_owned();
-            let kind = ChangeKind::Replaced;
-            let loss = Loss { worker_id: &worker_id, kind, reason, in_silence: false };
-            self.lose(scene, &loss);
-        }
-    }
-
     /// Ends the job for everybody, once.
-    pub(super) fn abort(&mut self, scene: &mut Scene<'_>, reason: &str) {
+    pub(super) fn abort(&mut self, context: &mut Context<'_>, reason: &str) {
         if !self.record.abort_reason.is_empty() {
             return;
         }
         reason.clone_into(&mut self.record.abort_reason);
-        self.keep_job(scene);
-        self.note(scene, Level::Warn, format!("the job is aborted: {reason}"));
-        self.abort_barriers(scene, reason);
-        self.forget_attempts(scene, &format!("the job is aborted: {reason}"));
+        self.keep_job(context);
+        self.note(context, Level::Warn, format!("the job is aborted: {reason}"));
+        self.abort_barriers(context, reason);
+        self.forget_attempts(context, &format!("the job is aborted: {reason}"));
     }
 
-    pub(super) fn abort_by_operator(&mut self, scene: &mut Scene<'_>, reason: &str) -> Reply {
-        self.abort(scene, &format!("an operator aborted it: {reason}"));
+    pub(super) fn abort_by_operator(&mut self, context: &mut Context<'_>, reason: &str) -> Reply {
+        self.abort(context, &format!("an operator aborted it: {reason}"));
         Reply::Done
-    }
-
-    pub(super) fn tick_members(&mut self, scene: &mut Scene<'_>) {
-        if scene.at.now_ms < self.quiet_until_ms {
-            return;
-        }
-        let timeout_ms = scene.policy.heartbeat_timeout_ms;
-        let heard_ms = HEARD_INTERVALS * scene.policy.heartbeat_interval_ms;
-        let mut dead = Vec::new();
-        let mut in_silence = true;
-        for worker_id in self.holders.values() {
-            let member = &self.members[worker_id];
-            let silent_ms = scene.at.now_ms.saturating_sub(member.heard_ms);
-            in_silence &= silent_ms > heard_ms;
-            if silent_ms > timeout_ms {
-                dead.push((worker_id.clone(), silent_ms));
-            }
-        }
-        for (worker_id, silent_ms) in dead {
-            let reason =
-                format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
-            let kind = ChangeKind::Died;
-            let loss = Loss { worker_id: &worker_id, kind, reason, in_silence };
-            self.lose(scene, &loss);
-        }
-        self.doubt(scene);
-        self.quiet_until_ms = self.next_due_ms(scene);
-    }
-
-    /// Before when no tick finds anything. Who is heard of, or registers, after this one is due no
-    /// sooner than the shortest limit allows.
-    fn next_due_ms(&self, scene: &Scene<'_>) -> u64 {
-        let timeout_ms = scene.policy.heartbeat_timeout_ms;
-        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
-        let stalled_ms = match scene.policy.progress_timeout_ms {
-            0 => u64::MAX,
-            stalled_ms => stalled_ms,
-        };
-        let due_ms = |worker_id: &String| {
-            let member = &self.members[worker_id];
-            let suspect_ms = if member.is_suspect { u64::MAX } else { suspect_ms };
-            let is_exempt = member.is_stalled || member.progress == 0;
-            let stalled_ms = if is_exempt { u64::MAX } else { stalled_ms };
-            let silent_ms = member.heard_ms.saturating_add(timeout_ms.min(suspect_ms));
-            silent_ms.min(member.progressed_ms.saturating_add(stalled_ms))
-        };
-        let shortest_ms = timeout_ms.min(suspect_ms).min(stalled_ms);
-        let latest_ms = scene.at.now_ms.saturating_add(shortest_ms);
-        // A limit is passed one millisecond after it was reached.
-        self.holders.values().map(due_ms).fold(latest_ms, u64::min).saturating_add(1)
-    }
-
-    /// Marks who missed heartbeats, and whose training loop stands still.
-    fn doubt(&mut self, scene: &mut Scene<'_>) {
-        let now_ms = scene.at.now_ms;
-        let suspect_ms = SUSPECT_AFTER_INTERVALS * scene.policy.heartbeat_interval_ms;
-        let stalled_ms = scene.policy.progress_timeout_ms;
-        let mut texts = Vec::new();
-        for (rank, worker_id) in &self.holders {
-            let member = self.members.get_mut(worker_id).expect("holders are members");
-            let silent_ms = now_ms.saturating_sub(member.heard_ms);
-            if silent_ms > suspect_ms && !member.is_suspect {
-                member.is_suspect = true;
-                texts.push(format!("`{worker_id}` (rank {rank}) is silent for {silent_ms} ms"));
-            }
-            let still_ms = now_ms.saturating_sub(member.progressed_ms);
-            let reports = member.progress > 0 && stalled_ms > 0;
-            if reports && still_ms > stalled_ms && !member.is_stalled {
-                member.is_stalled = true;
-                texts.push(format!(
-                    "`{worker_id}` (rank {rank}) sends heartbeats, but made no progress for \
-                     {still_ms} ms"
-                ));
-            }
-        }
-        for text in texts {
-            self.note(scene, Level::Warn, text);
-        }
     }
 
     pub(super) fn restore_member(&mut self, worker_id: String, record: WorkerRecord) {
@@ -618,12 +406,12 @@ impl Job {
         )
     }
 
-    fn keep_member(&self, scene: &mut Scene<'_>, worker_id: &str) {
+    pub(super) fn keep_member(&self, context: &mut Context<'_>, worker_id: &str) {
         let key = Key::Worker { job: self.name.clone(), worker_id: worker_id.to_owned() };
-        scene.effects.changes.push(Change::put(key, &self.members[worker_id].record));
+        context.effects.changes.push(Change::put(key, &self.members[worker_id].record));
     }
 
-    fn log(&mut self, worker_id: &str, rank: u32, kind: ChangeKind, reason: String) {
+    pub(super) fn log(&mut self, worker_id: &str, rank: u32, kind: ChangeKind, reason: String) {
         if self.log.len() == CHANGES_KEPT {
             self.log.pop_front();
         }

@@ -12,12 +12,18 @@
 //!   job that has a living worker or an open attempt;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
 
+mod agreement;
+mod attempt;
 mod barriers;
 mod checkpoints;
 mod datasets;
+mod given_up;
+mod losses;
 mod members;
+mod messages;
 mod record;
 mod refusal;
+mod stragglers;
 mod summary;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -25,12 +31,14 @@ use std::collections::{BTreeMap, VecDeque};
 use dtr_proto::v1;
 
 pub use datasets::assign;
+pub use messages::{Effects, EndedAttempt, Event, Level, Moment, Note, Policy, Reply, Ticket};
 pub use record::{Change, Key, RecoverError};
 pub use refusal::{Refusal, RefusalKind};
 pub use summary::{JobSummary, Summary};
 
+use attempt::Attempt;
 use barriers::Barrier;
-use checkpoints::{AbortedAttempt, Attempt};
+use given_up::AbortedAttempt;
 use members::Member;
 use record::Stored;
 
@@ -38,7 +46,7 @@ use record::Stored;
 pub const JOBS_MAX: usize = 1_000;
 /// Most ranks of a job.
 pub const WORLD_SIZE_MAX: u32 = 65_536;
-/// Most barriers, datasets and attempts in flight that one job may have, each.
+/// Most barriers, and most datasets, that one job may have.
 pub const NAMES_MAX: usize = 10_000;
 /// Commits that are kept for each job; older ones are known to the store alone.
 pub const COMMITS_KEPT: usize = 1_000;
@@ -48,188 +56,8 @@ const CHANGES_KEPT: usize = 256;
 /// means that this process stood still or its clock jumped: the workers did nothing wrong.
 const GAP_MAX_MS: u64 = 2_000;
 
-/// A call that waits for its reply.
-pub type Ticket = u64;
-
-/// Time and chance, from outside.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Moment {
-    /// Milliseconds on the coordinator's monotonic clock.
-    pub now_ms: u64,
-    /// Milliseconds since 1970 on the wall clock: only ever recorded, never compared.
-    pub wall_ms: u64,
-    /// Random bits, fresh for every event.
-    pub random: u128,
-}
-
-/// How patient the coordinator is.
-#[derive(Clone, Debug)]
-pub struct Policy {
-    /// How often workers send heartbeats.
-    pub heartbeat_interval_ms: u64,
-    /// After how long without one a worker is dead.
-    pub heartbeat_timeout_ms: u64,
-    /// At how many failures since the last commit a job is aborted.
-    pub max_worker_failures: u32,
-    /// How long the rank of a dead worker is kept for the same worker.
-    pub failure_backoff_ms: u64,
-    /// After how long without progress a worker that reports it counts as stalled; 0 never.
-    pub progress_timeout_ms: u64,
-    /// How long an attempt may take from its begin to its last report.
-    pub checkpoint_timeout_ms: u64,
-    /// Most jobs that are kept.
-    pub jobs_max: usize,
-    /// Most barriers of a job that are kept.
-    pub barriers_max: usize,
-    /// What workers are told when they register.
-    pub settings: BTreeMap<String, String>,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            heartbeat_interval_ms: 1_000,
-            heartbeat_timeout_ms: 30_000,
-            max_worker_failures: 3,
-            failure_backoff_ms: 5_000,
-            progress_timeout_ms: 600_000,
-            checkpoint_timeout_ms: 3_600_000,
-            jobs_max: JOBS_MAX,
-            barriers_max: NAMES_MAX,
-            settings: BTreeMap::new(),
-        }
-    }
-}
-
-/// What happens to the machine.
-#[derive(Clone, Debug)]
-#[expect(missing_docs, reason = "each is the request of the same name")]
-pub enum Event {
-    Register(v1::RegisterRequest),
-    Heartbeat(v1::HeartbeatRequest),
-    Leave(v1::LeaveRequest),
-    ListWorkers(v1::ListWorkersRequest),
-    WaitBarrier(v1::WaitBarrierRequest),
-    WithdrawBarrier(v1::WithdrawBarrierRequest),
-    AgreeStep(v1::AgreeStepRequest),
-    BeginCheckpoint(v1::BeginCheckpointRequest),
-    ReportShard(v1::ReportShardRequest),
-    CommitCheckpoint(v1::CommitCheckpointRequest),
-    AbortCheckpoint(v1::AbortCheckpointRequest),
-    ListCheckpoints(v1::ListCheckpointsRequest),
-    RegisterDataset(v1::RegisterDatasetRequest),
-    GetShard(v1::GetShardRequest),
-    ListDatasets(v1::ListDatasetsRequest),
-    ListJobs,
-    AbortJob(v1::AbortJobRequest),
-    /// The numbers that metrics are made of.
-    Inspect,
-    /// Time passed.
-    Tick,
-}
-
-impl Event {
-    /// The job that the event is about; empty for those that are about all of them.
-    pub fn job(&self) -> &str {
-        match self {
-            Self::Register(request) => &request.job,
-            Self::ListWorkers(request) => &request.job,
-            Self::ListCheckpoints(request) => &request.job,
-            Self::RegisterDataset(request) => &request.job,
-            Self::GetShard(request) => &request.job,
-            Self::ListDatasets(request) => &request.job,
-            Self::AbortJob(request) => &request.job,
-            Self::Heartbeat(request) => identity_job(request.identity.as_ref()),
-            Self::Leave(request) => identity_job(request.identity.as_ref()),
-            Self::WaitBarrier(request) => identity_job(request.identity.as_ref()),
-            Self::WithdrawBarrier(request) => identity_job(request.identity.as_ref()),
-            Self::AgreeStep(request) => identity_job(request.identity.as_ref()),
-            Self::BeginCheckpoint(request) => identity_job(request.identity.as_ref()),
-            Self::ReportShard(request) => identity_job(request.identity.as_ref()),
-            Self::CommitCheckpoint(request) => identity_job(request.identity.as_ref()),
-            Self::AbortCheckpoint(request) => identity_job(request.identity.as_ref()),
-            Self::ListJobs | Self::Inspect | Self::Tick => "",
-        }
-    }
-}
-
-/// What a call is answered with.
-#[derive(Clone, Debug)]
-#[expect(missing_docs, reason = "each is the reply of the same name")]
-pub enum Reply {
-    Register(v1::RegisterReply),
-    Heartbeat(v1::HeartbeatReply),
-    Leave(v1::LeaveReply),
-    Workers(v1::ListWorkersReply),
-    Barrier(v1::WaitBarrierReply),
-    AgreeStep(v1::AgreeStepReply),
-    BeginCheckpoint(v1::BeginCheckpointReply),
-    /// The caller is asked to publish these shards.
-    Publish(Vec<v1::Shard>),
-    Committed(v1::Commit),
-    AttemptAborted(v1::AttemptAborted),
-    Checkpoints(v1::ListCheckpointsReply),
-    RegisterDataset(v1::RegisterDatasetReply),
-    Shard(v1::GetShardReply),
-    Datasets(v1::ListDatasetsReply),
-    Jobs(v1::ListJobsReply),
-    Summary(Summary),
-    Done,
-    Refused(Refusal),
-}
-
-/// What an event leads to.
-#[derive(Debug, Default)]
-pub struct Effects {
-    /// Answers, each to the call that waits for it.
-    pub replies: Vec<(Ticket, Reply)>,
-    /// What to keep, in order.
-    pub changes: Vec<Change>,
-    /// What people should hear about.
-    pub notes: Vec<Note>,
-}
-
-/// Something that an operator should hear about: the reason of a decision.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Note {
-    /// The job.
-    pub job: String,
-    /// How much it matters.
-    pub level: Level,
-    /// What happened and why.
-    pub text: String,
-    /// An attempt that has ended, for metrics and traces.
-    pub ended: Option<EndedAttempt>,
-}
-
-/// An attempt that was committed or given up. Milliseconds of the machine's clock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EndedAttempt {
-    /// Its id.
-    pub attempt: String,
-    /// The step.
-    pub step: u64,
-    /// When the first rank began it.
-    pub begun_ms: u64,
-    /// When a rank was asked to publish: all shards were durable then.
-    pub asked_ms: Option<u64>,
-    /// When it ended.
-    pub ended_ms: u64,
-    /// Why it was given up; empty if it was committed.
-    pub error: String,
-}
-
-/// How much a note matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
-    /// As it should be.
-    Info,
-    /// Somebody may have to act.
-    Warn,
-}
-
 /// What all parts of a job's machine are handed.
-struct Scene<'a> {
+struct Context<'a> {
     at: Moment,
     policy: &'a Policy,
     effects: &'a mut Effects,
@@ -351,16 +179,16 @@ impl State {
                 self.admit(&request.job)?;
                 let incarnation = self.incarnation;
                 let name = request.job.clone();
-                let (job, mut scene) = self.scene(at, effects, &name);
-                let reply = job.register(&mut scene, incarnation, request).map(Some);
+                let (job, mut context) = self.context(at, effects, &name);
+                let reply = job.register(&mut context, incarnation, request).map(Some);
                 self.make_room_beside(&name, effects);
                 return reply;
             }
             Event::RegisterDataset(request) => {
                 self.admit(&request.job)?;
                 let name = request.job.clone();
-                let (job, mut scene) = self.scene(at, effects, &name);
-                let reply = job.register_dataset(&mut scene, request).map(Some);
+                let (job, mut context) = self.context(at, effects, &name);
+                let reply = job.register_dataset(&mut context, request).map(Some);
                 self.make_room_beside(&name, effects);
                 return reply;
             }
@@ -372,19 +200,19 @@ impl State {
         }
         let name = name.to_owned();
         let incarnation = self.incarnation;
-        let (job, mut scene) = self.scene(at, effects, &name);
-        job.decide(&mut scene, incarnation, ticket, event)
+        let (job, mut context) = self.context(at, effects, &name);
+        job.decide(&mut context, incarnation, ticket, event)
     }
 
-    fn scene<'a>(
+    fn context<'a>(
         &'a mut self,
         at: Moment,
         effects: &'a mut Effects,
         job: &str,
-    ) -> (&'a mut Job, Scene<'a>) {
+    ) -> (&'a mut Job, Context<'a>) {
         let Self { policy, jobs, endings, .. } = self;
         let job = entry(jobs, job);
-        (job, Scene { at, policy, effects, endings })
+        (job, Context { at, policy, effects, endings })
     }
 
     fn job_entry(&mut self, name: &str) -> &mut Job {
@@ -426,10 +254,10 @@ impl State {
     fn tick(&mut self, at: Moment, effects: &mut Effects) {
         let Self { policy, jobs, endings, .. } = self;
         for job in jobs.values_mut() {
-            let mut scene = Scene { at, policy, effects, endings };
-            job.tick_members(&mut scene);
-            job.tick_barriers(&mut scene);
-            job.tick_attempts(&mut scene);
+            let mut context = Context { at, policy, effects, endings };
+            job.tick_members(&mut context);
+            job.tick_barriers(&mut context);
+            job.tick_attempts(&mut context);
         }
     }
 }
@@ -460,38 +288,34 @@ fn entry<'a>(jobs: &'a mut BTreeMap<String, Job>, name: &str) -> &'a mut Job {
     jobs.get_mut(name).expect("it was just put there")
 }
 
-fn identity_job(identity: Option<&v1::Identity>) -> &str {
-    identity.map_or("", |identity| &identity.job)
-}
-
 impl Job {
     fn decide(
         &mut self,
-        scene: &mut Scene<'_>,
+        context: &mut Context<'_>,
         incarnation: u64,
         ticket: Ticket,
         event: Event,
     ) -> Result<Option<Reply>, Refusal> {
         match event {
-            Event::Heartbeat(request) => self.heartbeat(scene, incarnation, &request).map(Some),
-            Event::Leave(request) => self.leave(scene, &request).map(Some),
-            Event::ListWorkers(_) => Ok(Some(self.list_workers(scene))),
-            Event::WaitBarrier(request) => self.wait_barrier(scene, ticket, &request),
-            Event::WithdrawBarrier(request) => self.withdraw_barrier(scene, &request).map(Some),
-            Event::AgreeStep(request) => self.agree_step(scene, ticket, request),
-            Event::BeginCheckpoint(request) => self.begin(scene, &request).map(Some),
-            Event::ReportShard(request) => self.report(scene, ticket, request),
-            Event::CommitCheckpoint(request) => self.commit(scene, &request).map(Some),
-            Event::AbortCheckpoint(request) => self.abort_checkpoint(scene, &request).map(Some),
+            Event::Heartbeat(request) => self.heartbeat(context, incarnation, &request).map(Some),
+            Event::Leave(request) => self.leave(context, &request).map(Some),
+            Event::ListWorkers(_) => Ok(Some(self.list_workers(context))),
+            Event::WaitBarrier(request) => self.wait_barrier(context, ticket, &request),
+            Event::WithdrawBarrier(request) => self.withdraw_barrier(context, &request).map(Some),
+            Event::AgreeStep(request) => self.agree_step(context, ticket, request),
+            Event::BeginCheckpoint(request) => self.begin(context, &request).map(Some),
+            Event::ReportShard(request) => self.report(context, ticket, request),
+            Event::CommitCheckpoint(request) => self.commit(context, &request).map(Some),
+            Event::AbortCheckpoint(request) => self.abort_checkpoint(context, &request).map(Some),
             Event::ListCheckpoints(request) => Ok(Some(self.list_checkpoints(request.limit))),
             Event::GetShard(request) => self.get_shard(&request).map(Some),
             Event::ListDatasets(_) => Ok(Some(self.list_datasets())),
-            Event::AbortJob(request) => Ok(Some(self.abort_by_operator(scene, &request.reason))),
+            Event::AbortJob(request) => Ok(Some(self.abort_by_operator(context, &request.reason))),
             Event::Register(_)
             | Event::RegisterDataset(_)
             | Event::ListJobs
             | Event::Inspect
-            | Event::Tick => Ok(Some(Reply::Done)),
+            | Event::Tick => unreachable!("`State::decide` has answered what no job decides"),
         }
     }
 
@@ -530,10 +354,10 @@ impl Job {
     }
 
     /// The last worker is gone, or something was left here by somebody who is none.
-    fn note_end(&mut self, scene: &mut Scene<'_>) {
-        *scene.endings += 1;
-        self.record.ended = *scene.endings;
-        self.ended_ms = scene.at.now_ms;
+    fn note_end(&mut self, context: &mut Context<'_>) {
+        *context.endings += 1;
+        self.record.ended = *context.endings;
+        self.ended_ms = context.at.now_ms;
     }
 
     /// Takes everything of it out of what is kept. What was committed lies in its store.
@@ -552,13 +376,13 @@ impl Job {
         effects.notes.push(Note { job: job(), level: Level::Info, text, ended: None });
     }
 
-    fn note(&self, scene: &mut Scene<'_>, level: Level, text: String) {
-        scene.effects.notes.push(Note { job: self.name.clone(), level, text, ended: None });
+    fn note(&self, context: &mut Context<'_>, level: Level, text: String) {
+        context.effects.notes.push(Note { job: self.name.clone(), level, text, ended: None });
     }
 
-    fn keep_job(&self, scene: &mut Scene<'_>) {
+    fn keep_job(&self, context: &mut Context<'_>) {
         let key = Key::Job { job: self.name.clone() };
-        scene.effects.changes.push(Change::put(key, &self.record));
+        context.effects.changes.push(Change::put(key, &self.record));
     }
 
     fn refuse_if_aborted(&self) -> Result<(), Refusal> {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+pub use dtr_proto::refusal::RefusalKind;
+
 /// A call that changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
@@ -11,46 +13,6 @@ pub struct Refusal {
     pub why: String,
     /// How to go on.
     pub hint: String,
-}
-
-/// What the caller does next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RefusalKind {
-    /// Fix the call.
-    Invalid,
-    /// Fix the name.
-    NotFound,
-    /// Wait and ask again, or end what stands in the way.
-    Conflict,
-    /// Register again: the caller is no member of the job any more.
-    Fenced,
-    /// Look at the membership, then ask again: it lost somebody since the caller's epoch.
-    StaleEpoch,
-    /// End: the job is aborted.
-    JobAborted,
-    /// Save a later step.
-    AlreadyCommitted,
-    /// Save again: this attempt was given up.
-    AttemptAborted,
-    /// Report the shard again: reports were lost with a restart of the coordinator.
-    Incomplete,
-}
-
-impl RefusalKind {
-    /// The name that crosses the wire.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Invalid => "invalid",
-            Self::NotFound => "not-found",
-            Self::Conflict => "conflict",
-            Self::Fenced => "fenced",
-            Self::StaleEpoch => "stale-epoch",
-            Self::JobAborted => "job-aborted",
-            Self::AlreadyCommitted => "already-committed",
-            Self::AttemptAborted => "attempt-aborted",
-            Self::Incomplete => "incomplete",
-        }
-    }
 }
 
 impl Refusal {

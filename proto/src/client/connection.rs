@@ -1,4 +1,7 @@
 //! One connection and the native thread that serves it.
+//!
+//! Always holds: the thread ends with the [`Connection`], and with it every call that is under way;
+//! a call that is dropped is given up; the token is shown nowhere.
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -15,16 +18,15 @@ use tonic::{Request, Response, Status};
 use tracing::warn;
 
 use super::error::{ClientError, ErrorKind};
-use super::retry;
+use super::retry::{self, Failed, Next};
 
 /// How long making a connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How often an idle connection is asked whether it is still there, and how long it may think.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+pub(super) const KEEPALIVE: (Duration, Duration) =
+    (Duration::from_secs(10), Duration::from_secs(5));
 /// How long a call that does not wait for others may take before it is sent again.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// Calls in a row that run out of time before the connection is made anew.
-const MISSES_MAX: u32 = 2;
 
 /// How to reach the coordinator.
 #[derive(Clone, Default)]
@@ -187,8 +189,7 @@ pub(crate) enum Wait {
 }
 
 impl Inner {
-    /// Sends `message` until it is answered. The coordinator may be away for as long as patience
-    /// lasts, each time that it goes away.
+    /// Sends `message` until it is answered, or [`retry::next`] says that it is over.
     pub(crate) async fn ask<Q, R, F>(
         &self,
         what: &str,
@@ -219,22 +220,25 @@ impl Inner {
                 Err(status) => status,
             };
             let error = ClientError::of(what, &self.url, &status);
-            let once = matches!(wait, Wait::Once(_));
-            if error.kind != ErrorKind::Unavailable || once {
+            let next = retry::next(Failed {
+                kind: error.kind,
+                is_only_try: matches!(wait, Wait::Once(_)),
+                took: started.elapsed(),
+                failures,
+                away: away_since.elapsed(),
+                patience: self.patience,
+            });
+            let Next::Again { failures: so_far, was_there, renews } = next else {
                 return Err(error);
-            }
-            if started.elapsed() > KEEPALIVE.0 {
-                // It was there meanwhile.
-                (failures, away_since) = (0, started + started.elapsed());
-            }
-            failures += 1;
-            if away_since.elapsed() >= self.patience {
-                return Err(error);
+            };
+            failures = so_far;
+            if was_there {
+                away_since = Instant::now();
             }
             if failures == 1 {
                 warn!("{what}: {}; asking again for {} s", error.why, self.patience.as_secs());
             }
-            if failures > MISSES_MAX {
+            if renews {
                 self.renew();
             }
             tokio::time::sleep(retry::pause(failures, chance())).await;

@@ -1,8 +1,13 @@
 //! Why a call to the coordinator failed, by what its caller does next.
+//!
+//! Always holds: what the coordinator said is passed on in its own words, with its own hint; one
+//! that is not reached is [`ErrorKind::Unavailable`], and named by its address.
 
 use std::error::Error as _;
 
 use tonic::{Code, Status};
+
+use crate::refusal::{REFUSAL_HEADER, RefusalKind};
 
 /// A failed call: what was done, why it failed, how to go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +55,22 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl From<RefusalKind> for ErrorKind {
+    fn from(refusal: RefusalKind) -> Self {
+        match refusal {
+            RefusalKind::Invalid => Self::Invalid,
+            RefusalKind::NotFound => Self::NotFound,
+            RefusalKind::Conflict => Self::Conflict,
+            RefusalKind::Fenced => Self::Fenced,
+            RefusalKind::StaleEpoch => Self::MembershipChanged,
+            RefusalKind::JobAborted => Self::JobAborted,
+            RefusalKind::AlreadyCommitted => Self::AlreadyCommitted,
+            RefusalKind::AttemptAborted => Self::AttemptAborted,
+            RefusalKind::Incomplete => Self::Incomplete,
+        }
+    }
+}
+
 impl std::fmt::Display for ClientError {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "{}: {}\nhint: {}", self.what, self.why, self.hint)
@@ -87,18 +108,9 @@ impl ClientError {
 }
 
 fn kind_of(status: &Status) -> ErrorKind {
-    let refusal = status.metadata().get("dtr-refusal").and_then(|value| value.to_str().ok());
-    match refusal {
-        Some("invalid") => return ErrorKind::Invalid,
-        Some("not-found") => return ErrorKind::NotFound,
-        Some("conflict") => return ErrorKind::Conflict,
-        Some("fenced") => return ErrorKind::Fenced,
-        Some("stale-epoch") => return ErrorKind::MembershipChanged,
-        Some("job-aborted") => return ErrorKind::JobAborted,
-        Some("already-committed") => return ErrorKind::AlreadyCommitted,
-        Some("attempt-aborted") => return ErrorKind::AttemptAborted,
-        Some("incomplete") => return ErrorKind::Incomplete,
-        _ => {}
+    let name = status.metadata().get(REFUSAL_HEADER).and_then(|value| value.to_str().ok());
+    if let Some(refusal) = name.and_then(RefusalKind::parse) {
+        return refusal.into();
     }
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => ErrorKind::Unavailable,

@@ -15,7 +15,9 @@
 mod checkpoints;
 mod connection;
 mod error;
+mod heartbeat;
 mod retry;
+mod view;
 mod worker;
 
 pub use checkpoints::{Agreement, ShardOutcome, ShardReport};

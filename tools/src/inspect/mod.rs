@@ -1,4 +1,7 @@
 //! `ckpt-tool inspect`: what a checkpoint holds, without reading its chunks.
+//!
+//! Always holds: nothing in the store changes; all that is shown comes from one shard's header and
+//! index, and the manifest; limits shorten the text, and never the JSON.
 
 use std::collections::BTreeMap;
 use std::io::Write;

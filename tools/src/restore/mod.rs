@@ -14,13 +14,13 @@ use crate::console::{Outcome, Verdict, write_json};
 use crate::opened::{self, StoreArgument};
 use crate::text;
 
-mod copy;
 mod draft;
 mod file;
 mod gather;
 mod header;
 mod parts;
 mod selection;
+mod store;
 mod tiling;
 
 /// What a name ends with that means a file.
@@ -102,7 +102,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
         file::restore(&engine, &checkpoint, options)?
     } else {
         let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, DOING)?;
-        copy::restore(&checkpoint, &options.output, options.store.s3())?
+        store::restore(&checkpoint, &options.output, options.store.s3())?
     };
     if options.json {
         write_json(out, &restored)?;

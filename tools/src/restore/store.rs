@@ -1,4 +1,4 @@
-//! A checkpoint to another store.
+//! A checkpoint to a store, written anew.
 //!
 //! Always holds: tree, tensors, storages, metadata and dataset positions come out as they were; the
 //! attempt and its time are new; nothing at the destination goes, be it damaged. The copy is cut

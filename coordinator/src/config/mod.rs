@@ -1,15 +1,18 @@
-//! `coordinator.toml`: every key, its default, its range and what it means, in one table.
+//! `coordinator.toml`: where values come from, what they must be together, and what they say.
 //!
 //! Values come, the later one winning, from: the defaults, the file, the environment
 //! (`DTRUNTIME_<SECTION>_<KEY>`), the command line.
 //!
 //! Always holds: a key that is not in [`KEYS`] is an error that suggests the nearest one; a value
 //! that is out of its range is an error that names key, value, range and where it came from; what
-//! is printed by `--print-config` can be read again.
+//! is printed by `--print-config` can be read again; the environment is asked at
+//! [`Config::load`] alone.
+
+mod keys;
 
 use std::collections::BTreeMap;
-use std::env;
-use std::fmt::Write as _;
+use std::ffi::OsString;
+use std::fmt::{self, Write as _};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -18,155 +21,7 @@ use toml::{Table, Value};
 use crate::auth::Auth;
 use crate::state::Policy;
 
-/// One setting.
-#[derive(Debug)]
-pub struct Key {
-    section: &'static str,
-    name: &'static str,
-    kind: Kind,
-    /// As TOML; empty if the key is unset by default.
-    default: &'static str,
-    /// What it means, with its unit.
-    meaning: &'static str,
-}
-
-#[derive(Debug)]
-enum Kind {
-    Text,
-    Path,
-    Address,
-    /// Both ends count.
-    Integer(i64, i64),
-    Flag,
-    Choice(&'static [&'static str]),
-    /// A table of paths.
-    Paths(&'static [&'static str]),
-}
-
-const DAY_MS: i64 = 86_400_000;
-
-/// Every key.
-pub const KEYS: &[Key] = &[
-    key("coordinator", "address", Kind::Address, "\"127.0.0.1:50051\"", "where workers connect"),
-    key(
-        "coordinator",
-        "heartbeat_interval_ms",
-        Kind::Integer(10, 60_000),
-        "1000",
-        "how often workers send heartbeats, in milliseconds",
-    ),
-    key(
-        "coordinator",
-        "heartbeat_timeout_ms",
-        Kind::Integer(50, 3_600_000),
-        "30000",
-        "after how long without a heartbeat a worker is dead, in milliseconds",
-    ),
-    key(
-        "coordinator",
-        "max_worker_failures",
-        Kind::Integer(1, 1_000_000),
-        "3",
-        "at how many failures since the last checkpoint a job is aborted",
-    ),
-    key(
-        "coordinator",
-        "failure_backoff_ms",
-        Kind::Integer(0, 3_600_000),
-        "5000",
-        "how long a dead worker's rank is kept for it before another may take it, in milliseconds",
-    ),
-    key(
-        "coordinator",
-        "progress_timeout_ms",
-        Kind::Integer(0, DAY_MS),
-        "600000",
-        "after how long without progress a worker that reports it counts as stalled; 0 is never",
-    ),
-    key(
-        "coordinator",
-        "checkpoint_timeout_ms",
-        Kind::Integer(1_000, DAY_MS),
-        "3600000",
-        "how long a checkpoint of many ranks may take, in milliseconds",
-    ),
-    key(
-        "coordinator",
-        "metrics_address",
-        Kind::Address,
-        "\"0.0.0.0:9090\"",
-        "where Prometheus connects; \"off\" for nowhere",
-    ),
-    key(
-        "coordinator",
-        "connections_max",
-        Kind::Integer(1, 1_000_000),
-        "20000",
-        "how many connections are taken at a time",
-    ),
-    key(
-        "coordinator",
-        "state_path",
-        Kind::Path,
-        "",
-        "the file that survives restarts; by default below $STATE_DIRECTORY, $XDG_STATE_HOME or \
-         ~/.local/state",
-    ),
-    key(
-        "coordinator",
-        "token",
-        Kind::Path,
-        "",
-        "a file of tokens: lines of `TOKEN` or `JOB TOKEN`",
-    ),
-    key(
-        "coordinator",
-        "tls",
-        Kind::Paths(&["cert", "key", "client_ca"]),
-        "",
-        "PEM files: the certificate, its key, and what signs clients' certificates (mutual TLS)",
-    ),
-    key("storage", "backend", Kind::Choice(&["local", "s3"]), "", "where checkpoints are stored"),
-    key("storage", "bucket", Kind::Text, "", "the S3 bucket"),
-    key("storage", "region", Kind::Text, "", "the AWS region"),
-    key("storage", "endpoint", Kind::Text, "", "the URL of an S3-compatible store"),
-    key("storage", "path", Kind::Text, "", "the directory, or the prefix within the bucket"),
-    key(
-        "checkpoint",
-        "interval_steps",
-        Kind::Integer(1, 1_000_000_000),
-        "",
-        "save every so many steps",
-    ),
-    key("checkpoint", "keep_last_n", Kind::Integer(1, 1_000_000), "", "keep so many checkpoints"),
-    key(
-        "checkpoint",
-        "compression",
-        Kind::Choice(&["auto", "none", "float", "zstd", "gzip"]),
-        "",
-        "how checkpoints are compressed",
-    ),
-    key("checkpoint", "async_write", Kind::Flag, "", "whether training goes on during a write"),
-    key(
-        "dataset",
-        "default_shard_size",
-        Kind::Integer(1, 1_000_000_000_000),
-        "",
-        "samples in a shard where a dataset does not say",
-    ),
-    key("dataset", "prefetch_shards", Kind::Integer(0, 1_024), "", "shards to read ahead"),
-    key("dataset", "cache_size_gb", Kind::Integer(0, 1_000_000), "", "gigabytes of cached shards"),
-];
-
-const fn key(
-    section: &'static str,
-    name: &'static str,
-    kind: Kind,
-    default: &'static str,
-    meaning: &'static str,
-) -> Key {
-    Key { section, name, kind, default, meaning }
-}
+pub use keys::{KEYS, Key};
 
 /// A configuration that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -187,6 +42,35 @@ impl ConfigError {
 #[derive(Clone, Debug)]
 pub struct Config {
     values: BTreeMap<&'static str, BTreeMap<&'static str, Value>>,
+    surroundings: Surroundings,
+}
+
+/// What the environment says beside the keys.
+#[derive(Clone, Default)]
+struct Surroundings {
+    /// Where the journal lies if no key says it.
+    state_folder: PathBuf,
+    /// Who may call if no key says it.
+    token: Option<String>,
+}
+
+impl fmt::Debug for Surroundings {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Surroundings({}, a token is not shown)", self.state_folder.display())
+    }
+}
+
+impl Surroundings {
+    fn of(environment: impl Fn(&str) -> Option<OsString>) -> Self {
+        let of = |name: &str| environment(name).filter(|value| !value.is_empty());
+        let state_folder = of("STATE_DIRECTORY")
+            .map(PathBuf::from)
+            .or_else(|| of("XDG_STATE_HOME").map(|home| Path::new(&home).join("dtruntime")))
+            .or_else(|| of("HOME").map(|home| Path::new(&home).join(".local/state/dtruntime")))
+            .unwrap_or_default();
+        let token = environment("COORDINATOR_TOKEN").and_then(|token| token.into_string().ok());
+        Self { state_folder, token }
+    }
 }
 
 /// PEM files, read.
@@ -220,7 +104,7 @@ impl Default for Config {
                 section.insert(key.name, parsed["x"].clone());
             }
         }
-        Self { values }
+        Self { values, surroundings: Surroundings::default() }
     }
 }
 
@@ -228,9 +112,10 @@ impl Config {
     /// Puts all sources together and checks the result.
     pub fn load(
         sources: &Sources,
-        environment: impl Fn(&str) -> Option<String>,
+        environment: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Self, ConfigError> {
-        let mut config = Self::default();
+        let surroundings = Surroundings::of(&environment);
+        let mut config = Self { surroundings, ..Self::default() };
         let found = Path::new("coordinator.toml");
         let file = sources.file.as_deref().or_else(|| found.exists().then_some(found));
         if let Some(file) = file {
@@ -238,8 +123,8 @@ impl Config {
         }
         for key in KEYS {
             let name = format!("DTRUNTIME_{}_{}", key.section, key.name).to_uppercase();
-            if let Some(text) = environment(&name) {
-                config.set(key, value_of(key, &text), &format!("environment `{name}`"))?;
+            if let Some(text) = environment(&name).and_then(|text| text.into_string().ok()) {
+                config.set(key, key.value_of(&text), &format!("environment `{name}`"))?;
             }
         }
         for text in &sources.overrides {
@@ -309,7 +194,7 @@ impl Config {
             ));
         };
         let key = find(section, name, origin)?;
-        self.set(key, value_of(key, value), origin)
+        self.set(key, key.value_of(value), origin)
     }
 
     fn set(&mut self, key: &Key, value: Value, origin: &str) -> Result<(), ConfigError> {
@@ -376,13 +261,7 @@ impl Config {
         if let Some(path) = self.get("state_path").and_then(Value::as_str) {
             return path.into();
         }
-        let of = |name: &str| env::var_os(name).filter(|value| !value.is_empty());
-        let folder = of("STATE_DIRECTORY")
-            .map(PathBuf::from)
-            .or_else(|| of("XDG_STATE_HOME").map(|home| Path::new(&home).join("dtruntime")))
-            .or_else(|| of("HOME").map(|home| Path::new(&home).join(".local/state/dtruntime")))
-            .unwrap_or_default();
-        folder.join(format!("coordinator-{port}.redb"))
+        self.surroundings.state_folder.join(format!("coordinator-{port}.redb"))
     }
 
     /// How patient the coordinator is, and what it tells workers.
@@ -407,12 +286,12 @@ impl Config {
     /// Who may call: the file of `token`, else the environment's COORDINATOR_TOKEN, else anybody.
     pub fn auth(&self) -> Result<Auth, ConfigError> {
         let Some(path) = self.get("token").and_then(Value::as_str) else {
-            let Ok(token) = env::var("COORDINATOR_TOKEN") else { return Ok(Auth::default()) };
-            return Auth::parse(&token).map_err(|why| {
+            let Some(token) = &self.surroundings.token else { return Ok(Auth::default()) };
+            return Auth::parse(token).map_err(|why| {
                 ConfigError::new("environment `COORDINATOR_TOKEN`", why, "set one long token")
             });
         };
-        let text = read_pem("token", path)?;
+        let text = read_named("token", path)?;
         let text = String::from_utf8_lossy(&text);
         Auth::parse(&text).map_err(|why| {
             ConfigError::new(
@@ -428,7 +307,7 @@ impl Config {
         let Some(table) = self.get("tls").and_then(Value::as_table) else { return Ok(None) };
         let file = |name: &str| -> Result<Option<Vec<u8>>, ConfigError> {
             let path = table.get(name).and_then(Value::as_str);
-            path.map(|path| read_pem(&format!("tls.{name}"), path)).transpose()
+            path.map(|path| read_named(&format!("tls.{name}"), path)).transpose()
         };
         let (Some(cert), Some(key)) = (file("cert")?, file("key")?) else {
             return Err(ConfigError::new(
@@ -461,7 +340,7 @@ impl Config {
                 let gap = if text.is_empty() { "" } else { "\n" };
                 writeln!(text, "{gap}[{section}]").expect("strings grow");
             }
-            let meaning = format!("{}; {}", key.meaning, range_of(&key.kind));
+            let meaning = format!("{}; {}", key.meaning, key.range());
             match self.values[section].get(key.name) {
                 Some(value) => writeln!(text, "{} = {value}  # {meaning}", key.name),
                 None => writeln!(text, "# {} =  # {meaning}; unset", key.name),
@@ -507,35 +386,11 @@ fn unknown(
     ConfigError::new(what, "no such name", hint)
 }
 
-/// A value that was written outside TOML, as the key's kind wants it.
-fn value_of(key: &Key, text: &str) -> Value {
-    let parsed: Option<Value> = match key.kind {
-        Kind::Integer(..) => text.parse().ok().map(Value::Integer),
-        Kind::Flag => text.parse().ok().map(Value::Boolean),
-        Kind::Paths(_) => toml::from_str::<Table>(&format!("x = {text}"))
-            .ok()
-            .and_then(|mut table| table.remove("x")),
-        Kind::Text | Kind::Path | Kind::Address | Kind::Choice(_) => None,
-    };
-    parsed.unwrap_or_else(|| Value::String(text.to_owned()))
-}
-
 fn check_value(key: &Key, value: &Value, origin: &str) -> Result<(), ConfigError> {
-    let fits = match (&key.kind, value) {
-        (Kind::Text | Kind::Path, Value::String(text)) => !text.is_empty(),
-        (Kind::Address, Value::String(text)) => is_address(text) || is_off(key, text),
-        (Kind::Integer(least, most), Value::Integer(number)) => (*least..=*most).contains(number),
-        (Kind::Flag, Value::Boolean(_)) => true,
-        (Kind::Choice(choices), Value::String(text)) => choices.contains(&text.as_str()),
-        (Kind::Paths(names), Value::Table(table)) => {
-            table.iter().all(|(name, path)| names.contains(&name.as_str()) && path.is_str())
-        }
-        _ => false,
-    };
-    if fits {
+    if key.takes(value) {
         return Ok(());
     }
-    let expected = range_of(&key.kind);
+    let expected = key.range();
     let hint = if key.default.is_empty() {
         format!("it is {}; leave it out to keep it unset", key.meaning)
     } else {
@@ -548,28 +403,8 @@ fn check_value(key: &Key, value: &Value, origin: &str) -> Result<(), ConfigError
     ))
 }
 
-fn range_of(kind: &Kind) -> String {
-    match kind {
-        Kind::Text => "a text".to_owned(),
-        Kind::Path => "a path".to_owned(),
-        Kind::Address => "`host:port`".to_owned(),
-        Kind::Integer(least, most) => format!("a whole number from {least} to {most}"),
-        Kind::Flag => "true or false".to_owned(),
-        Kind::Choice(choices) => format!("one of `{}`", choices.join("`, `")),
-        Kind::Paths(names) => format!("a table with paths for `{}`", names.join("`, `")),
-    }
-}
-
-fn is_off(key: &Key, text: &str) -> bool {
-    key.name == "metrics_address" && text == "off"
-}
-
-fn is_address(text: &str) -> bool {
-    text.rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-}
-
-fn read_pem(name: &str, path: &str) -> Result<Vec<u8>, ConfigError> {
+/// Reads the file that a key of `[coordinator]` names.
+fn read_named(name: &str, path: &str) -> Result<Vec<u8>, ConfigError> {
     fs::read(path).map_err(|error| {
         ConfigError::new(
             format!("`coordinator.{name}` = \"{path}\""),
@@ -597,13 +432,13 @@ mod tests {
         let overrides = overrides.iter().map(|&text| text.to_owned()).collect();
         Config::load(&Sources { file: Some(file), overrides }, |name| {
             let found = environment.iter().find(|(key, _)| *key == name);
-            found.map(|(_, value)| (*value).to_owned())
+            found.map(|(_, value)| (*value).into())
         })
     }
 
     #[test]
     fn the_guides_file_is_read() {
-        let config = read(include_str!("../tests/guide.toml")).expect("the guide is right");
+        let config = read(include_str!("../../tests/guide.toml")).expect("the guide is right");
         let policy = config.policy();
         assert_eq!(config.address(), "0.0.0.0:50051");
         assert_eq!(policy.heartbeat_timeout_ms, 30_000);
@@ -620,6 +455,27 @@ mod tests {
         assert_eq!(interval(loaded(&[], &[(name, "500")]).expect("environment")), 500);
         let set = ["coordinator.heartbeat_interval_ms=250"];
         assert_eq!(interval(loaded(&set, &[(name, "500")]).expect("flag")), 250);
+    }
+
+    #[test]
+    fn the_environment_says_where_the_journal_lies_and_who_may_call() {
+        let path = |environment: &[(&str, &str)]| {
+            loaded(&[], environment).expect("it is right").state_path(7)
+        };
+        assert_eq!(path(&[]), Path::new("coordinator-7.redb"));
+        let home = ("HOME", "/home/a");
+        let below_home = Path::new("/home/a/.local/state/dtruntime/coordinator-7.redb");
+        assert_eq!(path(&[home]), below_home);
+        let (xdg, none) = (("XDG_STATE_HOME", "/x"), ("STATE_DIRECTORY", ""));
+        assert_eq!(path(&[home, xdg, none]), Path::new("/x/dtruntime/coordinator-7.redb"));
+        let given = ("STATE_DIRECTORY", "/s");
+        assert_eq!(path(&[home, xdg, given]), Path::new("/s/coordinator-7.redb"));
+        let token = ("COORDINATOR_TOKEN", "a-token-that-is-long");
+        let config = loaded(&[], &[token]).expect("it is right");
+        assert!(!config.auth().expect("it is long").is_open());
+        assert!(!format!("{config:?}").contains(token.1));
+        let error = loaded(&[], &[("COORDINATOR_TOKEN", "short")]).expect("it is read").auth();
+        assert!(error.expect_err("it is short").to_string().contains("COORDINATOR_TOKEN"));
     }
 
     #[test]
@@ -684,7 +540,8 @@ mod tests {
     #[test]
     fn every_key_has_its_range_checked() {
         for key in KEYS {
-            let wrong = if matches!(key.kind, Kind::Text | Kind::Path) { "7" } else { "\"?\"" };
+            let wrong =
+                if matches!(key.kind, keys::Kind::Text | keys::Kind::Path) { "7" } else { "\"?\"" };
             let text = format!("[{}]\n{} = {wrong}", key.section, key.name);
             let error = read(&text).expect_err(&text).to_string();
             assert!(error.contains(&format!("`{}.{}`", key.section, key.name)), "{error}");
