@@ -8,7 +8,9 @@ use dtr_engine::error::CoordinationKind;
 use dtr_engine::{EngineError, Result};
 
 use crate::support::finish;
-use crate::world::{Between, Beyond, Call, TIMEOUT, World, save_all, state_of, together};
+use crate::world::{
+    Between, Beyond, Call, TIMEOUT, World, is_aborted, save_all, state_of, together,
+};
 
 /// Fails one call of a rank, before or after it had its effect.
 #[derive(Debug)]
@@ -76,6 +78,38 @@ fn a_publisher_whose_calls_are_lost_has_published_all_the_same() {
         }
         save_all(&ranks, 2);
     }
+}
+
+/// What it reports is lost on the way, once: its save ends, and the attempt goes on without it.
+#[derive(Debug)]
+struct LostReport(AtomicBool);
+
+impl Between for LostReport {
+    fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T> {
+        let is_lost = matches!(call, Call::Report(..)) && self.0.swap(false, Ordering::Relaxed);
+        if is_lost { Err(gone()) } else { go() }
+    }
+}
+
+#[test]
+fn an_attempt_that_a_rank_has_seen_end_is_not_joined_again() {
+    let world = World::new(2);
+    let first = world.rank_through(0, world.config(0), |ranks| {
+        Arc::new(Beyond { between: LostReport(AtomicBool::new(true)), ranks })
+    });
+    let ranks = [first, world.rank(1)];
+    std::thread::scope(|scope| {
+        // It waits in the first attempt, which is given up, and comes again.
+        let waits = scope.spawn(|| ranks[1].save(1).unwrap_err());
+        assert!(is_aborted(&ranks[0].save(1).unwrap_err()));
+        let again = scope.spawn(|| ranks[0].save(1));
+        let why = waits.join().unwrap().to_string();
+        assert!(why.contains("has seen it end, and begins anew"), "{why}");
+        ranks[1].save(1).unwrap();
+        again.join().unwrap().unwrap();
+    });
+    assert_eq!(world.reader(0).steps().unwrap(), [1]);
+    assert!(world.reader(1).verify(1, &()).unwrap().is_ok());
 }
 
 #[test]

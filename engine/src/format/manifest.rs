@@ -340,6 +340,14 @@ mod tests {
         }
     }
 
+    #[test]
+    fn sums_of_what_somebody_wrote_down_do_not_overflow() {
+        let large = ShardEntry { bytes: u64::MAX - 4095, raw_bytes: u64::MAX, ..shard(0) };
+        let manifest = Manifest { shards: vec![large, shard(1)], ..sample() };
+        assert_eq!((manifest.stored_bytes(), manifest.raw_bytes()), (u64::MAX, u64::MAX));
+        assert_eq!((sample().stored_bytes(), sample().raw_bytes()), (24_576, 200));
+    }
+
     /// Bytes with a right checksum, whatever the body.
     fn seal(body: &str) -> Vec<u8> {
         let crc = to_hex(crc32c(body.as_bytes()));

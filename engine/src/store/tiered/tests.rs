@@ -248,6 +248,71 @@ fn a_manifest_that_cannot_be_read_bars_neither_the_store_nor_another_step() {
 }
 
 #[test]
+fn a_manifest_that_only_the_far_store_has_whole_is_waited_for_and_not_passed_over() {
+    let [near, far] = places(&[1, 2]);
+    let both = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    for step in [1, 2] {
+        uploaded(&both, step).unwrap();
+    }
+    drop(both);
+    let manifest =
+        |place: &TempDir| place.path().join(names::step_dir_name(2)).join("manifest.json");
+    let whole = std::fs::read(manifest(&far)).unwrap();
+    let [is_away, is_unreadable] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let near_store = Ruled::open(near.path(), {
+        let is_unreadable = Arc::clone(&is_unreadable);
+        move |call| match call {
+            Call::ReadManifest(2) if is_unreadable.load(Ordering::Relaxed) => Err(eio("manifest")),
+            _ => Ok(()),
+        }
+    });
+    let far_store = Ruled::open(far.path(), {
+        let is_away = Arc::clone(&is_away);
+        move |call| match call {
+            Call::ReadManifest(2) if is_away.load(Ordering::Relaxed) => {
+                Err(EngineError::Unavailable {
+                    what: "reading".into(),
+                    why: "no route".into(),
+                    hint: "wait".into(),
+                })
+            }
+            _ => Ok(()),
+        }
+    });
+    let both = TieredStore::reader(near_store, far_store).unwrap();
+    for damage in [false, true] {
+        // Unreadable at first, then damaged.
+        is_unreadable.store(!damage, Ordering::Relaxed);
+        if damage {
+            std::fs::write(manifest(&near), &whole[..whole.len() / 2]).unwrap();
+        }
+        is_away.store(true, Ordering::Relaxed);
+        let error = both.read_manifest(2).unwrap_err();
+        assert!(matches!(error, EngineError::Unavailable { .. }), "{error}");
+        let read = both.read_manifests(&[1, 2]);
+        assert!(matches!(read[0], Ok(Some(_))), "{read:?}");
+        assert!(matches!(read[1], Err(EngineError::Io { .. })), "{read:?}");
+        is_away.store(false, Ordering::Relaxed);
+        assert_eq!(both.read_manifest(2).unwrap().as_ref(), Some(&whole));
+        assert_eq!(both.read_manifests(&[2])[0].as_ref().unwrap().as_ref(), Some(&whole));
+    }
+}
+
+#[test]
+fn what_another_rank_brought_is_still_seen_after_an_upload() {
+    let [near, far] = places(&[1]);
+    let both = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    // A shard of that step which is not here.
+    let step = names::step_dir_name(1);
+    std::fs::create_dir_all(far.path().join(&step)).unwrap();
+    let other = names::shard_file_name(1, AttemptId([7; 16]));
+    std::fs::write(far.path().join(&step).join(&other), b"theirs").unwrap();
+    uploaded(&both, 1).unwrap();
+    let listing = both.list().unwrap();
+    assert!(listing[0].files.iter().any(|file| file.name == other), "{listing:?}");
+}
+
+#[test]
 fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
     let [near, far] = places(&[5]);
     let aside = tempfile::tempdir().unwrap();
