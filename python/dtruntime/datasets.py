@@ -137,8 +137,8 @@ class DatasetRegistry:
             format: ``parquet``, ``webdataset``, ``jsonl``, ``csv``, ``arrow``, ``tfrecord``,
                 ``text``: files that end so. Any other word: every file.
             total_samples: Samples in all.
-            shard_size: Samples in a shard. Default: what the coordinator is configured to say, else
-                10,000.
+            shard_size: Samples in a shard, for the number of shards that is returned: files are
+                dealt whole. Default: what the coordinator is configured to say, else 10,000.
             seed: What the order of files is drawn from, beside the epoch.
             shuffle: False keeps the order of the names in every epoch.
 
