@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use budget::{budget, tell};
-use dtr_proto::client::{Connection, ErrorKind, Options};
+use dtr_proto::client::{Connection, ErrorKind, Options, ShardOutcome, ShardReport};
 use dtr_proto::v1;
 use dtr_proto::v1::admin_client::AdminClient;
 use dtr_proto::v1::checkpoints_client::CheckpointsClient;
@@ -395,49 +395,18 @@ fn a_commit_survives_a_kill() {
     let mut program = Program::start(folder.path(), &[]);
     let connection = connect(&program.url());
     let worker = register(&connection, 0, 1).unwrap();
-    let begin = v1::BeginCheckpointRequest {
-        identity: Some(worker.identity()),
-        step: 5,
-        ..Default::default()
-    };
-    let joined = connection
-        .ask("begin", begin, |channel, request| async move {
-            CheckpointsClient::new(channel).begin_checkpoint(request).await
-        })
-        .join()
-        .unwrap();
+    let attempt = worker.begin_checkpoint(5, false).join().unwrap().attempt;
     let shard =
         v1::Shard { rank: 0, file: "rank-00000.shard".into(), bytes: 9, ..v1::Shard::default() };
-    let report = v1::ReportShardRequest {
-        identity: Some(worker.identity()),
-        step: 5,
-        attempt: joined.attempt.clone(),
-        shard: Some(shard),
-        ..v1::ReportShardRequest::default()
+    let report = ShardReport {
+        shard: shard.clone(),
+        own_store: false,
+        published_crc32c: None,
+        replicated_crc32c: None,
     };
-    let mut stream = connection
-        .ask("report", report, |channel, request| async move {
-            CheckpointsClient::new(channel).report_shard(request).await
-        })
-        .join()
-        .unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let part = runtime.block_on(stream.message()).unwrap().unwrap();
-    assert!(
-        matches!(part.outcome, Some(v1::shard_outcome::Outcome::Publish(part)) if part.is_last)
-    );
-    let commit = v1::CommitCheckpointRequest {
-        identity: Some(worker.identity()),
-        step: 5,
-        attempt: joined.attempt.clone(),
-        manifest_crc32c: 77,
-    };
-    let answer = connection
-        .ask("commit", commit, |channel, request| async move {
-            CheckpointsClient::new(channel).commit_checkpoint(request).await
-        })
-        .join()
-        .unwrap();
+    let outcome = worker.report_shard(5, &attempt, report).join().unwrap();
+    assert_eq!(outcome, ShardOutcome::Publish(vec![shard]));
+    let answer = worker.commit_checkpoint(5, &attempt, 77).join().unwrap();
     program.kill();
     program.start_again();
     let latest = connection
@@ -449,5 +418,5 @@ fn a_commit_survives_a_kill() {
         .join()
         .unwrap();
     assert_eq!(latest.commit, answer.commit);
-    assert_eq!(latest.commit.unwrap().attempt, joined.attempt);
+    assert_eq!(latest.commit.unwrap().attempt, attempt);
 }

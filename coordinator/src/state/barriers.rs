@@ -21,10 +21,11 @@ use super::agreement::{AGREEMENT, Agreement, Offer};
 use super::stragglers::BARRIER_AFTER_MS;
 use super::{Change, Context, Job, Key, Level, Refusal, RefusalKind, Reply, Ticket};
 
-/// Longest wait, and the shortest.
+/// Longest wait.
 const TIMEOUT_MAX_MS: u64 = 24 * 3_600_000;
 /// Ranks that a timed-out wait names.
 const MISSING_NAMED_MAX: usize = 64;
+
 /// One barrier.
 #[derive(Debug, Default)]
 pub(super) struct Barrier {

@@ -1,7 +1,7 @@
 //! The workers' program: register, meet at a barrier, save a step together, go round.
 //!
-//! Always holds: a worker waits for one call at a time, and sends it again as it was; a process that
-//! is started anew knows nothing of the one before.
+//! Always holds: a worker waits for one call at a time, heartbeats aside, and sends it again as it
+//! was.
 
 use coordinator::state::{Event, RefusalKind, Reply};
 use dtr_proto::v1::{self, wait_barrier_reply::Outcome};

@@ -1,7 +1,7 @@
 //! Whether to ask again, and how long to wait before: pure.
 //!
-//! Always holds: only a coordinator that does not answer is asked again, and for no longer at a time
-//! than the caller's patience; pauses grow to a limit, and differ from worker to worker.
+//! Always holds: only a coordinator that does not answer is asked again, and for no longer at a
+//! time than the caller's patience; pauses grow to a limit, and differ from worker to worker.
 
 use std::time::Duration;
 
