@@ -6,6 +6,18 @@
 >>> handle.result()  # durable, or raises; `await handle` does the same
 >>> state = manager.load()
 >>> manager.restore({"model": model, "optimizer": optimizer})
+
+The modules, by what goes through them:
+
+- save: ``checkpoint`` (the manager) -> ``state_tree`` (a state, taken apart) -> ``tensors``,
+  ``gpus`` (its memory) -> the engine -> ``handle``, ``watcher`` (how it ends)
+- load: ``fallback`` (which step) -> ``loading`` -> ``tree`` (a state, put together)
+- restore: ``restore`` (what fits where) -> ``plan``, ``fitting`` -> ``applying``; ``modules``,
+  ``optimizers``, ``scratch`` for what is special there
+- ranks: ``launch``, ``membership``, ``embedded`` (how they meet) -> ``replication`` (what is
+  alike), ``sharded_tensors``, ``assembling`` (what each has in part)
+- datasets: ``datasets`` -> ``sharded_dataset``, ``sharded_loader`` -> ``readers``, ``ahead``,
+  ``cache``; ``positions`` (where each rank is)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -42,16 +54,19 @@ from dtruntime.errors import (
     UnsupportedValue,
     WorkerFenced,
 )
-from dtruntime.handle import (
+from dtruntime.handle import SaveHandle
+from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
+from dtruntime.reports import (
+    Damage,
+    LoadReport,
     PendingUpload,
-    SaveHandle,
+    RestoreReport,
     SaveInfo,
     SaveProgress,
     SaveStats,
     UploadInfo,
+    VerifyReport,
 )
-from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
-from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
 
 if TYPE_CHECKING:
     from dtruntime.sharded_dataset import ShardedDataset

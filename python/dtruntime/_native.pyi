@@ -22,8 +22,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from dtruntime.state_tree import Node
 from dtruntime.tensors import StorageRecord, TensorRecord
+from dtruntime.tree import Node
 
 @final
 class Manager:

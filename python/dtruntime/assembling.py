@@ -20,8 +20,8 @@ import numpy as np
 
 from dtruntime.errors import Corrupt
 from dtruntime.sharded_tensors import Box, contiguous_strides, whole
-from dtruntime.state_tree import TAG_TENSOR, Tree
 from dtruntime.tensors import TensorRecord, hull_of
+from dtruntime.tree import TAG_TENSOR, Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -36,22 +36,23 @@ from dtruntime.errors import (
     RestoreIncomplete,
 )
 from dtruntime.globs import globs_of
-from dtruntime.handle import (
-    Copied,
-    PendingUpload,
-    SaveHandle,
-    SaveInfo,
-    Watcher,
-    end_copies,
-)
+from dtruntime.handle import Copied, SaveHandle, end_copies
 from dtruntime.lineage import Lineage
 from dtruntime.loading import Reader, device_of
 from dtruntime.location import Named
 from dtruntime.replication import Replication, advice
-from dtruntime.reports import Damage, LoadReport, RestoreReport, VerifyReport
+from dtruntime.reports import (
+    Damage,
+    LoadReport,
+    PendingUpload,
+    RestoreReport,
+    SaveInfo,
+    VerifyReport,
+)
 from dtruntime.restore import plan_restore
 from dtruntime.state_tree import FlatState, flatten, needs_of
 from dtruntime.told import Told, told_by
+from dtruntime.watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dtruntime import gpus
 from dtruntime.assembling import whole_shape
 from dtruntime.sharded_tensors import box_of, contiguous_strides, is_sharded, local_of
-from dtruntime.state_tree import TAG_DICT, TAG_TENSOR
 from dtruntime.tensors import NUMPY, numpy_dtype, torch_dtype
+from dtruntime.tree import TAG_DICT, TAG_TENSOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dtruntime.loading import Reader
-    from dtruntime.state_tree import Tree
     from dtruntime.tensors import TensorRecord
+    from dtruntime.tree import Tree
 
 _CAST = "pass `cast=True` to convert what was saved to the live dtypes"
 _TO_EMPTY = (

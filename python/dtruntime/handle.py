@@ -1,161 +1,33 @@
-"""What a caller holds while its save goes on, and the thread that tells it of the end.
+"""What a caller holds while its save goes on.
 
 Always holds: a handle that says success stands for a checkpoint that is durable and published;
-completion is decided in the engine, whose threads never call Python: one Python thread per manager
-waits for it, resolves futures and runs callbacks, in the order of the saves; whatever a callback,
-or a stream that a bar is written to, raises there, the thread goes on, and every save is announced.
+completion is decided in the engine; futures are resolved and callbacks run once, by the manager's
+watcher.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
-import logging
 import os
-import queue
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dtruntime import gpus
 from dtruntime.errors import CheckpointError
-from dtruntime.progress import ProgressBar
+from dtruntime.reports import SaveInfo, SaveProgress, SaveStats, UploadInfo
+from dtruntime.watcher import log_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from dtruntime import _native
+    from dtruntime.watcher import Watcher
 
-_logger = logging.getLogger("dtruntime")
 _LOOK_SECONDS = 0.1
 """How long one upload's end is waited for before that of another is."""
-
-
-@dataclass(frozen=True)
-class SaveProgress:
-    """How far a save is, in bytes. All but ``written_bytes`` grow to ``raw_bytes``.
-
-    Attributes:
-        raw_bytes: Bytes of the state.
-        captured_bytes: Bytes copied into the staging arena.
-        encoded_bytes: Bytes checksummed and encoded.
-        written_bytes: Stored bytes handed to the device; fewer where compression helps.
-
-    """
-
-    raw_bytes: int
-    captured_bytes: int
-    encoded_bytes: int
-    written_bytes: int
-
-
-@dataclass(frozen=True)
-class SaveStats:
-    """Where the time and the bytes of a save went.
-
-    Attributes:
-        stall_seconds: What the training loop lost: from the call to its return.
-        prepare_seconds: Of these, taking the state apart, and copies from a device.
-        wait_seconds: Of these, waiting for the previous save.
-        capture_seconds: Of these, copying into the staging arena.
-        durable_seconds: From the call until everything was durable and published.
-        encode_seconds: Core-seconds of checksums and encoding, over all workers.
-        write_seconds: From the first chunk at the writer until the shard was durable.
-        publish_seconds: Making the manifest visible, with its syncs.
-        raw_bytes: Bytes of the state.
-        stored_bytes: Bytes of the shard file.
-        chunks: Chunks in all.
-        chunks_encoded: Chunks that compression shrank.
-        staging_bytes: Bytes of the staging arena.
-        streamed: Whether the state was larger than the arena and streamed through it.
-        parts: Parts that the shard was uploaded in; 0 where the store is a directory.
-        retries: Requests to the store's service that had to be repeated.
-        io_backend: ``uring``, ``threads`` or ``s3``.
-
-    """
-
-    stall_seconds: float
-    prepare_seconds: float
-    wait_seconds: float
-    capture_seconds: float
-    durable_seconds: float
-    encode_seconds: float
-    write_seconds: float
-    publish_seconds: float
-    raw_bytes: int
-    stored_bytes: int
-    chunks: int
-    chunks_encoded: int
-    staging_bytes: int
-    streamed: bool
-    parts: int
-    retries: int
-    io_backend: str
-
-
-@dataclass(frozen=True)
-class SaveInfo:
-    """A durable, complete, published checkpoint.
-
-    Attributes:
-        step: Its step.
-        attempt: The attempt that wrote it: 32 hex digits.
-        location: The store.
-        raw_bytes: Bytes of the state.
-        stored_bytes: Bytes of the shard file.
-        removed_steps: Steps that retention, or a rewind, removed after the commit.
-        stats: Where the time went.
-
-    """
-
-    step: int
-    attempt: str
-    location: str
-    raw_bytes: int
-    stored_bytes: int
-    removed_steps: tuple[int, ...]
-    stats: SaveStats
-
-
-@dataclass(frozen=True)
-class UploadInfo:
-    """A checkpoint that was brought to the remote store.
-
-    Attributes:
-        step: Its step.
-        was_there: Whether the remote store had it already.
-        bytes: Bytes of its shards.
-        parts: Parts that they were uploaded in.
-        resumed_parts: Of these, parts that an earlier process had brought there.
-        retries: Requests that had to be repeated.
-        seconds: Seconds it took.
-
-    """
-
-    step: int
-    was_there: bool
-    bytes: int
-    parts: int
-    resumed_parts: int
-    retries: int
-    seconds: float
-
-
-class PendingUpload(NamedTuple):
-    """A checkpoint that is not in the remote store yet.
-
-    Attributes:
-        step: Its step.
-        uploaded_bytes: Bytes that have gone so far in this try, or were there already.
-        total_bytes: Bytes of the shards that this process brings.
-
-    """
-
-    step: int
-    uploaded_bytes: int
-    total_bytes: int
 
 
 _behind: weakref.WeakValueDictionary[int, SaveHandle] = weakref.WeakValueDictionary()
@@ -363,82 +235,4 @@ class SaveHandle:
         except KeyboardInterrupt:  # where the callback runs at once, in the main thread
             raise
         except BaseException as error:  # noqa: BLE001  (it must not silence other callbacks)
-            _log(error, "a done callback of the save of step %d failed", self.step)
-
-
-def _log(error: BaseException, message: str, *arguments: object) -> None:
-    """Log an error; a logger's own failure must not end the thread."""
-    with contextlib.suppress(Exception):
-        _logger.error(message, *arguments, exc_info=error)
-
-
-def _do(work: Callable[[], object]) -> None:
-    """Do one piece of work; whatever it raises, later ones are done all the same."""
-    try:
-        work()
-    except BaseException as error:  # noqa: BLE001  (an exit, too)
-        _log(error, "following a save failed")
-
-
-class Watcher:
-    """The one Python thread of a manager that waits for the ends of saves.
-
-    It keeps what it watches alive, so a save ends well even if manager and handle were dropped.
-    """
-
-    def __init__(self, *, shows_progress: bool) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a signal handler may close the manager in between
-        self._is_stopping = False
-        self._bar = ProgressBar() if shows_progress else None
-        self._thread = threading.Thread(target=self._work, name="dtruntime-watcher", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread, with its manager: a Python that is shutting down starts none."""
-        self._thread.start()
-
-    def watch(self, handle: SaveHandle, manager: _native.Manager) -> None:
-        """Announce the end of ``handle`` when it comes. ``manager`` is kept alive until then."""
-        self._queue.put(lambda: self._follow(handle, manager))
-
-    def submit(self, work: Callable[[], object]) -> bool:
-        """Run ``work`` on the thread; tell whether the thread is there to do so."""
-        with self._lock:
-            if not self._is_stopping:
-                self._queue.put(work)
-            return not self._is_stopping
-
-    def stop(self, timeout: float | None = None) -> bool:
-        """End the thread after everything submitted; tell whether it has ended in time."""
-        self.request_stop()
-        is_another = threading.current_thread() is not self._thread
-        if is_another and self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def request_stop(self) -> None:
-        """End the thread after everything submitted, without waiting."""
-        with self._lock:
-            self._is_stopping = True
-            self._queue.put(None)
-
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            _do(work)
-
-    def _follow(self, handle: SaveHandle, manager: _native.Manager) -> None:
-        del manager  # the closure of `watch` keeps it alive
-        try:
-            handle._stage()  # noqa: SLF001  (the two halves of one mechanism)
-            if self._bar is not None:
-                self._draw(self._bar, handle)
-            handle._native.wait()  # noqa: SLF001
-        finally:
-            handle._announce()  # noqa: SLF001
-
-    def _draw(self, bar: ProgressBar, handle: SaveHandle) -> None:
-        """Show a bar until the save has ended; without one where it cannot be written."""
-        with contextlib.suppress(Exception):
-            while not handle._native.wait(0.1):  # noqa: SLF001
-                bar.show(handle.step, handle.progress())
-            bar.finish(handle.step, handle.progress())
+            log_error(error, "a done callback of the save of step %d failed", self.step)

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from dtruntime import _native
     from dtruntime.checkpoint import CheckpointManager
-    from dtruntime.handle import SaveHandle, Watcher
+    from dtruntime.handle import SaveHandle
     from dtruntime.membership import Seat
+    from dtruntime.watcher import Watcher
 
 _logger = logging.getLogger("dtruntime")
 

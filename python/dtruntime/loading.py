@@ -20,7 +20,6 @@ from dtruntime.globs import compiled
 from dtruntime.replication import check_loadable
 from dtruntime.scratch import Scratch, needed_bytes
 from dtruntime.sharded_tensors import Box, LivePart, contiguous_strides, whole
-from dtruntime.state_tree import TAG_DICT, Tree
 from dtruntime.tensors import (
     NUMPY,
     TORCH_PARAMETER,
@@ -34,6 +33,7 @@ from dtruntime.tensors import (
     spans_bytes,
     torch_dtype,
 )
+from dtruntime.tree import TAG_DICT, Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

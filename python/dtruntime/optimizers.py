@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime.assembling import whole_shape
 from dtruntime.fitting import Misfit, dtype_misfit, entries
-from dtruntime.state_tree import TAG_LIST, TAG_TENSOR
+from dtruntime.tree import TAG_LIST, TAG_TENSOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtruntime.handle import SaveProgress
+    from dtruntime.reports import SaveProgress
 
 _WIDTH = 30
 _MIB = 1 << 20
@@ -20,7 +20,7 @@ _MIB = 1 << 20
 def line_of(step: int, progress: SaveProgress, seconds: float) -> str:
     """Give one line that shows how far a save is.
 
-    >>> from dtruntime.handle import SaveProgress
+    >>> from dtruntime.reports import SaveProgress
     >>> line_of(7, SaveProgress(2 << 20, 2 << 20, 1 << 20, 1 << 19), 2.0)
     'step 7 [###############...............]  50 %  1 of 2 MiB, 0.5 MiB/s'
     """

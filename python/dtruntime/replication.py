@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from dtruntime import _native
 from dtruntime.errors import InvalidArgument
 from dtruntime.globs import compiled
-from dtruntime.state_tree import TAG_DICT, TAG_TENSOR, Tree
+from dtruntime.tree import TAG_DICT, TAG_TENSOR, Tree
 
 if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from dtruntime.state_tree import FlatState, Node
+    from dtruntime.state_tree import FlatState
     from dtruntime.tensors import TensorRecord
+    from dtruntime.tree import Node
 
 _NAMED_MAX = 3
 """Entries that an error names."""

@@ -1,12 +1,137 @@
-"""What reading and verifying tell their caller. Plain records, without behaviour."""
+"""What saving, reading and verifying tell their caller. Plain records, without behaviour."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class SaveProgress:
+    """How far a save is, in bytes. All but ``written_bytes`` grow to ``raw_bytes``.
+
+    Attributes:
+        raw_bytes: Bytes of the state.
+        captured_bytes: Bytes copied into the staging arena.
+        encoded_bytes: Bytes checksummed and encoded.
+        written_bytes: Stored bytes handed to the device; fewer where compression helps.
+
+    """
+
+    raw_bytes: int
+    captured_bytes: int
+    encoded_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class SaveStats:
+    """Where the time and the bytes of a save went.
+
+    Attributes:
+        stall_seconds: What the training loop lost: from the call to its return.
+        prepare_seconds: Of these, taking the state apart, and copies from a device.
+        wait_seconds: Of these, waiting for the previous save.
+        capture_seconds: Of these, copying into the staging arena.
+        durable_seconds: From the call until everything was durable and published.
+        encode_seconds: Core-seconds of checksums and encoding, over all workers.
+        write_seconds: From the first chunk at the writer until the shard was durable.
+        publish_seconds: Making the manifest visible, with its syncs.
+        raw_bytes: Bytes of the state.
+        stored_bytes: Bytes of the shard file.
+        chunks: Chunks in all.
+        chunks_encoded: Chunks that compression shrank.
+        staging_bytes: Bytes of the staging arena.
+        streamed: Whether the state was larger than the arena and streamed through it.
+        parts: Parts that the shard was uploaded in; 0 where the store is a directory.
+        retries: Requests to the store's service that had to be repeated.
+        io_backend: ``uring``, ``threads`` or ``s3``.
+
+    """
+
+    stall_seconds: float
+    prepare_seconds: float
+    wait_seconds: float
+    capture_seconds: float
+    durable_seconds: float
+    encode_seconds: float
+    write_seconds: float
+    publish_seconds: float
+    raw_bytes: int
+    stored_bytes: int
+    chunks: int
+    chunks_encoded: int
+    staging_bytes: int
+    streamed: bool
+    parts: int
+    retries: int
+    io_backend: str
+
+
+@dataclass(frozen=True)
+class SaveInfo:
+    """A durable, complete, published checkpoint.
+
+    Attributes:
+        step: Its step.
+        attempt: The attempt that wrote it: 32 hex digits.
+        location: The store.
+        raw_bytes: Bytes of the state.
+        stored_bytes: Bytes of the shard file.
+        removed_steps: Steps that retention, or a rewind, removed after the commit.
+        stats: Where the time went.
+
+    """
+
+    step: int
+    attempt: str
+    location: str
+    raw_bytes: int
+    stored_bytes: int
+    removed_steps: tuple[int, ...]
+    stats: SaveStats
+
+
+@dataclass(frozen=True)
+class UploadInfo:
+    """A checkpoint that was brought to the remote store.
+
+    Attributes:
+        step: Its step.
+        was_there: Whether the remote store had it already.
+        bytes: Bytes of its shards.
+        parts: Parts that they were uploaded in.
+        resumed_parts: Of these, parts that an earlier process had brought there.
+        retries: Requests that had to be repeated.
+        seconds: Seconds it took.
+
+    """
+
+    step: int
+    was_there: bool
+    bytes: int
+    parts: int
+    resumed_parts: int
+    retries: int
+    seconds: float
+
+
+class PendingUpload(NamedTuple):
+    """A checkpoint that is not in the remote store yet.
+
+    Attributes:
+        step: Its step.
+        uploaded_bytes: Bytes that have gone so far in this try, or were there already.
+        total_bytes: Bytes of the shards that this process brings.
+
+    """
+
+    step: int
+    uploaded_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)

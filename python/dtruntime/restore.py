@@ -38,7 +38,7 @@ from dtruntime.fitting import (
 from dtruntime.optimizers import optimizer_misfit
 from dtruntime.plan import Action, RestorePlan
 from dtruntime.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
-from dtruntime.state_tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
+from dtruntime.tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
 
 if TYPE_CHECKING:
     from dtruntime.loading import Reader

@@ -1,4 +1,4 @@
-"""A training state as a flat list of nodes, and back.
+"""A training state, taken apart into a flat list of nodes; ``tree`` puts it together.
 
 Always holds: what comes back equals what went in, by type and by bits; nothing is converted
 silently, and a value that cannot be kept so is an error that names its key path. No code is stored
@@ -14,13 +14,9 @@ several places comes back as one object; containers come back one per place.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import gc
-import os
-import random
 import sys
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,45 +29,39 @@ from dtruntime.tensors import (
     StorageRecord,
     TensorRecord,
     TensorTable,
-    import_torch,
-    numpy_dtype,
     numpy_dtype_name,
-    torch_dtype,
 )
+from dtruntime.tree import (
+    DICTS,
+    TAG_BOOL,
+    TAG_BYTES,
+    TAG_COMPLEX,
+    TAG_DICT,
+    TAG_FLOAT,
+    TAG_INT,
+    TAG_LIST,
+    TAG_NONE,
+    TAG_NUMPY_DTYPE,
+    TAG_NUMPY_SCALAR,
+    TAG_STR,
+    TAG_TENSOR,
+    TAG_TORCH_DEVICE,
+    TAG_TORCH_DTYPE,
+    TAG_TORCH_SIZE,
+    TAG_TUPLE,
+)
+from dtruntime.unsupported import display, is_unicode, name_of, why_unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from dtruntime.gpus import Consistency
     from dtruntime.replication import Replication
-
-DICTS = (dict, OrderedDict, Counter)
-"""Types of dicts, as the tree numbers them."""
+    from dtruntime.tree import Node
 
 DEPTH_MAX = 128
 """Deepest nesting of containers."""
-
-# Tags of nodes; python/src/tree.rs numbers them alike.
-TAG_NONE = 0
-TAG_BOOL = 1
-TAG_INT = 2
-TAG_FLOAT = 3
-TAG_COMPLEX = 4
-TAG_STR = 5
-TAG_BYTES = 6
-TAG_TENSOR = 7
-TAG_NUMPY_SCALAR = 8
-TAG_TORCH_DTYPE = 9
-TAG_TORCH_DEVICE = 10
-TAG_TORCH_SIZE = 11
-TAG_NUMPY_DTYPE = 12
-TAG_DICT = 13
-TAG_LIST = 14
-TAG_TUPLE = 15
-TAG_CONTAINERS = TAG_DICT
-
-Node = tuple[int, Any] | tuple[int, Any, Any]
-"""``(tag, payload)``, and the key as a third item for children of a dict."""
+_KEY_TYPES = (str, int, bool, float, bytes, type(None))
 
 
 class FlatState(NamedTuple):
@@ -261,7 +251,7 @@ class _Flattener:
         if id(container) in self._open_containers:
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
-                f"this `{_name_of(type(container))}` contains itself",
+                f"this `{name_of(type(container))}` contains itself",
                 "break the cycle: save each part once and link them again after loading",
             )
         if len(self._open_containers) >= DEPTH_MAX:
@@ -275,13 +265,13 @@ class _Flattener:
     def _check_key(self, key: Any) -> None:
         kind = type(key)
         if kind is str:
-            if not key.isascii() and not _is_unicode(key):
+            if not key.isascii() and not is_unicode(key):
                 raise self._unsupported_key(key, "a string with lone surrogates is not text")
         elif kind not in _KEY_TYPES:
-            raise self._unsupported_key(key, f"a key of type `{_name_of(kind)}` cannot be stored")
+            raise self._unsupported_key(key, f"a key of type `{name_of(kind)}` cannot be stored")
 
     def _str(self, value: str) -> tuple[int, str]:
-        if not value.isascii() and not _is_unicode(value):
+        if not value.isascii() and not is_unicode(value):
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
                 "a string with lone surrogates is not text",
@@ -310,7 +300,7 @@ class _Flattener:
         return UnsupportedValue(f"saving `{self._where()}`, key `{key!r}`", why, hint)
 
     def _unsupported(self, value: Any) -> UnsupportedValue:
-        why, hint = _why_unsupported(value)
+        why, hint = why_unsupported(value)
         return UnsupportedValue(f"saving `{self._where()}`", why, hint)
 
 
@@ -328,222 +318,3 @@ class _Inside:
 
     def __exit__(self, *_: object) -> None:
         self._open.discard(self._identity)
-
-
-_PATH_SHOWN_MAX = 16
-_KEY_TYPES = (str, int, bool, float, bytes, type(None))
-
-
-def display(path: Sequence[Any]) -> str:
-    """Write a key path as the expression that reaches it from ``state``.
-
-    >>> display(["model", "layers", 3])
-    'state["model"]["layers"][3]'
-    """
-    if len(path) > _PATH_SHOWN_MAX:
-        return f"{display(path[: _PATH_SHOWN_MAX - 4])}[...]{display(path[-4:])[len('state') :]}"
-    return "state" + "".join(
-        '["' + key.encode("utf-8", "backslashreplace").decode().replace('"', '\\"') + '"]'
-        if isinstance(key, str)
-        else f"[{key!r}]"
-        for key in path
-    )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _name_of(kind: type) -> str:
-    module = kind.__module__
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
-
-
-_GENERIC_HINT = (
-    "convert it to plain values, or give its class `state_dict()` and `load_state_dict()`"
-)
-_PLAIN_TYPES = (bool, int, float, complex, str, bytes, list, dict, tuple)
-
-
-def _why_unsupported(value: Any) -> tuple[str, str]:
-    """Say why a value cannot be stored, and how to convert it."""
-    name = _name_of(type(value))
-    if isinstance(value, type) or callable(value):
-        what = "a class" if isinstance(value, type) else f"a `{name}`"
-        return (
-            f"{what} is code, not data",
-            "save the plain values it needs, and rebuild it from them",
-        )
-    why = f"a value of type `{name}` cannot be stored"
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        if isinstance(value, torch.Tensor):
-            return why, _tensor_subclass_hint(torch, value)
-        if isinstance(value, torch.Generator):
-            return why, "save `generator.get_state()`"
-        if isinstance(value, (torch.UntypedStorage, torch.TypedStorage)):
-            return why, "save a tensor that views it"
-    return why, _conversion_hint(value)
-
-
-def _tensor_subclass_hint(torch: Any, tensor: Any) -> str:
-    name = type(tensor).__name__
-    if name == "ShardedTensor":
-        return "save DTensors: give FSDP a `device_mesh`, or shard with `fully_shard`"
-    if name == "FakeTensor":
-        return "it has a shape but no values: leave `FakeTensorMode` before making the state"
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
-        return "it has no values yet: run the lazy module once, then save"
-    if name == "NestedTensor":
-        return "save its parts: `tensor.unbind()`"
-    if name == "MaskedTensor":
-        return "save `tensor.get_data()` and `tensor.get_mask()`"
-    return "subclasses of tensors are not converted silently: `tensor.as_subclass(torch.Tensor)`"
-
-
-def _conversion_hint(value: Any) -> str:  # noqa: C901, PLR0911, PLR0912  (a table of types)
-    if isinstance(value, enum.Enum):
-        return "save `value.value` or `value.name`"
-    if isinstance(value, np.ma.MaskedArray):
-        return "save its parts: `array.data` and `numpy.ma.getmaskarray(array)`"
-    if isinstance(value, np.ndarray):
-        return "subclasses of arrays are not converted silently: `numpy.asarray(array)`"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return "save `value._asdict()` or `tuple(value)`"
-    for plain in _PLAIN_TYPES:
-        if isinstance(value, plain):
-            return f"subclasses are not converted silently: `{plain.__name__}(value)`"
-    if isinstance(value, (set, frozenset)):
-        return "save `sorted(value)` or `list(value)`"
-    if isinstance(value, (bytearray, memoryview)):
-        return "save `bytes(value)`"
-    if isinstance(value, os.PathLike):
-        return "save `str(value)`"
-    if dataclasses.is_dataclass(value):
-        return "save `dataclasses.asdict(value)`"
-    if isinstance(value, random.Random):
-        return "save `value.getstate()`"
-    if isinstance(value, np.random.Generator):
-        return "save `value.bit_generator.state`"
-    if isinstance(value, np.random.RandomState):
-        return "save `value.get_state()`"
-    return _GENERIC_HINT
-
-
-class Tree:
-    """Nodes of a loaded checkpoint with their extents, ready to be built in whole or in part."""
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self.nodes = nodes
-        self.ends = _ends_of(nodes)
-
-    def children(self, index: int) -> Iterator[tuple[Any, int]]:
-        """Give ``(key or position, node)`` of a container's children, without its metadata."""
-        tag, payload = self.nodes[index][:2]
-        child = index + 1
-        if tag == TAG_DICT:
-            count, _, has_metadata = payload
-            if has_metadata:
-                child = self.ends[child]
-        else:
-            count = payload
-        for position in range(count):
-            node = self.nodes[child]
-            yield (node[2] if tag == TAG_DICT else position), child  # type: ignore[misc]
-            child = self.ends[child]
-
-    def is_container(self, index: int) -> bool:
-        """Tell a dict, list or tuple from a leaf."""
-        return self.nodes[index][0] >= TAG_CONTAINERS
-
-    def tensors_below(self, index: int, keep: Sequence[bool] | None = None) -> list[int]:
-        """Give the numbers of the tensors at and below a node, of kept nodes only."""
-        return [
-            self.nodes[position][1]
-            for position in range(index, self.ends[index])
-            if self.nodes[position][0] == TAG_TENSOR and (keep is None or keep[position])
-        ]
-
-    def build(
-        self,
-        index: int,
-        tensor_at: Callable[[int], Any],
-        keep: Sequence[bool] | None = None,
-    ) -> Any:
-        """Make the value at a node.
-
-        Of a dict only kept entries are made; lists and tuples keep their length, with None in
-        the places that are not kept.
-        """
-        tag, payload = self.nodes[index][:2]
-        if tag == TAG_DICT:
-            return self._build_dict(index, tensor_at, keep)
-        if tag in (TAG_LIST, TAG_TUPLE):
-            items = [
-                self.build(child, tensor_at, keep) if keep is None or keep[child] else None
-                for _, child in self.children(index)
-            ]
-            return items if tag == TAG_LIST else tuple(items)
-        if tag == TAG_TENSOR:
-            return tensor_at(payload)
-        return _leaf(tag, payload)
-
-    def _build_dict(
-        self, index: int, tensor_at: Callable[[int], Any], keep: Sequence[bool] | None
-    ) -> dict[Any, Any]:
-        _, kind, has_metadata = self.nodes[index][1]
-        made: dict[Any, Any] = DICTS[kind]()
-        for key, child in self.children(index):
-            if keep is None or keep[child]:
-                made[key] = self.build(child, tensor_at, keep)
-        if has_metadata:
-            made._metadata = self.build(index + 1, tensor_at)  # type: ignore[attr-defined]  # noqa: SLF001
-        return made
-
-
-def _ends_of(nodes: Sequence[Node]) -> list[int]:
-    """Give for each node the index after its last descendant."""
-    ends = [0] * len(nodes)
-    open_containers: list[list[int]] = []  # [index, children still to come]
-    for index, node in enumerate(nodes):
-        tag, payload = node[:2]
-        count = 0
-        if tag == TAG_DICT:
-            count = payload[0] + payload[2]
-        elif tag in (TAG_LIST, TAG_TUPLE):
-            count = payload
-        if count:
-            open_containers.append([index, count])
-            continue
-        ends[index] = index + 1
-        while open_containers:
-            open_containers[-1][1] -= 1
-            if open_containers[-1][1]:
-                break
-            ends[open_containers.pop()[0]] = index + 1
-    return ends
-
-
-def _leaf(tag: int, payload: Any) -> Any:
-    if tag <= TAG_BYTES:
-        return payload
-    if tag == TAG_NUMPY_SCALAR:
-        return _numpy_scalar(*payload)
-    if tag == TAG_NUMPY_DTYPE:
-        return numpy_dtype(payload)
-    if tag == TAG_TORCH_DTYPE:
-        return torch_dtype(payload)
-    torch = import_torch("loading a torch value")
-    return torch.device(payload) if tag == TAG_TORCH_DEVICE else torch.Size(payload)
-
-
-def _numpy_scalar(name: str, data: bytes) -> Any:
-    if not data and name[1:] in ("U0", "S0"):
-        return np.str_() if name[1] == "U" else np.bytes_()
-    dtype = numpy_dtype(name, len(data))
-    # A bytearray, so that a void scalar, which views its buffer, stays writable.
-    return np.frombuffer(bytearray(data), dtype)[0]

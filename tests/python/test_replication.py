@@ -14,7 +14,8 @@ from support import assert_same
 
 from dtruntime import CheckpointManager, InvalidArgument, _native
 from dtruntime.replication import Replication, advice
-from dtruntime.state_tree import Tree, flatten, needs_of
+from dtruntime.state_tree import flatten, needs_of
+from dtruntime.tree import Tree
 
 
 def whole(sizes):

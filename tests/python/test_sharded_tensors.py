@@ -23,8 +23,8 @@ from support import assert_same, script_environment
 from dtruntime import CheckpointManager, Corrupt, InvalidArgument
 from dtruntime.assembling import Assembly, Part, Parts, overlap
 from dtruntime.sharded_tensors import Box, Slice, contiguous_strides
-from dtruntime.state_tree import TAG_DICT, TAG_TENSOR, Tree
 from dtruntime.tensors import TensorRecord
+from dtruntime.tree import TAG_DICT, TAG_TENSOR, Tree
 
 # A process of a job whose process group talks to nobody: meshes and placements are all it is for.
 LAYOUTS = """

@@ -22,8 +22,9 @@ from support import assert_same
 
 from dtruntime import UnsupportedValue
 from dtruntime.loading import Reader
-from dtruntime.state_tree import DEPTH_MAX, Tree, flatten
+from dtruntime.state_tree import DEPTH_MAX, flatten
 from dtruntime.tensors import Hull, lay_spans, spans_bytes
+from dtruntime.tree import Tree
 
 KEYS = (
     st.text(max_size=5)
