@@ -74,12 +74,15 @@ class CheckpointManager:
 
     A context manager: leaving the block waits for the save in flight and closes the store.
 
+    If this process is registered with a coordinator, the store, ``keep_last_n``, ``compression``,
+    ``async_write`` and ``save_interval_steps`` default to what the coordinator's ``[storage]`` and
+    ``[checkpoint]`` say. The defaults below are those where it says nothing.
+
     Args:
         path: The store: a directory, made with its parents if it is not there, or
             ``s3://bucket/prefix``. Default: the environment's ``CHECKPOINT_DIR``.
-        keep_last_n: Newest checkpoints to keep. Default: all. Of this, ``compression``,
-            ``async_write``, ``save_interval_steps`` and the store, what is not given is what the
-            coordinator was configured to say, where this process is registered with one.
+        keep_last_n: Newest checkpoints to keep. Default: all. (``keep_every=1`` keeps all, too,
+            whatever a coordinator says.)
         keep_every: Keep every checkpoint whose step is a multiple of this, besides.
         keep_best_n: Keep this many besides: the best by ``best_metric``, of equal ones the newer.
         best_metric: Key of the number in ``metadata`` that tells which checkpoints are best, such
@@ -265,9 +268,7 @@ class CheckpointManager:
         self._has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
         try:
-            told = told_by(membership.told_in(job_name))
-            if told != Told():
-                _logger.info("the coordinator says, of what is not set here: %s", told)
+            told = self._told(job_name, named, keep_last_n)
             self._path = named.store(told.path).path
             self._interval = interval or told.save_interval_steps or 1
             self._async_write = bool(told.async_write if async_write is None else async_write)
@@ -717,6 +718,21 @@ class CheckpointManager:
                 with contextlib.suppress(CheckpointError):
                     self._native.decline(step, f"{type(error).__name__}: {error}")
             raise
+
+    def _told(self, job: str, named: Named, keep_last_n: int | None) -> Told:
+        """Give what the coordinator says of what is not set here, and log it."""
+        seat = self._ranks
+        told = told_by(membership.told_in(job) if seat is None else seat.worker.settings)
+        if named.is_given():  # region and endpoint are those of the store that it names
+            told = told._replace(path=None, s3={})
+        if told.keep_last_n is not None and keep_last_n is None and not self._read_only:
+            _logger.warning(
+                "the coordinator's `checkpoint.keep_last_n` is %d: older checkpoints are removed",
+                told.keep_last_n,
+            )
+        if told != Told():
+            _logger.info("the coordinator says, of what is not set here: %s", told)
+        return told
 
     def _open(self, engine_settings: str) -> None:
         """Open the store, start the threads, and have them looked after."""

@@ -89,8 +89,8 @@ class DatasetRegistry:
     """The datasets of a job, as the coordinator keeps them.
 
     Args:
-        coordinator_url: Default: the environment's ``COORDINATOR_URL``; under ``torchrun`` the
-            coordinator that rank 0 hosts; else ``http://localhost:50051``.
+        coordinator_url: Default: the environment's ``COORDINATOR_URL``; under ``torchrun``, or with
+            a process group, the coordinator that rank 0 hosts; else ``http://localhost:50051``.
         job: Default: the environment's ``DTRUNTIME_JOB``, else ``default``.
         security: Token and certificates.
         patience: How long to look for a coordinator that does not answer, in seconds.
@@ -184,7 +184,7 @@ class DatasetRegistry:
 
         Args:
             name: The dataset.
-            worker_rank: Default: the environment's ``RANK``, else 0.
+            worker_rank: Default: as a ``CheckpointManager``'s rank.
             epoch: The epoch of the data, counted from 0; each has its own order.
             world_size: Among how many ranks. Default: the job's.
 
@@ -212,7 +212,8 @@ class DatasetRegistry:
     ) -> tuple[int, int, dict[str, str]]:
         """Give this process's rank, the number of ranks, and what the coordinator told it.
 
-        Arguments win; then what this process registered as; then the environment.
+        Arguments win; then what this process registered as; then the process group and the
+        environment, as with a ``CheckpointManager``.
         """
         found = membership.membership_at(self._coordinator.url, self.job)
         if found is not None:

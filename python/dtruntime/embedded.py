@@ -13,6 +13,7 @@ one machine it does not listen beyond it; a wait for rank 0 hears signals.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
 import os
@@ -27,7 +28,7 @@ from dtruntime.connecting import Security
 from dtruntime.errors import CoordinatorUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -106,17 +107,24 @@ def _meeting(environment: Mapping[str, str]) -> _Meeting | None:
         key = f"{key}/{environment.get('TORCHELASTIC_RUN_ID', '')}"
         return _Meeting(store, key, master, is_one_machine)
     group = launch.process_group(environment)
-    if group is None or group.store is None:
+    if group is None or group.store is None or not group.master:
         return None
-    return _Meeting(group.store, key, group.master, _is_loopback(group.master))
+    return _Meeting(group.store, key, group.master, launch.is_loopback(group.master))
 
 
-def _is_loopback(master: str) -> bool:
-    """Tell whether only this machine can have meant itself by it: a name may mean another there."""
+@contextlib.contextmanager
+def _asking_store(master: str) -> Iterator[None]:
+    """Turn the end of the store that ranks meet by into an error that says so."""
+    from torch.distributed import DistError  # noqa: PLC0415
+
     try:
-        return ipaddress.ip_address(master).is_loopback
-    except ValueError:
-        return master == "localhost"
+        yield
+    except DistError as error:
+        raise CoordinatorUnavailable(
+            "looking for the coordinator that rank 0 hosts",
+            f"the store of the ranks at `{master}` does not answer any more: {error}",
+            "look at the log of rank 0; or start a coordinator, and name it: `coordinator_url=`",
+        ) from error
 
 
 def _announce(meeting: _Meeting) -> tuple[str, str]:
@@ -129,7 +137,8 @@ def _announce(meeting: _Meeting) -> tuple[str, str]:
     coordinator = _host(meeting.key, ip)
     named = f"[{host}]" if ":" in host else host
     url, token = f"http://{named}:{coordinator.port}", coordinator.token
-    meeting.store.set(meeting.key, f"{url} {token}")
+    with _asking_store(meeting.master):
+        meeting.store.set(meeting.key, f"{url} {token}")
     return url, token
 
 
@@ -156,8 +165,11 @@ def _await(meeting: _Meeting, timeout: float) -> tuple[str, str]:
     deadline = time.monotonic() + timeout
     url = ""
     while True:
-        if meeting.store.check([meeting.key]):
-            url, token = meeting.store.get(meeting.key).decode().split()
+        with _asking_store(meeting.master):
+            is_named = meeting.store.check([meeting.key])
+            named = meeting.store.get(meeting.key).decode() if is_named else ""
+        if named:
+            url, token = named.split()
             if _is_listening(url):
                 return url, token
         if time.monotonic() >= deadline:

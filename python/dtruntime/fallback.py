@@ -168,6 +168,7 @@ def read_agreed(
     while True:
         with _farewell(native, patience):
             candidates = native.candidates()
+            _ask_again(shards, candidates)
         if done is None:
             failed.update((step, why) for step, why, _ in candidates if why is not None)
         offered = [s for s, why, _ in candidates if why is None and s not in failed]
@@ -192,6 +193,20 @@ def read_agreed(
                     raise
                 failed[step] = f"{error.what}: {error.why}"
                 _logger.warning("step %d does not verify on this rank: %s", step, error)
+
+
+def _ask_again(shards: Shards, candidates: Sequence[tuple[int, str | None, str | None]]) -> None:
+    """Look once more at newer steps that look damaged: a far store that is away is no damage.
+
+    Raises:
+        Unavailable: It may have one of them whole.
+
+    """
+    newest = max((step for step, why, _ in candidates if why is None), default=-1)
+    for step, why, _ in candidates:
+        if why is not None and step > newest and step not in shards.failed:
+            with contextlib.suppress(Corrupt, StorageError, CheckpointNotFound):
+                shards.open(step)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ environment; torch is asked only if the script has imported it.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ class ProcessGroup(NamedTuple):
         rank: This process's rank in it.
         world_size: How many ranks it has.
         store: Where its ranks found each other; None if torch does not say.
-        master: The machine that serves the store.
+        master: The machine that serves the store; empty if none does, as with a file.
 
     """
 
@@ -53,10 +54,9 @@ def process_group(environment: Mapping[str, str] = os.environ) -> ProcessGroup |
 
 
 def _master(store: Store | None, environment: Mapping[str, str]) -> str:
-    """Give the machine that serves a store; that of no machine is memory or a file of this one."""
     while (below := getattr(store, "underlying_store", None)) is not None:
         store = below
-    return getattr(store, "host", None) or environment.get("MASTER_ADDR") or "localhost"
+    return getattr(store, "host", None) or environment.get("MASTER_ADDR", "")
 
 
 def rank_and_world_size(
@@ -84,7 +84,18 @@ def local_world_size(world_size: int, environment: Mapping[str, str] = os.enviro
     (8, 1)
     """
     said = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, min(int(said), world_size)) if said.isdecimal() else 1
+    if said.isdecimal():
+        return max(1, min(int(said), world_size))
+    group = process_group(environment)
+    return 1 if group is None or not is_loopback(group.master) else world_size
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can have meant itself by it: a name may mean another there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _ordinal(name: str, value: int | str) -> int:

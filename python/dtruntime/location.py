@@ -52,10 +52,14 @@ class Named(NamedTuple):
     backend: str | None
     remote: str | None
 
+    def is_given(self, environment: Mapping[str, str] = os.environ) -> bool:
+        """Tell whether an argument or ``CHECKPOINT_DIR`` names the store."""
+        given = (self.path, self.storage_path, environment.get("CHECKPOINT_DIR") or None)
+        return any(path is not None for path in given)
+
     def check(self, environment: Mapping[str, str] = os.environ) -> None:
         """Refuse what is given and names no store; that nothing is given is no error yet."""
-        given = (self.path, self.storage_path, environment.get("CHECKPOINT_DIR") or None)
-        if any(path is not None for path in given):
+        if self.is_given(environment):
             self.store(None, environment)
 
     def store(self, told: str | None = None, environment: Mapping[str, str] = os.environ) -> Store:
@@ -86,7 +90,7 @@ class Named(NamedTuple):
         if chosen is None:
             raise InvalidArgument(
                 "setting `path`",
-                "it is not given, and the environment has no CHECKPOINT_DIR",
+                "it is not given, and neither CHECKPOINT_DIR nor a coordinator names it",
                 'name the store: `CheckpointManager("runs/gpt")`, or "s3://bucket/runs/gpt"',
             )
         try:

@@ -96,8 +96,9 @@ class TrainingOrchestrator:
             environment's ``WORKER_ID``, else ``worker-<rank>``.
         coordinator_url: Default: the environment's ``COORDINATOR_URL``, else
             ``http://localhost:50051``. ``https://`` uses TLS.
-        world_size: Default: the environment's ``WORLD_SIZE``, else 1.
-        rank: Default: the environment's ``RANK``, else 0; a pod name such as ``worker-3`` is 3.
+        world_size: Default: as a ``CheckpointManager``'s: that of the process group, else the
+            environment's ``WORLD_SIZE``, else 1.
+        rank: Default: likewise, ``RANK``, else 0; a pod name such as ``worker-3`` is 3.
         job: Name of the training run. Default: the environment's ``DTRUNTIME_JOB``, else
             ``default``. Runs that share a coordinator at one time need names of their own.
         advertise_address: The address that other workers should use, where it is not ``ip``.

@@ -139,6 +139,12 @@ class Replication:
                 unmatched.discard(pattern)
         if unmatched:
             self._refuse(tree, paths, unmatched)
+        if not tops and exempt:
+            raise InvalidArgument(
+                f"saving with `replicated` = {list(self._globs)!r}",
+                "what it names it takes away again, so nothing is left",
+                "leave out a glob that begins with `!`",
+            )
         return tops
 
     def _exempted(self, paths: list[str]) -> list[int]:

@@ -9,9 +9,22 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dtruntime.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_USED = (
+    "checkpoint.keep_last_n",
+    "checkpoint.compression",
+    "checkpoint.async_write",
+    "checkpoint.interval_steps",
+    "storage.backend",
+    "storage.bucket",
+    "storage.path",
+    "storage.region",
+    "storage.endpoint",
+)
 _S3_ENVIRONMENT = {
     "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
     "endpoint_url": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
@@ -27,7 +40,7 @@ class Told(NamedTuple):
         async_write: The same; True if it is not said.
         save_interval_steps: The same; None if it is not said.
         path: The store: a directory, or ``s3://bucket/prefix``.
-        s3: How a store in S3 is reached, less what the environment says.
+        s3: How the store at ``path`` is reached, less what the environment says.
 
     """
 
@@ -46,7 +59,7 @@ def told_by(values: Mapping[str, str], environment: Mapping[str, str] = os.envir
     Told(keep_last_n=5, compression=None, async_write=True, save_interval_steps=None, \
 path='s3://b/r', s3={})
     """
-    known = {name: _plain(text) for name, text in values.items()}
+    known = {name: _plain(name, values[name]) for name in _USED if name in values}
     bucket, path = known.get("storage.bucket"), known.get("storage.path")
     if bucket is not None and known.get("storage.backend") != "local":
         path = f"s3://{bucket}/{path.strip('/')}" if path else f"s3://{bucket}"
@@ -68,8 +81,20 @@ path='s3://b/r', s3={})
     )
 
 
-def _plain(text: str) -> Any:
-    """Give a number, a truth value or a text that is written as in TOML."""
-    if text.startswith("'"):  # TOML's literal strings, which JSON does not have
+def _plain(name: str, text: str) -> Any:
+    """Give a number, a truth value or a text that is written as in TOML.
+
+    Raises:
+        InvalidArgument: It is a text of several lines.
+
+    """
+    if text.startswith("'") and not text.startswith("'''"):  # JSON has no literal strings
         return text.strip("'")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidArgument(
+            f"setting `{name}` of the coordinator",
+            f"it is not understood: {text}",
+            "write it as text of one line in the coordinator's configuration",
+        ) from error

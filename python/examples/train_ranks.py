@@ -92,6 +92,7 @@ def train(store: Path, remote: str | None, lose: tuple[int, int] | None) -> None
         begin = int(state["step"])
         if rank == 0:
             print(f"{dist.get_world_size()} ranks begin after step {begin}", flush=True)
+        loss = torch.zeros(())
         for step in range(begin + 1, STEPS + 1):
             inputs, targets = batch(step, device)
             loss = nn.functional.mse_loss(averaging(inputs), targets)

@@ -63,10 +63,10 @@ impl Job {
             .collect();
         let more = if missing.len() > named.len() { " and others" } else { "" };
         format!(
-            "{what} waits for {} of {} ranks since {}: {}{more}",
+            "{what} has waited {} for {} of {} ranks: {}{more}",
+            time_text(waited_ms),
             missing.len(),
             self.record.world_size,
-            time_text(waited_ms),
             named.join(", ")
         )
     }

@@ -252,7 +252,7 @@ fn who_has_not_begun_a_save_is_named() {
     assert!(table.notes.iter().all(|note| !note.contains("waits for")), "{:?}", table.notes);
     table.pass(60_000, &everybody);
     let waits = table.notes.iter().filter(|note| note.contains("waits for")).count();
-    let told = "the save of step 10 waits for 1 of 2 ranks since 10 s: rank 1 (`w1`)\n\
+    let told = "the save of step 10 has waited 10 s for 1 of 2 ranks: rank 1 (`w1`)\n\
                 hint: every rank calls save for the same step, as with a collective; where one \
                 rank saves alone, open its manager with `rank=0, world_size=1`";
     assert!(waits == 2 && table.notes.iter().any(|note| note == told), "{:?}", table.notes);

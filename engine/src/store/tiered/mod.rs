@@ -25,7 +25,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -67,6 +66,7 @@ pub struct TieredStore {
     uploader: Option<Uploader>,
     /// Steps whose near checkpoint another machine's writer has replaced.
     outdated: Mutex<BTreeSet<u64>>,
+    unanswered: Mutex<BTreeSet<u64>>,
 }
 
 impl TieredStore {
@@ -75,7 +75,7 @@ impl TieredStore {
         let here = Contents::read(near.as_ref(), &near.list()?, None)?;
         let there = Contents::read(far.as_ref(), &far.list()?, None)?;
         let outdated = Mutex::new(differences(&here, &there).outdated);
-        Ok(Self { near, far, uploader: None, outdated })
+        Ok(Self { near, far, uploader: None, outdated, unanswered: Mutex::default() })
     }
 
     /// For writing: starts the uploader, with what earlier processes left to do. `share` is of a
@@ -110,7 +110,7 @@ impl TieredStore {
             unsure,
         }));
         let (uploader, outdated) = (Some(Uploader::start(work)?), Mutex::new(outdated));
-        Ok(Self { near, far, uploader, outdated })
+        Ok(Self { near, far, uploader, outdated, unanswered: Mutex::default() })
     }
 
     /// Whether the far store's checkpoint of the step counts, though the near one has one, too.
@@ -121,6 +121,12 @@ impl TieredStore {
     fn outdated(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         // Every critical section is one call of a set's.
         self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Steps whose manifests the far store was asked for in vain, because it was away.
+    fn unanswered(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        // Every critical section is one call of a set's.
+        self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the far store has of a manifest that is damaged near, or cannot be read there, if it is
@@ -146,6 +152,7 @@ impl TieredStore {
         if shards.peek().is_none() || !shards.all(|(_, shard)| Some(shard) == attempt) {
             return Ok(None);
         }
+        self.unanswered().remove(&step);
         tracing::warn!(
             near = self.near.location(),
             far = self.far.location(),
@@ -157,15 +164,6 @@ impl TieredStore {
 
     fn uploads(&self) -> Option<&Work> {
         self.uploader.as_ref().map(|uploader| uploader.work.as_ref())
-    }
-}
-
-/// A manifest that neither store gives at this moment, as an error of the device.
-fn not_given_now(step: u64, error: &EngineError) -> EngineError {
-    EngineError::Io {
-        what: format!("reading the manifest of step {step}"),
-        source: std::io::Error::new(ErrorKind::NetworkUnreachable, error.to_string()),
-        hint: "try again when the far store can be reached".into(),
     }
 }
 
@@ -227,11 +225,12 @@ impl Store for TieredStore {
             let is_unusable = match &read[place] {
                 Ok(near) => near.as_deref().is_some_and(is_damaged),
                 Err(error) => matches!(error, EngineError::Io { .. }),
-            };
+            } && !self.unanswered().contains(&steps[place]);
             match is_unusable.then(|| self.mended(steps[place])) {
                 Some(Ok(Some(far))) => read[place] = Ok(Some(far)),
-                // Asked again by whoever has to know. It must hide no other step meanwhile.
-                Some(Err(error)) => read[place] = Err(not_given_now(steps[place], &error)),
+                // It hides no other step, and a far store that is away holds up no listing twice:
+                // whoever loads the step asks again.
+                Some(Err(_)) => drop(self.unanswered().insert(steps[place])),
                 Some(Ok(None)) | None => {}
             }
         }

@@ -291,8 +291,14 @@ fn a_manifest_that_only_the_far_store_has_whole_is_waited_for_and_not_passed_ove
         assert!(matches!(error, EngineError::Unavailable { .. }), "{error}");
         let read = both.read_manifests(&[1, 2]);
         assert!(matches!(read[0], Ok(Some(_))), "{read:?}");
-        assert!(matches!(read[1], Err(EngineError::Io { .. })), "{read:?}");
+        // To a listing it is what it is near, and the far store is asked no second time for it.
+        let is_near = |read: &Result<Option<Vec<u8>>>| match read {
+            Ok(near) => damage && near.as_deref().is_some_and(is_damaged),
+            Err(error) => !damage && matches!(error, EngineError::Io { .. }),
+        };
+        assert!(is_near(&read[1]), "{read:?}");
         is_away.store(false, Ordering::Relaxed);
+        assert!(is_near(&both.read_manifests(&[2])[0]));
         assert_eq!(both.read_manifest(2).unwrap().as_ref(), Some(&whole));
         assert_eq!(both.read_manifests(&[2])[0].as_ref().unwrap().as_ref(), Some(&whole));
     }
