@@ -249,9 +249,9 @@ fn who_has_not_begun_a_save_is_named() {
     table.attempt(&world[0], 10);
     let everybody: Vec<&v1::Identity> = world.iter().collect();
     table.pass(9_000, &everybody);
-    assert!(table.notes.iter().all(|note| !note.contains("waits for")), "{:?}", table.notes);
+    assert!(table.notes.iter().all(|note| !note.contains("has waited")), "{:?}", table.notes);
     table.pass(60_000, &everybody);
-    let waits = table.notes.iter().filter(|note| note.contains("waits for")).count();
+    let waits = table.notes.iter().filter(|note| note.contains("has waited")).count();
     let told = "the save of step 10 has waited 10 s for 1 of 2 ranks: rank 1 (`w1`)\n\
                 hint: every rank calls save for the same step, as with a collective; where one \
                 rank saves alone, open its manager with `rank=0, world_size=1`";
