@@ -49,7 +49,11 @@ class Shards:
 
     def open(self, step: int) -> _native.Checkpoint:
         """Open that of one step."""
-        return self._once_arrived(step, lambda: self.native.checkpoint(step, self._rank))
+        return self._once_arrived(step, lambda: self.open_now(step))
+
+    def open_now(self, step: int) -> _native.Checkpoint:
+        """Open it without waiting for what is on its way."""
+        return self.native.checkpoint(step, self._rank)
 
     def open_beside(self, own: _native.Checkpoint, rank: int) -> _native.Checkpoint:
         """Open what a rank saved of the same checkpoint, for what lies in its shard alone."""
@@ -205,8 +209,9 @@ def _ask_again(shards: Shards, candidates: Sequence[tuple[int, str | None, str |
     newest = max((step for step, why, _ in candidates if why is None), default=-1)
     for step, why, _ in candidates:
         if why is not None and step > newest and step not in shards.failed:
+            # At once: the other ranks wait for what this one offers.
             with contextlib.suppress(Corrupt, StorageError, CheckpointNotFound):
-                shards.open(step)
+                shards.open_now(step)
 
 
 @contextlib.contextmanager

@@ -171,15 +171,19 @@ class Replication:
 
 def advice(flat: FlatState) -> Iterator[str]:
     """Say what of a state that several ranks save will not come back as one may expect."""
+    if not flat.replicated:
+        if any(tensor.slice is not None for tensor in flat.tensors):
+            yield (
+                "the state has sharded tensors, and `replicated` is not set: another number of "
+                "ranks can restore it only with `from_rank=`, which says whose settings and step "
+                'it takes; with `replicated="*"`, or a list of what is alike on all ranks, it need '
+                "not say so"
+            )
+        return
+    if not any(map(_is_generator_state, flat.tensors)):  # no walk over a large state
+        return
     tree = Tree(flat.nodes)
-    shared = [node for top in flat.replicated for node in range(top, tree.ends[top])]
-    if not flat.replicated and any(tensor.slice is not None for tensor in flat.tensors):
-        yield (
-            "the state has sharded tensors, and `replicated` is not set: another number of ranks "
-            "can restore it only with `from_rank=`, which says whose settings and step it takes; "
-            'with `replicated="*"`, or a list of what is alike on all ranks, it need not say so'
-        )
-    for node in shared:
+    for node in (node for top in flat.replicated for node in range(top, tree.ends[top])):
         tag, payload = flat.nodes[node][:2]
         if tag == TAG_TENSOR and _is_generator_state(flat.tensors[payload]):
             name = _native.paths_of(flat.nodes)[node]
