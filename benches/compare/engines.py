@@ -294,6 +294,42 @@ class DcpAsyncTuned(DcpAsync):
         self.stager.close()
 
 
+class DcpOnDtruntime(DcpSave):
+    """`torch.distributed.checkpoint`, waiting, on a store of this engine."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from dtruntime import CheckpointManager
+
+        # Torch waits for the end anyway: no memory for a whole copy is needed.
+        self.manager = CheckpointManager(folder, staging_bytes="256MiB")
+
+    def writer(self, step: int) -> Any:
+        """Make what writes one checkpoint."""
+        from dtruntime.dcp import StorageWriter
+
+        return StorageWriter(self.manager, step)
+
+    def sync(self, step: int) -> None:
+        """Everything is durable."""
+
+    def restore(self, step: int, live: State) -> None:
+        """Read into the tensors, checking every byte on the way."""
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        from dtruntime.dcp import StorageReader
+
+        load(live, storage_reader=StorageReader(self.manager, step), no_dist=True)
+
+    def remove(self, step: int) -> None:
+        """Delete through the manager, which keeps count."""
+        self.manager.delete(step)
+
+    def close(self) -> None:
+        """Close the store."""
+        self.manager.close()
+
+
 class TorchCheckpointing(Engine):
     """Meta's `torch_checkpointing`: copies in a thread, writes in a process."""
 
@@ -445,6 +481,14 @@ ENTRANTS = (
         '`CheckpointManager(path, compression="float")`; the same',
         lambda folder: Dtruntime(folder, compression="float"),
         modules=("dtruntime",),
+    ),
+    Entrant(
+        "dtruntime_dcp",
+        "dtruntime, `dcp.save`",
+        '`CheckpointManager(path, staging_bytes="256MiB")`, `StorageWriter` and `StorageReader` on '
+        "it; `dcp.load` as below",
+        DcpOnDtruntime,
+        modules=("dtruntime.dcp", "torch.distributed.checkpoint"),
     ),
     Entrant(
         "torch_save",

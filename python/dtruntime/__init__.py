@@ -11,9 +11,11 @@ The modules, by what goes through them:
 
 - save: ``checkpoint`` (the manager) -> ``state_tree`` (a state, taken apart) -> ``tensors``,
   ``gpus`` (its memory) -> the engine -> ``handle``, ``watcher`` (how it ends)
-- load: ``fallback`` (which step) -> ``loading`` -> ``tree`` (a state, put together)
+- load: ``source`` -> ``fallback`` (which step) -> ``loading`` -> ``tree`` (a state, put together)
 - restore: ``restore`` (what fits where) -> ``plan``, ``fitting`` -> ``applying``; ``modules``,
   ``optimizers``, ``scratch`` for what is special there
+- ``torch.distributed.checkpoint``: ``dcp`` (its writer and reader) -> ``planned`` (what its
+  planners cut up)
 - ranks: ``launch``, ``membership``, ``embedded`` (how they meet) -> ``replication`` (what is
   alike), ``sharded_tensors``, ``assembling`` (what each has in part)
 - datasets: ``datasets`` -> ``sharded_dataset``, ``sharded_loader`` -> ``readers``, ``ahead``,
@@ -44,6 +46,7 @@ from dtruntime.errors import (
     NoSpace,
     RestoreIncomplete,
     SaveAborted,
+    SaveInFlight,
     StepConflict,
     StorageError,
     StoreBusy,
@@ -101,6 +104,7 @@ __all__ = [
     "RestoreReport",
     "SaveAborted",
     "SaveHandle",
+    "SaveInFlight",
     "SaveInfo",
     "SaveProgress",
     "SaveStats",

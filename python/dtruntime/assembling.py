@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from dtruntime.tensors import TensorRecord, hull_of
 from dtruntime.tree import TAG_TENSOR, Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from dtruntime import _native
 
@@ -169,35 +170,62 @@ class Parts:
         )
 
 
-class Assembly:
-    """Memory for boxes, and what is read into it.
+class Place(NamedTuple):
+    """Where a box belongs.
 
-    Args:
-        parts: Where the boxes come from.
+    Attributes:
+        storage: The memory.
+        strides: Those of the box there, in items.
+        first: The item of the storage at which the box begins.
 
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    storage: Any
+    strides: tuple[int, ...]
+    first: int
+
+
+class Assembly:
+    """Memory for boxes, and what is read into it."""
+
+    def __init__(self) -> None:
         self._direct: dict[int, tuple[_native.Checkpoint, list[Target]]] = {}
         self._strided: list[_Strided] = []
-        self._alike: list[_Strided] = []
+        self._alike: list[tuple[_Strided, Callable[[str], Corrupt]]] = []
 
-    def add(self, number: int, box: Box, storage: Any) -> None:
+    def add(self, parts: Parts, number: int, box: Box, storage: Any) -> None:
         """Have ``storage`` filled with a box of a tensor, without gaps in row-major order."""
         strides = contiguous_strides(box.sizes)
-        for common, (part, *others) in self._parts.covering(number, box).items():
+        damaged = partial(parts.damage, number)
+        for common, alike in parts.covering(number, box).items():
             at = zip(common.offsets, box.offsets, strides, strict=True)
             first = sum((start - own) * stride for start, own, stride in at)
-            source = part.cut(common)
-            target = source._replace(strides=strides, offset=first)
-            if _is_contiguous(source) and _is_contiguous(target):
-                self._read_to(part.checkpoint, source, storage, first * source.item_bytes)
-            else:
-                self._strided.append(_Strided(number, part, source, storage, target))
-            self._alike += (
-                _Strided(number, other, other.cut(common), storage, target) for other in others
-            )
+            self.take(alike, common, Place(storage, strides, first), damaged)
+
+    def take(
+        self, alike: Sequence[Part], box: Box, place: Place, damaged: Callable[[str], Corrupt]
+    ) -> None:
+        """Have a box that lies within a part read to its place.
+
+        Args:
+            alike: The part, and others that have to be the same.
+            box: What of the whole tensor it is.
+            place: Where it belongs.
+            damaged: Makes the error that they are not the same.
+
+        """
+        part, *others = alike
+        source = part.cut(box)
+        storage = place.storage
+        target = source._replace(strides=place.strides, offset=place.first)
+        if _is_contiguous(source) and _is_contiguous(target):
+            self._read_to(part.checkpoint, source, storage, place.first * source.item_bytes)
+        else:
+            self._strided.append(_Strided(part.checkpoint, source, storage, target))
+        self._alike += (
+            (_Strided(other.checkpoint, other.cut(box), storage, target), damaged)
+            for other in others
+        )
 
     def read(self, *, verify: bool, streams: list[tuple[int, int]]) -> None:
         """Read everything; the memory holds unspecified bytes after an error.
@@ -207,17 +235,18 @@ class Assembly:
 
         """
         self._flush(verify=verify, streams=streams)
-        for _, destination, bits in self._read_apart(self._strided, verify, streams):
+        for destination, bits in self._read_apart(self._strided, verify, streams):
             destination.copy_(bits)
         # Stages of a pipeline may call different tensors the same.
-        for number, there, bits in self._read_apart(self._alike, verify, streams):
+        alike = self._read_apart([one for one, _ in self._alike], verify, streams)
+        for (there, bits), (_, damaged) in zip(alike, self._alike, strict=True):
             if not _is_same(there, bits):
-                raise self._parts.damage(number, "ranks saved different values under this name")
+                raise damaged("ranks saved different values under this name")
 
     def _read_apart(
         self, some: list[_Strided], verify: bool, streams: list[tuple[int, int]]
-    ) -> Iterator[tuple[int, Any, Any]]:
-        """Read parts into memory of their own; give what they are for beside their items."""
+    ) -> Iterator[tuple[Any, Any]]:
+        """Read parts into memory of their own; give where they belong beside their items."""
         for batch in _batches(some):
             pairs = []
             for strided in batch:
@@ -226,9 +255,8 @@ class Assembly:
                 assert hull is not None  # noqa: S101  (a part that gives nothing is none)
                 memory = type(storage)(hull.end - hull.start, device=storage.device)
                 flat = source._replace(shape=(len(memory),), strides=(1,), item_bytes=1)
-                self._read_to(strided.part.checkpoint, flat, memory, 0, first=hull.start)
-                there = _bits(storage, strided.target)
-                pairs.append((strided.number, there, _bits(memory, source, offset=0)))
+                self._read_to(strided.checkpoint, flat, memory, 0, first=hull.start)
+                pairs.append((_bits(storage, strided.target), _bits(memory, source, offset=0)))
             self._flush(verify=verify, streams=streams)
             yield from pairs
 
@@ -257,8 +285,7 @@ class Assembly:
 class _Strided(NamedTuple):
     """A part that is read apart from where it belongs: it does not lie in one piece, say."""
 
-    number: int
-    part: Part
+    checkpoint: _native.Checkpoint
     source: TensorRecord
     storage: Any
     target: TensorRecord

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dtruntime import (
     _native,
@@ -34,11 +34,12 @@ from dtruntime.errors import (
     Closed,
     InvalidArgument,
     RestoreIncomplete,
+    SaveInFlight,
 )
 from dtruntime.globs import globs_of
 from dtruntime.handle import Copied, SaveHandle, end_copies
 from dtruntime.lineage import Lineage
-from dtruntime.loading import Reader, device_of
+from dtruntime.loading import device_of
 from dtruntime.location import Named
 from dtruntime.replication import Replication, advice
 from dtruntime.reports import (
@@ -50,12 +51,13 @@ from dtruntime.reports import (
     VerifyReport,
 )
 from dtruntime.restore import plan_restore
+from dtruntime.source import Habits, Source
 from dtruntime.state_tree import FlatState, flatten, needs_of
 from dtruntime.told import Told, told_by
 from dtruntime.watcher import Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -63,10 +65,7 @@ if TYPE_CHECKING:
     from dtruntime.connecting import Security
     from dtruntime.plan import RestorePlan
 
-_T = TypeVar("_T")
 _logger = logging.getLogger("dtruntime")
-
-_RANK_MAX = 2**32 - 1
 
 
 class CheckpointManager:
@@ -231,7 +230,7 @@ class CheckpointManager:
         self._best = (best_metric, best_mode)
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
         gpus.watch_captures()  # before the first save: graphs are captured early
-        self._world_size = ranks
+        self._rank, self._world_size = rank_number, ranks
         if sigterm is not None:
             settings.choice("sigterm", sigterm, ("finish", "drop"))
         self._verify_on_load = bool(verify_on_load)
@@ -249,8 +248,6 @@ class CheckpointManager:
         self._leaves_uploads = False
         self._is_closed = False
         self._failure = ""
-        self.last_load: LoadReport | None = None
-        """What the last ``load`` or ``restore`` read; None before the first."""
         self._agreement_timeout = float(agreement_timeout)
 
         named = Named(path, storage_path, backend, remote)
@@ -290,6 +287,11 @@ class CheckpointManager:
         """The way to the device that was chosen: ``uring``, ``threads``, or ``s3``."""
         return self._native.io_backend
 
+    @property
+    def last_load(self) -> LoadReport | None:
+        """What the last ``load`` or ``restore`` read; None before the first."""
+        return self._source.last_load
+
     def save_async(
         self,
         state: Any,
@@ -300,11 +302,13 @@ class CheckpointManager:
         dataset_positions: Mapping[str, Any] | None = None,
         consistency: str | None = None,
         optimizer: Any = None,
+        if_busy: str = "wait",
     ) -> SaveHandle:
         """Take a snapshot of ``state`` and write it as checkpoint ``step`` in the background.
 
         Returns once the snapshot is taken: the state may change from then on. Waits for a save in
-        flight first. Until it returns, other threads must not change the state.
+        flight first, if ``if_busy`` says nothing else. Until it returns, other threads must not
+        change the state.
 
         Args:
             state: Tensors, arrays and plain values in nested dicts, lists and tuples; objects with
@@ -323,6 +327,9 @@ class CheckpointManager:
             optimizer: With ``overlap``: the optimizer, or all of them, whose steps change the
                 state. Their next step waits on the GPU; whatever else changes the state calls
                 ``handle.before_update()`` first.
+            if_busy: What to do while the save before is in flight: ``wait`` for it, or ``raise``,
+                so that training goes on at once without this checkpoint. Several ranks have to wait
+                or not as one, so there it is always ``wait``.
 
         Returns:
             A handle: await it, or ask for its ``result()``.
@@ -334,6 +341,7 @@ class CheckpointManager:
                 by a ``rewind``.
             InvalidArgument: A signal handler saves, and has interrupted a save of its own thread.
             NoSpace: The store has no room. Nothing was written.
+            SaveInFlight: A save is in flight, and ``if_busy`` is ``raise``. Nothing was written.
             CheckpointError: The previous save failed, and nobody has looked at its error.
 
         Where several ranks save, the handle's result means all of them. If one cannot save, the
@@ -352,6 +360,8 @@ class CheckpointManager:
             )
             self._check_can_save(number)
             chosen = gpus.choose(consistency or self._consistency, optimizer)
+            if not self._may_wait(if_busy):
+                self._check_idle(number)
         with self._turns:
             self._check_turn(number)
             with self._in_turn:
@@ -436,11 +446,11 @@ class CheckpointManager:
         globs = None if keys is None else globs_of("keys", keys)
 
         def read(checkpoint: _native.Checkpoint) -> Any:
-            reader = self._reader(checkpoint, mmap=mmap, device=device)
+            reader = self._source.reader(checkpoint, mmap=mmap, device=device)
             keep = None if globs is None else reader.select(globs, strict=strict)
             return reader.load(keep)
 
-        state, _ = self._read(step, from_rank, read)
+        state, _ = self._source.read(step, from_rank, read)
         return state
 
     def restore(
@@ -496,14 +506,14 @@ class CheckpointManager:
         attempts = Attempts()
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
-            reader = self._reader(checkpoint, lend=self._native.lend_staging)
+            reader = self._source.reader(checkpoint, lend=self._native.lend_staging)
             plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()
             return attempts.carry_out(plan, reader, end_copies)
 
         try:
-            plan, report = self._read(step, from_rank, read)
+            plan, report = self._source.read(step, from_rank, read)
             attempts.check_made_up(plan)
         except BaseException as error:
             self._incomplete = attempts.mixture(error) or self._incomplete
@@ -716,6 +726,9 @@ class CheckpointManager:
         except BaseException as error:
             if self._ranks is not None and not self._is_closing:
                 with contextlib.suppress(CheckpointError):
+                    if isinstance(error, Exception) and self._last is not None:
+                        # Who speaks of a later step gives up the one that is in flight.
+                        self._last._native.wait()  # noqa: SLF001
                     self._native.decline(step, f"{type(error).__name__}: {error}")
             raise
 
@@ -739,6 +752,9 @@ class CheckpointManager:
         worker = None if self._ranks is None else self._ranks.worker
         self._native = _native.Manager(self._path, engine_settings, worker)
         self._lineage = Lineage(self._native, is_read_only=self._read_only)
+        timeout = None if self._ranks is None else self._agreement_timeout
+        habits = Habits(self._verify_on_load, timeout, self._has_uploads)
+        self._source = Source(self._native, self._path, self._lineage, habits)
         for watcher in (self._watcher, self._uploads):
             if watcher is not None:
                 watcher.start()
@@ -808,6 +824,30 @@ class CheckpointManager:
             "a signal handler saves, and has interrupted a save of this thread",
             "set a flag in the handler, and save when the interrupted call has returned; or let "
             '`sigterm="finish"` finish what is being saved',
+        )
+
+    def _may_wait(self, if_busy: str) -> bool:
+        may_wait = settings.choice("if_busy", if_busy, ("wait", "raise")) == "wait"
+        if may_wait or self._world_size == 1:
+            return may_wait
+        raise InvalidArgument(
+            f"saving with `if_busy` = {if_busy!r} on {self._world_size} ranks",
+            "a save may still be in flight on one rank, and be over on another",
+            "decide on one rank, by `handle.done()`, and tell the others, before any of them saves",
+        )
+
+    def _check_idle(self, step: int) -> None:
+        """Refuse to wait for a save in flight, or for one that another thread begins."""
+        is_free = self._turns.acquire(blocking=False)
+        if is_free:
+            self._turns.release()
+        if is_free and self._native.wait_until_finished(0):
+            return
+        before = "another one" if self._last is None else f"step {self._last.step}"
+        raise SaveInFlight(
+            f"saving step {step}",
+            f"{before} is not durable yet",
+            'go on, and save a later step; or let it wait: `if_busy="wait"`',
         )
 
     def _check_can_save(self, step: int) -> None:
@@ -892,57 +932,8 @@ class CheckpointManager:
         handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
         return handle
 
-    def _reader(self, checkpoint: _native.Checkpoint, **how: Any) -> Reader:
-        return Reader(
-            checkpoint,
-            verify=self._verify_on_load,
-            open_rank=lambda rank: self._shards(rank).open_beside(checkpoint, rank),
-            **how,
-        )
-
-    def _shards(self, rank: int | None) -> fallback.Shards:
-        awaits_upload = self._has_uploads and self._ranks is not None
-        return fallback.Shards(self._native, rank, awaits_upload=awaits_upload)
-
     def _newest(self) -> int:
         known = self._native.candidates()
         if not known:
             raise fallback.no_checkpoint(self._path)
         return known[-1][0]
-
-    def _read(
-        self,
-        step: int | None,
-        from_rank: int | None,
-        read: Callable[[_native.Checkpoint], _T],
-    ) -> tuple[_T, LoadReport]:
-        """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
-        # The format's ranks have 32 bits: a larger one is none of any checkpoint's.
-        rank = None if from_rank is None else settings.integer("from_rank", from_rank)
-        rank = None if rank is None else min(rank, _RANK_MAX)
-        shards = self._shards(rank)
-        if step is not None:
-            number = settings.step_of(step, "load(step=...)")
-            checkpoint, result = fallback.read_step(shards, number, read)
-            failed: dict[int, str] = {}
-        elif self._ranks is not None:
-            checkpoint, result, failed = fallback.read_agreed(
-                shards,
-                self._path,
-                read,
-                self._agreement_timeout,
-                has_own_store=self._has_uploads,
-            )
-        else:
-            checkpoint, result, failed = fallback.read_newest(shards, self._path, read)
-        manifest = checkpoint.manifest()
-        fell_back_from = tuple(sorted(failed.items(), reverse=True))
-        report = LoadReport(
-            checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
-        )
-        self._native.protect(checkpoint.step)
-        # Of several ranks, another one may have been the one that could not load the later ones.
-        fell_back = step is None and (bool(failed) or self._ranks is not None)
-        self._lineage.note_loaded(checkpoint.step, later_are_unsound=fell_back)
-        self.last_load = report
-        return result, report

@@ -48,6 +48,12 @@ class StepConflict(CheckpointError):  # noqa: N818
     """Fix the call, or say ``rewind=True``: the step is not after the newest committed one."""
 
 
+class SaveInFlight(CheckpointError):  # noqa: N818
+    """Save later: the save before is not durable yet, and the call said not to wait for it."""
+
+    is_retryable = True
+
+
 class StoreBusy(CheckpointError):  # noqa: N818
     """Wait, or open with ``read_only=True``: another writer holds the store."""
 

@@ -67,7 +67,7 @@ def _place_misfit(live: Any) -> Misfit | None:
         return Misfit("what this rank holds of the live tensor is not one piece of it")
     if live.is_meta:
         return Misfit("the live one is on `meta`, without values", _TO_EMPTY)
-    if _has_no_memory(local_of(live)):
+    if has_no_memory(local_of(live)):
         return Misfit("the live one's memory was freed (sharded wrappers resize it to 0)", _GATHER)
     return None
 
@@ -142,7 +142,7 @@ def _record_at(index: int, reader: Reader) -> TensorRecord | None:
     return reader.records[number] if tag == TAG_TENSOR else None
 
 
-def _has_no_memory(local: Any) -> bool:
+def has_no_memory(local: Any) -> bool:
     """Tell whether a tensor's items lie outside its storage, as when that was freed."""
     if not local.numel():
         return False

@@ -192,7 +192,7 @@ class Reader:
         """Put boxes of tensors together in fresh memory."""
         if not boxes:
             return {}
-        assembly = Assembly(self._parts)
+        assembly = Assembly()
         holders: dict[Any, Any] = {}
         memories = []
         for number, box in boxes.items():
@@ -203,7 +203,7 @@ class Reader:
             if holder is None:
                 count = box.items * record.item_bytes
                 holder = holders[view] = self._allocate(count, device, is_numpy=False)
-                assembly.add(number, box, holder)
+                assembly.add(self._parts, number, box, holder)
             strides = contiguous_strides(box.sizes)
             made = record._replace(shape=box.sizes, strides=strides, offset=0, slice=None)
             memories.append(_Memory(holder, {number: made}))

@@ -27,6 +27,13 @@ class Slice(NamedTuple):
     offsets: tuple[int, ...]
 
 
+class Piece(NamedTuple):
+    """A part of a tensor that others cut up: a plain tensor of its own, and where it stands."""
+
+    tensor: Any
+    place: Slice
+
+
 class Box(NamedTuple):
     """Items of a tensor: from ``offsets`` on, ``sizes`` of them, per dimension."""
 

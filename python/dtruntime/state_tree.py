@@ -100,7 +100,7 @@ def flatten(
 
     """
     flattener = _Flattener(world_size)
-    with _collector_paused():
+    with collector_paused():
         flattener.add(state, None, is_keyed=False)
         nodes, table = flattener.nodes, flattener.table
         if replication is None:
@@ -122,7 +122,7 @@ def needs_of(
 
     """
     flattener = _Flattener(world_size)
-    with _collector_paused():
+    with collector_paused():
         flattener.add(state, None, is_keyed=False)
     sizes, gpus = flattener.table.sizes(), flattener.table.gpus()
     if replication is None:
@@ -134,7 +134,7 @@ def needs_of(
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keep the cyclic collector out of a burst of records that all stay alive.
 
     Each burst would make it search torch's whole heap, for more than the walk itself costs.
@@ -166,6 +166,10 @@ class _Flattener:
             bytes: lambda value: (TAG_BYTES, value),
             str: self._str,
             np.ndarray: lambda array: (TAG_TENSOR, self.table.add_numpy(array, self._where)),
+            sharded_tensors.Piece: lambda piece: (
+                TAG_TENSOR,
+                self.table.add_piece(piece, self._where),
+            ),
         }
         torch = sys.modules.get("torch")
         if torch is not None:

@@ -243,6 +243,12 @@ class TensorTable:
         )
         return number
 
+    def add_piece(self, piece: sharded_tensors.Piece, where: Callable[[], str]) -> int:
+        """Take in a part of a tensor that others cut up."""
+        number = self.add_torch(piece.tensor, TORCH, where)
+        self._records[number] = self._records[number]._replace(slice=piece.place)
+        return number
+
     def add_numpy(self, array: np.ndarray[Any, Any], where: Callable[[], str]) -> int:
         """Take in a ``numpy.ndarray``; ``where`` names it in errors."""
         number = self._numbers.get(id(array))

@@ -94,12 +94,12 @@ def _name(text: str) -> ctypes.c_char_p:
 
 @functools.cache
 def _load() -> StandIn:
-    folder = Path(tempfile.mkdtemp(prefix="dtr-stand-in-"))
-    library = folder / "libcuda.so"
     options = ["-shared", "-fPIC", "-O1", "-pthread", "-Wl,-soname,libcuda.so"]
     compiler = shutil.which("cc")
-    subprocess.run([compiler, *options, "-o", library, SOURCE], check=True)
-    return StandIn(library)
+    with tempfile.TemporaryDirectory(prefix="dtr-stand-in-") as folder:
+        library = Path(folder, "libcuda.so")
+        subprocess.run([compiler, *options, "-o", library, SOURCE], check=True)
+        return StandIn(library)  # it stays loaded, under its name, when its file is gone
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from dtruntime import CheckpointManager, SaveInfo
+from dtruntime import CheckpointManager, InvalidArgument, SaveInFlight, SaveInfo
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -43,6 +43,22 @@ def test_timeouts(device, manager):
     assert not has_ended
     assert "hint: " in str(caught.value)
     assert manager.wait_until_finished(timeout=0)
+
+
+def test_a_save_that_may_not_wait_is_refused_while_another_is_in_flight(device, manager):
+    weight = device.tensor(torch.ones(100_000)).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    device.hold_copies(True)  # so that the save cannot end
+    handle = manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
+    with pytest.raises(SaveInFlight, match="step 1 is not durable yet") as caught:
+        manager.save_async({"w": 1}, step=2, if_busy="raise")
+    device.hold_copies(False)
+    assert handle.result().step == 1
+    assert caught.value.is_retryable
+    with pytest.raises(InvalidArgument, match="if_busy"):
+        manager.save_async({"w": 1}, step=2, if_busy="skip")
+    manager.save_async({"w": 1}, step=3, if_busy="raise").result()
+    assert manager.all_steps() == [1, 3]
 
 
 def test_figures(manager):

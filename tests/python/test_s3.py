@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from coordinators import CoordinatorProcess
 from support import assert_same, run_script, script_environment, start_script
 
 from dtruntime import CheckpointManager, CheckpointNotFound, InvalidArgument, Unavailable
+from dtruntime.dcp import StorageReader, StorageWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,6 +105,20 @@ def test_a_state_in_parts():
         assert_same(manager.load(), state)
         with pytest.raises(InvalidArgument, match="mmap=True"):
             manager.load(mmap=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # here it is one process
+@pytest.mark.parametrize("remote", [None, STORE])
+def test_what_torch_saves_and_loads_goes_there(tmp_path, remote):
+    place = {"path": STORE} if remote is None else {"path": tmp_path / "near", "remote": remote}
+    state = {"w": torch.arange(5_000_000), "step": 1}
+    with CheckpointManager(**place, s3={"part_bytes": "5MiB"}) as manager:
+        dcp.save(state, storage_writer=StorageWriter(manager, 1))
+    shutil.rmtree(tmp_path / "near", ignore_errors=True)
+    live = {"w": torch.zeros(5_000_000, dtype=torch.int64), "step": 0}
+    with CheckpointManager(STORE, read_only=True) as reader:
+        dcp.load(live, storage_reader=StorageReader(reader))
+    assert_same(live, state)
 
 
 def test_the_other_ways_to_name_a_store():

@@ -530,8 +530,8 @@ def assembled(saved: list[Saved], rank: int, box: Box) -> torch.Tensor:
     own = saved[rank]
     parts = Parts(own, Tree(own.nodes()), [own.record], lambda rank: saved[rank])
     storage = torch.UntypedStorage(box.items * own.record.item_bytes)
-    assembly = Assembly(parts)
-    assembly.add(0, box, storage)
+    assembly = Assembly()
+    assembly.add(parts, 0, box, storage)
     assembly.read(verify=True, streams=[])
     dtype = own.part.dtype
     return torch.empty(0, dtype=dtype).set_(storage, 0, box.sizes, contiguous_strides(box.sizes))

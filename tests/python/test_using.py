@@ -48,6 +48,7 @@ def own_handlers():
 
 
 @pytest.mark.usefixtures("own_handlers")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # here it is one process
 def test_what_is_shown_of_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("python/docs/using.md", {})

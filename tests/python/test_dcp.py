@@ -1,0 +1,808 @@
+"""The door for `torch.distributed.checkpoint`: what goes through it, and what does not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import OrderedDict
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
+from safetensors.torch import load_file
+from support import assert_same, flip_byte, shard_of
+from test_sharded_tensors import ckpt_tool
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    _EmptyStateDictLoadPlanner,
+)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from dtruntime import Corrupt, InvalidArgument, StepConflict, UnsupportedValue
+from dtruntime.dcp import StorageReader, StorageWriter
+
+# One process has no process group: torch says so each time.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def a_state() -> dict:
+    """Give a state with everything that torch's planner flattens in a way of its own."""
+    shared = torch.arange(200_000, dtype=torch.float32)
+    return {
+        "model": OrderedDict(weight=torch.randn(300, 400), bias=torch.zeros(7).bfloat16()),
+        "tied": [shared, shared],
+        "view": torch.arange(12).reshape(3, 4).t(),
+        "number": torch.tensor(3.5),
+        "nothing": torch.empty(0, 5),
+        "plain": {"step": 7, "lr": 0.1, "name": "run", "none": None, "big": 2**80},
+        "list": [1, 2, [3, 4]],
+        "pair": (torch.ones(3), "text"),
+        "numpy": {"array": np.arange(5), "scalar": np.float32(2)},
+        "mixed": [{"a": torch.ones(2)}, {"a": torch.zeros(2)}],
+    }
+
+
+def zeroed(value):
+    """Give a state of the same shape that holds nothing of it."""
+    if isinstance(value, dict):
+        return {key: zeroed(child) for key, child in value.items()}
+    if isinstance(value, list) and any(isinstance(v, (torch.Tensor, dict)) for v in value):
+        return [zeroed(child) for child in value]
+    return torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0
+
+
+def failures_of(raised: pytest.ExceptionInfo) -> list[BaseException]:
+    """Give what torch says that each rank raised."""
+    return [error for error, _ in raised.value.failures.values()]
+
+
+def save(manager, state, step=1, **options) -> None:
+    dcp.save(state, storage_writer=StorageWriter(manager, step, **options))
+
+
+def load(manager, state, step=None, **options) -> None:
+    dcp.load(state, storage_reader=StorageReader(manager, step, **options))
+
+
+def test_a_state_comes_back(manager):
+    state = a_state()
+    save(manager, state, metadata={"loss": 0.5})
+    live = zeroed(state)
+    load(manager, live)
+    state["model"] = dict(state["model"])  # torch's planner knows no other dict
+    assert_same(live, state)
+    assert manager.metadata(1) == {"loss": 0.5, "torch.distributed.checkpoint": 1}
+    assert manager.verify(1).ok
+    loaded = manager.load()
+    for name in ("model", "view", "number", "nothing", "plain", "list", "numpy"):
+        assert_same(loaded[name], state[name], name)
+    # By position, and one value in a tuple: so they are told from dicts and tuples.
+    assert_same(loaded["tied"], dict(enumerate(state["tied"])))
+    assert_same(loaded["mixed"], dict(enumerate(state["mixed"])))
+    assert_same(loaded["pair"], (state["pair"],))
+    # The two names of one tensor are stored once.
+    assert shard_of(Path(manager.path), 1).stat().st_size < 2 * state["tied"][0].nbytes
+
+
+def test_what_a_manager_saved_is_loaded(manager):
+    state = a_state() | {"layers": {1: {"x": torch.ones(4)}}}
+    manager.save(state, step=1)
+    live = zeroed(state)
+    load(manager, live)
+    assert_same(live["layers"], state["layers"])
+    assert_same(live["plain"], state["plain"])
+    assert_same(live["numpy"], state["numpy"])
+    assert_same(live["model"], dict(state["model"]))
+
+
+def test_training_goes_on_as_it_would_have(manager):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            inputs = torch.randn(8, 30, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = make()
+    train(model, optimizer, range(5))
+    saved, moments = get_state_dict(model, optimizer)
+    save(manager, {"model": saved, "optimizer": moments})
+    train(model, optimizer, range(5, 9))
+
+    other, its_optimizer = make()
+    with torch.no_grad():
+        other[0].weight.zero_()
+    weights, moments = get_state_dict(other, its_optimizer)
+    live = {"model": weights, "optimizer": moments}
+    load(manager, live)
+    set_state_dict(
+        other, its_optimizer, model_state_dict=live["model"], optim_state_dict=live["optimizer"]
+    )
+    train(other, its_optimizer, range(5, 9))
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_an_object_with_a_state_is_restored(manager):
+    model, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    save(manager, {"model": model})
+    load(manager, {"model": other})
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_it_is_loaded_without_anything_to_load_into(manager):
+    state = {"model": {"w": torch.randn(50, 3)}, "step": 3, "list": [torch.ones(1), torch.ones(2)]}
+    save(manager, state)
+    found: dict = {}
+    _load_state_dict(
+        found,
+        storage_reader=StorageReader(manager),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    assert_same(found, state)
+
+
+def test_what_is_asked_for_is_read_and_converted(manager):
+    weight = torch.randn(64, 48)
+    save(manager, {"w": weight, "v": torch.arange(10), "unasked": torch.ones(9)})
+    strided = torch.zeros(48, 64).t()
+    live = {"w": torch.zeros(64, 48, dtype=torch.bfloat16), "v": torch.zeros(10)}
+    load(manager, live)
+    assert torch.equal(live["w"], weight.bfloat16())
+    assert torch.equal(live["v"], torch.arange(10.0))
+    load(manager, {"w": strided})
+    assert torch.equal(strided, weight)
+    part = torch.zeros(100)
+    load(manager, {"v": (inner := part[45:55])})
+    assert torch.equal(inner, torch.arange(10.0))
+    assert part.count_nonzero() == 9
+
+
+def test_a_missing_name_and_another_shape_are_told(manager):
+    save(manager, {"w": torch.ones(3)})
+    for live in ({"w": torch.ones(4)}, {"v": torch.ones(3)}):
+        with pytest.raises(CheckpointException) as raised:
+            load(manager, live)
+        (error,) = failures_of(raised)
+        assert "checkpoint state_dict: v" in str(error) or "for w" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-1000", 1000),
+        ("runs/outputs/step-1000/", 1000),
+        (Path("iter_0000042"), 42),
+        ("7", 7),
+        ("epoch=3-step=12", 12),
+        (9, 9),
+    ],
+)
+def test_the_step_is_the_number_at_the_end_of_the_name(manager, name, step):
+    writer, reader = StorageWriter(manager), StorageReader(manager)
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=name, storage_writer=writer)
+    assert manager.all_steps() == [step]
+    live = {"x": torch.zeros(2)}
+    dcp.load(live, checkpoint_id=name, storage_reader=reader)
+    assert live["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["latest", "step-1000.pt", "", "-", True, 3.5, 2**70])
+def test_a_name_without_a_step_is_refused(manager, name):
+    with pytest.raises(InvalidArgument, match="checkpoint_id"):
+        StorageWriter(manager).reset(name)
+    with pytest.raises(InvalidArgument, match="checkpoint_id"):
+        StorageReader(manager).reset(name)
+
+
+def test_what_cannot_be_meant_is_refused(manager, open_manager, tmp_path):
+    with pytest.raises(CheckpointException) as raised:
+        dcp.save({"x": 1}, storage_writer=StorageWriter(manager))
+    assert "without a step" in str(failures_of(raised)[0])
+    with pytest.raises(InvalidArgument, match="two steps"):
+        StorageWriter(manager, 1).reset("step-2")
+    with pytest.raises(CheckpointException) as raised:
+        load(manager, {"x": 1}, from_rank=1)
+    assert "there is none" in str(failures_of(raised)[0])
+    replicating = open_manager(tmp_path / "other", replicated="*")
+    with pytest.raises(InvalidArgument, match="without `replicated`"):
+        StorageWriter(replicating, 1)
+    with pytest.raises(InvalidArgument, match="another process"):
+        pickle.dumps(StorageWriter(manager, 1))
+    manager.save([1, 2], step=5)
+    with pytest.raises(CheckpointException) as raised:
+        load(manager, {"x": 1})
+    assert "no dict" in str(failures_of(raised)[0])
+    manager.save({"a.b": 1, "a": {"b": 2}}, step=6)
+    with pytest.raises(CheckpointException) as raised:
+        load(manager, {"a": {"b": 1}})
+    assert "two of its entries" in str(failures_of(raised)[0])
+    with pytest.raises(CheckpointException) as raised:
+        load(manager, {"x": 1}, from_rank=1)
+    assert "1 ranks saved it" in str(failures_of(raised)[0])
+
+
+def test_damage_is_told_and_an_older_checkpoint_can_be_named(manager, store):
+    for step in (1, 2):
+        save(manager, {"w": torch.full((1000, 1000), float(step))}, step)
+    flip_byte(shard_of(store, 2), 5000)
+    live = {"w": torch.zeros(1000, 1000)}
+    with pytest.raises(CheckpointException) as raised:
+        load(manager, live)
+    (error,) = failures_of(raised)
+    assert isinstance(error, Corrupt)
+    assert "tensors hit: w" in str(error)
+    load(manager, live, 1)
+    assert (live["w"] == 1).all()
+
+
+def test_a_checkpoint_whose_index_is_damaged_is_fallen_back_from(manager, store):
+    for step in (1, 2):
+        save(manager, {"w": torch.full((10,), float(step))}, step)
+    shard = shard_of(store, 2)
+    flip_byte(shard, shard.stat().st_size - 100)
+    live = {"w": torch.zeros(10)}
+    load(manager, live)
+    assert (live["w"] == 1).all()
+    assert manager.last_load.step == 1
+
+
+def test_an_empty_store_says_so(manager):
+    with pytest.raises(CheckpointException) as raised:
+        load(manager, {"w": torch.zeros(10)})
+    assert "there is none" in str(failures_of(raised)[0])
+
+
+def test_a_value_that_cannot_be_kept_is_named_and_nothing_is_saved(manager):
+    with pytest.raises(CheckpointException) as raised:
+        save(manager, {"w": torch.ones(3), "odd": {"deep": object()}})
+    (error,) = failures_of(raised)
+    assert isinstance(error, UnsupportedValue)
+    assert """`state["odd"]["deep"]`""" in str(error)
+    assert manager.all_steps() == []
+    save(manager, {"w": torch.ones(3)})
+    assert manager.all_steps() == [1]
+
+
+def test_steps_go_up_unless_training_went_back(manager):
+    save(manager, {"x": 1}, 5)
+    with pytest.raises(CheckpointException) as raised:
+        save(manager, {"x": 2}, 4)
+    assert isinstance(failures_of(raised)[0], StepConflict)
+    save(manager, {"x": 2}, 4, rewind=True)
+    assert manager.all_steps() == [4]
+
+
+def test_it_saves_behind_the_training(manager):
+    state = {"w": torch.ones(100_000), "step": 1}
+    saving = dcp.async_save(state, storage_writer=StorageWriter(manager, 1))
+    state["w"].zero_()  # torch has staged it
+    assert isinstance(saving, Future)
+    saving.result()
+    live = {"w": torch.zeros(100_000), "step": 0}
+    load(manager, live)
+    assert (live["w"] == 1).all()
+    assert live["step"] == 1
+
+
+class Halves(DefaultSavePlanner):
+    """Stores tensors in half the memory, and says of plain values that they were seen."""
+
+    def create_local_plan(self):
+        self.state_dict = {
+            name: value.bfloat16() if isinstance(value, torch.Tensor) else value
+            for name, value in self.state_dict.items()
+        }
+        return super().create_local_plan()
+
+    def transform_object(self, write_item, object):  # noqa: A002  (torch's name)
+        if not isinstance(object, torch.Tensor):
+            object = {"seen": object}  # noqa: A001
+        return super().transform_object(write_item, object)
+
+
+def test_a_planner_that_changes_values_has_its_way(manager):
+    state = {"w": torch.randn(5, 5), "n": {"step": 4}}
+    dcp.save(state, storage_writer=StorageWriter(manager, 1), planner=Halves())
+    loaded = manager.load()
+    assert_same(loaded, {"w": state["w"].bfloat16(), "n": {"step": ({"seen": 4},)}})
+
+
+class Odd(Halves):
+    """Makes a value of what no checkpoint keeps."""
+
+    def transform_object(self, write_item, _):
+        return DefaultSavePlanner.transform_object(self, write_item, Odd)
+
+
+def test_what_a_planner_makes_of_a_value_is_plain_or_refused(manager):
+    with pytest.raises(CheckpointException) as raised:
+        dcp.save({"n": 1}, storage_writer=StorageWriter(manager, 1), planner=Odd())
+    assert isinstance(failures_of(raised)[0], UnsupportedValue)
+
+
+def test_a_planner_that_does_not_flatten_finds_its_names_again(manager):
+    state = {"a.b": torch.ones(3), "nested": {"x": 1, "y": [1, 2]}, "tensors": {"t": torch.ones(2)}}
+    writer = StorageWriter(manager, 1)
+    dcp.save(state, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
+    live = {"a.b": torch.zeros(3), "nested": None, "tensors": None}
+    dcp.load(
+        live,
+        storage_reader=StorageReader(manager),
+        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+    )
+    assert_same(live, state)
+    loaded = manager.load()
+    assert_same(loaded["nested"], (state["nested"],))
+
+
+GROUP = """
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from datetime import timedelta
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from dtruntime.dcp import StorageReader, StorageWriter
+world_size = int(os.environ["WORLD_SIZE"])
+dist.init_process_group(
+    "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120),
+    store=dist.FileStore(f"{store}.group-{world_size}-{os.environ.get('GROUP', 0)}", world_size),
+)
+mesh = init_device_mesh("cpu", (world_size,))
+
+def full(name):
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(1001, 12, generator=generator)
+
+def state_of(make):
+    "Sharded and replicated tensors and what all ranks have alike, of what `make` makes of each."
+    shard = lambda name, dim: distribute_tensor(make(full(name)), mesh, [Shard(dim)])
+    return {
+        "model": {"rows": shard("rows", 0), "columns": shard("columns", 1),
+                  "alike": distribute_tensor(make(full("alike")), mesh, [Replicate()]),
+                  "plain": make(full("plain")), "plain2": make(full("plain2"))},
+        "optimizer": {"state": {"rows": {"step": make(torch.tensor(5.0)), "m": shard("m", 0)}},
+                      "groups": [{"lr": 0.1, "names": ["rows", "columns"]}]},
+        "step": 5,
+    }
+
+def whole(value):
+    if isinstance(value, dict):
+        return {key: whole(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [whole(child) for child in value]
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+def check(live):
+    live = whole(live)
+    for name, tensor in live["model"].items():
+        assert torch.equal(tensor, full(name)), name
+    moments = live["optimizer"]["state"]["rows"]
+    assert torch.equal(moments["m"], full("m")) and moments["step"] == 5
+    assert live["optimizer"]["groups"] == [{"lr": 0.1, "names": ["rows", "columns"]}]
+    assert live["step"] == 5
+
+def failures(call):
+    try:
+        call()
+    except dcp.api.CheckpointException as raised:
+        return {rank: type(error).__name__ for rank, (error, _) in raised.failures.items()}
+    raise AssertionError("it did not fail")
+"""
+
+SAVE = """
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    for step in (1, 2):
+        writer, planner = StorageWriter(manager, step), DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(state_of(torch.clone), storage_writer=writer, planner=planner)
+    live = state_of(torch.zeros_like)
+    live["step"] = 0
+    dcp.load(live, storage_reader=StorageReader(manager))
+    check(live)
+    print(sorted(manager.load(keys=["model", "step"], strict=False)["model"]))
+"""
+
+LOAD = """
+live = state_of(torch.zeros_like)
+live["step"] = 0
+live["optimizer"]["groups"] = [{"lr": 0, "names": []}]
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    dcp.load(live, storage_reader=StorageReader(manager))
+    check(live)
+    everything = manager.load(from_rank=0)
+    assert torch.equal(everything["model"]["rows"], full("rows")) and everything["step"] == 5
+live = state_of(torch.zeros_like)
+with CheckpointManager(store, read_only=True) as reader:
+    dcp.load(live, storage_reader=StorageReader(reader))
+    check(live)
+print("loaded")
+"""
+
+
+@pytest.mark.parametrize("others", [1, 2, 4])
+def test_any_number_of_ranks_loads_what_any_other_saved(coordinator, store, others):
+    printed = run_ranks(GROUP + SAVE, store, coordinator.url, 3)
+    # Every rank has its parts; rank 0 knows of everything.
+    everything = ["alike", "columns", "plain", "plain2", "rows"]
+    assert json.loads(printed[0].replace("'", '"')) == everything
+    manifest = json.loads((store / "step-000000000002" / "manifest.json").read_text())
+    stored = sum(shard["raw_bytes"] for shard in manifest["shards"])
+    assert stored == pytest.approx(6 * 1001 * 12 * 4, rel=0.02)  # each byte once
+    assert run_ranks(GROUP + LOAD, store, coordinator.url, others) == ["loaded\n"] * others
+
+
+def test_the_tool_puts_it_together(coordinator, store, tmp_path):
+    run_ranks(GROUP + SAVE, store, coordinator.url, 3)
+    assert ckpt_tool("verify", store, "--all").returncode == 0
+    file = tmp_path / "model.safetensors"
+    ran = ckpt_tool("restore", store, "-o", file, "--tensors", "model.*")
+    assert ran.returncode == 0, ran.stderr
+    written = load_file(file)
+    assert sorted(written) == [
+        f"model.{n}" for n in ("alike", "columns", "plain", "plain2", "rows")
+    ]
+    for name in ("rows", "columns", "plain"):
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        assert torch.equal(written[f"model.{name}"], torch.randn(1001, 12, generator=generator))
+
+
+def test_a_rank_that_cannot_save_fails_the_save_on_all(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+class Failing(DefaultSavePlanner):
+    def resolve_data(self, item):
+        if rank == 1:
+            raise RuntimeError("the tensor is gone")
+        return super().resolve_data(item)
+
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    state = state_of(torch.clone)
+    writer = StorageWriter(manager, 1)
+    print(failures(lambda: dcp.save(state, storage_writer=writer, planner=Failing())))
+    print(manager.all_steps())
+    dcp.save(state, storage_writer=StorageWriter(manager, 2))
+    print(manager.all_steps())
+""",
+        store,
+        coordinator.url,
+    )
+    told = "{0: 'SaveAborted', 1: 'RuntimeError', 2: 'SaveAborted'}\n[]\n[2]\n"
+    assert printed == [told] * 3
+
+
+def test_ranks_with_values_of_their_own_say_whose_are_meant(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+with CheckpointManager(store, replicated=["alike"], agreement_timeout=60) as manager:
+    manager.save({"own": torch.tensor([rank]), "alike": torch.ones(3), "n": rank}, step=1)
+    live = {"own": torch.tensor([9]), "alike": torch.zeros(3), "n": 9}
+    dcp.load(live, storage_reader=StorageReader(manager))
+    assert live["own"] == rank and live["alike"].sum() == 3 and live["n"] == rank
+    dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
+    assert live["own"] == 1 and live["n"] == 1
+print("loaded")
+""",
+        store,
+        coordinator.url,
+        2,
+    )
+    assert printed == ["loaded\n"] * 2
+    printed = run_ranks(
+        GROUP
+        + """
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    live = {"own": torch.tensor([9]), "alike": torch.zeros(3)}
+    print(sorted(failures(lambda: dcp.load(live, storage_reader=StorageReader(manager))).values()))
+    dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
+    print(live["own"].tolist())
+""",
+        store,
+        coordinator.url,
+        3,
+    )
+    assert printed == ["['InvalidArgument', 'InvalidArgument', 'InvalidArgument']\n[1]\n"] * 3
+
+
+def test_stages_of_a_pipeline_are_put_together(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    stage = {f"layer{rank}": torch.full((4,), float(rank)), f"scalar{rank}": torch.tensor(rank)}
+    dcp.save({"model": stage, "step": 3}, storage_writer=StorageWriter(manager, 1))
+    other = 1 - rank
+    model = {f"layer{other}": torch.zeros(4), f"scalar{other}": torch.tensor(9)}
+    live = {"model": model, "step": 0}
+    dcp.load(live, storage_reader=StorageReader(manager))
+    assert live["model"][f"layer{other}"].tolist() == [float(other)] * 4
+    assert live["model"][f"scalar{other}"] == other and live["step"] == 3
+    print(sorted(manager.load(from_rank=0)["model"]))
+""",
+        store,
+        coordinator.url,
+        2,
+    )
+    assert printed == ["['layer0', 'layer1', 'scalar0']\n"] * 2
+
+
+def test_another_group_than_that_of_the_manager_is_refused(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+from pathlib import Path
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    writer = lambda: StorageWriter(manager, 1)
+    some, first = dist.new_group([1, 2]), dist.new_group([0])
+    print(failures(lambda: dcp.save({"x": 1}, storage_writer=writer(), no_dist=True)))
+    try:
+        dcp.save({"x": 1}, storage_writer=writer(), use_collectives=False)
+    except InvalidArgument as error:
+        print(error.what)
+    if rank == 0:
+        print(failures(lambda: dcp.save({"x": 1}, storage_writer=writer(), process_group=first)))
+    else:
+        print(failures(lambda: dcp.save({"x": 1}, storage_writer=writer(), process_group=some)))
+        own = Path(store).with_name(f"own-{rank}")
+        with CheckpointManager(own, rank=0, world_size=1) as alone:
+            dcp.save({"x": 1}, storage_writer=StorageWriter(alone, 1), no_dist=True)
+            print(alone.all_steps())
+""",
+        store,
+        coordinator.url,
+    )
+    one, two = "{0: 'InvalidArgument'}\n", "{0: 'InvalidArgument', 1: 'InvalidArgument'}\n"
+    apart = "`dcp.save` with `use_collectives=False`\n"
+    assert printed == [one + apart + one, *[one + apart + two + "[1]\n"] * 2]
+
+
+def test_lists_and_tensors_without_items_come_back_on_any_number_of_ranks(coordinator, store):
+    state = """
+def state_of(make):
+    return {
+        "list": [make(torch.full((1000,), float(n))) for n in range(5)],
+        "deep": [[make(torch.ones(3)), {}], {"a": make(torch.tensor(2.0))}],
+        "nothing": make(torch.empty(0, 4)), "values": [1, [2, 3]], "pair": (1, "x"),
+    }
+
+def check(live):
+    expected = state_of(torch.clone)
+    assert [t.tolist() for t in live["list"]] == [t.tolist() for t in expected["list"]]
+    assert live["deep"][0][0].tolist() == [1, 1, 1] and live["deep"][0][1] == {}
+    assert live["deep"][1]["a"] == 2 and live["nothing"].shape == (0, 4)
+    assert live["values"] == [1, [2, 3]] and live["pair"] == (1, "x")
+"""
+    save = """
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    dcp.save(state_of(torch.clone), storage_writer=StorageWriter(manager, 1))
+"""
+    load = """
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    live = state_of(torch.zeros_like) | {"values": [0], "pair": ()}
+    dcp.load(live, storage_reader=StorageReader(manager))
+    check(live)
+    for sized in manager.load(from_rank=0)["list"].values():
+        assert sized.shape == (1000,)
+print("loaded")
+"""
+    assert run_ranks(GROUP + state + save + load, store, coordinator.url, 3) == ["loaded\n"] * 3
+    assert run_ranks(GROUP + state + load, store, coordinator.url, 2) == ["loaded\n"] * 2
+
+
+def test_a_planner_may_go_on_with_plans_of_an_earlier_save(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+def save(step, state):
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    dcp.save(state, storage_writer=StorageWriter(manager, step), planner=planner)
+
+def load(step, state):
+    dcp.load(state, storage_reader=StorageReader(manager, step))
+    return state
+
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    alike = {"lr": 0.1, "scale": torch.tensor(3.0), "w": torch.ones(5)}
+    save(1, alike)
+    for step, owner in ((2, 0), (3, 1)):  # the plan of one rank changes, the other's does not
+        save(step, alike | ({f"only{owner}": torch.ones(2)} if rank == owner else {}))
+        only = f"only{owner}"
+        live = {"lr": 0, "scale": torch.tensor(0.0), "w": torch.zeros(5), only: torch.zeros(2)}
+        live = load(step, live)
+        print(live["lr"], live["scale"].item(), live["w"].sum().item(), live[only].tolist())
+""",
+        store,
+        coordinator.url,
+        2,
+    )
+    assert printed == ["0.1 3.0 5.0 [1.0, 1.0]\n" * 2] * 2
+
+
+def test_a_planner_that_converts_tensors_has_its_way_on_several_ranks(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+class Halves(DefaultSavePlanner):
+    def transform_object(self, item, value):
+        value = super().transform_object(item, value)
+        return value.bfloat16() if isinstance(value, torch.Tensor) else value
+
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    writer = StorageWriter(manager, 1)
+    dcp.save(state_of(torch.clone), storage_writer=writer, planner=Halves())
+    live = state_of(torch.zeros_like)
+    dcp.load(live, storage_reader=StorageReader(manager))
+    live = whole(live)
+    for name, tensor in live["model"].items():
+        assert torch.equal(tensor, full(name).bfloat16().float()), name
+    print(manager.load(from_rank=0)["step"])
+""",
+        store,
+        coordinator.url,
+        2,
+    )
+    assert printed == ["5\n"] * 2
+
+
+def test_meshes_of_two_dimensions_and_parts_that_only_look_alike(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+two = init_device_mesh("cpu", (2, 2))
+half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("side", "rank"))["rank"]
+with CheckpointManager(store, agreement_timeout=60) as manager:
+    hybrid = lambda t: {
+        "alike": distribute_tensor(t, two, [Replicate(), Shard(0)]),
+        "both": distribute_tensor(t, two, [Shard(0), Shard(1)]),
+    }
+    dcp.save(hybrid(full("x")), storage_writer=StorageWriter(manager, 1))
+    live = hybrid(torch.zeros(1001, 12))
+    dcp.load(live, storage_reader=StorageReader(manager))
+    assert all(torch.equal(t.full_tensor(), full("x")) for t in live.values())
+    # Two sides that call different tensors the same, each on a mesh of its own.
+    mine = DTensor.from_local(torch.full((4, 1), float(rank // 2)), half, [Shard(0)])
+    manager.save({"w": mine}, step=2)
+    live = {"w": DTensor.from_local(torch.zeros(4, 1), half, [Shard(0)])}
+    print(set(failures(lambda: dcp.load(live, storage_reader=StorageReader(manager))).values()))
+""",
+        store,
+        coordinator.url,
+        4,
+    )
+    assert printed == ["{'Corrupt'}\n"] * 4
+
+
+def test_ranks_save_behind_the_training(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+with CheckpointManager(store, agreement_timeout=60, staging_bytes="16MiB") as manager:
+    writer = StorageWriter(manager)
+    for step in (1, 2):
+        state = state_of(torch.clone)
+        saving = dcp.async_save(state, checkpoint_id=f"step-{step}", storage_writer=writer)
+        state["model"]["plain"].zero_()
+        saving.result()
+    live = state_of(torch.zeros_like)
+    dcp.load(live, storage_reader=StorageReader(manager))
+    check(live)
+    dcp.save({"x": 1}, storage_writer=StorageWriter(manager, 1, rewind=True))
+    print(manager.all_steps())
+""",
+        store,
+        coordinator.url,
+        2,
+    )
+    assert printed == ["[1]\n"] * 2
+
+
+def test_what_a_rank_cannot_save_ends_no_save_in_flight(coordinator, store):
+    printed = run_ranks(
+        GROUP
+        + """
+with CheckpointManager(store, agreement_timeout=60, compression="gzip") as manager:
+    handle = manager.save_async({"w": torch.randn(2_000_000)}, step=1)
+    try:
+        manager.save_async({"x": 1}, step=2, metadata={1: 2})
+    except InvalidArgument:
+        print(handle.result().step)
+    handle = manager.save_async({"w": torch.randn(2_000_000)}, step=3)
+    writer = StorageWriter(manager, 4)
+    print(failures(lambda: dcp.save({"odd": object()}, storage_writer=writer))[0])
+    print(handle.result().step)
+    try:
+        manager.save_async({"x": 1}, step=5, if_busy="raise")
+    except InvalidArgument as error:
+        print(error.what)
+""",
+        store,
+        coordinator.url,
+        2,
+    )
+    told = "1\nUnsupportedValue\n3\nsaving with `if_busy` = 'raise' on 2 ranks\n"
+    assert printed == [told] * 2
+
+
+class Giving(DefaultLoadPlanner):
+    """Gives another tensor to be filled than the plan says."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, _):
+        return self.target
+
+
+def into(manager, target: torch.Tensor) -> torch.Tensor:
+    """Load `w` into a tensor."""
+    shape = manager.load()["w"]
+    dcp.load({"w": shape}, storage_reader=StorageReader(manager), planner=Giving(target))
+    return target
+
+
+def test_a_tensor_that_cannot_be_filled_as_it_lies_is_filled_all_the_same(manager):
+    weight = torch.randn(40, dtype=torch.complex64)
+    manager.save({"w": weight}, step=1)
+    conjugate = torch.zeros(40, dtype=torch.complex64).conj()
+    assert torch.equal(into(manager, conjugate), weight)
+    negative = torch.zeros(40, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    manager.save({"w": weight.real.clone()}, step=2)
+    assert torch.equal(into(manager, negative), weight.real)
+
+
+def test_a_tensor_without_the_memory_is_refused(manager):
+    manager.save({"w": torch.ones(4000)}, step=1)
+    freed = torch.zeros(4000)
+    freed.untyped_storage().resize_(0)
+    nowhere = torch.empty(4000, device="meta")
+    for target, why in [
+        (torch.zeros(7), "gives a tensor of"),
+        (freed, "has no memory"),
+        (nowhere, "has no memory"),
+    ]:
+        with pytest.raises(CheckpointException) as raised:
+            into(manager, target)
+        assert why in str(failures_of(raised)[0])
+
+
+def test_what_would_come_back_as_something_else_is_refused(manager):
+    with pytest.raises(CheckpointException) as raised:
+        save(manager, {"app": {"model": nn.Linear(2, 2)}})
+    assert "would put a dict in its place" in str(failures_of(raised)[0])
+    assert manager.all_steps() == []
+
+
+def test_one_writer_and_one_reader_serve_many_steps(manager):
+    writer, reader = StorageWriter(manager), StorageReader(manager)
+    for step in (1, 2, 3):
+        dcp.save({"n": step}, checkpoint_id=f"step-{step}", storage_writer=writer)
+    live = {"n": 0}
+    dcp.load(live, checkpoint_id="step-1", storage_reader=reader)
+    assert live["n"] == 1
+    dcp.load(live, storage_reader=reader)
+    assert live["n"] == 3
+
+
+def test_ranks_that_would_read_different_checkpoints_are_told(manager):
+    reader = StorageReader(manager)
+    plans = [dcp.planner.LoadPlan([], storage_data=(step, "attempt")) for step in (1, 1, 2)]
+    assert reader.prepare_global_plan(plans[:2]) == plans[:2]
+    with pytest.raises(InvalidArgument, match=r"step 1 \(attempt\), step 2"):
+        reader.prepare_global_plan(plans)
