@@ -27,6 +27,7 @@ mod ls;
 mod opened;
 mod progress;
 mod restore;
+mod size;
 mod stream;
 mod table;
 mod text;

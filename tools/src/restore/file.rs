@@ -1,8 +1,8 @@
-//! Tensors to a safetensors file.
+//! Tensors to safetensors files.
 //!
 //! ```text
 //! shard after shard -> windows -> pieces (this thread) -> each to its place (a thread)
-//!                                                      -> draft -> the file's name
+//!                                                      -> drafts -> the files' names
 //! ```
 //!
 //! Always holds: what is read of a shard is read in order, and in bounded memory; what several
@@ -16,11 +16,14 @@ use dtr_engine::format::tree::Value;
 use dtr_engine::load::Checkpoint;
 use dtr_engine::{Engine, EngineError, Result};
 
-use super::draft::Draft;
+use super::draft::{self, Drafts};
+use super::export::Export;
 use super::gather::{self, Gathered, Whose};
+use super::layout::Layout;
 use super::parts::{self, Part, Tensor};
+use super::publish::publish;
 use super::selection::{Selection, listed};
-use super::{DOING, Options, Restored, header};
+use super::{DOING, Options, Restored, output};
 use crate::console::note;
 use crate::progress::Bar;
 use crate::stream::{self, PART_BYTES, Segment};
@@ -36,6 +39,7 @@ pub(super) fn restore(
     engine: &Engine,
     checkpoint: &Checkpoint,
     options: &Options,
+    export: &Export,
 ) -> Result<Restored> {
     let start = Instant::now();
     let ranks = checkpoint.manifest().world_size;
@@ -50,26 +54,41 @@ pub(super) fn restore(
     if tensors.is_empty() {
         return Err(opened::which_rank(DOING, &options.store, checkpoint));
     }
-    let header = header::encode(tensors, checkpoint.step())?;
-    let raw_bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
+    let bytes_max = options.max_shard_size.unwrap_or(u64::MAX);
+    let layout = Layout::of(tensors, bytes_max, export, checkpoint.step())?;
 
-    let draft = Draft::create(&options.output)?;
-    draft.allocate(header.len() as u64 + raw_bytes)?;
-    draft.write(0, &header)?;
-    write_tensors(engine, checkpoint, &place(tensors, header.len() as u64), &draft)?;
-    draft.publish(&options.output, options.force)?;
+    let mut drafts = begin(&layout, export, options)?;
+    write_tensors(engine, checkpoint, &place(&layout), &mut drafts)?;
+    let files = publish(drafts, layout.index.as_deref(), options.force)?;
     say_what_is_missing(checkpoint, &gathered);
     Ok(Restored {
         step: checkpoint.step(),
         rank: (!is_of_all).then_some(checkpoint.header().rank),
         output: options.output.clone(),
-        kind: "file",
+        kind: if files.len() == 1 { "file" } else { "files" },
+        files,
         tensors: tensors.len() as u64,
         left_out: alone.len() as u64,
-        raw_bytes,
-        disk_bytes: header.len() as u64 + raw_bytes,
+        raw_bytes: layout.raw_bytes(),
+        disk_bytes: layout.disk_bytes(),
         seconds: start.elapsed().as_secs_f64(),
     })
+}
+
+/// Files with headers, and room for their tensors.
+fn begin<'e>(layout: &Layout<'_>, export: &'e Export, options: &Options) -> Result<Drafts<'e>> {
+    if options.max_shard_size.is_some() {
+        draft::make_directory(export.directory())?;
+    }
+    let mut drafts = Drafts::create(export)?;
+    // Whoever held the name before may have published since it was looked at.
+    output::check_export(options, export)?;
+    let bytes_in_all = layout.disk_bytes();
+    for (number, file) in layout.files.iter().enumerate() {
+        drafts.add(file.disk_bytes(), bytes_in_all)?;
+        drafts.write(number, 0, &file.header)?;
+    }
+    Ok(drafts)
 }
 
 /// Writes shard after shard.
@@ -77,16 +96,16 @@ fn write_tensors(
     engine: &Engine,
     own: &Checkpoint,
     placed: &BTreeMap<u32, Vec<Placed<'_>>>,
-    draft: &Draft,
+    drafts: &mut Drafts<'_>,
 ) -> Result<()> {
     let parts = placed.values().flatten();
     let bytes = parts.fold(0_u64, |bytes, part| bytes.saturating_add(part.source.bytes()));
     let bar = Bar::new(bytes, "restoring");
     for (rank, parts) in placed {
         if *rank == own.header().rank {
-            write_parts(own, parts, draft, &bar)?;
+            write_parts(own, parts, drafts, &bar)?;
         } else {
-            write_parts(&open(engine, own, *rank, parts)?, parts, draft, &bar)?;
+            write_parts(&open(engine, own, *rank, parts)?, parts, drafts, &bar)?;
         }
     }
     Ok(())
@@ -98,19 +117,24 @@ struct Placed<'t> {
     source: &'t View,
     target: &'t View,
     is_again: bool,
+    /// The number of the file.
+    file: usize,
     /// Where the tensor begins in the file.
     at: u64,
 }
 
 /// By rank: parts, as they lie in its shard.
-fn place(tensors: &[Tensor], mut at: u64) -> BTreeMap<u32, Vec<Placed<'_>>> {
-    let mut placed = BTreeMap::<u32, Vec<Placed<'_>>>::new();
-    for tensor in tensors {
-        for Part { rank, source, target, is_again } in &tensor.parts {
-            let part = Placed { tensor, source, target, is_again: *is_again, at };
-            placed.entry(*rank).or_default().push(part);
+fn place<'t>(layout: &Layout<'t>) -> BTreeMap<u32, Vec<Placed<'t>>> {
+    let mut placed = BTreeMap::<u32, Vec<Placed<'t>>>::new();
+    for (file, planned) in layout.files.iter().enumerate() {
+        let mut at = planned.header.len() as u64;
+        for tensor in &planned.tensors {
+            for Part { rank, source, target, is_again } in &tensor.parts {
+                let part = Placed { tensor, source, target, is_again: *is_again, file, at };
+                placed.entry(*rank).or_default().push(part);
+            }
+            at += tensor.bytes;
         }
-        at += tensor.bytes;
     }
     for parts in placed.values_mut() {
         parts.sort_by_key(|part| (part.source.storage, part.source.run_at(0).0));
@@ -132,7 +156,12 @@ fn open(engine: &Engine, own: &Checkpoint, rank: u32, parts: &[Placed<'_>]) -> R
 }
 
 /// Reads piece after piece of one shard, while another thread writes the one before.
-fn write_parts(shard: &Checkpoint, parts: &[Placed<'_>], draft: &Draft, bar: &Bar) -> Result<()> {
+fn write_parts(
+    shard: &Checkpoint,
+    parts: &[Placed<'_>],
+    drafts: &mut Drafts<'_>,
+    bar: &Bar,
+) -> Result<()> {
     let views: Vec<View> = parts.iter().map(|part| part.source.clone()).collect();
     let wanted: BTreeSet<u32> = views.iter().map(|view| view.storage).collect();
     let windows = Windows::new(shard, |storage| wanted.contains(&storage));
@@ -140,7 +169,7 @@ fn write_parts(shard: &Checkpoint, parts: &[Placed<'_>], draft: &Draft, bar: &Ba
     let (to_writer, filled) = sync_channel::<(Vec<Segment>, Vec<u8>)>(PIECES);
     let (to_reader, empty) = sync_channel::<Vec<u8>>(PIECES);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(move || write_pieces(parts, draft, filled, &to_reader, bar));
+        let writer = scope.spawn(move || write_pieces(parts, drafts, filled, &to_reader, bar));
         let memories = (0..PIECES).map(|_| Vec::new()).chain(empty.iter());
         let pieces = stream::plan(lengths, PART_BYTES).zip(memories);
         let result = read_pieces(&windows, &views, pieces, &to_writer);
@@ -172,7 +201,7 @@ fn read_pieces(
 
 fn write_pieces(
     parts: &[Placed<'_>],
-    draft: &Draft,
+    drafts: &mut Drafts<'_>,
     filled: Receiver<(Vec<Segment>, Vec<u8>)>,
     to_reader: &SyncSender<Vec<u8>>,
     bar: &Bar,
@@ -181,7 +210,7 @@ fn write_pieces(
     for (piece, memory) in filled {
         for segment in &piece {
             let bytes = &memory[segment.place()];
-            write_segment(&parts[segment.tensor], segment.range.start, bytes, draft, &mut there)?;
+            write_segment(&parts[segment.tensor], segment.range.start, bytes, drafts, &mut there)?;
         }
         bar.advance(memory.len() as u64);
         // The reader may have read all there is.
@@ -196,7 +225,7 @@ fn write_segment(
     part: &Placed<'_>,
     mut position: u64,
     mut bytes: &[u8],
-    draft: &Draft,
+    drafts: &mut Drafts<'_>,
     there: &mut Vec<u8>,
 ) -> Result<()> {
     while !bytes.is_empty() {
@@ -205,12 +234,12 @@ fn write_segment(
         let (run, rest) = bytes.split_at(length);
         if part.is_again {
             there.resize(length, 0);
-            draft.read(part.at + start, there)?;
+            drafts.read(part.file, part.at + start, there)?;
             if there != run {
                 return Err(parts::differ(part.tensor));
             }
         } else {
-            draft.write(part.at + start, run)?;
+            drafts.write(part.file, part.at + start, run)?;
         }
         position += length as u64;
         bytes = rest;
@@ -218,7 +247,7 @@ fn write_segment(
     Ok(())
 }
 
-/// A reader of the file must not take it for the whole state.
+/// A reader of the files must not take them for the whole state.
 fn say_what_is_missing(checkpoint: &Checkpoint, gathered: &Gathered) {
     let tensors = &gathered.tensors;
     let firsts = tensors.iter().filter_map(|tensor| tensor.parts.first());
@@ -233,7 +262,7 @@ fn say_what_is_missing(checkpoint: &Checkpoint, gathered: &Gathered) {
     }
     if let Some(first) = gathered.alone.first() {
         note(&format!(
-            "not in the file, since each rank has its own: {}, like {}; `--rank R` writes those of \
+            "not written, since each rank has its own: {}, like {}; `--rank R` writes those of \
              rank R, too",
             text::count(gathered.alone.len(), "tensor"),
             listed(std::slice::from_ref(first))
@@ -244,7 +273,7 @@ fn say_what_is_missing(checkpoint: &Checkpoint, gathered: &Gathered) {
     let plain = nodes.iter().filter(|node| is_plain(&node.value)).count();
     if plain > 0 {
         note(&format!(
-            "{} of the state are not in the file, which holds tensors only",
+            "{} of the state are not written: safetensors files hold tensors only",
             text::count(plain, "plain value")
         ));
     }

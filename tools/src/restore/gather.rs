@@ -1,4 +1,4 @@
-//! From the shards of a checkpoint to the tensors of a file.
+//! From the shards of a checkpoint to the tensors of an export.
 //!
 //! ```text
 //! own shard:     what the rank holds, or what all ranks hold alike   -> tensors
@@ -40,7 +40,7 @@ pub(super) struct Gathered {
     pub(super) alone: BTreeSet<String>,
 }
 
-/// Finds what of the tensors of a checkpoint goes into a file, in the file's order.
+/// Finds what of the tensors of a checkpoint goes into files, in the order in which shards have it.
 pub(super) fn gather(
     engine: &Engine,
     own: &Checkpoint,
@@ -70,7 +70,7 @@ struct Gathering<'s, 'o> {
     selection: &'s Selection<'o>,
     whose: Whose,
     step: u64,
-    /// By name in the file.
+    /// By name in the files.
     found: BTreeMap<String, Found>,
     /// Names of those in slices, by their paths with the types of keys, which may differ where a
     /// path reads the same.

@@ -62,7 +62,7 @@ pub(super) fn file_dtype(dtype: &str) -> Option<FileDtype> {
 }
 
 /// The bytes before the first tensor's.
-pub(super) fn encode(tensors: &[Tensor], step: u64) -> Result<Vec<u8>> {
+pub(super) fn encode(tensors: &[&Tensor], step: u64) -> Result<Vec<u8>> {
     // `format` is what loaders of model weights look for.
     let metadata = json!({
         "format": "pt",
@@ -92,7 +92,7 @@ pub(super) fn encode(tensors: &[Tensor], step: u64) -> Result<Vec<u8>> {
         return Err(EngineError::invalid(
             format!("describing {} tensors in a safetensors file", tensors.len()),
             format!("it takes {} bytes, and readers accept {HEADER_BYTES_MAX}", text.len()),
-            "write several files, each of fewer `--tensors`",
+            "write more files, each of fewer tensors, with a smaller `--max-shard-size`",
         ));
     }
     let mut bytes = (text.len() as u64).to_le_bytes().to_vec();

@@ -1,30 +1,34 @@
-//! `ckpt-tool restore`: a checkpoint's tensors to a safetensors file, or all of it to a store.
+//! `ckpt-tool restore`: a checkpoint's tensors to safetensors files, or all of it to a store.
 //!
 //! Always holds: every byte that is written was checked against its checksums; what stands at the
 //! output's name is whole; memory is bounded, however large the tensors.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use dtr_engine::{EngineError, Result};
 use serde::Serialize;
 
 use crate::console::{Outcome, Verdict, write_json};
 use crate::opened::{self, StoreArgument};
-use crate::text;
+use crate::{size, text};
 
 mod draft;
+mod export;
 mod file;
 mod gather;
 mod header;
+mod index;
+mod layout;
+mod lead;
+mod output;
 mod parts;
+mod publish;
 mod selection;
 mod store;
 mod tiling;
 
-/// What a name ends with that means a file.
-const FILE_SUFFIX: &str = "safetensors";
+use output::Output;
 
 /// For messages.
 const DOING: &str = "restoring from";
@@ -35,6 +39,12 @@ state; plain values are not in it, and tensors that share memory are written onc
 tensors that ranks hold in slices, as FSDP does, the slices of all ranks are put together. Any \
 other OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
 is copied into it whole, under its own step.
+
+With `--max-shard-size`, `-o NAME.safetensors` writes `NAME-00001-of-00003.safetensors` and so on, \
+and `NAME.safetensors.index.json`, which says what is where; what fits one file is one, \
+`NAME.safetensors`. An OUTPUT that does not end so is a directory for them, created if need be, \
+and NAME is `model`. The index comes last: files without it are of a run that was cut short. With \
+`--force`, all files of that NAME are replaced, also where there were more or fewer.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
 
@@ -62,10 +72,15 @@ pub(crate) struct Options {
     /// files only.
     #[arg(long, value_name = "PATH")]
     strip_prefix: Option<String>,
+    /// Write several files, each of at most so many bytes of tensors, and their index, as Hugging
+    /// Face's tools read them: `5GB`, `500MB`, `2GiB`. A tensor that is larger has a file of its
+    /// own.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, allow_negative_numbers = true)]
+    max_shard_size: Option<u64>,
     /// A file `NAME.safetensors`, or a store: a directory, or `s3://bucket/prefix`.
     #[arg(long, short, value_name = "OUTPUT")]
     output: PathBuf,
-    /// Replace a file that exists.
+    /// Replace an export of the same name, all its files.
     #[arg(long)]
     force: bool,
     /// Print JSON.
@@ -80,8 +95,10 @@ struct Restored {
     /// None for what is no rank's alone, of several.
     rank: Option<u32>,
     output: PathBuf,
-    /// `file` or `store`.
+    /// `file`, `files` or `store`.
     kind: &'static str,
+    /// Files of tensors, in their order; of several, their index comes last.
+    files: Vec<PathBuf>,
     tensors: u64,
     /// Tensors that were left out, since they are each rank's own and no rank was named.
     left_out: u64,
@@ -93,16 +110,18 @@ struct Restored {
 }
 
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
-    let to_file = is_file_name(&options.output);
-    check_options(options, to_file)?;
+    let output = Output::of(options)?;
     let engine = options.store.open()?;
     let (step, rank) = (options.step, options.rank);
-    let restored = if to_file {
-        let checkpoint = opened::any_rank(&engine, &options.store, step, rank, DOING)?;
-        file::restore(&engine, &checkpoint, options)?
-    } else {
-        let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, DOING)?;
-        store::restore(&checkpoint, &options.output, options.store.s3())?
+    let restored = match &output {
+        Output::Export(export) => {
+            let checkpoint = opened::any_rank(&engine, &options.store, step, rank, DOING)?;
+            file::restore(&engine, &checkpoint, options, export)?
+        }
+        Output::Store => {
+            let checkpoint = opened::checkpoint(&engine, &options.store, step, rank, DOING)?;
+            store::restore(&checkpoint, &options.output, options.store.s3())?
+        }
     };
     if options.json {
         write_json(out, &restored)?;
@@ -112,63 +131,31 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
     Ok(Verdict::Fine)
 }
 
-fn is_file_name(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == FILE_SUFFIX)
-}
-
-/// Refuses what cannot work before anything is read.
-fn check_options(options: &Options, to_file: bool) -> Result<()> {
-    let output = options.output.display();
-    let refused = |why: &str, hint: &str| {
-        Err(EngineError::invalid(format!("restoring to `{output}`"), why, hint))
-    };
-    let found = std::fs::metadata(&options.output).ok();
-    if to_file {
-        // A link that leads nowhere is there too, and is not written through.
-        let is_there = std::fs::symlink_metadata(&options.output).is_ok();
-        return match found {
-            Some(found) if found.is_dir() => {
-                refused("it is a directory", "name a file, or a store without `.safetensors`")
-            }
-            _ if is_there && !options.force => {
-                refused("it exists", "choose another name, or replace it with `--force`")
-            }
-            _ => Ok(()),
-        };
-    }
-    if found.is_some_and(|found| !found.is_dir()) {
-        return refused(
-            "it is a file, and does not end with `.safetensors`",
-            "name a file that does, or the directory of a store",
-        );
-    }
-    let selects = !options.tensors.is_empty() || !options.exclude.is_empty();
-    if selects || options.strip_prefix.is_some() {
-        return refused(
-            "it is a store, and a checkpoint is copied into one whole, as it is",
-            "name a file that ends with `.safetensors`, or leave out `--tensors`, `--exclude` and \
-             `--strip-prefix`",
-        );
-    }
-    if options.force {
-        return refused(
-            "it is a store, and nothing in a store is replaced",
-            "leave out `--force`, and choose a store without this step",
-        );
-    }
-    Ok(())
-}
-
 fn write_text(out: &mut dyn Write, restored: &Restored) -> std::io::Result<()> {
     writeln!(
         out,
-        "step {}: {}, {} written to {} `{}` in {:.2} s, {}",
+        "step {}: {}, {} written to {} in {:.2} s, {}",
         restored.step,
         text::count(restored.tensors, "tensor"),
         text::bytes(restored.disk_bytes),
-        restored.kind,
-        restored.output.display(),
+        restored.place(),
         restored.seconds,
         text::rate(restored.raw_bytes, restored.seconds)
     )
+}
+
+impl Restored {
+    fn place(&self) -> String {
+        match &self.files[..] {
+            [] => format!("{} `{}`", self.kind, self.output.display()),
+            [file] => format!("{} `{}`", self.kind, file.display()),
+            [files @ .., index] => {
+                format!(
+                    "{} and their index `{}`",
+                    text::count(files.len(), "file"),
+                    index.display()
+                )
+            }
+        }
+    }
 }

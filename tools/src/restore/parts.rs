@@ -8,8 +8,6 @@
 //! Always holds: the parts of a tensor are all of it, each item once but for parts that several
 //! ranks saved alike.
 
-use std::cmp::Reverse;
-
 use dtr_engine::format::index::TensorRecord;
 use dtr_engine::{EngineError, Result};
 
@@ -56,8 +54,8 @@ pub(super) struct Found {
     item_bytes: u32,
     /// The shape of the whole tensor.
     shape: Vec<u64>,
-    /// Where it comes in the file.
-    order: (Reverse<u32>, u32, u32, u64),
+    /// Where it comes among the others.
+    order: (u32, u32, u64),
     slices: Vec<Slice>,
     last_rank: u32,
 }
@@ -79,7 +77,7 @@ impl Found {
             dtype: record.dtype.clone(),
             item_bytes: record.item_bytes,
             shape: whole_shape(record).to_vec(),
-            order: (Reverse(record.item_bytes), rank, record.storage, record.offset),
+            order: (rank, record.storage, record.offset),
             slices: Vec::new(),
             last_rank: rank,
         };
@@ -122,7 +120,7 @@ impl Found {
         });
     }
 
-    /// By falling item size, so that each tensor starts aligned, then as they lie in shards.
+    /// As tensors lie in shards, which are read in order.
     pub(super) fn order(&self) -> impl Ord + Copy + use<> {
         self.order
     }

@@ -75,6 +75,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         rank: Some(checkpoint.header().rank),
         output: output.to_owned(),
         kind: "store",
+        files: Vec::new(),
         tensors: index.tensors.len() as u64,
         left_out: 0,
         raw_bytes: info.raw_bytes,

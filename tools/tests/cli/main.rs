@@ -11,6 +11,7 @@ mod golden;
 mod output;
 mod ranks;
 mod restore;
+mod several;
 mod slices;
 mod state;
 mod tool;

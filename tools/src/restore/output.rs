@@ -1,0 +1,140 @@
+//! What an output is: files of tensors, or a store.
+//!
+//! Always holds: an output that cannot be is refused before anything is read; where something is
+//! that would be lost, only `--force` lets it go.
+
+use std::path::Path;
+
+use dtr_engine::config::S3_SCHEME;
+use dtr_engine::format::names::parse_step_dir;
+use dtr_engine::{EngineError, Result};
+
+use super::Options;
+use super::export::{Export, Found, Role};
+
+/// What a name ends with that means a file.
+const FILE_SUFFIX: &str = "safetensors";
+
+/// What is written.
+#[derive(Debug)]
+pub(super) enum Output {
+    /// Tensors, to a file or several.
+    Export(Export),
+    /// The checkpoint as it is.
+    Store,
+}
+
+impl Output {
+    /// What was asked for, if it can be.
+    pub(super) fn of(options: &Options) -> Result<Self> {
+        let output = &options.output;
+        let names_file = output.extension().is_some_and(|extension| extension == FILE_SUFFIX);
+        if !names_file && options.max_shard_size.is_none() {
+            return check_store(options).map(|()| Self::Store);
+        }
+        if output.to_str().is_some_and(|output| output.starts_with(S3_SCHEME)) {
+            return refused(
+                options,
+                "files are written on this machine only",
+                "name a file or a directory here; a store in S3 has no name that ends with \
+                 `.safetensors`, and takes no `--max-shard-size`",
+            );
+        }
+        let export = if names_file {
+            Export::at(output)
+        } else {
+            check_directory(options)?;
+            Export::within(output)
+        };
+        check_export(options, &export)?;
+        Ok(Self::Export(export))
+    }
+}
+
+fn refused<T>(options: &Options, why: &str, hint: &str) -> Result<T> {
+    let what = format!("restoring to `{}`", options.output.display());
+    Err(EngineError::invalid(what, why, hint))
+}
+
+/// A directory that files of tensors may be put into, or that is to be made.
+fn check_directory(options: &Options) -> Result<()> {
+    let Ok(found) = std::fs::metadata(&options.output) else { return Ok(()) };
+    if !found.is_dir() {
+        return refused(
+            options,
+            "it is a file, and does not end with `.safetensors`",
+            "name a file that does, or a directory",
+        );
+    }
+    if is_store(&options.output) {
+        return refused(
+            options,
+            "it is a store, and `--max-shard-size` is for files of tensors",
+            "name another directory for the files, or copy the checkpoint into this store without \
+             `--max-shard-size`",
+        );
+    }
+    Ok(())
+}
+
+/// Whether a checkpoint's directory is in it.
+fn is_store(directory: &Path) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names = entries.map(|entry| entry.file_name());
+    names.any(|name| name.to_str().and_then(parse_step_dir).is_some())
+}
+
+/// Whether an export may take its name, which `--force` lets it take from an earlier one. A link
+/// that leads nowhere is there too, and is not written through.
+pub(super) fn check_export(options: &Options, export: &Export) -> Result<()> {
+    let is_asked_for = |found: &Found| found.path == options.output;
+    let mut named = export.found()?;
+    named.retain(|found| found.role != Role::Draft);
+    if let Some(found) = named.iter().find(|found| found.is_directory) {
+        if is_asked_for(found) {
+            let hint = "name a file, or a store without `.safetensors`";
+            return refused(options, "it is a directory", hint);
+        }
+        let why = format!("`{}` is a directory", found.path.display());
+        return refused(options, &why, "choose another place, or remove that directory");
+    }
+    match named.first() {
+        Some(found) if !options.force && is_asked_for(found) => {
+            refused(options, "it exists", "choose another name, or replace it with `--force`")
+        }
+        Some(found) if !options.force => refused(
+            options,
+            &format!("`{}` exists, of an export of the same name", found.path.display()),
+            "choose another place, or replace that export, all its files, with `--force`",
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// A store that a checkpoint may be copied into, or that is to be made.
+fn check_store(options: &Options) -> Result<()> {
+    if std::fs::metadata(&options.output).is_ok_and(|found| !found.is_dir()) {
+        return refused(
+            options,
+            "it is a file, and does not end with `.safetensors`",
+            "name a file that does, or the directory of a store",
+        );
+    }
+    let selects = !options.tensors.is_empty() || !options.exclude.is_empty();
+    if selects || options.strip_prefix.is_some() {
+        return refused(
+            options,
+            "it is a store, and a checkpoint is copied into one whole, as it is",
+            "name a file that ends with `.safetensors`, or leave out `--tensors`, `--exclude` and \
+             `--strip-prefix`",
+        );
+    }
+    if options.force {
+        return refused(
+            options,
+            "it is a store, and nothing in a store is replaced",
+            "leave out `--force`, and choose a store without this step",
+        );
+    }
+    Ok(())
+}
