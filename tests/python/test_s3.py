@@ -595,6 +595,8 @@ def test_the_tool_takes_stores_in_s3(tmp_path):
     assert "nothing to delete" in tool("gc", STORE, "--grace", 0)
     tool("restore", STORE, "-o", tmp_path / "state.safetensors")
     assert (tmp_path / "state.safetensors").exists()
+    tool("restore", STORE, "-o", tmp_path / "files", "--max-shard-size", 1)
+    assert (tmp_path / "files" / "model.safetensors.index.json").exists()
     tool("restore", STORE, "--step", 1, "-o", tmp_path / "local")
     with CheckpointManager(tmp_path / "local", read_only=True) as local:
         assert_same(local.load(), state_of(1))

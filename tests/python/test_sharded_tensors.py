@@ -443,6 +443,28 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
             for name, moment in moments.items():
                 there = written[f"optimizer.state.{number}.{name}"]
                 assert torch.equal(there, moment), (number, name)
+        for size in ("1B", "600kB", "1GiB"):
+            files = ["--max-shard-size", size, "--output", tmp_path / "files"]
+            done = ckpt_tool("restore", store, *rank, "--force", *files)
+            assert done.returncode == 0, done.stderr
+            assert_same(written_to_files(tmp_path / "files"), dict(sorted(written.items())))
+
+
+def written_to_files(directory: Path) -> dict[str, torch.Tensor]:
+    """Give what an export holds, read as loaders do that know of several files."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    assert whole.exists() != index.exists()
+    if whole.exists():
+        assert [*directory.iterdir()] == [whole]
+        return dict(sorted(load_file(whole).items()))
+    described = json.loads(index.read_text())
+    names = described["weight_map"]
+    files = {name: load_file(directory / name) for name in set(names.values())}
+    assert {*directory.iterdir()} == {index, *(directory / name for name in files)}
+    assert sum(map(len, files.values())) == len(names)
+    tensors = {tensor: files[name][tensor] for tensor, name in names.items()}
+    assert described["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    return tensors
 
 
 def ckpt_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
