@@ -726,11 +726,17 @@ class CheckpointManager:
         except BaseException as error:
             if self._ranks is not None and not self._is_closing:
                 with contextlib.suppress(CheckpointError):
-                    if isinstance(error, Exception) and self._last is not None:
-                        # Who speaks of a later step gives up the one that is in flight.
-                        self._last._native.wait()  # noqa: SLF001
-                    self._native.decline(step, f"{type(error).__name__}: {error}")
+                    self._decline(step, error)
             raise
+
+    def _decline(self, step: int, error: BaseException) -> None:
+        last = self._last
+        try:
+            # Who speaks of a later step gives up the one that is in flight.
+            if isinstance(error, Exception) and last is not None:
+                last._native.wait()  # noqa: SLF001
+        finally:
+            self._native.decline(step, f"{type(error).__name__}: {error}")
 
     def _told(self, job: str, named: Named, keep_last_n: int | None) -> Told:
         """Give what the coordinator says of what is not set here, and log it."""

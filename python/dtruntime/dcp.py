@@ -7,14 +7,17 @@
 ...     dcp.load(state, storage_reader=StorageReader(manager))
 
 Always holds: ``write_data`` returns once the checkpoint is durable on every rank, and raises if it
-is not; a rank that does not come to save tells the others.
+is not; a rank that fails in it tells the others. (One whose planner's ``finish_plan`` raises does
+not come to it, and torch leaves the others waiting.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.distributed.checkpoint import storage
@@ -24,12 +27,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dtruntime import planned, settings
-from dtruntime.errors import InvalidArgument
+from dtruntime.errors import InvalidArgument, RestoreIncomplete
+from dtruntime.handle import end_copies
 from dtruntime.sharded_tensors import Box
 from dtruntime.state_tree import collector_paused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch.distributed.checkpoint.planner import (
         LoadPlan,
@@ -46,8 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["StorageReader", "StorageWriter"]
 
 _STEP = re.compile(r"(?:.*[^0-9])?([0-9]{1,20})", re.DOTALL)
-_MARK = "torch.distributed.checkpoint"
-"""Key of the metadata of what ``StorageWriter`` saved: its names are to be read as a planner's."""
 
 
 class StorageWriter(storage.StorageWriter):
@@ -58,9 +60,10 @@ class StorageWriter(storage.StorageWriter):
     many checkpoints as it was told to, and uploads them.
 
     ``manager.load(from_rank=0)`` reads it, too: plain values and tensors without dimensions that
-    rank 0 held, and the other tensors of all ranks. Keys are text there, as planners have them; a
-    list of tensors or dicts is a dict by position, and a dict or a tuple that a planner took for
-    one value stands in a tuple.
+    rank 0 held, and the other tensors of all ranks (where a planner of one's own changes values,
+    what rank 0 saved). Keys are text there, as planners have them, and parameters are plain
+    tensors; a list of tensors or dicts is a dict by position, and a dict or a tuple that a planner
+    took for one value stands in a tuple.
 
     Args:
         manager: The manager. What all ranks hold alike is the planner's to find, so it is opened
@@ -68,7 +71,7 @@ class StorageWriter(storage.StorageWriter):
         step: The training step. Default: the number at the end of ``checkpoint_id``, as in
             ``dcp.save(..., checkpoint_id="step-1000")``; the rest of that is ignored.
         rewind: As for ``manager.save_async``.
-        metadata: As for ``manager.save_async``. A key ``torch.distributed.checkpoint`` is added.
+        metadata: As for ``manager.save_async``.
 
     Raises:
         InvalidArgument: An argument is out of its range.
@@ -85,11 +88,12 @@ class StorageWriter(storage.StorageWriter):
         rewind: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        settings.json_object("metadata", metadata)
         self._manager = manager
         self._step = _Step(step, "StorageWriter")
         self._rewind = bool(rewind)
-        self._metadata = dict(metadata or {}) | {_MARK: 1}
-        self._held: list[WriteItem] = []
+        self._metadata = metadata
+        self._call = _Call()
         if manager._replication is not None:  # noqa: SLF001  (of the same package)
             raise InvalidArgument(
                 "a StorageWriter on a manager with `replicated`",
@@ -112,7 +116,8 @@ class StorageWriter(storage.StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Check that this rank and the manager's are the same."""
-        if self._step.current() is None:
+        self._call.step, self._call.plans = self._step.take(), None
+        if self._call.step is None:
             raise InvalidArgument(
                 "`dcp.save` without a step",
                 "every checkpoint belongs to a training step",
@@ -128,12 +133,11 @@ class StorageWriter(storage.StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Note what this rank holds in one piece."""
-        self._held = planned.in_one_piece(plan)
+        """Change nothing."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Have this rank save what it holds in one piece, too, and name what others save."""
+        """Note what others save: this is the planning rank."""
         ranks = self._manager._world_size  # noqa: SLF001
         if len(plans) != ranks:
             raise InvalidArgument(
@@ -143,18 +147,28 @@ class StorageWriter(storage.StorageWriter):
                 "with `no_dist=True`, open it with their `rank=` and `world_size=`, on a store of "
                 "its own",
             )
-        return planned.gathered(plans, self._held)
+        self._call.plans = plans
+        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Save what the plan gives this rank, and wait until the checkpoint is durable."""
-        manager, step = self._manager, self._step.take()
-        assert step is not None  # noqa: S101  (setting up checks it)
-        with manager._declining(step):  # noqa: SLF001
+        manager, call = self._manager, self._call
+        assert call.step is not None  # noqa: S101  (setting up checks it)
+        with manager._declining(call.step):  # noqa: SLF001
             is_alone = manager._world_size == 1  # noqa: SLF001
             state = planned.state_of(plan, planner, is_alone=is_alone)
-        manager.save(
-            state, step, rewind=self._rewind, metadata=self._metadata, consistency="strict"
-        )
+            if call.plans is not None:
+                # With cached plans torch hands round what has changed, and the planner has all.
+                plans = getattr(planner, "global_plan", call.plans)
+                planned.add_known(state, plan, planner, plans)
+        with _unadvised(manager):
+            manager.save(
+                state,
+                call.step,
+                rewind=self._rewind,
+                metadata=self._metadata,
+                consistency="strict",
+            )
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(item.index, _bytes_of(item), None) for item in plan.items])
         return done
@@ -176,7 +190,7 @@ class StorageReader(storage.StorageReader):
 
     Any number of ranks can read what any other saved. What is read goes straight into the tensors
     of the state, and is checked on its way: after an error they are a mixture, as always with
-    ``dcp.load``.
+    ``dcp.load``, and the manager refuses to save until a load has succeeded.
 
     Args:
         manager: The manager; it may be ``read_only``.
@@ -202,6 +216,7 @@ class StorageReader(storage.StorageReader):
         self._from_rank = rank
         self._saved: planned.Saved | None = None
         self._error: Exception | None = None
+        self._is_named = False
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -220,11 +235,12 @@ class StorageReader(storage.StorageReader):
             with collector_paused():
                 # Rank 0 is one whose shard is there however many ranks read.
                 step, source = self._step.take(), self._manager._source  # noqa: SLF001
+                self._is_named = step is not None
                 saved, _ = source.read(step, 0, self._open)
                 metadata = saved.metadata()
-        except Exception as error:  # noqa: BLE001  (torch would make an `AssertionError` of it)
-            self._error = error
-            return Metadata({}, planner_data={})
+        except Exception as raised:  # noqa: BLE001  (torch would make an `AssertionError` of it)
+            error = self._error = raised
+            return Metadata(planned.Described(lambda _: error), planner_data={})
         self._saved = saved
         return metadata
 
@@ -249,7 +265,7 @@ class StorageReader(storage.StorageReader):
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Check that all ranks read the same checkpoint."""
-        seen = sorted({plan.storage_data for plan in plans})
+        seen = sorted({plan.storage_data for plan in plans if plan.storage_data is not None})
         if len(seen) > 1:
             found = ", ".join(f"step {step} ({attempt})" for step, attempt in seen)
             raise InvalidArgument(
@@ -262,19 +278,29 @@ class StorageReader(storage.StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what the plan asks for into the tensors that the planner gives."""
-        saved, self._saved = self._opened(), None  # its files are closed when this ends
-        tensors: list[tuple[ReadItem, Any]] = []
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, saved.pickled(item.storage_index.fqn))
-            else:
-                tensors.append((item, planner.resolve_tensor(item).detach()))
-        saved.read_into(
-            ((item.storage_index, _box_of(item), target) for item, target in tensors),
-            verify=self._manager._verify_on_load,  # noqa: SLF001
-        )
-        for item, target in tensors:
-            planner.commit_tensor(item, target)
+        manager, saved = self._manager, self._opened()
+        self._saved = None  # its files are closed when this ends
+        end_copies()  # what is loaded may be what a save still copies
+        try:
+            tensors: list[tuple[ReadItem, Any]] = []
+            for item in plan.items:
+                if item.type == LoadItemType.BYTE_IO:
+                    planner.load_bytes(item, saved.pickled(item.storage_index.fqn))
+                else:
+                    tensors.append((item, planner.resolve_tensor(item).detach()))
+            saved.read_into(
+                ((item.storage_index, _box_of(item), target) for item, target in tensors),
+                verify=manager._verify_on_load,  # noqa: SLF001
+            )
+            for item, target in tensors:
+                planner.commit_tensor(item, target)
+        except BaseException as error:
+            manager._incomplete = RestoreIncomplete(  # noqa: SLF001
+                f"`dcp.load` of step {saved.step}", f"{type(error).__name__}: {error}", "load again"
+            )
+            raise
+        manager._incomplete = None  # noqa: SLF001
+        manager._lineage.note_restored(saved.step, is_named=self._is_named)  # noqa: SLF001
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -291,15 +317,21 @@ class StorageReader(storage.StorageReader):
             )
         if rank is None and len(readers) == manager._world_size:  # noqa: SLF001
             rank = manager._rank  # noqa: SLF001
-        is_planned = _MARK in first.manifest()["metadata"]
-        return planned.Saved(first, readers, rank, is_planned=is_planned)
+        return planned.Saved(first, readers, rank)
 
     def _opened(self) -> planned.Saved:
         assert self._saved is not None  # noqa: S101  (torch reads the metadata first)
         return self._saved
 
 
-class _Step:
+class _Call(threading.local):
+    """What one call of ``dcp.save`` has come to; those of ``dcp.async_save`` run beside others."""
+
+    step: int | None = None
+    plans: list[SavePlan] | None = None
+
+
+class _Step(threading.local):
     """The step that is meant: of the constructor, or of the ``checkpoint_id`` of one call."""
 
     def __init__(self, step: int | None, owner: str) -> None:
@@ -308,13 +340,14 @@ class _Step:
 
     def name(self, checkpoint_id: object) -> None:
         """Take it from the ``checkpoint_id`` of the next call."""
-        self._named = None if checkpoint_id is None else _step_named(checkpoint_id)
-        if None not in (self._named, self._given) and self._named != self._given:
+        named = None if checkpoint_id is None else _step_named(checkpoint_id)
+        if None not in (named, self._given) and named != self._given:
             raise InvalidArgument(
                 f"`checkpoint_id` = {checkpoint_id!r} with `step` = {self._given}",
                 "they are two steps",
                 "name one of them",
             )
+        self._named = named
 
     def current(self) -> int | None:
         """Give it; None if nobody said."""
@@ -327,6 +360,16 @@ class _Step:
 
     def __str__(self) -> str:
         return f"step {self.current()}"
+
+
+@contextlib.contextmanager
+def _unadvised(manager: CheckpointManager) -> Iterator[None]:
+    """Leave unsaid what is good advice for states that no planner cut up."""
+    was_advised, manager._is_advised = manager._is_advised, True  # noqa: SLF001
+    try:
+        yield
+    finally:
+        manager._is_advised = was_advised  # noqa: SLF001
 
 
 def _check_rank(

@@ -7,6 +7,7 @@ A rank saves what the planner gives it, in dicts along the paths that the planne
 list's positions are keys of type int. A value that is a dict or a tuple itself is kept as the one
 item of a tuple, so that it is told from those. The planning rank saves every plain value that it
 holds besides, and names the tensors of which others have parts: ``load(from_rank=0)`` finds them.
+None of that is in the plans: a planner may go on with those of an earlier save.
 
 Always holds: a name is found wherever a rank saved it, and its parts make up the whole tensor, or
 it is an error; nothing in a file was pickled. (What a planner wants as a pickle is pickled here,
@@ -16,7 +17,6 @@ from values that were checked.)
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import io
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ from dtruntime.tensors import NUMPY, torch_dtype
 from dtruntime.tree import TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 Path = tuple[str | int, ...]
 """Keys and positions of nested containers."""
 
+_MARK = "torch.distributed.checkpoint"
+"""Key of the attribute by which the dict of a planned state is told from any other."""
 _WRAPPED = (dict, OrderedDict, Counter, tuple)
 _OPENED_AT_ONCE = 16
 """Shards."""
@@ -66,51 +68,11 @@ _NAMED_MAX = 3
 """Entries that an error names."""
 
 
-class Elsewhere(NamedTuple):
-    """A tensor of which other ranks save all, as the planning rank names it."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def in_one_piece(plan: SavePlan) -> list[WriteItem]:
-    """Give what no two ranks can each save a part of: plain values, tensors without dimensions."""
-    return [item for item in plan.items if item.tensor_data is None or not item.tensor_data.size]
-
-
-def gathered(plans: list[SavePlan], held: Iterable[WriteItem]) -> list[SavePlan]:
-    """Have the planning rank save what it holds in one piece, too, and name what others save.
-
-    The plans of the others stay as they are: a planner may go on with those of an earlier save.
+def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> OrderedDict[Any, Any]:
+    """Give what a planner gives this rank to save.
 
     Args:
-        plans: Those of all ranks, the planning rank's first.
-        held: What it holds in one piece, whoever was to save it.
-
-    """
-    first, *others = plans
-    if not getattr(first, "usable", True):
-        return plans
-    planned = {item.index for item in first.items}
-    items = [*first.items, *(item for item in held if item.index not in planned)]
-    named = {item.index.fqn for item in items}
-    elsewhere: dict[str, Elsewhere] = {}
-    for plan in others:
-        for item in plan.items:
-            name, data = item.index.fqn, item.tensor_data
-            if data is not None and data.size and name not in named:
-                here = Elsewhere(_path_in(plan, name), data.properties.dtype, tuple(data.size))
-                elsewhere.setdefault(name, here)
-    first = dataclasses.replace(first, items=items, storage_data=tuple(elsewhere.values()))
-    return [first, *others]
-
-
-def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> dict[str, Any]:
-    """Give what this rank saves.
-
-    Args:
-        plan: What the planner gives it to save.
+        plan: Says what.
         planner: Gives the values.
         is_alone: Whether it is the only rank.
 
@@ -118,7 +80,8 @@ def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> dict[st
         UnsupportedValue: A value cannot be kept, or this rank holds several parts of one tensor.
 
     """
-    state: dict[str, Any] = {}
+    state: OrderedDict[Any, Any] = OrderedDict()
+    state._metadata = {_MARK: 1}  # type: ignore[attr-defined]  # noqa: SLF001
     seen: set[str] = set()
     for item in plan.items:
         name = item.index.fqn
@@ -129,28 +92,67 @@ def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> dict[st
                 "save it as a `DTensor`, or whole",
             )
         seen.add(name)
-        if item.type == WriteItemType.BYTE_IO:
-            value = _value_of(planner, item)
-            _check_plain(name, value, is_alone=is_alone)
-            value = (value,) if type(value) in _WRAPPED else value
-        else:
-            value = _piece_of(planner, item, is_alone=is_alone)
-        _put(state, _path_in(plan, name), value)
-    # Of what another planner makes of tensors, only their ranks know the dtype.
-    for path, dtype, shape in (plan.storage_data or ()) if _leaves_values(planner) else ():
-        nothing = torch.empty((0, *shape[1:]), dtype=dtype)
-        _put(state, path, Piece(nothing, Slice(shape, (0,) * len(shape))))
+        if not _put(state, _path_in(plan, name), _saved_of(planner, item, is_alone=is_alone)):
+            raise _unsupported(
+                name,
+                "another entry has its place: their keys are alike as text",
+                "give one of them another key",
+            )
     return state
 
 
-def _put(state: dict[Any, Any], path: Path, value: Any) -> None:
+def add_known(
+    state: dict[Any, Any], plan: SavePlan, planner: SavePlanner, plans: Sequence[SavePlan]
+) -> None:
+    """Add what the planning rank knows of what others save: values, and the names of tensors.
+
+    Args:
+        state: What it saves.
+        plan: Its plan.
+        planner: Its planner.
+        plans: Those of all ranks.
+
+    """
+    if not isinstance(planner, DefaultSavePlanner) or not _leaves_values(planner):
+        return  # of what a planner makes of values, only their ranks know
+    named = {item.index.fqn for item in plan.items}
+    for other in plans:
+        for item in other.items:
+            name, data = item.index.fqn, item.tensor_data
+            if name in named:
+                continue
+            if data is None or not data.size:  # what no two ranks can each save a part of
+                if name not in planner.state_dict:
+                    continue
+                value = _saved_of(planner, item, is_alone=False)
+            else:
+                shape = tuple(data.size)
+                nothing = torch.empty((0, *shape[1:]), dtype=data.properties.dtype)
+                value = Piece(nothing, Slice(shape, (0,) * len(shape)))
+            named.add(name)
+            _put(state, _path_in(other, name), value)
+
+
+def _saved_of(planner: SavePlanner, item: WriteItem, *, is_alone: bool) -> Any:
+    if item.type != WriteItemType.BYTE_IO:
+        return _piece_of(planner, item, is_alone=is_alone)
+    value = _value_of(planner, item)
+    _check_plain(item.index.fqn, value, is_alone=is_alone)
+    return (value,) if type(value) in _WRAPPED else value
+
+
+def _put(state: dict[Any, Any], path: Path, value: Any) -> bool:
+    """Put a value into nested dicts; False if something else is there."""
     *parents, last = path
     for key in parents:
         below = state.setdefault(key, {})
-        if not isinstance(below, dict):  # what is a value here is a container elsewhere
-            return
+        if not isinstance(below, dict):
+            return False
         state = below
-    state.setdefault(last, value)
+    is_free = last not in state
+    if is_free:
+        state[last] = value
+    return is_free
 
 
 def _path_in(plan: SavePlan, name: str) -> Path:
@@ -192,6 +194,7 @@ def _leaves_values(planner: SavePlanner) -> bool:
         isinstance(planner, DefaultSavePlanner)
         and kind.resolve_data is DefaultSavePlanner.resolve_data
         and kind.transform_object is DefaultSavePlanner.transform_object
+        and kind.lookup_object is DefaultSavePlanner.lookup_object
     )
 
 
@@ -248,11 +251,10 @@ class Saved:
         first: The shard by which it was found.
         readers: Those of all ranks' shards.
         rank: Whose value counts where each rank has its own; None if that has to be said.
-        is_planned: Whether it was saved as a planner said: what ranks saved alike is alike.
 
     Raises:
         Corrupt: Parts that ranks saved do not make up a tensor.
-        InvalidArgument: Some values each rank saved for itself, and ``rank`` does not say whose.
+        InvalidArgument: It has no names, or two entries have one.
 
     """
 
@@ -261,33 +263,32 @@ class Saved:
         first: _native.Checkpoint,
         readers: Sequence[Reader],
         rank: int | None,
-        *,
-        is_planned: bool,
     ) -> None:
         self.step, self.attempt = first.step, first.attempt
         self._readers = readers
         self._rank = rank
-        self._is_planned = is_planned
+        self._is_planned = _is_planned(readers[0])
         self._shared = [reader.checkpoint.replicated() for reader in readers]
         self._paths: dict[str, Path] = {}
         self._values: dict[str, Held] = {}
         self._tiles: dict[str, dict[tuple[int, ...], list[Part]]] = {}
         found: dict[str, list[Held]] = {}
         for number, reader in enumerate(readers):
-            for path, node in _leaves(reader, is_planned=is_planned):
+            for path, node in _leaves(reader, is_planned=self._is_planned):
                 name = ".".join(map(str, path))
-                held = Held(number, _part_at(reader, node), node)
                 some = found.setdefault(name, [])
-                if self._paths.setdefault(name, path) != path:
+                # To a planner they are one, however its ranks came to it.
+                if self._paths.setdefault(name, path) != path and not self._is_planned:
                     raise self._same_name(name)
-                some.append(held)
-        unclear = [name for name, some in found.items() if not self._take(name, some)]
-        if unclear:
-            raise self._unclear(unclear)
+                some.append(Held(number, _part_at(reader, node), node))
+        self._unclear = {name for name, some in found.items() if not self._take(name, some)}
 
     def metadata(self) -> Metadata:
-        """Describe it to a planner."""
-        described = {name: self._described(name) for name in self._paths}
+        """Describe it to a planner; asking for what nobody said whose it is raises."""
+        described = Described(self._refusal)
+        for name in self._paths:
+            if name not in self._unclear:
+                described[name] = self._described(name)
         return Metadata(described, planner_data=dict(self._paths))
 
     def pickled(self, name: str) -> io.BytesIO:
@@ -351,11 +352,12 @@ class Saved:
 
     def _holding(self, index: MetadataIndex, box: Box) -> list[Part]:
         """Give the parts, alike, that have a box."""
-        parts = self._tiles[index.fqn][tuple(index.offset or (0,) * len(box.offsets))]
-        if parts[0].box.intersect(box) != box:
+        tiles = self._tiles.get(index.fqn, {})
+        parts = tiles.get(tuple(index.offset or (0,) * len(box.offsets)))
+        if parts is None or parts[0].box.intersect(box) != box:
             raise InvalidArgument(
                 f"reading `{index.fqn}` of step {self.step}",
-                f"the planner asks for {box}, which is not within the part {parts[0].box}",
+                f"the planner asks for {box}, which is not within a part that a rank saved",
                 "plan with the metadata of this checkpoint",
             )
         return parts
@@ -423,15 +425,51 @@ class Saved:
             "load it with `manager.load()`, which tells 1 from '1'",
         )
 
-    def _unclear(self, names: Sequence[str]) -> InvalidArgument:
-        named = ", ".join(f"`{name}`" for name in names[:_NAMED_MAX])
-        more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
+    def _refusal(self, name: str | None) -> Exception | None:
+        """Give the error of asking for a name, or for all, if nobody said whose it is to be."""
+        asked = sorted(self._unclear if name is None else self._unclear & {name})
+        if not asked:
+            return None
+        named = ", ".join(f"`{some}`" for some in asked[:_NAMED_MAX])
+        more = f" and {len(asked) - _NAMED_MAX} more" if len(asked) > _NAMED_MAX else ""
         return InvalidArgument(
             f"reading step {self.step}, which {len(self._readers)} ranks saved",
-            f"{named}{more} {'is' if len(names) == 1 else 'are'} what each of them saved for "
+            f"{named}{more} {'is' if len(asked) == 1 else 'are'} what each of them saved for "
             "itself",
             "say whose it is to be: `StorageReader(manager, from_rank=0)`",
         )
+
+
+class Described(dict[str, STORAGE_TYPES]):
+    """What a planner is told of the names of a checkpoint.
+
+    Args:
+        refusal: Gives the error of asking for a name, or for all of them where that is None; None
+            if it may be asked for.
+
+    """
+
+    def __init__(self, refusal: Callable[[str | None], Exception | None]) -> None:
+        super().__init__()
+        self._refusal = refusal
+
+    def __contains__(self, name: object) -> bool:
+        self._check(str(name))
+        return super().__contains__(name)
+
+    def __missing__(self, name: str) -> STORAGE_TYPES:
+        self._check(name)
+        raise KeyError(name)
+
+    def items(self) -> Any:
+        """Give all; raise where not all may be asked for."""
+        self._check(None)
+        return super().items()
+
+    def _check(self, name: str | None) -> None:
+        error = self._refusal(name)
+        if error is not None:
+            raise error
 
 
 class _Batch:
@@ -491,6 +529,14 @@ def readers_of(first: _native.Checkpoint, source: Source) -> list[Reader]:
         return [source.reader(checkpoint) for checkpoint in (first, *opened)]
     finally:  # Ctrl-C does not wait for what others still upload
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_planned(reader: Reader) -> bool:
+    """Tell whether a state was saved as a planner said: what ranks saved alike is alike."""
+    tag, payload = reader.tree.nodes[0][:2]
+    if tag != TAG_DICT or not payload[2] or reader.tree.nodes[1][0] != TAG_DICT:
+        return False
+    return any(key == _MARK for key, _ in reader.tree.children(1))
 
 
 def _part_at(reader: Reader, node: int) -> Part | None:

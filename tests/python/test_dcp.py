@@ -26,7 +26,13 @@ from torch.distributed.checkpoint.default_planner import (
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from dtruntime import Corrupt, InvalidArgument, StepConflict, UnsupportedValue
+from dtruntime import (
+    Corrupt,
+    InvalidArgument,
+    RestoreIncomplete,
+    StepConflict,
+    UnsupportedValue,
+)
 from dtruntime.dcp import StorageReader, StorageWriter
 
 # One process has no process group: torch says so each time.
@@ -79,7 +85,7 @@ def test_a_state_comes_back(manager):
     load(manager, live)
     state["model"] = dict(state["model"])  # torch's planner knows no other dict
     assert_same(live, state)
-    assert manager.metadata(1) == {"loss": 0.5, "torch.distributed.checkpoint": 1}
+    assert manager.metadata(1) == {"loss": 0.5}
     assert manager.verify(1).ok
     loaded = manager.load()
     for name in ("model", "view", "number", "nothing", "plain", "list", "numpy"):
@@ -317,7 +323,7 @@ class Halves(DefaultSavePlanner):
 def test_a_planner_that_changes_values_has_its_way(manager):
     state = {"w": torch.randn(5, 5), "n": {"step": 4}}
     dcp.save(state, storage_writer=StorageWriter(manager, 1), planner=Halves())
-    loaded = manager.load()
+    loaded = dict(manager.load())
     assert_same(loaded, {"w": state["w"].bfloat16(), "n": {"step": ({"seen": 4},)}})
 
 
@@ -509,6 +515,9 @@ print("loaded")
 with CheckpointManager(store, agreement_timeout=60) as manager:
     live = {"own": torch.tensor([9]), "alike": torch.zeros(3)}
     print(sorted(failures(lambda: dcp.load(live, storage_reader=StorageReader(manager))).values()))
+    alike = {"alike": torch.zeros(3)}
+    dcp.load(alike, storage_reader=StorageReader(manager))
+    assert alike["alike"].sum() == 3
     dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
     print(live["own"].tolist())
 """,
@@ -621,6 +630,8 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     save(1, alike)
     for step, owner in ((2, 0), (3, 1)):  # the plan of one rank changes, the other's does not
         save(step, alike | ({f"only{owner}": torch.ones(2)} if rank == owner else {}))
+        everything = manager.load(step, from_rank=0)
+        assert sorted(everything) == ["lr", f"only{owner}", "scale", "w"], everything
         only = f"only{owner}"
         live = {"lr": 0, "scale": torch.tensor(0.0), "w": torch.zeros(5), only: torch.zeros(2)}
         live = load(step, live)
@@ -650,7 +661,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     live = whole(live)
     for name, tensor in live["model"].items():
         assert torch.equal(tensor, full(name).bfloat16().float()), name
-    print(manager.load(from_rank=0)["step"])
+    print(live["step"])
 """,
         store,
         coordinator.url,
@@ -789,6 +800,52 @@ def test_what_would_come_back_as_something_else_is_refused(manager):
     assert manager.all_steps() == []
 
 
+def test_keys_that_are_alike_as_text_are_refused(manager):
+    with pytest.raises(CheckpointException) as raised:
+        save(manager, {"a": {"1": torch.ones(2), 1: {"x": torch.ones(3)}}})
+    assert "alike as text" in str(failures_of(raised)[0])
+    assert manager.all_steps() == []
+
+
+def test_metadata_of_a_planned_checkpoint_makes_no_other_one(manager):
+    save(manager, {"pair": (1,)}, 1, metadata={"loss": 1})
+    manager.save({"pair": (torch.ones(2),)}, step=2, metadata=manager.metadata(1))
+    live = {"pair": None}
+    load(manager, live)
+    assert_same(live["pair"], (torch.ones(2),))
+    with pytest.raises(InvalidArgument, match="metadata"):
+        StorageWriter(manager, 1, metadata=[1])
+
+
+def test_a_load_is_a_restore_to_the_manager(manager, store, caplog):
+    for step in (5, 10):
+        save(manager, {"w": torch.full((1000, 1000), float(step))}, step)
+    live = {"w": torch.zeros(1000, 1000)}
+    load(manager, live, 5)
+    assert manager.should_save(6)
+    assert "saving from here on takes `rewind=True`" in caplog.text
+    flip_byte(shard_of(store, 10), 5000)
+    with pytest.raises(CheckpointException):
+        load(manager, live, 10)
+    with pytest.raises(RestoreIncomplete):
+        manager.save(live, step=11)
+    load(manager, live, 5)
+    manager.save(live, step=11)
+
+
+def test_a_load_waits_for_a_save_that_still_copies(device, manager):
+    weight = device.tensor(torch.ones(100_000)).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    manager.save({"w": torch.zeros(100_000)}, step=1)
+    device.hold_copies(True)
+    handle = manager.save_async({"w": weight}, step=2, consistency="overlap", optimizer=optimizer)
+    waits = device.calls("cuStreamWaitEvent")
+    load(manager, {"w": weight}, 1)
+    assert device.calls("cuStreamWaitEvent") > waits
+    device.hold_copies(False)
+    handle.result()
+
+
 def test_one_writer_and_one_reader_serve_many_steps(manager):
     writer, reader = StorageWriter(manager), StorageReader(manager)
     for step in (1, 2, 3):
@@ -798,6 +855,14 @@ def test_one_writer_and_one_reader_serve_many_steps(manager):
     assert live["n"] == 1
     dcp.load(live, storage_reader=reader)
     assert live["n"] == 3
+    states = [{"n": step, "w": torch.full((1_000_000,), float(step))} for step in (4, 5)]
+    for saving in [
+        dcp.async_save(state, checkpoint_id=f"step-{state['n']}", storage_writer=writer)
+        for state in states
+    ]:
+        saving.exception()  # the one that came second may find the later step saved
+    for step in manager.all_steps()[3:]:
+        assert manager.load(step)["n"] == step
 
 
 def test_ranks_that_would_read_different_checkpoints_are_told(manager):
