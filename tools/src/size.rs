@@ -1,7 +1,7 @@
 //! Sizes as people write them: `5GB`, `500 MB`, `1.5GiB`, or a plain number of bytes.
 //!
-//! Pure. Always holds: the units are those of the Python package, upper case or lower: `GB` is 10^9
-//! bytes, as Hugging Face has it, and `GiB` is 2^30; fractions of a byte are cut off.
+//! Pure. Always holds: units may be upper case or lower; `GB` is 10^9 bytes, as Hugging Face has it,
+//! and `GiB` is 2^30; fractions of a byte are cut off.
 
 /// Bytes of each unit.
 const UNITS: [(&str, u128); 10] = [
@@ -20,7 +20,11 @@ const UNITS: [(&str, u128); 10] = [
 /// A number of bytes, at least one; or what is expected.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let bytes = bytes_of(text.trim()).filter(|bytes| *bytes > 0);
-    bytes.ok_or_else(|| "a number of bytes is expected, at least 1, such as `5GB` or `2GiB`".into())
+    bytes.ok_or_else(|| {
+        "a number of bytes is expected, at least 1, such as `5GB` or `2GiB`; units are `B`, `kB`, \
+         `MB`, `GB`, `TB`, `KiB`, `MiB`, `GiB` and `TiB`"
+            .into()
+    })
 }
 
 /// Exact, unlike a float; `None` also of what is beyond counting.

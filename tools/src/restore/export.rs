@@ -4,8 +4,11 @@
 //! one file:                   several files, and while they are written:
 //! model.safetensors           model-00001-of-00002.safetensors    .model.safetensors.00001.tmp
 //!                             model-00002-of-00002.safetensors    .model.safetensors.00002.tmp
-//!                             model.safetensors.index.json        .model.safetensors.tmp
+//!                             model.safetensors.index.json        .model.safetensors.00003.tmp
 //! ```
+//!
+//! `.model.safetensors.tmp` is what whoever writes them holds locked, and a name with `.` before it
+//! and `.replaced` behind is of a file that another takes the place of.
 //!
 //! Always holds: readers find an export by `model.safetensors` or by the index, whichever they look
 //! for first, or take every file that there is; so of one name, all there is belongs to one export.
@@ -24,6 +27,8 @@ const DEFAULT_STEM: &str = "model";
 const FILE_ENDING: &str = ".safetensors";
 const INDEX_ENDING: &str = ".index.json";
 const DRAFT_ENDING: &str = ".tmp";
+/// What the name of a file ends with that was set aside.
+const ASIDE_ENDING: &str = ".replaced";
 /// Least digits of a file's number.
 const DIGITS_MIN: usize = 5;
 
@@ -47,6 +52,8 @@ pub(super) enum Role {
     Shard,
     /// One that is being written, or was left by a process that was killed.
     Draft,
+    /// One of several, or their index, while another takes its name.
+    Aside,
 }
 
 /// A file that is there.
@@ -54,8 +61,8 @@ pub(super) enum Role {
 pub(super) struct Found {
     pub(super) role: Role,
     pub(super) path: PathBuf,
-    /// Or leads to one.
-    pub(super) is_directory: bool,
+    /// Why no file may take its place; `None` of a file, and of a link that leads to no directory.
+    pub(super) in_the_way: Option<&'static str>,
 }
 
 impl Export {
@@ -99,7 +106,7 @@ impl Export {
         self.directory.join(self.followed_by(INDEX_ENDING))
     }
 
-    /// What whoever writes the export holds locked; it becomes the index.
+    /// What whoever writes the export holds locked.
     pub(super) fn lead(&self) -> PathBuf {
         self.hidden(&self.followed_by(DRAFT_ENDING))
     }
@@ -109,6 +116,30 @@ impl Export {
     pub(super) fn draft(&self, file: usize) -> PathBuf {
         let ending = format!(".{:0DIGITS_MIN$}{DRAFT_ENDING}", file + 1);
         self.hidden(&self.followed_by(&ending))
+    }
+
+    /// Where a file of this name is while another takes its place.
+    pub(super) fn aside(&self, path: &Path) -> PathBuf {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(ASIDE_ENDING);
+        self.hidden(&name)
+    }
+
+    /// The name that what was set aside had.
+    pub(super) fn before_aside(&self, path: &Path) -> PathBuf {
+        let name = path.file_name().unwrap_or_default().as_bytes();
+        let name = name.strip_prefix(b".").unwrap_or(name);
+        let name = name.strip_suffix(ASIDE_ENDING.as_bytes()).unwrap_or(name);
+        self.directory.join(OsStr::from_bytes(name))
+    }
+
+    /// Of a name that is like that of one of several files, what is before the number: files of
+    /// such a name would be taken for those of another export.
+    pub(super) fn stem_of_several(&self) -> Option<&OsStr> {
+        let name = self.followed_by("");
+        let stem = self.stem.as_bytes();
+        let at = (0..stem.len()).find(|at| is_shard(&name.as_bytes()[*at..]))?;
+        Some(OsStr::from_bytes(&stem[..at]))
     }
 
     fn followed_by(&self, ending: &str) -> OsString {
@@ -126,14 +157,22 @@ impl Export {
 
     /// What a file of this name is; `None` of one that is none of the export's.
     fn role(&self, name: &OsStr) -> Option<Role> {
-        let (name, stem) = (name.as_bytes(), self.stem.as_bytes());
-        if let Some(hidden) = name.strip_prefix(b".")
-            && let Some(rest) = hidden.strip_prefix(stem)
-            && is_draft(rest)
-        {
-            return Some(Role::Draft);
+        let name = name.as_bytes();
+        name.strip_prefix(b".")
+            .and_then(|hidden| self.hidden_role(hidden))
+            .or_else(|| self.visible_role(name))
+    }
+
+    fn hidden_role(&self, name: &[u8]) -> Option<Role> {
+        if let Some(before) = name.strip_suffix(ASIDE_ENDING.as_bytes()) {
+            let role = self.visible_role(before)?;
+            return matches!(role, Role::Index | Role::Shard).then_some(Role::Aside);
         }
-        let rest = name.strip_prefix(stem)?;
+        is_draft(name.strip_prefix(self.stem.as_bytes())?).then_some(Role::Draft)
+    }
+
+    fn visible_role(&self, name: &[u8]) -> Option<Role> {
+        let rest = name.strip_prefix(self.stem.as_bytes())?;
         match rest.strip_prefix(FILE_ENDING.as_bytes()) {
             Some(b"") => Some(Role::Whole),
             Some(ending) => (ending == INDEX_ENDING.as_bytes()).then_some(Role::Index),
@@ -153,11 +192,21 @@ impl Export {
             let entry = entry.context("listing", self.directory())?;
             if let Some(role) = self.role(&entry.file_name()) {
                 let path = self.directory.join(entry.file_name());
-                found.push(Found { role, is_directory: path.is_dir(), path });
+                found.push(Found { role, in_the_way: in_the_way(&path), path });
             }
         }
         found.sort();
         Ok(found)
+    }
+}
+
+/// Why what has this name is not for a file to replace. It may be gone by now.
+fn in_the_way(path: &Path) -> Option<&'static str> {
+    let kind = path.symlink_metadata().ok()?.file_type();
+    match kind {
+        _ if path.is_dir() => Some("a directory"),
+        _ if kind.is_file() || kind.is_symlink() => None,
+        _ => Some("no regular file"),
     }
 }
 
@@ -219,8 +268,27 @@ mod tests {
             assert_eq!(role(export.file(file, count)), Some(Role::Shard));
             assert_eq!(role(export.draft(file)), Some(Role::Draft));
         }
+        for path in [export.index(), export.file(3, 7)] {
+            let aside = export.aside(&path);
+            assert_eq!(role(aside.clone()), Some(Role::Aside));
+            assert_eq!(export.before_aside(&aside), path);
+        }
         // Whoever writes locks it, and makes it anew.
         assert_eq!(role(export.lead()), None);
+    }
+
+    #[test]
+    fn a_name_like_that_of_one_of_several_is_told() {
+        let of_several = |name: &str| {
+            let export = Export::at(Path::new(name));
+            export.stem_of_several().map(|stem| stem.to_str().unwrap().to_owned())
+        };
+        assert_eq!(of_several("d/model-00001-of-00002.safetensors"), Some("model".into()));
+        assert_eq!(of_several("a-b-00001-of-100000.safetensors"), Some("a-b".into()));
+        assert_eq!(of_several("-00001-of-00002.safetensors"), Some(String::new()));
+        for name in ["model", "model-1-of-2", "model-00001-of-00002-x", "model-00001"] {
+            assert_eq!(of_several(&format!("{name}.safetensors")), None, "{name}");
+        }
     }
 
     #[test]
@@ -239,6 +307,8 @@ mod tests {
             "model-00001-of-00002-of-00003.safetensors",
             "model.fp16-00001-of-00002.safetensors",
             ".model.safetensors.1.tmp",
+            ".model.safetensors.replaced",
+            "model-00001-of-00002.safetensors.replaced",
             ".model.fp16.safetensors.00001.tmp",
             "pytorch_model.bin.index.json",
         ] {

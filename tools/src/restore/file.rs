@@ -21,7 +21,7 @@ use super::export::Export;
 use super::gather::{self, Gathered, Whose};
 use super::layout::Layout;
 use super::parts::{self, Part, Tensor};
-use super::publish::publish;
+use super::publish::{Plan, publish};
 use super::selection::{Selection, listed};
 use super::{DOING, Options, Restored, output};
 use crate::console::note;
@@ -57,9 +57,13 @@ pub(super) fn restore(
     let bytes_max = options.max_shard_size.unwrap_or(u64::MAX);
     let layout = Layout::of(tensors, bytes_max, export, checkpoint.step())?;
 
-    let mut drafts = begin(&layout, export, options)?;
+    let (mut drafts, plan) = begin(&layout, export, options)?;
     write_tensors(engine, checkpoint, &place(&layout), &mut drafts)?;
-    let files = publish(drafts, layout.index.as_deref(), options.force)?;
+    publish(drafts, &plan)?;
+    let Plan { files, earlier: removed, .. } = plan;
+    if !removed.is_empty() {
+        note(&format!("replaced an export of {}", text::count(removed.len(), "file")));
+    }
     say_what_is_missing(checkpoint, &gathered);
     Ok(Restored {
         step: checkpoint.step(),
@@ -67,6 +71,7 @@ pub(super) fn restore(
         output: options.output.clone(),
         kind: if files.len() == 1 { "file" } else { "files" },
         files,
+        removed,
         tensors: tensors.len() as u64,
         left_out: alone.len() as u64,
         raw_bytes: layout.raw_bytes(),
@@ -75,20 +80,27 @@ pub(super) fn restore(
     })
 }
 
-/// Files with headers, and room for their tensors.
-fn begin<'e>(layout: &Layout<'_>, export: &'e Export, options: &Options) -> Result<Drafts<'e>> {
+/// Room for all files, and how they get their names.
+fn begin<'l>(
+    layout: &'l Layout<'_>,
+    export: &'l Export,
+    options: &Options,
+) -> Result<(Drafts<'l>, Plan)> {
     if options.max_shard_size.is_some() {
         draft::make_directory(export.directory())?;
     }
-    let mut drafts = Drafts::create(export)?;
+    let mut drafts = Drafts::create(export, layout.disk_bytes())?;
     // Whoever held the name before may have published since it was looked at.
-    output::check_export(options, export)?;
-    let bytes_in_all = layout.disk_bytes();
-    for (number, file) in layout.files.iter().enumerate() {
-        drafts.add(file.disk_bytes(), bytes_in_all)?;
-        drafts.write(number, 0, &file.header)?;
+    let earlier = output::check_export(options, export)?;
+    let plan = Plan::of(export, layout.files.len(), &earlier);
+    plan.check()?;
+    for file in &layout.files {
+        drafts.add(&file.header, file.disk_bytes())?;
     }
-    Ok(drafts)
+    if let Some(index) = &layout.index {
+        drafts.add(index, index.len() as u64)?;
+    }
+    Ok((drafts, plan))
 }
 
 /// Writes shard after shard.
@@ -273,8 +285,9 @@ fn say_what_is_missing(checkpoint: &Checkpoint, gathered: &Gathered) {
     let plain = nodes.iter().filter(|node| is_plain(&node.value)).count();
     if plain > 0 {
         note(&format!(
-            "{} of the state are not written: safetensors files hold tensors only",
-            text::count(plain, "plain value")
+            "{} of the state {} not written: safetensors files hold tensors only",
+            text::count(plain, "plain value"),
+            if plain == 1 { "is" } else { "are" }
         ));
     }
 }

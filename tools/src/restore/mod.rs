@@ -43,8 +43,8 @@ is copied into it whole, under its own step.
 With `--max-shard-size`, `-o NAME.safetensors` writes `NAME-00001-of-00003.safetensors` and so on, \
 and `NAME.safetensors.index.json`, which says what is where; what fits one file is one, \
 `NAME.safetensors`. An OUTPUT that does not end so is a directory for them, created if need be, \
-and NAME is `model`. The index comes last: files without it are of a run that was cut short. With \
-`--force`, all files of that NAME are replaced, also where there were more or fewer.
+and NAME is `model`. The index comes last: numbered files without it are of a run that was cut short. \
+With `--force`, all files of that NAME are replaced, also where there were more or fewer.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
 
@@ -77,7 +77,8 @@ pub(crate) struct Options {
     /// own.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, allow_negative_numbers = true)]
     max_shard_size: Option<u64>,
-    /// A file `NAME.safetensors`, or a store: a directory, or `s3://bucket/prefix`.
+    /// A file `NAME.safetensors`; with `--max-shard-size`, also a directory for files; else a
+    /// store: a directory, or `s3://bucket/prefix`.
     #[arg(long, short, value_name = "OUTPUT")]
     output: PathBuf,
     /// Replace an export of the same name, all its files.
@@ -99,6 +100,8 @@ struct Restored {
     kind: &'static str,
     /// Files of tensors, in their order; of several, their index comes last.
     files: Vec<PathBuf>,
+    /// Files of an earlier export that are not there any more, or have others in their place.
+    removed: Vec<PathBuf>,
     tensors: u64,
     /// Tensors that were left out, since they are each rank's own and no rank was named.
     left_out: u64,

@@ -41,7 +41,7 @@ impl Output {
             );
         }
         let export = if names_file {
-            Export::at(output)
+            check_name(options, Export::at(output))?
         } else {
             check_directory(options)?;
             Export::within(output)
@@ -54,6 +54,17 @@ impl Output {
 fn refused<T>(options: &Options, why: &str, hint: &str) -> Result<T> {
     let what = format!("restoring to `{}`", options.output.display());
     Err(EngineError::invalid(what, why, hint))
+}
+
+/// Files that are called like some of another export would be read, and replaced, with them.
+fn check_name(options: &Options, export: Export) -> Result<Export> {
+    let Some(stem) = export.stem_of_several() else { return Ok(export) };
+    let name = if stem.is_empty() { "model".into() } else { stem.to_string_lossy() };
+    refused(
+        options,
+        "that is how one of several files of an export is called, and its name says how many",
+        &format!("name the export without the numbers: `-o {name}.{FILE_SUFFIX}`"),
+    )
 }
 
 /// A directory that files of tensors may be put into, or that is to be made.
@@ -77,26 +88,43 @@ fn check_directory(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Whether a checkpoint's directory is in it.
+/// Whether a checkpoint's directory is in it, or the lock of whoever writes the first.
 fn is_store(directory: &Path) -> bool {
+    let is_lock = |name: &str| {
+        name.strip_prefix("writer").is_some_and(|rest| rest.strip_suffix(".lock").is_some())
+    };
+    holds(directory, |name| parse_step_dir(name).is_some() || is_lock(name))
+}
+
+/// Whether something in it is called so that loaders of weights would read it.
+fn holds_tensors(directory: &Path) -> bool {
+    holds(directory, |name| {
+        let name = name.strip_suffix(".index.json").unwrap_or(name);
+        name.strip_suffix(FILE_SUFFIX).is_some_and(|stem| stem.ends_with('.'))
+    })
+}
+
+fn holds(directory: &Path, is_sought: impl Fn(&str) -> bool) -> bool {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let mut names = entries.map(|entry| entry.file_name());
-    names.any(|name| name.to_str().and_then(parse_step_dir).is_some())
+    names.any(|name| is_sought(&name.to_string_lossy()))
 }
 
 /// Whether an export may take its name, which `--force` lets it take from an earlier one. A link
-/// that leads nowhere is there too, and is not written through.
-pub(super) fn check_export(options: &Options, export: &Export) -> Result<()> {
+/// that leads nowhere is there too, and is not written through. What is there, then.
+pub(super) fn check_export(options: &Options, export: &Export) -> Result<Vec<Found>> {
     let is_asked_for = |found: &Found| found.path == options.output;
     let mut named = export.found()?;
-    named.retain(|found| found.role != Role::Draft);
-    if let Some(found) = named.iter().find(|found| found.is_directory) {
+    named.retain(|found| !matches!(found.role, Role::Draft | Role::Aside));
+    for found in &named {
+        let Some(what) = found.in_the_way else { continue };
         if is_asked_for(found) {
             let hint = "name a file, or a store without `.safetensors`";
-            return refused(options, "it is a directory", hint);
+            return refused(options, &format!("it is {what}"), hint);
         }
-        let why = format!("`{}` is a directory", found.path.display());
-        return refused(options, &why, "choose another place, or remove that directory");
+        let path = found.path.display();
+        let hint = format!("choose another place, or remove `{path}`");
+        return refused(options, &format!("`{path}` is {what}"), &hint);
     }
     match named.first() {
         Some(found) if !options.force && is_asked_for(found) => {
@@ -107,7 +135,7 @@ pub(super) fn check_export(options: &Options, export: &Export) -> Result<()> {
             &format!("`{}` exists, of an export of the same name", found.path.display()),
             "choose another place, or replace that export, all its files, with `--force`",
         ),
-        _ => Ok(()),
+        _ => Ok(named),
     }
 }
 
@@ -125,8 +153,16 @@ fn check_store(options: &Options) -> Result<()> {
         return refused(
             options,
             "it is a store, and a checkpoint is copied into one whole, as it is",
-            "name a file that ends with `.safetensors`, or leave out `--tensors`, `--exclude` and \
-             `--strip-prefix`",
+            "name a file that ends with `.safetensors`, or add `--max-shard-size 5GB` for a \
+             directory of files, or leave out `--tensors`, `--exclude` and `--strip-prefix`",
+        );
+    }
+    if holds_tensors(&options.output) && !is_store(&options.output) {
+        return refused(
+            options,
+            "it holds safetensors files, and no store: none is made among them",
+            "choose another directory for a store; for files, add `--max-shard-size 5GB`, or name \
+             one that ends with `.safetensors`",
         );
     }
     if options.force {

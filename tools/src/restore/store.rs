@@ -76,6 +76,7 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         output: output.to_owned(),
         kind: "store",
         files: Vec::new(),
+        removed: Vec::new(),
         tensors: index.tensors.len() as u64,
         left_out: 0,
         raw_bytes: info.raw_bytes,

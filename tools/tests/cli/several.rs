@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::Path;
 
 use dtr_engine::format::index::{GlobalSlice, TensorRecord};
@@ -78,6 +78,25 @@ fn restored(store: &Store, size: &str, more: &[&str]) -> Run {
     run
 }
 
+/// What [`Store::trained`] saved last.
+fn saved() -> Tensors {
+    let weight = singles(150 * 256, 0.5);
+    let item = |row: usize, column: usize| &weight[(row * 256 + column) * 4..][..4];
+    let turned = (0..256).flat_map(|column| (0..150).flat_map(move |row| item(row, column)));
+    let turned: Vec<u8> = turned.copied().collect();
+    let matrix = || (Dtype::F32, vec![150, 256], weight.clone());
+    let tensors = [
+        ("model.embedding.weight", matrix()),
+        ("model.head.weight", matrix()),
+        ("model.head.transposed", (Dtype::F32, vec![256, 150], turned)),
+        ("model.head.bias", (Dtype::BF16, vec![3], vec![0x80, 0x3f, 0x00, 0x40, 0, 0])),
+        ("optimizer.state.0.exp_avg", (Dtype::F32, vec![10, 100], singles(1000, 2.5))),
+        ("optimizer.state.0.step", (Dtype::I64, vec![], 20_u64.to_le_bytes().to_vec())),
+        ("order", (Dtype::U16, vec![3], vec![3, 0, 1, 0, 2, 0])),
+    ];
+    tensors.map(|(name, tensor)| (name.to_owned(), tensor)).into()
+}
+
 /// The one-file export of a store.
 fn whole(store: &Store) -> Tensors {
     let file = store.beside("whole.safetensors");
@@ -87,7 +106,7 @@ fn whole(store: &Store) -> Tensors {
 }
 
 #[test]
-fn several_files_hold_what_one_does() {
+fn several_files_hold_what_was_saved() {
     let store = Store::trained();
     // Names for one memory have it once each.
     let matrix = 150 * 256 * 4;
@@ -99,7 +118,7 @@ fn several_files_hold_what_one_does() {
     ] {
         restored(&store, size, &["--force"]);
         let (tensors, sizes) = export_in(&store.beside("hf"), &[]);
-        assert!(tensors == whole(&store), "{size}");
+        assert!(tensors == saved(), "{size}");
         assert_eq!(sizes, expected, "{size}");
     }
 }
@@ -289,14 +308,18 @@ fn what_is_no_size_is_wrong_usage() {
     assert!(!store.beside("hf").exists());
 }
 
+/// What is said to a wrong command.
+#[track_caller]
+fn refused(store: &Store, arguments: &[&str]) -> String {
+    let run = store.run("restore", arguments);
+    run.assert_error(2);
+    store.redact(&run.stderr)
+}
+
 #[test]
 fn a_place_that_cannot_be_is_wrong_usage() {
     let store = Store::trained();
-    let into = |output: &str| {
-        let run = store.run("restore", &["--max-shard-size", "1", "--force", "-o", output]);
-        run.assert_error(2);
-        store.redact(&run.stderr)
-    };
+    let into = |output: &str| refused(&store, &["--max-shard-size", "1", "--force", "-o", output]);
     let path = store.path();
     assert_golden("error-files-to-store", &into(path.to_str().unwrap()));
     assert_golden("error-files-to-s3", &into("s3://bucket/prefix"));
@@ -308,4 +331,153 @@ fn a_place_that_cannot_be_is_wrong_usage() {
     assert_golden("error-directory-in-the-way", &into(hf.to_str().unwrap()));
     assert_eq!(names_in(&hf).len(), 1);
     assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+}
+
+fn make_pipe(path: &Path) {
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o600));
+    rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, 0).unwrap();
+}
+
+#[test]
+fn what_is_no_file_is_not_replaced() {
+    let store = Store::trained();
+    restored(&store, "1", &[]);
+    let hf = store.beside("hf");
+    let pipe = hf.join("model-00001-of-00002.safetensors");
+    make_pipe(&pipe);
+    let before = names_in(&hf);
+    for size in ["1", "300kB", "5GB"] {
+        let run = restore(&store, size, &["--force"]);
+        run.assert_error(2);
+        assert!(run.stderr.contains("is no regular file"), "{run:?}");
+        assert_eq!(names_in(&hf), before);
+    }
+    assert!(pipe.symlink_metadata().unwrap().file_type().is_fifo());
+}
+
+#[test]
+fn what_is_in_the_way_of_a_hidden_name_is_told() {
+    let store = Store::trained();
+    let hf = store.beside("hf");
+    fs::create_dir(&hf).unwrap();
+    for name in [".model.safetensors.tmp", ".model.safetensors.00002.tmp"] {
+        let path = hf.join(name);
+        let check = |kind: &str| {
+            let run = restore(&store, "1", &[]);
+            run.assert_error(1);
+            let hint = format!("hint: remove `{}`, or choose another name", path.display());
+            assert!(run.stderr.contains(&hint), "{kind}: {run:?}");
+            assert_eq!(names_in(&hf), BTreeSet::from([name.to_owned()]));
+        };
+        fs::create_dir(&path).unwrap();
+        check("directory");
+        fs::remove_dir(&path).unwrap();
+        make_pipe(&path);
+        check("pipe");
+        fs::remove_file(&path).unwrap();
+    }
+    symlink("nowhere", hf.join(".model.safetensors.tmp")).unwrap();
+    let run = restore(&store, "1", &[]);
+    assert!(run.stderr.contains("hint: remove `"), "{run:?}");
+}
+
+#[test]
+fn a_name_that_is_too_long_is_told_while_the_earlier_export_is_there() {
+    let store = Store::trained();
+    let hf = store.beside("hf");
+    fs::create_dir(&hf).unwrap();
+    // With a number behind it, it is longer than any name may be.
+    let name = format!("{}.safetensors", "n".repeat(230));
+    fs::write(hf.join(&name), "mine").unwrap();
+    let output = hf.join(&name);
+    let arguments = ["--max-shard-size", "1", "--force", "-o", output.to_str().unwrap()];
+    let run = store.run("restore", &arguments);
+    run.assert_error(1);
+    assert!(run.stderr.contains("the path is too long"), "{run:?}");
+    assert_eq!(fs::read_to_string(&output).unwrap(), "mine");
+    assert_eq!(names_in(&hf), BTreeSet::from([name]));
+}
+
+/// As a process leaves it that is killed while names change.
+#[test]
+fn what_was_set_aside_is_put_back() {
+    let store = Store::trained();
+    restored(&store, "300kB", &[]);
+    let hf = store.beside("hf");
+    let before = export_in(&hf, &[]);
+    for name in names_in(&hf) {
+        fs::rename(hf.join(&name), hf.join(format!(".{name}.replaced"))).unwrap();
+    }
+    fs::write(hf.join("model-00001-of-00003.safetensors"), "new").unwrap();
+    // The run fails, after it put back what was there.
+    let shard = store.file(20, ".shard");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, [&bytes[..4096 + 100], &[!bytes[4096 + 100]], &bytes[4096 + 101..]].concat())
+        .unwrap();
+    restore(&store, "300kB", &["--force"]).assert_error(1);
+    assert!(export_in(&hf, &[]) == before);
+}
+
+#[test]
+fn what_was_replaced_is_said() {
+    let store = Store::trained();
+    let removed = |run: &Run| run.json()["removed"].as_array().unwrap().len();
+    let run = restored(&store, "1", &["--json"]);
+    assert!(removed(&run) == 0 && !run.stderr.contains("replaced"), "{run:?}");
+    let run = restored(&store, "300kB", &["--force", "--json"]);
+    assert_eq!(removed(&run), 7 + 1);
+    assert!(run.stderr.contains("note: replaced an export of 8 files\n"), "{run:?}");
+    // Without a size, too.
+    let file = store.beside("hf/model.safetensors");
+    let run = store.run("restore", &["--force", "--json", "-o", file.to_str().unwrap()]);
+    assert!(removed(&run) > 2 && run.stderr.contains("note: replaced an export of "), "{run:?}");
+    let run = store.run("restore", &["--force", "--json", "-o", file.to_str().unwrap()]);
+    assert_eq!(run.json()["removed"], serde_json::json!([file.to_str().unwrap()]));
+    assert!(run.stderr.contains("note: replaced an export of 1 file\n"), "{run:?}");
+}
+
+#[test]
+fn a_name_like_that_of_one_of_several_is_refused() {
+    let store = Store::trained();
+    let output = store.beside("model-00001-of-00002.safetensors");
+    let output = output.to_str().unwrap();
+    assert_golden("error-name-of-shard", &refused(&store, &["-o", output]));
+    refused(&store, &["--force", "--max-shard-size", "1", "-o", output]);
+    assert!(!Path::new(output).exists());
+}
+
+#[test]
+fn no_store_is_made_among_safetensors_files() {
+    let store = Store::trained();
+    let hf = store.beside("hf");
+    fs::create_dir(&hf).unwrap();
+    for name in ["other.safetensors", "model.safetensors.index.json"] {
+        fs::write(hf.join(name), "mine").unwrap();
+        assert_golden("error-store-to-files", &refused(&store, &["-o", hf.to_str().unwrap()]));
+        assert_eq!(names_in(&hf), BTreeSet::from([name.to_owned()]));
+        fs::remove_file(hf.join(name)).unwrap();
+    }
+    // One whose first checkpoint is being written has no more than this.
+    for lock in ["writer.lock", "writer-00003.lock"] {
+        fs::write(hf.join(lock), "").unwrap();
+        let said = refused(&store, &["--max-shard-size", "1", "-o", hf.to_str().unwrap()]);
+        assert!(said.contains("it is a store"), "{said}");
+        fs::remove_file(hf.join(lock)).unwrap();
+    }
+}
+
+#[test]
+fn one_plain_value_is_not_several() {
+    let store = Store::empty();
+    let mut state = State::new(1);
+    state.dict(None, 2);
+    let storage = state.storage(ElementType::F32, singles(4, 1.0));
+    state.tensor("w", tensor(storage, "float32", 4, &[4]));
+    state.node(
+        Some(dtr_engine::format::tree::Key::Str("step".into())),
+        dtr_engine::format::tree::Value::Int(1),
+    );
+    store.save(&[&state]);
+    let run = restored(&store, "1", &[]);
+    assert!(run.stderr.contains("1 plain value of the state is not written"), "{run:?}");
 }
