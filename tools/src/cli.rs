@@ -84,6 +84,10 @@ fn with_hint(error: &clap::Error) -> String {
         return format!("{text}\n\nhint: name a command, for example `ckpt-tool ls STORE`");
     }
     let text = text.strip_suffix("For more information, try '--help'.").unwrap_or(text).trim_end();
+    // What refused a value may know better.
+    if text.lines().next_back().is_some_and(|line| line.starts_with("hint: ")) {
+        return text.into();
+    }
     format!("{text}\nhint: `ckpt-tool --help` and `ckpt-tool COMMAND --help` say what is expected")
 }
 

@@ -17,12 +17,12 @@ const UNITS: [(&str, u128); 10] = [
     ("tib", 1 << 40),
 ];
 
-/// A number of bytes, at least one; or what is expected.
+/// A number of bytes, at least one; or what is expected, and a hint.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let bytes = bytes_of(text.trim()).filter(|bytes| *bytes > 0);
     bytes.ok_or_else(|| {
-        "a number of bytes is expected, at least 1, such as `5GB` or `2GiB`; units are `B`, `kB`, \
-         `MB`, `GB`, `TB`, `KiB`, `MiB`, `GiB` and `TiB`"
+        "a number of bytes is expected, at least 1\nhint: write it like `5GB` or `2GiB`; units are \
+         `B`, `kB`, `MB`, `GB`, `TB`, `KiB`, `MiB`, `GiB` and `TiB`"
             .into()
     })
 }

@@ -49,7 +49,7 @@ impl<'a> Drafts<'a> {
     /// None yet: takes the name, in a directory that is there, and mends what was left of it. The
     /// files will take so many bytes in all.
     pub(super) fn create(export: &'a Export, bytes_in_all: u64) -> Result<Self> {
-        let lead = Lead::create(export.lead())?;
+        let lead = Lead::create(export.lead()).map_err(|error| no_room(error, bytes_in_all))?;
         let left = export.found()?;
         for found in left.iter().filter(|found| found.role == Role::Draft) {
             remove_left(found)?;
@@ -63,7 +63,8 @@ impl<'a> Drafts<'a> {
     /// few files can stay open, and closing one makes it durable.
     pub(super) fn add(&mut self, start: &'a [u8], bytes: u64) -> Result<()> {
         let path = self.export.draft(self.all.len());
-        let file = open_hidden(&path, OFlags::CREATE | OFlags::EXCL)?;
+        let new = open_hidden(&path, OFlags::CREATE | OFlags::EXCL);
+        let file = new.map_err(|error| self.explain(error))?;
         self.all.push(Draft { start, is_begun: false });
         allocate(&file, bytes, &path).map_err(|error| self.explain(error))
     }
@@ -134,17 +135,8 @@ impl<'a> Drafts<'a> {
         self.explain(EngineError::from_io(doing, &self.export.draft(number), error))
     }
 
-    /// The engine's advice on a full disk is for stores; these are files, of so many bytes.
     pub(super) fn explain(&self, error: EngineError) -> EngineError {
-        match error {
-            EngineError::NoSpace { what, why, .. } => EngineError::NoSpace {
-                what,
-                why: format!("{why}, and it takes {}", text::bytes(self.bytes_in_all)),
-                hint: "free space there, name a place on another disk, or choose fewer `--tensors`"
-                    .into(),
-            },
-            other => other,
-        }
+        no_room(error, self.bytes_in_all)
     }
 }
 
@@ -198,6 +190,19 @@ fn allocate(file: &File, bytes: u64, path: &Path) -> Result<()> {
     match rustix::io::retry_on_intr(allocate) {
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
         done => done.map_err(io::Error::from).context("allocating room for", path),
+    }
+}
+
+/// The engine's advice on a full disk is for stores; these are files, of so many bytes.
+fn no_room(error: EngineError, bytes: u64) -> EngineError {
+    match error {
+        EngineError::NoSpace { what, why, .. } => EngineError::NoSpace {
+            what,
+            why: format!("{why}, and it takes {}", text::bytes(bytes)),
+            hint: "free space there, name a place on another disk, or choose fewer `--tensors`"
+                .into(),
+        },
+        other => other,
     }
 }
 

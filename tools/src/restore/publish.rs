@@ -199,8 +199,10 @@ pub(super) fn mend(export: &Export, found: &[Found]) -> Result<()> {
     left.sort_by_key(|found| export.before_aside(&found.path) == index);
     for Found { path, .. } in left {
         let name = export.before_aside(path);
-        // The file that it replaces is one of the new export, which has no index.
-        sync_directory(export.directory())?;
+        if name == index {
+            sync_directory(export.directory())?;
+        }
+        // What it replaces is a file of the new export, which has no index.
         std::fs::rename(path, &name).context("putting back", name)?;
     }
     sync_directory(export.directory())
