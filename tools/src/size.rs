@@ -1,7 +1,7 @@
 //! Sizes as people write them: `5GB`, `500 MB`, `1.5GiB`, or a plain number of bytes.
 //!
-//! Pure. Always holds: units may be upper case or lower; `GB` is 10^9 bytes, as Hugging Face has it,
-//! and `GiB` is 2^30; fractions of a byte are cut off.
+//! Pure. Always holds: units may be upper case or lower; `GB` is 10^9 bytes, as Hugging Face has
+//! it, and `GiB` is 2^30; fractions of a byte are cut off.
 
 /// Bytes of each unit.
 const UNITS: [(&str, u128); 10] = [

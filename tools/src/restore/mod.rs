@@ -43,8 +43,8 @@ is copied into it whole, under its own step.
 With `--max-shard-size`, `-o NAME.safetensors` writes `NAME-00001-of-00003.safetensors` and so on, \
 and `NAME.safetensors.index.json`, which says what is where; what fits one file is one, \
 `NAME.safetensors`. An OUTPUT that does not end so is a directory for them, created if need be, \
-and NAME is `model`. The index comes last: numbered files without it are of a run that was cut short. \
-With `--force`, all files of that NAME are replaced, also where there were more or fewer.
+and NAME is `model`. The index comes last: numbered files without it are of a run that was cut \
+short. With `--force`, all files of that NAME are replaced, also where there were more or fewer.
 
 In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
 
