@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from dtruntime import _native
+
+_T = TypeVar("_T")
 
 _COPY_BYTES = 256 << 20
 """Bytes that are read at a time before they are copied to where they belong."""
@@ -131,11 +133,7 @@ class Parts:
 
     def _open_others(self) -> None:
         ranks = range(self._own.manifest()["world_size"])
-        pool = ThreadPoolExecutor(_OPENED_AT_ONCE)
-        try:
-            self._others = list(pool.map(self._open_other, ranks))
-        finally:  # Ctrl-C does not wait for what others still upload
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._others = open_at_once(self._open_other, ranks)
 
     def _open_other(
         self, rank: int
@@ -146,14 +144,9 @@ class Parts:
         return other, {place: records[number] for number, place in places.items()}
 
     def _check_tiled(self, number: int, box: Box, found: list[Box]) -> None:
-        missing = box.items - sum(part.items for part in found)
-        if missing > 0:
-            raise self.damage(
-                number,
-                f"no rank saved {missing} of the {box.items} items from {list(box.offsets)} on",
-            )
-        if missing or overlap(found):
-            raise self.damage(number, "parts that ranks saved overlap")
+        why = why_untiled(box, found)
+        if why is not None:
+            raise self.damage(number, why)
 
     def damage(self, number: int, why: str) -> Corrupt:
         """Give the error that a tensor cannot be put together."""
@@ -329,6 +322,27 @@ def _bits(storage: Any, record: TensorRecord, offset: int | None = None) -> Any:
     tensor = torch.empty(0, dtype=dtype, device=storage.device)
     first = record.offset if offset is None else offset
     return tensor.set_(storage, first, record.shape, record.strides)
+
+
+def open_at_once(opened: Callable[[int], _T], ranks: Sequence[int]) -> list[_T]:
+    """Open what ranks saved, some at a time; it may take a while to arrive."""
+    pool = ThreadPoolExecutor(_OPENED_AT_ONCE)
+    try:
+        return list(pool.map(opened, ranks))
+    finally:  # Ctrl-C does not wait for what others still upload
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def why_untiled(box: Box, found: list[Box]) -> str | None:
+    """Say why some boxes do not make up one that they lie in; None if they do.
+
+    >>> why_untiled(Box((0,), (3,)), [Box((0,), (2,))])
+    'no rank saved 1 of the 3 items from [0] on'
+    """
+    missing = box.items - sum(part.items for part in found)
+    if missing > 0:
+        return f"no rank saved {missing} of the {box.items} items from {list(box.offsets)} on"
+    return "parts that ranks saved overlap" if missing or overlap(found) else None
 
 
 def overlap(boxes: list[Box]) -> bool:

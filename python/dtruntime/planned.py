@@ -19,9 +19,8 @@ from __future__ import annotations
 import bisect
 import io
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -36,7 +35,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from dtruntime import gpus
-from dtruntime.assembling import Assembly, Part, Place, overlap, whole_shape
+from dtruntime.assembling import (
+    Assembly,
+    Part,
+    Place,
+    open_at_once,
+    whole_shape,
+    why_untiled,
+)
 from dtruntime.errors import Corrupt, InvalidArgument, UnsupportedValue
 from dtruntime.fitting import has_no_memory
 from dtruntime.sharded_tensors import Box, Piece, Slice, is_sharded, whole
@@ -60,8 +66,6 @@ Path = tuple[str | int, ...]
 _MARK = "torch.distributed.checkpoint"
 """Key of the attribute by which the dict of a planned state is told from any other."""
 _WRAPPED = (dict, OrderedDict, Counter, tuple)
-_OPENED_AT_ONCE = 16
-"""Shards."""
 _CONVERTED_BYTES = 256 << 20
 """Bytes that are read at a time before they are converted."""
 _NAMED_MAX = 3
@@ -113,7 +117,7 @@ def add_known(
         plans: Those of all ranks.
 
     """
-    if not isinstance(planner, DefaultSavePlanner) or not _leaves_values(planner):
+    if not _leaves_values(planner):
         return  # of what a planner makes of values, only their ranks know
     named = {item.index.fqn for item in plan.items}
     for other in plans:
@@ -187,7 +191,7 @@ def _piece_of(planner: SavePlanner, item: WriteItem, *, is_alone: bool) -> Any:
     return tensor if is_whole else Piece(tensor, Slice(shape, offsets))
 
 
-def _leaves_values(planner: SavePlanner) -> bool:
+def _leaves_values(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
     """Tell whether a planner saves what is in the state, as it is."""
     kind: Any = type(planner)
     return (
@@ -200,7 +204,7 @@ def _leaves_values(planner: SavePlanner) -> bool:
 
 def _value_of(planner: SavePlanner, item: WriteItem) -> Any:
     """Give a plain value of the state: as it is, where the planner would only pickle it."""
-    if isinstance(planner, DefaultSavePlanner) and _leaves_values(planner):
+    if _leaves_values(planner):
         return planner.lookup_object(item.index)
     data: Any = planner.resolve_data(item)
     data.seek(0)
@@ -389,11 +393,9 @@ class Saved:
                 why = f"ranks saved it as `{record.dtype}` of shape {list(shape)} and as "
                 raise self._damage(name, f"{why}`{other.dtype}` of {list(whole_shape(other))}")
             tiles.setdefault(part.box, []).append(part)
-        missing = whole(shape).items - sum(box.items for box in tiles)
-        if missing > 0:
-            raise self._damage(name, f"no rank saved {missing} of its items")
-        if missing or (whole(shape).items and overlap(list(tiles))):
-            raise self._damage(name, "parts that ranks saved overlap")
+        why_not = why_untiled(whole(shape), list(tiles))
+        if why_not is not None:
+            raise self._damage(name, why_not)
         return {box.offsets: alike for box, alike in tiles.items()}
 
     def _damage(self, name: str, why: str) -> Corrupt:
@@ -521,14 +523,8 @@ def _can_be_filled(target: torch.Tensor) -> bool:
 def readers_of(first: _native.Checkpoint, source: Source) -> list[Reader]:
     """Open what each rank saved of a checkpoint, of which that of rank 0 is there."""
     others = range(1, first.manifest()["world_size"])
-    if not others:
-        return [source.reader(first)]
-    pool = ThreadPoolExecutor(_OPENED_AT_ONCE)
-    try:
-        opened = pool.map(lambda rank: source.open_beside(first, rank), others)
-        return [source.reader(checkpoint) for checkpoint in (first, *opened)]
-    finally:  # Ctrl-C does not wait for what others still upload
-        pool.shutdown(wait=False, cancel_futures=True)
+    opened = open_at_once(lambda rank: source.open_beside(first, rank), others)
+    return [source.reader(checkpoint) for checkpoint in (first, *opened)]
 
 
 def _is_planned(reader: Reader) -> bool:
