@@ -188,9 +188,13 @@ def cpu_seconds() -> float:
 def holdings() -> dict[str, int]:
     """Count what a process could leave behind.
 
-    Threads that the kernel starts and ends by itself, for a ring, are not the engine's.
+    Threads that the kernel starts and ends by itself, for a ring, are not the engine's. A deleted
+    file may be open for as long as the filesystem takes to give back its space.
     """
     gc.collect()
+    end = time.monotonic() + 30
+    while is_giving_back() and time.monotonic() < end:
+        time.sleep(0.01)
     names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
@@ -200,6 +204,16 @@ def holdings() -> dict[str, int]:
         "threads": sum(not name.startswith("iou-wrk") for name in names),
         "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
     }
+
+
+def is_giving_back() -> bool:
+    """Tell whether a file that has no name any more is open."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them
+            target = os.readlink(descriptor)
+            if ".shard" in target and target.endswith(" (deleted)"):
+                return True
+    return False
 
 
 def is_same(loaded: State, state: State) -> bool:

@@ -18,7 +18,7 @@ use dtr_engine::format::index::{
 use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::manifest::{FORMAT_VERSION, Manifest, Retired, ShardEntry};
 use dtr_engine::format::names::{AttemptId, shard_file_name};
-use dtr_engine::format::shard::{BLOCK_BYTES, Footer, Header};
+use dtr_engine::format::shard::{BLOCK_BYTES, CHUNKS_OFFSET_MIN, Footer, Header};
 use dtr_engine::format::tree::{DictKind, Key, Node, Value};
 use serde_json::json;
 
@@ -28,21 +28,27 @@ const FILE_BYTES: u64 = INDEX_OFFSET + 4096 + 4096;
 
 #[test]
 fn header() {
-    check_header("header", false);
+    check_header("header", CHUNKS_OFFSET_MIN, false);
 }
 
 #[test]
 fn replicated_header() {
-    check_header("replicated_header", true);
+    check_header("replicated_header", CHUNKS_OFFSET_MIN, true);
 }
 
-fn check_header(name: &str, replicated: bool) {
+#[test]
+fn aligned_header() {
+    check_header("aligned_header", 1 << 16, false);
+}
+
+fn check_header(name: &str, chunks_offset: u32, replicated: bool) {
     let header = Header {
         attempt: attempt(),
         step: 1000,
         rank: 1,
         world_size: 2,
         chunk_bytes: CHUNK_BYTES,
+        chunks_offset,
         replicated,
     };
     let golden = bytes(&format!("{name}.bin"), &header.encode());
@@ -54,6 +60,15 @@ fn check_header(name: &str, replicated: bool) {
 
 #[test]
 fn footer() {
+    check_footer("footer", CHUNKS_OFFSET_MIN);
+}
+
+#[test]
+fn aligned_footer() {
+    check_footer("aligned_footer", 1 << 16);
+}
+
+fn check_footer(name: &str, chunks_offset: u32) {
     let footer = Footer {
         index_offset: INDEX_OFFSET,
         index_stored_bytes: 700,
@@ -62,14 +77,15 @@ fn footer() {
         header_crc32c: 0x89ab_cdef,
         file_bytes: FILE_BYTES,
         attempt: attempt(),
+        chunks_offset,
         replicated: false,
     };
-    let golden = bytes("footer.bin", &footer.encode());
+    let golden = bytes(&format!("{name}.bin"), &footer.encode());
     assert_eq!(golden, footer.encode());
     let block: [u8; BLOCK_BYTES] = golden.try_into().expect("one block");
     let decoded = Footer::decode(&block, FILE_BYTES);
     assert_eq!(decoded.as_ref(), Ok(&footer));
-    assert_text("footer.txt", &decoded);
+    assert_text(&format!("{name}.txt"), &decoded);
 }
 
 /// The stored bytes may differ by zstd's version; what they decompress to may not.
@@ -87,6 +103,7 @@ fn check_index(name: &str, index: &ShardIndex) {
     let context = IndexContext {
         file_bytes: INDEX_OFFSET + padded + 4096,
         chunk_bytes: CHUNK_BYTES,
+        chunks_offset: CHUNKS_OFFSET_MIN,
         index_offset: INDEX_OFFSET,
     };
     let decoded = ShardIndex::decode(&golden, encoded.raw_bytes, &context);

@@ -81,7 +81,8 @@ class SaveInfo:
         location: The store.
         raw_bytes: Bytes of the state.
         stored_bytes: Bytes of the shard file.
-        removed_steps: Steps that retention, or a rewind, removed after the commit.
+        removed_steps: Steps that retention, or a rewind, removed after the commit. Their space in a
+            directory is given back soon after, and before the next checkpoint is written.
         stats: Where the time went.
 
     """

@@ -11,7 +11,7 @@ use std::path::Path;
 use dtr_engine::format::checksum::{crc32c, to_hex};
 use dtr_engine::format::manifest::{FORMAT_VERSION, Manifest, ShardEntry};
 use dtr_engine::format::names::{AttemptId, MANIFEST_FILE, shard_file_name, step_dir_name};
-use dtr_engine::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
+use dtr_engine::format::shard::{BLOCK_BYTES, CHUNKS_OFFSET_MIN, Footer, Header, block_crc32c};
 use dtr_proto::v1 as proto;
 use prost::Message as _;
 
@@ -67,6 +67,8 @@ impl Index {
 #[derive(Debug)]
 pub(crate) struct Forged {
     pub(crate) header: Header,
+    /// What lies between header and chunks.
+    pub(crate) gap: Vec<u8>,
     pub(crate) chunks: Vec<Chunk>,
     /// Made of the chunks and one tensor over all of them where it is `None`.
     pub(crate) index: Option<Index>,
@@ -85,8 +87,10 @@ impl Forged {
                 rank: 0,
                 world_size: 1,
                 chunk_bytes: CHUNK_BYTES,
+                chunks_offset: CHUNKS_OFFSET_MIN,
                 replicated: false,
             },
+            gap: Vec::new(),
             chunks,
             index: None,
             hole_bytes: 0,
@@ -109,6 +113,7 @@ impl Forged {
         let mut file =
             File::create(directory.join(shard_file_name(self.header.rank, ATTEMPT))).unwrap();
         file.write_all(&header).unwrap();
+        file.write_all(&self.gap).unwrap();
         for chunk in &self.chunks {
             file.write_all(&padded(&chunk.stored)).unwrap();
         }
@@ -125,6 +130,7 @@ impl Forged {
             header_crc32c: block_crc32c(&header),
             file_bytes,
             attempt: ATTEMPT,
+            chunks_offset: self.header.chunks_offset,
             replicated: self.header.replicated,
         };
         (self.footer)(&mut footer);
@@ -138,7 +144,7 @@ impl Forged {
     /// What the index would say if nothing was wrong.
     pub(crate) fn message(&self) -> proto::ShardIndex {
         let mut columns = proto::ChunkColumns::default();
-        let mut offset = BLOCK_BYTES as u64;
+        let mut offset = u64::from(self.header.chunks_offset);
         for chunk in &self.chunks {
             columns.offset.push(offset);
             columns.stored_bytes.push(u32::try_from(chunk.stored.len()).unwrap());

@@ -10,6 +10,7 @@
     reason = "helpers of tests fail as tests do, and say how much was tried"
 )]
 
+mod aligned;
 #[path = "../engine/alone.rs"]
 mod alone;
 mod bombs;

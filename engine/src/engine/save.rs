@@ -14,14 +14,14 @@ use crate::format::checksum;
 use crate::format::layout::{Layout, StorageSpec};
 use crate::format::manifest::{FORMAT_VERSION, Manifest, Retired, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
-use crate::format::shard::BLOCK_BYTES;
+use crate::format::shard::{BLOCK_BYTES, CHUNKS_OFFSET_MIN};
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
 use crate::save::capture::{Origin, Until, capture, fits};
 use crate::save::commit::CommitTask;
 use crate::save::job::{Job, Message};
 use crate::save::share::Share;
-use crate::save::write::IndexDraft;
+use crate::save::write::{IndexDraft, chunks_offset};
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
 use crate::{EngineError, Result};
 
@@ -198,10 +198,19 @@ impl Inner {
     /// Refuses a save that the store has no room for; returns the length to reserve.
     fn check_space(&self, step: u64, raw_bytes: u64) -> Result<u64> {
         let expected = self.core.expected_stored_bytes(raw_bytes);
-        let needed = expected.saturating_add(CONTROL_BYTES);
-        match self.core.store.free_bytes()? {
+        let codec = self.core.config.compression.fixed_codec();
+        let gap = u64::from(chunks_offset(raw_bytes, codec) - CHUNKS_OFFSET_MIN);
+        let needed = expected.saturating_add(CONTROL_BYTES + gap);
+        let store = &self.core.store;
+        let mut free_bytes = store.free_bytes()?;
+        if free_bytes.is_some_and(|free| free < needed) {
+            // What retention let go may be on its way.
+            store.reclaim();
+            free_bytes = store.free_bytes()?;
+        }
+        match free_bytes {
             Some(free) if free < needed => Err(EngineError::NoSpace {
-                what: format!("saving step {step} in `{}`", self.core.store.location()),
+                what: format!("saving step {step} in `{}`", store.location()),
                 why: format!("about {needed} bytes are needed, {free} are free"),
                 hint: "free space, or lower `keep_last_n`, then save again; nothing was written. \
                        What killed processes left goes with `ckpt-tool gc STORE --grace 0` while \

@@ -21,11 +21,18 @@ pub const BLOCK_BYTES: usize = 4096;
 /// Every region of a shard starts at a multiple of this many bytes, and is zero-padded to one.
 pub const REGION_ALIGNMENT: u64 = BLOCK_BYTES as u64;
 
+/// Where the first chunk starts at the latest.
+pub const CHUNKS_OFFSET_MAX: u32 = 1 << 20;
+/// Where it starts unless the feature [`ALIGNED`] says otherwise: right after the header.
+pub const CHUNKS_OFFSET_MIN: u32 = BLOCK_BYTES as u32;
+
 /// A feature that a reader must know: of storages that all ranks saved alike, the shard holds a
 /// part ([`Replica`](super::index::Replica)).
 const REPLICATED: u64 = 1;
+/// Another one: zeros lie between the header and the first chunk, up to `chunks_offset`.
+const ALIGNED: u64 = 2;
 /// All of them.
-const INCOMPATIBLE_KNOWN: u64 = REPLICATED;
+const INCOMPATIBLE_KNOWN: u64 = REPLICATED | ALIGNED;
 
 /// Bytes in the file of so many stored ones, with their zero padding.
 pub fn padded_bytes(stored_bytes: u32) -> usize {
@@ -49,7 +56,8 @@ const STEP_AT: usize = HEADER_ATTEMPT_AT + 16;
 const RANK_AT: usize = STEP_AT + 8;
 const WORLD_SIZE_AT: usize = RANK_AT + 4;
 const CHUNK_BYTES_AT: usize = WORLD_SIZE_AT + 4;
-const HEADER_END: usize = CHUNK_BYTES_AT + 4;
+const HEADER_CHUNKS_OFFSET_AT: usize = CHUNK_BYTES_AT + 4;
+const HEADER_END: usize = HEADER_CHUNKS_OFFSET_AT + 4;
 
 // The footer's fields.
 const FOOTER_ATTEMPT_AT: usize = PREAMBLE_END;
@@ -59,7 +67,8 @@ const INDEX_RAW_BYTES_AT: usize = INDEX_STORED_BYTES_AT + 8;
 const INDEX_CRC32C_AT: usize = INDEX_RAW_BYTES_AT + 8;
 const HEADER_CRC32C_AT: usize = INDEX_CRC32C_AT + 4;
 const FILE_BYTES_AT: usize = HEADER_CRC32C_AT + 4;
-const FOOTER_END: usize = FILE_BYTES_AT + 8;
+const FOOTER_CHUNKS_OFFSET_AT: usize = FILE_BYTES_AT + 8;
+const FOOTER_END: usize = FOOTER_CHUNKS_OFFSET_AT + 4;
 
 // The end of both blocks.
 const BLOCK_CRC32C_AT: usize = BLOCK_BYTES - 4;
@@ -86,6 +95,8 @@ pub struct Header {
     pub world_size: u32,
     /// Raw bytes per chunk.
     pub chunk_bytes: u32,
+    /// Where the first chunk starts; zeros lie between the header and it.
+    pub chunks_offset: u32,
     /// Whether the index names entries that all ranks saved alike.
     pub replicated: bool,
 }
@@ -94,6 +105,7 @@ impl Header {
     /// The block's bytes.
     pub fn encode(&self) -> [u8; BLOCK_BYTES] {
         let mut block = begin(HEADER_MAGIC, self.replicated);
+        put_chunks_offset(&mut block, HEADER_CHUNKS_OFFSET_AT, self.chunks_offset);
         put(&mut block, HEADER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, STEP_AT, self.step.to_le_bytes());
         put(&mut block, RANK_AT, self.rank.to_le_bytes());
@@ -112,6 +124,7 @@ impl Header {
             rank: u32::from_le_bytes(take(block, RANK_AT)),
             world_size: u32::from_le_bytes(take(block, WORLD_SIZE_AT)),
             chunk_bytes: u32::from_le_bytes(take(block, CHUNK_BYTES_AT)),
+            chunks_offset: take_chunks_offset(block, HEADER_CHUNKS_OFFSET_AT, "header")?,
         };
         header.validate()?;
         Ok(header)
@@ -151,6 +164,8 @@ pub struct Footer {
     /// Same as in the header.
     pub attempt: AttemptId,
     /// Same as in the header.
+    pub chunks_offset: u32,
+    /// Same as in the header.
     pub replicated: bool,
 }
 
@@ -158,6 +173,7 @@ impl Footer {
     /// The block's bytes.
     pub fn encode(&self) -> [u8; BLOCK_BYTES] {
         let mut block = begin(FOOTER_MAGIC, self.replicated);
+        put_chunks_offset(&mut block, FOOTER_CHUNKS_OFFSET_AT, self.chunks_offset);
         put(&mut block, FOOTER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, INDEX_OFFSET_AT, self.index_offset.to_le_bytes());
         put(&mut block, INDEX_STORED_BYTES_AT, self.index_stored_bytes.to_le_bytes());
@@ -180,6 +196,7 @@ impl Footer {
             index_crc32c: u32::from_le_bytes(take(block, INDEX_CRC32C_AT)),
             header_crc32c: u32::from_le_bytes(take(block, HEADER_CRC32C_AT)),
             file_bytes: u64::from_le_bytes(take(block, FILE_BYTES_AT)),
+            chunks_offset: take_chunks_offset(block, FOOTER_CHUNKS_OFFSET_AT, "footer")?,
         };
         footer.validate(file_bytes)?;
         Ok(footer)
@@ -206,11 +223,11 @@ impl Footer {
             self.index_raw_bytes
         );
         ensure!(
-            self.index_offset >= REGION_ALIGNMENT
+            self.index_offset >= u64::from(self.chunks_offset)
                 && self.index_offset.is_multiple_of(REGION_ALIGNMENT),
-            "the index starts at byte {}, expected a multiple of {REGION_ALIGNMENT} after the \
-                header",
-            self.index_offset
+            "the index starts at byte {}, expected a multiple of {REGION_ALIGNMENT} from {} on",
+            self.index_offset,
+            self.chunks_offset
         );
         let end = self
             .index_offset
@@ -235,6 +252,34 @@ fn begin(magic: [u8; 8], replicated: bool) -> [u8; BLOCK_BYTES] {
     let incompatible = if replicated { REPLICATED } else { 0 };
     put(&mut block, INCOMPATIBLE_AT, incompatible.to_le_bytes());
     block
+}
+
+/// Without the feature the field is zero, as in files that are older than it.
+fn put_chunks_offset(block: &mut [u8; BLOCK_BYTES], at: usize, chunks_offset: u32) {
+    if chunks_offset == CHUNKS_OFFSET_MIN {
+        return;
+    }
+    let features = u64::from_le_bytes(take(block, INCOMPATIBLE_AT)) | ALIGNED;
+    put(block, INCOMPATIBLE_AT, features.to_le_bytes());
+    put(block, at, chunks_offset.to_le_bytes());
+}
+
+fn take_chunks_offset(
+    block: &[u8; BLOCK_BYTES],
+    at: usize,
+    name: &str,
+) -> Result<u32, FormatError> {
+    let features = u64::from_le_bytes(take(block, INCOMPATIBLE_AT));
+    if features & ALIGNED == 0 {
+        return Ok(CHUNKS_OFFSET_MIN);
+    }
+    let offset = u32::from_le_bytes(take(block, at));
+    ensure!(
+        offset > CHUNKS_OFFSET_MIN && offset <= CHUNKS_OFFSET_MAX && offset.is_power_of_two(),
+        "the {name} puts the first chunk at byte {offset}, expected a power of two from \
+         {CHUNKS_OFFSET_MIN} to {CHUNKS_OFFSET_MAX}"
+    );
+    Ok(offset)
 }
 
 /// The block with its checksum.
@@ -304,6 +349,7 @@ mod tests {
             rank: 3,
             world_size: 8,
             chunk_bytes: 4 << 20,
+            chunks_offset: CHUNKS_OFFSET_MIN,
             replicated: false,
         }
     }
@@ -317,6 +363,7 @@ mod tests {
             header_crc32c: 0x89ab_cdef,
             file_bytes: 8192 + 8192 + 4096,
             attempt: AttemptId([0xab; 16]),
+            chunks_offset: 8192,
             replicated: true,
         }
     }
@@ -355,11 +402,11 @@ mod tests {
             panic!("version 2 was taken for damage")
         };
         assert!(why.contains("format version 2") && why.contains("up to version 1"), "{why}");
-        let feature = resealed(header().encode(), INCOMPATIBLE_AT, 4_u32.to_le_bytes());
+        let feature = resealed(header().encode(), INCOMPATIBLE_AT, 8_u32.to_le_bytes());
         let FormatError::Newer(why) = Header::decode(&feature).unwrap_err() else {
             panic!("an unknown feature was taken for damage")
         };
-        assert!(why.contains("features 0x4"), "{why}");
+        assert!(why.contains("features 0x8"), "{why}");
         let zero = resealed(header().encode(), VERSION_AT, 0_u32.to_le_bytes());
         assert!(matches!(Header::decode(&zero), Err(FormatError::Damaged(_))));
     }
@@ -371,6 +418,17 @@ mod tests {
     }
 
     #[test]
+    fn where_chunks_follow_the_header_nothing_is_said_of_it() {
+        let (header, footer) = (header().encode(), footer().encode());
+        let features = |block| u64::from_le_bytes(take(block, INCOMPATIBLE_AT));
+        assert_eq!((features(&header), features(&footer)), (0, REPLICATED | ALIGNED));
+        assert_eq!(take(&header, HEADER_CHUNKS_OFFSET_AT), [0; 4]);
+        // Not even if the field is something else.
+        let other = resealed(header, HEADER_CHUNKS_OFFSET_AT, 8192_u32.to_le_bytes());
+        assert_eq!(Header::decode(&other).unwrap().chunks_offset, CHUNKS_OFFSET_MIN);
+    }
+
+    #[test]
     fn fields_that_disagree_are_refused() {
         for wrong in [
             Header { rank: 8, ..header() },
@@ -378,12 +436,17 @@ mod tests {
             Header { chunk_bytes: 0, ..header() },
             Header { chunk_bytes: (4 << 20) + 1, ..header() },
             Header { chunk_bytes: 128 << 20, ..header() },
+            Header { chunks_offset: 0, ..header() },
+            Header { chunks_offset: 12_288, ..header() },
+            Header { chunks_offset: 2 * CHUNKS_OFFSET_MAX, ..header() },
         ] {
             assert!(Header::decode(&wrong.encode()).is_err(), "{wrong:?}");
         }
         for wrong in [
             Footer { index_offset: 8191, ..footer() },
             Footer { index_offset: 0, ..footer() },
+            Footer { chunks_offset: 2048, ..footer() },
+            Footer { chunks_offset: 16_384, ..footer() },
             Footer { index_offset: u64::MAX - 4095, ..footer() },
             Footer { index_stored_bytes: 0, ..footer() },
             Footer { index_stored_bytes: 9000, ..footer() },
@@ -401,7 +464,7 @@ mod tests {
         #[test]
         fn headers_round_trip(
             attempt: [u8; 16], step: u64, rank in 0..u32::MAX, more in 1..=u32::MAX, log in 16..=26,
-            replicated: bool,
+            log_offset in 12..=20, replicated: bool,
         ) {
             let header = Header {
                 attempt: AttemptId(attempt),
@@ -409,6 +472,7 @@ mod tests {
                 rank,
                 world_size: rank.saturating_add(more),
                 chunk_bytes: 1_u32 << log,
+                chunks_offset: 1_u32 << log_offset,
                 replicated,
             };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
@@ -417,7 +481,8 @@ mod tests {
         #[test]
         fn footers_round_trip(
             attempt: [u8; 16],
-            page in 1_u64..1 << 50,
+            page in 256_u64..1 << 50,
+            log_offset in 12..=20,
             index_stored_bytes in 1..=INDEX_BYTES_MAX,
             index_raw_bytes in 1..=INDEX_BYTES_MAX,
             index_crc32c: u32,
@@ -432,6 +497,7 @@ mod tests {
                 header_crc32c,
                 file_bytes: 0,
                 attempt: AttemptId(attempt),
+                chunks_offset: 1_u32 << log_offset,
                 replicated,
             };
             footer.file_bytes =

@@ -64,15 +64,23 @@ impl<'a> Control<'a> {
     }
 
     fn header(&self, footer: &Footer) -> Result<Header> {
-        let block = self.block(0)?;
-        let actual = block_crc32c(&block);
+        let bytes = self.read(0, footer.chunks_offset.into())?;
+        let (block, gap) = bytes.split_first_chunk().expect("at least a block was read");
+        let actual = block_crc32c(block);
         if actual != footer.header_crc32c {
             return Err(self.corrupt(format!(
                 "the header's checksum is {actual:08x}, the footer says {:08x}",
                 footer.header_crc32c
             )));
         }
-        Header::decode(&block).map_err(|error| self.format(error))
+        if let Some(at) = gap.iter().position(|byte| *byte != 0) {
+            return Err(self.corrupt(format!(
+                "byte {} between the header and the first chunk is {:#04x}, expected zero",
+                BLOCK_BYTES + at,
+                gap[at]
+            )));
+        }
+        Header::decode(block).map_err(|error| self.format(error))
     }
 
     /// The identity that header, footer and manifest state must be one.
@@ -96,6 +104,12 @@ impl<'a> Control<'a> {
 
     /// A reader that does not know the feature must have been told at the first block.
     fn compare_features(&self, header: &Header, footer: &Footer, index: &ShardIndex) -> Result<()> {
+        if header.chunks_offset != footer.chunks_offset {
+            return Err(self.corrupt(format!(
+                "the first chunk is at byte {} by the header, {} by the footer",
+                header.chunks_offset, footer.chunks_offset
+            )));
+        }
         let has_replicated = !index.replicated.is_empty();
         if (header.replicated, footer.replicated) == (has_replicated, has_replicated) {
             return Ok(());
@@ -126,6 +140,7 @@ impl<'a> Control<'a> {
         let context = IndexContext {
             file_bytes: footer.file_bytes,
             chunk_bytes: header.chunk_bytes,
+            chunks_offset: footer.chunks_offset,
             index_offset: footer.index_offset,
         };
         let unpadded = usize::try_from(footer.index_stored_bytes).unwrap_or(usize::MAX);

@@ -14,7 +14,7 @@ use crate::format::index::{ChunkRecord, ShardIndex};
 use crate::format::layout::chunks_of;
 use crate::format::manifest::Manifest;
 use crate::format::names::parse_shard_file;
-use crate::format::shard::{BLOCK_BYTES, Header};
+use crate::format::shard::Header;
 use crate::io::buffer::{Buffer, CONTROL_BUFFER_BYTES};
 use crate::store::{ShardId, ShardSource, Store};
 use crate::{EngineError, Result};
@@ -104,7 +104,8 @@ impl Shard {
 
     /// The file, in pieces of whole blocks by offset: header, chunks, index and footer.
     pub(crate) fn extents(&self) -> Vec<Extent> {
-        let mut extents = vec![Extent { offset: 0, bytes: BLOCK_BYTES, crc32c: None }];
+        let bytes = self.header.chunks_offset as usize;
+        let mut extents = vec![Extent { offset: 0, bytes, crc32c: None }];
         extents.extend(self.index.chunks.iter().map(|chunk| Extent {
             offset: chunk.offset,
             bytes: chunk.padded_bytes(),

@@ -1,7 +1,7 @@
 //! The committer: writes the shard, publishes the manifest, reads it back, applies retention.
 //!
 //! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
-//! checkpoints deleted; a save that fails before the manifest leaves nothing behind but earlier
+//! checkpoints deleted -> handle resolved -> their space given back -> next save written; a save that fails before the manifest leaves nothing behind but earlier
 //! checkpoints; a panic here fails that save and poisons the engine, and waits nobody out. Where
 //! several ranks save together, what is visible is what [`super::together`] brought about.
 
@@ -16,7 +16,7 @@ use dtr_proto::span;
 use super::handle::{SaveHandle, SaveInfo};
 use super::job::{Job, Message};
 use super::together::{Together, annotations_of};
-use super::write::{IndexDraft, WrittenShard, write_shard};
+use super::write::{IndexDraft, WrittenShard, chunks_offset, write_shard};
 use crate::clock::elapsed;
 use crate::engine::Core;
 use crate::error::IoContext;
@@ -96,6 +96,8 @@ fn run(core: &Core, task: CommitTask) {
     }
     core.save_ended(&job, result.as_ref().ok());
     handle.resolve(result);
+    // Before the next shard needs the space; nobody waits for it until then.
+    core.store.reclaim();
 }
 
 /// A panic becomes an error, and the engine saves no more.
@@ -260,6 +262,7 @@ fn write(
         rank: shard.rank,
         world_size: core.config.world_size,
         chunk_bytes: job.layout.chunk_bytes(),
+        chunks_offset: chunks_offset(job.layout.raw_bytes(), job.compression.fixed_codec()),
         replicated: index.has_replicated(),
     };
     let written = write_shard(job, index, &header, &encoded, sink.as_mut(), &core.control_pool);

@@ -2,7 +2,7 @@
 //! footer.
 //!
 //! Always holds: header, chunks, index and footer tile the file exactly; with codec `none` chunk
-//! `i` lies at `4096 + i * chunk_bytes`, so that a tensor is contiguous in the file.
+//! `i` lies at `chunks_offset + i * chunk_bytes`, so that a tensor is contiguous in the file.
 
 use std::sync::Arc;
 
@@ -16,7 +16,9 @@ use crate::format::index::{
 };
 use crate::format::layout::Layout;
 use crate::format::names::AttemptId;
-use crate::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
+use crate::format::shard::{
+    BLOCK_BYTES, CHUNKS_OFFSET_MAX, CHUNKS_OFFSET_MIN, Footer, Header, block_crc32c,
+};
 use crate::format::tree::Node;
 use crate::io::ALIGNMENT;
 use crate::io::buffer::BufferPool;
@@ -73,6 +75,18 @@ impl IndexDraft {
     }
 }
 
+/// Where the first chunk goes. Chunks that are stored as they are start at multiples of it: storage
+/// is faster at writes that start where its own units do (pages of the host under a virtual disk,
+/// stripes of a RAID or of a parallel filesystem, records of ZFS). The zeros before the first chunk
+/// are less than a thousandth of the state. Encoded chunks have any length, and start anywhere.
+pub(crate) fn chunks_offset(raw_bytes: u64, codec: Option<Codec>) -> u32 {
+    if codec != Some(Codec::None) {
+        return CHUNKS_OFFSET_MIN;
+    }
+    let most = u32::try_from(raw_bytes / 1024).unwrap_or(u32::MAX).max(1);
+    (1 << most.ilog2()).clamp(CHUNKS_OFFSET_MIN, CHUNKS_OFFSET_MAX)
+}
+
 /// Writes the shard of `job` through `sink` and makes it durable.
 pub(crate) fn write_shard(
     job: &Arc<Job>,
@@ -82,15 +96,17 @@ pub(crate) fn write_shard(
     sink: &mut dyn ShardSink,
     pool: &Arc<BufferPool>,
 ) -> Result<WrittenShard> {
-    let attempt = header.attempt;
-    let header = header.encode();
-    let next_offset = BLOCK_BYTES as u64;
-    let mut writer = ShardWriter { job, attempt, sink, pool, next_offset };
-    writer.write_at(0, &header)?;
+    let &Header { attempt, chunks_offset, .. } = header;
+    let block = header.encode();
+    let mut start = block.to_vec();
+    start.resize(chunks_offset as usize, 0);
+    let next_offset = chunks_offset.into();
+    let mut writer = ShardWriter { job, attempt, sink, pool, chunks_offset, next_offset };
+    writer.write_at(0, &start)?;
     let chunks = writer.write_chunks(encoded)?;
     let IndexDraft { nodes, tensors, storages, replicated } = draft;
     let index = ShardIndex { nodes, storages, tensors, chunks, replicated };
-    writer.close(&index, block_crc32c(&header))
+    writer.close(&index, block_crc32c(&block))
 }
 
 struct ShardWriter<'a> {
@@ -98,6 +114,7 @@ struct ShardWriter<'a> {
     attempt: AttemptId,
     sink: &'a mut dyn ShardSink,
     pool: &'a Arc<BufferPool>,
+    chunks_offset: u32,
     next_offset: u64,
 }
 
@@ -146,7 +163,8 @@ impl ShardWriter<'_> {
     /// Where a chunk goes: its raw place if no chunk of this save is encoded, else the next free.
     fn place(&mut self, index: usize, padded_bytes: u64) -> u64 {
         let offset = if self.job.compression.fixed_codec() == Some(Codec::None) {
-            BLOCK_BYTES as u64 + index as u64 * u64::from(self.job.layout.chunk_bytes())
+            let raw_offset = index as u64 * u64::from(self.job.layout.chunk_bytes());
+            u64::from(self.chunks_offset) + raw_offset
         } else {
             self.next_offset
         };
@@ -178,6 +196,7 @@ impl ShardWriter<'_> {
             header_crc32c,
             file_bytes: footer_offset + BLOCK_BYTES as u64,
             attempt: self.attempt,
+            chunks_offset: self.chunks_offset,
             replicated: !index.replicated.is_empty(),
         };
         let block = footer.encode();
@@ -205,5 +224,30 @@ impl ShardWriter<'_> {
             at += part.len() as u64;
         }
         Ok(whole)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_stored_as_they_are_start_where_storage_likes_it() {
+        let offset = |raw_bytes| chunks_offset(raw_bytes, Some(Codec::None));
+        for (raw_bytes, expected) in [
+            (0, 4096),
+            (1, 4096),
+            ((8 << 20) - 1, 4096),
+            (8 << 20, 8192),
+            ((64 << 20) + 1, 64 << 10),
+            (1 << 30, 1 << 20),
+            (1 << 40, 1 << 20),
+            (u64::MAX, 1 << 20),
+        ] {
+            assert_eq!(offset(raw_bytes), expected, "{raw_bytes}");
+        }
+        for codec in [None, Some(Codec::Float), Some(Codec::Zstd)] {
+            assert_eq!(chunks_offset(1 << 30, codec), 4096);
+        }
     }
 }

@@ -89,7 +89,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// another attempt stays: it was saved after the caller had looked. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64>;
 
-    /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller.
+    /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller, and
+    /// the space is given back by [`Store::reclaim`].
     fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
         self.remove_checkpoint(step, only).map(drop)
     }
@@ -104,6 +105,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
         Ok(self.remove_orphan(step, file)?.is_some())
     }
+
+    /// Gives back the space of what was let go, and returns when that is done: a filesystem may take
+    /// seconds for it.
+    fn reclaim(&self) {}
 
     /// Uploads that were begun, never finished and never given up, by whichever process: the parts
     /// that arrived take space though no listing shows them. Only where a store has such.

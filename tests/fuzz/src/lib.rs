@@ -17,7 +17,7 @@ use dtr_engine::format::names::{
     AttemptId, manifest_temporary_name, parse_manifest_temporary, parse_shard_file, parse_step_dir,
     shard_file_name, step_dir_name,
 };
-use dtr_engine::format::shard::{BLOCK_BYTES, Footer, Header, block_crc32c};
+use dtr_engine::format::shard::{BLOCK_BYTES, CHUNKS_OFFSET_MIN, Footer, Header, block_crc32c};
 use dtr_engine::format::tree::{Walk, tensor_paths};
 
 const PAGE: u64 = BLOCK_BYTES as u64;
@@ -98,6 +98,7 @@ fn context(shape: [u8; 2], stored_bytes: usize) -> IndexContext {
     IndexContext {
         file_bytes: index_offset + padded + PAGE,
         chunk_bytes: 1 << (16 + shape[1] % 11),
+        chunks_offset: CHUNKS_OFFSET_MIN,
         index_offset,
     }
 }

@@ -196,7 +196,7 @@ pub(super) fn tiling(
         chunks.iter().map(|chunk| (chunk.offset, u64::from(chunk.stored_bytes))).collect();
     regions.sort_unstable();
     regions.push((context.index_offset, index_stored_bytes));
-    let mut end = REGION_ALIGNMENT;
+    let mut end = u64::from(context.chunks_offset);
     for (offset, bytes) in regions {
         ensure!(
             offset == end,

@@ -215,6 +215,8 @@ pub struct IndexContext {
     pub file_bytes: u64,
     /// Raw bytes per chunk.
     pub chunk_bytes: u32,
+    /// Where the first chunk starts.
+    pub chunks_offset: u32,
     /// Where the index starts.
     pub index_offset: u64,
 }

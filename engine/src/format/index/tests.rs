@@ -6,6 +6,7 @@ use prost::Message;
 
 use super::*;
 use crate::format::layout::{Layout, StorageSpec};
+use crate::format::shard::CHUNKS_OFFSET_MIN;
 use crate::format::tree::{DictKind, Key, Value};
 
 const CHUNK_BYTES: u32 = 1 << 16;
@@ -83,6 +84,7 @@ fn context(index: &ShardIndex, stored: &[u8]) -> IndexContext {
     IndexContext {
         file_bytes: index_offset.saturating_add(padded + PAGE),
         chunk_bytes: CHUNK_BYTES,
+        chunks_offset: CHUNKS_OFFSET_MIN,
         index_offset,
     }
 }
@@ -416,6 +418,7 @@ fn chunks_that_do_not_tile_the_file_are_refused() {
     assert_chunks_refused(|chunks| chunks[0].offset += 1, "must tile"); // unaligned
     assert_chunks_refused(|chunks| chunks[3].offset = u64::MAX - 4095, "must tile");
     assert_refused(reread_in(&sample(), |context| context.index_offset += PAGE), "must tile");
+    assert_refused(reread_in(&sample(), |context| context.chunks_offset *= 2), "must tile");
     assert_refused(reread_in(&sample(), |context| context.index_offset -= PAGE), "must tile");
     assert_refused(reread_in(&sample(), |context| context.file_bytes += PAGE), "right after it");
     assert_refused(reread_in(&sample(), |context| context.file_bytes += 1), "right after it");

@@ -54,6 +54,7 @@ mod source;
 mod tests;
 
 use lock::{Locks, WriterLock};
+use remove::{Deleted, Space};
 
 /// A store in a directory.
 #[derive(Debug)]
@@ -80,6 +81,8 @@ struct Shared {
     changes: Mutex<()>,
     /// Whether every name that can be seen is durable: nothing is deleted before.
     settled: AtomicBool,
+    /// Held while space is given back, so that who needs it can wait for that.
+    deleted: Mutex<Vec<Deleted>>,
 }
 
 impl LocalStore {
@@ -118,6 +121,7 @@ impl LocalStore {
             locks,
             changes: Mutex::default(),
             settled: AtomicBool::new(false),
+            deleted: Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared), writer, _beside: beside.unwrap_or_default() })
     }
@@ -201,12 +205,26 @@ impl Store for LocalStore {
 
     fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
         self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step, only)
+        remove::remove_checkpoint(&self.shared, step, only, Space::Now)
+    }
+
+    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
+        self.writer("deleting a checkpoint")?;
+        remove::remove_checkpoint(&self.shared, step, only, Space::Later).map(drop)
     }
 
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
         self.writer("deleting a file")?;
-        remove::remove_orphan(&self.shared, step, file)
+        remove::remove_orphan(&self.shared, step, file, Space::Now)
+    }
+
+    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
+        self.writer("deleting a file")?;
+        Ok(remove::remove_orphan(&self.shared, step, file, Space::Later)?.is_some())
+    }
+
+    fn reclaim(&self) {
+        remove::reclaim(&self.shared);
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

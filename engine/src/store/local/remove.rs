@@ -7,13 +7,17 @@
 //! - A checkpoint's manifest is gone, durably, before the first of its shards goes: none is ever
 //!   seen with shards missing because it is being deleted.
 //! - A shard goes only under its own lock, and an orphan only if no manifest that stands names it.
+//! - A name is gone when this returns; its space, where it is asked for [`Space::Later`], is given
+//!   back by [`reclaim`], or when the process ends.
 //! - Files with names of others stay, and so does the directory that holds them.
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use super::lock::{LockFile, lock_error};
+use super::lock::{Lock, LockFile, lock_error};
 use super::{Shared, is_directory, is_own_name, list_own_names, publish, stat_file};
 use crate::format::names::{self, AttemptId};
 use crate::io::EntryOp;
@@ -21,11 +25,60 @@ use crate::store::ShardId;
 use crate::store::publication::Standing;
 use crate::{EngineError, Result};
 
+/// When the space of a deleted file is given back. A filesystem does it when the last descriptor is
+/// closed, and takes as long as a second for a gigabyte (ext4 that tells the device with `discard`);
+/// the descriptor that holds the lock is on the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Space {
+    /// Before the deletion returns.
+    Now,
+    /// By [`reclaim`].
+    Later,
+}
+
+/// A file without a name that still takes space.
+#[derive(Debug)]
+pub(super) struct Deleted {
+    step: u64,
+    lock: Lock,
+}
+
+impl Deleted {
+    pub(super) fn new(step: u64, lock: Lock) -> Self {
+        Self { step, lock }
+    }
+}
+
+/// Gives back the space of what was deleted for [`Space::Later`].
+pub(super) fn reclaim(shared: &Shared) {
+    if !shared.locks.in_owner() {
+        return;
+    }
+    let mut waiting = shared.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut steps = BTreeSet::new();
+    for Deleted { step, lock } in waiting.drain(..) {
+        drop(lock);
+        steps.insert(step);
+    }
+    // NFS and FUSE keep a name for a file that is open: the directory was not empty until now.
+    for step in steps {
+        let gone = match is_directory(&*shared.io, &shared.step_directory(step)) {
+            Ok(true) => remove_empty_step(shared, step),
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = gone {
+            tracing::warn!(step, %error, "an empty step directory stays behind");
+        }
+    }
+}
+
 /// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`].
 pub(super) fn remove_checkpoint(
     shared: &Shared,
     step: u64,
     only: Option<AttemptId>,
+    space: Space,
 ) -> Result<u64> {
     let directory = shared.step_directory(step);
     let Some(names) = list_own_names(&*shared.io, &directory)? else {
@@ -45,14 +98,20 @@ pub(super) fn remove_checkpoint(
     sync_if_there(shared, &directory)?;
     for name in names.iter().filter(|name| *name != names::MANIFEST_FILE) {
         // One that is locked belongs to an attempt that runs: it goes or is committed by itself.
-        freed_bytes += remove_unlocked(shared, &directory.join(name), || Ok(true))?.unwrap_or(0);
+        let freed = remove_unlocked(shared, (step, name), space, || Ok(true))?;
+        freed_bytes += freed.unwrap_or(0);
     }
     remove_empty_step(shared, step)?;
     Ok(freed_bytes)
 }
 
 /// Deletes a file that no manifest names; see [`crate::store::Store::remove_orphan`].
-pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Option<u64>> {
+pub(super) fn remove_orphan(
+    shared: &Shared,
+    step: u64,
+    file: &str,
+    space: Space,
+) -> Result<Option<u64>> {
     if !is_own_name(file) || file == names::MANIFEST_FILE {
         return Err(EngineError::invalid(
             format!("deleting file `{file}` of step {step}"),
@@ -65,15 +124,14 @@ pub(super) fn remove_orphan(shared: &Shared, step: u64, file: &str) -> Result<Op
         return Ok(Some(0));
     }
     settle(shared)?;
-    let path = directory.join(file);
     let freed_bytes = if let Some((_, attempt)) = names::parse_shard_file(file) {
         // Asked under the lock: an attempt publishes before it lets go of its shard.
-        remove_unlocked(shared, &path, || {
+        remove_unlocked(shared, (step, file), space, || {
             Ok(!publish::standing(shared, step, attempt)?.may_be_ours())
         })?
     } else {
         let _changes = shared.changes();
-        Some(remove_file(shared, &path)?)
+        Some(remove_file(shared, &directory.join(file))?)
     };
     if freed_bytes.is_some() {
         remove_empty_step(shared, step)?;
@@ -89,7 +147,7 @@ pub(super) fn remove_begun(shared: &Shared, id: ShardId) -> Result<()> {
         return Ok(());
     }
     let file = names::shard_file_name(rank, attempt);
-    if remove_orphan(shared, step, &file)?.is_some() {
+    if remove_orphan(shared, step, &file, Space::Now)?.is_some() {
         return Ok(());
     }
     let what = format!("writing `{}` anew", shared.shard_path(id).display());
@@ -153,9 +211,11 @@ pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<()> {
 /// the bytes freed; `None` if it stays.
 fn remove_unlocked(
     shared: &Shared,
-    path: &Path,
+    (step, file): (u64, &str),
+    space: Space,
     allowed: impl FnOnce() -> Result<bool>,
 ) -> Result<Option<u64>> {
+    let path = &shared.step_directory(step).join(file);
     if stat_file(&*shared.io, path)?.is_none() {
         return Ok(Some(0));
     }
@@ -172,7 +232,13 @@ fn remove_unlocked(
         return Ok(None);
     }
     let freed_bytes = remove_file(shared, path)?;
-    drop(lock);
+    match space {
+        Space::Now => drop(lock),
+        Space::Later => {
+            let mut waiting = shared.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+            waiting.push(Deleted::new(step, lock));
+        }
+    }
     Ok(Some(freed_bytes))
 }
 

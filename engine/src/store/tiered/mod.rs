@@ -308,7 +308,7 @@ impl Store for TieredStore {
         let state = work.upload_state(step);
         work.cancel(step);
         let attempt = work.to_take_back(step);
-        let removed = self.near.remove_checkpoint(step, None);
+        let removed = self.near.let_go(step, None);
         removed.inspect_err(|_| work.put_back(step, state))?;
         let _behind = work.let_go_behind(step, attempt);
         Ok(())
@@ -327,11 +327,15 @@ impl Store for TieredStore {
 
     fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
         let Some(work) = self.uploads() else { return self.near.let_go_orphan(step, file) };
-        let is_gone = self.near.remove_orphan(step, file)?.is_some();
+        let is_gone = self.near.let_go_orphan(step, file)?;
         if is_gone && work.view.has(step, file) {
             let _behind = work.remove_orphan_behind(step, file);
         }
         Ok(is_gone)
+    }
+
+    fn reclaim(&self) {
+        self.near.reclaim();
     }
 
     fn unfinished_uploads(&self) -> Result<Vec<UnfinishedUpload>> {

@@ -18,6 +18,7 @@ use crate::recovery::{ManifestState, StepState, Survey, check_save, survey};
 use crate::store::Piece;
 
 mod faults;
+mod space;
 
 const IN_FLIGHT_BYTES: u64 = 64 << 10;
 /// The shortest shard that a manifest may name: header, index, footer.
@@ -566,6 +567,7 @@ fn forked(path: &Path) -> LocalStore {
         locks,
         changes: Mutex::default(),
         settled: AtomicBool::new(false),
+        deleted: Mutex::default(),
     };
     LocalStore { shared: Arc::new(shared), writer, _beside: Vec::new() }
 }
@@ -579,6 +581,8 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
         publish(&child, shard(1, A), SHARD_BYTES as u64, None),
         child.remove_checkpoint(1, None).map(drop),
         child.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
+        child.let_go(1, None),
+        child.let_go_orphan(1, &names::shard_file_name(0, A)).map(drop),
         child.now().map(drop),
         child.read_manifest(1).map(drop),
     ];
