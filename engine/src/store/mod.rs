@@ -89,8 +89,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// another attempt stays: it was saved after the caller had looked. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64>;
 
-    /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller, and
-    /// the space is given back by [`Store::reclaim`].
+    /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller,
+    /// and the space is given back by [`Store::reclaim`].
     fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
         self.remove_checkpoint(step, only).map(drop)
     }
@@ -106,8 +106,8 @@ pub trait Store: Send + Sync + fmt::Debug {
         Ok(self.remove_orphan(step, file)?.is_some())
     }
 
-    /// Gives back the space of what was let go, and returns when that is done: a filesystem may take
-    /// seconds for it.
+    /// Gives back the space of what was let go, and returns when that is done: a filesystem may
+    /// take seconds for it.
     fn reclaim(&self) {}
 
     /// Uploads that were begun, never finished and never given up, by whichever process: the parts

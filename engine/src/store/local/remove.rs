@@ -25,9 +25,9 @@ use crate::store::ShardId;
 use crate::store::publication::Standing;
 use crate::{EngineError, Result};
 
-/// When the space of a deleted file is given back. A filesystem does it when the last descriptor is
-/// closed, and takes as long as a second for a gigabyte (ext4 that tells the device with `discard`);
-/// the descriptor that holds the lock is on the file.
+/// When the space of a deleted file is given back. A filesystem does it when the last descriptor on
+/// the file, here that of its lock, is closed, and may take a second for a gigabyte (ext4 that tells
+/// the device with `discard`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
     /// Before the deletion returns.
