@@ -12,4 +12,5 @@ mod lifecycle;
 mod pressure;
 mod round_trip;
 mod slow_device;
+mod space;
 mod support;

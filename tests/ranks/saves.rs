@@ -46,6 +46,25 @@ fn rank_0_applies_retention_for_all() {
     }
 }
 
+/// They may share a filesystem: the space of all is back when one of them may save again.
+#[test]
+fn ranks_find_the_space_of_what_was_deleted() {
+    let world = World::new(2);
+    let open = |number| {
+        let config = Config { keep_last_n: Some(1), ..world.config(number) };
+        world.rank_through(number, config, |ranks| ranks)
+    };
+    let ranks: Vec<_> = (0..2).map(open).collect();
+    for step in 1..=50 {
+        save_all(&ranks, step);
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+        let names = descriptors.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+        let names = names.map(|name| name.display().to_string());
+        let old = format!("step-{:012}", step - 1);
+        assert_eq!(names.filter(|name| name.contains(&old)).collect::<Vec<_>>(), [""; 0]);
+    }
+}
+
 #[test]
 fn a_rewind_retires_what_came_later_on_all_ranks() {
     let world = World::new(2);

@@ -14,7 +14,7 @@ use crate::format::checksum;
 use crate::format::layout::{Layout, StorageSpec};
 use crate::format::manifest::{FORMAT_VERSION, Manifest, Retired, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
-use crate::format::shard::{BLOCK_BYTES, CHUNKS_OFFSET_MIN};
+use crate::format::shard::BLOCK_BYTES;
 use crate::io::buffer::BufferPool;
 use crate::recovery::check_save;
 use crate::save::capture::{Origin, Until, capture, fits};
@@ -25,7 +25,7 @@ use crate::save::write::{IndexDraft, chunks_offset};
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
 use crate::{EngineError, Result};
 
-/// Room for header, footer and a small index, when free space is checked.
+/// Room for footer and a small index, when free space is checked.
 const CONTROL_BYTES: u64 = 1 << 20;
 
 /// The layout of the save before, good for as long as the storages stay the same.
@@ -198,9 +198,9 @@ impl Inner {
     /// Refuses a save that the store has no room for; returns the length to reserve.
     fn check_space(&self, step: u64, raw_bytes: u64) -> Result<u64> {
         let expected = self.core.expected_stored_bytes(raw_bytes);
-        let codec = self.core.config.compression.fixed_codec();
-        let gap = u64::from(chunks_offset(raw_bytes, codec) - CHUNKS_OFFSET_MIN);
-        let needed = expected.saturating_add(CONTROL_BYTES + gap);
+        let Config { chunk_bytes, compression, .. } = &self.core.config;
+        let chunks_offset = chunks_offset(raw_bytes, *chunk_bytes, compression.fixed_codec());
+        let needed = expected.saturating_add(CONTROL_BYTES + u64::from(chunks_offset));
         let store = &self.core.store;
         let mut free_bytes = store.free_bytes()?;
         if free_bytes.is_some_and(|free| free < needed) {

@@ -104,8 +104,8 @@ pub struct Header {
 impl Header {
     /// The block's bytes.
     pub fn encode(&self) -> [u8; BLOCK_BYTES] {
-        let mut block = begin(HEADER_MAGIC, self.replicated);
-        put_chunks_offset(&mut block, HEADER_CHUNKS_OFFSET_AT, self.chunks_offset);
+        let mut block = begin(HEADER_MAGIC, self.replicated, self.chunks_offset);
+        put(&mut block, HEADER_CHUNKS_OFFSET_AT, chunks_offset_field(self.chunks_offset));
         put(&mut block, HEADER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, STEP_AT, self.step.to_le_bytes());
         put(&mut block, RANK_AT, self.rank.to_le_bytes());
@@ -124,7 +124,11 @@ impl Header {
             rank: u32::from_le_bytes(take(block, RANK_AT)),
             world_size: u32::from_le_bytes(take(block, WORLD_SIZE_AT)),
             chunk_bytes: u32::from_le_bytes(take(block, CHUNK_BYTES_AT)),
-            chunks_offset: take_chunks_offset(block, HEADER_CHUNKS_OFFSET_AT, "header")?,
+            chunks_offset: take_chunks_offset(
+                block,
+                (features, HEADER_CHUNKS_OFFSET_AT),
+                "header",
+            )?,
         };
         header.validate()?;
         Ok(header)
@@ -172,8 +176,8 @@ pub struct Footer {
 impl Footer {
     /// The block's bytes.
     pub fn encode(&self) -> [u8; BLOCK_BYTES] {
-        let mut block = begin(FOOTER_MAGIC, self.replicated);
-        put_chunks_offset(&mut block, FOOTER_CHUNKS_OFFSET_AT, self.chunks_offset);
+        let mut block = begin(FOOTER_MAGIC, self.replicated, self.chunks_offset);
+        put(&mut block, FOOTER_CHUNKS_OFFSET_AT, chunks_offset_field(self.chunks_offset));
         put(&mut block, FOOTER_ATTEMPT_AT, self.attempt.0);
         put(&mut block, INDEX_OFFSET_AT, self.index_offset.to_le_bytes());
         put(&mut block, INDEX_STORED_BYTES_AT, self.index_stored_bytes.to_le_bytes());
@@ -196,7 +200,11 @@ impl Footer {
             index_crc32c: u32::from_le_bytes(take(block, INDEX_CRC32C_AT)),
             header_crc32c: u32::from_le_bytes(take(block, HEADER_CRC32C_AT)),
             file_bytes: u64::from_le_bytes(take(block, FILE_BYTES_AT)),
-            chunks_offset: take_chunks_offset(block, FOOTER_CHUNKS_OFFSET_AT, "footer")?,
+            chunks_offset: take_chunks_offset(
+                block,
+                (features, FOOTER_CHUNKS_OFFSET_AT),
+                "footer",
+            )?,
         };
         footer.validate(file_bytes)?;
         Ok(footer)
@@ -245,39 +253,35 @@ impl Footer {
 }
 
 /// A block with its preamble.
-fn begin(magic: [u8; 8], replicated: bool) -> [u8; BLOCK_BYTES] {
+fn begin(magic: [u8; 8], replicated: bool, chunks_offset: u32) -> [u8; BLOCK_BYTES] {
     let mut block = [0; BLOCK_BYTES];
     put(&mut block, MAGIC_AT, magic);
     put(&mut block, VERSION_AT, FORMAT_VERSION.to_le_bytes());
-    let incompatible = if replicated { REPLICATED } else { 0 };
+    let replicated = if replicated { REPLICATED } else { 0 };
+    let aligned = if chunks_offset == CHUNKS_OFFSET_MIN { 0 } else { ALIGNED };
+    let incompatible = replicated | aligned;
     put(&mut block, INCOMPATIBLE_AT, incompatible.to_le_bytes());
     block
 }
 
 /// Without the feature the field is zero, as in files that are older than it.
-fn put_chunks_offset(block: &mut [u8; BLOCK_BYTES], at: usize, chunks_offset: u32) {
-    if chunks_offset == CHUNKS_OFFSET_MIN {
-        return;
-    }
-    let features = u64::from_le_bytes(take(block, INCOMPATIBLE_AT)) | ALIGNED;
-    put(block, INCOMPATIBLE_AT, features.to_le_bytes());
-    put(block, at, chunks_offset.to_le_bytes());
+fn chunks_offset_field(chunks_offset: u32) -> [u8; 4] {
+    if chunks_offset == CHUNKS_OFFSET_MIN { [0; 4] } else { chunks_offset.to_le_bytes() }
 }
 
 fn take_chunks_offset(
     block: &[u8; BLOCK_BYTES],
-    at: usize,
+    (features, at): (u64, usize),
     name: &str,
 ) -> Result<u32, FormatError> {
-    let features = u64::from_le_bytes(take(block, INCOMPATIBLE_AT));
     if features & ALIGNED == 0 {
         return Ok(CHUNKS_OFFSET_MIN);
     }
     let offset = u32::from_le_bytes(take(block, at));
     ensure!(
         offset > CHUNKS_OFFSET_MIN && offset <= CHUNKS_OFFSET_MAX && offset.is_power_of_two(),
-        "the {name} puts the first chunk at byte {offset}, expected a power of two from \
-         {CHUNKS_OFFSET_MIN} to {CHUNKS_OFFSET_MAX}"
+        "the {name} puts the first chunk at byte {offset}, expected a power of two above \
+         {CHUNKS_OFFSET_MIN}, at most {CHUNKS_OFFSET_MAX}"
     );
     Ok(offset)
 }
@@ -481,8 +485,8 @@ mod tests {
         #[test]
         fn footers_round_trip(
             attempt: [u8; 16],
-            page in 256_u64..1 << 50,
-            log_offset in 12..=20,
+            log_offset in 12_u32..=20,
+            pages in 0_u64..1 << 50,
             index_stored_bytes in 1..=INDEX_BYTES_MAX,
             index_raw_bytes in 1..=INDEX_BYTES_MAX,
             index_crc32c: u32,
@@ -490,7 +494,7 @@ mod tests {
             replicated: bool,
         ) {
             let mut footer = Footer {
-                index_offset: page * REGION_ALIGNMENT,
+                index_offset: (1 << log_offset) + pages * REGION_ALIGNMENT,
                 index_stored_bytes,
                 index_raw_bytes,
                 index_crc32c,
@@ -515,7 +519,7 @@ mod tests {
             prop_assert!(Footer::decode(&block, file_bytes).is_err());
             // The same with a right checksum: fields alone never panic.
             let _ = Header::decode(&resealed(finish(block), VERSION_AT, 1_u32.to_le_bytes()));
-            let mut sealed = begin(FOOTER_MAGIC, true);
+            let mut sealed = begin(FOOTER_MAGIC, true, 8192);
             sealed[PREAMBLE_END..].copy_from_slice(&block[PREAMBLE_END..]);
             prop_assert!(Footer::decode(&finish(sealed), file_bytes).is_err());
         }

@@ -9,13 +9,14 @@ use crossbeam_channel::Receiver;
 
 use super::control::read_control;
 use super::second::{is_damage, open_second, read_elsewhere};
-use super::start_reading;
+use super::{read_now, start_reading};
+use crate::error::IoContext;
 use crate::format::index::{ChunkRecord, ShardIndex};
 use crate::format::layout::chunks_of;
 use crate::format::manifest::Manifest;
 use crate::format::names::parse_shard_file;
-use crate::format::shard::Header;
-use crate::io::buffer::{Buffer, CONTROL_BUFFER_BYTES};
+use crate::format::shard::{BLOCK_BYTES, Header};
+use crate::io::buffer::{Buffer, BufferPool, CONTROL_BUFFER_BYTES};
 use crate::store::{ShardId, ShardSource, Store};
 use crate::{EngineError, Result};
 
@@ -102,7 +103,34 @@ impl Shard {
         &self.index.chunks[chunk]
     }
 
-    /// The file, in pieces of whole blocks by offset: header, chunks, index and footer.
+    /// Checks that nothing but zeros lies between the header and the first chunk, in what the file
+    /// begins with: all up to there.
+    pub(crate) fn check_start(&self, start: &[u8]) -> Result<()> {
+        let gap = start.get(BLOCK_BYTES..).unwrap_or_default();
+        let Some(at) = gap.iter().position(|byte| *byte != 0) else { return Ok(()) };
+        Err(EngineError::corrupt(
+            self.name(),
+            format!(
+                "byte {} between the header and the first chunk is {:#04x}, expected zero",
+                BLOCK_BYTES + at,
+                gap[at]
+            ),
+        ))
+    }
+
+    /// [`Shard::check_start`] of the file as it is.
+    pub(super) fn read_start(&self) -> Result<()> {
+        let bytes = self.header.chunks_offset as usize;
+        if bytes == BLOCK_BYTES {
+            return Ok(());
+        }
+        let pool = BufferPool::new(bytes, 1).context("allocating a buffer to read", self.name())?;
+        let (read, buffer) = read_now(self.source.as_ref(), 0, pool.take(), bytes)?;
+        read?;
+        self.check_start(&buffer[..bytes])
+    }
+
+    /// The file, in pieces of whole blocks by offset: header with zeros, chunks, index and footer.
     pub(crate) fn extents(&self) -> Vec<Extent> {
         let bytes = self.header.chunks_offset as usize;
         let mut extents = vec![Extent { offset: 0, bytes, crc32c: None }];

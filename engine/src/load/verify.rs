@@ -96,7 +96,7 @@ pub(crate) fn verify_step(
                 match Shard::open(store, &manifest, entry.rank, OnDamage::Report) {
                     Ok(shard) => {
                         has_replicated |= shard.header.replicated;
-                        verify_shard(&shard, options, observer, &mut report)?;
+                        verify_shard((&shard, &entry.file), options, observer, &mut report)?;
                     }
                     Err(EngineError::NotFound { .. })
                         if own.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
@@ -168,7 +168,7 @@ fn whole_file(file: &str, error: EngineError) -> Result<Damage> {
 }
 
 fn verify_shard(
-    shard: &Shard,
+    (shard, file): (&Shard, &str),
     options: ReadOptions,
     observer: &dyn VerifyObserver,
     report: &mut VerifyReport,
@@ -212,6 +212,9 @@ fn verify_shard(
         report.stored_bytes += u64::from(record.stored_bytes);
     }
     report.damage.extend(damage.into_inner().unwrap_or_else(PoisonError::into_inner));
+    if let Err(error) = shard.read_start() {
+        report.damage.push(whole_file(file, error)?);
+    }
     Ok(())
 }
 

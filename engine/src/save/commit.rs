@@ -1,8 +1,8 @@
 //! The committer: writes the shard, publishes the manifest, reads it back, applies retention.
 //!
 //! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
-//! checkpoints deleted -> handle resolved -> their space given back -> next save written; a save
-//! that fails before the manifest leaves nothing behind but earlier checkpoints; a panic here fails
+//! checkpoints deleted -> handle resolved -> their space given back (with several ranks, before
+//! the handle is resolved) -> next save written; a save that fails before the manifest leaves nothing behind but earlier checkpoints; a panic here fails
 //! that save and poisons the engine, and waits nobody out. Where several ranks save together, what
 //! is visible is what [`super::together`] brought about.
 
@@ -96,9 +96,25 @@ fn run(core: &Core, task: CommitTask) {
         tracing::error!(step = job.step, %error, "save failed");
     }
     core.save_ended(&job, result.as_ref().ok());
+    if core.config.world_size > 1 {
+        // Ranks may share a filesystem, and this space be what another's next save needs.
+        reclaim(core, job.step);
+    }
     handle.resolve(result);
-    // Before the next shard needs the space; nobody waits for it until then.
-    core.store.reclaim();
+    // Nobody waits for it now.
+    reclaim(core, job.step);
+}
+
+/// Gives back the space of what retention let go.
+fn reclaim(core: &Core, step: u64) {
+    let _span = tracing::trace_span!("reclaim").entered();
+    let reclaimed = caught(core, step, || {
+        core.store.reclaim();
+        Ok(())
+    });
+    if let Err(error) = reclaimed {
+        tracing::error!(step, %error, "giving back the space of deleted checkpoints failed");
+    }
 }
 
 /// A panic becomes an error, and the engine saves no more.
@@ -263,7 +279,11 @@ fn write(
         rank: shard.rank,
         world_size: core.config.world_size,
         chunk_bytes: job.layout.chunk_bytes(),
-        chunks_offset: chunks_offset(job.layout.raw_bytes(), job.compression.fixed_codec()),
+        chunks_offset: chunks_offset(
+            job.layout.raw_bytes(),
+            job.layout.chunk_bytes(),
+            job.compression.fixed_codec(),
+        ),
         replicated: index.has_replicated(),
     };
     let written = write_shard(job, index, &header, &encoded, sink.as_mut(), &core.control_pool);

@@ -1,7 +1,7 @@
 //! Writing one shard: places chunks in the file, remembers where, then closes it with index and
 //! footer.
 //!
-//! Always holds: header, chunks, index and footer tile the file exactly; with codec `none` chunk
+//! Always holds: header, zeros, chunks, index and footer tile the file exactly; with codec `none` chunk
 //! `i` lies at `chunks_offset + i * chunk_bytes`, so that a tensor is contiguous in the file.
 
 use std::sync::Arc;
@@ -79,12 +79,12 @@ impl IndexDraft {
 /// is faster at writes that start where its own units do (pages of the host under a virtual disk,
 /// stripes of a RAID or of a parallel filesystem, records of ZFS). The zeros before the first chunk
 /// are less than a thousandth of the state. Encoded chunks have any length, and start anywhere.
-pub(crate) fn chunks_offset(raw_bytes: u64, codec: Option<Codec>) -> u32 {
+pub(crate) fn chunks_offset(raw_bytes: u64, chunk_bytes: u32, codec: Option<Codec>) -> u32 {
     if codec != Some(Codec::None) {
         return CHUNKS_OFFSET_MIN;
     }
     let most = u32::try_from(raw_bytes / 1024).unwrap_or(u32::MAX).max(1);
-    (1 << most.ilog2()).clamp(CHUNKS_OFFSET_MIN, CHUNKS_OFFSET_MAX)
+    (1 << most.ilog2()).min(chunk_bytes).clamp(CHUNKS_OFFSET_MIN, CHUNKS_OFFSET_MAX)
 }
 
 /// Writes the shard of `job` through `sink` and makes it durable.
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn chunks_stored_as_they_are_start_where_storage_likes_it() {
-        let offset = |raw_bytes| chunks_offset(raw_bytes, Some(Codec::None));
+        let offset = |raw_bytes| chunks_offset(raw_bytes, 4 << 20, Some(Codec::None));
         for (raw_bytes, expected) in [
             (0, 4096),
             (1, 4096),
@@ -247,7 +247,9 @@ mod tests {
             assert_eq!(offset(raw_bytes), expected, "{raw_bytes}");
         }
         for codec in [None, Some(Codec::Float), Some(Codec::Zstd)] {
-            assert_eq!(chunks_offset(1 << 30, codec), 4096);
+            assert_eq!(chunks_offset(1 << 30, 4 << 20, codec), 4096);
         }
+        let small_chunks = chunks_offset(1 << 30, 64 << 10, Some(Codec::None));
+        assert_eq!(small_chunks, 64 << 10, "more would be no multiple for the chunks after it");
     }
 }

@@ -126,6 +126,9 @@ impl Stream<'_> {
                 ),
             )));
         }
+        if extent.offset == 0 {
+            checkpoint.check_start(&buffer[..extent.bytes]).map_err(Uncopied::of_source)?;
+        }
         sink.write(extent.offset, Piece { buffer, bytes: extent.bytes, crc32c })?;
         self.between.observer.advanced(extent.bytes as u64);
         Ok(())

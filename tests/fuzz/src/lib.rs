@@ -93,12 +93,13 @@ pub fn manifest(bytes: &[u8]) {
 
 /// What a file is around an index, from two bytes.
 fn context(shape: [u8; 2], stored_bytes: usize) -> IndexContext {
-    let index_offset = PAGE * (1 + u64::from(shape[0]));
+    let chunks_offset = CHUNKS_OFFSET_MIN << (shape[1] / 11 % 9);
+    let index_offset = u64::from(chunks_offset) + PAGE * u64::from(shape[0]);
     let padded = (stored_bytes as u64).next_multiple_of(PAGE);
     IndexContext {
         file_bytes: index_offset + padded + PAGE,
         chunk_bytes: 1 << (16 + shape[1] % 11),
-        chunks_offset: CHUNKS_OFFSET_MIN,
+        chunks_offset,
         index_offset,
     }
 }
@@ -165,7 +166,7 @@ fn check_index(index: &ShardIndex, context: &IndexContext) {
         .map(|chunk| (u128::from(chunk.offset), u128::from(chunk.stored_bytes)))
         .collect();
     taken.sort_unstable();
-    let mut free = u128::from(PAGE);
+    let mut free = u128::from(context.chunks_offset);
     for (offset, bytes) in taken {
         assert!(offset >= free);
         free = offset + bytes;

@@ -186,7 +186,7 @@ pub(super) fn chunk_lengths(
     Ok(())
 }
 
-/// Header, chunks, index and footer tile the file: no hole, no overlap, no trailing byte.
+/// Header, zeros, chunks, index and footer tile the file: no hole, no overlap, no trailing byte.
 pub(super) fn tiling(
     chunks: &[ChunkRecord],
     index_stored_bytes: u64,

@@ -51,7 +51,7 @@ mod root;
 mod sink;
 mod source;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use lock::{Locks, WriterLock};
 use remove::{Deleted, Space};
@@ -82,7 +82,7 @@ struct Shared {
     /// Whether every name that can be seen is durable: nothing is deleted before.
     settled: AtomicBool,
     /// Held while space is given back, so that who needs it can wait for that.
-    deleted: Mutex<Vec<Deleted>>,
+    deleted: Mutex<Deleted>,
 }
 
 impl LocalStore {
@@ -173,6 +173,7 @@ impl Store for LocalStore {
         flow: &Arc<Flow>,
     ) -> Result<Box<dyn ShardSink>> {
         self.writer("creating a shard")?;
+        remove::reclaim(&self.shared);
         let reserve_bytes = size.expected_bytes;
         Ok(Box::new(sink::LocalShardSink::create(&self.shared, shard, reserve_bytes, flow)?))
     }
@@ -267,6 +268,10 @@ impl Shared {
 
     fn changes(&self) -> MutexGuard<'_, ()> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn deleted(&self) -> MutexGuard<'_, Deleted> {
+        self.deleted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Refuses work in a fork of the process that opened the store.

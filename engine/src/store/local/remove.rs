@@ -14,7 +14,6 @@
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::lock::{Lock, LockFile, lock_error};
@@ -36,17 +35,17 @@ pub(super) enum Space {
     Later,
 }
 
-/// A file without a name that still takes space.
-#[derive(Debug)]
-pub(super) struct Deleted {
-    step: u64,
-    lock: Lock,
-}
+/// Most files without a name that wait for [`reclaim`]: each has a descriptor.
+pub(super) const DELETED_MAX: usize = 64;
 
-impl Deleted {
-    pub(super) fn new(step: u64, lock: Lock) -> Self {
-        Self { step, lock }
-    }
+/// What waits for [`reclaim`].
+#[derive(Debug, Default)]
+pub(super) struct Deleted {
+    /// Of files without a name that still take space.
+    pub(super) locks: Vec<Lock>,
+    /// Steps whose directory could not be deleted: NFS and FUSE keep a name for a file that is
+    /// open.
+    steps: BTreeSet<u64>,
 }
 
 /// Gives back the space of what was deleted for [`Space::Later`].
@@ -54,21 +53,23 @@ pub(super) fn reclaim(shared: &Shared) {
     if !shared.locks.in_owner() {
         return;
     }
-    let mut waiting = shared.deleted.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut steps = BTreeSet::new();
-    for Deleted { step, lock } in waiting.drain(..) {
-        drop(lock);
-        steps.insert(step);
-    }
-    // NFS and FUSE keep a name for a file that is open: the directory was not empty until now.
-    for step in steps {
-        let gone = match is_directory(&*shared.io, &shared.step_directory(step)) {
-            Ok(true) => remove_empty_step(shared, step),
-            Ok(false) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = gone {
+    let mut deleted = shared.deleted();
+    deleted.locks.clear();
+    for step in std::mem::take(&mut deleted.steps) {
+        if let Err(error) = remove_empty_step(shared, step) {
             tracing::warn!(step, %error, "an empty step directory stays behind");
+        }
+    }
+}
+
+/// Deletes a step's directory if nothing is in it, now or when the space is given back.
+fn remove_step(shared: &Shared, step: u64, space: Space) -> Result<()> {
+    match (remove_empty_step(shared, step), space) {
+        (Ok(true), _) | (Ok(false), Space::Now) => Ok(()),
+        (Err(error), Space::Now) => Err(error),
+        (Ok(false) | Err(_), Space::Later) => {
+            shared.deleted().steps.insert(step);
+            Ok(())
         }
     }
 }
@@ -101,7 +102,7 @@ pub(super) fn remove_checkpoint(
         let freed = remove_unlocked(shared, (step, name), space, || Ok(true))?;
         freed_bytes += freed.unwrap_or(0);
     }
-    remove_empty_step(shared, step)?;
+    remove_step(shared, step, space)?;
     Ok(freed_bytes)
 }
 
@@ -134,7 +135,7 @@ pub(super) fn remove_orphan(
         Some(remove_file(shared, &directory.join(file))?)
     };
     if freed_bytes.is_some() {
-        remove_empty_step(shared, step)?;
+        remove_step(shared, step, space)?;
     }
     Ok(freed_bytes)
 }
@@ -195,13 +196,14 @@ fn sync_if_there(shared: &Shared, directory: &Path) -> Result<()> {
     }
 }
 
-/// Deletes a step's directory if nothing is in it.
-pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<()> {
+/// Deletes a step's directory if nothing is in it. Returns whether it is gone.
+pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<bool> {
     let directory = shared.step_directory(step);
     match shared.io.entry(&EntryOp::RemoveDir(directory.clone())) {
-        Ok(_) => shared.sync_directory(&shared.path),
+        Ok(_) => shared.sync_directory(&shared.path).map(|()| true),
         Err(error) => match error.kind() {
-            ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound => Ok(()),
+            ErrorKind::DirectoryNotEmpty => Ok(false),
+            ErrorKind::NotFound => Ok(true),
             _ => Err(EngineError::from_io("deleting directory", &directory, error)),
         },
     }
@@ -232,11 +234,10 @@ fn remove_unlocked(
         return Ok(None);
     }
     let freed_bytes = remove_file(shared, path)?;
-    match space {
-        Space::Now => drop(lock),
-        Space::Later => {
-            let mut waiting = shared.deleted.lock().unwrap_or_else(PoisonError::into_inner);
-            waiting.push(Deleted::new(step, lock));
+    if space == Space::Later {
+        let mut deleted = shared.deleted();
+        if deleted.locks.len() < DELETED_MAX {
+            deleted.locks.push(lock);
         }
     }
     Ok(Some(freed_bytes))

@@ -17,6 +17,7 @@ use crate::io::open_backend;
 use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
+use crate::store::local::tests::space::deleted_under;
 use crate::store_copy::{Between, Brought, Overwrite, publish_whole, transfer};
 
 /// Longer than anything here takes.
@@ -108,8 +109,21 @@ impl Store for Ruled {
         self.store.remove_checkpoint(step, only)
     }
 
+    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
+        self.pass(Call::Remove(step))?;
+        self.store.let_go(step, only)
+    }
+
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
         self.store.remove_orphan(step, file)
+    }
+
+    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
+        self.store.let_go_orphan(step, file)
+    }
+
+    fn reclaim(&self) {
+        self.store.reclaim();
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {
@@ -439,6 +453,25 @@ fn what_goes_while_it_is_published_is_taken_back() {
         assert_eq!(again(true), Brought::Less);
         assert_eq!(standing(&*far, 1).unwrap(), None);
     }
+}
+
+#[test]
+fn what_is_let_go_takes_space_here_until_that_is_given_back() {
+    let [near, far] = places(&[1, 2, 3]);
+    let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    uploaded(&tier, 3).unwrap();
+    tier.let_go(1, None).unwrap();
+    assert_eq!(deleted_under(near.path()), 1);
+    // What becomes an orphan when its manifest is lost.
+    std::fs::remove_file(near.path().join(names::step_dir_name(2)).join(names::MANIFEST_FILE))
+        .unwrap();
+    let orphan = tier.near.list_step(2).unwrap().unwrap().files.remove(0).name;
+    assert!(tier.let_go_orphan(2, &orphan).unwrap());
+    assert_eq!(deleted_under(near.path()), 2);
+    tier.reclaim();
+    assert_eq!(deleted_under(near.path()), 0);
+    assert!(tier.drain(None));
+    assert_eq!(steps_of(near.path()), [3]);
 }
 
 #[test]

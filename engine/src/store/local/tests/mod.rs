@@ -18,7 +18,7 @@ use crate::recovery::{ManifestState, StepState, Survey, check_save, survey};
 use crate::store::Piece;
 
 mod faults;
-mod space;
+pub(in crate::store) mod space;
 
 const IN_FLIGHT_BYTES: u64 = 64 << 10;
 /// The shortest shard that a manifest may name: header, index, footer.

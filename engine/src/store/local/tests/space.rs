@@ -3,7 +3,7 @@
 use super::*;
 
 /// Descriptors of this process on files below `path` that have no name any more.
-fn deleted_under(path: &Path) -> usize {
+pub(in crate::store) fn deleted_under(path: &Path) -> usize {
     let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
     let targets = descriptors.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
     let path = path.canonicalize().unwrap();
@@ -65,6 +65,33 @@ fn what_is_deleted_at_once_and_what_a_closed_store_let_go_takes_no_space() {
     assert_eq!(deleted_under(directory.path()), 0);
 }
 
+#[test]
+fn only_so_many_descriptors_wait() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = writer(directory.path());
+    let orphans = u32::try_from(remove::DELETED_MAX).unwrap() + 10;
+    for rank in 0..orphans {
+        let id = ShardId { rank, ..shard(1, A) };
+        write_shard(&store, id, &pattern(ALIGNMENT)).map(drop).unwrap();
+    }
+    store.let_go(1, None).unwrap();
+    assert_eq!(names_under(directory.path()), ["writer.lock"]);
+    assert_eq!(deleted_under(directory.path()), remove::DELETED_MAX);
+    store.reclaim();
+    assert_eq!(deleted_under(directory.path()), 0);
+}
+
+#[test]
+fn the_next_shard_is_created_when_the_space_is_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = writer(directory.path());
+    save(&store, shard(1, A), None, &pattern(SHARD_BYTES)).unwrap();
+    store.let_go(1, None).unwrap();
+    assert_eq!(deleted_under(directory.path()), 1);
+    let _sink = store.create_shard(shard(2, A), sized(0), &flow()).unwrap();
+    assert_eq!(deleted_under(directory.path()), 0);
+}
+
 /// As NFS and FUSE do with a file that is open when it is deleted: its directory is not empty.
 #[test]
 fn a_directory_that_an_open_file_kept_goes_when_the_space_is_given_back() {
@@ -88,9 +115,11 @@ fn a_forked_child_gives_no_space_back() {
     let path = directory.path().join("file");
     std::fs::write(&path, "").unwrap();
     let lock = child.shared.locks.try_lock(&path, lock::LockFile::Existing).unwrap().unwrap();
-    // As another thread of the parent may have held it at the fork.
-    let mut waiting = child.shared.deleted.lock().unwrap();
-    waiting.push(Deleted::new(1, lock));
+    child.shared.deleted.lock().unwrap().locks.push(lock);
     child.reclaim();
-    assert_eq!(waiting.len(), 1);
+    assert_eq!(child.shared.deleted.lock().unwrap().locks.len(), 1);
+    let held = child.shared.deleted.lock().unwrap();
+    // As another thread of the parent may have held it at the fork.
+    child.reclaim();
+    drop(held);
 }
