@@ -1,10 +1,11 @@
 //! The committer: writes the shard, publishes the manifest, reads it back, applies retention.
 //!
 //! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
-//! checkpoints deleted -> handle resolved -> their space given back (with several ranks, before
-//! the handle is resolved) -> next save written; a save that fails before the manifest leaves nothing behind but earlier checkpoints; a panic here fails
-//! that save and poisons the engine, and waits nobody out. Where several ranks save together, what
-//! is visible is what [`super::together`] brought about.
+//! checkpoints deleted -> handle resolved -> their space given back (with several ranks, before the
+//! handle is resolved) -> next save written; a save that fails before the manifest leaves nothing
+//! behind but earlier checkpoints; a panic here fails that save and poisons the engine, and waits
+//! nobody out. Where several ranks save together, what is visible is what [`super::together`]
+//! brought about.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! Writing one shard: places chunks in the file, remembers where, then closes it with index and
 //! footer.
 //!
-//! Always holds: header, zeros, chunks, index and footer tile the file exactly; with codec `none` chunk
-//! `i` lies at `chunks_offset + i * chunk_bytes`, so that a tensor is contiguous in the file.
+//! Always holds: header, zeros, chunks, index and footer tile the file exactly; with codec `none`
+//! chunk `i` lies at `chunks_offset + i * chunk_bytes`, so that a tensor is contiguous in the file.
 
 use std::sync::Arc;
 

@@ -24,9 +24,9 @@ use crate::store::ShardId;
 use crate::store::publication::Standing;
 use crate::{EngineError, Result};
 
-/// When the space of a deleted file is given back. A filesystem does it when the last descriptor on
-/// the file, here that of its lock, is closed, and may take a second for a gigabyte (ext4 that tells
-/// the device with `discard`).
+/// When the space of a deleted file is given back. A filesystem does it when the last descriptor
+/// on the file, here that of its lock, is closed, and may take a second for a gigabyte (ext4 that
+/// tells the device with `discard`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
     /// Before the deletion returns.

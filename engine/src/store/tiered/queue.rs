@@ -146,7 +146,11 @@ impl Queue {
 
     /// The step is as it was before it was cancelled, unless it was committed anew meanwhile.
     pub(super) fn put_back(&mut self, step: u64, state: UploadState) {
-        if state.waits && !self.is_waiting(step) {
+        let is_queued = self.waiting.contains_key(&step) || self.brought.contains_key(&step);
+        let current = self.current.as_ref().filter(|current| current.step == step);
+        // An upload that was cancelled ends without an outcome, and is to be had all the same.
+        let is_under_way = current.is_some_and(|current| !current.task.is_cancelled());
+        if state.waits && !is_queued && !is_under_way {
             self.waiting.insert(step, Due::default());
         }
         if state.is_unsure {
@@ -514,6 +518,25 @@ mod tests {
             assert!(!queue.may_remove(step));
         }
         assert!(!queue.is_waiting(5) && queue.is_waiting(6));
+    }
+
+    #[test]
+    fn what_stays_though_its_upload_was_cancelled_is_uploaded_anew() {
+        let mut queue = queue(&[5]);
+        let (step, task) = queue.take(SECOND).unwrap();
+        let state = queue.upload_state(step);
+        assert!(queue.cancel(step) && task.is_cancelled());
+        queue.put_back(step, state);
+        assert!(!queue.book(Ok(Transferred::default()), false, SECOND));
+        assert!(queue.is_waiting(5) && queue.outcome(5).is_none());
+        assert_eq!(passes(&mut queue, SECOND, None), Some(5));
+        assert!(queue.outcome(5).is_some_and(|outcome| outcome.is_ok()) && !queue.is_waiting(5));
+        // One that nobody cancelled is not begun twice.
+        queue.add(6);
+        queue.take(SECOND).unwrap();
+        queue.put_back(6, queue.upload_state(6));
+        queue.book(Ok(Transferred::default()), false, SECOND);
+        assert!(!queue.is_waiting(6));
     }
 
     #[test]
