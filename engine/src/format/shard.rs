@@ -24,7 +24,7 @@ pub const REGION_ALIGNMENT: u64 = BLOCK_BYTES as u64;
 /// Where the first chunk starts at the latest.
 pub const CHUNKS_OFFSET_MAX: u32 = 1 << 20;
 /// Where it starts unless the feature [`ALIGNED`] says otherwise: right after the header.
-pub const CHUNKS_OFFSET_MIN: u32 = BLOCK_BYTES as u32;
+pub const CHUNKS_OFFSET_MIN: u32 = 4096;
 
 /// A feature that a reader must know: of storages that all ranks saved alike, the shard holds a
 /// part ([`Replica`](super::index::Replica)).
@@ -73,6 +73,7 @@ const FOOTER_END: usize = FOOTER_CHUNKS_OFFSET_AT + 4;
 // The end of both blocks.
 const BLOCK_CRC32C_AT: usize = BLOCK_BYTES - 4;
 
+const _: () = assert!(CHUNKS_OFFSET_MIN as usize == BLOCK_BYTES);
 const _: () = assert!(HEADER_END <= BLOCK_CRC32C_AT && FOOTER_END <= BLOCK_CRC32C_AT);
 
 /// What the parent of a block holds of it: the CRC-32C of all but its own checksum field. With the
