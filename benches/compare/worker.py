@@ -210,7 +210,7 @@ def is_giving_back() -> bool:
     """Tell whether a file that has no name any more is open."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that lists them
-            target = os.readlink(descriptor)
+            target = str(descriptor.readlink())
             if ".shard" in target and target.endswith(" (deleted)"):
                 return True
     return False

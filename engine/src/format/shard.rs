@@ -23,7 +23,7 @@ pub const REGION_ALIGNMENT: u64 = BLOCK_BYTES as u64;
 
 /// Where the first chunk starts at the latest.
 pub const CHUNKS_OFFSET_MAX: u32 = 1 << 20;
-/// Where it starts unless the feature [`ALIGNED`] says otherwise: right after the header.
+/// Where it starts unless the feature `ALIGNED` says otherwise: right after the header.
 pub const CHUNKS_OFFSET_MIN: u32 = 4096;
 
 /// A feature that a reader must know: of storages that all ranks saved alike, the shard holds a
