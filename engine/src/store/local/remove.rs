@@ -64,14 +64,11 @@ pub(super) fn reclaim(shared: &Shared) {
 
 /// Deletes a step's directory if nothing is in it, now or when the space is given back.
 fn remove_step(shared: &Shared, step: u64, space: Space) -> Result<()> {
-    match (remove_empty_step(shared, step), space) {
-        (Ok(true), _) | (Ok(false), Space::Now) => Ok(()),
-        (Err(error), Space::Now) => Err(error),
-        (Ok(false) | Err(_), Space::Later) => {
-            shared.deleted().steps.insert(step);
-            Ok(())
-        }
+    let is_gone = remove_empty_step(shared, step)?;
+    if !is_gone && space == Space::Later {
+        shared.deleted().steps.insert(step);
     }
+    Ok(())
 }
 
 /// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`].
@@ -202,7 +199,8 @@ pub(super) fn remove_empty_step(shared: &Shared, step: u64) -> Result<bool> {
     match shared.io.entry(&EntryOp::RemoveDir(directory.clone())) {
         Ok(_) => shared.sync_directory(&shared.path).map(|()| true),
         Err(error) => match error.kind() {
-            ErrorKind::DirectoryNotEmpty => Ok(false),
+            // Busy: some network filesystems say so while a file in it is open.
+            ErrorKind::DirectoryNotEmpty | ErrorKind::ResourceBusy => Ok(false),
             ErrorKind::NotFound => Ok(true),
             _ => Err(EngineError::from_io("deleting directory", &directory, error)),
         },
