@@ -192,6 +192,23 @@ fn a_deletion_makes_the_loss_of_the_manifest_durable_first() {
 }
 
 #[test]
+fn retention_tells_a_sync_that_failed_after_the_directory_had_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("store");
+    save(&writer(&root), shard(2, A), None, &pattern(SHARD_BYTES)).unwrap();
+    let log = log_of(&root, |store| store.let_go(2, None).unwrap());
+    assert_eq!(log.last().unwrap(), "syncdir store");
+    save(&writer(&root), shard(2, A), None, &pattern(SHARD_BYTES)).unwrap();
+    let kind = rustix::io::Errno::IO;
+    let io = Watched::new(None);
+    let store = open(&root, &io).unwrap();
+    let at = io.state.lock().unwrap().log.len() + log.len() - 1;
+    io.state.lock().unwrap().fault = Some(Fault { at, forever: false, done: false, kind });
+    assert!(matches!(store.let_go(2, None), Err(EngineError::Io { .. })));
+    assert!(!store.shared.step_directory(2).exists());
+}
+
+#[test]
 fn every_new_directory_is_durable_in_its_parent() {
     let directory = tempfile::tempdir().unwrap();
     let io = Watched::new(None);
