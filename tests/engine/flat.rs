@@ -232,14 +232,14 @@ impl Io for Device {
 
 /// What a process holds, besides memory.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Holdings {
+pub(crate) struct Holdings {
     /// What each descriptor is open on.
-    descriptors: BTreeMap<String, String>,
+    pub(crate) descriptors: BTreeMap<String, String>,
     threads: usize,
 }
 
 impl Holdings {
-    fn now() -> Self {
+    pub(crate) fn now() -> Self {
         let descriptors = entries("/proc/self/fd").into_iter().filter_map(|number| {
             // The descriptor that listed them is gone.
             let target = fs::read_link(format!("/proc/self/fd/{number}")).ok()?;

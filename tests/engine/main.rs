@@ -14,3 +14,6 @@ mod round_trip;
 mod slow_device;
 mod space;
 mod support;
+#[expect(dead_code, reason = "nobody here counts operations")]
+#[path = "../crash/tap.rs"]
+mod tap;

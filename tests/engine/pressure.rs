@@ -1,7 +1,6 @@
 //! Stages that wait for each other: a slow directory, many workers, a device that comes back.
 
 use std::io;
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -9,10 +8,11 @@ use dtr_engine::clock::System;
 use dtr_engine::config::{Compression, Config, DirectIo, IoBackend};
 use dtr_engine::engine::Components;
 use dtr_engine::io::sim::{FaultKind, LoggedOp, OpKind, Plan, Sim, Times, Trigger};
-use dtr_engine::io::{EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer, open_backend};
+use dtr_engine::io::{EntryOp, Io, open_backend};
 use dtr_engine::{Engine, EngineError};
 
 use super::support::{State, config, finish, scratch};
+use super::tap::{Operation, Tap, Watcher};
 
 fn backend() -> Arc<dyn Io> {
     open_backend(IoBackend::Threads, DirectIo::Auto).unwrap()
@@ -23,9 +23,8 @@ fn open(config: Config, io: Arc<dyn Io>) -> Engine {
 }
 
 /// Holds the creation of step directories back until it is told to go on.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Gate {
-    inner: Arc<dyn Io>,
     is_open: Mutex<bool>,
     opened: Condvar,
 }
@@ -37,51 +36,31 @@ impl Gate {
     }
 }
 
-impl Io for Gate {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-
-    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<File>> {
-        self.inner.open(path, mode)
-    }
-
-    fn submit(&self, transfer: Transfer) {
-        self.inner.submit(transfer);
-    }
-
-    fn set_length(&self, file: &File, length: Length) -> io::Result<()> {
-        self.inner.set_length(file, length)
-    }
-
-    fn sync(&self, file: &File) -> io::Result<()> {
-        self.inner.sync(file)
-    }
-
-    fn entry(&self, operation: &EntryOp) -> io::Result<EntryReply> {
-        if let EntryOp::CreateDir(path) = operation
+impl Watcher for Gate {
+    fn before(&self, operation: &Operation) {
+        if let OpKind::Entry(EntryOp::CreateDir(path)) = &operation.kind
             && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
         {
             let closed = self.opened.wait_while(self.is_open.lock().unwrap(), |open| !*open);
             drop(closed.unwrap());
         }
-        self.inner.entry(operation)
     }
+
+    fn after(&self, _operation: &Operation, _error: Option<&io::Error>) {}
 }
 
 #[test]
 fn many_workers_cannot_starve_the_committer() {
     const WORKERS: u32 = 16;
     let directory = scratch();
-    let gate =
-        Arc::new(Gate { inner: backend(), is_open: Mutex::new(false), opened: Condvar::new() });
+    let gate = Arc::new(Gate::default());
     let config = Config {
         compression: Compression::Float,
         workers: Some(WORKERS),
         ..config(directory.path())
     };
     let chunk_bytes = u64::from(config.chunk_bytes);
-    let engine = open(config, Arc::<Gate>::clone(&gate));
+    let engine = open(config, Tap::new(backend(), &gate));
     let state = State::training(1, 3);
     let handle = engine.save(state.request(1)).unwrap();
     // The queue towards the committer is full, and the workers hold what they encoded besides.
@@ -232,10 +211,9 @@ fn what_a_deletion_left_undone_is_not_taken_for_what_was_there_before() {
 #[test]
 fn a_wait_with_a_time_limit_ends_while_another_thread_saves() {
     let directory = scratch();
-    let gate =
-        Arc::new(Gate { inner: backend(), is_open: Mutex::new(false), opened: Condvar::new() });
+    let gate = Arc::new(Gate::default());
     let small = Config { staging_bytes: Some(4 << 16), ..config(directory.path()) };
-    let engine = open(small, Arc::<Gate>::clone(&gate));
+    let engine = open(small, Tap::new(backend(), &gate));
     let state = State::training(1, 1);
     std::thread::scope(|scope| {
         let saver = scope.spawn(|| state.save(&engine, 1));

@@ -12,6 +12,7 @@ use dtr_engine::engine::Components;
 use dtr_engine::io::{EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer, open_backend};
 use dtr_engine::{Engine, EngineError};
 
+use super::flat::Holdings;
 use super::support::{State, config, scratch};
 
 /// Says of a filesystem, as often as it is told to, that nothing is free.
@@ -92,9 +93,7 @@ fn an_engine_that_saves_no_more_holds_nothing_that_was_deleted() {
 
 /// Descriptors of this process on files below `path` that have no name any more.
 fn deleted_under(path: &Path) -> usize {
-    let path = path.canonicalize().unwrap();
-    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
-    let targets = descriptors.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
-    let is_deleted = |target: &Path| target.to_string_lossy().ends_with(" (deleted)");
-    targets.filter(|target| target.starts_with(&path) && is_deleted(target)).count()
+    let path = path.canonicalize().unwrap().display().to_string();
+    let targets = Holdings::now().descriptors.into_values();
+    targets.filter(|target| target.starts_with(&path) && target.ends_with(" (deleted)")).count()
 }
