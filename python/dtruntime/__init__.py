@@ -14,8 +14,8 @@ The modules, by what goes through them:
 - load: ``source`` -> ``fallback`` (which step) -> ``loading`` -> ``tree`` (a state, put together)
 - restore: ``restore`` (what fits where) -> ``plan``, ``fitting`` -> ``applying``; ``modules``,
   ``optimizers``, ``scratch`` for what is special there
-- ``torch.distributed.checkpoint``: ``dcp`` (its writer and reader) -> ``planned`` (what its
-  planners cut up)
+- doors: ``dcp`` (the writer and reader of ``torch.distributed.checkpoint``) -> ``planned`` (what
+  its planners cut up); ``lightning`` (PyTorch Lightning), ``transformers`` (Hugging Face's trainer)
 - ranks: ``launch``, ``membership``, ``embedded`` (how they meet) -> ``replication`` (what is
   alike), ``sharded_tensors``, ``assembling`` (what each has in part)
 - datasets: ``datasets`` -> ``sharded_dataset``, ``sharded_loader`` -> ``readers``, ``ahead``,

@@ -11,9 +11,11 @@ import subprocess
 from collections import Counter, OrderedDict
 from pathlib import Path
 
+import lightning_job
 import numpy as np
 import pytest
 import torch
+import transformers_job
 from support import assert_same
 
 from dtruntime import UnsupportedValue
@@ -48,10 +50,12 @@ def own_handlers():
 
 
 @pytest.mark.usefixtures("own_handlers")
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # here it is one process
+@pytest.mark.filterwarnings("ignore")  # of trainers, and of torch: here it is one process
 def test_what_is_shown_of_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run("python/docs/using.md", {})
+    to_train = {"module": lightning_job.Net(), "batches": lightning_job.batches()}
+    to_train |= {"network": transformers_job.Net(), "samples": transformers_job.Samples()}
+    names = run("python/docs/using.md", to_train)
     (tool,) = COMMAND.findall((ROOT / "python/docs/using.md").read_text())
     program, *arguments = shlex.split(tool)
     found = shutil.which(program)

@@ -1,0 +1,333 @@
+"""The door for Hugging Face's ``Trainer``: what it saves and resumes from, in a manager's store.
+
+>>> from dtruntime.transformers import Trainer
+>>> with CheckpointManager("runs/tuned", keep_last_n=3) as manager:
+...     trainer = Trainer(model, args, train_dataset=dataset, manager=manager)
+...     trainer.train(resume_from_checkpoint=manager.latest_step() is not None)
+
+A checkpoint has ``model``, ``optimizer``, ``scheduler`` and ``scaler``; ``random``, the generators
+of each rank; and ``trainer``, the trainer's own state as JSON.
+
+Always holds: a training goes on from one checkpoint, model, optimizer and position; what
+``transformers`` would write beside it, and read back apart, is not written.
+
+The trainer has no plugin for this, so methods of it are overridden that it calls by names of its
+own; a version that lacks one of them is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from transformers.trainer_callback import ExportableState
+
+from dtruntime.errors import CheckpointNotFound, Corrupt, InvalidArgument, UnsupportedFormat
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+
+    from dtruntime.checkpoint import CheckpointManager
+else:
+    _Base = object
+
+__all__ = ["StoredCheckpoints", "Trainer"]
+
+_logger = logging.getLogger("dtruntime")
+
+_OVERRIDDEN = (
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+    "_load_scaler",
+    "_save_checkpoint",
+)
+
+
+class StoredCheckpoints(_Base):  # type: ignore[misc]
+    """What makes a trainer save to, and resume from, a manager: for subclasses of ``Trainer``.
+
+    When and how often is said by ``TrainingArguments`` (``save_strategy``, ``save_steps``), which
+    checkpoints stay by the manager (``keep_last_n``, ``best_metric="eval_loss"``). Training goes on
+    while a checkpoint is written; leave the manager's block to wait for the last one.
+
+    With several ranks, each opens the manager, with ``replicated=["model.*", "optimizer.*",
+    "scheduler.*", "scaler.*"]``.
+
+    Args:
+        manager: Where checkpoints go. ``resume_from_checkpoint`` is True for the newest that
+            verifies, or a step; a path is resumed from as ``transformers`` does.
+        trainable_only: Whether frozen parameters are left out of checkpoints, as of a model that
+            adapters are trained for. Buffers are not.
+
+    Raises:
+        InvalidArgument: ``TrainingArguments`` ask for what a manager does in another way, or for
+            DeepSpeed or FSDP1, which hold states of their own.
+        UnsupportedFormat: This version of ``transformers`` is not known.
+
+    >>> from trl import SFTTrainer
+    >>> class StoredSFTTrainer(StoredCheckpoints, SFTTrainer): ...
+
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        manager: CheckpointManager,
+        trainable_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _check_version(super())
+        super().__init__(*args, **kwargs)
+        _check_arguments(self)
+        self._manager = manager
+        self._trainable_only = bool(trainable_only)
+        self._resumed: tuple[str, int] | None = None  # the stand-in for a directory, and the step
+        self._newest_before: int | None = None  # what there was when the training was resumed
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``transformers`` does, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: True for the newest checkpoint that verifies, or a step.
+            args: As for ``transformers``.
+            kwargs: The same.
+
+        Raises:
+            CheckpointNotFound: There is none, or not of this step.
+            Corrupt: The step that was named is damaged, or every one there is.
+
+        >>> trainer.train(resume_from_checkpoint=True)
+
+        """
+        self._resumed = None
+        self._newest_before = None
+        if resume_from_checkpoint is None or resume_from_checkpoint is False:
+            return super().train(None, *args, **kwargs)
+        if resume_from_checkpoint is not True and not isinstance(resume_from_checkpoint, int):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._manager.wait_until_finished()
+        self._newest_before = max(self._manager.all_steps(), default=None)
+        is_named = resume_from_checkpoint is not True
+        step = resume_from_checkpoint if is_named else None
+        while True:
+            step, trainer_state = self._position(step)
+            with tempfile.TemporaryDirectory() as directory:
+                # The trainer reads this file by itself, before and after it calls our methods.
+                Path(directory, "trainer_state.json").write_text(trainer_state, encoding="utf-8")
+                self._resumed = (directory, step)
+                try:
+                    return super().train(directory, *args, **kwargs)
+                except _Damaged as damaged:
+                    if is_named:
+                        raise damaged.error from None
+                    step = self._older(step, damaged.error)
+
+    def _position(self, step: int | None) -> tuple[int, str]:
+        """Give the step of a checkpoint, and the trainer's state when it was saved."""
+        state = self._manager.load(step, keys="trainer", from_rank=0, strict=False)
+        found = self._manager.last_load
+        assert found is not None  # noqa: S101  (it was loaded just now)
+        if "trainer" not in state:
+            raise InvalidArgument(
+                f"resuming from step {found.step} in `{self._manager.path}`",
+                "a Trainer did not save it",
+                "`manager.restore({'model': model})` before training takes the weights alone",
+            )
+        return found.step, state["trainer"]
+
+    def _older(self, step: int, error: Corrupt) -> int:
+        """Give the newest step before a damaged one."""
+        older = [known for known in self._manager.all_steps() if known < step]
+        if not older:
+            raise error
+        _logger.warning("step %d is damaged, trying step %d: %s", step, older[-1], error)
+        return older[-1]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
+        if trial is not None:
+            raise InvalidArgument(
+                "a hyperparameter search with one manager",
+                "each trial begins at step 0 again",
+                "search with `save_strategy='no'`",
+            )
+        self.store_flos()
+        step = self.state.global_step
+        self._note_best(step)
+        self._manager.save_async(
+            {
+                **self._live(),
+                "random": _random_state(),
+                "trainer": _text_of(self.state, [*self.callback_handler.callbacks, self.control]),
+            },
+            step,
+            # Resumed from an older step, it takes the place of those after that.
+            rewind=self._newest_before is not None and step <= self._newest_before,
+            metadata=_metrics_of(self.state),
+        )
+
+    def _note_best(self, *saved: int) -> None:
+        """Tell the trainer that its best checkpoint is there: it looks for a directory."""
+        if self.state.best_global_step in {*saved, *self._manager.all_steps()}:
+            self.state.best_model_checkpoint = f"step {self.state.best_global_step}"
+
+    def _live(self) -> dict[str, Any]:
+        """Give what is saved by every rank, and restored in place."""
+        state = {
+            "model": _trainable(self.model) if self._trainable_only else self.model,
+            "optimizer": getattr(self.optimizer, "optimizer", self.optimizer),
+            "scheduler": getattr(self.lr_scheduler, "scheduler", self.lr_scheduler),
+        }
+        scaler = getattr(self.accelerator, "scaler", None)
+        return state if scaler is None else {**state, "scaler": scaler}
+
+    def _is_ours(self, checkpoint: str | None) -> bool:
+        return self._resumed is not None and checkpoint == self._resumed[0]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._is_ours(resume_from_checkpoint):  # ours comes with the optimizer
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._is_ours(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self._resumed is not None  # noqa: S101
+        try:
+            self._manager.restore(self._live(), self._resumed[1])
+        except Corrupt as error:
+            raise _Damaged(error) from error
+        self._note_best()
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if not self._is_ours(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if not self._is_ours(checkpoint):
+            super()._load_rng_state(checkpoint)
+            return
+        assert self._resumed is not None  # noqa: S101
+        try:
+            state = self._manager.load(self._resumed[1], keys="random")["random"]
+        except InvalidArgument as error:
+            _logger.warning("random numbers are not those of a run without a stop: %s", error.why)
+            return
+        _set_random_state(state)
+
+    def _load_best_model(self) -> None:
+        self._manager.wait_until_finished()
+        step = self.state.best_global_step
+        live = self._live()["model"]
+        try:
+            self._manager.restore({"model": live}, step)
+        except CheckpointNotFound as error:
+            raise CheckpointNotFound(
+                error.what,
+                f"{error.why}: the best checkpoint was not kept",
+                'open the manager with `keep_best_n=1, best_metric="eval_loss"`, or the metric '
+                "that `metric_for_best_model` names",
+            ) from None
+
+
+class Trainer(StoredCheckpoints, transformers.Trainer):  # type: ignore[misc]
+    """The ``Trainer`` of ``transformers`` with the checkpoints of a manager.
+
+    >>> trainer = Trainer(model, args, train_dataset=dataset, manager=manager)
+    """
+
+
+class _Damaged(Exception):  # noqa: N818  (never seen outside)
+    """Ends an attempt to resume."""
+
+    def __init__(self, error: Corrupt) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _check_version(base: Any) -> None:
+    missing = [name for name in _OVERRIDDEN if not hasattr(base, name)]
+    if missing:
+        raise UnsupportedFormat(
+            f"transformers {transformers.__version__}",
+            f"its `Trainer` has no `{missing[0]}`, which saving and resuming go by",
+            "install the version that this package was tried with, or use a CheckpointManager in a "
+            "training loop",
+        )
+
+
+def _check_arguments(trainer: Any) -> None:
+    args = trainer.args
+    refused = {
+        "save_total_limit": (args.save_total_limit is not None, "give the manager `keep_last_n`"),
+        "save_only_model": (args.save_only_model, "leave it out: saves do not hold up training"),
+        "hub_strategy": (
+            args.push_to_hub and args.hub_strategy != "end",
+            '`hub_strategy="end"` pushes the model when it is trained',
+        ),
+        "deepspeed": (trainer.is_deepspeed_enabled, "use FSDP2, or DeepSpeed's own checkpoints"),
+        "fsdp": (_is_fsdp1(trainer), "use FSDP2: `fsdp_config={'version': 2}`"),
+    }
+    for name, (is_asked, hint) in refused.items():
+        if is_asked:
+            raise InvalidArgument(
+                f"`TrainingArguments({name}=...)` with a manager",
+                "the manager does not save it, or does it in another way",
+                hint,
+            )
+
+
+def _is_fsdp1(trainer: Any) -> bool:
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2  # noqa: PLR2004
+
+
+def _trainable(model: Any) -> dict[str, Any]:
+    """Give a model's parameters that are trained, and its buffers that are saved."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def _text_of(state: Any, callbacks: list[Any]) -> str:
+    """Give the trainer's state as JSON, with its callbacks as they are now."""
+    exported: dict[str, Any] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            exported.setdefault(type(callback).__name__, []).append(callback.state())
+    states = {name: of if len(of) > 1 else of[0] for name, of in exported.items()}
+    changed = {"stateful_callbacks": states, "best_model_checkpoint": None}  # no directory
+    return json.dumps(dataclasses.asdict(state) | changed)
+
+
+def _metrics_of(state: Any) -> dict[str, Any]:
+    """Give the numbers that were logged at this step."""
+    logged = (entry for entry in state.log_history if entry.get("step") == state.global_step)
+    return {name: value for entry in logged for name, value in entry.items()}
+
+
+def _random_state() -> dict[str, Any]:
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002  (what the trainer and its datasets use)
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,295 @@
+"""The door for PyTorch Lightning: what its trainer saves, removes and resumes from."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning_job
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric import Fabric
+from lightning_job import Net, batches, trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from ranks import torchrun
+from support import assert_same, flip_byte, run_script, shard_of
+
+from dtruntime import (
+    CheckpointManager,
+    CheckpointNotFound,
+    Corrupt,
+    InvalidArgument,
+    StorageError,
+    UnsupportedValue,
+)
+from dtruntime.lightning import CheckpointIO
+
+# Lightning warns of much that is so on purpose here: no workers, few steps, no validation.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+JOB = Path(lightning_job.__file__).read_text()
+
+
+def every_fifth(directory, **settings) -> ModelCheckpoint:
+    """Save every fifth of the eight steps of an epoch."""
+    names = {"filename": "{step}", "monitor": "step", "mode": "max"}
+    return ModelCheckpoint(directory, every_n_train_steps=5, **names | settings)
+
+
+def paths_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def a_checkpoint(step: int = 1, fill: float = 1.0) -> dict:
+    return {"global_step": step, "state_dict": {"weight": torch.full((300_000,), fill)}}
+
+
+class Kept(CheckpointIO):
+    """Keeps what it was given, by path."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.given: dict = {}
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        self.given[str(path)] = copy.deepcopy(checkpoint)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_a_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+    def fit(directory, epochs, path=None):
+        net, plugin = Net(), CheckpointIO()
+        callback = ModelCheckpoint(directory, save_last=True)  # after each epoch
+        trainer(plugin, epochs, callback).fit(net, batches(), ckpt_path=path)
+        return net, plugin
+
+    straight, _ = fit(tmp_path / "a", 4)
+    _, plugin = fit(tmp_path / "b", 2)
+    newest = plugin.newest(tmp_path / "b")
+    assert newest == str(tmp_path / "b" / "last.ckpt")
+    for epochs, path in ((3, "last"), (4, newest)):
+        resumed, _ = fit(tmp_path / "b", epochs, path)
+    assert_same(resumed.state_dict(), straight.state_dict())
+
+
+def test_everything_that_lightning_saves_comes_back(tmp_path):
+    plugin = Kept()
+    stopping = EarlyStopping("loss", patience=100)
+    trainer(plugin, 2, every_fifth(tmp_path, save_last=True), stopping).fit(Net(), batches())
+    assert len(plugin.given) == 4
+    for path in tmp_path.iterdir():
+        loaded = plugin.load_checkpoint(path)
+        assert_same(loaded, plugin.given[str(path)])
+        assert loaded["hyper_parameters"] == {"width": 32, "name": "net"}
+
+
+def test_only_what_lightning_keeps_stays(tmp_path):
+    plugin = CheckpointIO()
+    trainer(plugin, 4, every_fifth(tmp_path, save_top_k=2, save_last="link")).fit(Net(), batches())
+    assert paths_in(tmp_path) == ["last.ckpt", "step=25.ckpt", "step=30.ckpt"]
+    assert plugin.load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 30
+    for path in tmp_path.iterdir():
+        with CheckpointManager(path, read_only=True) as manager:
+            assert manager.verify().ok
+
+
+def test_a_path_that_is_saved_again_has_the_last_checkpoint(tmp_path):
+    plugin = CheckpointIO()
+    for step, fill in ((5, 1.0), (9, 2.0), (9, 3.0), (4, 4.0)):  # on, again, and back
+        plugin.save_checkpoint(a_checkpoint(step, fill), tmp_path / "last.ckpt")
+        assert_same(plugin.load_checkpoint(tmp_path / "last.ckpt"), a_checkpoint(step, fill))
+    plugin.teardown()
+    with CheckpointManager(tmp_path / "last.ckpt", read_only=True) as manager:
+        assert manager.all_steps() == [4]
+
+
+@contextmanager
+def failing_saves():
+    """Let no file grow beyond 4 MiB: what is larger than what is reserved for it fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def one_that_grows(step: int) -> dict:
+    return {"global_step": step, "state_dict": {"weight": torch.randn(2_000_000)}}
+
+
+def one_that_shrinks(step: int) -> dict:
+    return {"global_step": step, "state_dict": {"weight": torch.zeros(2_000_000)}}
+
+
+def test_nothing_goes_before_what_takes_its_place_is_durable(tmp_path):
+    plugin = CheckpointIO(compression="zstd")
+    old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
+    plugin.save_checkpoint(a_checkpoint(), old)
+    plugin.save_checkpoint(one_that_shrinks(2), new)
+    plugin.teardown()
+    with failing_saves():
+        plugin.save_checkpoint(one_that_grows(3), new)
+        plugin.remove_checkpoint(old)  # as `ModelCheckpoint` does at once
+        with pytest.raises(StorageError):
+            plugin.teardown()
+    assert_same(plugin.load_checkpoint(old), a_checkpoint())
+    assert_same(plugin.load_checkpoint(new), one_that_shrinks(2))  # all or not at all
+    plugin.save_checkpoint(a_checkpoint(3), new)
+    plugin.remove_checkpoint(old)
+    plugin.teardown()
+    assert paths_in(tmp_path) == ["new.ckpt"]
+
+
+def test_a_save_that_failed_is_told_by_the_next_and_is_not_the_newest(tmp_path):
+    plugin = CheckpointIO(compression="zstd")
+    for name in ("a", "b"):
+        plugin.save_checkpoint(one_that_shrinks(1), tmp_path / name)
+    plugin.teardown()
+    with failing_saves():
+        plugin.save_checkpoint(one_that_grows(2), tmp_path / "b")
+        with pytest.raises(StorageError):
+            plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
+    plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
+    assert plugin.newest(tmp_path) == str(tmp_path / "a")
+    plugin.teardown()
+
+
+def test_a_path_whose_only_save_was_cut_short_says_how_to_go_on(tmp_path):
+    with CheckpointManager(tmp_path / "a"):
+        pass  # opened, and nothing saved
+    with pytest.raises(CheckpointNotFound, match="may have been cut short") as raised:
+        CheckpointIO().load_checkpoint(tmp_path / "a")
+    assert f"newest({str(tmp_path)!r})" in raised.value.hint
+    assert CheckpointIO().newest(tmp_path) is None
+
+
+def test_damage_is_found_and_the_newest_is_one_that_can_be_read(tmp_path):
+    plugin = CheckpointIO(chunk_bytes="64KiB")
+    for step in (1, 2):
+        plugin.save_checkpoint(a_checkpoint(step), tmp_path / f"{step}.ckpt")
+    plugin.teardown()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "readme.txt").write_text("not a checkpoint")
+    flip_byte(shard_of(tmp_path / "2.ckpt", 2), 70_000)
+    with pytest.raises(Corrupt):
+        plugin.load_checkpoint(tmp_path / "2.ckpt")
+    next((tmp_path / "2.ckpt").rglob("manifest*")).write_bytes(b"nonsense")
+    assert plugin.newest(tmp_path) == str(tmp_path / "1.ckpt")
+    assert plugin.newest(tmp_path / "notes") is None
+    assert plugin.newest(tmp_path / "nowhere") is None
+
+
+def test_a_file_of_lightnings_own_is_resumed_from_and_replaced(tmp_path):
+    own, path = pl.plugins.io.TorchCheckpointIO(), tmp_path / "last.ckpt"
+    own.save_checkpoint(a_checkpoint(), path)
+    plugin = CheckpointIO()
+    assert_same(plugin.load_checkpoint(path), a_checkpoint())
+    plugin.save_checkpoint(a_checkpoint(2), path)
+    assert_same(plugin.load_checkpoint(path), a_checkpoint(2))
+    assert paths_in(tmp_path) == ["last.ckpt"]
+
+
+def test_what_cannot_be_saved_is_refused_by_its_path(tmp_path):
+    plugin = CheckpointIO()
+    with pytest.raises(UnsupportedValue, match=r"hyper_parameters.*loss"):
+        plugin.save_checkpoint({"hyper_parameters": {"loss": torch.nn.MSELoss}}, tmp_path / "a")
+    plugin.teardown()
+
+
+def test_wrong_settings_are_told_at_once():
+    for options, hint in (
+        ({"compresion": "none"}, "did you mean `compression`"),
+        ({"keep_last_n": 3}, "ModelCheckpoint"),
+        ({"compression": "gzp"}, "did you mean `gzip`"),
+        ({"chunk_bytes": 7}, "default, 4194304"),
+    ):
+        with pytest.raises(InvalidArgument) as raised:
+            CheckpointIO(**options)
+        assert hint in raised.value.hint
+    with pytest.raises(InvalidArgument, match="storage_options"):
+        CheckpointIO().save_checkpoint({}, "a", storage_options={"a": 1})
+
+
+def test_fabric_saves_and_loads(tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[CheckpointIO()])
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = fabric.setup(model, optimizer)
+    fabric.backward(model(torch.ones(3, 4)).sum())
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    fabric.save(tmp_path / "a", {"model": model, "optimizer": optimizer, "step": 3})
+    with torch.no_grad():
+        model.weight.zero_()
+    rest = fabric.load(tmp_path / "a", {"model": model, "optimizer": optimizer})
+    assert_same(dict(model.state_dict()), dict(before))
+    assert rest == {"step": 3}
+
+
+KILLED = (
+    JOB
+    + """
+import os, signal, sys
+from pytorch_lightning.callbacks import ModelCheckpoint
+from dtruntime.lightning import CheckpointIO
+
+class Killed(CheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if checkpoint["global_step"] == 10:
+            os.kill(os.getpid(), signal.SIGKILL)  # while it is written
+
+callback = ModelCheckpoint(sys.argv[1], every_n_train_steps=5, save_top_k=0, save_last=True)
+trainer(Killed(), 4, callback).fit(Net(width=500_000), batches())
+"""
+)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    killed = run_script(KILLED, tmp_path, timeout=240)
+    assert killed.returncode == -9, killed.stderr
+    assert paths_in(tmp_path) == ["last.ckpt"]
+    plugin = CheckpointIO()
+    found = plugin.newest(tmp_path)
+    assert found == str(tmp_path / "last.ckpt")
+    assert plugin.load_checkpoint(found)["global_step"] in {5, 10}
+
+
+RANKS = (
+    JOB
+    + """
+import sys
+from pathlib import Path
+from pytorch_lightning.callbacks import ModelCheckpoint
+from dtruntime.lightning import CheckpointIO
+
+def fit(directory, epochs, path=None):
+    net = Net()
+    plugin = CheckpointIO()
+    callback = ModelCheckpoint(directory, save_last=True)
+    job = trainer(plugin, epochs, callback, strategy="ddp", devices=2)
+    job.fit(net, batches(), ckpt_path=path)
+    return net
+
+store = Path(sys.argv[1])
+straight = fit(store / "a", 2)
+fit(store / "b", 1)
+resumed = fit(store / "b", 2, CheckpointIO().newest(store / "b"))
+for name, value in straight.state_dict().items():
+    assert torch.equal(value, resumed.state_dict()[name]), name
+print("same")
+"""
+)
+
+
+def test_ranks_resume_from_what_rank_0_saved(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(RANKS))
+    ended = torchrun("--nproc-per-node", 2, script, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("same") == 2

@@ -1,0 +1,297 @@
+"""The door for Hugging Face's trainer: what it saves and resumes from."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import transformers_job
+from ranks import torchrun
+from support import assert_same, flip_byte, run_script, shard_of
+from transformers_job import EachStep, EndedError, Net, end_at, trainer
+
+from dtruntime import (
+    CheckpointManager,
+    CheckpointNotFound,
+    Corrupt,
+    InvalidArgument,
+    StepConflict,
+    UnsupportedFormat,
+)
+from dtruntime.transformers import StoredCheckpoints, Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+JOB = Path(transformers_job.__file__).read_text()
+
+
+def run_until(step: int, manager: CheckpointManager, directory: Path, **arguments) -> None:
+    """Train, and end after a step."""
+    with pytest.raises(EndedError):
+        trainer(manager, directory, end_at(step), **arguments).train()
+    manager.wait_until_finished()
+
+
+@pytest.fixture
+def straight(tmp_path):
+    """Train without a stop, and without checkpoints."""
+    job = trainer(None, tmp_path / "straight", kind=transformers.Trainer, save_strategy="no")
+    job.train()
+    return job
+
+
+def assert_went_on(job: Trainer, straight: transformers.Trainer) -> None:
+    """Check that a run came to the same end as one without a stop."""
+    assert_same(job.model.state_dict(), straight.model.state_dict())
+    assert_same(job.lr_scheduler.state_dict(), straight.lr_scheduler.state_dict())
+    losses = [
+        [(entry["step"], entry["loss"]) for entry in run.state.log_history if "loss" in entry]
+        for run in (job, straight)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 24
+
+
+@pytest.mark.parametrize("step", [7, 12, 23])  # after a save in the first, second, third epoch
+def test_a_training_goes_on_as_if_it_had_not_stopped(open_manager, tmp_path, straight, step):
+    manager = open_manager()
+    run_until(step, manager, tmp_path / "a")
+    job = trainer(manager, tmp_path / "a")
+    job.train(resume_from_checkpoint=True)
+    assert manager.last_load.step == step // 5 * 5
+    assert_went_on(job, straight)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [5, 10, 15, 20, 24]
+    assert not list((tmp_path / "a").glob("checkpoint-*")), "nothing is written beside it"
+
+
+def test_a_training_that_goes_back_takes_the_place_of_what_came_after(
+    open_manager, tmp_path, straight
+):
+    manager = open_manager()
+    run_until(22, manager, tmp_path / "a")
+    run_again = trainer(manager, tmp_path / "a", end_at(16))
+    with pytest.raises(EndedError):
+        run_again.train(resume_from_checkpoint=10)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [5, 10, 15]
+    job = trainer(manager, tmp_path / "a")
+    job.train(resume_from_checkpoint=15)
+    assert_went_on(job, straight)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+    open_manager, store, tmp_path, straight, caplog
+):
+    manager = open_manager()
+    model = Net(width=3_000)
+    run_until(12, manager, tmp_path / "a", model=model)
+    flip_byte(shard_of(store, 10), 70_000)
+    with pytest.raises(Corrupt):
+        trainer(manager, tmp_path / "a", model=Net(width=3_000)).train(resume_from_checkpoint=10)
+    job = trainer(manager, tmp_path / "a", model=Net(width=3_000))
+    job.train(resume_from_checkpoint=True)
+    assert "step 10 is damaged, trying step 5" in caplog.text
+    manager.wait_until_finished()
+    assert manager.all_steps() == [5, 10, 15, 20, 24]
+    assert all(manager.verify(step).ok for step in manager.all_steps())
+    assert len(straight.state.log_history) == len(job.state.log_history)
+
+
+def test_a_training_from_the_beginning_overwrites_nothing(open_manager, tmp_path):
+    manager = open_manager()
+    run_until(12, manager, tmp_path / "a")
+    with pytest.raises(StepConflict):
+        trainer(manager, tmp_path / "a").train()
+    assert manager.all_steps() == [5, 10]
+
+
+def test_what_is_not_there_or_not_of_a_trainer_is_not_resumed_from(open_manager, tmp_path):
+    manager = open_manager()
+    with pytest.raises(CheckpointNotFound):
+        trainer(manager, tmp_path).train(resume_from_checkpoint=True)
+    manager.save({"model": Net()}, step=1)
+    with pytest.raises(InvalidArgument, match="a Trainer did not save it"):
+        trainer(manager, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointNotFound):
+        trainer(manager, tmp_path).train(resume_from_checkpoint=7)
+
+
+def test_the_best_model_is_loaded_at_the_end(open_manager, tmp_path):
+    # It learns, and then unlearns.
+    arguments = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    arguments |= {"learning_rate": 0.02, "lr_scheduler_type": "constant"}
+    manager = open_manager(keep_last_n=1, keep_best_n=1, best_metric="eval_loss")
+    seen = {}
+
+    def spoil(step, model):
+        if step == 10:
+            seen.update(copy.deepcopy(model.state_dict()))
+        if step > 10:
+            with torch.no_grad():
+                model.last.weight.mul_(2)
+
+    job = trainer(manager, tmp_path / "a", EachStep(spoil), **arguments)
+    job.train()
+    assert job.state.best_global_step == manager.best_step() == 10
+    assert_same(dict(job.model.state_dict()), seen)
+    assert manager.metadata(10)["eval_loss"] == job.state.best_metric
+
+    again = trainer(manager, tmp_path / "a", **arguments)  # nothing is left to train
+    again.train(resume_from_checkpoint=True)
+    assert_same(dict(again.model.state_dict()), seen)
+
+
+def test_a_best_model_that_was_not_kept_says_how_to_keep_it(open_manager, tmp_path):
+    manager = open_manager(keep_last_n=1)
+
+    def spoil(_step, model):
+        with torch.no_grad():
+            model.last.weight.mul_(2)
+
+    job = trainer(
+        manager,
+        tmp_path,
+        EachStep(spoil),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    with pytest.raises(CheckpointNotFound, match="the best checkpoint was not kept") as raised:
+        job.train()
+    assert "keep_best_n=1" in raised.value.hint
+
+
+def test_frozen_parameters_can_be_left_out(open_manager, tmp_path):
+    manager = open_manager()
+
+    def frozen() -> Net:
+        model = Net()
+        model.first.requires_grad_(requires_grad=False)
+        return model
+
+    own = {"trainable_only": True}
+    run_until(12, manager, tmp_path, model=frozen(), own=own)
+    assert list(manager.load(10)["model"]) == ["last.weight", "last.bias"]
+    job = trainer(manager, tmp_path, model=frozen(), own=own)
+    job.train(resume_from_checkpoint=True)
+    straight = trainer(
+        None, tmp_path, model=frozen(), kind=transformers.Trainer, save_strategy="no"
+    )
+    straight.train()
+    assert_went_on(job, straight)
+
+
+def test_a_checkpoint_of_transformers_is_resumed_from(open_manager, tmp_path, straight):
+    own = trainer(None, tmp_path / "own", end_at(12), kind=transformers.Trainer)
+    with pytest.raises(EndedError):
+        own.train()
+    manager = open_manager()
+    job = trainer(manager, tmp_path / "a")
+    job.train(resume_from_checkpoint=str(tmp_path / "own" / "checkpoint-10"))
+    assert_went_on(job, straight)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [15, 20, 24]
+
+
+def test_arguments_that_the_manager_answers_are_refused(open_manager, tmp_path):
+    manager = open_manager()
+    for arguments, hint in (
+        ({"save_total_limit": 2}, "keep_last_n"),
+        ({"save_only_model": True}, "leave it out"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "end"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"{list(arguments)[-1]}=") as raised:
+            trainer(manager, tmp_path, kind=_NotPushed, **arguments)
+        assert hint in raised.value.hint
+
+
+class _NotPushed(Trainer):
+    """Asks no hub for a repository."""
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Do nothing."""
+
+
+def test_a_trainer_that_is_not_known_is_refused(manager):
+    class Other:
+        """Lacks what the door goes by."""
+
+    class Stored(StoredCheckpoints, Other):
+        """Of no use."""
+
+    with pytest.raises(UnsupportedFormat, match="_load_best_model"):
+        Stored(manager=manager)
+
+
+KILLED = (
+    JOB
+    + """
+import os, signal, sys
+from dtruntime import CheckpointManager
+
+class Kill(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)  # while it is written
+
+with CheckpointManager(sys.argv[1]) as manager:
+    job = trainer(manager, sys.argv[2], Kill(), model=Net(width=500_000), eval_strategy="no")
+    job.train()
+"""
+)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(store, open_manager, tmp_path):
+    killed = run_script(KILLED, store, tmp_path, timeout=240)
+    assert killed.returncode == -9, killed.stderr
+    manager = open_manager()
+    assert manager.latest_step() in {5, 10}
+    job = trainer(manager, tmp_path, end_at(11), model=Net(width=500_000), eval_strategy="no")
+    with pytest.raises(EndedError):
+        job.train(resume_from_checkpoint=True)
+    assert manager.last_load.step in {5, 10}
+
+
+RANKS = (
+    JOB
+    + """
+import sys
+from pathlib import Path
+from dtruntime import CheckpointManager
+
+def run(store, resume, *callbacks):
+    shared = ["model.*", "optimizer.*", "scheduler.*"]
+    with CheckpointManager(store, replicated=shared) as manager:
+        job = trainer(manager, store / "own", *callbacks)
+        try:
+            job.train(resume_from_checkpoint=resume)
+        except EndedError:
+            manager.wait_until_finished()
+        return job
+
+store = Path(sys.argv[1])
+straight = run(store / "a", None)
+run(store / "b", None, end_at(7))
+resumed = run(store / "b", True)
+assert resumed.state.global_step == 12
+for name, value in straight.model.state_dict().items():
+    assert torch.equal(value, resumed.model.state_dict()[name]), name
+print("same")
+"""
+)
+
+
+def test_ranks_go_on_together_and_one_goes_on_alone(tmp_path, open_manager, caplog):
+    script = tmp_path / "script.py"
+    script.write_text(RANKS)
+    ended = torchrun("--nproc-per-node", 2, script, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("same") == 2
+    manager = open_manager(tmp_path / "b")
+    job = trainer(manager, tmp_path, per_device_train_batch_size=16)
+    job.train(resume_from_checkpoint=5)
+    assert job.state.global_step == 12
+    assert "random numbers are not those of a run without a stop" in caplog.text
