@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::console::{self, Outcome, WRONG_USAGE};
-use crate::{copy, diff, doctor, gc, inspect, ls, restore, verify};
+use crate::{copy, diff, doctor, gc, inspect, ls, restore, rm, verify};
 
 const AFTER_HELP: &str = "\
 Exit status: 0 when all is well; 1 when something is wrong with the data: it is damaged, missing, \
@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Copy(copy::Options),
     /// Compare two checkpoints: tensors byte by byte, and plain values.
     Diff(diff::Options),
+    /// Delete checkpoints: steps that are named, or all but the newest.
+    Rm(rm::Options),
     /// Delete files that no checkpoint needs: of aborted saves, and what a rewind retired.
     Gc(gc::Options),
     /// Look at what this machine offers for fast checkpoints.
@@ -57,6 +59,7 @@ impl Command {
             Self::Restore(options) => restore::run(&options, out),
             Self::Copy(options) => copy::run(&options, out),
             Self::Diff(options) => diff::run(&options, out),
+            Self::Rm(options) => rm::run(&options, out),
             Self::Gc(options) => gc::run(&options, out),
             Self::Doctor(options) => doctor::run(&options, out),
         }
@@ -108,6 +111,9 @@ mod tests {
             &["ckpt-tool"][..],
             &["ckpt-tool", "lst"],
             &["ckpt-tool", "ls"],
+            &["ckpt-tool", "rm", "store"],
+            &["ckpt-tool", "rm", "store", "1", "--keep-last", "1"],
+            &["ckpt-tool", "rm", "store", "--keep-last", "0"],
             &["ckpt-tool", "verify", "store", "--step", "newest"],
             &["ckpt-tool", "verify", "store", "--step", "1", "--all"],
         ] {

@@ -142,9 +142,12 @@ fn is_step_directory(path: &Path) -> bool {
 /// Steps that exist, whole or damaged, ascending: what cannot be read is never passed over in
 /// silence.
 fn existing_steps(survey: &Survey) -> impl DoubleEndedIterator<Item = u64> + '_ {
-    let exists =
-        |state: &StepState| !matches!(state, StepState::Incomplete | StepState::Retired { .. });
-    survey.steps.iter().filter(move |step| exists(&step.state)).map(|step| step.step)
+    survey.steps.iter().filter(|step| exists(&step.state)).map(|step| step.step)
+}
+
+/// Whether a step in this state is a checkpoint, whole or damaged.
+pub(crate) fn exists(state: &StepState) -> bool {
+    !matches!(state, StepState::Incomplete | StepState::Retired { .. })
 }
 
 /// The step that is named, all that exist, or the newest that does.

@@ -50,15 +50,28 @@ fn wrong_words_are_wrong_usage() {
 }
 
 #[test]
-fn gc_waits_for_the_training_run() {
+fn what_deletes_waits_for_the_training_run() {
     let store = Store::trained();
     let training = writer(&store.path());
-    let run = store.run("gc", &[]);
-    run.assert_error(1);
-    assert!(run.stderr.contains(store.path().to_str().unwrap()), "{run:?}");
-    assert_eq!(store.run("gc", &["--dry-run"]).status, 0);
+    for (command, arguments) in [("gc", &[][..]), ("rm", &["10"])] {
+        let run = store.run(command, arguments);
+        run.assert_error(1);
+        assert!(run.stderr.contains(store.path().to_str().unwrap()), "{run:?}");
+        assert_eq!(store.run(command, &[arguments, &["--dry-run"]].concat()).status, 0);
+    }
     drop(training);
     assert_eq!(store.run("gc", &[]).status, 0);
+    assert_eq!(store.run("rm", &["10"]).status, 0);
+}
+
+#[test]
+fn rm_of_what_is_not_there_deletes_nothing() {
+    let store = Store::trained();
+    let path = store.path();
+    let path = path.to_str().unwrap();
+    check(&store, "error-rm-missing-step", 1, &["rm", path, "10", "15"]);
+    check(&store, "error-rm-nothing-named", 2, &["rm", path]);
+    assert_eq!(store.run("ls", &["--json"]).json()["checkpoints"].as_array().unwrap().len(), 2);
 }
 
 #[test]

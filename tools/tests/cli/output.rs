@@ -132,8 +132,39 @@ fn gc_deletes_what_is_old_enough() {
 }
 
 #[test]
+fn rm_deletes_what_is_named_or_older() {
+    let store = Store::empty();
+    store.save(&[&State::at(10), &State::at(20), &State::at(30), &State::at(40)]);
+    let steps = || {
+        let listed = store.run("ls", &["--json"]).json();
+        let entries = listed["checkpoints"].as_array().unwrap().iter();
+        entries.map(|entry| entry["step"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    check(&store, "rm-dry-run", "rm", &["30", "10", "--dry-run"]);
+    assert_eq!(steps(), [10, 20, 30, 40]);
+    check(&store, "rm", "rm", &["30", "10", "30"]);
+    assert_eq!(steps(), [20, 40]);
+    check(&store, "rm-nothing", "rm", &["--keep-last", "2"]);
+    check(&store, "rm-json", "rm", &["--keep-last", "1", "--json"]);
+    assert_eq!(steps(), [40]);
+    assert_eq!(store.run("verify", &["--all"]).status, 0);
+}
+
+#[test]
+fn rm_neither_counts_nor_deletes_what_is_damaged_unless_it_is_named() {
+    let store = Store::empty();
+    store.save(&[&State::at(10), &State::at(20), &State::at(30)]);
+    std::fs::write(store.file(20, "manifest.json"), "nonsense").unwrap();
+    let report = store.run("rm", &["--keep-last", "1", "--json"]).json();
+    assert_eq!(report["removed"][0]["step"], 10);
+    assert_eq!(report["removed"].as_array().unwrap().len(), 1);
+    assert_eq!(store.run("rm", &["20"]).status, 0);
+    assert!(!store.path().join("step-000000000020").exists());
+}
+
+#[test]
 fn help_explains() {
-    for command in ["", "ls", "inspect", "verify", "restore", "diff", "gc", "doctor"] {
+    for command in ["", "ls", "inspect", "verify", "restore", "diff", "rm", "gc", "doctor"] {
         let arguments = [command, "--help"];
         let run = tool::run(arguments.iter().filter(|word| !word.is_empty()));
         assert_eq!((run.status, run.stderr.as_str()), (0, ""), "{command}");
