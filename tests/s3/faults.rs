@@ -295,12 +295,11 @@ fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), Str
     let visible = Seen { saved: Vec::new(), errors: seen.errors };
     let judgement = judge(&store, &visible);
     open(near(store.s3.clone())).close().unwrap();
-    let left = place.unfinished();
+    // An upload whose beginning was not answered is begun again, and nobody knows the name of the
+    // first: it stays, without parts.
+    let left = if place.unfinished_take_space() { Err("parts are left".into()) } else { Ok(()) };
     let all = Seen { saved: seen.saved, errors: Vec::new() };
-    let judgement = judgement
-        .and_then(|()| judge(&store, &all))
-        .and_then(|()| if left == 0 { Ok(()) } else { Err(format!("{left} uploads are left")) });
-    (requests, judgement)
+    (requests, judgement.and_then(|()| judge(&store, &all)).and(left))
 }
 
 #[test]

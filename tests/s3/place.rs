@@ -116,6 +116,11 @@ impl Place {
         stores.map(uploads).sum()
     }
 
+    /// Whether anything takes space in [`Self::unfinished`].
+    pub(crate) fn unfinished_take_space(&self) -> bool {
+        if self.own.is_some() { self.rules().arrived_parts() > 0 } else { self.unfinished() > 0 }
+    }
+
     /// The directory in which the tests' own service keeps the objects of a store.
     pub(crate) fn objects(&self, store: &Config) -> std::path::PathBuf {
         let (_, directory) = self.own.as_ref().expect("the tests' own service");
