@@ -228,6 +228,7 @@ class CheckpointManager:
         )
         interval = settings.interval("save_interval_steps", save_interval_steps)
         self._best = (best_metric, best_mode)
+        self._keeps = (keep_last_n, keep_best_n)
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
         gpus.watch_captures()  # before the first save: graphs are captured early
         self._rank, self._world_size = rank_number, ranks

@@ -9,7 +9,8 @@ Lightning names checkpoints and decides which stay; each of its paths is a store
 checkpoint.
 
 Always holds: a checkpoint that Lightning has removed, or has overwritten, is gone only once the one
-that was saved after it is durable; what failed in the background is raised by the next call.
+that was saved after it is durable; what failed in the background is raised by the next call;
+nothing is deleted but what this plugin made, and what Lightning told it to remove.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -28,7 +30,7 @@ from torch import distributed
 
 from dtruntime import launch
 from dtruntime.checkpoint import CheckpointManager
-from dtruntime.errors import CheckpointNotFound, InvalidArgument
+from dtruntime.errors import CheckpointNotFound, InvalidArgument, UnsupportedValue
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -37,12 +39,16 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointIO"]
 
+_logger = logging.getLogger("dtruntime")
+
 # One package ships the same code under two names.
 _PLUGINS = ("lightning.fabric.plugins", "lightning_fabric.plugins")
 _ALONE: dict[str, Any] = {
     "rank": 0,
     "world_size": 1,
 }  # Lightning saves on one rank what all of them hold
+_STEP = "global_step"  # Lightning's, in its checkpoints and in their metadata
+_IGNORE = 'leave it out: `self.save_hyperparameters(ignore=["..."])`'
 _SETTINGS = (
     "compression",
     "staging_bytes",
@@ -61,10 +67,11 @@ class CheckpointIO:
 
     A save returns once the state is copied. The next save, a load, or the end of the training waits
     until it is durable, and raises if it is not. A path that exists is overwritten all or not at
-    all: until the new checkpoint is durable, the old one is what is there. (A file of Lightning's
-    own is renamed to ``.replaced`` until then.)
+    all: until the new checkpoint is durable, the old one is what is there. Where that is a link, or
+    a file of Lightning's own, the save that takes its place is waited for; so is what SLURM ends.
 
-    What Lightning's strategies for FSDP and DeepSpeed save in parts does not come by here.
+    With FSDP, leave ``state_dict_type="sharded"``: Lightning writes that by itself. What it lets
+    this plugin save otherwise, it would not resume from.
 
     Args:
         options: As for ``CheckpointManager``, some of: ``compression``, ``staging_bytes``,
@@ -85,6 +92,8 @@ class CheckpointIO:
         self._settings = options | _ALONE
         self._manager: CheckpointManager | None = None
         self._handle: SaveHandle | None = None
+        self._may_remove = True  # unless the last save failed
+        self._made: str | None = None  # the path, if it is the save in flight that made it
         self._to_remove: list[str] = []
 
     def save_checkpoint(
@@ -108,12 +117,16 @@ class CheckpointIO:
                 "this plugin takes none",
                 "give `CheckpointIO` the settings of a `CheckpointManager`",
             )
+        _check_hyperparameters(checkpoint)
+        place = _normal(path)
         self._settle()
-        # Where it goes back, or saves the same step again, this one takes the place of the other.
-        manager = self._writer(os.fspath(path))
-        self._handle = manager.save_async(checkpoint, _step_of(checkpoint), rewind=True)
-        if "global_step" not in checkpoint:
-            self._settle()  # not of a training that goes on: whoever asked reads it next
+        if os.path.lexists(place) and (os.path.islink(place) or not os.path.isdir(place)):  # noqa: PTH112, PTH114
+            self._replace(checkpoint, place)
+            return
+        self._begin(checkpoint, place)
+        # Not of a training that goes on, or of one that SLURM stops now: it is read next.
+        if _STEP not in checkpoint or Path(place).name.startswith("hpc_ckpt_"):
+            self._settle()
 
     def load_checkpoint(
         self,
@@ -141,7 +154,9 @@ class CheckpointIO:
         self._settle_ranks()
         if Path(path).is_file():
             plugin: Any = _lightning()[0].TorchCheckpointIO()
-            return plugin.load_checkpoint(path, map_location, weights_only=weights_only)
+            given = {} if weights_only is None else {"weights_only": weights_only}
+            where = "cpu" if map_location is None else map_location
+            return plugin.load_checkpoint(path, map_location=where, **given)
         with CheckpointManager(path, **self._settings, read_only=True) as manager:
             try:
                 return manager.load(map_location=map_location)
@@ -154,11 +169,11 @@ class CheckpointIO:
                 ) from None
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove what is at ``path``, once the save in flight is durable.
+        """Remove what is at ``path``, once the save in flight, or else the next, is durable.
 
         >>> checkpoints.remove_checkpoint("runs/epoch=0-step=10.ckpt")
         """
-        self._to_remove.append(os.fspath(path))
+        self._to_remove.append(_normal(path))
         if self._handle is None or self._handle.done():
             self._settle()
 
@@ -174,37 +189,117 @@ class CheckpointIO:
         finally:
             self._close()
 
-    def newest(self, directory: str | os.PathLike[str]) -> str | None:
+    def newest(self, directory: str | os.PathLike[str], *, verify: bool = True) -> str | None:
         """Find the newest checkpoint in ``directory`` that is whole; None if there is none.
 
         With several ranks, all of them call it. The newest is the one of the latest step; of equal
-        ones, that which was saved last. Give it to ``trainer.fit(ckpt_path=...)`` where ``"last"``
-        might be one whose save was cut short.
+        ones, that which was saved last. Where there are only files of Lightning's own, it is the
+        newest file. Give it to ``trainer.fit(ckpt_path=...)``, where ``"last"`` might be one whose
+        save was cut short.
+
+        Args:
+            directory: A directory that ``ModelCheckpoint`` saves to.
+            verify: Whether every byte is read and checked. If not, damage is found by loading.
+
+        Raises:
+            InvalidArgument: It is not a local directory.
 
         >>> checkpoints.newest("runs")
         'runs/epoch=3-step=400.ckpt'
 
         """
+        if "://" in os.fspath(directory):
+            raise InvalidArgument(
+                f"looking for the newest checkpoint in `{directory}`",
+                "only local directories are listed",
+                "name the checkpoint",
+            )
         self._settle_ranks()
-        known = []
-        for path in Path(directory).glob("*"):
-            if path.is_dir() and not path.is_symlink():
-                with CheckpointManager(path, **self._settings, read_only=True) as manager:
-                    steps = manager.all_steps()
-                    if steps and manager.latest_step() is not None:
-                        known.append((steps[-1], path.stat().st_mtime_ns, str(path)))
-        return max(known)[2] if known else None
+        paths = [path for path in Path(directory).glob("[!.]*") if not path.is_symlink()]
+        stores = [path for path in paths if _is_store(path)]
+        known = sorted(filter(None, map(self._latest, stores)), reverse=True)
+        for _, _, path in known:
+            if not verify or self._is_whole(path):
+                return path
+        if known:
+            return None
+        files = [path for path in paths if path.suffix == ".ckpt" and path.is_file()]
+        return str(max(files, key=lambda path: path.stat().st_mtime_ns)) if files else None
 
-    def _writer(self, path: str) -> CheckpointManager:
-        """Give the manager of a path; the one of the path before is closed."""
-        if self._manager is None or os.fspath(self._manager.path) != path:
+    def _latest(self, path: Path) -> tuple[int, int, str] | None:
+        """Give the training step of a store, when it was saved, and its path; None if empty."""
+        with CheckpointManager(path, **self._settings, read_only=True) as manager:
+            number = max(manager.all_steps(), default=None)
+            if number is None:
+                return None
+            step = manager.metadata(number).get(_STEP, number)
+        saved = [part.stat().st_mtime_ns for part in path.glob("step-*")]
+        return step, max(saved), str(path)
+
+    def _is_whole(self, path: str) -> bool:
+        with CheckpointManager(path, **self._settings, read_only=True) as manager:
+            report = manager.verify()
+        if not report.ok:
+            _logger.warning("`%s` is damaged, and passed over: %s", path, report.damage[0])
+        return report.ok
+
+    def _begin(self, checkpoint: dict[str, Any], place: str) -> None:
+        """Begin to save at a path that is a store, or not there; leave nothing if it is refused."""
+        is_new = "://" not in place and not os.path.lexists(place)
+        if not is_new and "://" not in place and not _is_store(Path(place)):
+            raise InvalidArgument(
+                f"saving `{place}`",
+                "a directory is there, and it is no checkpoint",
+                "move it away, or save elsewhere",
+            )
+        if self._manager is not None and os.fspath(self._manager.path) != place:
             self._close()
-            if os.path.isfile(path):  # noqa: PTH113
-                aside = f"{path}.replaced"
-                os.replace(path, aside)  # noqa: PTH105
-                self._to_remove.append(aside)
-            self._manager = CheckpointManager(path, **self._settings, keep_last_n=1)
-        return self._manager
+        self._made = place if is_new else None
+        try:
+            if self._manager is None:
+                self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
+            step = _step_of(checkpoint)
+            # What goes back, or is saved again, has a later number in its store all the same: files
+            # of a step that is replaced would stay for a day.
+            number = max(step, max(self._manager.all_steps(), default=-1) + 1)
+            metadata = {_STEP: step}
+            # Damaged ones, which are none of those, make way.
+            save = self._manager.save_async
+            self._handle = save(checkpoint, number, rewind=True, metadata=metadata)
+        except UnsupportedValue as error:
+            self._take_back()
+            if "hyper_parameters" not in error.what:
+                raise
+            raise UnsupportedValue(error.what, error.why, _IGNORE) from None
+        except BaseException:
+            self._take_back()
+            raise
+
+    def _replace(self, checkpoint: dict[str, Any], place: str) -> None:
+        """Save in the place of a link or a file, which stays until the checkpoint is durable."""
+        aside = str(Path(place).with_name(f".{Path(place).name}.saving"))
+        if _is_store(Path(aside)):
+            shutil.rmtree(aside)  # of a save that a kill cut short
+        self._begin(checkpoint, aside)
+        self._settle()
+        self._close()
+        os.remove(place)  # noqa: PTH107
+        os.rename(aside, place)  # noqa: PTH104
+        descriptor = os.open(Path(place).parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _take_back(self) -> None:
+        """Leave no empty store where a save failed and nothing was before."""
+        self._may_remove = False
+        made, self._made = self._made, None
+        if made is None:
+            return
+        self._close()
+        if Path(made).is_dir() and self._latest(Path(made)) is None:
+            shutil.rmtree(made)
 
     def _close(self) -> None:
         manager, self._manager = self._manager, None
@@ -214,11 +309,15 @@ class CheckpointIO:
     def _settle(self) -> None:
         """Wait for the save in flight, then remove what may go."""
         handle, self._handle = self._handle, None
-        removals, self._to_remove = self._to_remove, []
         if handle is not None:
-            handle.result()
-        for path in removals:
-            self._remove(path)
+            try:
+                handle.result()
+            except BaseException:
+                self._take_back()
+                raise
+            self._made, self._may_remove = None, True
+        while self._may_remove and self._to_remove:
+            self._remove(self._to_remove.pop(0))
 
     def _settle_ranks(self) -> None:
         """Do so on every rank, also where one fails: the others would wait for ever."""
@@ -229,17 +328,25 @@ class CheckpointIO:
             if group is not None and group.world_size > 1:
                 distributed.barrier()
 
-    def _remove(self, path: str) -> None:
-        if self._manager is not None and os.fspath(self._manager.path) == path:
+    def _remove(self, place: str) -> None:
+        if self._manager is not None and os.fspath(self._manager.path) == place:
             self._close()
-        if os.path.islink(path) or os.path.isfile(path):  # noqa: PTH113, PTH114
-            os.remove(path)  # noqa: PTH107
+        if os.path.islink(place) or os.path.isfile(place):  # noqa: PTH113, PTH114
+            os.remove(place)  # noqa: PTH107
             return
-        with CheckpointManager(path, **self._settings) as manager:
+        is_local = "://" not in place
+        if is_local and not _is_store(Path(place)):
+            return  # gone, or not ours
+        with CheckpointManager(place, **self._settings) as manager:
             for step in manager.all_steps():
                 manager.delete(step)
-        if "://" not in path:
-            shutil.rmtree(path)
+        if is_local:
+            shutil.rmtree(place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs: nothing is in flight there."""
+        self.teardown()
+        return vars(self).copy()
 
 
 def _check(given: dict[str, Any]) -> None:
@@ -273,7 +380,33 @@ def _lightning() -> list[ModuleType]:
     )
 
 
+def _normal(path: str | os.PathLike[str]) -> str:
+    """Give the one name of a path: without this, a store would be taken for two."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100
+
+
+def _is_store(path: Path) -> bool:
+    """Tell whether a directory is empty, or a store with nothing of others in it."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    rest = {name for name in names if not name.startswith("step-")}
+    return not names or rest == {"writer.lock"}
+
+
+def _check_hyperparameters(checkpoint: dict[str, Any]) -> None:
+    """Refuse hyperparameters that would come back as something else."""
+    for name, value in dict(checkpoint.get("hyper_parameters") or {}).items():
+        if hasattr(value, "state_dict"):
+            raise UnsupportedValue(
+                f'saving `state["hyper_parameters"]["{name}"]`',
+                f"of a `{type(value).__name__}` only its `state_dict()` would come back",
+                _IGNORE,
+            )
+
+
 def _step_of(checkpoint: dict[str, Any]) -> int:
     """Give the training step that a state is of; 0 if it does not say."""
-    step = checkpoint.get("global_step", 0)
+    step = checkpoint.get(_STEP, 0)
     return step if isinstance(step, int) and step >= 0 else 0

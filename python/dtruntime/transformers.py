@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -28,14 +29,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from transformers.trainer_callback import ExportableState
 
-from dtruntime.errors import CheckpointNotFound, Corrupt, InvalidArgument, UnsupportedFormat
+from dtruntime import launch, settings
+from dtruntime.checkpoint import CheckpointManager
+from dtruntime.errors import (
+    CheckpointNotFound,
+    Corrupt,
+    InvalidArgument,
+    StepConflict,
+    UnsupportedFormat,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
-
-    from dtruntime.checkpoint import CheckpointManager
 else:
     _Base = object
 
@@ -87,50 +96,78 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         _check_version(super())
+        _check_manager(manager)
         super().__init__(*args, **kwargs)
         _check_arguments(self)
+        _check_retention(self.args, manager)
         self._manager = manager
         self._trainable_only = bool(trainable_only)
         self._resumed: tuple[str, int] | None = None  # the stand-in for a directory, and the step
-        self._newest_before: int | None = None  # what there was when the training was resumed
+        self._random: dict[str, Any] | None = None  # of the checkpoint that is resumed from
+        self._newest: int | None = None  # up to here, a save may take the place of another
+        self._best: int | None = None  # the best that was saved
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train as ``transformers`` does, from the beginning or from a checkpoint.
 
         Args:
             resume_from_checkpoint: True for the newest checkpoint that verifies, or a step.
+            trial: None: a hyperparameter search needs a store for each trial.
             args: As for ``transformers``.
             kwargs: The same.
 
         Raises:
             CheckpointNotFound: There is none, or not of this step.
             Corrupt: The step that was named is damaged, or every one there is.
+            StepConflict: It would begin, and there are checkpoints already.
 
         >>> trainer.train(resume_from_checkpoint=True)
 
         """
-        self._resumed = None
-        self._newest_before = None
-        if resume_from_checkpoint is None or resume_from_checkpoint is False:
-            return super().train(None, *args, **kwargs)
-        if resume_from_checkpoint is not True and not isinstance(resume_from_checkpoint, int):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if trial is not None:
+            raise InvalidArgument(
+                "a hyperparameter search with a manager",
+                "each trial begins at step 0 again",
+                "search with the `Trainer` of transformers",
+            )
         self._manager.wait_until_finished()
-        self._newest_before = max(self._manager.all_steps(), default=None)
-        is_named = resume_from_checkpoint is not True
-        step = resume_from_checkpoint if is_named else None
+        known = self._manager.all_steps()
+        self._resumed = self._random = self._newest = self._best = None
+        target = _target_of(resume_from_checkpoint)
+        if target is None:
+            self._check_empty(known)
+            directory = resume_from_checkpoint or None  # of transformers' own
+            return super().train(directory, None, *args, **kwargs)
+        self._newest = max(known, default=None)
+        step = None if target is True else target
         while True:
-            step, trainer_state = self._position(step)
+            try:
+                step, trainer_state = self._position(step)
+            except Corrupt as error:
+                if target is not True or step is None:
+                    raise
+                step = self._older(step, error)
+                continue
             with tempfile.TemporaryDirectory() as directory:
                 # The trainer reads this file by itself, before and after it calls our methods.
                 Path(directory, "trainer_state.json").write_text(trainer_state, encoding="utf-8")
                 self._resumed = (directory, step)
                 try:
-                    return super().train(directory, *args, **kwargs)
+                    return super().train(directory, None, *args, **kwargs)
                 except _Damaged as damaged:
-                    if is_named:
+                    if target is not True:
                         raise damaged.error from None
                     step = self._older(step, damaged.error)
+
+    def _check_empty(self, known: list[int]) -> None:
+        if known and self.args.save_strategy != "no":
+            raise StepConflict(
+                f"a training that begins, with its checkpoints in `{self._manager.path}`",
+                f"others are there already, up to step {known[-1]}",
+                "`resume_from_checkpoint=True` goes on from the newest; or name another store",
+            )
 
     def _position(self, step: int | None) -> tuple[int, str]:
         """Give the step of a checkpoint, and the trainer's state when it was saved."""
@@ -143,7 +180,8 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
                 "a Trainer did not save it",
                 "`manager.restore({'model': model})` before training takes the weights alone",
             )
-        return found.step, state["trainer"]
+        self._best = state["trainer"]["best"]
+        return found.step, state["trainer"]["state"]
 
     def _older(self, step: int, error: Corrupt) -> int:
         """Give the newest step before a damaged one."""
@@ -154,38 +192,41 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         return older[-1]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
-        if trial is not None:
-            raise InvalidArgument(
-                "a hyperparameter search with one manager",
-                "each trial begins at step 0 again",
-                "search with `save_strategy='no'`",
-            )
         self.store_flos()
         step = self.state.global_step
         self._note_best(step)
+        live = self._live()
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        trainer_state = {"state": _text_of(self.state, callbacks), "best": self._best}
         self._manager.save_async(
-            {
-                **self._live(),
-                "random": _random_state(),
-                "trainer": _text_of(self.state, [*self.callback_handler.callbacks, self.control]),
-            },
+            {**live, "random": _random_state(), "trainer": trainer_state},
             step,
-            # Resumed from an older step, it takes the place of those after that.
-            rewind=self._newest_before is not None and step <= self._newest_before,
+            # It may go back: resumed from an older step, begun again with smaller batches, or the
+            # same step once more.
+            rewind=self._newest is not None and step <= self._newest,
             metadata=_metrics_of(self.state),
+            optimizer=live["optimizer"] if self._manager._consistency == "overlap" else None,  # noqa: SLF001  (of the same package)
         )
+        self._newest = max(step, self._newest or 0)
 
     def _note_best(self, *saved: int) -> None:
         """Tell the trainer that its best checkpoint is there: it looks for a directory."""
         if self.state.best_global_step in {*saved, *self._manager.all_steps()}:
-            self.state.best_model_checkpoint = f"step {self.state.best_global_step}"
+            self._best = self.state.best_global_step
+        if self._best is not None:
+            self.state.best_model_checkpoint = f"step {self._best}"
 
     def _live(self) -> dict[str, Any]:
-        """Give what is saved by every rank, and restored in place."""
+        """Give what every rank saves, and restores in place."""
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
         state = {
             "model": _trainable(self.model) if self._trainable_only else self.model,
-            "optimizer": getattr(self.optimizer, "optimizer", self.optimizer),
-            "scheduler": getattr(self.lr_scheduler, "scheduler", self.lr_scheduler),
+            "optimizer": optimizer.optimizer
+            if isinstance(optimizer, AcceleratedOptimizer)
+            else optimizer,
+            "scheduler": scheduler.scheduler
+            if isinstance(scheduler, AcceleratedScheduler)
+            else scheduler,
         }
         scaler = getattr(self.accelerator, "scaler", None)
         return state if scaler is None else {**state, "scaler": scaler}
@@ -202,11 +243,22 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self._resumed is not None  # noqa: S101
+        error = None
         try:
             self._manager.restore(self._live(), self._resumed[1])
-        except Corrupt as error:
-            raise _Damaged(error) from error
+            self._random = self._own_random(self._resumed[1])
+        except Corrupt as found:
+            error = found
+        _agree(error)
         self._note_best()
+
+    def _own_random(self, step: int) -> dict[str, Any] | None:
+        try:
+            state: dict[str, Any] = self._manager.load(step, keys="random")["random"]
+        except InvalidArgument as error:  # another number of ranks saved it
+            _logger.warning("random numbers are not those of a run without a stop: %s", error.why)
+            return None
+        return state
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if not self._is_ours(checkpoint):
@@ -215,28 +267,24 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if not self._is_ours(checkpoint):
             super()._load_rng_state(checkpoint)
-            return
-        assert self._resumed is not None  # noqa: S101
-        try:
-            state = self._manager.load(self._resumed[1], keys="random")["random"]
-        except InvalidArgument as error:
-            _logger.warning("random numbers are not those of a run without a stop: %s", error.why)
-            return
-        _set_random_state(state)
+        elif self._random is not None:
+            _set_random_state(self._random)
 
     def _load_best_model(self) -> None:
         self._manager.wait_until_finished()
-        step = self.state.best_global_step
-        live = self._live()["model"]
-        try:
-            self._manager.restore({"model": live}, step)
-        except CheckpointNotFound as error:
+        metric, mode = _best_of(self.args)
+        step = self._best
+        if step not in self._manager.all_steps():
+            # Of equal ones the trainer takes the first, and retention keeps the last.
+            step = self._manager.best_step(metric, mode)
+        if step != self._best and self._manager.metadata(step)[metric] != self.state.best_metric:
             raise CheckpointNotFound(
-                error.what,
-                f"{error.why}: the best checkpoint was not kept",
-                'open the manager with `keep_best_n=1, best_metric="eval_loss"`, or the metric '
-                "that `metric_for_best_model` names",
-            ) from None
+                f"loading the best model, of step {self._best}, from `{self._manager.path}`",
+                "it was not kept",
+                f'open the manager with `keep_best_n=1, best_metric="{metric}", '
+                f'best_mode="{mode}"`',
+            )
+        self._manager.restore({"model": self._live()["model"]}, step)
 
 
 class Trainer(StoredCheckpoints, transformers.Trainer):  # type: ignore[misc]
@@ -252,6 +300,67 @@ class _Damaged(Exception):  # noqa: N818  (never seen outside)
     def __init__(self, error: Corrupt) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def _agree(error: Corrupt | None) -> None:
+    """Raise on every rank what one of them found: all go back to the same checkpoint."""
+    group = launch.process_group()
+    told: list[str | None] = [None if error is None else str(error)]
+    if group is not None and group.world_size > 1:
+        told = [None] * group.world_size
+        torch.distributed.all_gather_object(told, None if error is None else str(error))
+    found = [(rank, text) for rank, text in enumerate(told) if text is not None]
+    if error is None and found:
+        rank, text = found[0]
+        hint = "resume from another step"
+        error = Corrupt(f"restoring on rank {rank}", text.partition("\nhint: ")[0], hint)
+    if error is not None:
+        raise _Damaged(error)
+
+
+def _target_of(given: Any) -> int | bool | None:
+    """Give True for the newest checkpoint, a step, or None for what transformers goes by."""
+    if given is None or isinstance(given, (os.PathLike, str)):
+        text = "" if given is None else os.fspath(given)
+        if isinstance(given, str) and not os.path.exists(text):  # noqa: PTH110
+            if text.lower() in {"true", "false"}:  # as from a command line
+                return text.lower() == "true" or None
+            return int(text) if text.isdecimal() else None
+        return None
+    if isinstance(given, (bool, np.bool_)):
+        return bool(given) or None
+    return settings.integer("resume_from_checkpoint", given)
+
+
+def _best_of(args: Any) -> tuple[str, str]:
+    """Give the metric that tells the best checkpoint, and whether small or large is good."""
+    name = args.metric_for_best_model or "loss"
+    metric = name if name.startswith("eval_") else f"eval_{name}"
+    return metric, "max" if args.greater_is_better else "min"
+
+
+def _check_manager(manager: Any) -> None:
+    what = "a Trainer's `manager`"
+    if not isinstance(manager, CheckpointManager):
+        raise InvalidArgument(
+            what, f"it is a `{type(manager).__name__}`", "pass a `dtruntime.CheckpointManager`"
+        )
+    if manager._read_only:  # noqa: SLF001  (of the same package)
+        raise InvalidArgument(what, "it is read-only", "open it without `read_only=True`")
+
+
+def _check_retention(args: Any, manager: CheckpointManager) -> None:
+    """Refuse now what would be missed when everything is trained."""
+    keep_last_n, keep_best_n = manager._keeps  # noqa: SLF001
+    if not args.load_best_model_at_end or keep_last_n is None:
+        return
+    metric, mode = _best_of(args)
+    if not keep_best_n or manager._best != (metric, mode):  # noqa: SLF001
+        raise InvalidArgument(
+            f"`load_best_model_at_end` with `keep_last_n={keep_last_n}`",
+            "the best checkpoint may be removed before the end",
+            f'open the manager with `keep_best_n=1, best_metric="{metric}", best_mode="{mode}"`',
+        )
 
 
 def _check_version(base: Any) -> None:
@@ -293,7 +402,8 @@ def _is_fsdp1(trainer: Any) -> bool:
 
 def _trainable(model: Any) -> dict[str, Any]:
     """Give a model's parameters that are trained, and its buffers that are saved."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    named = model.named_parameters(remove_duplicate=False)  # tied ones under each of their names
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 

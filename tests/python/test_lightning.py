@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import resource
 import textwrap
 from contextlib import contextmanager
@@ -103,8 +104,7 @@ def test_a_path_that_is_saved_again_has_the_last_checkpoint(tmp_path):
         plugin.save_checkpoint(a_checkpoint(step, fill), tmp_path / "last.ckpt")
         assert_same(plugin.load_checkpoint(tmp_path / "last.ckpt"), a_checkpoint(step, fill))
     plugin.teardown()
-    with CheckpointManager(tmp_path / "last.ckpt", read_only=True) as manager:
-        assert manager.all_steps() == [4]
+    assert len(list((tmp_path / "last.ckpt").rglob("*.shard"))) == 1, "nothing stays behind"
 
 
 @contextmanager
@@ -168,37 +168,110 @@ def test_a_path_whose_only_save_was_cut_short_says_how_to_go_on(tmp_path):
     assert CheckpointIO().newest(tmp_path) is None
 
 
-def test_damage_is_found_and_the_newest_is_one_that_can_be_read(tmp_path):
+def test_the_newest_is_the_last_one_saved_that_can_be_read(tmp_path, caplog):
     plugin = CheckpointIO(chunk_bytes="64KiB")
-    for step in (1, 2):
-        plugin.save_checkpoint(a_checkpoint(step), tmp_path / f"{step}.ckpt")
+    for step, name in ((1, "a"), (2, "b"), (2, "c"), (2, "b")):
+        plugin.save_checkpoint(a_checkpoint(step), tmp_path / name)
     plugin.teardown()
     (tmp_path / "notes").mkdir()
-    (tmp_path / "readme.txt").write_text("not a checkpoint")
-    flip_byte(shard_of(tmp_path / "2.ckpt", 2), 70_000)
+    (tmp_path / "notes" / "log.txt").write_text("not a checkpoint")
+    (tmp_path / "readme.ckpt").write_text("not a checkpoint")
+    assert plugin.newest(tmp_path) == str(tmp_path / "b")
+    flip_byte(shard_of(tmp_path / "b", 3), 70_000)
+    assert plugin.newest(tmp_path, verify=False) == str(tmp_path / "b")
+    assert plugin.newest(tmp_path) == str(tmp_path / "c")
+    assert f"`{tmp_path / 'b'}` is damaged, and passed over" in caplog.text
     with pytest.raises(Corrupt):
-        plugin.load_checkpoint(tmp_path / "2.ckpt")
-    next((tmp_path / "2.ckpt").rglob("manifest*")).write_bytes(b"nonsense")
-    assert plugin.newest(tmp_path) == str(tmp_path / "1.ckpt")
+        plugin.load_checkpoint(tmp_path / "b")
+    next((tmp_path / "c").rglob("manifest*")).write_bytes(b"nonsense")
+    assert plugin.newest(tmp_path) == str(tmp_path / "a")
+    for name in ("b", "c"):
+        plugin.save_checkpoint(a_checkpoint(2), tmp_path / name)
+        assert_same(plugin.load_checkpoint(tmp_path / name), a_checkpoint(2))
+    assert plugin.newest(tmp_path) == str(tmp_path / "c")
     assert plugin.newest(tmp_path / "notes") is None
     assert plugin.newest(tmp_path / "nowhere") is None
+    with pytest.raises(InvalidArgument, match="only local directories"):
+        plugin.newest("s3://bucket/runs")
 
 
 def test_a_file_of_lightnings_own_is_resumed_from_and_replaced(tmp_path):
     own, path = pl.plugins.io.TorchCheckpointIO(), tmp_path / "last.ckpt"
     own.save_checkpoint(a_checkpoint(), path)
     plugin = CheckpointIO()
+    assert plugin.newest(tmp_path) == str(path)
+    assert_same(plugin.load_checkpoint(path), a_checkpoint())
+    with pytest.raises(UnsupportedValue):
+        plugin.save_checkpoint({"global_step": 2, "code": torch.nn.MSELoss}, path)
+    plugin.teardown()
+    assert paths_in(tmp_path) == ["last.ckpt"]
     assert_same(plugin.load_checkpoint(path), a_checkpoint())
     plugin.save_checkpoint(a_checkpoint(2), path)
     assert_same(plugin.load_checkpoint(path), a_checkpoint(2))
     assert paths_in(tmp_path) == ["last.ckpt"]
 
 
-def test_what_cannot_be_saved_is_refused_by_its_path(tmp_path):
+def test_what_a_link_leads_to_is_not_written_to(tmp_path):
     plugin = CheckpointIO()
-    with pytest.raises(UnsupportedValue, match=r"hyper_parameters.*loss"):
-        plugin.save_checkpoint({"hyper_parameters": {"loss": torch.nn.MSELoss}}, tmp_path / "a")
+    plugin.save_checkpoint(a_checkpoint(), tmp_path / "best.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("best.ckpt")
+    plugin.save_checkpoint(a_checkpoint(2), tmp_path / "last.ckpt")
+    assert_same(plugin.load_checkpoint(tmp_path / "best.ckpt"), a_checkpoint())
+    assert_same(plugin.load_checkpoint(tmp_path / "last.ckpt"), a_checkpoint(2))
+    plugin.remove_checkpoint(tmp_path / "last.ckpt")
+    assert paths_in(tmp_path) == ["best.ckpt"]
+
+
+def test_a_path_has_one_store_whatever_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plugin = CheckpointIO()
+    for step, name in enumerate(("a.ckpt", tmp_path / "a.ckpt", "./a.ckpt/")):
+        plugin.save_checkpoint(a_checkpoint(step), name)
+    plugin.remove_checkpoint(f"{tmp_path}/./a.ckpt")
     plugin.teardown()
+    assert paths_in(tmp_path) == []
+
+
+def test_what_is_not_a_checkpoint_is_neither_written_to_nor_removed(tmp_path):
+    plugin = CheckpointIO()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InvalidArgument, match="it is no checkpoint"):
+        plugin.save_checkpoint(a_checkpoint(), tmp_path / "mine")
+    plugin.remove_checkpoint(tmp_path / "mine")
+    plugin.remove_checkpoint(tmp_path / "not" / "there")
+    plugin.save_checkpoint(a_checkpoint(), tmp_path / "a.ckpt")
+    plugin.teardown()
+    (tmp_path / "a.ckpt" / "notes.txt").write_text("mine")
+    plugin.remove_checkpoint(tmp_path / "a.ckpt")
+    assert paths_in(tmp_path) == ["a.ckpt", "mine"]
+    assert (tmp_path / "a.ckpt" / "notes.txt").exists()
+
+
+def test_what_slurm_stops_is_durable_at_once(tmp_path):
+    plugin = CheckpointIO()
+    plugin.save_checkpoint(a_checkpoint(), tmp_path / "hpc_ckpt_1.ckpt")  # and requeues the job
+    with CheckpointManager(tmp_path / "hpc_ckpt_1.ckpt", read_only=True) as manager:
+        assert manager.all_steps() == [1]
+    plugin.teardown()
+
+
+def test_a_plugin_is_sent_to_another_process_with_nothing_in_flight(tmp_path):
+    plugin = CheckpointIO(compression="none")
+    plugin.save_checkpoint(a_checkpoint(), tmp_path / "a")
+    other = pickle.loads(pickle.dumps(plugin))  # noqa: S301  (what it was just now)
+    assert_same(other.load_checkpoint(tmp_path / "a"), a_checkpoint())
+
+
+def test_what_cannot_be_saved_is_refused_by_its_path_and_leaves_nothing(tmp_path):
+    plugin = CheckpointIO()
+    for value in (torch.nn.MSELoss, torch.nn.Linear(1, 1), Path("a"), object()):
+        checkpoint = {"global_step": 1, "hyper_parameters": {"loss": value}}
+        with pytest.raises(UnsupportedValue, match=r"hyper_parameters.*loss") as raised:
+            plugin.save_checkpoint(checkpoint, tmp_path / "a")
+        assert "save_hyperparameters(ignore" in raised.value.hint
+    plugin.teardown()
+    assert paths_in(tmp_path) == []
 
 
 def test_wrong_settings_are_told_at_once():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -101,12 +102,75 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert len(straight.state.log_history) == len(job.state.log_history)
 
 
+def test_where_two_are_damaged_the_third_is_resumed_from(open_manager, store, tmp_path):
+    manager = open_manager()
+    run_until(17, manager, tmp_path, model=Net(width=3_000))
+    flip_byte(shard_of(store, 15), 70_000)
+    shard = shard_of(store, 10)
+    shard.write_bytes(shard.read_bytes()[:-1_000])
+    job = trainer(manager, tmp_path, end_at(6), model=Net(width=3_000))
+    with pytest.raises(EndedError):
+        job.train(resume_from_checkpoint=True)
+    assert job.state.global_step == 6
+
+
 def test_a_training_from_the_beginning_overwrites_nothing(open_manager, tmp_path):
     manager = open_manager()
     run_until(12, manager, tmp_path / "a")
-    with pytest.raises(StepConflict):
-        trainer(manager, tmp_path / "a").train()
+    job = trainer(manager, tmp_path / "a")
+    with pytest.raises(StepConflict, match="others are there already, up to step 10"):
+        job.train()
+    assert job.state.global_step == 0, "it is told before anything is trained"
     assert manager.all_steps() == [5, 10]
+
+
+def test_a_step_may_be_saved_again(open_manager, tmp_path, straight):
+    manager = open_manager()
+
+    class AtEpochEnd(transformers.TrainerCallback):
+        def on_epoch_end(self, _arguments, _state, control, **_others) -> None:
+            control.should_save = True
+
+    job = trainer(manager, tmp_path, AtEpochEnd(), save_steps=8)
+    job.train()
+    assert_went_on(job, straight)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [8, 16, 24]
+
+
+def test_a_training_that_begins_again_with_smaller_batches_saves_anew(open_manager, tmp_path):
+    manager = open_manager()
+    failed = []
+
+    def fail_once(step, _model) -> None:
+        if step == 7 and not failed:
+            failed.append(step)
+            raise RuntimeError("CUDA out of memory. (It is not, but is told so.)")
+
+    job = trainer(manager, tmp_path, EachStep(fail_once), auto_find_batch_size=True)
+    job.train()
+    assert failed
+    assert job.state.global_step > 24
+    manager.wait_until_finished()
+    assert manager.all_steps() == [*range(5, job.state.global_step, 5), job.state.global_step]
+
+
+@pytest.mark.parametrize("given", [10, "10", np.int64(10), True, "True", np.bool_(True)])
+def test_what_to_resume_from_may_come_from_a_command_line(open_manager, tmp_path, given):
+    manager = open_manager()
+    run_until(12, manager, tmp_path)
+    job = trainer(manager, tmp_path, end_at(11))
+    with pytest.raises(EndedError):
+        job.train(resume_from_checkpoint=given)
+    assert manager.last_load.step == 10
+
+
+def test_tensors_on_no_gpu_may_be_saved_with_overlap(open_manager, tmp_path, straight):
+    manager = open_manager(consistency="overlap")
+    run_until(12, manager, tmp_path)
+    job = trainer(manager, tmp_path)
+    job.train(resume_from_checkpoint=True)
+    assert_went_on(job, straight)
 
 
 def test_what_is_not_there_or_not_of_a_trainer_is_not_resumed_from(open_manager, tmp_path):
@@ -145,23 +209,60 @@ def test_the_best_model_is_loaded_at_the_end(open_manager, tmp_path):
     assert_same(dict(again.model.state_dict()), seen)
 
 
-def test_a_best_model_that_was_not_kept_says_how_to_keep_it(open_manager, tmp_path):
-    manager = open_manager(keep_last_n=1)
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
 
-    def spoil(_step, model):
-        with torch.no_grad():
-            model.last.weight.mul_(2)
 
+def test_of_equal_models_the_one_that_was_kept_is_loaded(open_manager, tmp_path):
+    manager = open_manager(keep_last_n=1, keep_best_n=1, best_metric="eval_loss")
+    job = trainer(manager, tmp_path, **BEST, learning_rate=0.0)
+    job.train()
+    assert job.state.best_global_step == 5
+    assert manager.last_load.step == 24
+
+
+def test_the_best_model_is_one_that_was_saved(open_manager, tmp_path):
+    manager = open_manager(keep_last_n=1, keep_best_n=1, best_metric="eval_score", best_mode="max")
+    scores = iter([1.0, 2.0, 3.0, 0.0, 0.0])  # after 5, 10, 15, 20 and 24 steps
     job = trainer(
         manager,
         tmp_path,
-        EachStep(spoil),
+        own={"compute_metrics": lambda _: {"score": next(scores)}},
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="score",
+        greater_is_better=True,
+        save_steps=10,
     )
-    with pytest.raises(CheckpointNotFound, match="the best checkpoint was not kept") as raised:
-        job.train()
-    assert "keep_best_n=1" in raised.value.hint
+    job.train()
+    assert job.state.best_global_step == 15
+    assert manager.last_load.step == 10
+
+
+def test_a_manager_that_may_lose_the_best_model_is_refused(open_manager, tmp_path):
+    for kept in (
+        {},
+        {"keep_best_n": 1, "best_metric": "eval_loss", "best_mode": "max"},
+        {"keep_best_n": 1, "best_metric": "loss"},
+    ):
+        manager = open_manager(tmp_path / str(len(kept)), keep_last_n=1, **kept)
+        with pytest.raises(InvalidArgument, match="may be removed before the end") as raised:
+            trainer(manager, tmp_path, **BEST)
+        assert 'best_metric="eval_loss", best_mode="min"' in raised.value.hint
+
+
+def test_what_is_no_manager_to_save_with_is_refused(open_manager, manager, tmp_path):
+    manager.save({}, step=1)
+    for other, why in (("runs/a", "`str`"), (open_manager(read_only=True), "read-only")):
+        with pytest.raises(InvalidArgument, match=why):
+            trainer(other, tmp_path)
+
+
+def test_tied_parameters_that_are_frozen_are_left_out_under_all_their_names(open_manager, tmp_path):
+    manager = open_manager()
+    model = Net()
+    model.first[0].requires_grad_(requires_grad=False)
+    model.again = model.first[0]
+    run_until(7, manager, tmp_path, model=model, own={"trainable_only": True})
+    assert list(manager.load(5)["model"]) == ["last.weight", "last.bias"]
 
 
 def test_frozen_parameters_can_be_left_out(open_manager, tmp_path):
@@ -258,7 +359,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(store, open_ma
 RANKS = (
     JOB
     + """
-import sys
+import os, sys
 from pathlib import Path
 from dtruntime import CheckpointManager
 
@@ -295,3 +396,27 @@ def test_ranks_go_on_together_and_one_goes_on_alone(tmp_path, open_manager, capl
     job.train(resume_from_checkpoint=5)
     assert job.state.global_step == 12
     assert "random numbers are not those of a run without a stop" in caplog.text
+
+
+DAMAGED = (
+    RANKS[: RANKS.index("store = Path")].replace("replicated=shared", "replicated=()")
+    + """
+store = Path(sys.argv[1])
+run(store, None, end_at(12))
+if os.environ["RANK"] == "1":
+    (shard,) = store.glob("step-000000000010/rank-00001.*.shard")
+    damaged = bytearray(shard.read_bytes())
+    damaged[5_000] ^= 1
+    shard.write_bytes(damaged)
+torch.distributed.barrier()
+print("from", run(store, True, end_at(6)).state.global_step)
+"""
+)
+
+
+def test_ranks_go_back_together_though_one_alone_finds_damage(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DAMAGED)
+    ended = torchrun("--nproc-per-node", 2, script, tmp_path / "store")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("from 6") == 2

@@ -7,8 +7,8 @@
 //!
 //! Always holds: exit status 0 means that all is well, 1 that something is wrong with the data (or
 //! could not be read, or is not there), 2 that the command was wrong. Stores are opened read-only,
-//! except by `gc` and `rm` without `--dry-run` and for the store that `restore` writes to. A reader of
-//! stdout that goes away ends the tool quietly.
+//! except by `gc` and `rm` without `--dry-run` and for the store that `restore` writes to. A reader
+//! of stdout that goes away ends the tool quietly.
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;

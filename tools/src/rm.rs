@@ -5,6 +5,7 @@
 //! a kill left half deleted is none. Damaged ones go only if they are named.
 
 use std::io::Write;
+use std::num::NonZeroU32;
 
 use clap::{ArgGroup, Args};
 use dtr_engine::recovery::{StepState, StepSurvey, Survey};
@@ -21,11 +22,15 @@ With --keep-last, only checkpoints whose manifest is sound are counted and delet
 --dry-run no training run may hold the store. A remote store keeps what it has of these steps, and \
 gets no more of them.";
 
+const USAGE: &str = "\
+ckpt-tool rm [OPTIONS] <STORE> <STEP>...
+       ckpt-tool rm [OPTIONS] <STORE> --keep-last <N>";
+
 /// Arguments of `rm`.
 #[derive(Args, Debug)]
 #[command(
     after_help = AFTER_HELP,
-    override_usage = "ckpt-tool rm [OPTIONS] <STORE> <STEP>...\n       ckpt-tool rm [OPTIONS] <STORE> --keep-last <N>",
+    override_usage = USAGE,
     group = ArgGroup::new("which").required(true)
 )]
 pub(crate) struct Options {
@@ -35,8 +40,8 @@ pub(crate) struct Options {
     #[arg(value_name = "STEP", group = "which")]
     steps: Vec<u64>,
     /// Delete all but the newest N.
-    #[arg(long, value_name = "N", group = "which", value_parser = clap::value_parser!(u32).range(1..))]
-    keep_last: Option<u32>,
+    #[arg(long, value_name = "N", group = "which")]
+    keep_last: Option<NonZeroU32>,
     /// Only say what would go.
     #[arg(long)]
     dry_run: bool,
@@ -64,7 +69,7 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
         if options.dry_run { options.store.open() } else { options.store.open_as_writer() }?;
     let survey = engine.survey()?;
     let doomed = match options.keep_last {
-        Some(kept) => all_but_newest(&survey, kept),
+        Some(kept) => all_but_newest(&survey, kept.get()),
         None => named(&survey, &options.steps, &options.store)?,
     };
     let removed = if options.dry_run { doomed } else { delete(&engine, &doomed)? };
