@@ -120,7 +120,7 @@ class CheckpointIO:
         _check_hyperparameters(checkpoint)
         place = _normal(path)
         self._settle()
-        if os.path.lexists(place) and (os.path.islink(place) or not os.path.isdir(place)):  # noqa: PTH112, PTH114
+        if _is_link_or_file(place):
             self._replace(checkpoint, place)
             return
         self._begin(checkpoint, place)
@@ -199,7 +199,8 @@ class CheckpointIO:
 
         Args:
             directory: A directory that ``ModelCheckpoint`` saves to.
-            verify: Whether every byte is read and checked. If not, damage is found by loading.
+            verify: Whether every byte is read and checked, by every rank. If not, damage is found by
+                loading.
 
         Raises:
             InvalidArgument: It is not a local directory.
@@ -331,7 +332,7 @@ class CheckpointIO:
     def _remove(self, place: str) -> None:
         if self._manager is not None and os.fspath(self._manager.path) == place:
             self._close()
-        if os.path.islink(place) or os.path.isfile(place):  # noqa: PTH113, PTH114
+        if _is_link_or_file(place):
             os.remove(place)  # noqa: PTH107
             return
         is_local = "://" not in place
@@ -384,6 +385,10 @@ def _normal(path: str | os.PathLike[str]) -> str:
     """Give the one name of a path: without this, a store would be taken for two."""
     text = os.fspath(path)
     return text if "://" in text else os.path.abspath(text)  # noqa: PTH100
+
+
+def _is_link_or_file(place: str) -> bool:
+    return os.path.islink(place) or os.path.isfile(place)  # noqa: PTH113, PTH114
 
 
 def _is_store(path: Path) -> bool:

@@ -36,9 +36,11 @@ from transformers.trainer_callback import ExportableState
 from dtruntime import launch, settings
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import (
+    CheckpointError,
     CheckpointNotFound,
     Corrupt,
     InvalidArgument,
+    LoadAborted,
     StepConflict,
     UnsupportedFormat,
 )
@@ -136,10 +138,9 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         known = self._manager.all_steps()
         self._resumed = self._random = self._newest = self._best = None
         target = _target_of(resume_from_checkpoint)
-        if target is None:
+        if target is False or isinstance(target, str):
             self._check_empty(known)
-            directory = resume_from_checkpoint or None  # of transformers' own
-            return super().train(directory, None, *args, **kwargs)
+            return super().train(target or None, None, *args, **kwargs)
         self._newest = max(known, default=None)
         step = None if target is True else target
         while True:
@@ -247,7 +248,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         try:
             self._manager.restore(self._live(), self._resumed[1])
             self._random = self._own_random(self._resumed[1])
-        except Corrupt as found:
+        except CheckpointError as found:
             error = found
         _agree(error)
         self._note_best()
@@ -302,34 +303,39 @@ class _Damaged(Exception):  # noqa: N818  (never seen outside)
         self.error = error
 
 
-def _agree(error: Corrupt | None) -> None:
-    """Raise on every rank what one of them found: all go back to the same checkpoint."""
+def _agree(error: CheckpointError | None) -> None:
+    """Raise on every rank what one of them found: all go back to the same checkpoint, or end."""
     group = launch.process_group()
-    told: list[str | None] = [None if error is None else str(error)]
+    told: list[tuple[str, bool] | None] = [None]
     if group is not None and group.world_size > 1:
-        told = [None] * group.world_size
-        torch.distributed.all_gather_object(told, None if error is None else str(error))
-    found = [(rank, text) for rank, text in enumerate(told) if text is not None]
-    if error is None and found:
-        rank, text = found[0]
-        hint = "resume from another step"
-        error = Corrupt(f"restoring on rank {rank}", text.partition("\nhint: ")[0], hint)
-    if error is not None:
+        told *= group.world_size
+        own = None if error is None else (str(error), isinstance(error, Corrupt))
+        torch.distributed.all_gather_object(told, own)
+    others = [(rank, *found) for rank, found in enumerate(told) if found is not None]
+    if error is None and others:
+        rank, text, is_damage = min(others, key=lambda other: other[2])  # damage is the last reason
+        kind = Corrupt if is_damage else LoadAborted
+        hint = "look at the error of that rank"
+        error = kind(f"restoring on rank {rank}", text.partition("\nhint: ")[0], hint)
+    if isinstance(error, Corrupt) and all(is_damage for _, _, is_damage in others):
         raise _Damaged(error)
+    if error is not None:
+        raise error
 
 
-def _target_of(given: Any) -> int | bool | None:
-    """Give True for the newest checkpoint, a step, or None for what transformers goes by."""
-    if given is None or isinstance(given, (os.PathLike, str)):
-        text = "" if given is None else os.fspath(given)
-        if isinstance(given, str) and not os.path.exists(text):  # noqa: PTH110
-            if text.lower() in {"true", "false"}:  # as from a command line
-                return text.lower() == "true" or None
-            return int(text) if text.isdecimal() else None
-        return None
-    if isinstance(given, (bool, np.bool_)):
-        return bool(given) or None
-    return settings.integer("resume_from_checkpoint", given)
+def _target_of(given: Any) -> bool | int | str:
+    """Give False for the beginning, True for the newest checkpoint, a step, or a path."""
+    if given is None or isinstance(given, (bool, np.bool_)):
+        return bool(given)
+    if not isinstance(given, (os.PathLike, str)):
+        return settings.integer("resume_from_checkpoint", given)
+    text = os.fspath(given)
+    if os.path.exists(text):  # noqa: PTH110
+        return text
+    # As from a command line.
+    if text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    return int(text) if text.isdecimal() else text
 
 
 def _best_of(args: Any) -> tuple[str, str]:

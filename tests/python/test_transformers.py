@@ -165,6 +165,13 @@ def test_what_to_resume_from_may_come_from_a_command_line(open_manager, tmp_path
     assert manager.last_load.step == 10
 
 
+@pytest.mark.parametrize("given", [None, False, "False"])
+def test_what_begins_anew_may_come_from_a_command_line(open_manager, tmp_path, given):
+    job = trainer(open_manager(), tmp_path, end_at(1))
+    with pytest.raises(EndedError):
+        job.train(resume_from_checkpoint=given)
+
+
 def test_tensors_on_no_gpu_may_be_saved_with_overlap(open_manager, tmp_path, straight):
     manager = open_manager(consistency="overlap")
     run_until(12, manager, tmp_path)
