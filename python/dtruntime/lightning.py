@@ -199,8 +199,8 @@ class CheckpointIO:
 
         Args:
             directory: A directory that ``ModelCheckpoint`` saves to.
-            verify: Whether every byte is read and checked, by every rank. If not, damage is found by
-                loading.
+            verify: Whether every byte is read and checked, by every rank. If not, loading finds
+                damage.
 
         Raises:
             InvalidArgument: It is not a local directory.
