@@ -6,9 +6,10 @@
 A mutant is a patch beside this file. It takes one thing out that a promise rests on, and opens
 with what that is and with the test that must catch it, of the tests of a promise (`crash`,
 `readers`, `ranks`, `s3`, `stand_in` for GPUs, `machine` for the coordinator) or of the engine's own
-(`engine`). Each is applied by itself to a copy of the tree, which is built in a directory of its
-own; a mutant is caught if it builds and its test fails, and each of those tests passes without a
-mutant. The copy and what was built stay in the cache for the next run.
+(`engine` beside the code, `engine_tests` in `tests/engine`). Each is applied by itself to a copy of
+the tree, which is built in a directory of its own; a mutant is caught if it builds and its test
+fails, and each of those tests passes without a mutant. The copy and what was built stay in the
+cache for the next run.
 
 `make torture` runs this as one of its rows, mutants by their number in the order of their names.
 """
@@ -31,6 +32,7 @@ CARGO = ("cargo", "test", "--locked", "--release", "--workspace", "--quiet")
 TARGETS = {
     "crash": ("--test", "crash"),
     "engine": ("--lib",),
+    "engine_tests": ("--test", "engine"),
     "machine": ("--test", "machine"),
     "ranks": ("--test", "ranks"),
     "readers": ("--test", "readers"),
