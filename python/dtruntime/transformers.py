@@ -99,9 +99,12 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
     ) -> None:
         _check_version(super())
         _check_manager(manager)
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if given is not None:  # before the hub is asked for a repository
+            _check_arguments(given)
+            _check_retention(given, manager)
         super().__init__(*args, **kwargs)
-        _check_arguments(self)
-        _check_retention(self.args, manager)
+        _check_strategy(self)
         self._manager = manager
         self._trainable_only = bool(trainable_only)
         self._resumed: tuple[str, int] | None = None  # the stand-in for a directory, and the step
@@ -380,25 +383,28 @@ def _check_version(base: Any) -> None:
         )
 
 
-def _check_arguments(trainer: Any) -> None:
-    args = trainer.args
-    refused = {
-        "save_total_limit": (args.save_total_limit is not None, "give the manager `keep_last_n`"),
-        "save_only_model": (args.save_only_model, "leave it out: saves do not hold up training"),
-        "hub_strategy": (
-            args.push_to_hub and args.hub_strategy != "end",
-            '`hub_strategy="end"` pushes the model when it is trained',
-        ),
-        "deepspeed": (trainer.is_deepspeed_enabled, "use FSDP2, or DeepSpeed's own checkpoints"),
-        "fsdp": (_is_fsdp1(trainer), "use FSDP2: `fsdp_config={'version': 2}`"),
-    }
-    for name, (is_asked, hint) in refused.items():
-        if is_asked:
-            raise InvalidArgument(
-                f"`TrainingArguments({name}=...)` with a manager",
-                "the manager does not save it, or does it in another way",
-                hint,
-            )
+def _check_arguments(args: Any) -> None:
+    """Refuse what a manager does in another way, or not."""
+    _refuse("save_total_limit", "give the manager `keep_last_n`", args.save_total_limit is not None)
+    hint = "leave it out: saves do not hold up training"
+    _refuse("save_only_model", hint, args.save_only_model)
+    hint = '`hub_strategy="end"` pushes the model when it is trained'
+    _refuse("hub_strategy", hint, args.push_to_hub and args.hub_strategy != "end")
+
+
+def _check_strategy(trainer: Any) -> None:
+    """Refuse what holds states of its own."""
+    _refuse("deepspeed", "use FSDP2, or DeepSpeed's own checkpoints", trainer.is_deepspeed_enabled)
+    _refuse("fsdp", "use FSDP2: `fsdp_config={'version': 2}`", _is_fsdp1(trainer))
+
+
+def _refuse(name: str, hint: str, is_asked: bool) -> None:
+    if is_asked:
+        raise InvalidArgument(
+            f"`TrainingArguments({name}=...)` with a manager",
+            "the manager does not save it, or does it in another way",
+            hint,
+        )
 
 
 def _is_fsdp1(trainer: Any) -> bool:

@@ -312,15 +312,8 @@ def test_arguments_that_the_manager_answers_are_refused(open_manager, tmp_path):
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "end"),
     ):
         with pytest.raises(InvalidArgument, match=f"{list(arguments)[-1]}=") as raised:
-            trainer(manager, tmp_path, kind=_NotPushed, **arguments)
+            trainer(manager, tmp_path, **arguments)
         assert hint in raised.value.hint
-
-
-class _NotPushed(Trainer):
-    """Asks no hub for a repository."""
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """Do nothing."""
 
 
 def test_a_trainer_that_is_not_known_is_refused(manager):
