@@ -15,7 +15,6 @@ nothing is deleted but what this plugin made, and what Lightning told it to remo
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 
-from dtruntime import launch
+from dtruntime import launch, settings
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import CheckpointNotFound, InvalidArgument, UnsupportedValue
 
@@ -43,10 +42,8 @@ _logger = logging.getLogger("dtruntime")
 
 # One package ships the same code under two names.
 _PLUGINS = ("lightning.fabric.plugins", "lightning_fabric.plugins")
-_ALONE: dict[str, Any] = {
-    "rank": 0,
-    "world_size": 1,
-}  # Lightning saves on one rank what all of them hold
+# Lightning saves on one rank what all of them hold.
+_ALONE: dict[str, Any] = {"rank": 0, "world_size": 1}
 _STEP = "global_step"  # Lightning's, in its checkpoints and in their metadata
 _IGNORE = 'leave it out: `self.save_hyperparameters(ignore=["..."])`'
 _SETTINGS = (
@@ -263,10 +260,12 @@ class CheckpointIO:
             # What goes back, or is saved again, has a later number in its store all the same: files
             # of a step that is replaced would stay for a day.
             number = max(step, max(self._manager.all_steps(), default=-1) + 1)
-            metadata = {_STEP: step}
-            # Damaged ones, which are none of those, make way.
-            save = self._manager.save_async
-            self._handle = save(checkpoint, number, rewind=True, metadata=metadata)
+            self._handle = self._manager.save_async(
+                checkpoint,
+                number,
+                rewind=True,  # damaged ones, which are none of those, make way
+                metadata={_STEP: step},
+            )
         except UnsupportedValue as error:
             self._take_back()
             if "hyper_parameters" not in error.what:
@@ -353,15 +352,12 @@ class CheckpointIO:
 def _check(given: dict[str, Any]) -> None:
     """Refuse a setting now, not at the first save."""
     for name in given:
-        if name not in _SETTINGS:
-            near = difflib.get_close_matches(name, _SETTINGS, n=1)
-            raise InvalidArgument(
-                f"`CheckpointIO({name}=...)`",
-                "expected some of " + ", ".join(f"`{text}`" for text in _SETTINGS),
-                f"did you mean `{near[0]}`?"
-                if near
-                else "which checkpoints stay, and where, is told to Lightning's `ModelCheckpoint`",
-            )
+        settings.check_name(
+            f"`CheckpointIO({name}=...)`",
+            name,
+            _SETTINGS,
+            "which checkpoints stay, and where, is told to Lightning's `ModelCheckpoint`",
+        )
     with tempfile.TemporaryDirectory() as empty:
         CheckpointManager(empty, **given, **_ALONE, read_only=True).close()
 

@@ -102,6 +102,18 @@ def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
     )
 
 
+def check_name(what: str, name: str, accepted: Sequence[str], otherwise: str) -> None:
+    """Refuse a name that is none of ``accepted``; hint at the nearest, or say ``otherwise``."""
+    if name in accepted:
+        return
+    near = difflib.get_close_matches(str(name), accepted, n=1)
+    raise InvalidArgument(
+        what,
+        "expected some of " + ", ".join(f"`{text}`" for text in accepted),
+        f"did you mean `{near[0]}`?" if near else otherwise,
+    )
+
+
 def engine_settings(
     *,
     compression: Any,
@@ -214,15 +226,12 @@ def _s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Give the engine's settings of a store in S3. Ranges are the engine's to check."""
     settings = {}
     for name, value in (given or {}).items():
-        if name not in S3_SETTINGS:
-            near = difflib.get_close_matches(str(name), S3_SETTINGS, n=1)
-            raise InvalidArgument(
-                f"setting `s3` has the key {name!r}",
-                "expected some of " + ", ".join(f"`{text}`" for text in S3_SETTINGS),
-                f"did you mean `{near[0]}`?"
-                if near
-                else "credentials come from the usual chain: environment, profile, role",
-            )
+        check_name(
+            f"setting `s3` has the key {name!r}",
+            name,
+            S3_SETTINGS,
+            "credentials come from the usual chain: environment, profile, role",
+        )
         if value is not None:
             settings[name] = _s3_setting(name, value)
     return settings

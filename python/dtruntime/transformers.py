@@ -215,8 +215,10 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
 
     def _note_best(self, *saved: int) -> None:
         """Tell the trainer that its best checkpoint is there: it looks for a directory."""
-        if self.state.best_global_step in {*saved, *self._manager.all_steps()}:
-            self._best = self.state.best_global_step
+        best = self.state.best_global_step
+        # The store is listed only where another one has become the best.
+        if best not in {None, self._best} and (best in saved or best in self._manager.all_steps()):
+            self._best = best
         if self._best is not None:
             self.state.best_model_checkpoint = f"step {self._best}"
 
