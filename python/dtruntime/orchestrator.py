@@ -277,10 +277,11 @@ class TrainingOrchestrator:
 
     def _pass_on_notices(self, worker: _native.Worker) -> None:
         while True:
+            has_ended = worker.is_ended  # before the look: what ends it leaves a notice, too
             notice = worker.next_notice(_NOTICE_SECONDS)
             if notice is not None:
                 self._pass_on(notice)
-            elif worker.is_ended:
+            elif has_ended:
                 return
 
     def _pass_on(self, notice: dict[str, Any]) -> None:

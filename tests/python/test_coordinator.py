@@ -43,10 +43,21 @@ def make(coordinator):
         one.leave()
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_worker_outlives_its_test():
+    yield
+    while STARTED:
+        with STARTED.pop() as process:  # which closes its pipes, and waits for it
+            process.kill()  # where a test failed; nothing happens to one that has ended
+
+
 def start_worker(source: str, url: str, **environment: object) -> subprocess.Popen[str]:
     """Start a script as a worker."""
     extra = {key: str(value) for key, value in environment.items()}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(source)],
         env=script_environment() | {"COORDINATOR_URL": url} | extra,
         stdin=subprocess.PIPE,
@@ -54,6 +65,8 @@ def start_worker(source: str, url: str, **environment: object) -> subprocess.Pop
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -414,6 +427,23 @@ def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
         assert out == "WorkerFenced another process took the place of `worker-1`\n", error
 
     asyncio.run(act())
+
+
+def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
+    class Worker:
+        """It ends after the wait for a notice ran out, and before anybody looks whether it has."""
+
+        is_ended = False
+        waits = 0
+
+        def next_notice(self, _seconds):
+            self.waits, self.is_ended = self.waits + 1, True
+            return {"kind": "fenced", "reason": "replaced"} if self.waits == 2 else None
+
+    told = []
+    one = TrainingOrchestrator("w", "http://127.0.0.1:9", 1, 0, on_membership_change=told.append)
+    one._pass_on_notices(Worker())
+    assert [(change.kind, change.reason) for change in told] == [("fenced", "replaced")]
 
 
 def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
