@@ -12,8 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 from dtruntime import (
@@ -29,19 +27,17 @@ from dtruntime import (
 )
 from dtruntime.applying import Attempts
 from dtruntime.errors import (
-    AcceleratorError,
     CheckpointError,
     Closed,
     InvalidArgument,
     RestoreIncomplete,
-    SaveInFlight,
 )
 from dtruntime.globs import globs_of
-from dtruntime.handle import Copied, SaveHandle, end_copies
+from dtruntime.handle import SaveHandle, end_copies
 from dtruntime.lineage import Lineage
 from dtruntime.loading import device_of
 from dtruntime.location import Named
-from dtruntime.replication import Replication, advice
+from dtruntime.replication import Replication
 from dtruntime.reports import (
     Damage,
     LoadReport,
@@ -51,13 +47,14 @@ from dtruntime.reports import (
     VerifyReport,
 )
 from dtruntime.restore import plan_restore
+from dtruntime.saving import Rules, Saver
 from dtruntime.source import Habits, Source
-from dtruntime.state_tree import FlatState, flatten, needs_of
+from dtruntime.state_tree import needs_of
 from dtruntime.told import Told, told_by
 from dtruntime.watcher import Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -237,14 +234,7 @@ class CheckpointManager:
         self._verify_on_load = bool(verify_on_load)
         self._read_only = bool(read_only)
         self._pid = os.getpid()
-        # Threads take turns; the second lock is held in a turn, to know one in another.
-        self._turns = threading.RLock()
-        self._in_turn = threading.Lock()
         self._incomplete: RestoreIncomplete | None = None
-        self._last: SaveHandle | None = None
-        self._is_advised = self._told_of_metric = False
-        self._is_capturing = False
-        self._is_closing = False
         self._is_shut = False
         self._leaves_uploads = False
         self._is_closed = False
@@ -270,8 +260,7 @@ class CheckpointManager:
             self._path = named.store(told.path).path
             self._interval = interval or told.save_interval_steps or 1
             self._async_write = bool(told.async_write if async_write is None else async_write)
-            self._open(json.dumps(settings.completed(engine_settings, told)))
-            self._replication = Replication(globs, self._native.share) if globs else None
+            self._open(json.dumps(settings.completed(engine_settings, told)), globs)
         except BaseException:
             self._give_back()
             raise
@@ -354,19 +343,15 @@ class CheckpointManager:
 
         """
         number = settings.step_of(step, "save_async(state, step=...)")
-        with self._declining(number):
+        with self._saver.declining(number):
             annotations = (
-                self._annotated(number, metadata),
+                self._saver.annotated(number, metadata),
                 settings.json_object("dataset_positions", dataset_positions),
             )
             self._check_can_save(number)
             chosen = gpus.choose(consistency or self._consistency, optimizer)
-            if not self._may_wait(if_busy):
-                self._check_idle(number)
-        with self._turns:
-            self._check_turn(number)
-            with self._in_turn:
-                handle = self._begin(state, (number, bool(rewind)), annotations, chosen)
+            self._saver.check_busy(number, if_busy)
+        handle = self._saver.save(state, (number, bool(rewind)), annotations, chosen)
         if not self._async_write:
             handle.result()
         return handle
@@ -598,9 +583,8 @@ class CheckpointManager:
         number = settings.step_of(step, "should_save(step)")
         if self._read_only or number % self._interval:
             return False
-        last = self._last
-        saving = -1 if last is None or last.done() else last.step
-        return self._lineage.is_ahead(number, saving)
+        saving = self._saver.in_flight()
+        return self._lineage.is_ahead(number, -1 if saving is None else saving.step)
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Read and check every byte of a checkpoint. Damage is reported, not raised.
@@ -637,7 +621,7 @@ class CheckpointManager:
 
         >>> manager.prewarm({"model": model, "optimizer": optimizer})
         """
-        raw_bytes, ordinals = needs_of(state, self._replication, self._world_size)
+        raw_bytes, ordinals = needs_of(state, self._saver.rules.replication, self._world_size)
         usable = ordinals if ordinals and gpus.are_usable() else []
         self._native.prewarm(raw_bytes, gpus.current_streams(usable))
 
@@ -686,14 +670,14 @@ class CheckpointManager:
             if not self._is_shut:
                 self._native.wait_until_finished()
         except BaseException:
-            self._is_closing = True
+            self._saver.is_closing = True
             try:
                 self._shut()
             except CheckpointError as later:
                 # The first one goes on; this one must not take its place, nor be lost.
                 _logger.error("closing `%s`: %s", self._path, later)  # noqa: TRY400
             raise
-        self._is_closing = True
+        self._saver.is_closing = True
         self._shut()
 
     def __enter__(self) -> Self:
@@ -719,26 +703,6 @@ class CheckpointManager:
         mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
         return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
 
-    @contextlib.contextmanager
-    def _declining(self, step: int) -> Iterator[None]:
-        """Tell the other ranks if this one does not come to save ``step``."""
-        try:
-            yield
-        except BaseException as error:
-            if self._ranks is not None and not self._is_closing:
-                with contextlib.suppress(CheckpointError):
-                    self._decline(step, error)
-            raise
-
-    def _decline(self, step: int, error: BaseException) -> None:
-        last = self._last
-        try:
-            # Who speaks of a later step gives up the one that is in flight.
-            if isinstance(error, Exception) and last is not None:
-                last._native.wait()  # noqa: SLF001
-        finally:
-            self._native.decline(step, f"{type(error).__name__}: {error}")
-
     def _told(self, job: str, named: Named, keep_last_n: int | None) -> Told:
         """Give what the coordinator says of what is not set here, and log it."""
         seat = self._ranks
@@ -754,7 +718,7 @@ class CheckpointManager:
             _logger.info("the coordinator says, of what is not set here: %s", told)
         return told
 
-    def _open(self, engine_settings: str) -> None:
+    def _open(self, engine_settings: str, replicated: list[str]) -> None:
         """Open the store, start the threads, and have them looked after."""
         worker = None if self._ranks is None else self._ranks.worker
         self._native = _native.Manager(self._path, engine_settings, worker)
@@ -762,7 +726,11 @@ class CheckpointManager:
         timeout = None if self._ranks is None else self._agreement_timeout
         habits = Habits(self._verify_on_load, timeout, self._has_uploads)
         self._source = Source(self._native, self._path, self._lineage, habits)
-        for watcher in (self._watcher, self._uploads):
+        replication = Replication(replicated, self._native.share) if replicated else None
+        rules = Rules(self._world_size, self._ranks is not None, replication, self._best[0])
+        watchers = (self._watcher, self._uploads)
+        self._saver = Saver(self._native, self._lineage, watchers, rules)
+        for watcher in watchers:
             if watcher is not None:
                 watcher.start()
         lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
@@ -799,67 +767,9 @@ class CheckpointManager:
         if self._ranks is not None:
             self._ranks.leave()
 
-    def _annotated(self, step: int, metadata: Mapping[str, Any] | None) -> str:
-        """Give the metadata as it is stored, and say once if ``best_metric`` is not in it."""
-        text = settings.json_object("metadata", metadata)
-        name = self._best[0]
-        value = None if name is None else (metadata or {}).get(name)
-        if name is not None and not settings.is_comparable(value):
-            if not self._told_of_metric:
-                _logger.warning(
-                    "step %d is not compared with others: its `metadata` has no number `%s`, which "
-                    "`best_metric` names (said once)",
-                    step,
-                    name,
-                )
-            self._told_of_metric = True
-        return text
-
-    def _advise(self, flat: FlatState) -> None:
-        """Say once, at the first save, what would be found out at a restore by other ranks."""
-        if self._world_size > 1 and not self._is_advised:
-            for text in advice(flat):
-                _logger.warning("%s (said once)", text)
-        self._is_advised = True
-
-    def _check_turn(self, step: int) -> None:
-        """Refuse a save in the middle of another one of the same thread, which could never end."""
-        if not self._in_turn.locked():
-            return
-        raise InvalidArgument(
-            f"saving step {step}",
-            "a signal handler saves, and has interrupted a save of this thread",
-            "set a flag in the handler, and save when the interrupted call has returned; or let "
-            '`sigterm="finish"` finish what is being saved',
-        )
-
-    def _may_wait(self, if_busy: str) -> bool:
-        may_wait = settings.choice("if_busy", if_busy, ("wait", "raise")) == "wait"
-        if may_wait or self._world_size == 1:
-            return may_wait
-        raise InvalidArgument(
-            f"saving with `if_busy` = {if_busy!r} on {self._world_size} ranks",
-            "a save may still be in flight on one rank, and be over on another",
-            "decide on one rank, by `handle.done()`, and tell the others, before any of them saves",
-        )
-
-    def _check_idle(self, step: int) -> None:
-        """Refuse to wait for a save in flight, or for one that another thread begins."""
-        is_free = self._turns.acquire(blocking=False)
-        if is_free:
-            self._turns.release()
-        if is_free and self._native.wait_until_finished(0):
-            return
-        before = "another one" if self._last is None else f"step {self._last.step}"
-        raise SaveInFlight(
-            f"saving step {step}",
-            f"{before} is not durable yet",
-            'go on, and save a later step; or let it wait: `if_busy="wait"`',
-        )
-
     def _check_can_save(self, step: int) -> None:
         what = f"saving step {step}"
-        if self._is_closing:
+        if self._saver.is_closing:
             raise Closed(what, "the manager was closed", "make a new CheckpointManager")
         if self._read_only:
             raise InvalidArgument(
@@ -873,71 +783,6 @@ class CheckpointManager:
                 f"the live state is a mixture, since {self._incomplete.what} failed",
                 "restore again, from this step or another, before saving",
             ) from self._incomplete
-
-    def _begin(
-        self,
-        state: Any,
-        call: tuple[int, bool],
-        annotations: tuple[str, str],
-        chosen: gpus.Consistency,
-    ) -> SaveHandle:
-        """Wait for the save before, take a snapshot, and write it in the background."""
-        step, rewind = call
-        # First, so that copies of tensors outside the host's memory are not made beside it.
-        with self._declining(step):
-            called = time.monotonic()
-            self._native.wait_until_finished()
-            begun = time.monotonic()
-            rewind = rewind or self._lineage.replaces_unsound(step)
-            flat, sources, chosen = self._prepare(state, chosen)
-            self._advise(flat)
-            chosen.arm()
-        last = self._last
-        self._is_capturing = True  # SIGTERM waits until there is a handle to finish or drop
-        try:
-            spent = (begun - called, time.monotonic() - begun)
-            parts = (flat.nodes, flat.tensors, flat.replicated)
-            native = self._native.save((step, rewind, spent), parts, sources, annotations)
-            self._lineage.note_begun(step, is_rewind=rewind)
-            return self._hand_out(native, flat, chosen)
-        except BaseException:
-            # It may have been begun although it did not return: a signal can be in between.
-            # Nobody would keep the tensors as they are, so what is saved of them is not to be.
-            self._last = last
-            if sources.begun is not None:
-                sources.begun.abandon("the call that began it was interrupted")
-                sources.begun.wait_captured()
-            chosen.disarm()
-            raise
-        finally:
-            self._is_capturing = False
-            lifecycle.resume_termination()
-
-    def _prepare(
-        self, state: Any, chosen: gpus.Consistency
-    ) -> tuple[FlatState, _native.Sources, gpus.Consistency]:
-        """Take a state apart and make its memory ready, strictly if a GPU refuses more."""
-        while True:
-            flat = flatten(state, self._replication, chosen, self._world_size)
-            streams = list(chosen.streams.items())
-            try:
-                sources = self._native.prepare(flat.storages, streams, chosen.goes_on_behind)
-            except AcceleratorError as error:
-                chosen = gpus.fall_back(chosen, error)
-            else:
-                return flat, sources, chosen
-
-    def _hand_out(
-        self, native: _native.SaveHandle, flat: FlatState, chosen: gpus.Consistency
-    ) -> SaveHandle:
-        """Give the handle of a save, with whatever waits for its copies told of it."""
-        assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
-        behind = Copied([*chosen.streams], flat.table) if chosen.goes_on_behind else None
-        chosen.guard(native)
-        handle = self._last = SaveHandle(native, self._watcher, behind)
-        self._watcher.watch(handle, self._native)
-        handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
-        return handle
 
     def _newest(self) -> int:
         known = self._native.candidates()

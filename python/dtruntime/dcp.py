@@ -94,7 +94,7 @@ class StorageWriter(storage.StorageWriter):
         self._rewind = bool(rewind)
         self._metadata = metadata
         self._call = _Call()
-        if manager._replication is not None:  # noqa: SLF001  (of the same package)
+        if manager._saver.rules.replication is not None:  # noqa: SLF001  (of the same package)
             raise InvalidArgument(
                 "a StorageWriter on a manager with `replicated`",
                 "the planner says which rank saves what all of them hold alike",
@@ -154,7 +154,7 @@ class StorageWriter(storage.StorageWriter):
         """Save what the plan gives this rank, and wait until the checkpoint is durable."""
         manager, call = self._manager, self._call
         assert call.step is not None  # noqa: S101  (setting up checks it)
-        with manager._declining(call.step):  # noqa: SLF001
+        with manager._saver.declining(call.step):  # noqa: SLF001
             is_alone = manager._world_size == 1  # noqa: SLF001
             state = planned.state_of(plan, planner, is_alone=is_alone)
             if call.plans is not None:
@@ -365,11 +365,12 @@ class _Step(threading.local):
 @contextlib.contextmanager
 def _unadvised(manager: CheckpointManager) -> Iterator[None]:
     """Leave unsaid what is good advice for states that no planner cut up."""
-    was_advised, manager._is_advised = manager._is_advised, True  # noqa: SLF001
+    saver = manager._saver  # noqa: SLF001
+    was_advised, saver.is_advised = saver.is_advised, True
     try:
         yield
     finally:
-        manager._is_advised = was_advised  # noqa: SLF001
+        saver.is_advised = was_advised
 
 
 def _check_rank(

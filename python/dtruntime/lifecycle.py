@@ -138,8 +138,8 @@ def _close(manager: CheckpointManager) -> None:
 
 
 def _in_flight() -> list[SaveHandle]:
-    handles = [manager._last for manager in list(_managers)]  # noqa: SLF001
-    return [handle for handle in handles if handle is not None and not handle.done()]
+    handles = [manager._saver.in_flight() for manager in list(_managers)]  # noqa: SLF001
+    return [handle for handle in handles if handle is not None]
 
 
 class _Policy(NamedTuple):
@@ -183,14 +183,14 @@ class _Terminations:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if any(manager._is_capturing for manager in list(self._policies)):  # noqa: SLF001
+        if any(manager._saver.is_capturing for manager in list(self._policies)):  # noqa: SLF001
             self._is_deferred = True
             return
         self._is_handling = True
         try:
             for manager, policy in list(self._policies.items()):
-                handle = manager._last  # noqa: SLF001
-                if manager._pid == os.getpid() and handle is not None and not handle.done():  # noqa: SLF001
+                handle = manager._saver.in_flight()  # noqa: SLF001
+                if manager._pid == os.getpid() and handle is not None:  # noqa: SLF001
                     _end(handle, policy)
         finally:
             self._is_handling = False

@@ -145,7 +145,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
             held.append(list(ordinals))
             device.hold_copies(False)
             for store in (manager, best):
-                assert store._last._native.wait_captured(30)
+                assert store._saver.last._native.wait_captured(30)
             return [(0, 0)]
 
         with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +213,7 @@ def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatc
         if where == "watch":
             patch.setattr(manager._watcher, "watch", interrupted)
         else:
-            patch.setattr(manager, "_native", Interrupted(manager._native))
+            patch.setattr(manager._saver, "_native", Interrupted(manager._native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
     # Its caller knows: nothing is left to tell, and the step can be saved.
