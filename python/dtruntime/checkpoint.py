@@ -94,6 +94,13 @@ class CheckpointManager:
             Default 4 MiB.
         direct_io: Whether the page cache is bypassed; ``auto`` where the filesystem takes it.
         io_backend: ``auto``, ``uring`` or ``threads``.
+        in_flight_bytes: Bytes on their way to the device at a time: bytes, or text. Default 32 MiB,
+            or two chunks where that is more.
+        workers: Threads that check and compress, 1 to 256. Default: one per core, which the ranks
+            of a machine share, at most 16. Fewer leave more of the cores to training, and take
+            longer.
+        gc_grace_seconds: Age below which nothing is deleted that a save left unfinished. Default: a
+            day.
         verify_on_load: Whether every chunk is checked on loading. Manifests and indexes always are.
         progress: Whether saves show a bar on standard error.
         read_only: For evaluators: writes, locks and deletes nothing.
@@ -176,6 +183,9 @@ class CheckpointManager:
         chunk_bytes: int | str | None = None,
         direct_io: bool | str = "auto",
         io_backend: str = "auto",
+        in_flight_bytes: int | str | None = None,
+        workers: int | None = None,
+        gc_grace_seconds: int | None = None,
         verify_on_load: bool = True,
         progress: bool = False,
         read_only: bool = False,
@@ -209,15 +219,20 @@ class CheckpointManager:
             "read_only": bool(read_only),
         } | settings.engine_settings(
             compression=compression,
-            staging_bytes=staging_bytes,
-            chunk_bytes=chunk_bytes,
             direct_io=direct_io,
             io_backend=io_backend,
             verify_on_load=verify_on_load,
+            sizes={
+                "staging_bytes": staging_bytes,
+                "chunk_bytes": chunk_bytes,
+                "in_flight_bytes": in_flight_bytes,
+            },
             counts={
                 "keep_last_n": keep_last_n,
                 "keep_every": keep_every,
                 "keep_best_n": keep_best_n,
+                "workers": workers,
+                "gc_grace_seconds": gc_grace_seconds,
             },
             best=(best_metric, best_mode),
             remote=(remote, remote_bytes_per_second, remove_before_upload),

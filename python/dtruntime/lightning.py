@@ -52,6 +52,8 @@ _SETTINGS = (
     "chunk_bytes",
     "direct_io",
     "io_backend",
+    "in_flight_bytes",
+    "workers",
     "progress",
     "s3",
     "sigterm",
@@ -72,8 +74,9 @@ class CheckpointIO:
 
     Args:
         options: As for ``CheckpointManager``, some of: ``compression``, ``staging_bytes``,
-            ``chunk_bytes``, ``direct_io``, ``io_backend``, ``progress``, ``s3``, ``sigterm``,
-            ``sigterm_deadline_seconds``. Which checkpoints stay is Lightning's to say.
+            ``chunk_bytes``, ``direct_io``, ``io_backend``, ``in_flight_bytes``, ``workers``,
+            ``progress``, ``s3``, ``sigterm``, ``sigterm_deadline_seconds``. Which checkpoints stay
+            is Lightning's to say.
 
     Raises:
         InvalidArgument: A setting is not accepted, or Lightning is not installed.

@@ -117,11 +117,10 @@ def check_name(what: str, name: str, accepted: Sequence[str], otherwise: str) ->
 def engine_settings(
     *,
     compression: Any,
-    staging_bytes: int | str | None,
-    chunk_bytes: int | str | None,
     direct_io: bool | str,
     io_backend: Any,
     verify_on_load: bool,
+    sizes: Mapping[str, int | str | None],
     counts: Mapping[str, Any],
     best: tuple[str | None, str],
     remote: tuple[str | None, int | str | None, bool],
@@ -131,12 +130,11 @@ def engine_settings(
 
     Args:
         compression: As the manager takes it, and so are the others, but for these.
-        staging_bytes: The same.
-        chunk_bytes: The same.
         direct_io: The same.
         io_backend: The same.
         verify_on_load: The same.
-        counts: ``keep_last_n``, ``keep_every`` and ``keep_best_n``.
+        sizes: Those in bytes, by name; None where one is not set.
+        counts: Whole numbers, by name; None where one is not set.
         best: ``best_metric`` and ``best_mode``.
         remote: ``remote``, ``remote_bytes_per_second`` and ``remove_before_upload``.
         s3: How a store in S3 is reached.
@@ -154,10 +152,9 @@ def engine_settings(
     } | _remote_settings(address, bytes_per_second, remove_before_upload=remove_before_upload)
     if compression is not None:
         given["compression"] = choice("compression", compression, COMPRESSIONS)
-    for name, value in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
-        if value is not None:
-            given[name] = parse_bytes(name, value)
-    return given | _retention(counts, *best)
+    for numbers, parse in ((sizes, parse_bytes), (counts, integer)):
+        given |= {name: parse(name, n) for name, n in numbers.items() if n is not None}
+    return given | _best(*best)
 
 
 def completed(given: Mapping[str, Any], told: Told) -> dict[str, Any]:
@@ -167,16 +164,10 @@ def completed(given: Mapping[str, Any], told: Told) -> dict[str, Any]:
     return set_by_it | dict(given) | {"s3": {**told.s3, **given["s3"]}}
 
 
-def _retention(
-    counts: Mapping[str, Any], best_metric: str | None, best_mode: str
-) -> dict[str, int | str]:
-    """Give the engine's settings of which checkpoints stay; ``counts`` are those that are set."""
-    given: dict[str, int | str] = {
-        name: integer(name, value) for name, value in counts.items() if value is not None
-    }
-    if best_metric is not None:
-        given["best_metric"] = metric("best_metric", best_metric)
-    return given | {"best_mode": choice("best_mode", best_mode, BEST_MODES)}
+def _best(best_metric: str | None, best_mode: str) -> dict[str, str]:
+    """Give the engine's settings of which checkpoints are the best."""
+    named = {} if best_metric is None else {"best_metric": metric("best_metric", best_metric)}
+    return named | {"best_mode": choice("best_mode", best_mode, BEST_MODES)}
 
 
 def metric(name: str, value: Any) -> str:

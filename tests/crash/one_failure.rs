@@ -124,7 +124,7 @@ impl Act {
         let keep_last_n = matches!(self, Self::Save).then_some(2);
         let read_only = matches!(self, Self::OpenReader | Self::Load | Self::Verify);
         // Little in flight, so that a shard is synced also while it is written.
-        let in_flight_bytes = u64::from(CHUNK_BYTES);
+        let in_flight_bytes = Some(u64::from(CHUNK_BYTES));
         Config { keep_last_n, read_only, in_flight_bytes, ..state::config(store) }
     }
 

@@ -155,7 +155,7 @@ pub(crate) fn config(path: &Path) -> Config {
     Config {
         compression: Compression::None,
         chunk_bytes: CHUNK_BYTES,
-        in_flight_bytes: 4 * u64::from(CHUNK_BYTES),
+        in_flight_bytes: Some(4 * u64::from(CHUNK_BYTES)),
         staging_bytes: Some(4 * u64::from(CHUNK_BYTES)),
         workers: Some(1),
         ..Config::new(path)

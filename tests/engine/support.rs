@@ -154,7 +154,7 @@ pub(crate) fn finish(handle: &SaveHandle) -> Result<SaveInfo> {
 
 /// Small chunks, so that little data makes many.
 pub(crate) fn config(path: &Path) -> Config {
-    Config { chunk_bytes: 64 << 10, in_flight_bytes: 1 << 20, ..Config::new(path) }
+    Config { chunk_bytes: 64 << 10, in_flight_bytes: Some(1 << 20), ..Config::new(path) }
 }
 
 /// A scratch directory on the disk that holds the build, where direct I/O works.

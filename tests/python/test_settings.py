@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from support import run_script
 
 from dtruntime import CheckpointManager, InvalidArgument, launch, settings
@@ -51,6 +53,13 @@ WRONG = {
     "staging text": ({"staging_bytes": "2 GiBi"}, 'such as "512MiB" or "2GiB"'),
     "staging small": ({"staging_bytes": 1}, "at least 4 chunks"),
     "chunk odd": ({"chunk_bytes": 100_000}, "a power of two from 65536 to 67108864"),
+    "in flight": (
+        {"in_flight_bytes": "1MiB"},
+        "setting `in_flight_bytes` = 1048576: from one chunk, 4194304,",
+    ),
+    "no workers": ({"workers": 0}, "from 1 to 256 threads"),
+    "workers": ({"workers": "4"}, "a whole number from 0"),
+    "grace": ({"gc_grace_seconds": -1}, "a whole number from 0"),
     "interval": ({"save_interval_steps": 0}, "at least 1 is expected"),
     "sigterm": ({"sigterm": "finnish"}, "did you mean `finish`?"),
     "rank": ({"rank": 3}, "a rank is less than the world size"),
@@ -190,3 +199,30 @@ dtruntime.CheckpointManager(sys.argv[1]).save({"a": 1}, step=1)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stderr.splitlines()]
     assert any(record["target"].startswith("dtr_engine") for record in records)
+
+
+def test_the_largest_chunks_need_no_other_setting(open_manager):
+    state = {"weights": torch.arange(20 << 20, dtype=torch.int64)}  # 160 MiB
+    manager = open_manager(chunk_bytes="64MiB")
+    manager.save(state, step=1)
+    assert torch.equal(manager.load()["weights"], state["weights"])
+
+
+def test_as_many_threads_encode_as_are_asked_for(open_manager):
+    tasks = Path("/proc/self/task")
+    before = set(tasks.iterdir())  # of managers before
+    open_manager(workers=3).save({"weights": torch.zeros(1000)}, step=1)
+    names = [(task / "comm").read_text() for task in set(tasks.iterdir()) - before]
+    assert sum(name.startswith("dtr-encode") for name in names) == 3
+
+
+@pytest.mark.parametrize(("settings", "stays"), [({}, True), ({"gc_grace_seconds": 0}, False)])
+def test_what_a_killed_save_left_goes_with_the_next_save(open_manager, settings, stays):
+    manager = open_manager(**settings)
+    manager.save({"n": 1}, step=1)
+    [shard] = manager.path.glob("step-*/*.shard")
+    left = shard.with_name(shard.name.replace(shard.suffixes[0], "." + 32 * "0"))
+    left.write_bytes(b"half")
+    manager.save({"n": 2}, step=2)
+    assert left.exists() == stays
+    assert manager.load(step=1) == {"n": 1}

@@ -19,7 +19,7 @@ fn a_true_state_of_a_million_tensors_works() {
     let directory = scratch();
     let config = Config {
         chunk_bytes: CHUNK_BYTES,
-        in_flight_bytes: 4 * u64::from(CHUNK_BYTES),
+        in_flight_bytes: Some(4 * u64::from(CHUNK_BYTES)),
         staging_bytes: Some(4 * u64::from(CHUNK_BYTES)),
         ..state::config(directory.path())
     };

@@ -114,8 +114,9 @@ pub struct Config {
     pub direct_io: DirectIo,
     /// Which way bytes reach the device. Default `auto`.
     pub io_backend: IoBackend,
-    /// Bytes in flight to the device. Default 32 MiB; at least one chunk, at most 1 GiB.
-    pub in_flight_bytes: u64,
+    /// Bytes in flight to the device. Default: 32 MiB, or two chunks where that is more; at least
+    /// one chunk, at most 1 GiB.
+    pub in_flight_bytes: Option<u64>,
     /// Threads that checksum and encode. Default: this rank's part of one per core, at most 16.
     pub workers: Option<u32>,
     /// Newest checkpoints to keep. Default: all. At least 1.
@@ -159,7 +160,7 @@ impl Default for Config {
             staging_bytes: None,
             direct_io: DirectIo::Auto,
             io_backend: IoBackend::Auto,
-            in_flight_bytes: 32 << 20,
+            in_flight_bytes: None,
             workers: None,
             keep_last_n: None,
             keep_every: None,
@@ -184,6 +185,8 @@ pub const CHUNK_BYTES_MIN: u32 = 64 << 10;
 pub const CHUNK_BYTES_MAX: u32 = 64 << 20;
 /// Fewest chunks that the staging arena holds: one being captured, one encoded, two in flight.
 pub const STAGING_CHUNKS_MIN: u64 = 4;
+/// Bytes in flight where nothing is set, unless two chunks are more.
+const IN_FLIGHT_BYTES_DEFAULT: u64 = 32 << 20;
 /// Most bytes in flight.
 pub const IN_FLIGHT_BYTES_MAX: u64 = 1 << 30;
 
@@ -272,6 +275,12 @@ impl Config {
         Ok(())
     }
 
+    /// Bytes in flight to the device, as they are set or by default.
+    pub(crate) fn in_flight(&self) -> u64 {
+        let two_chunks = 2 * u64::from(self.chunk_bytes);
+        self.in_flight_bytes.unwrap_or(two_chunks.max(IN_FLIGHT_BYTES_DEFAULT))
+    }
+
     /// Whether this rank's store need not be that of the others: several ranks save, and what they
     /// share is `remote`. Each then publishes, prunes and uploads what is its own.
     pub fn has_own_store(&self) -> bool {
@@ -304,14 +313,15 @@ impl Config {
                 "raise `staging_bytes` or lower `chunk_bytes`",
             ));
         }
-        if !(u64::from(self.chunk_bytes)..=IN_FLIGHT_BYTES_MAX).contains(&self.in_flight_bytes) {
+        let allowed = u64::from(self.chunk_bytes)..=IN_FLIGHT_BYTES_MAX;
+        if !allowed.contains(&self.in_flight()) {
             return Err(EngineError::invalid(
-                format!("setting `in_flight_bytes` = {}", self.in_flight_bytes),
+                format!("setting `in_flight_bytes` = {}", self.in_flight()),
                 format!(
                     "from one chunk, {}, to {IN_FLIGHT_BYTES_MAX} is expected",
-                    self.chunk_bytes
+                    allowed.start()
                 ),
-                "leave it at its default, 33554432",
+                "leave it unset: 33554432, or two chunks where that is more",
             ));
         }
         if self.workers.is_some_and(|workers| !(1..=256).contains(&workers)) {

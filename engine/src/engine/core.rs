@@ -80,7 +80,7 @@ impl Core {
         ranks: Option<Arc<dyn Ranks>>,
     ) -> Result<Self> {
         let chunk_bytes = config.chunk_bytes as usize;
-        let in_flight = usize::try_from(config.in_flight_bytes).unwrap_or(usize::MAX) / chunk_bytes;
+        let in_flight = usize::try_from(config.in_flight()).unwrap_or(usize::MAX) / chunk_bytes;
         let workers = super::memory::worker_count(&config);
         let encodes = !config.read_only && config.compression.fixed_codec() != Some(Codec::None);
         // In flight, and one being filled by each worker.

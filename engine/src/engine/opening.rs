@@ -81,7 +81,7 @@ impl Engine {
     ) -> Result<Self> {
         let io_name = io.name();
         let access = access_of(&config);
-        let near = LocalStore::open(&config.path, access, io, config.in_flight_bytes)?;
+        let near = LocalStore::open(&config.path, access, io, config.in_flight())?;
         let store = Self::tiered(&config, Arc::new(near), credentials, &environment)?;
         let engine = Self::open_store(config, store, environment, io_name, ranks)?;
         if engine.config.remote.is_some() && !engine.config.read_only {

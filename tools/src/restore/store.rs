@@ -38,7 +38,6 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
         job: manifest.job.clone(),
         chunk_bytes,
         staging_bytes: Some(STAGING_BYTES.max(4 * u64::from(chunk_bytes))),
-        in_flight_bytes: Config::default().in_flight_bytes.max(chunk_bytes.into()),
         s3,
         ..Config::new(output)
     })?;

@@ -85,7 +85,7 @@ pub(crate) fn saved_by(states: &[State], replicated: &[u32]) -> Store {
                 rank,
                 world_size: ranks,
                 chunk_bytes: 64 << 10,
-                in_flight_bytes: 1 << 20,
+                in_flight_bytes: Some(1 << 20),
                 compression: Compression::None,
                 job: "gpt".into(),
                 ..Config::new(path)

@@ -102,7 +102,7 @@ pub(crate) fn writer(path: &Path) -> Engine {
 pub(crate) fn try_writer(path: &Path) -> Result<Engine> {
     let config = Config {
         chunk_bytes: 64 << 10,
-        in_flight_bytes: 1 << 20,
+        in_flight_bytes: Some(1 << 20),
         compression: Compression::None,
         job: "gpt".into(),
         ..Config::new(path)
