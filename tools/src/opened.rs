@@ -52,6 +52,26 @@ pub(crate) struct OtherS3Arguments {
     profile: Option<String>,
 }
 
+impl OtherS3Arguments {
+    /// That they are not given in vain: a bucket without its scheme is the name of a directory.
+    fn check(&self, path: &Path) -> Result<()> {
+        let given = [&self.endpoint_url, &self.region, &self.profile];
+        if is_in_s3(path) || given.iter().all(|value| value.is_none()) {
+            return Ok(());
+        }
+        Err(EngineError::invalid(
+            format!("copying to `{}`", path.display()),
+            "it is a directory, and `--to-endpoint-url`, `--to-region` and `--to-profile` say how \
+             a bucket is reached",
+            format!("write `{S3_SCHEME}` before the name of a bucket, or leave them out"),
+        ))
+    }
+}
+
+fn is_in_s3(path: &Path) -> bool {
+    path.to_str().is_some_and(|path| path.starts_with(S3_SCHEME))
+}
+
 impl S3Arguments {
     /// As the engine takes them.
     pub(crate) fn settings(&self) -> S3Settings {
@@ -90,6 +110,7 @@ impl StoreArgument {
     /// Opens another store as its one writer, created if need be; reached as this one is, but for
     /// what `other` says.
     pub(crate) fn open_other(&self, path: &Path, other: &OtherS3Arguments) -> Result<Engine> {
+        other.check(path)?;
         let S3Settings { endpoint_url, region, profile, .. } = self.s3.settings();
         let s3 = S3Settings {
             endpoint_url: other.endpoint_url.clone().or(endpoint_url),
@@ -107,7 +128,7 @@ impl StoreArgument {
 
     /// That the path can be a store.
     fn check(&self) -> Result<()> {
-        if self.path.to_str().is_some_and(|path| path.starts_with(S3_SCHEME)) {
+        if is_in_s3(&self.path) {
             // What is there is the service's to tell.
             return Ok(());
         }
@@ -125,7 +146,7 @@ impl StoreArgument {
             )),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(refused(
                 "there is no such directory",
-                "name the directory that was given to `CheckpointManager`",
+                "name what was given to `CheckpointManager`: a directory, or `s3://bucket/prefix`",
             )),
             // Others are the engine's to tell.
             _ => Ok(()),

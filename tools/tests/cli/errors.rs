@@ -50,6 +50,16 @@ fn wrong_words_are_wrong_usage() {
 }
 
 #[test]
+fn a_bucket_without_its_scheme_is_no_directory_to_be_made() {
+    let store = Store::trained();
+    let (source, bucket) = (store.path(), store.beside("bucket"));
+    let stores = [source.to_str().unwrap(), bucket.to_str().unwrap()];
+    let arguments = [&["copy"], &stores[..], &["--to-region", "eu-west-1"]].concat();
+    check(&store, "error-copy-to-region-of-directory", 2, &arguments);
+    assert!(!bucket.exists());
+}
+
+#[test]
 fn what_deletes_waits_for_the_training_run() {
     let store = Store::trained();
     let training = writer(&store.path());
