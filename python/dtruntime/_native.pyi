@@ -13,6 +13,7 @@ __all__ = [
     "ckpt_tool",
     "cuda_devices",
     "paths_of",
+    "swap",
 ]
 
 import os
@@ -90,6 +91,7 @@ class SaveHandle:
 OPENING_BARRIER: str
 
 def ckpt_tool(arguments: list[str]) -> int: ...
+def swap(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool: ...
 def paths_of(nodes: list[Node]) -> list[str]: ...
 def cuda_devices() -> int: ...
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 
-from dtruntime import launch, settings
+from dtruntime import _native, launch, settings
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import CheckpointNotFound, InvalidArgument, UnsupportedValue
 
@@ -258,6 +258,8 @@ class CheckpointIO:
         self._made = place if is_new else None
         try:
             if self._manager is None:
+                if not is_new and "://" not in place:
+                    _discard(_aside(place))  # what a kill left of what this one has replaced
                 self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
             step = _step_of(checkpoint)
             # What goes back, or is saved again, has a later number in its store all the same: files
@@ -280,19 +282,20 @@ class CheckpointIO:
 
     def _replace(self, checkpoint: dict[str, Any], place: str) -> None:
         """Save in the place of a link or a file, which stays until the checkpoint is durable."""
-        aside = str(Path(place).with_name(f".{Path(place).name}.saving"))
-        if _is_store(Path(aside)):
-            shutil.rmtree(aside)  # of a save that a kill cut short
+        aside = _aside(place)
+        _discard(aside)  # of a save that a kill cut short
         self._begin(checkpoint, aside)
         self._settle()
         self._close()
-        os.remove(place)  # noqa: PTH107
-        os.rename(aside, place)  # noqa: PTH104
+        if not _native.swap(aside, place):  # a filesystem that cannot, such as NFS
+            os.remove(place)  # noqa: PTH107
+            os.rename(aside, place)  # noqa: PTH104
         descriptor = os.open(Path(place).parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        _discard(aside)
 
     def _take_back(self) -> None:
         """Leave no empty store where a save failed and nothing was before."""
@@ -384,6 +387,19 @@ def _normal(path: str | os.PathLike[str]) -> str:
     """Give the one name of a path: without this, a store would be taken for two."""
     text = os.fspath(path)
     return text if "://" in text else os.path.abspath(text)  # noqa: PTH100
+
+
+def _aside(place: str) -> str:
+    """Name what is saved beside a link or a file until it takes its place."""
+    return str(Path(place).with_name(f".{Path(place).name}.saving"))
+
+
+def _discard(aside: str) -> None:
+    """Remove what a save beside a link or a file has left, or what it has replaced."""
+    if _is_link_or_file(aside):
+        os.remove(aside)  # noqa: PTH107
+    elif _is_store(Path(aside)):
+        shutil.rmtree(aside)
 
 
 def _is_link_or_file(place: str) -> bool:

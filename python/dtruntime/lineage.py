@@ -29,6 +29,8 @@ class Lineage:
         """Steps after the one that was loaded, each with its attempt: they do not verify."""
         self._went_back_to: int | None = None
         """Where training is, once it went back: later steps may be there."""
+        self.goes_back_by_itself = False
+        """Whether saves that need ``rewind=True`` have it without the user's doing."""
 
     def note_loaded(self, step: int, *, later_are_unsound: bool) -> None:
         """Note which step was read, and whether what comes after it could not be."""
@@ -41,13 +43,15 @@ class Lineage:
         later = [number for number, why, _ in self._later_than(step) if why is None]
         if not is_named or not later or self._is_read_only:
             return
+        self._went_back_to = step
+        if self.goes_back_by_itself:
+            return
         _logger.warning(
             "step %d is restored, and later ones exist (%s): saving from here on takes "
             "`rewind=True`, else the newest of them is what is restored next time",
             step,
             ", ".join(map(str, later)),
         )
-        self._went_back_to = step
 
     def note_begun(self, step: int, *, is_rewind: bool) -> None:
         """Note that a save of ``step`` was begun."""

@@ -64,6 +64,13 @@ _OVERRIDDEN = (
 )
 
 
+_HINT_OF_MISFIT = (
+    "resume with the model, the optimizer and the `trainable_only` that saved it; "
+    "`manager.restore({'model': model}, strict=False)`, before a training that begins in another "
+    "store, takes the weights that fit"
+)
+
+
 class StoredCheckpoints(_Base):  # type: ignore[misc]
     """What makes a trainer save to, and resume from, a manager: for subclasses of ``Trainer``.
 
@@ -106,6 +113,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         _check_strategy(self)
         self._manager = manager
+        manager._lineage.goes_back_by_itself = True  # noqa: SLF001  (see `rewind` below)
         self._trainable_only = bool(trainable_only)
         self._resumed: tuple[str, int] | None = None  # the stand-in for a directory, and the step
         self._random: dict[str, Any] | None = None  # of the checkpoint that is resumed from
@@ -164,6 +172,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
                     if target is not True:
                         raise damaged.error from None
                     step = self._older(step, damaged.error)
+                    self._unhook()
 
     def _check_empty(self, known: list[int]) -> None:
         if known and self.args.save_strategy != "no":
@@ -194,6 +203,12 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
             raise error
         _logger.warning("step %d is damaged, trying step %d: %s", step, older[-1], error)
         return older[-1]
+
+    def _unhook(self) -> None:
+        """Take back what the attempt to train has hooked into the model, as its end would have."""
+        hook = getattr(self, "neftune_hook_handle", None)
+        if hook is not None:
+            hook.remove()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         self.store_flos()
@@ -249,10 +264,12 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self._resumed is not None  # noqa: S101
-        error = None
+        error: CheckpointError | None = None
         try:
             self._manager.restore(self._live(), self._resumed[1])
             self._random = self._own_random(self._resumed[1])
+        except InvalidArgument as found:
+            error = InvalidArgument(found.what, found.why, _HINT_OF_MISFIT)
         except CheckpointError as found:
             error = found
         _agree(error)

@@ -13,6 +13,7 @@ mod coordinator;
 mod device;
 mod embedded;
 mod errors;
+mod files;
 mod guard;
 mod handle;
 mod log;
@@ -34,6 +35,8 @@ mod native {
     use crate::device::{Sources, cuda_devices};
     #[pymodule_export]
     use crate::embedded::EmbeddedCoordinator;
+    #[pymodule_export]
+    use crate::files::swap;
     #[pymodule_export]
     use crate::handle::SaveHandle;
     #[pymodule_export]

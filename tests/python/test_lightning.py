@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import resource
 import textwrap
@@ -26,6 +27,7 @@ from dtruntime import (
     InvalidArgument,
     StorageError,
     UnsupportedValue,
+    _native,
 )
 from dtruntime.lightning import CheckpointIO
 
@@ -209,6 +211,53 @@ def test_a_file_of_lightnings_own_is_resumed_from_and_replaced(tmp_path):
     plugin.save_checkpoint(a_checkpoint(2), path)
     assert_same(plugin.load_checkpoint(path), a_checkpoint(2))
     assert paths_in(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch, is_link):
+    plugin, path = CheckpointIO(), tmp_path / "last.ckpt"
+    if is_link:
+        plugin.save_checkpoint(a_checkpoint(), tmp_path / "best.ckpt")
+        path.symlink_to("best.ckpt")
+    else:
+        pl.plugins.io.TorchCheckpointIO().save_checkpoint(a_checkpoint(), path)
+    before = paths_in(tmp_path)
+
+    def interrupt(removed):  # as a kill would, where the old one has just made way
+        assert Path(removed).name == ".last.ckpt.saving"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            plugin.save_checkpoint(a_checkpoint(2), path)
+    after = CheckpointIO()
+    assert after.newest(tmp_path) == str(path)
+    assert_same(after.load_checkpoint(path), a_checkpoint(2))
+    after.save_checkpoint(a_checkpoint(3), path)
+    after.teardown()
+    assert paths_in(tmp_path) == before
+    assert_same(after.load_checkpoint(path), a_checkpoint(3))
+
+
+def test_a_filesystem_that_cannot_swap_names_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(_native, "swap", lambda *_: False)
+    path = tmp_path / "last.ckpt"
+    pl.plugins.io.TorchCheckpointIO().save_checkpoint(a_checkpoint(), path)
+    plugin = CheckpointIO()
+    plugin.save_checkpoint(a_checkpoint(2), path)
+    assert_same(plugin.load_checkpoint(path), a_checkpoint(2))
+    assert paths_in(tmp_path) == ["last.ckpt"]
+
+
+def test_two_names_are_swapped_at_once_or_not_at_all(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_text("b")
+    assert _native.swap(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a").read_text() == "b"
+    assert (tmp_path / "b").is_dir()
+    with pytest.raises(FileNotFoundError):
+        _native.swap(tmp_path / "a", tmp_path / "c")
 
 
 def test_what_a_link_leads_to_is_not_written_to(tmp_path):

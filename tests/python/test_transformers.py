@@ -70,7 +70,7 @@ def test_a_training_goes_on_as_if_it_had_not_stopped(open_manager, tmp_path, str
 
 
 def test_a_training_that_goes_back_takes_the_place_of_what_came_after(
-    open_manager, tmp_path, straight
+    open_manager, tmp_path, straight, caplog
 ):
     manager = open_manager()
     run_until(22, manager, tmp_path / "a")
@@ -82,6 +82,7 @@ def test_a_training_that_goes_back_takes_the_place_of_what_came_after(
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=15)
     assert_went_on(job, straight)
+    assert "rewind=True" not in caplog.text, "the trainer sees to it"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_replaced(
@@ -112,6 +113,26 @@ def test_where_two_are_damaged_the_third_is_resumed_from(open_manager, store, tm
     with pytest.raises(EndedError):
         job.train(resume_from_checkpoint=True)
     assert job.state.global_step == 6
+
+
+def test_noise_is_added_once_whatever_was_passed_over(open_manager, store, tmp_path):
+    class Noisy(Net):
+        def __init__(self) -> None:
+            super().__init__(width=3_000)
+            self.embeddings = torch.nn.Embedding(2, 2)
+
+        def get_input_embeddings(self):
+            return self.embeddings
+
+    manager, own = open_manager(), {"neftune_noise_alpha": 0.1}
+    run_until(12, manager, tmp_path, model=Noisy(), **own)
+    flip_byte(shard_of(store, 10), 70_000)
+    hooks = []
+    look = EachStep(lambda _, model: hooks.append(len(model.embeddings._forward_hooks)))
+    model = Noisy()
+    trainer(manager, tmp_path, look, model=model, **own).train(resume_from_checkpoint=True)
+    assert hooks == [1] * 19
+    assert not model.embeddings._forward_hooks
 
 
 def test_a_training_from_the_beginning_overwrites_nothing(open_manager, tmp_path):
@@ -283,6 +304,9 @@ def test_frozen_parameters_can_be_left_out(open_manager, tmp_path):
     own = {"trainable_only": True}
     run_until(12, manager, tmp_path, model=frozen(), own=own)
     assert list(manager.load(10)["model"]) == ["last.weight", "last.bias"]
+    with pytest.raises(InvalidArgument, match="model") as raised:
+        trainer(manager, tmp_path, model=frozen()).train(resume_from_checkpoint=True)
+    assert "the `trainable_only` that saved it" in raised.value.hint
     job = trainer(manager, tmp_path, model=frozen(), own=own)
     job.train(resume_from_checkpoint=True)
     straight = trainer(
