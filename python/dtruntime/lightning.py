@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ class CheckpointIO:
         self._may_remove = True  # unless the last save failed
         self._made: str | None = None  # the path, if it is the save in flight that made it
         self._to_remove: list[str] = []
+        self._removal: _Removal | None = None  # in the background: a large file takes its time
 
     def save_checkpoint(
         self,
@@ -186,6 +188,7 @@ class CheckpointIO:
         """
         try:
             self._settle()
+            self._end_removal()
         finally:
             self._close()
 
@@ -246,6 +249,8 @@ class CheckpointIO:
 
     def _begin(self, checkpoint: dict[str, Any], place: str) -> None:
         """Begin to save at a path that is a store, or not there; leave nothing if it is refused."""
+        if self._removal is not None and place in self._removal.places:
+            self._end_removal()
         is_new = "://" not in place and not os.path.lexists(place)
         if not is_new and "://" not in place and not _is_store(Path(place)):
             raise InvalidArgument(
@@ -253,14 +258,13 @@ class CheckpointIO:
                 "a directory is there, and it is no checkpoint",
                 "move it away, or save elsewhere",
             )
-        if self._manager is not None and os.fspath(self._manager.path) != place:
-            self._close()
         self._made = place if is_new else None
         try:
-            if self._manager is None:
+            if self._manager is None or os.fspath(self._manager.path) != place:
                 if not is_new and "://" not in place:
                     _discard(_aside(place))  # what a kill left of what this one has replaced
-                self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
+                self._open(place)
+            assert self._manager is not None  # noqa: S101
             step = _step_of(checkpoint)
             # What goes back, or is saved again, has a later number in its store all the same: files
             # of a step that is replaced would stay for a day.
@@ -279,6 +283,14 @@ class CheckpointIO:
         except BaseException:
             self._take_back()
             raise
+
+    def _open(self, place: str) -> None:
+        """Open a store, with the memory for copies that the one before had."""
+        former = self._manager
+        self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
+        if former is not None:
+            self._manager._native.take_staging_of(former._native)  # noqa: SLF001
+            former.close()
 
     def _replace(self, checkpoint: dict[str, Any], place: str) -> None:
         """Save in the place of a link or a file, which stays until the checkpoint is durable."""
@@ -313,7 +325,7 @@ class CheckpointIO:
             manager.close()
 
     def _settle(self) -> None:
-        """Wait for the save in flight, then remove what may go."""
+        """Wait for the save in flight, then have removed what may go."""
         handle, self._handle = self._handle, None
         if handle is not None:
             try:
@@ -322,24 +334,69 @@ class CheckpointIO:
                 self._take_back()
                 raise
             self._made, self._may_remove = None, True
-        while self._may_remove and self._to_remove:
-            self._remove(self._to_remove.pop(0))
+        if self._may_remove and self._to_remove:
+            self._end_removal()
+            self._begin_removal()
 
     def _settle_ranks(self) -> None:
         """Do so on every rank, also where one fails: the others would wait for ever."""
         try:
             self._settle()
+            self._end_removal()
         finally:
             group = launch.process_group()
             if group is not None and group.world_size > 1:
                 distributed.barrier()
 
-    def _remove(self, place: str) -> None:
-        if self._manager is not None and os.fspath(self._manager.path) == place:
-            self._close()
-        if _is_link_or_file(place):
+    def _begin_removal(self) -> None:
+        places, self._to_remove = self._to_remove, []
+        for place in filter(_is_link_or_file, [*places]):
+            places.remove(place)
             os.remove(place)  # noqa: PTH107
+        if self._manager is not None and os.fspath(self._manager.path) in places:
+            self._close()
+        self._removal = _Removal(places, self._settings)
+
+    def _end_removal(self) -> None:
+        """Wait until everything is removed. After an error, the next one goes on with the rest."""
+        removal, self._removal = self._removal, None
+        if removal is None:
             return
+        try:
+            removal.end()
+        except BaseException:
+            self._to_remove = removal.places + self._to_remove
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs: nothing is in flight there."""
+        self.teardown()
+        return vars(self).copy()
+
+
+class _Removal:
+    """Removes checkpoints, one after the other, on a thread that the interpreter waits for."""
+
+    def __init__(self, places: list[str], options: dict[str, Any]) -> None:
+        self.places = places
+        """What is not removed yet; the first one may be about to be."""
+        self._settings = options
+        executor = ThreadPoolExecutor(1, thread_name_prefix="dtruntime-removal")
+        self._end = executor.submit(self._remove_all)
+        executor.shutdown(wait=False)
+
+    def end(self) -> None:
+        """Wait until all are removed, or raise what one could not be removed for."""
+        self._end.result()
+
+    def _remove_all(self) -> None:
+        while self.places:
+            try:
+                self._remove(self.places[0])
+            finally:
+                del self.places[0]
+
+    def _remove(self, place: str) -> None:
         is_local = "://" not in place
         if is_local and not _is_store(Path(place)):
             return  # gone, or not ours
@@ -348,11 +405,6 @@ class CheckpointIO:
                 manager.delete(step)
         if is_local:
             shutil.rmtree(place)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Give what another process needs: nothing is in flight there."""
-        self.teardown()
-        return vars(self).copy()
 
 
 def _check(given: dict[str, Any]) -> None:

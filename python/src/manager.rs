@@ -165,6 +165,13 @@ impl Manager {
         })
     }
 
+    /// Takes over the staging arena of a manager that is about to be closed, if it would do here.
+    fn take_staging_of(&self, py: Python<'_>, other: &Self) -> PyResult<()> {
+        self.guard.call(py, "taking over a staging arena", || {
+            self.engine.take_staging_of(&other.engine)
+        })
+    }
+
     /// The staging arena as an array, where that has room for so many bytes, as it is or, with
     /// `grows_to`, as it will be for a state of so many raw bytes; else None. Lent until nothing
     /// views the array any more.

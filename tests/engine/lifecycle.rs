@@ -9,6 +9,47 @@ use dtr_engine::{Config, Engine, EngineError};
 
 use super::support::{State, config, finish, scratch};
 
+/// Where the staging arena is in memory, if it has room for this.
+fn arena_of(engine: &Engine, bytes: u64) -> Option<usize> {
+    engine.lend_staging(bytes, None).unwrap().map(|slab| slab.start() as usize)
+}
+
+#[test]
+fn an_arena_is_taken_over_where_it_would_do() {
+    let directory = scratch();
+    let open = |name: &str| Engine::open(config(&directory.path().join(name))).unwrap();
+    let state = State::training(1, 1);
+    let [first, second, third] = ["a", "b", "c"].map(open);
+    state.save(&first, 1).unwrap();
+    let arena = arena_of(&first, 6 << 20).unwrap();
+
+    second.take_staging_of(&first).unwrap();
+    assert_eq!((arena_of(&first, 1), arena_of(&second, 6 << 20)), (None, Some(arena)));
+    state.save(&second, 1).unwrap();
+    state.assert_equals(&second.checkpoint(1).unwrap());
+    state.save(&first, 2).unwrap();
+    state.assert_equals(&first.checkpoint(2).unwrap());
+
+    let own = arena_of(&first, 1);
+    first.take_staging_of(&second).unwrap();
+    assert_eq!(arena_of(&first, 1), own, "who has one keeps it");
+    let small = Config { staging_bytes: Some(1 << 20), ..config(&directory.path().join("d")) };
+    let coarse = Config { chunk_bytes: 128 << 10, ..config(&directory.path().join("e")) };
+    for config in [small, coarse] {
+        let other = Engine::open(config).unwrap();
+        other.take_staging_of(&second).unwrap();
+        assert_eq!(arena_of(&other, 1), None, "it has to be one that this engine might make");
+    }
+    let lent = second.lend_staging(1, None).unwrap();
+    third.take_staging_of(&second).unwrap();
+    assert_eq!(arena_of(&third, 1), None, "what is lent stays");
+    drop(lent);
+    second.take_staging_of(&second).unwrap();
+    third.take_staging_of(&second).unwrap();
+    second.close().unwrap();
+    assert_eq!(arena_of(&third, 1), Some(arena));
+}
+
 #[test]
 fn steps_only_go_forward_unless_rewound() {
     let directory = scratch();

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import textwrap
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -268,7 +269,49 @@ def test_what_a_link_leads_to_is_not_written_to(tmp_path):
     assert_same(plugin.load_checkpoint(tmp_path / "best.ckpt"), a_checkpoint())
     assert_same(plugin.load_checkpoint(tmp_path / "last.ckpt"), a_checkpoint(2))
     plugin.remove_checkpoint(tmp_path / "last.ckpt")
+    plugin.teardown()
     assert paths_in(tmp_path) == ["best.ckpt"]
+
+
+def test_saves_do_not_wait_for_what_is_being_removed(tmp_path, monkeypatch):
+    plugin, may_go = CheckpointIO(), threading.Event()
+    delete = CheckpointManager.delete
+
+    def held_up(manager, step):
+        assert may_go.wait(60)
+        return delete(manager, step)
+
+    monkeypatch.setattr(CheckpointManager, "delete", held_up)
+    plugin.save_checkpoint(a_checkpoint(1), tmp_path / "a")
+    plugin.remove_checkpoint(tmp_path / "a")
+    plugin.save_checkpoint(a_checkpoint(2), tmp_path / "b")
+    plugin.save_checkpoint(a_checkpoint(3), tmp_path / "c")
+    assert paths_in(tmp_path) == ["a", "b", "c"]
+    threading.Timer(0.1, may_go.set).start()
+    plugin.save_checkpoint(a_checkpoint(4), tmp_path / "a")  # waits for that, to be a new one
+    plugin.teardown()
+    with CheckpointManager(tmp_path / "a", read_only=True) as manager:
+        assert manager.all_steps() == [4]
+
+
+def test_what_cannot_be_removed_is_told_by_the_next_call(tmp_path, monkeypatch):
+    plugin = CheckpointIO()
+    delete = CheckpointManager.delete
+
+    def fail_once(manager, _step):
+        monkeypatch.setattr(CheckpointManager, "delete", delete)
+        raise StorageError(f"deleting from {manager.path}", "the device is gone", "look at it")
+
+    monkeypatch.setattr(CheckpointManager, "delete", fail_once)
+    for step, name in ((1, "a"), (2, "b")):
+        plugin.save_checkpoint(a_checkpoint(step), tmp_path / name)
+    plugin.remove_checkpoint(tmp_path / "a")
+    with pytest.raises(StorageError, match="the device is gone"):
+        plugin.teardown()
+    plugin.save_checkpoint(a_checkpoint(3), tmp_path / "c")
+    plugin.remove_checkpoint(tmp_path / "b")
+    plugin.teardown()
+    assert paths_in(tmp_path) == ["a", "c"]
 
 
 def test_a_path_has_one_store_whatever_it_is_called(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 //!
 //! Always holds: a save, a loan and whoever prewarms or pins it take turns; while it is lent or a
 //! save is in flight nobody else gets it; it is replaced only by a larger one, or because buffers
-//! of it did not come back.
+//! of it did not come back; of two engines, one has it.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -30,7 +30,7 @@ impl Inner {
     pub(super) fn lend(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
         // Whoever holds it takes a snapshot, or is about to.
         let Ok(mut saving) = self.saving.try_lock() else { return Ok(None) };
-        if self.last().is_some_and(|last| !last.wait(Some(Duration::ZERO))) {
+        if !self.is_idle() {
             return Ok(None);
         }
         let config = &self.core.config;
@@ -51,6 +51,40 @@ impl Inner {
             return Ok(None);
         }
         Ok(BufferPool::try_take_all(&self.arena(&mut saving, raw_bytes)?))
+    }
+
+    /// Takes another engine's staging arena; see
+    /// [`Engine::take_staging_of`](super::Engine::take_staging_of).
+    pub(super) fn take_arena_of(&self, other: &Self) {
+        // Two engines that take each other's must not wait for each other.
+        let (Ok(mut own), Ok(mut others)) = (self.saving.try_lock(), other.saving.try_lock())
+        else {
+            return;
+        };
+        if own.arena.is_some() || !other.is_idle() {
+            return;
+        }
+        let fits = |arena: &mut Arc<BufferPool>| self.could_have_made(arena);
+        if let Some(arena) = others.arena.take_if(fits) {
+            if let Some(pin) = &own.pin {
+                pin_arena(&arena, pin.as_ref());
+            }
+            own.arena = Some(arena);
+        }
+    }
+
+    /// Whether an arena is whole, and no larger than this engine's may be.
+    fn could_have_made(&self, arena: &BufferPool) -> bool {
+        let config = &self.core.config;
+        let chunks_max = memory::arena_chunks(config, u64::MAX, memory::memory_bytes());
+        arena.buffer_bytes() == config.chunk_bytes as usize
+            && arena.count() as u64 <= chunks_max
+            && arena.free() == arena.count()
+    }
+
+    /// Whether no save is in flight.
+    fn is_idle(&self) -> bool {
+        self.last().is_none_or(|last| last.wait(Some(Duration::ZERO)))
     }
 
     /// Has the staging arena registered with a device's driver, as it is and as it will be.

@@ -190,6 +190,20 @@ impl Engine {
         self.writer("prewarming the staging arena")?.prewarm(raw_bytes)
     }
 
+    /// Takes over the staging arena of an engine that is about to be closed, so that the first save
+    /// here finds its memory there: for whoever saves to one store after the other. Nothing happens
+    /// where this engine has an arena, the other one has none that would do here, or a save is in
+    /// flight.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Closed`], [`EngineError::InvalidArgument`], as of every verb that writes.
+    pub fn take_staging_of(&self, other: &Self) -> Result<()> {
+        let what = "taking over a staging arena";
+        self.writer(what)?.take_arena_of(&*other.writer(what)?);
+        Ok(())
+    }
+
     /// Lends the staging arena to whoever has to hold so many bytes of a checkpoint for a moment:
     /// memory that is there already costs no page faults, and the next save finds it there.
     ///
