@@ -28,6 +28,8 @@ use crate::state::{Change, Effects, EndedAttempt, Event, Level, Moment, Reply, S
 const QUEUE_CALLS: usize = 16_384;
 /// How often time passes for the machine.
 const TICK: Duration = Duration::from_millis(50);
+/// After so many ticks, callers that hung up are forgotten.
+const SWEEP_TICKS: u64 = 64;
 
 /// Replies that a thread outside the runtime sends itself.
 const SENT_FROM_OUTSIDE_MAX: usize = 256;
@@ -91,6 +93,7 @@ impl Core {
             draining: Arc::clone(&draining),
             waiting: HashMap::new(),
             last_ticket: 0,
+            ticks: 0,
             sequence: 0,
             unkept: HashMap::new(),
         };
@@ -139,6 +142,7 @@ struct Decider {
     draining: Arc<AtomicBool>,
     waiting: HashMap<Ticket, oneshot::Sender<Reply>>,
     last_ticket: Ticket,
+    ticks: u64,
     sequence: u64,
     /// The last batch that keeps something of a job.
     unkept: HashMap<String, u64>,
@@ -178,7 +182,13 @@ impl Decider {
             .filter_map(|(ticket, reply)| Some((self.waiting.remove(&ticket)?, reply)));
         let replies: Vec<_> = replies.collect();
         let durable = self.durable.load(Ordering::Acquire);
-        let must_wait = self.unkept.get(&job).is_some_and(|sequence| *sequence > durable);
+        // What is of no job, such as time that passes, may answer callers of any.
+        let unkept = if job.is_empty() {
+            self.unkept.values().max().copied()
+        } else {
+            self.unkept.get(&job).copied()
+        };
+        let must_wait = !replies.is_empty() && unkept.is_some_and(|sequence| sequence > durable);
         if effects.changes.is_empty() && !must_wait {
             send(replies);
             return true;
@@ -211,7 +221,8 @@ impl Decider {
     fn sweep(&mut self) {
         let durable = self.durable.load(Ordering::Acquire);
         self.unkept.retain(|_, sequence| *sequence > durable);
-        if self.last_ticket.is_multiple_of(64) {
+        self.ticks += 1;
+        if self.ticks.is_multiple_of(SWEEP_TICKS) {
             self.waiting.retain(|_, reply| !reply.is_closed());
         }
     }
@@ -309,5 +320,24 @@ fn trace(job: &str, ended: &EndedAttempt) {
     tell("all ranks write", "reports", span::CHECKPOINT, *begun_ms, complete_ms);
     if let Some(asked_ms) = asked_ms {
         tell("one rank publishes", "publish", span::CHECKPOINT, *asked_ms, *ended_ms);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Policy;
+
+    #[tokio::test]
+    async fn a_panic_of_the_machine_is_no_end_that_somebody_asked_for() {
+        let folder = tempfile::tempdir().expect("a scratch directory");
+        let journal =
+            Journal::open(&folder.path().join("journal.redb")).expect("it is new").journal;
+        let (failed, failure) = oneshot::channel();
+        let clock: Clock = Box::new(|| panic!("on purpose, by a test"));
+        let state = State::new(Policy::default(), 1);
+        let core = Core::start(state, journal, clock, Arc::default(), failed).expect("threads");
+        failure.await.expect_err("no journal failed");
+        core.ask(Event::Tick).await.expect_err("nobody answers any more");
     }
 }

@@ -10,6 +10,8 @@ use tonic::Status;
 const NAME_BYTES_MAX: usize = 256;
 /// Bytes of any other text.
 const TEXT_BYTES_MAX: usize = 4_096;
+/// Bytes of a shard: more than any filesystem takes.
+const SHARD_BYTES_MAX: u64 = 1 << 62;
 /// Replicated entries that a shard names.
 const REPLICATED_MAX: usize = 8;
 /// Bytes of a message, but for registering a dataset's files.
@@ -72,6 +74,13 @@ pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
             "report the shard's name without a directory",
         ));
     }
+    let bytes = shard.bytes.max(shard.raw_bytes);
+    if bytes > SHARD_BYTES_MAX {
+        return Err(refuse(
+            &format!("a shard of {bytes} bytes is reported, at most {SHARD_BYTES_MAX} are taken"),
+            "report what was written",
+        ));
+    }
     if shard.replicated.len() > REPLICATED_MAX {
         let given = shard.replicated.len();
         return Err(refuse(
@@ -123,6 +132,10 @@ mod tests {
         };
         assert!(shard(Some(&names(REPLICATED_MAX))).is_ok());
         assert!(shard(Some(&names(REPLICATED_MAX + 1))).is_err());
+        let sized = |bytes, raw_bytes| v1::Shard { bytes, raw_bytes, ..names(0) };
+        assert!(shard(Some(&sized(SHARD_BYTES_MAX, SHARD_BYTES_MAX))).is_ok());
+        assert!(shard(Some(&sized(SHARD_BYTES_MAX + 1, 0))).is_err());
+        assert!(shard(Some(&sized(0, u64::MAX))).is_err());
         let annotated = |bytes| v1::Shard { annotations: vec![0; bytes], ..names(0) };
         assert!(shard(Some(&annotated(ANNOTATIONS_BYTES_MAX))).is_ok());
         assert!(shard(Some(&annotated(ANNOTATIONS_BYTES_MAX + 1))).is_err());

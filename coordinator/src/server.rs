@@ -132,10 +132,14 @@ pub async fn run(
     }));
     let cause = tokio::select! {
         () = shutdown => None,
-        error = failure => error.ok(),
+        failure = failure => Some(failure.map_or_else(
+            // Whoever decides or keeps has ended without a word: it panicked.
+            |_| ServeError::Serve("a thread of it panicked, and its log says why".into()),
+            ServeError::from,
+        )),
     };
     Serving { core, draining, reporter, end, served }.end().await;
-    cause.map_or(Ok(()), |error| Err(error.into()))
+    cause.map_or(Ok(()), Err)
 }
 
 /// What hears of the end.

@@ -7,6 +7,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 /// An error of the engine. The variant says what to do; the fields say what happened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -222,6 +224,7 @@ impl EngineError {
     pub fn from_io(operation: &str, path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Kind;
         let what = format!("{operation} `{}`", path.display());
+        let of_open_files = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
         let hint = match source.kind() {
             Kind::StorageFull | Kind::QuotaExceeded => {
                 return Self::NoSpace {
@@ -245,7 +248,18 @@ impl EngineError {
             Kind::Unsupported => {
                 "the filesystem refuses this: set `direct_io` to `auto`, or choose another path"
             }
-            Kind::NotFound => "the file or directory is gone: was it deleted while in use?",
+            Kind::NotFound => {
+                "there is no such file or directory: check the path, and whether it was deleted \
+                 while in use"
+            }
+            Kind::OutOfMemory => "free memory, or lower `staging_bytes`",
+            Kind::FileTooLarge => {
+                "raise the limit of a file's size (`ulimit -f`), or choose another filesystem"
+            }
+            Kind::InvalidInput => "check the path and the settings",
+            _ if of_open_files.contains(&source.raw_os_error()) => {
+                "raise the limit of open files (`ulimit -n`), or close some"
+            }
             Kind::StaleNetworkFileHandle => {
                 "another machine deleted it while it was in use here: list the checkpoints again"
             }
@@ -396,8 +410,22 @@ mod tests {
             ),
             (
                 2,
-                "No such file or directory (os error 2)\nhint: the file or directory is gone: was \
-                  it deleted while in use?",
+                "No such file or directory (os error 2)\nhint: there is no such file or directory: \
+                  check the path, and whether it was deleted while in use",
+            ),
+            (
+                24,
+                "Too many open files (os error 24)\nhint: raise the limit of open files (`ulimit \
+                  -n`), or close some",
+            ),
+            (
+                12,
+                "Cannot allocate memory (os error 12)\nhint: free memory, or lower `staging_bytes`",
+            ),
+            (
+                27,
+                "File too large (os error 27)\nhint: raise the limit of a file's size (`ulimit \
+                  -f`), or choose another filesystem",
             ),
             (
                 5,

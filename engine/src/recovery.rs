@@ -3,6 +3,7 @@
 //! Pure: from a listing and the manifests read after it to a [`Survey`]; it touches no store.
 //!
 //! ```text
+//! a directory that cannot be listed ...................... Damaged
 //! no manifest in the listing ............................. Incomplete   never existed
 //! a manifest by a newer version .......................... Newer        exists, not for us
 //! a manifest that does not decode, or of another step .... Damaged
@@ -374,6 +375,9 @@ fn step_state(
     retired_by: Option<u64>,
     share: Option<OwnShare>,
 ) -> StepState {
+    if let Some(why) = &directory.unlisted {
+        return StepState::Damaged { why: why.clone() };
+    }
     if !has_manifest(directory) {
         return StepState::Incomplete;
     }
@@ -518,7 +522,7 @@ mod tests {
                 file(names::MANIFEST_FILE, 100, 50),
                 file(&names::shard_file_name(0, attempt(id)), SHARD_BYTES, 40),
             ];
-            self.listing.push(StepListing { step, files });
+            self.listing.push(StepListing { step, files, unlisted: None });
             let manifest = manifest(step, id, retired);
             self.manifests.insert(step, ManifestState::Valid(Arc::new(manifest)));
             self
@@ -527,7 +531,7 @@ mod tests {
         fn with(mut self, step: u64, state: ManifestState) -> Self {
             if !self.listing.iter().any(|directory| directory.step == step) {
                 let files = vec![file(names::MANIFEST_FILE, 100, 50)];
-                self.listing.push(StepListing { step, files });
+                self.listing.push(StepListing { step, files, unlisted: None });
             }
             self.manifests.insert(step, state);
             self
@@ -625,7 +629,10 @@ mod tests {
     fn a_directory_without_a_manifest_never_existed() {
         let shard = names::shard_file_name(0, attempt(1));
         let files = vec![file(&shard, 5, 30)];
-        let scene = Scene { listing: vec![StepListing { step: 1, files }], ..Scene::default() };
+        let scene = Scene {
+            listing: vec![StepListing { step: 1, files, unlisted: None }],
+            ..Scene::default()
+        };
         assert_eq!(scene.state(1), StepState::Incomplete);
         let orphan = OrphanFile { step: 1, file: shard, bytes: 5, idle_since: at(30) };
         assert_eq!(scene.survey().steps[0].orphans, [orphan]);

@@ -9,8 +9,8 @@
 
 The modules, by what goes through them:
 
-- save: ``checkpoint`` (the manager) -> ``state_tree`` (a state, taken apart) -> ``tensors``,
-  ``gpus`` (its memory) -> the engine -> ``handle``, ``watcher`` (how it ends)
+- save: ``checkpoint`` (the manager) -> ``saving`` (one at a time) -> ``state_tree`` (a state, taken
+  apart) -> ``tensors``, ``gpus`` (its memory) -> the engine -> ``handle``, ``watcher`` (its end)
 - load: ``source`` -> ``fallback`` (which step) -> ``loading`` -> ``tree`` (a state, put together)
 - restore: ``restore`` (what fits where) -> ``plan``, ``fitting`` -> ``applying``; ``modules``,
   ``optimizers``, ``scratch`` for what is special there
@@ -24,7 +24,9 @@ The modules, by what goes through them:
 
 from typing import TYPE_CHECKING, Any
 
+from dtruntime._native import __version__
 from dtruntime.checkpoint import CheckpointManager
+from dtruntime.connecting import Security
 from dtruntime.datasets import DatasetInfo, DatasetRegistry
 from dtruntime.errors import (
     AcceleratorError,
@@ -108,6 +110,7 @@ __all__ = [
     "SaveInfo",
     "SaveProgress",
     "SaveStats",
+    "Security",
     "ShardedDataset",
     "ShardedLoader",
     "StepConflict",
@@ -123,6 +126,7 @@ __all__ = [
     "VerifyReport",
     "WorkerFenced",
     "WorkerInfo",
+    "__version__",
 ]
 
 

@@ -112,7 +112,7 @@ class CheckpointManager:
             its own state under the same step, and the checkpoint exists when all of them are
             durable, or not at all: this needs a store that all ranks reach, and a coordinator.
         replicated: What all ranks hold alike, as globs over paths written with dots: with data
-            parallel training ``["model.*", "optimizer.*"]``; ``!`` takes away again what a glob
+            parallel training ``["model.*", "optimizer.*", "step"]``; ``!`` takes away what a glob
             after it matches, as in ``["*", "!random"]``. Its bytes are written once, each rank a
             part, and any number of ranks can load it. What ``replicated`` names must be the same
             on every rank: keys, plain values, shapes and the way tensors lie in memory are
@@ -245,7 +245,7 @@ class CheckpointManager:
         gpus.watch_captures()  # before the first save: graphs are captured early
         self._rank, self._world_size = rank_number, ranks
         if sigterm is not None:
-            settings.choice("sigterm", sigterm, ("finish", "drop"))
+            settings.choice("sigterm", sigterm, ("finish", "drop"), has_default=False)
         self._verify_on_load = bool(verify_on_load)
         self._read_only = bool(read_only)
         self._pid = os.getpid()
@@ -254,7 +254,7 @@ class CheckpointManager:
         self._leaves_uploads = False
         self._is_closed = False
         self._failure = ""
-        self._agreement_timeout = float(agreement_timeout)
+        self._agreement_timeout = settings.seconds("agreement_timeout", agreement_timeout)
 
         named = Named(path, storage_path, backend, remote)
         named.check()  # what is wrong with it is told before anybody is asked
@@ -482,7 +482,8 @@ class CheckpointManager:
                 top-level entries of which nothing fits are logged.
             cast: Whether floating tensors and arrays of another dtype fit, and complex ones: they
                 are converted to the live dtype, one after the other, and what that cannot hold
-                becomes infinite. Until then they take the memory that they had when saved.
+                becomes infinite, or its largest number where it has no infinity. Until then they
+                take the memory that they had when saved.
             direct: Whether tensors are read straight into live ones that lie as they were saved,
                 which is faster and takes no memory for a copy. Damage is then found when the live
                 state is changed in part. An older checkpoint that is restored instead makes up for
@@ -574,6 +575,9 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: No checkpoint has that number.
             InvalidArgument: Neither this call nor the manager names a metric.
+            Corrupt: There are checkpoints, and none of them is whole.
+
+        Damaged checkpoints are not compared, which is logged.
 
         >>> weights = manager.load(step=manager.best_step(), keys=["model"])["model"]
 
@@ -582,8 +586,15 @@ class CheckpointManager:
         name = settings.metric("metric", known_metric if metric is None else metric)
         mode = settings.choice("mode", known_mode if mode is None else mode, settings.BEST_MODES)
         best = self._native.best_steps(name, mode == "max")
+        damaged = {step: why for step, why, _ in self._native.candidates() if why is not None}
+        if damaged:
+            steps = ", ".join(map(str, damaged))
+            _logger.warning("not compared with the best, since damaged: step %s", steps)
         if not best:
-            raise fallback.no_metric(self._path, name, self.all_steps())
+            sound = self.all_steps()
+            if damaged and not sound:
+                raise fallback.nothing_readable(self._path, damaged)
+            raise fallback.no_metric(self._path, name, sound)
         return best[0]
 
     def should_save(self, step: int) -> bool:

@@ -29,6 +29,8 @@ class Lineage:
         """Steps after the one that was loaded, each with its attempt: they do not verify."""
         self._went_back_to: int | None = None
         """Where training is, once it went back: later steps may be there."""
+        self._going_on: _native.SaveHandle | None = None
+        """The save that ends that, once it is durable: what is there then is what counts."""
         self.goes_back_by_itself = False
         """Whether saves that need ``rewind=True`` have it without the user's doing."""
 
@@ -39,7 +41,7 @@ class Lineage:
 
     def note_restored(self, step: int, *, is_named: bool) -> None:
         """Note where training goes on, and say what that means for later steps, if there are."""
-        self._went_back_to = None
+        self._went_back_to = self._going_on = None
         later = [number for number, why, _ in self._later_than(step) if why is None]
         if not is_named or not later or self._is_read_only:
             return
@@ -53,13 +55,20 @@ class Lineage:
             ", ".join(map(str, later)),
         )
 
-    def note_begun(self, step: int, *, is_rewind: bool) -> None:
-        """Note that a save of ``step`` was begun."""
+    def note_begun(self, save: _native.SaveHandle, *, is_rewind: bool) -> None:
+        """Note that a save was begun."""
         if is_rewind or self._went_back_to is not None:
-            self._went_back_to = step
+            self._going_on = save
 
     def is_ahead(self, step: int, saving: int) -> bool:
         """Tell whether ``step`` is after all that count as saved; ``saving`` is being saved."""
+        going_on = self._going_on
+        if going_on is not None:
+            if not going_on.done():
+                return step > going_on.step
+            if not going_on.failed():
+                self._went_back_to = None
+            self._going_on = None
         if self._went_back_to is not None:
             return step > self._went_back_to
         known = self._native.candidates()

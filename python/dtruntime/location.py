@@ -81,7 +81,7 @@ class Named(NamedTuple):
                 "pass one of them",
             )
         if self.backend is not None:
-            choice("backend", self.backend, ("local", "s3"))
+            choice("backend", self.backend, ("local", "s3"), has_default=False)
         chosen = self.path if self.path is not None else self.storage_path
         if chosen is None:
             chosen = environment.get("CHECKPOINT_DIR") or None

@@ -69,10 +69,12 @@ class MembershipChange(NamedTuple):
     """Somebody came or went.
 
     Attributes:
-        kind: ``joined``, ``left``, ``failed``, ``died``, ``replaced``; ``rejoined``: this worker
-            itself had been taken for dead and is a member again; or ``fenced``: it is none any
-            more, since another process has its place.
-        worker_id: Whom it is about.
+        kind: ``joined``, ``left``, ``failed``, ``died``, ``replaced``; ``missed``: there were
+            changes that the coordinator does not remember, since it was started anew or there were
+            hundreds at once, and ``workers()`` says who is there; ``rejoined``: this worker itself
+            had been taken for dead and is a member again; or ``fenced``: it is none any more, since
+            another process has its place.
+        worker_id: Whom it is about; this worker for the last three.
         rank: Its rank.
         epoch: The number that the membership got by it; 0 if ``fenced``.
         reason: Why, for people.

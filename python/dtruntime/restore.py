@@ -103,7 +103,14 @@ def plan_restore(
             "it cannot be changed in place",
             "pass a dict of models, optimizers and tensors, or use `load()`",
         )
-    planner.visit(live, 0, None)
+    try:
+        planner.visit(live, 0, None)
+    except RecursionError:
+        raise InvalidArgument(
+            "restoring into a live state",
+            "a container in it contains itself, or they are nested too deeply to be walked",
+            "pass a state without that cycle",
+        ) from None
     ends = reader.tree.ends
     actions = planner.plan.actions
     reader.check_loadable(node for a in actions for node in range(a.node, ends[a.node]))

@@ -172,8 +172,9 @@ class Saver:
             return
         raise InvalidArgument(
             f"saving step {step}",
-            "a signal handler saves, and has interrupted a save of this thread",
-            "set a flag in the handler, and save when the interrupted call has returned; or let "
+            "this thread is in the middle of a save: a signal handler has interrupted it, or code "
+            "that it runs, such as a `state_dict()`, saves",
+            "save when that call has returned: set a flag in a handler; or let "
             '`sigterm="finish"` finish what is being saved',
         )
 
@@ -200,7 +201,7 @@ class Saver:
             spent = (begun - called, time.monotonic() - begun)
             parts = (flat.nodes, flat.tensors, flat.replicated)
             native = self._native.save((step, rewind, spent), parts, sources, annotations)
-            self._lineage.note_begun(step, is_rewind=rewind)
+            self._lineage.note_begun(native, is_rewind=rewind)
             return self._hand_out(native, flat, chosen)
         except BaseException:
             # It may have been begun although it did not return: a signal can be in between.

@@ -90,16 +90,30 @@ def step_of(value: Any, verb: str) -> int:
         ) from None
 
 
-def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
-    """Give ``value`` if it is one of ``accepted``."""
+def choice(name: str, value: Any, accepted: Sequence[str], *, has_default: bool = True) -> str:
+    """Give ``value`` if it is one of ``accepted``; the first is the default, if there is one."""
     if isinstance(value, str) and value in accepted:
         return value
     near = difflib.get_close_matches(str(value), accepted, n=1)
+    otherwise = f"leave it at its default, `{accepted[0]}`" if has_default else "leave it unset"
     raise InvalidArgument(
         f"setting `{name}` = {value!r}",
         "expected one of " + ", ".join(f"`{text}`" for text in accepted),
-        f"did you mean `{near[0]}`?" if near else f"leave it at its default, `{accepted[0]}`",
+        f"did you mean `{near[0]}`?" if near else otherwise,
     )
+
+
+def seconds(name: str, value: Any) -> float:
+    """Give a number of seconds that is not negative."""
+    try:
+        number = -1.0 if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise InvalidArgument(
+            f"setting `{name}` = {value!r}", "a number of seconds is expected", "use 0 or more"
+        )
+    return number
 
 
 def check_name(what: str, name: str, accepted: Sequence[str], otherwise: str) -> None:
@@ -243,21 +257,29 @@ def is_comparable(value: Any) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
 
 
-def _as_json(value: Any) -> Any:
+_DEPTH_MAX = 100
+"""Of containers in what is attached to a checkpoint: readers of JSON have such bounds, too."""
+
+
+def _as_json(value: Any, depth: int = 0) -> Any:
     """Give a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers.
 
     Raises:
-        TypeError: A whole number is too large to be kept exactly.
+        TypeError: It would not come back as it is.
 
     """
+    if depth > _DEPTH_MAX:
+        raise TypeError(f"containers in it are nested deeper than {_DEPTH_MAX}")
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         raise TypeError("a whole number of more than 64 bits would lose digits")
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("a key in it is no str, and would come back as one")
+        return {key: _as_json(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
+        return [_as_json(item, depth + 1) for item in value]
     return value
 
 
@@ -271,7 +293,9 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
     try:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
-        return json.dumps(_as_json(value), allow_nan=False)
+        given = _as_json(value)
+        json.dumps(given, ensure_ascii=False).encode()  # no half of a character
+        return json.dumps(given, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"`{name}`",

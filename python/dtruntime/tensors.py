@@ -199,6 +199,7 @@ class TensorTable:
         name, item_bytes, element = self._dtype(strided.dtype)
         try:
             storage = strided.untyped_storage()
+            storage.data_ptr()  # not of what only stands for zeros
             identity = storage._cdata  # noqa: SLF001  (the address of the memory's owner; torch.save uses it too)
             storage_bytes = storage.nbytes()
         except (NotImplementedError, RuntimeError) as error:

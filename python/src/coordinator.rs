@@ -271,7 +271,7 @@ impl Worker {
     }
 
     /// The next notice within so many seconds: a dict whose `kind` is `joined`, `left`, `failed`,
-    /// `died`, `replaced`, `rejoined`, `aborted` or `fenced`.
+    /// `died`, `replaced`, `missed`, `rejoined`, `aborted` or `fenced`.
     fn next_notice<'py>(
         &self,
         py: Python<'py>,
@@ -366,6 +366,11 @@ fn notice_to_python<'py>(py: Python<'py>, notice: &Notice) -> PyResult<Bound<'py
             dict.set_item("worker_id", &change.worker_id)?;
             dict.set_item("rank", change.rank)?;
             dict.set_item("reason", &change.reason)?;
+        }
+        Notice::Missed(epoch) => {
+            dict.set_item("kind", "missed")?;
+            dict.set_item("epoch", epoch)?;
+            dict.set_item("reason", "there were changes that the coordinator does not remember")?;
         }
         Notice::Aborted(reason) => {
             dict.set_item("kind", "aborted")?;

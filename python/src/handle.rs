@@ -40,6 +40,11 @@ impl SaveHandle {
         self.guard.call(py, &self.what(), || Ok(self.inner.is_done()))
     }
 
+    /// Whether the save has ended, and not well. The error does not count as seen by that.
+    fn failed(&self, py: Python<'_>) -> PyResult<bool> {
+        self.guard.call(py, &self.what(), || Ok(self.inner.has_failed()))
+    }
+
     /// Waits for the end, at most `timeout` seconds; true if it has come.
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {

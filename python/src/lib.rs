@@ -55,6 +55,7 @@ mod native {
         module.py().import("numpy")?;
         numpy::dtype::<u8>(module.py());
         module.add("OPENING_BARRIER", dtr_proto::OPENING_BARRIER)?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         Ok(())
     }
 }

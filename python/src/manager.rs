@@ -167,9 +167,8 @@ impl Manager {
 
     /// Takes over the staging arena of a manager that is about to be closed, if it would do here.
     fn take_staging_of(&self, py: Python<'_>, other: &Self) -> PyResult<()> {
-        self.guard.call(py, "taking over a staging arena", || {
-            self.engine.take_staging_of(&other.engine)
-        })
+        self.guard
+            .call(py, "taking over a staging arena", || self.engine.take_staging_of(&other.engine))
     }
 
     /// The staging arena as an array, where that has room for so many bytes, as it is or, with

@@ -9,6 +9,39 @@ use dtr_engine::{Config, Engine, EngineError};
 
 use super::support::{State, config, finish, scratch};
 
+/// A writer goes on only where its lock is found: elsewhere another one may be at work.
+#[test]
+fn a_store_that_another_one_took_the_place_of_is_not_written_to() {
+    let directory = scratch();
+    let path = directory.path().join("store");
+    let state = State::training(1, 0);
+    let former = Engine::open(config(&path)).unwrap();
+    state.save(&former, 1).unwrap();
+    std::fs::rename(&path, directory.path().join("aside")).unwrap();
+    let check_refused = || {
+        let saved = state.save(&former, 9).map(drop);
+        for result in [saved, former.delete(1).map(drop)] {
+            let error = result.unwrap_err();
+            assert!(matches!(error, EngineError::Closed { .. }), "{error}");
+            assert!(error.to_string().contains("its writer lock is not there any more"), "{error}");
+        }
+    };
+    for result in [state.save(&former, 9).map(drop), former.delete(1).map(drop)] {
+        result.unwrap_err(); // there is nothing at all
+    }
+    let present = Engine::open(config(&path)).unwrap();
+    state.save(&present, 1).unwrap();
+    check_refused();
+    assert_eq!(present.steps().unwrap(), [1]);
+    drop(present);
+    std::fs::remove_dir_all(&path).unwrap();
+    std::fs::rename(directory.path().join("aside"), &path).unwrap();
+    state.save(&former, 2).unwrap();
+    assert_eq!(former.steps().unwrap(), [1, 2]);
+    std::fs::remove_file(path.join("writer.lock")).unwrap();
+    check_refused();
+}
+
 /// Where the staging arena is in memory, if it has room for this.
 fn arena_of(engine: &Engine, bytes: u64) -> Option<usize> {
     engine.lend_staging(bytes, None).unwrap().map(|slab| slab.start() as usize)
@@ -21,10 +54,10 @@ fn an_arena_is_taken_over_where_it_would_do() {
     let state = State::training(1, 1);
     let [first, second, third] = ["a", "b", "c"].map(open);
     state.save(&first, 1).unwrap();
-    let arena = arena_of(&first, 6 << 20).unwrap();
+    let arena = arena_of(&first, 4 << 20).unwrap();
 
     second.take_staging_of(&first).unwrap();
-    assert_eq!((arena_of(&first, 1), arena_of(&second, 6 << 20)), (None, Some(arena)));
+    assert_eq!((arena_of(&first, 1), arena_of(&second, 4 << 20)), (None, Some(arena)));
     state.save(&second, 1).unwrap();
     state.assert_equals(&second.checkpoint(1).unwrap());
     state.save(&first, 2).unwrap();

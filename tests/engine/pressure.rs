@@ -22,27 +22,49 @@ fn open(config: Config, io: Arc<dyn Io>) -> Engine {
     Engine::open_with(config, Components { io, environment: Arc::new(System::default()) }).unwrap()
 }
 
-/// Holds the creation of step directories back until it is told to go on.
-#[derive(Debug, Default)]
+/// Holds what it is about back until it is told to go on.
+#[derive(Debug)]
 struct Gate {
-    is_open: Mutex<bool>,
-    opened: Condvar,
+    is_held: fn(&OpKind) -> bool,
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    is_open: bool,
+    is_reached: bool,
 }
 
 impl Gate {
-    fn open(&self) {
-        *self.is_open.lock().unwrap() = true;
-        self.opened.notify_all();
+    fn at(is_held: fn(&OpKind) -> bool) -> Arc<Self> {
+        Arc::new(Self { is_held, state: Mutex::default(), changed: Condvar::new() })
     }
+
+    fn open(&self) {
+        self.state.lock().unwrap().is_open = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until something is held back.
+    fn wait(&self) {
+        let state = self.state.lock().unwrap();
+        drop(self.changed.wait_while(state, |state| !state.is_reached).unwrap());
+    }
+}
+
+fn makes_step_directory(kind: &OpKind) -> bool {
+    let OpKind::Entry(EntryOp::CreateDir(path)) = kind else { return false };
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
 }
 
 impl Watcher for Gate {
     fn before(&self, operation: &Operation) {
-        if let OpKind::Entry(EntryOp::CreateDir(path)) = &operation.kind
-            && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
-        {
-            let closed = self.opened.wait_while(self.is_open.lock().unwrap(), |open| !*open);
-            drop(closed.unwrap());
+        if (self.is_held)(&operation.kind) {
+            let mut state = self.state.lock().unwrap();
+            state.is_reached = true;
+            self.changed.notify_all();
+            drop(self.changed.wait_while(state, |state| !state.is_open).unwrap());
         }
     }
 
@@ -53,7 +75,7 @@ impl Watcher for Gate {
 fn many_workers_cannot_starve_the_committer() {
     const WORKERS: u32 = 16;
     let directory = scratch();
-    let gate = Arc::new(Gate::default());
+    let gate = Gate::at(makes_step_directory);
     let config = Config {
         compression: Compression::Float,
         workers: Some(WORKERS),
@@ -137,6 +159,47 @@ fn a_save_does_not_go_past_a_later_step_that_cannot_be_read_for_a_moment() {
 }
 
 #[test]
+fn a_directory_that_cannot_be_listed_hides_no_other() {
+    let directory = scratch();
+    let state = State::training(1, 0);
+    let engine = open(config(directory.path()), backend());
+    for step in [10, 20, 30] {
+        state.save(&engine, step).unwrap();
+    }
+    drop(engine);
+
+    let sim = Arc::new(Sim::new(backend(), Plan::default()));
+    let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
+    let is_listing_of_20 = |operation: &LoggedOp| {
+        matches!(operation.kind, OpKind::Entry(EntryOp::List(_)))
+            && operation.path.ends_with("step-000000000020")
+    };
+    let fail = |errno| {
+        let trigger = Trigger::Matching(Box::new(is_listing_of_20));
+        sim.set_plan(Plan::single(trigger, Times::Forever, FaultKind::Error(errno)));
+    };
+    for errno in [5, 13] {
+        fail(errno);
+        assert_eq!(engine.steps().unwrap(), [10, 30]);
+        for step in [20, 30] {
+            state.assert_equals(&engine.checkpoint(step).unwrap()); // by name nothing is listed
+        }
+    }
+    state.save(&engine, 40).unwrap();
+    for rewind in [false, true] {
+        let mut request = state.request(15);
+        request.rewind = rewind;
+        let error = engine.save(request).unwrap_err();
+        assert!(matches!(error, EngineError::Io { .. }), "it could not be retired: {error}");
+    }
+    fail(24);
+    let error = engine.steps().unwrap_err();
+    assert!(matches!(error, EngineError::Io { .. }), "of this process, not of a step: {error}");
+    sim.set_plan(Plan::default());
+    assert_eq!(engine.steps().unwrap(), [10, 20, 30, 40]);
+}
+
+#[test]
 fn a_damaged_step_that_a_save_leaves_behind_does_not_come_back_as_the_newest() {
     let directory = scratch();
     let state = State::training(1, 0);
@@ -208,10 +271,33 @@ fn what_a_deletion_left_undone_is_not_taken_for_what_was_there_before() {
     state.assert_equals(&engine.checkpoint(1).unwrap());
 }
 
+/// Else it could take the place of what was looked at, and be deleted in its place.
+#[test]
+fn no_save_begins_while_a_checkpoint_is_deleted() {
+    let directory = scratch();
+    let gate = Gate::at(|kind| matches!(kind, OpKind::Entry(EntryOp::RemoveFile(_))));
+    let engine = open(config(directory.path()), Tap::new(backend(), &gate));
+    let state = State::training(1, 0);
+    state.save(&engine, 1).unwrap();
+    // A save takes its turn for the arena.
+    let may_save = || engine.lend_staging(1, None).unwrap().is_some();
+    assert!(may_save());
+    std::thread::scope(|scope| {
+        let deleter = scope.spawn(|| engine.delete(1));
+        gate.wait();
+        let could_save = may_save();
+        gate.open();
+        deleter.join().unwrap().unwrap();
+        assert!(!could_save);
+    });
+    state.save(&engine, 1).unwrap();
+    state.assert_equals(&engine.checkpoint(1).unwrap());
+}
+
 #[test]
 fn a_wait_with_a_time_limit_ends_while_another_thread_saves() {
     let directory = scratch();
-    let gate = Arc::new(Gate::default());
+    let gate = Gate::at(makes_step_directory);
     let small = Config { staging_bytes: Some(4 << 16), ..config(directory.path()) };
     let engine = open(small, Tap::new(backend(), &gate));
     let state = State::training(1, 1);

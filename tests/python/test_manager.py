@@ -154,6 +154,14 @@ def test_a_metric_that_is_no_number_ends_no_training(open_manager, caplog):
         manager.save(state_of(9), step=9, metadata={"loss": float("nan"), "set": {1}})
 
 
+def test_what_is_damaged_is_not_the_best_and_that_is_said(manager, store, caplog):
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
+        manager.save(state_of(step), step=step, metadata={"loss": loss})
+    (store / "step-000000000003" / "manifest.json").write_text("{}")
+    assert manager.best_step("loss", "min") == 2
+    assert "not compared with the best, since damaged: step 3" in caplog.text
+
+
 def test_nothing_is_best_in_an_empty_store(manager):
     with pytest.raises(CheckpointNotFound, match="there is none"):
         manager.best_step("loss")
@@ -213,6 +221,34 @@ def test_going_back_to_a_step_is_due_again_after_it(open_manager, caplog):
     assert not manager.should_save(30)
 
 
+def test_what_was_fallen_back_from_is_due_though_training_went_back_before(manager, store):
+    live = state_of(0)
+    for step, rewinds in ((10, False), (20, False), (10, True), (20, False)):
+        manager.save(state_of(step), step=step, rewind=rewinds)
+    assert not manager.should_save(20)
+    flip_byte(shard_of(store, 20), 5000)
+    manager.load()
+    assert manager.should_save(20)
+    assert not manager.should_save(10)
+    manager.restore(live)
+    manager.save(live, step=20)
+    assert manager.verify(20).ok
+
+
+def test_a_rewind_that_failed_went_back_nowhere(open_manager):
+    manager = open_manager(compression="zstd")
+    for step in (10, 20):
+        manager.save({"weights": torch.zeros(2_000_000)}, step=step)
+    with short_files():
+        handle = manager.save_async({"weights": torch.randn(2_000_000)}, step=5, rewind=True)
+        assert manager.should_save(10) or handle.done(), "later steps are about to go"
+        handle._native.wait()
+    assert [step for step in (6, 10, 20, 30) if manager.should_save(step)] == [30]
+    with pytest.raises(StorageError, match="ulimit -f"):
+        handle.result()
+    assert manager.all_steps() == [10, 20]
+
+
 DAMAGE = {
     "a shard is cut": lambda store: os.truncate(shard_of(store, 10), 5000),
     "a shard is gone": lambda store: shard_of(store, 10).unlink(),
@@ -232,7 +268,12 @@ def test_a_store_of_which_all_is_damaged_is_not_an_empty_one(damage, open_manage
     manager.close()
     DAMAGE[damage](store)
     manager = open_manager()
-    for act in (manager.latest_step, manager.load, lambda: manager.restore(state_of(0))):
+    for act in (
+        manager.latest_step,
+        manager.load,
+        lambda: manager.restore(state_of(0)),
+        lambda: manager.best_step("loss"),
+    ):
         with pytest.raises(Corrupt, match="all 1 are damaged; step 10: "):
             act()
     with pytest.raises(Corrupt):
@@ -402,16 +443,23 @@ def test_readers_keep_up_with_a_writer_that_deletes(open_manager):
     assert not errors, errors[0]
 
 
-def save_one_that_fails(manager, step: int = 2) -> dtruntime.SaveHandle:
-    """Start a save whose snapshot succeeds and whose file then grows beyond what is allowed."""
-    manager.save({"weights": torch.zeros(2_000_000)}, step=1)  # so that little room is reserved
+@contextlib.contextmanager
+def short_files():
+    """Let no file grow beyond 4 MiB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
     try:
-        handle = manager.save_async({"weights": torch.randn(2_000_000)}, step=step)
-        handle._native.wait()  # does not count as looking at the outcome
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_one_that_fails(manager, step: int = 2) -> dtruntime.SaveHandle:
+    """Start a save whose snapshot succeeds and whose file then grows beyond what is allowed."""
+    manager.save({"weights": torch.zeros(2_000_000)}, step=1)  # so that little room is reserved
+    with short_files():
+        handle = manager.save_async({"weights": torch.randn(2_000_000)}, step=step)
+        handle._native.wait()  # does not count as looking at the outcome
     return handle
 
 

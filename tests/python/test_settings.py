@@ -62,6 +62,9 @@ WRONG = {
     "grace": ({"gc_grace_seconds": -1}, "a whole number from 0"),
     "interval": ({"save_interval_steps": 0}, "at least 1 is expected"),
     "sigterm": ({"sigterm": "finnish"}, "did you mean `finish`?"),
+    "no sigterm": ({"sigterm": "x"}, "hint: leave it unset"),
+    "patience": ({"agreement_timeout": "x"}, "a number of seconds is expected"),
+    "negative patience": ({"agreement_timeout": -1}, "a number of seconds is expected"),
     "rank": ({"rank": 3}, "a rank is less than the world size"),
     "rank text": ({"rank": "worker"}, "or a name that ends in one"),
     "world size": ({"rank": 0, "world_size": 2}, "need a coordinator"),
@@ -107,7 +110,23 @@ def test_wrong_steps_are_refused(manager, step):
         manager.save_async(1000, {"model": 1})
 
 
-@pytest.mark.parametrize("value", [{1: 2}, {"a": {1, 2}}, [1], "text", {"a": [{"b": 2**64}]}])
+def nested(depth: int) -> dict:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: 2},
+        {"a": {1, 2}},
+        [1],
+        "text",
+        {"a": [{"b": 2**64}]},
+        {"accuracy": {1: 0.5, "1": 0.7}},
+        {"a": "\ud800"},
+        nested(200),
+    ],
+)
 def test_annotations_are_json(manager, value):
     with pytest.raises(InvalidArgument, match="it is stored as JSON"):
         manager.save_async({}, step=1, metadata=value)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support import assert_same
 
-from dtruntime import UnsupportedValue
+from dtruntime import InvalidArgument, UnsupportedValue
 from dtruntime.loading import Reader
 from dtruntime.state_tree import DEPTH_MAX, flatten
 from dtruntime.tensors import Hull, lay_spans, spans_bytes
@@ -257,6 +257,20 @@ def test_stateful_cycles_are_named():
 
     with pytest.raises(UnsupportedValue, match="contains itself"):
         flatten(Endless())
+
+
+def test_a_live_state_with_a_cycle_is_not_restored_into(manager):
+    manager.save({"a": 1}, step=1)
+    live = {"a": 1}
+    live["self"] = live
+    with pytest.raises(InvalidArgument, match="contains itself"):
+        manager.restore(live, strict=False)
+
+
+def test_what_only_stands_for_zeros_is_named(manager):
+    state = {"x": [torch._efficientzerotensor((3,))]}
+    with pytest.raises(UnsupportedValue, match=r'`state\["x"\]\[0\]`'):
+        manager.save(state, step=1)
 
 
 def test_a_container_at_two_places_is_no_cycle():

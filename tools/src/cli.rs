@@ -14,7 +14,7 @@ use crate::{copy, diff, doctor, gc, inspect, ls, restore, rm, verify};
 
 const AFTER_HELP: &str = "\
 Exit status: 0 when all is well; 1 when something is wrong with the data: it is damaged, missing, \
-or could not be read; 2 when the command is wrong, or names a store that is not there.
+or could not be read; 2 when the command is wrong, or names a directory that is not there.
 
 RUST_LOG sets how much of the engine's log is shown on stderr; the default is `warn`.";
 

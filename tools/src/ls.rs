@@ -19,7 +19,10 @@ use crate::text;
 
 /// Arguments of `ls`.
 #[derive(Args, Debug)]
-#[command(after_help = "Exit status 1 if a checkpoint is damaged.")]
+#[command(
+    after_help = "Exit status 1 if a checkpoint is damaged, as far as a listing shows; `verify` \
+                  reads every byte."
+)]
 pub(crate) struct Options {
     #[command(flatten)]
     store: StoreArgument,

@@ -112,8 +112,8 @@ impl Attempt {
             step,
             attempt: self.record.attempt.clone(),
             world_size: u32::try_from(self.shards.len()).unwrap_or(u32::MAX),
-            bytes: self.shards.values().map(|shard| shard.bytes).sum(),
-            raw_bytes: self.shards.values().map(|shard| shard.raw_bytes).sum(),
+            bytes: total(self.shards.values().map(|shard| shard.bytes)),
+            raw_bytes: total(self.shards.values().map(|shard| shard.raw_bytes)),
             manifest_crc32c,
             committed_unix_ms: context.at.wall_ms,
             epoch: self.record.epoch,
@@ -196,4 +196,9 @@ pub(super) fn invalid_shard(why: &str) -> Refusal {
         format!("the shard cannot be taken: {why}"),
         "report what this rank wrote in this attempt",
     )
+}
+
+/// What a rank says of its bytes is not looked at: no sum of it may overflow.
+fn total(bytes: impl Iterator<Item = u64>) -> u64 {
+    bytes.fold(0, u64::saturating_add)
 }

@@ -65,6 +65,19 @@ fn who_comes_back_does_not_begin_alone_what_the_others_were_refused() {
 }
 
 #[test]
+fn bytes_that_no_disk_has_end_nobody() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let attempt = table.attempt(&world[0], 10);
+    table.attempt(&world[1], 10);
+    table.shard_bytes = u64::MAX;
+    table.report(&world[0], 10, &attempt);
+    table.report(&world[1], 10, &attempt);
+    let Reply::Committed(commit) = table.commit(&world[1], 10, &attempt) else { panic!() };
+    assert_eq!(commit.bytes, u64::MAX);
+}
+
+#[test]
 fn ranks_that_save_other_things_alike_are_told_before_anything_is_published() {
     let mut table = Table::new();
     let world = table.world(3);

@@ -17,6 +17,8 @@ pub(crate) struct Table {
     pub(crate) tries: u32,
     /// What each report says of what all ranks save alike.
     pub(crate) replicated_crc32c: Option<u32>,
+    /// What ranks report of their shards.
+    pub(crate) shard_bytes: u64,
     pub(crate) changes: Vec<Change>,
     pub(crate) notes: Vec<String>,
     pub(crate) late: Vec<(Ticket, Reply)>,
@@ -35,6 +37,7 @@ impl Table {
             ticket: 0,
             tries: 0,
             replicated_crc32c: None,
+            shard_bytes: 10,
             changes: Vec::new(),
             notes: Vec::new(),
             late: Vec::new(),
@@ -265,7 +268,7 @@ impl Table {
             identity: Some(identity.clone()),
             step,
             attempt: attempt.into(),
-            shard: Some(v1::Shard { rank, bytes: 10, ..v1::Shard::default() }),
+            shard: Some(v1::Shard { rank, bytes: self.shard_bytes, ..v1::Shard::default() }),
             own_store,
             published_crc32c,
             replicated_crc32c: self.replicated_crc32c,

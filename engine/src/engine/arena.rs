@@ -4,7 +4,7 @@
 //! save is in flight nobody else gets it; it is replaced only by a larger one, or because buffers
 //! of it did not come back; of two engines, one has it.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Inner, Saving, memory};
@@ -16,7 +16,7 @@ use crate::io::pin::Pin;
 impl Inner {
     /// Allocates and populates the arena; see [`Engine::prewarm`](super::Engine::prewarm).
     pub(super) fn prewarm(&self, raw_bytes: u64) -> Result<()> {
-        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut saving = self.turn();
         if let Some(last) = self.last() {
             last.wait(None);
         }
@@ -89,7 +89,7 @@ impl Inner {
 
     /// Has the staging arena registered with a device's driver, as it is and as it will be.
     pub(super) fn pin(&self, pin: &Arc<dyn Pin>) {
-        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut saving = self.turn();
         if let Some(arena) = &saving.arena {
             pin_arena(arena, pin.as_ref());
         }

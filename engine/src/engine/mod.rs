@@ -9,7 +9,7 @@
 //!   verb, and dropping the engine there touches nothing of the parent's.
 
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use crate::clock::{Environment, elapsed};
@@ -274,7 +274,8 @@ impl Engine {
         Ok(copied?)
     }
 
-    /// Deletes a checkpoint, manifest first. Returns the bytes freed.
+    /// Deletes a checkpoint, manifest first. Returns the bytes freed. A save that another thread
+    /// begins waits.
     ///
     /// # Errors
     ///
@@ -282,12 +283,14 @@ impl Engine {
     /// step does not exist; [`EngineError::UnsupportedFormat`] where a newer version wrote it.
     pub fn delete(&self, step: u64) -> Result<u64> {
         let inner = self.writer(&format!("deleting step {step}"))?;
+        let _turn = inner.turn();
         inner.wait_for_last(None)?;
         inner.core.delete(step)
     }
 
     /// Deletes what no checkpoint needs: files of abandoned attempts whose lock is free and which
-    /// are older than the grace period, and retired checkpoints.
+    /// are older than the grace period, and retired checkpoints. A save that another thread begins
+    /// waits.
     ///
     /// # Errors
     ///
@@ -295,6 +298,7 @@ impl Engine {
     pub fn gc(&self, options: GcOptions) -> Result<GcReport> {
         let what = "cleaning up";
         let inner = if options.dry_run { self.inner(what)? } else { self.writer(what)? };
+        let _turn = (!options.dry_run).then(|| inner.turn());
         inner.wait_for_last(None)?;
         inner.core.gc(options)
     }
@@ -334,8 +338,9 @@ impl Engine {
         hindrance: Hindrance<'_>,
         timeout: Duration,
     ) -> Result<Agreed> {
-        let inner = self.inner("agreeing with all ranks on the step to load")?;
-        let Some(ranks) = &inner.core.ranks else {
+        let what = "agreeing with all ranks on the step to load";
+        let inner = self.inner(what)?;
+        let Some(ranks) = inner.core.ranks.clone() else {
             let newest = steps.iter().max().copied();
             return Ok(newest.map_or(Agreed::Nothing { offering: 0 }, Agreed::Step));
         };
@@ -349,11 +354,13 @@ impl Engine {
                 })?
             }
         };
+        // Nothing keeps the engine from being closed by whoever waits no more.
+        drop(inner);
         let agreed = ranks.agree(&offered, hindrance, timeout)?;
         // Without a common step, what a rank has may yet come to be whole: it is on its way, or its
         // machine comes back.
         let step = if let Agreed::Step(step) = agreed { Some(step) } else { None };
-        inner.core.note_agreed(step);
+        self.inner(what)?.core.note_agreed(step);
         Ok(agreed)
     }
 
@@ -480,6 +487,12 @@ impl Drop for Engine {
 }
 
 impl Inner {
+    /// While this is held, no save begins. What is deleted by its step must stay what was looked
+    /// at: a save could take its place.
+    fn turn(&self) -> MutexGuard<'_, Saving> {
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn last(&self) -> Option<SaveHandle> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

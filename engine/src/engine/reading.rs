@@ -195,6 +195,7 @@ impl Core {
         };
         let steps = survey.committed_steps();
         let hint = match (steps.first(), steps.last()) {
+            (Some(first), Some(last)) if first == last => format!("step {first} is all there is"),
             (Some(first), Some(last)) => {
                 format!("{} checkpoints exist, from step {first} to step {last}", steps.len())
             }

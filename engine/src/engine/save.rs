@@ -66,7 +66,7 @@ impl Inner {
         // What the caller did for this save before is a part of it.
         let started = called.saturating_sub(request.waited + request.prepared);
         // Held until the snapshot is taken: callers on several threads take turns.
-        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut saving = self.turn();
         let begun = self.begin(&mut saving, request, Clocked { called, started });
         // From here on the committer tells the other ranks of a failure.
         let Begun { job, handle, arena, storages } =

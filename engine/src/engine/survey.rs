@@ -66,7 +66,15 @@ impl Core {
         unreadable: Unreadable,
     ) -> Result<(Survey, BTreeMap<u64, ManifestState>)> {
         let changes = self.known().changes;
-        let listing = self.store.list()?;
+        let mut listing = self.store.list()?;
+        if unreadable == Unreadable::IsAnError {
+            for step in listing.iter_mut().filter(|step| step.unlisted.is_some()) {
+                // The error itself, unless it has passed.
+                if let Some(listed) = self.store.list_step(step.step)? {
+                    *step = listed;
+                }
+            }
+        }
         // Not taken: two surveys at once must not read anything twice, least of all from afar.
         let mut read_before = self.known().manifests.clone();
         let mut manifests = BTreeMap::new();

@@ -39,7 +39,7 @@ pub const JOB_BYTES_MAX: usize = 255;
 const PREFIX_START: &str = "{\"crc32c\":\"";
 const PREFIX_END: &str = "\",";
 
-/// Everything a manifest says. Fixed when the attempt begins, so any rank publishes the same bytes.
+/// Everything a manifest says. Whichever rank publishes it: the first one to be there counts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The attempt, as 32 hex digits.

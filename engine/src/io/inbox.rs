@@ -2,7 +2,8 @@
 //!
 //! Always holds:
 //! - A transfer that enters leaves exactly once: to a worker, or, once the backend has failed, to
-//!   its own `done` with the reason. Closing lets what waits be done and admits nothing.
+//!   its own `done` with the reason. Closing, which only the last owner does, lets what waits be
+//!   done.
 //! - `done` runs outside the lock, and a panic in it ends only that call.
 //! - In a forked child no lock is taken: a thread that is not there may hold it.
 

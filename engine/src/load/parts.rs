@@ -189,8 +189,8 @@ pub(crate) fn check_replicas(store: &dyn Store, manifest: &Manifest, rank: u32) 
             return Err(EngineError::invalid(
                 format!("saving step {} with all ranks", manifest.step),
                 disagreement(&own, &other, &found),
-                "what `replicated` names must be the same on every rank: name less, or give every \
-                 rank the same",
+                "what `replicated` names must be the same on every rank, in the same order: name \
+                 less, or give every rank the same",
             ));
         }
         others.push(other);

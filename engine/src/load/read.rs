@@ -197,6 +197,14 @@ pub(super) fn run(
                 "a decoding thread panicked",
             ));
         }
+        let is_left =
+            |job: &Waiting<'_, '_>| job.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if !stopped.load(Ordering::Relaxed) && waiting.iter().any(is_left) {
+            return Err(EngineError::internal(
+                format!("reading `{name}`"),
+                "a read was given up without a word",
+            ));
+        }
         Ok(())
     })
 }

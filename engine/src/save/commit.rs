@@ -3,9 +3,9 @@
 //! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
 //! checkpoints deleted -> handle resolved -> their space given back (with several ranks, before the
 //! handle is resolved) -> next save written; a save that fails before the manifest leaves nothing
-//! behind but earlier checkpoints; a panic here fails that save and poisons the engine, and waits
-//! nobody out. Where several ranks save together, what is visible is what [`super::together`]
-//! brought about.
+//! behind but earlier checkpoints, unless other ranks may still name its shard; a panic here fails
+//! that save and poisons the engine, and waits nobody out. Where several ranks save together, what
+//! is visible is what [`super::together`] brought about.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -349,7 +349,7 @@ fn commit_together(
     sink: Box<dyn ShardSink>,
 ) -> Result<()> {
     // Where it has to be taken back, what stood there before stands there again.
-    let replaced = together.replaced()?;
+    let (replaced, sink) = or_abandon(sink, together.replaced())?;
     together.commit(manifest).map_err(|failure| {
         if !failure.may_be_published && together.takes_back(replaced.as_deref()) {
             sink.abandon();

@@ -99,6 +99,11 @@ impl SaveHandle {
         self.shared.job.arrivals.wait_landed(timeout)
     }
 
+    /// Whether it has ended, and not well. The error does not count as seen by that.
+    pub fn has_failed(&self) -> bool {
+        self.lock().as_ref().is_some_and(Result::is_err)
+    }
+
     /// The outcome, or `None` if it has not come within `timeout`. An error counts as seen.
     pub fn result(&self, timeout: Option<Duration>) -> Option<Result<SaveInfo>> {
         self.wait(timeout);

@@ -257,6 +257,8 @@ pub struct StepListing {
     pub step: u64,
     /// Its files, by name.
     pub files: Vec<FileListing>,
+    /// Why its files could not be listed, if they could not.
+    pub unlisted: Option<String>,
 }
 
 /// A file in a step directory.

@@ -145,11 +145,19 @@ impl Shared {
     pub(super) fn take_in(&self, reply: v1::HeartbeatReply) {
         let mut view = self.view();
         view.is_fenced = false;
-        view.seen_epoch = view.seen_epoch.max(reply.epoch);
+        let known = view.seen_epoch;
+        view.seen_epoch = known.max(reply.epoch);
         if reply.fence <= view.acknowledged_epoch {
             view.acknowledged_epoch = view.acknowledged_epoch.max(reply.epoch);
         }
-        for change in reply.changes {
+        // Two heartbeats may be under way at a time, and both are told the same.
+        let news: Vec<_> =
+            reply.changes.into_iter().filter(|change| change.epoch > known).collect();
+        let first = news.first().map_or(reply.epoch.saturating_add(1), |change| change.epoch);
+        if first > known.saturating_add(1) {
+            view.push(Notice::Missed(first - 1));
+        }
+        for change in news {
             view.push(Notice::Changed(change));
         }
         if !reply.abort_reason.is_empty() && view.abort_reason.is_none() {
@@ -205,5 +213,70 @@ impl View {
             self.notices.pop_front();
         }
         self.notices.push_back(notice);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared_at(epoch: u64) -> Shared {
+        let registration = Registration {
+            job: "job".into(),
+            worker_id: "worker".into(),
+            rank: 0,
+            world_size: 2,
+            ip: String::new(),
+            port: 0,
+            advertise_address: String::new(),
+        };
+        Shared::new(registration, 7, epoch)
+    }
+
+    /// What a heartbeat brings when the membership is at `epoch`, with these changes.
+    fn reply(epoch: u64, changes: &[u64]) -> v1::HeartbeatReply {
+        let change = |epoch: &u64| v1::MembershipChange { epoch: *epoch, ..Default::default() };
+        v1::HeartbeatReply {
+            epoch,
+            changes: changes.iter().map(change).collect(),
+            ..Default::default()
+        }
+    }
+
+    /// The changes that were told; those that were missed as the last of them, negative.
+    fn told(shared: &Shared) -> Vec<i64> {
+        let number = |epoch| i64::try_from(epoch).unwrap();
+        let notices = std::mem::take(&mut shared.view().notices);
+        let epochs = notices.into_iter().map(|notice| match notice {
+            Notice::Changed(change) => number(change.epoch),
+            Notice::Missed(epoch) => -number(epoch),
+            other => panic!("{other:?}"),
+        });
+        epochs.collect()
+    }
+
+    #[test]
+    fn a_change_is_told_once_in_whatever_order_replies_come() {
+        for replies in [[(6, vec![6]), (7, vec![6, 7])], [(7, vec![6, 7]), (6, vec![6])]] {
+            let shared = shared_at(5);
+            for (epoch, changes) in &replies {
+                shared.take_in(reply(*epoch, changes));
+            }
+            assert_eq!(told(&shared), [6, 7], "{replies:?}");
+            assert_eq!(shared.view().seen_epoch, 7);
+        }
+    }
+
+    #[test]
+    fn changes_that_nobody_told_of_are_said_to_be_missing() {
+        let shared = shared_at(5);
+        shared.take_in(reply(5, &[]));
+        assert_eq!(told(&shared), [0; 0]);
+        // The coordinator began anew, and does not know what made the membership this one.
+        shared.take_in(reply(7, &[]));
+        assert_eq!(told(&shared), [-7]);
+        // There were more than it remembers.
+        shared.take_in(reply(500, &[499, 500]));
+        assert_eq!(told(&shared), [-498, 499, 500]);
     }
 }

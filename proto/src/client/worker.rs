@@ -44,6 +44,9 @@ pub struct Registration {
 pub enum Notice {
     /// The membership changed.
     Changed(v1::MembershipChange),
+    /// The membership changed, up to this number, and how is not known: the coordinator began anew
+    /// meanwhile, or there were more changes than it remembers.
+    Missed(u64),
     /// The job is aborted, for this reason.
     Aborted(String),
     /// This process was taken for dead, and is a member again since this change of the membership.

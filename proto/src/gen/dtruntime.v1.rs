@@ -93,7 +93,8 @@ pub struct HeartbeatReply {
     /// Why the job is aborted; empty while it runs.
     #[prost(string, tag = "4")]
     pub abort_reason: ::prost::alloc::string::String,
-    /// Membership changes after the caller's epoch, oldest first; at most the newest 256.
+    /// Membership changes after the caller's epoch, oldest first, as far as they are remembered: the
+    /// newest 256 since the coordinator started.
     #[prost(message, repeated, tag = "5")]
     pub changes: ::prost::alloc::vec::Vec<MembershipChange>,
 }

@@ -72,7 +72,7 @@ pub(super) fn check(index: &ShardIndex) -> Result<(), FormatError> {
 pub struct Difference {
     /// Display path, cut if it is very long.
     pub path: String,
-    /// What the first has there; `None` for nothing.
+    /// What the first has there; `None` where it has nothing more.
     pub left: Option<String>,
     /// What the second has there.
     pub right: Option<String>,
@@ -97,8 +97,9 @@ pub fn difference(left: &ShardIndex, right: &ShardIndex) -> Option<Difference> {
                         is_same_key(one.node.key.as_ref(), other.node.key.as_ref())
                     };
                 if !is_same_place {
+                    let right = Some(format!("`{}` in its place", right.shown_path()));
                     let (path, left) = (left.shown_path(), Some(one.show()));
-                    return Some(Difference { path, left, right: None });
+                    return Some(Difference { path, left, right });
                 }
                 if let Some((one, other)) = one.difference(&other) {
                     let path = left.shown_path();

@@ -203,6 +203,15 @@ impl WriterLock {
         .context("asking the time of", &self.path)
     }
 
+    /// Whether the file that is locked is the one that is found by its name: then whoever opens the
+    /// store by that name now meets this lock.
+    pub(super) fn is_in_place(&self) -> bool {
+        let locked = self.with_descriptor(|descriptor| Ok(rustix::fs::fstat(descriptor)?));
+        let found = rustix::fs::lstat(&self.path);
+        let file = |stat: &rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        matches!((locked, found), (Ok(locked), Ok(found)) if file(&locked) == file(&found))
+    }
+
     /// Writes who holds the lock, for the message that the next writer gets.
     fn sign(&self) -> io::Result<()> {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

@@ -27,6 +27,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use rustix::io::Errno;
+
 use super::flow::Flow;
 use super::{
     Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing,
@@ -128,12 +130,24 @@ impl LocalStore {
 
     fn writer(&self, what: &str) -> Result<&WriterLock> {
         self.shared.check_process(what)?;
-        self.writer.as_ref().ok_or_else(|| {
+        let lock = self.writer.as_ref().ok_or_else(|| {
             EngineError::invalid(
                 format!("{what} in store `{}`", self.location()),
                 "it was opened read-only",
                 "open it for writing, without `read_only=True`",
             )
+        })?;
+        if lock.is_in_place() {
+            return Ok(lock);
+        }
+        Err(EngineError::Closed {
+            what: format!("{what} in store `{}`", self.location()),
+            why:
+                "its writer lock is not there any more: since the store was opened, its directory \
+                  was removed, moved or replaced, or the lock file deleted, and another writer may \
+                  have it"
+                    .into(),
+            hint: "see that nobody else writes there, and open it anew".into(),
         })
     }
 }
@@ -148,9 +162,15 @@ impl Store for LocalStore {
     }
 
     fn list(&self) -> Result<Vec<StepListing>> {
-        let steps = self.shared.steps()?;
+        let list = |step| match self.shared.list_step(step) {
+            Err(error) if is_of_one_directory(&error) => {
+                let unlisted = Some(error.to_string());
+                Ok(Some(StepListing { step, files: Vec::new(), unlisted }))
+            }
+            listed => listed,
+        };
         // A step that vanishes meanwhile is one that the writer deleted.
-        steps.into_iter().filter_map(|step| self.shared.list_step(step).transpose()).collect()
+        self.shared.steps()?.into_iter().filter_map(|step| list(step).transpose()).collect()
     }
 
     fn list_step(&self, step: u64) -> Result<Option<StepListing>> {
@@ -229,6 +249,9 @@ impl Store for LocalStore {
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {
+        if self.writer.is_some() {
+            self.writer("looking for room")?;
+        }
         let space = EntryOp::Space(self.shared.path.clone());
         match self.shared.io.entry(&space).context("asking the free space of", &self.shared.path)? {
             // A filesystem of no size at all does not count: ramfs, and some of FUSE.
@@ -316,8 +339,16 @@ impl Shared {
             }
         }
         files.sort_by(|one, other| one.name.cmp(&other.name));
-        Ok(Some(StepListing { step, files }))
+        Ok(Some(StepListing { step, files, unlisted: None }))
     }
+}
+
+/// Whether an error says something of one directory, and nothing of the others in the store.
+fn is_of_one_directory(error: &EngineError) -> bool {
+    let EngineError::Io { source, .. } = error else { return false };
+    let of_the_medium = [Errno::IO, Errno::UCLEAN, Errno::BADMSG, Errno::NODATA];
+    source.kind() == ErrorKind::PermissionDenied
+        || of_the_medium.iter().any(|errno| source.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// Names of ours in a step's directory; `None` if it is no directory, or is gone.

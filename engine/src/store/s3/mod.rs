@@ -112,7 +112,7 @@ impl S3Store {
             let file = FileListing { name, bytes: object.bytes, modified: object.modified };
             match steps.last_mut() {
                 Some(last) if last.step == step => last.files.push(file),
-                _ => steps.push(StepListing { step, files: vec![file] }),
+                _ => steps.push(StepListing { step, files: vec![file], unlisted: None }),
             }
         }
         // By key they came; beyond twelve digits that is not by step.

@@ -182,7 +182,9 @@ impl S3ShardSink {
         self.sent_bytes += part.bytes;
         let what = self.shared.naming("writing", &self.key);
         let put = self.shared.ask(&what, self.shared.put_whole(&self.key, part));
-        self.flight.land(part.number, part.bytes, Outcome::Whole);
+        let failure = put.as_ref().err().map(EngineError::duplicate);
+        let outcome = failure.map_or(Outcome::Whole, Outcome::Failed);
+        self.flight.land(part.number, part.bytes, outcome);
         put
     }
 

@@ -26,6 +26,7 @@ impl FarView {
         let listing = |(step, files): (&u64, &Vec<FileListing>)| StepListing {
             step: *step,
             files: files.clone(),
+            unlisted: None,
         };
         self.lock().iter().map(listing).collect()
     }

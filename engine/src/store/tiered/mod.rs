@@ -184,6 +184,7 @@ impl Store for TieredStore {
 
     fn list(&self) -> Result<Vec<StepListing>> {
         let mut steps: BTreeMap<u64, BTreeMap<String, FileListing>> = BTreeMap::new();
+        let mut unlisted = BTreeMap::new();
         // Of what is in both, the near one's counts.
         let far = self.uploads().map_or_else(|| self.far.list(), |work| Ok(work.view.list()))?;
         let mut near = self.near.list()?;
@@ -191,9 +192,12 @@ impl Store for TieredStore {
         for step in far.into_iter().chain(near) {
             let files = steps.entry(step.step).or_default();
             files.extend(step.files.into_iter().map(|file| (file.name.clone(), file)));
+            unlisted.extend(step.unlisted.map(|why| (step.step, why)));
         }
         let listing = |(step, files): (u64, BTreeMap<String, FileListing>)| StepListing {
             step,
+            // What lies far is there all the same.
+            unlisted: unlisted.remove(&step).filter(|_| files.is_empty()),
             files: files.into_values().collect(),
         };
         Ok(steps.into_iter().map(listing).collect())

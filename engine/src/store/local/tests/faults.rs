@@ -30,7 +30,7 @@ struct Fault {
     forever: bool,
     /// It is done first, and only the reply is lost.
     done: bool,
-    kind: rustix::io::Errno,
+    kind: Errno,
 }
 
 impl Watched {
@@ -101,7 +101,7 @@ impl Io for Watched {
     fn sync(&self, file: &File) -> io::Result<()> {
         self.run("sync", &file.path, || {
             if self.state.lock().unwrap().fail_syncs {
-                return Err(rustix::io::Errno::IO.into());
+                return Err(Errno::IO.into());
             }
             self.inner.sync(file)
         })
@@ -199,7 +199,7 @@ fn retention_tells_a_sync_that_failed_after_the_directory_had_gone() {
     let log = log_of(&root, |store| store.let_go(2, None).unwrap());
     assert_eq!(log.last().unwrap(), "syncdir store");
     save(&writer(&root), shard(2, A), None, &pattern(SHARD_BYTES)).unwrap();
-    let kind = rustix::io::Errno::IO;
+    let kind = Errno::IO;
     let io = Watched::new(None);
     let store = open(&root, &io).unwrap();
     let at = io.state.lock().unwrap().log.len() + log.len() - 1;
@@ -271,7 +271,6 @@ fn save_under_fault(fault: Fault, overwrite: bool) -> bool {
 
 #[test]
 fn any_one_failure_leaves_the_checkpoint_before_and_nothing_half_visible() {
-    use rustix::io::Errno;
     let mut cases = BTreeSet::new();
     for kind in [Errno::IO, Errno::NOSPC, Errno::DQUOT, Errno::EXIST] {
         for (forever, done, overwrite) in
@@ -298,7 +297,7 @@ fn writes_in_flight_are_bounded_and_a_failed_one_is_told_once_and_for_all() {
     let mut sink = store.create_shard(shard(1, A), sized(0), &flow).unwrap();
     let at = io.state.lock().unwrap().log.len() + 1;
     io.state.lock().unwrap().fault =
-        Some(Fault { at, forever: false, done: false, kind: rustix::io::Errno::IO });
+        Some(Fault { at, forever: false, done: false, kind: Errno::IO });
     let mut failure = None;
     for index in 0..100 {
         let written = sink.write(index * 32768, filled(&pattern(32768)));
