@@ -97,25 +97,14 @@ def plan_restore(
 ) -> RestorePlan:
     """Compare a live state with a checkpoint and plan what to change."""
     planner = _Planner(reader, strict=strict, cast=cast)
-    if not _holds_live(live) and not isinstance(live, (dict, list)):
-        raise InvalidArgument(
-            f"restoring into a `{type(live).__name__}`",
-            "it cannot be changed in place",
-            "pass a dict of models, optimizers and tensors, or use `load()`",
-        )
     try:
-        planner.visit(live, 0, None)
+        planner.walk(live)
     except RecursionError:
         raise InvalidArgument(
             "restoring into a live state",
             "a container in it contains itself, or they are nested too deeply to be walked",
             "pass a state without that cycle",
         ) from None
-    ends = reader.tree.ends
-    actions = planner.plan.actions
-    reader.check_loadable(node for a in actions for node in range(a.node, ends[a.node]))
-    planner.settle(live)
-    planner.find_fillable()
     planner.plan.is_direct = direct
     return planner.plan
 
@@ -138,6 +127,21 @@ class _Planner:
         self._item: Any = None
         self._claims: list[sharing.Claim] = []
         self._boxes: dict[int, Box | None] = {}
+
+    def walk(self, live: Any) -> None:
+        """Plan for the whole of a live state."""
+        if not _holds_live(live) and not isinstance(live, (dict, list)):
+            raise InvalidArgument(
+                f"restoring into a `{type(live).__name__}`",
+                "it cannot be changed in place",
+                "pass a dict of models, optimizers and tensors, or use `load()`",
+            )
+        self.visit(live, 0, None)
+        ends = self._tree.ends
+        nodes = (node for a in self.plan.actions for node in range(a.node, ends[a.node]))
+        self._reader.check_loadable(nodes)
+        self.settle(live)
+        self.find_fillable()
 
     def visit(self, live: Any, index: int, slot: _Slot | None) -> None:
         """Plan for ``live``, which takes the node ``index``; ``slot`` replaces it in its parent."""

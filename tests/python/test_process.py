@@ -279,7 +279,7 @@ print(manager.all_steps())
         timeout=30,
     )
     hint, *rest = done.stdout.splitlines()
-    assert "set a flag in the handler" in hint, done.stderr
+    assert "set a flag in a handler" in hint, done.stderr
     assert "`sigterm=" in hint
     assert rest == ["1", "[1, 2]"]
 
