@@ -289,8 +289,8 @@ class CheckpointIO:
         former = self._manager
         self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
         if former is not None:
-            self._manager._native.take_staging_of(former._native)  # noqa: SLF001
-            former.close()
+            with former:
+                self._manager._native.take_staging_of(former._native)  # noqa: SLF001
 
     def _replace(self, checkpoint: dict[str, Any], place: str) -> None:
         """Save in the place of a link or a file, which stays until the checkpoint is durable."""
@@ -349,10 +349,10 @@ class CheckpointIO:
                 distributed.barrier()
 
     def _begin_removal(self) -> None:
-        places, self._to_remove = self._to_remove, []
-        for place in filter(_is_link_or_file, [*places]):
-            places.remove(place)
+        for place in filter(_is_link_or_file, [*self._to_remove]):
+            self._to_remove.remove(place)
             os.remove(place)  # noqa: PTH107
+        places, self._to_remove = self._to_remove, []
         if self._manager is not None and os.fspath(self._manager.path) in places:
             self._close()
         self._removal = _Removal(places, self._settings)

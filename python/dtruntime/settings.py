@@ -291,11 +291,10 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
     if value is None:
         return "{}"
     try:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, dict):
             raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
-        given = _as_json(value)
-        json.dumps(given, ensure_ascii=False).encode()  # no half of a character
-        return json.dumps(given, allow_nan=False)
+        text = json.dumps(_as_json(value), allow_nan=False, ensure_ascii=False)
+        text.encode()  # no half of a character
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"`{name}`",
@@ -303,3 +302,4 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
             "use str keys and plain values, `loss.item()` of a tensor; put anything else into the "
             "state",
         ) from None
+    return text

@@ -1,6 +1,7 @@
 //! Stages that wait for each other: a slow directory, many workers, a device that comes back.
 
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -20,6 +21,14 @@ fn backend() -> Arc<dyn Io> {
 
 fn open(config: Config, io: Arc<dyn Io>) -> Engine {
     Engine::open_with(config, Components { io, environment: Arc::new(System::default()) }).unwrap()
+}
+
+/// Leaves a store with these steps, which nobody has open.
+fn save_steps(store: &Path, state: &State, steps: &[u64]) {
+    let engine = open(config(store), backend());
+    for step in steps {
+        state.save(&engine, *step).unwrap();
+    }
 }
 
 /// Holds what it is about back until it is told to go on.
@@ -99,11 +108,7 @@ fn many_workers_cannot_starve_the_committer() {
 fn a_manifest_that_could_not_be_read_for_a_moment_is_retired_by_a_rewind_all_the_same() {
     let directory = scratch();
     let state = State::training(1, 0);
-    let engine = open(config(directory.path()), backend());
-    for step in [10, 20] {
-        state.save(&engine, step).unwrap();
-    }
-    drop(engine);
+    save_steps(directory.path(), &state, &[10, 20]);
 
     let sim = Arc::new(Sim::new(backend(), Plan::default()));
     let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
@@ -134,11 +139,7 @@ fn a_manifest_that_could_not_be_read_for_a_moment_is_retired_by_a_rewind_all_the
 fn a_save_does_not_go_past_a_later_step_that_cannot_be_read_for_a_moment() {
     let directory = scratch();
     let state = State::training(1, 0);
-    let engine = open(config(directory.path()), backend());
-    for step in [10, 20] {
-        state.save(&engine, step).unwrap();
-    }
-    drop(engine);
+    save_steps(directory.path(), &state, &[10, 20]);
 
     let sim = Arc::new(Sim::new(backend(), Plan::default()));
     let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
@@ -162,11 +163,7 @@ fn a_save_does_not_go_past_a_later_step_that_cannot_be_read_for_a_moment() {
 fn a_directory_that_cannot_be_listed_hides_no_other() {
     let directory = scratch();
     let state = State::training(1, 0);
-    let engine = open(config(directory.path()), backend());
-    for step in [10, 20, 30] {
-        state.save(&engine, step).unwrap();
-    }
-    drop(engine);
+    save_steps(directory.path(), &state, &[10, 20, 30]);
 
     let sim = Arc::new(Sim::new(backend(), Plan::default()));
     let engine = open(config(directory.path()), Arc::<Sim>::clone(&sim));
@@ -203,11 +200,7 @@ fn a_directory_that_cannot_be_listed_hides_no_other() {
 fn a_damaged_step_that_a_save_leaves_behind_does_not_come_back_as_the_newest() {
     let directory = scratch();
     let state = State::training(1, 0);
-    let engine = open(config(directory.path()), backend());
-    for step in [10, 20] {
-        state.save(&engine, step).unwrap();
-    }
-    drop(engine);
+    save_steps(directory.path(), &state, &[10, 20]);
     // Not there for a while, as on a filesystem of another machine.
     let (step, aside) = (directory.path().join("step-000000000020"), directory.path().join("20"));
     std::fs::create_dir(&aside).unwrap();
@@ -231,11 +224,7 @@ fn a_damaged_step_that_a_save_leaves_behind_does_not_come_back_as_the_newest() {
 fn a_step_that_cannot_be_removed_holds_up_no_other() {
     let directory = scratch();
     let state = State::training(1, 0);
-    let engine = open(config(directory.path()), backend());
-    for step in [10, 20, 30] {
-        state.save(&engine, step).unwrap();
-    }
-    drop(engine);
+    save_steps(directory.path(), &state, &[10, 20, 30]);
 
     let sim = Arc::new(Sim::new(backend(), Plan::default()));
     let settings = Config { keep_last_n: Some(1), ..config(directory.path()) };

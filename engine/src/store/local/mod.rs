@@ -250,6 +250,7 @@ impl Store for LocalStore {
 
     fn free_bytes(&self) -> Result<Option<u64>> {
         if self.writer.is_some() {
+            // What a save asks first: nothing is begun where another store has come to lie.
             self.writer("looking for room")?;
         }
         let space = EntryOp::Space(self.shared.path.clone());
