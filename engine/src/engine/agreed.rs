@@ -53,7 +53,7 @@ impl Core {
         if !self.config.has_own_store() {
             return left_out;
         }
-        let arrived = self.store.arrived();
+        let arrived = self.arrived();
         let known = self.known();
         let Some((_, later)) = &known.not_common else { return left_out };
         for step in &mut survey.steps {

@@ -24,7 +24,7 @@ use crate::save::capture::Until;
 use crate::save::commit::Committer;
 use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
-use crate::store::{PendingUpload, Store};
+use crate::store::{PendingUpload, Store, Uploads};
 use crate::store_copy::{Between, Overwrite, Transferred, transfer};
 use crate::{EngineError, Result};
 
@@ -234,7 +234,7 @@ impl Engine {
         timeout: Option<Duration>,
     ) -> Result<Option<Result<Transferred>>> {
         let inner = self.inner(&format!("waiting for the upload of step {step}"))?;
-        Ok(inner.core.store.uploaded(step, timeout))
+        Ok(inner.core.store.uploads().and_then(|uploads| uploads.wait_for(step, timeout)))
     }
 
     /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
@@ -380,7 +380,8 @@ impl Engine {
     ///
     /// [`EngineError::Closed`].
     pub fn pending_uploads(&self) -> Result<Vec<PendingUpload>> {
-        Ok(self.inner("listing pending uploads")?.core.store.pending_uploads())
+        let inner = self.inner("listing pending uploads")?;
+        Ok(inner.core.store.uploads().map(Uploads::pending).unwrap_or_default())
     }
 
     /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
@@ -389,7 +390,10 @@ impl Engine {
     ///
     /// [`EngineError::Closed`].
     pub fn leave_uploads(&self) -> Result<()> {
-        self.inner("leaving uploads")?.core.store.leave_uploads();
+        let inner = self.inner("leaving uploads")?;
+        if let Some(uploads) = inner.core.store.uploads() {
+            uploads.stop();
+        }
         Ok(())
     }
 
@@ -408,7 +412,7 @@ impl Engine {
             return Ok(false);
         }
         let left = timeout.map(|timeout| timeout.saturating_sub(elapsed(environment, start)));
-        Ok(inner.core.store.drain(left))
+        Ok(inner.core.store.uploads().is_none_or(|uploads| uploads.drain(left)))
     }
 
     /// Finishes the save in flight and the uploads, each of which is tried once more at most; then
@@ -427,8 +431,9 @@ impl Engine {
         let inner = self.inner.write().unwrap_or_else(PoisonError::into_inner).take();
         let Some(inner) = inner else { return Ok(()) };
         let ended = inner.wait_for_last(None).map(|_| ());
-        inner.core.store.drain(None);
-        ended.and(inner.core.store.failed_upload().map_or(Ok(()), Err))
+        let Some(uploads) = inner.core.store.uploads() else { return ended };
+        uploads.drain(None);
+        ended.and(uploads.failed().map_or(Ok(()), Err))
     }
 
     /// In a forked child: closes the descriptors that hold the parent's locks alive. Takes no lock

@@ -12,6 +12,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::recovery::{ManifestState, StepState, Survey};
 use crate::retention::{self, Policy, plan_cleanup, plan_prune};
+use crate::store::Uploads;
 
 impl Core {
     /// After the commit of `step`: deletes what the policy, or a rewind, lets go, and old debris.
@@ -38,8 +39,8 @@ impl Core {
         passed.retain(|own| *own < step);
         let mut protected = self.protected_with(step, &survey);
         protected.extend(self.best(&survey, &manifests));
-        let may_remove =
-            |step: u64| self.config.remove_before_upload || self.store.may_remove(step);
+        let uploads = self.store.uploads().filter(|_| !self.config.remove_before_upload);
+        let may_remove = |step: u64| uploads.is_none_or(|uploads| uploads.may_remove(step));
         let policy = Policy::from(&self.config);
         let plan = plan_prune(&survey, policy, &protected, &passed, may_remove);
         log_plan(step, &survey, &plan, &passed);
@@ -93,10 +94,15 @@ impl Core {
         best
     }
 
+    /// Steps that are whole in the far store, ascending; none without one.
+    pub(super) fn arrived(&self) -> Vec<u64> {
+        self.store.uploads().map(Uploads::arrived).unwrap_or_default()
+    }
+
     fn protected_with(&self, step: u64, survey: &Survey) -> Vec<u64> {
         let exists =
             |step: &u64| survey.step(*step).is_some_and(|step| step.state == StepState::Committed);
-        let arrived = self.store.arrived().into_iter().rev().find(exists);
+        let arrived = self.arrived().into_iter().rev().find(exists);
         let known = self.known();
         [Some(step), known.protected, known.verified, arrived].into_iter().flatten().collect()
     }

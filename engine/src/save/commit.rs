@@ -248,7 +248,9 @@ fn commit_attempt(core: &Core, task: CommitTask, begun: Begun) -> Result<SaveInf
     let entry = shard_entry(&job, shard, written, task.replicated);
     let durable = Durable { shard, written, entry, replaces };
     make_visible(core, &job, &durable, &mut manifest, sink)?;
-    core.store.committed(shard.step);
+    if let Some(uploads) = core.store.uploads() {
+        uploads.add(shard.step);
+    }
     let published = core.environment.monotonic();
     let moments = Moments { started, write_began, publish_began, published };
     book(&job, &moments, written, figures);

@@ -6,11 +6,10 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
-use crate::store_copy::Transferred;
 use crate::{EngineError, Result};
 
 pub mod flow;
@@ -19,8 +18,10 @@ mod publication;
 #[cfg(feature = "s3")]
 pub mod s3;
 pub mod tiered;
+mod uploads;
 
 use flow::Flow;
+pub use uploads::{PendingUpload, Uploads};
 
 /// A place for checkpoints.
 pub trait Store: Send + Sync + fmt::Debug {
@@ -82,9 +83,6 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// replaced. Shards stay.
     fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()>;
 
-    /// Hears that `step` is committed, wherever that is decided: a far store gets it from now on.
-    fn committed(&self, _step: u64) {}
-
     /// Deletes a checkpoint: the manifest first, then its directory. With `only`, the checkpoint of
     /// another attempt stays: it was saved after the caller had looked. Returns the bytes freed.
     fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64>;
@@ -125,43 +123,9 @@ pub trait Store: Send + Sync + fmt::Debug {
         ))
     }
 
-    /// Whether retention may take a checkpoint: not while it waits to be brought to a far store,
-    /// nor if that failed for good.
-    fn may_remove(&self, _step: u64) -> bool {
-        true
-    }
-
-    /// Steps that are whole in the far store, ascending: retention keeps the newest of them until
-    /// a newer one has arrived, so that a machine that is lost does not take all with it.
-    fn arrived(&self) -> Vec<u64> {
-        Vec::new()
-    }
-
-    /// What came of bringing a step to the far store; `None` if it has not ended within `timeout`,
-    /// or there is no far store.
-    fn uploaded(&self, _step: u64, _timeout: Option<Duration>) -> Option<Result<Transferred>> {
+    /// What brings checkpoints from here to a far store; `None` where nothing does.
+    fn uploads(&self) -> Option<&dyn Uploads> {
         None
-    }
-
-    /// Checkpoints that are not in the far store yet, by ascending step.
-    fn pending_uploads(&self) -> Vec<PendingUpload> {
-        Vec::new()
-    }
-
-    /// Why the newest of the checkpoints is not in the far store whose upload has failed and is not
-    /// tried again; `None` where there is none.
-    fn failed_upload(&self) -> Option<EngineError> {
-        None
-    }
-
-    /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
-    fn leave_uploads(&self) {}
-
-    /// Waits, at most so long, until everything was brought to the far store, or has failed once
-    /// more; true if it has. From the first call on nothing is tried more than once, until one has
-    /// seen the end.
-    fn drain(&self, _timeout: Option<Duration>) -> bool {
-        true
     }
 
     /// Free bytes for this user; `None` where the store has no such bound.
@@ -222,17 +186,6 @@ pub struct UnfinishedUpload {
     pub bytes: u64,
     /// When something of it arrived last, or it was begun, by the store's clock.
     pub last_active: SystemTime,
-}
-
-/// What [`Store::pending_uploads`] lists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PendingUpload {
-    /// The step.
-    pub step: u64,
-    /// Bytes that have gone so far in this try, or were there already.
-    pub uploaded_bytes: u64,
-    /// Bytes of the shards that this process brings.
-    pub total_bytes: u64,
 }
 
 /// What [`Store::publish`] makes visible.

@@ -26,18 +26,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::flow::Flow;
 use super::{
-    FileListing, PendingUpload, Publication, ShardId, ShardSink, ShardSize, ShardSource,
-    StepListing, Store, UnfinishedUpload,
+    FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing, Store,
+    UnfinishedUpload, Uploads,
 };
 use crate::clock::Environment;
 use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::recovery::OwnShare;
-use crate::store_copy::{Transferred, standing};
+use crate::store_copy::standing;
 use crate::{EngineError, Result};
 
 mod differences;
@@ -162,7 +162,7 @@ impl TieredStore {
         Ok(Some(far))
     }
 
-    fn uploads(&self) -> Option<&Work> {
+    fn work(&self) -> Option<&Work> {
         self.uploader.as_ref().map(|uploader| uploader.work.as_ref())
     }
 }
@@ -186,7 +186,7 @@ impl Store for TieredStore {
         let mut steps: BTreeMap<u64, BTreeMap<String, FileListing>> = BTreeMap::new();
         let mut unlisted = BTreeMap::new();
         // Of what is in both, the near one's counts.
-        let far = self.uploads().map_or_else(|| self.far.list(), |work| Ok(work.view.list()))?;
+        let far = self.work().map_or_else(|| self.far.list(), |work| Ok(work.view.list()))?;
         let mut near = self.near.list()?;
         near.retain(|step| !self.is_outdated(step.step));
         for step in far.into_iter().chain(near) {
@@ -270,23 +270,13 @@ impl Store for TieredStore {
         Ok(())
     }
 
-    fn committed(&self, step: u64) {
-        if let Some(uploads) = self.uploads() {
-            uploads.add(step);
-        }
-    }
-
     fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
         self.near.unpublish(step, attempt, replaced)
     }
 
-    fn arrived(&self) -> Vec<u64> {
-        self.uploads().map(Work::arrived).unwrap_or_default()
-    }
-
     // A reader's near store refuses what follows, and says why.
     fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
-        let Some(work) = self.uploads() else { return self.near.remove_checkpoint(step, only) };
+        let Some(work) = self.work() else { return self.near.remove_checkpoint(step, only) };
         if only.is_some() && standing(self, step)? != only {
             return Ok(0);
         }
@@ -302,7 +292,7 @@ impl Store for TieredStore {
     }
 
     fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
-        let Some(work) = self.uploads() else { return self.near.let_go(step, only) };
+        let Some(work) = self.work() else { return self.near.let_go(step, only) };
         // Here that is known without the far store, which is not waited for.
         let decides = only.is_some() && !self.is_outdated(step);
         if decides && standing(&*self.near, step)?.is_some_and(|stands| Some(stands) != only) {
@@ -319,7 +309,7 @@ impl Store for TieredStore {
     }
 
     fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
-        let Some(work) = self.uploads() else { return self.near.remove_orphan(step, file) };
+        let Some(work) = self.work() else { return self.near.remove_orphan(step, file) };
         let freed_bytes = self.near.remove_orphan(step, file)?;
         if freed_bytes.is_none() || !work.view.has(step, file) {
             return Ok(freed_bytes);
@@ -330,7 +320,7 @@ impl Store for TieredStore {
     }
 
     fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
-        let Some(work) = self.uploads() else { return self.near.let_go_orphan(step, file) };
+        let Some(work) = self.work() else { return self.near.let_go_orphan(step, file) };
         let is_gone = self.near.let_go_orphan(step, file)?;
         if is_gone && work.view.has(step, file) {
             let _behind = work.remove_orphan_behind(step, file);
@@ -347,36 +337,14 @@ impl Store for TieredStore {
     }
 
     fn abort_upload(&self, upload: &UnfinishedUpload) -> Result<bool> {
-        if self.uploads().is_some_and(|uploads| uploads.is_waiting(upload.step)) {
+        if self.work().is_some_and(|work| work.is_waiting(upload.step)) {
             return Ok(false);
         }
         self.far.abort_upload(upload)
     }
 
-    fn may_remove(&self, step: u64) -> bool {
-        self.uploads().is_none_or(|uploads| uploads.may_remove(step))
-    }
-
-    fn uploaded(&self, step: u64, timeout: Option<Duration>) -> Option<Result<Transferred>> {
-        self.uploads()?.wait_for(step, timeout)
-    }
-
-    fn leave_uploads(&self) {
-        if let Some(uploads) = self.uploads() {
-            uploads.stop();
-        }
-    }
-
-    fn pending_uploads(&self) -> Vec<PendingUpload> {
-        self.uploads().map(Work::pending).unwrap_or_default()
-    }
-
-    fn failed_upload(&self) -> Option<EngineError> {
-        self.uploads()?.failed()
-    }
-
-    fn drain(&self, timeout: Option<Duration>) -> bool {
-        self.uploads().is_none_or(|uploads| uploads.drain(timeout))
+    fn uploads(&self) -> Option<&dyn Uploads> {
+        self.work().map(|work| work as &dyn Uploads)
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

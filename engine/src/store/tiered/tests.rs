@@ -18,7 +18,7 @@ use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
 use crate::store::local::tests::space::deleted_under;
-use crate::store_copy::{Between, Brought, Overwrite, publish_whole, transfer};
+use crate::store_copy::{Between, Brought, Overwrite, Transferred, publish_whole, transfer};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_mins(1);
@@ -166,12 +166,16 @@ fn places(steps: &[u64]) -> [TempDir; 2] {
     [near, far]
 }
 
+fn uploads(tier: &TieredStore) -> &dyn Uploads {
+    tier.uploads().expect("it is a writer's")
+}
+
 fn tier(near: Arc<Ruled>, far: Arc<Ruled>) -> TieredStore {
     TieredStore::writer(near, far, Arc::new(System::default()), None, None).unwrap()
 }
 
 fn uploaded(tier: &TieredStore, step: u64) -> Result<Transferred> {
-    tier.uploaded(step, Some(LONG)).expect("it ends in time")
+    uploads(tier).wait_for(step, Some(LONG)).expect("it ends in time")
 }
 
 fn eio(what: &str) -> EngineError {
@@ -193,12 +197,12 @@ fn a_shard_that_cannot_be_read_here_holds_up_no_other_step() {
     for step in [2, 3] {
         uploaded(&tier, step).unwrap();
     }
-    assert!(tier.uploaded(1, Some(Duration::ZERO)).is_none());
-    assert!(!tier.may_remove(1) && tier.may_remove(2));
+    assert!(uploads(&tier).wait_for(1, Some(Duration::ZERO)).is_none());
+    assert!(!uploads(&tier).may_remove(1) && uploads(&tier).may_remove(2));
     // Once more, and no more.
-    assert!(tier.drain(None));
+    assert!(uploads(&tier).drain(None));
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Io { .. })));
-    assert!(!tier.may_remove(1), "no other copy is known");
+    assert!(!uploads(&tier).may_remove(1), "no other copy is known");
     drop(tier);
     assert_eq!(steps_of(far.path()), [2, 3]);
 }
@@ -239,7 +243,7 @@ fn damage_here_is_for_good_and_the_step_is_kept() {
     let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Corrupt { .. })));
     uploaded(&tier, 2).unwrap();
-    assert!(!tier.may_remove(1) && tier.may_remove(2));
+    assert!(!uploads(&tier).may_remove(1) && uploads(&tier).may_remove(2));
 }
 
 #[test]
@@ -254,7 +258,7 @@ fn a_manifest_that_cannot_be_read_bars_neither_the_store_nor_another_step() {
         });
         let tier = tier(near, Ruled::sound(far.path()));
         uploaded(&tier, 2).unwrap();
-        assert!(!tier.may_remove(1) && !tier.is_outdated(1));
+        assert!(!uploads(&tier).may_remove(1) && !tier.is_outdated(1));
         assert!(matches!(uploaded(&tier, 1), Err(EngineError::Closed { .. })), "it waits for none");
         drop(tier);
         assert_eq!(steps_of(far.path()), [2]);
@@ -357,9 +361,9 @@ fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
             let file = file.unwrap();
             std::fs::copy(file.path(), near.path().join(&step).join(file.file_name())).unwrap();
         }
-        tier.committed(5);
+        uploads(&tier).add(5);
         // Time in which it would arrive.
-        assert!(tier.uploaded(5, Some(Duration::from_millis(300))).is_none());
+        assert!(uploads(&tier).wait_for(5, Some(Duration::from_millis(300))).is_none());
         go.send(()).unwrap();
         assert!(removing.join().unwrap().unwrap() > 0);
     });
@@ -384,7 +388,7 @@ fn a_step_that_could_not_be_removed_here_is_uploaded_all_the_same() {
     let tier = tier(near, far);
     assert!(matches!(tier.remove_checkpoint(1, None), Err(EngineError::Io { .. })));
     assert!(matches!(tier.let_go(1, None), Err(EngineError::Io { .. })));
-    assert!(!tier.may_remove(1), "it waits for its upload");
+    assert!(!uploads(&tier).may_remove(1), "it waits for its upload");
     is_away.store(false, Ordering::Relaxed);
     uploaded(&tier, 1).unwrap();
 }
@@ -401,10 +405,10 @@ fn waiting_for_uploads_ends_when_the_time_is_over() {
     });
     let tier = tier(Ruled::sound(near.path()), far);
     for _ in 0..3 {
-        assert!(!tier.drain(Some(Duration::from_millis(1))));
+        assert!(!uploads(&tier).drain(Some(Duration::from_millis(1))));
     }
     go.send(()).unwrap();
-    assert!(tier.drain(Some(LONG)));
+    assert!(uploads(&tier).drain(Some(LONG)));
     uploaded(&tier, 1).unwrap();
 }
 
@@ -470,7 +474,7 @@ fn what_is_let_go_takes_space_here_until_that_is_given_back() {
     assert_eq!(deleted_under(near.path()), 2);
     tier.reclaim();
     assert_eq!(deleted_under(near.path()), 0);
-    assert!(tier.drain(None));
+    assert!(uploads(&tier).drain(None));
     assert_eq!(steps_of(near.path()), [3]);
 }
 
@@ -482,7 +486,7 @@ fn what_was_saved_after_one_looked_is_not_removed() {
     let another = Some(AttemptId([9; 16]));
     assert_eq!(tier.remove_checkpoint(5, another).unwrap(), 0);
     tier.let_go(5, another).unwrap();
-    assert!(tier.drain(None));
+    assert!(uploads(&tier).drain(None));
     assert!(standing(&tier, 5).unwrap().is_some());
     let stands = standing(tier.far.as_ref(), 5).unwrap();
     assert!(stands.is_some());
@@ -504,5 +508,5 @@ fn a_panic_is_told_and_nobody_waits_for_ever() {
     assert!(matches!(error, EngineError::Internal { .. }), "{error}");
     // The removal of step 1 stands behind that of step 2.
     assert!(tier.remove_checkpoint(1, None).is_err());
-    assert!(tier.drain(None));
+    assert!(uploads(&tier).drain(None));
 }

@@ -20,6 +20,7 @@ use super::queue::{Queue, UploadTask};
 use super::work::Work;
 use crate::clock::elapsed;
 use crate::error::IoContext;
+use crate::store::Uploads;
 use crate::store_copy::{
     Between, Brought, Copied, Overwrite, Transferred, publish_whole, transfer, transfer_share,
 };

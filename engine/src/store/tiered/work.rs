@@ -12,7 +12,7 @@ use super::queue::{Queue, UploadState};
 use crate::clock::Environment;
 use crate::format::manifest::{Manifest, total_bytes};
 use crate::recovery::OwnShare;
-use crate::store::{PendingUpload, Store};
+use crate::store::{PendingUpload, Store, Uploads};
 use crate::store_copy::Transferred;
 use crate::{EngineError, Result};
 
@@ -78,10 +78,6 @@ impl Work {
         self.environment.monotonic()
     }
 
-    pub(super) fn add(&self, step: u64) {
-        self.change(|queue| queue.add(step));
-    }
-
     /// What is known of a step that is to go, in case that it stays.
     pub(super) fn upload_state(&self, step: u64) -> UploadState {
         self.lock().upload_state(step)
@@ -112,30 +108,6 @@ impl Work {
         self.lock().is_waiting(step)
     }
 
-    pub(super) fn may_remove(&self, step: u64) -> bool {
-        self.lock().may_remove(step)
-    }
-
-    pub(super) fn wait_for(
-        &self,
-        step: u64,
-        timeout: Option<Duration>,
-    ) -> Option<Result<Transferred>> {
-        let pending = |queue: &mut Queue| queue.is_waiting(step) && !queue.is_stopped();
-        let queue = match timeout {
-            None => self.changed.wait_while(self.lock(), pending),
-            Some(timeout) => match self.changed.wait_timeout_while(self.lock(), timeout, pending) {
-                Ok((queue, _)) => Ok(queue),
-                Err(poisoned) => Ok(poisoned.into_inner().0),
-            },
-        };
-        let queue = queue.unwrap_or_else(PoisonError::into_inner);
-        if queue.is_waiting(step) && !queue.is_stopped() {
-            return None;
-        }
-        Some(queue.outcome(step).unwrap_or_else(|| Err(self.not_uploaded(step))))
-    }
-
     fn not_uploaded(&self, step: u64) -> EngineError {
         EngineError::Closed {
             what: format!("uploading step {step} to `{}`", self.far.location()),
@@ -144,31 +116,6 @@ impl Work {
                    again"
                 .into(),
         }
-    }
-
-    /// What is not in the far store yet.
-    pub(super) fn pending(&self) -> Vec<PendingUpload> {
-        let pending = self.lock().pending();
-        let upload = |(step, passed): (u64, Option<u64>)| {
-            let total_bytes = self.bytes_of(step);
-            // Footer, header and index count, too, and are read apart.
-            let uploaded_bytes = passed.unwrap_or(total_bytes).min(total_bytes);
-            PendingUpload { step, uploaded_bytes, total_bytes }
-        };
-        pending.into_iter().map(upload).collect()
-    }
-
-    /// Why the newest step is not in the far store of those that have failed.
-    pub(super) fn failed(&self) -> Option<EngineError> {
-        let (step, error) = self.lock().failed()?;
-        Some(match error {
-            EngineError::Unavailable { what, why, hint } => EngineError::Unavailable {
-                what: format!("uploading step {step} to `{}`", self.far.location()),
-                why: format!("{what}: {why}"),
-                hint,
-            },
-            error => error,
-        })
     }
 
     /// Bytes of the shards that this process brings of a step; 0 where that cannot be read.
@@ -184,8 +131,74 @@ impl Work {
         })
     }
 
-    /// Waits, at most so long, until everything is done, or failed once more; true if it is.
-    pub(super) fn drain(&self, timeout: Option<Duration>) -> bool {
+    /// Whether this rank removes for all that share the far store.
+    pub(super) fn removes_for_all(&self) -> bool {
+        self.share.is_none_or(|share| share.rank == 0)
+    }
+
+    /// Sleeps unless, or until, it is time to hurry.
+    pub(super) fn sleep(&self, pause: Duration, hurries: impl Fn(&Queue) -> bool) {
+        let calm = |queue: &mut Queue| !queue.is_stopped() && !hurries(queue);
+        drop(self.changed.wait_timeout_while(self.lock(), pause, calm));
+    }
+}
+
+impl Uploads for Work {
+    fn add(&self, step: u64) {
+        self.change(|queue| queue.add(step));
+    }
+
+    fn may_remove(&self, step: u64) -> bool {
+        self.lock().may_remove(step)
+    }
+
+    fn arrived(&self) -> Vec<u64> {
+        let mut complete = self.view.committed();
+        let queue = self.lock();
+        complete.retain(|step| !queue.is_waiting(*step));
+        complete
+    }
+
+    fn wait_for(&self, step: u64, timeout: Option<Duration>) -> Option<Result<Transferred>> {
+        let pending = |queue: &mut Queue| queue.is_waiting(step) && !queue.is_stopped();
+        let queue = match timeout {
+            None => self.changed.wait_while(self.lock(), pending),
+            Some(timeout) => match self.changed.wait_timeout_while(self.lock(), timeout, pending) {
+                Ok((queue, _)) => Ok(queue),
+                Err(poisoned) => Ok(poisoned.into_inner().0),
+            },
+        };
+        let queue = queue.unwrap_or_else(PoisonError::into_inner);
+        if queue.is_waiting(step) && !queue.is_stopped() {
+            return None;
+        }
+        Some(queue.outcome(step).unwrap_or_else(|| Err(self.not_uploaded(step))))
+    }
+
+    fn pending(&self) -> Vec<PendingUpload> {
+        let pending = self.lock().pending();
+        let upload = |(step, passed): (u64, Option<u64>)| {
+            let total_bytes = self.bytes_of(step);
+            // Footer, header and index count, too, and are read apart.
+            let uploaded_bytes = passed.unwrap_or(total_bytes).min(total_bytes);
+            PendingUpload { step, uploaded_bytes, total_bytes }
+        };
+        pending.into_iter().map(upload).collect()
+    }
+
+    fn failed(&self) -> Option<EngineError> {
+        let (step, error) = self.lock().failed()?;
+        Some(match error {
+            EngineError::Unavailable { what, why, hint } => EngineError::Unavailable {
+                what: format!("uploading step {step} to `{}`", self.far.location()),
+                why: format!("{what}: {why}"),
+                hint,
+            },
+            error => error,
+        })
+    }
+
+    fn drain(&self, timeout: Option<Duration>) -> bool {
         let now = self.now();
         self.change(|queue| queue.drain(now));
         let is_under_way = |queue: &mut Queue| !queue.is_drained();
@@ -208,26 +221,7 @@ impl Work {
         is_drained
     }
 
-    pub(super) fn stop(&self) {
+    fn stop(&self) {
         self.change(Queue::stop);
-    }
-
-    /// Whether this rank removes for all that share the far store.
-    pub(super) fn removes_for_all(&self) -> bool {
-        self.share.is_none_or(|share| share.rank == 0)
-    }
-
-    /// Steps that are whole in the far store, ascending.
-    pub(super) fn arrived(&self) -> Vec<u64> {
-        let mut complete = self.view.committed();
-        let queue = self.lock();
-        complete.retain(|step| !queue.is_waiting(*step));
-        complete
-    }
-
-    /// Sleeps unless, or until, it is time to hurry.
-    pub(super) fn sleep(&self, pause: Duration, hurries: impl Fn(&Queue) -> bool) {
-        let calm = |queue: &mut Queue| !queue.is_stopped() && !hurries(queue);
-        drop(self.changed.wait_timeout_while(self.lock(), pause, calm));
     }
 }
