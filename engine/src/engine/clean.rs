@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::Core;
 use crate::recovery::{OrphanFile, StepState};
 use crate::retention::plan_cleanup;
+use crate::store::Space;
 use crate::{EngineError, Result};
 
 /// How [`crate::Engine::gc`] cleans.
@@ -66,11 +67,12 @@ impl Core {
         let mut freed_bytes = 0;
         for retired in survey.steps.iter().rev() {
             if retired.state == (StepState::Retired { by: step }) {
-                freed_bytes += self.store.remove_checkpoint(retired.step, retired.attempt)?;
+                freed_bytes +=
+                    self.store.remove_checkpoint(retired.step, retired.attempt, Space::Now)?;
             }
         }
         let attempt = survey.step(step).and_then(|step| step.attempt);
-        Ok(freed_bytes + self.store.remove_checkpoint(step, attempt)?)
+        Ok(freed_bytes + self.store.remove_checkpoint(step, attempt, Space::Now)?)
     }
 
     pub(super) fn gc(&self, options: GcOptions) -> Result<GcReport> {
@@ -89,7 +91,7 @@ impl Core {
         for step in survey.steps.iter().rev() {
             if let StepState::Retired { by } = step.state {
                 if !options.dry_run {
-                    self.store.remove_checkpoint(step.step, step.attempt)?;
+                    self.store.remove_checkpoint(step.step, step.attempt, Space::Now)?;
                 }
                 report.remove(GcItem {
                     step: step.step,
@@ -110,7 +112,7 @@ impl Core {
                 let grace = grace.as_secs();
                 report.kept.push(item(&format!("younger than the grace period of {grace} s")));
             } else if options.dry_run
-                || self.store.remove_orphan(orphan.step, &orphan.file)?.is_some()
+                || self.store.remove_orphan(orphan.step, &orphan.file, Space::Now)?.is_some()
             {
                 report.remove(item("of an attempt that was never committed, or was replaced"));
             } else {

@@ -12,7 +12,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::recovery::{ManifestState, StepState, Survey};
 use crate::retention::{self, Policy, plan_cleanup, plan_prune};
-use crate::store::Uploads;
+use crate::store::{Space, Uploads};
 
 impl Core {
     /// After the commit of `step`: deletes what the policy, or a rewind, lets go, and old debris.
@@ -62,8 +62,9 @@ impl Core {
             if is_stuck && survey.is_retired(step) {
                 continue;
             }
-            match self.store.let_go(step, survey.step(step).and_then(|step| step.attempt)) {
-                Ok(()) => removed.push(step),
+            let attempt = survey.step(step).and_then(|step| step.attempt);
+            match self.store.remove_checkpoint(step, attempt, Space::Later) {
+                Ok(_) => removed.push(step),
                 Err(error) => {
                     is_stuck |= survey.is_retired(step);
                     first_failure = first_failure.and(Err(error));
@@ -78,7 +79,8 @@ impl Core {
         let grace = Duration::from_secs(self.config.gc_grace_seconds);
         let orphans = plan_cleanup(survey, self.store.now()?, grace);
         for orphan in &orphans {
-            if self.store.let_go_orphan(orphan.step, &orphan.file)? {
+            let gone = self.store.remove_orphan(orphan.step, &orphan.file, Space::Later)?;
+            if gone.is_some() {
                 tracing::info!(step = orphan.step, file = orphan.file, "abandoned file removed");
             }
         }

@@ -84,28 +84,17 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()>;
 
     /// Deletes a checkpoint: the manifest first, then its directory. With `only`, the checkpoint of
-    /// another attempt stays: it was saved after the caller had looked. Returns the bytes freed.
-    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64>;
-
-    /// [`Store::remove_checkpoint`] for retention: a far store follows later, behind the caller,
-    /// and the space is given back by [`Store::reclaim`].
-    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
-        self.remove_checkpoint(step, only).map(drop)
-    }
+    /// another attempt stays: it was saved after the caller had looked. Returns the bytes freed, or
+    /// that will be.
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>, space: Space) -> Result<u64>;
 
     /// Deletes one file of a step that no manifest names, if no live attempt holds its lock, and
-    /// the step's directory if that leaves it empty. Returns the bytes freed, `None` if it is
-    /// locked.
-    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>>;
+    /// the step's directory if that leaves it empty. Returns the bytes freed, or that will be;
+    /// `None` if it is locked.
+    fn remove_orphan(&self, step: u64, file: &str, space: Space) -> Result<Option<u64>>;
 
-    /// [`Store::remove_orphan`] for retention, in the manner of [`Store::let_go`]. False if it is
-    /// locked.
-    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
-        Ok(self.remove_orphan(step, file)?.is_some())
-    }
-
-    /// Gives back the space of what was let go, and returns when that is done: a filesystem may
-    /// take seconds for it.
+    /// Gives back the space of what was removed for [`Space::Later`], and returns when that is
+    /// done: a filesystem may take seconds for it.
     fn reclaim(&self) {}
 
     /// Uploads that were begun, never finished and never given up, by whichever process: the parts
@@ -151,6 +140,16 @@ pub enum Access {
         /// The rank.
         rank: u32,
     },
+}
+
+/// When the space of what is deleted is given back. Its names are gone when a deletion returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// Before the deletion returns, in a far store, too.
+    Now,
+    /// By [`Store::reclaim`], or when the process ends; a far store follows behind the caller. It
+    /// may take a second for a gigabyte (ext4 that tells the device with `discard`).
+    Later,
 }
 
 /// Names a shard.

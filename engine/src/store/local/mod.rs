@@ -31,8 +31,8 @@ use rustix::io::Errno;
 
 use super::flow::Flow;
 use super::{
-    Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing,
-    Store,
+    Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, Space,
+    StepListing, Store,
 };
 use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
@@ -56,7 +56,7 @@ mod source;
 pub(super) mod tests;
 
 use lock::{Locks, WriterLock};
-use remove::{Deleted, Space};
+use remove::Deleted;
 
 /// A store in a directory.
 #[derive(Debug)]
@@ -224,24 +224,14 @@ impl Store for LocalStore {
         publish::unpublish(&self.shared, (step, attempt), replaced)
     }
 
-    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>, space: Space) -> Result<u64> {
         self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step, only, Space::Now)
+        remove::remove_checkpoint(&self.shared, step, only, space)
     }
 
-    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
-        self.writer("deleting a checkpoint")?;
-        remove::remove_checkpoint(&self.shared, step, only, Space::Later).map(drop)
-    }
-
-    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
+    fn remove_orphan(&self, step: u64, file: &str, space: Space) -> Result<Option<u64>> {
         self.writer("deleting a file")?;
-        remove::remove_orphan(&self.shared, step, file, Space::Now)
-    }
-
-    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
-        self.writer("deleting a file")?;
-        Ok(remove::remove_orphan(&self.shared, step, file, Space::Later)?.is_some())
+        remove::remove_orphan(&self.shared, step, file, space)
     }
 
     fn reclaim(&self) {

@@ -8,7 +8,8 @@
 //!   seen with shards missing because it is being deleted.
 //! - A shard goes only under its own lock, and an orphan only if no manifest that stands names it.
 //! - A name is gone when this returns; its space, where it is asked for [`Space::Later`], is given
-//!   back by [`reclaim`], or when the process ends.
+//!   back by [`reclaim`]: a filesystem does it when the last descriptor on the file, here that of
+//!   its lock, is closed.
 //! - Files with names of others stay, and so does the directory that holds them.
 
 use std::collections::BTreeSet;
@@ -20,20 +21,9 @@ use super::lock::{Lock, LockFile, lock_error};
 use super::{Shared, is_directory, is_own_name, list_own_names, publish, stat_file};
 use crate::format::names::{self, AttemptId};
 use crate::io::EntryOp;
-use crate::store::ShardId;
 use crate::store::publication::Standing;
+use crate::store::{ShardId, Space};
 use crate::{EngineError, Result};
-
-/// When the space of a deleted file is given back. A filesystem does it when the last descriptor
-/// on the file, here that of its lock, is closed, and may take a second for a gigabyte (ext4 that
-/// tells the device with `discard`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Space {
-    /// Before the deletion returns.
-    Now,
-    /// By [`reclaim`].
-    Later,
-}
 
 /// Most files without a name that wait for [`reclaim`]: each has a descriptor.
 pub(super) const DELETED_MAX: usize = 64;

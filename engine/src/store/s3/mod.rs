@@ -25,8 +25,8 @@ use tokio::task::JoinSet;
 
 use super::flow::Flow;
 use super::{
-    Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing,
-    Store, UnfinishedUpload,
+    Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, Space,
+    StepListing, Store, UnfinishedUpload,
 };
 use crate::config::{S3Address, S3Credentials, S3Settings};
 use crate::format::FormatError;
@@ -225,12 +225,13 @@ impl Store for S3Store {
         remove::take_back(&self.shared, step, attempt)
     }
 
-    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
+    // A service gives space back by itself.
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>, _space: Space) -> Result<u64> {
         self.writer("deleting a checkpoint")?;
         remove::remove_checkpoint(&self.shared, step, only)
     }
 
-    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
+    fn remove_orphan(&self, step: u64, file: &str, _space: Space) -> Result<Option<u64>> {
         self.writer("deleting an object")?;
         remove::remove_orphan(&self.shared, step, file)
     }

@@ -15,7 +15,7 @@ use super::removals::Removal;
 use super::uploader::caught;
 use super::work::Work;
 use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
-use crate::store::UnfinishedUpload;
+use crate::store::{Space, UnfinishedUpload};
 use crate::store_copy::standing;
 use crate::{EngineError, Result};
 
@@ -55,9 +55,17 @@ impl Work {
         self.asked(self.removes_for_all().then(|| Removal::Orphan(step, file.into())))
     }
 
+    /// Waits for a removal where that is asked for. Returns the bytes freed by then.
+    pub(super) fn follow(&self, asked: Option<Removal>, space: Space) -> Result<u64> {
+        match (asked, space) {
+            (Some(removal), Space::Now) => self.remove_now(&removal),
+            (None, _) | (_, Space::Later) => Ok(0),
+        }
+    }
+
     /// Carries a removal out that waits, and those before it that it waits for. Returns the bytes
     /// freed.
-    pub(super) fn remove_now(&self, wanted: &Removal) -> Result<u64> {
+    fn remove_now(&self, wanted: &Removal) -> Result<u64> {
         let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut freed_bytes = 0;
         while let Some(removed) = self.remove_next(Some(wanted)) {
@@ -99,15 +107,20 @@ impl Work {
         match removal {
             Removal::Checkpoint(step) => {
                 // Whatever stands there: this process puts nothing in its place meanwhile.
-                let freed_bytes = self.far.remove_checkpoint(*step, None)?;
+                let freed_bytes = self.far.remove_checkpoint(*step, None, Space::Now)?;
                 // What is left there is nobody's any more, and goes after the grace period; a
                 // manifest that another rank put there since is taken back by that one.
                 self.view.note(self.far.as_ref(), *step);
                 self.view.forget_file(*step, MANIFEST_FILE);
                 Ok(freed_bytes)
             }
-            Removal::Attempt(step, attempt) => self.far.remove_checkpoint(*step, Some(*attempt)),
-            Removal::Orphan(step, file) => Ok(self.far.remove_orphan(*step, file)?.unwrap_or(0)),
+            Removal::Attempt(step, attempt) => {
+                self.far.remove_checkpoint(*step, Some(*attempt), Space::Now)
+            }
+            Removal::Orphan(step, file) => {
+                let freed_bytes = self.far.remove_orphan(*step, file, Space::Now)?;
+                Ok(freed_bytes.unwrap_or(0))
+            }
         }
     }
 

@@ -30,8 +30,8 @@ use std::time::SystemTime;
 
 use super::flow::Flow;
 use super::{
-    FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, StepListing, Store,
-    UnfinishedUpload, Uploads,
+    FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, Space, StepListing,
+    Store, UnfinishedUpload, Uploads,
 };
 use crate::clock::Environment;
 use crate::format::manifest::Manifest;
@@ -162,6 +162,18 @@ impl TieredStore {
         Ok(Some(far))
     }
 
+    /// Whether the step is the attempt's as far as is known: without the far store where that is
+    /// not waited for.
+    fn may_stand(&self, step: u64, attempt: Option<AttemptId>, space: Space) -> Result<bool> {
+        match space {
+            Space::Now => Ok(standing(self, step)? == attempt),
+            Space::Later if self.is_outdated(step) => Ok(true),
+            Space::Later => {
+                Ok(standing(&*self.near, step)?.is_none_or(|near| Some(near) == attempt))
+            }
+        }
+    }
+
     fn work(&self) -> Option<&Work> {
         self.uploader.as_ref().map(|uploader| uploader.work.as_ref())
     }
@@ -275,57 +287,35 @@ impl Store for TieredStore {
     }
 
     // A reader's near store refuses what follows, and says why.
-    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
-        let Some(work) = self.work() else { return self.near.remove_checkpoint(step, only) };
-        if only.is_some() && standing(self, step)? != only {
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>, space: Space) -> Result<u64> {
+        let Some(work) = self.work() else {
+            return self.near.remove_checkpoint(step, only, space);
+        };
+        if only.is_some() && !self.may_stand(step, only, space)? {
             return Ok(0);
         }
         let state = work.upload_state(step);
-        work.cancel_and_wait(step);
+        match space {
+            Space::Now => work.cancel_and_wait(step),
+            // What is on its way arrives before it is removed: by the same thread.
+            Space::Later => work.cancel(step),
+        }
         let attempt = work.to_take_back(step);
         // What stands behind the one that counts goes with it, or it would count.
-        let removed = self.near.remove_checkpoint(step, None);
+        let removed = self.near.remove_checkpoint(step, None, space);
         let freed_bytes = removed.inspect_err(|_| work.put_back(step, state))?;
-        let asked = work.let_go_behind(step, attempt);
-        let far_bytes = asked.map_or(Ok(0), |removal| work.remove_now(&removal))?;
+        let far_bytes = work.follow(work.let_go_behind(step, attempt), space)?;
         Ok(freed_bytes + far_bytes)
     }
 
-    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
-        let Some(work) = self.work() else { return self.near.let_go(step, only) };
-        // Here that is known without the far store, which is not waited for.
-        let decides = only.is_some() && !self.is_outdated(step);
-        if decides && standing(&*self.near, step)?.is_some_and(|stands| Some(stands) != only) {
-            return Ok(());
-        }
-        // What is on its way arrives before it is removed: by the same thread.
-        let state = work.upload_state(step);
-        work.cancel(step);
-        let attempt = work.to_take_back(step);
-        let removed = self.near.let_go(step, None);
-        removed.inspect_err(|_| work.put_back(step, state))?;
-        let _behind = work.let_go_behind(step, attempt);
-        Ok(())
-    }
-
-    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
-        let Some(work) = self.work() else { return self.near.remove_orphan(step, file) };
-        let freed_bytes = self.near.remove_orphan(step, file)?;
+    fn remove_orphan(&self, step: u64, file: &str, space: Space) -> Result<Option<u64>> {
+        let Some(work) = self.work() else { return self.near.remove_orphan(step, file, space) };
+        let freed_bytes = self.near.remove_orphan(step, file, space)?;
         if freed_bytes.is_none() || !work.view.has(step, file) {
             return Ok(freed_bytes);
         }
-        let asked = work.remove_orphan_behind(step, file);
-        let far_bytes = asked.map_or(Ok(0), |removal| work.remove_now(&removal))?;
+        let far_bytes = work.follow(work.remove_orphan_behind(step, file), space)?;
         Ok(freed_bytes.map(|near_bytes| near_bytes + far_bytes))
-    }
-
-    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
-        let Some(work) = self.work() else { return self.near.let_go_orphan(step, file) };
-        let is_gone = self.near.let_go_orphan(step, file)?;
-        if is_gone && work.view.has(step, file) {
-            let _behind = work.remove_orphan_behind(step, file);
-        }
-        Ok(is_gone)
     }
 
     fn reclaim(&self) {

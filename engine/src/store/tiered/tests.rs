@@ -104,22 +104,13 @@ impl Store for Ruled {
         self.store.unpublish(step, attempt, replaced)
     }
 
-    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>) -> Result<u64> {
+    fn remove_checkpoint(&self, step: u64, only: Option<AttemptId>, space: Space) -> Result<u64> {
         self.pass(Call::Remove(step))?;
-        self.store.remove_checkpoint(step, only)
+        self.store.remove_checkpoint(step, only, space)
     }
 
-    fn let_go(&self, step: u64, only: Option<AttemptId>) -> Result<()> {
-        self.pass(Call::Remove(step))?;
-        self.store.let_go(step, only)
-    }
-
-    fn remove_orphan(&self, step: u64, file: &str) -> Result<Option<u64>> {
-        self.store.remove_orphan(step, file)
-    }
-
-    fn let_go_orphan(&self, step: u64, file: &str) -> Result<bool> {
-        self.store.let_go_orphan(step, file)
+    fn remove_orphan(&self, step: u64, file: &str, space: Space) -> Result<Option<u64>> {
+        self.store.remove_orphan(step, file, space)
     }
 
     fn reclaim(&self) {
@@ -352,7 +343,7 @@ fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
     let tier = tier(Ruled::sound(near.path()), far);
     uploaded(&tier, 5).unwrap();
     std::thread::scope(|scope| {
-        let removing = scope.spawn(|| tier.remove_checkpoint(5, None));
+        let removing = scope.spawn(|| tier.remove_checkpoint(5, None, Space::Now));
         told.recv().unwrap();
         // Saved again meanwhile.
         let step = names::step_dir_name(5);
@@ -386,8 +377,8 @@ fn a_step_that_could_not_be_removed_here_is_uploaded_all_the_same() {
         _ => Ok(()),
     });
     let tier = tier(near, far);
-    assert!(matches!(tier.remove_checkpoint(1, None), Err(EngineError::Io { .. })));
-    assert!(matches!(tier.let_go(1, None), Err(EngineError::Io { .. })));
+    assert!(matches!(tier.remove_checkpoint(1, None, Space::Now), Err(EngineError::Io { .. })));
+    assert!(matches!(tier.remove_checkpoint(1, None, Space::Later), Err(EngineError::Io { .. })));
     assert!(!uploads(&tier).may_remove(1), "it waits for its upload");
     is_away.store(false, Ordering::Relaxed);
     uploaded(&tier, 1).unwrap();
@@ -464,13 +455,13 @@ fn what_is_let_go_takes_space_here_until_that_is_given_back() {
     let [near, far] = places(&[1, 2, 3]);
     let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
     uploaded(&tier, 3).unwrap();
-    tier.let_go(1, None).unwrap();
+    tier.remove_checkpoint(1, None, Space::Later).unwrap();
     assert_eq!(deleted_under(near.path()), 1);
     // What becomes an orphan when its manifest is lost.
     std::fs::remove_file(near.path().join(names::step_dir_name(2)).join(names::MANIFEST_FILE))
         .unwrap();
     let orphan = tier.near.list_step(2).unwrap().unwrap().files.remove(0).name;
-    assert!(tier.let_go_orphan(2, &orphan).unwrap());
+    assert!(tier.remove_orphan(2, &orphan, Space::Later).unwrap().is_some());
     assert_eq!(deleted_under(near.path()), 2);
     tier.reclaim();
     assert_eq!(deleted_under(near.path()), 0);
@@ -484,13 +475,13 @@ fn what_was_saved_after_one_looked_is_not_removed() {
     let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
     uploaded(&tier, 5).unwrap();
     let another = Some(AttemptId([9; 16]));
-    assert_eq!(tier.remove_checkpoint(5, another).unwrap(), 0);
-    tier.let_go(5, another).unwrap();
+    assert_eq!(tier.remove_checkpoint(5, another, Space::Now).unwrap(), 0);
+    tier.remove_checkpoint(5, another, Space::Later).unwrap();
     assert!(uploads(&tier).drain(None));
     assert!(standing(&tier, 5).unwrap().is_some());
     let stands = standing(tier.far.as_ref(), 5).unwrap();
     assert!(stands.is_some());
-    assert!(tier.remove_checkpoint(5, stands).unwrap() > 0);
+    assert!(tier.remove_checkpoint(5, stands, Space::Now).unwrap() > 0);
     assert_eq!(standing(tier.far.as_ref(), 5).unwrap(), None);
 }
 
@@ -504,9 +495,9 @@ fn a_panic_is_told_and_nobody_waits_for_ever() {
     let tier = tier(Ruled::sound(near.path()), far);
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Internal { .. })));
     uploaded(&tier, 2).unwrap();
-    let error = tier.remove_checkpoint(2, None).unwrap_err();
+    let error = tier.remove_checkpoint(2, None, Space::Now).unwrap_err();
     assert!(matches!(error, EngineError::Internal { .. }), "{error}");
     // The removal of step 1 stands behind that of step 2.
-    assert!(tier.remove_checkpoint(1, None).is_err());
+    assert!(tier.remove_checkpoint(1, None, Space::Now).is_err());
     assert!(uploads(&tier).drain(None));
 }

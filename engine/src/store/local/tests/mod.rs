@@ -189,11 +189,11 @@ fn a_checkpoint_is_written_listed_read_and_deleted() {
         mapped[0] ^= 1;
         assert!(read_shard(&store, id) == bytes, "a mapping is private");
 
-        let freed_bytes = store.remove_checkpoint(1000, None).unwrap();
+        let freed_bytes = store.remove_checkpoint(1000, None, Space::Now).unwrap();
         assert_eq!(freed_bytes, (bytes.len() + stored.len()) as u64);
         assert_eq!(store.list().unwrap(), []);
         assert_eq!(names_under(&path), ["writer.lock"]);
-        assert_eq!(store.remove_checkpoint(1000, None).unwrap(), 0);
+        assert_eq!(store.remove_checkpoint(1000, None, Space::Now).unwrap(), 0);
     }
 }
 
@@ -249,7 +249,7 @@ fn an_overwritten_checkpoint_leaves_its_shard_as_an_orphan() {
     assert_eq!(survey.steps[0].attempt, Some(B));
     let orphan = &survey.steps[0].orphans[0];
     assert_eq!(orphan.file, names::shard_file_name(0, A));
-    assert_eq!(store.remove_orphan(5, &orphan.file).unwrap(), Some(SHARD_BYTES as u64));
+    assert_eq!(store.remove_orphan(5, &orphan.file, Space::Now).unwrap(), Some(SHARD_BYTES as u64));
     assert_eq!(reader.file_bytes(), SHARD_BYTES as u64);
     let error = store.open_shard(shard(5, A)).unwrap_err();
     assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
@@ -266,7 +266,7 @@ fn a_damaged_manifest_is_replaced() {
     assert!(matches!(survey_of(&store).steps[0].state, StepState::Damaged { .. }));
     // Nobody knows what it named: nothing of that step is up for cleaning.
     assert_eq!(survey_of(&store).steps[0].orphans, []);
-    assert_eq!(store.remove_orphan(5, &names::shard_file_name(0, A)).unwrap(), None);
+    assert_eq!(store.remove_orphan(5, &names::shard_file_name(0, A), Space::Now).unwrap(), None);
     save(&store, shard(5, B), None, &pattern(SHARD_BYTES)).unwrap();
     assert_eq!(survey_of(&store).committed_steps(), [5]);
 }
@@ -336,9 +336,9 @@ fn a_checkpoint_of_another_attempt_than_was_looked_at_stays() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     save(&store, shard(1, A), None, &pattern(SHARD_BYTES)).unwrap();
-    assert_eq!(store.remove_checkpoint(1, Some(B)).unwrap(), 0);
+    assert_eq!(store.remove_checkpoint(1, Some(B), Space::Now).unwrap(), 0);
     assert_eq!(survey_of(&store).committed_steps(), [1]);
-    assert!(store.remove_checkpoint(1, Some(A)).unwrap() > 0);
+    assert!(store.remove_checkpoint(1, Some(A), Space::Now).unwrap() > 0);
     assert_eq!(store.list().unwrap(), []);
 }
 
@@ -349,8 +349,8 @@ fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
     let sink = store.create_shard(shard(7, A), sized(1 << 20), &flow()).unwrap();
     let file = names::shard_file_name(0, A);
     assert_eq!(survey_of(&store).steps[0].orphans[0].file, file);
-    assert_eq!(store.remove_orphan(7, &file).unwrap(), None);
-    assert!(store.remove_checkpoint(7, None).is_ok());
+    assert_eq!(store.remove_orphan(7, &file, Space::Now).unwrap(), None);
+    assert!(store.remove_checkpoint(7, None, Space::Now).is_ok());
     assert_eq!(store.list().unwrap()[0].files.len(), 1);
     drop(sink);
 
@@ -360,10 +360,10 @@ fn a_shard_in_progress_is_no_orphan_to_a_cleaner() {
     std::fs::write(step.join(&file), [0; 100]).unwrap();
     let temporary = names::manifest_temporary_name(A);
     std::fs::write(step.join(&temporary), [0; 10]).unwrap();
-    assert_eq!(store.remove_orphan(8, &file).unwrap(), Some(100));
-    assert_eq!(store.remove_orphan(8, &temporary).unwrap(), Some(10));
+    assert_eq!(store.remove_orphan(8, &file, Space::Now).unwrap(), Some(100));
+    assert_eq!(store.remove_orphan(8, &temporary, Space::Now).unwrap(), Some(10));
     assert_eq!(store.list().unwrap(), [], "the emptied directory goes too");
-    assert_eq!(store.remove_orphan(8, &file).unwrap(), Some(0));
+    assert_eq!(store.remove_orphan(8, &file, Space::Now).unwrap(), Some(0));
 }
 
 #[test]
@@ -371,7 +371,7 @@ fn a_shard_that_was_published_after_the_survey_is_not_removed() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     save(&store, shard(7, A), None, &pattern(SHARD_BYTES)).unwrap();
-    assert_eq!(store.remove_orphan(7, &names::shard_file_name(0, A)).unwrap(), None);
+    assert_eq!(store.remove_orphan(7, &names::shard_file_name(0, A), Space::Now).unwrap(), None);
     assert_eq!(survey_of(&store).committed_steps(), [7]);
 }
 
@@ -396,14 +396,14 @@ fn foreign_names_and_links_are_neither_listed_nor_deleted() {
     assert_eq!(listing[0].files.len(), 2);
     assert_eq!(store.read_manifest(4).unwrap(), None);
     for name in ["notes.txt", names::MANIFEST_FILE, "../x", "/etc/passwd"] {
-        let error = store.remove_orphan(3, name).unwrap_err();
+        let error = store.remove_orphan(3, name, Space::Now).unwrap_err();
         assert!(matches!(error, EngineError::InvalidArgument { .. }), "{error}");
     }
-    assert_eq!(store.remove_orphan(3, &names::shard_file_name(2, A)).unwrap(), Some(0));
-    assert_eq!(store.remove_checkpoint(4, None).unwrap(), 0);
+    assert_eq!(store.remove_orphan(3, &names::shard_file_name(2, A), Space::Now).unwrap(), Some(0));
+    assert_eq!(store.remove_checkpoint(4, None, Space::Now).unwrap(), 0);
     let error = store.create_shard(shard(4, A), sized(4096), &flow()).unwrap_err();
     assert!(matches!(error, EngineError::Io { .. }), "{error}");
-    store.remove_checkpoint(3, None).unwrap();
+    store.remove_checkpoint(3, None, Space::Now).unwrap();
     assert_eq!(names_under(&step).len(), 3);
     assert_eq!(std::fs::read_to_string(precious).unwrap(), "keep");
 }
@@ -497,8 +497,8 @@ fn a_reader_creates_and_changes_nothing() {
     let refused = [
         reader.create_shard(shard(1, A), sized(0), &flow()).map(drop),
         publish(&reader, shard(1, A), SHARD_BYTES as u64, None),
-        reader.remove_checkpoint(1, None).map(drop),
-        reader.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
+        reader.remove_checkpoint(1, None, Space::Now).map(drop),
+        reader.remove_orphan(1, &names::shard_file_name(0, A), Space::Now).map(drop),
     ];
     for outcome in refused {
         let error = outcome.unwrap_err();
@@ -579,10 +579,10 @@ fn a_forked_child_is_refused_and_leaves_files_and_locks_alone() {
     let refused = [
         child.create_shard(shard(1, A), sized(0), &flow()).map(drop),
         publish(&child, shard(1, A), SHARD_BYTES as u64, None),
-        child.remove_checkpoint(1, None).map(drop),
-        child.remove_orphan(1, &names::shard_file_name(0, A)).map(drop),
-        child.let_go(1, None),
-        child.let_go_orphan(1, &names::shard_file_name(0, A)).map(drop),
+        child.remove_checkpoint(1, None, Space::Now).map(drop),
+        child.remove_orphan(1, &names::shard_file_name(0, A), Space::Now).map(drop),
+        child.remove_checkpoint(1, None, Space::Later).map(drop),
+        child.remove_orphan(1, &names::shard_file_name(0, A), Space::Later).map(drop),
         child.now().map(drop),
         child.read_manifest(1).map(drop),
     ];

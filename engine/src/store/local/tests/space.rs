@@ -19,9 +19,9 @@ fn a_checkpoint_that_is_let_go_is_gone_before_its_space_is_given_back() {
         for step in 1..4 {
             save(&store, shard(step, A), None, &pattern(SHARD_BYTES)).unwrap();
         }
-        store.let_go(1, None).unwrap();
-        store.let_go(2, Some(A)).unwrap();
-        store.let_go(3, Some(B)).unwrap();
+        store.remove_checkpoint(1, None, Space::Later).unwrap();
+        store.remove_checkpoint(2, Some(A), Space::Later).unwrap();
+        store.remove_checkpoint(3, Some(B), Space::Later).unwrap();
         assert_eq!(survey_of(&store).committed_steps(), [3], "another attempt's stays");
         let names = names_under(directory.path());
         assert!(!names.iter().any(|name| name.contains("step-000000000001")), "{names:?}");
@@ -42,7 +42,7 @@ fn an_orphan_that_is_let_go_is_gone_before_its_space_is_given_back() {
     let store = writer(directory.path());
     save(&store, shard(5, A), None, &pattern(SHARD_BYTES)).unwrap();
     save(&store, shard(5, B), Some(A), &pattern(SHARD_BYTES)).unwrap();
-    assert!(store.let_go_orphan(5, &names::shard_file_name(0, A)).unwrap());
+    assert!(store.remove_orphan(5, &names::shard_file_name(0, A), Space::Later).unwrap().is_some());
     assert_eq!(survey_of(&store).steps[0].orphans, []);
     assert_eq!(deleted_under(directory.path()), 1);
     store.reclaim();
@@ -57,9 +57,9 @@ fn what_is_deleted_at_once_and_what_a_closed_store_let_go_takes_no_space() {
     for step in 1..3 {
         save(&store, shard(step, A), None, &pattern(SHARD_BYTES)).unwrap();
     }
-    store.remove_checkpoint(1, None).unwrap();
+    store.remove_checkpoint(1, None, Space::Now).unwrap();
     assert_eq!(deleted_under(directory.path()), 0);
-    store.let_go(2, None).unwrap();
+    store.remove_checkpoint(2, None, Space::Later).unwrap();
     assert_eq!(deleted_under(directory.path()), 1);
     drop(store);
     assert_eq!(deleted_under(directory.path()), 0);
@@ -74,7 +74,7 @@ fn only_so_many_descriptors_wait() {
         let id = ShardId { rank, ..shard(1, A) };
         write_shard(&store, id, &pattern(ALIGNMENT)).map(drop).unwrap();
     }
-    store.let_go(1, None).unwrap();
+    store.remove_checkpoint(1, None, Space::Later).unwrap();
     assert_eq!(names_under(directory.path()), ["writer.lock"]);
     assert_eq!(deleted_under(directory.path()), remove::DELETED_MAX);
     store.reclaim();
@@ -86,7 +86,7 @@ fn the_next_shard_is_created_when_the_space_is_back() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     save(&store, shard(1, A), None, &pattern(SHARD_BYTES)).unwrap();
-    store.let_go(1, None).unwrap();
+    store.remove_checkpoint(1, None, Space::Later).unwrap();
     assert_eq!(deleted_under(directory.path()), 1);
     let _sink = store.create_shard(shard(2, A), sized(0), &flow()).unwrap();
     assert_eq!(deleted_under(directory.path()), 0);
@@ -101,7 +101,7 @@ fn a_directory_that_an_open_file_kept_goes_when_the_space_is_given_back() {
     let step = store.shared.step_directory(1);
     let kept = step.join(".nfs0000000000000001");
     std::fs::write(&kept, "").unwrap();
-    store.let_go(1, None).unwrap();
+    store.remove_checkpoint(1, None, Space::Later).unwrap();
     assert!(step.exists());
     std::fs::remove_file(kept).unwrap();
     store.reclaim();
