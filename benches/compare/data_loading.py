@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from dtruntime import DatasetRegistry, ShardedDataset, ShardedLoader, _native
-from dtruntime.connecting import Security
+from dtruntime.ranks.connecting import Security
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -39,7 +39,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.checkpoint import filesystem, staging, state_dict_saver
 
-from dtruntime import CheckpointManager, gpus
+from dtruntime import CheckpointManager
+from dtruntime.state import gpus
 from machine import drop_caches, is_root
 
 if TYPE_CHECKING:

@@ -7,27 +7,23 @@
 >>> state = manager.load()
 >>> manager.restore({"model": model, "optimizer": optimizer})
 
-The modules, by what goes through them:
+The packages, by what goes through them:
 
-- save: ``checkpoint`` (the manager) -> ``saving`` (one at a time) -> ``state_tree`` (a state, taken
-  apart) -> ``tensors``, ``gpus`` (its memory) -> the engine -> ``handle``, ``watcher`` (its end)
-- load: ``source`` -> ``fallback`` (which step) -> ``loading`` -> ``tree`` (a state, put together)
-- restore: ``restore`` (what fits where) -> ``plan``, ``fitting`` -> ``applying``; ``modules``,
-  ``optimizers``, ``scratch`` for what is special there
-- doors: ``dcp`` (the writer and reader of ``torch.distributed.checkpoint``) -> ``planned`` (what
-  its planners cut up); ``lightning`` (PyTorch Lightning), ``transformers`` (Hugging Face's trainer)
-- ranks: ``launch``, ``membership``, ``embedded`` (how they meet) -> ``replication`` (what is
-  alike), ``sharded_tensors``, ``assembling`` (what each has in part)
-- datasets: ``datasets`` -> ``sharded_dataset``, ``sharded_loader`` -> ``readers``, ``ahead``,
-  ``cache``; ``positions`` (where each rank is)
+- ``checkpoint``: the manager, which opens a store and hands each call to one of the others
+- ``state``: a training state, taken apart into nodes and memory, and put together again
+- ``saving``: one save at a time, from the call to the handle and its end
+- ``loading``: which checkpoint is read, whose shards, and into which memory
+- ``restoring``: what fits where in a live state, as a plan, and the plan carried out
+- ``ranks``: how the ranks of a job meet, and the settings that their coordinator gives them
+- ``datasets``: who reads which files; ``orchestrator``: a worker's place in its job
+- ``dcp``, ``lightning``, ``transformers``: the same stores behind the interfaces of others
 """
 
 from typing import TYPE_CHECKING, Any
 
 from dtruntime._native import __version__
 from dtruntime.checkpoint import CheckpointManager
-from dtruntime.connecting import Security
-from dtruntime.datasets import DatasetInfo, DatasetRegistry
+from dtruntime.datasets.registry import DatasetInfo, DatasetRegistry
 from dtruntime.errors import (
     AcceleratorError,
     BarrierTimeout,
@@ -59,8 +55,8 @@ from dtruntime.errors import (
     UnsupportedValue,
     WorkerFenced,
 )
-from dtruntime.handle import SaveHandle
 from dtruntime.orchestrator import MembershipChange, TrainingOrchestrator, WorkerInfo
+from dtruntime.ranks.connecting import Security
 from dtruntime.reports import (
     Damage,
     LoadReport,
@@ -72,10 +68,11 @@ from dtruntime.reports import (
     UploadInfo,
     VerifyReport,
 )
+from dtruntime.saving.handle import SaveHandle
 
 if TYPE_CHECKING:
-    from dtruntime.sharded_dataset import ShardedDataset
-    from dtruntime.sharded_loader import ShardedLoader
+    from dtruntime.datasets.sharded_dataset import ShardedDataset
+    from dtruntime.datasets.sharded_loader import ShardedLoader
 
 __all__ = [
     "AcceleratorError",
@@ -134,9 +131,9 @@ def __getattr__(name: str) -> Any:
     """Give what is a part of torch's class tree once it is asked for: the rest needs no torch."""
     if name not in ("ShardedDataset", "ShardedLoader"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dtruntime.tensors import import_torch  # noqa: PLC0415
+    from dtruntime.state.tensors import import_torch  # noqa: PLC0415
 
     import_torch(f"using `{name}`")
-    from dtruntime import sharded_dataset, sharded_loader  # noqa: PLC0415
+    from dtruntime.datasets import sharded_dataset, sharded_loader  # noqa: PLC0415
 
     return getattr(sharded_dataset if name == "ShardedDataset" else sharded_loader, name)

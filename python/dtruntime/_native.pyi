@@ -24,8 +24,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from dtruntime.tensors import StorageRecord, TensorRecord
-from dtruntime.tree import Node
+from dtruntime.state.tensors import StorageRecord, TensorRecord
+from dtruntime.state.tree import Node
 
 @final
 class Manager:

@@ -14,30 +14,20 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from dtruntime import (
-    _native,
-    connecting,
-    fallback,
-    gpus,
-    launch,
-    lifecycle,
-    membership,
-    settings,
-    wrappers,
-)
-from dtruntime.applying import Attempts
+from dtruntime import _native, lifecycle, settings
 from dtruntime.errors import (
     CheckpointError,
     Closed,
     InvalidArgument,
     RestoreIncomplete,
 )
-from dtruntime.globs import globs_of
-from dtruntime.handle import SaveHandle, end_copies
 from dtruntime.lineage import Lineage
-from dtruntime.loading import device_of
+from dtruntime.loading import fallback
+from dtruntime.loading.reader import device_of
+from dtruntime.loading.source import Habits, Source
 from dtruntime.location import Named
-from dtruntime.replication import Replication
+from dtruntime.ranks import connecting, launch, membership
+from dtruntime.ranks.job_settings import JobSettings, job_settings_from
 from dtruntime.reports import (
     Damage,
     LoadReport,
@@ -46,12 +36,15 @@ from dtruntime.reports import (
     SaveInfo,
     VerifyReport,
 )
-from dtruntime.restore import plan_restore
-from dtruntime.saving import Rules, Saver
-from dtruntime.source import Habits, Source
-from dtruntime.state_tree import needs_of
-from dtruntime.told import Told, told_by
-from dtruntime.watcher import Watcher
+from dtruntime.restoring.applying import Attempts
+from dtruntime.restoring.restore import plan_restore
+from dtruntime.saving.handle import SaveHandle, end_copies
+from dtruntime.saving.replication import Replication
+from dtruntime.saving.saver import Rules, Saver
+from dtruntime.saving.watcher import Watcher
+from dtruntime.state import gpus, wrappers
+from dtruntime.state.globs import globs_of
+from dtruntime.state.state_tree import needs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,8 +52,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from dtruntime.connecting import Security
-    from dtruntime.plan import RestorePlan
+    from dtruntime.ranks.connecting import Security
+    from dtruntime.restoring.plan import RestorePlan
 
 _logger = logging.getLogger("dtruntime")
 
@@ -261,7 +254,7 @@ class CheckpointManager:
         self._ranks: membership.Seat | None = None
         if ranks > 1 and not self._read_only:
             self._ranks = membership.enter(
-                lambda values: named.store(told_by(values).path),
+                lambda values: named.store(job_settings_from(values).path),
                 job_name,
                 (rank_number, ranks),
                 (coordinator_url, security),
@@ -729,10 +722,10 @@ class CheckpointManager:
         mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
         return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
 
-    def _told(self, job: str, named: Named, keep_last_n: int | None) -> Told:
+    def _told(self, job: str, named: Named, keep_last_n: int | None) -> JobSettings:
         """Give what the coordinator says of what is not set here, and log it."""
         seat = self._ranks
-        told = told_by(membership.told_in(job) if seat is None else seat.worker.settings)
+        told = job_settings_from(membership.told_in(job) if seat is None else seat.worker.settings)
         if named.is_given():  # region and endpoint are those of the store that it names
             told = told._replace(path=None, s3={})
         if told.keep_last_n is not None and keep_last_n is None and not self._read_only:
@@ -740,7 +733,7 @@ class CheckpointManager:
                 "the coordinator's `checkpoint.keep_last_n` is %d: older checkpoints are removed",
                 told.keep_last_n,
             )
-        if told != Told():
+        if told != JobSettings():
             _logger.info("the coordinator says, of what is not set here: %s", told)
         return told
 

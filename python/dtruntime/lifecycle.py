@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from dtruntime import _native
     from dtruntime.checkpoint import CheckpointManager
-    from dtruntime.handle import SaveHandle
-    from dtruntime.membership import Seat
-    from dtruntime.watcher import Watcher
+    from dtruntime.ranks.membership import Seat
+    from dtruntime.saving.handle import SaveHandle
+    from dtruntime.saving.watcher import Watcher
 
 _logger = logging.getLogger("dtruntime")
 

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 
-from dtruntime import _native, launch, settings
+from dtruntime import _native, settings
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import CheckpointNotFound, InvalidArgument, UnsupportedValue
+from dtruntime.ranks import launch
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from dtruntime.handle import SaveHandle
+    from dtruntime.saving.handle import SaveHandle
 
 __all__ = ["CheckpointIO"]
 

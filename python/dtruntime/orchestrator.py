@@ -19,10 +19,11 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dtruntime import connecting, launch, membership, settings
-from dtruntime.connecting import PATIENCE_SECONDS, Security
+from dtruntime import settings
 from dtruntime.errors import CheckpointError, Closed, InvalidArgument, JobAborted
-from dtruntime.membership import Membership, Place, failure_of
+from dtruntime.ranks import connecting, launch, membership
+from dtruntime.ranks.connecting import PATIENCE_SECONDS, Security
+from dtruntime.ranks.membership import Membership, Place, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

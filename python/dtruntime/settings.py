@@ -19,7 +19,7 @@ from dtruntime.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dtruntime.told import Told
+    from dtruntime.ranks.job_settings import JobSettings
 
 COMPRESSIONS = ("auto", "none", "float", "zstd", "gzip")
 IO_BACKENDS = ("auto", "uring", "threads")
@@ -171,7 +171,7 @@ def engine_settings(
     return given | _best(*best)
 
 
-def completed(given: Mapping[str, Any], told: Told) -> dict[str, Any]:
+def completed(given: Mapping[str, Any], told: JobSettings) -> dict[str, Any]:
     """Give the engine's settings with what the coordinator says of those that are not set."""
     said = {"compression": told.compression, "keep_last_n": told.keep_last_n}
     set_by_it = {name: value for name, value in said.items() if value is not None}

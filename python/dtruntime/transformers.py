@@ -33,7 +33,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from transformers.trainer_callback import ExportableState
 
-from dtruntime import launch, settings
+from dtruntime import settings
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import (
     CheckpointError,
@@ -44,6 +44,7 @@ from dtruntime.errors import (
     StepConflict,
     UnsupportedFormat,
 )
+from dtruntime.ranks import launch
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtruntime import CheckpointManager, InvalidArgument, gpus
+from dtruntime import CheckpointManager, InvalidArgument
+from dtruntime.state import gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,7 +18,7 @@ from dtruntime import (
     DatasetNotFound,
     ShardedDataset,
 )
-from dtruntime.datasets import Share
+from dtruntime.datasets.registry import Share
 
 if TYPE_CHECKING:
     from pathlib import Path

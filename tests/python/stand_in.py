@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtruntime import gpus, tensors
+from dtruntime.state import gpus, tensors
 
 SOURCE = Path(__file__).parents[2] / "cuda" / "stand_in" / "cuda.c"
 LEGACY_STREAM = 0

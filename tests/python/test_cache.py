@@ -21,7 +21,7 @@ from dtruntime import (
     ShardedDataset,
     ShardedLoader,
 )
-from dtruntime.cache import Cache
+from dtruntime.datasets.cache import Cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -320,7 +320,7 @@ def test_a_cache_smaller_than_its_files_is_refused_at_the_start(tmp_path, caplog
 CROWD = """
 import os, sys
 from pathlib import Path
-from dtruntime.cache import Cache
+from dtruntime.datasets.cache import Cache
 import random
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 draw = random.Random(number)

@@ -25,9 +25,9 @@ from dtruntime import (
     ShardedDataset,
     ShardedLoader,
     UnsupportedFormat,
-    positions,
 )
-from dtruntime.positions import Position
+from dtruntime.datasets import positions
+from dtruntime.datasets.positions import Position
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -472,7 +472,7 @@ def test_a_position_with_workers_of_a_stateful_loader(library, monkeypatch):
 
     def in_worker(number, dataset):
         info = type("Info", (), {"id": number, "num_workers": 3})()
-        monkeypatch.setattr("dtruntime.sharded_dataset.get_worker_info", lambda: info)
+        monkeypatch.setattr("dtruntime.datasets.sharded_dataset.get_worker_info", lambda: info)
         return dataset
 
     states, seen = [], []

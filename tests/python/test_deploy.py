@@ -22,7 +22,8 @@ from deployed import (
     run,
 )
 
-from dtruntime import CheckpointManager, launch
+from dtruntime import CheckpointManager
+from dtruntime.ranks import launch
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,11 +14,12 @@ import pytest
 import torch
 from support import script_environment
 
-from dtruntime import AcceleratorError, CheckpointManager, InvalidArgument, gpus, loading
-from dtruntime.handle import _behind
-from dtruntime.loading import Reader
-from dtruntime.restore import plan_restore
-from dtruntime.tensors import StorageRecord
+from dtruntime import AcceleratorError, CheckpointManager, InvalidArgument
+from dtruntime.loading.reader import Reader
+from dtruntime.restoring.restore import plan_restore
+from dtruntime.saving.handle import _behind
+from dtruntime.state import gpus
+from dtruntime.state.tensors import StorageRecord
 
 
 @pytest.fixture
@@ -489,7 +490,7 @@ def test_without_a_driver_torch_copies():
     script = """
 import logging
 logging.basicConfig()
-from dtruntime import gpus
+from dtruntime.state import gpus
 print(gpus.are_usable())
 """
     ran = subprocess.run(
@@ -536,7 +537,7 @@ class FullGpu:
 def test_a_load_to_a_gpu_without_room_is_refused(manager, monkeypatch, is_usable):
     manager.save({"w": noise(1, 1_000)}, step=1)
     full, place = FullGpu(), torch.device("cuda:0")
-    monkeypatch.setattr(loading, "import_torch", lambda _: full)
+    monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: is_usable)
     reader = Reader(manager._native.checkpoint(1), device=place)
     with pytest.raises(AcceleratorError, match=r"cuda:0.*no memory for 4000 bytes") as caught:
@@ -548,7 +549,7 @@ def test_a_load_to_a_gpu_without_room_is_refused(manager, monkeypatch, is_usable
 def test_a_restore_for_a_gpu_without_room_goes_through_the_host(manager, monkeypatch):
     manager.save({"w": noise(1, 1_000)}, step=1)
     full, place = FullGpu(), torch.device("cuda:0")
-    monkeypatch.setattr(loading, "import_torch", lambda _: full)
+    monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: True)
     loaded = Reader(manager._native.checkpoint(1)).tensors([0], {0: place})
     assert full.asked == [place, None]

@@ -16,8 +16,9 @@ from support import flip_byte, shard_of
 from test_state_tree import UNSUPPORTED
 from test_surroundings import deep, needs_root, reachable, run_there, save_one
 
-from dtruntime import CheckpointError, CheckpointManager, tensors
-from dtruntime.state_tree import flatten
+from dtruntime import CheckpointError, CheckpointManager
+from dtruntime.state import tensors
+from dtruntime.state.state_tree import flatten
 
 EXPECTED = Path(__file__).with_name("messages.txt")
 EXPECTED_AS_ROOT = Path(__file__).with_name("messages_as_root.txt")

@@ -18,8 +18,8 @@ from dtruntime import (
     CheckpointManager,
     CoordinatorUnavailable,
     InvalidArgument,
-    embedded,
 )
+from dtruntime.ranks import embedded
 
 if TYPE_CHECKING:
     import subprocess

@@ -21,7 +21,7 @@ from dtruntime import (
     ShardedLoader,
     StorageError,
 )
-from dtruntime.ahead import ReadAhead, Ready
+from dtruntime.datasets.prefetch import ReadAhead, Ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -148,7 +148,7 @@ sys.path.insert(0, sys.argv[2])
 import pathlib
 from samples import Dealer
 from dtruntime import ShardedDataset, ShardedLoader
-from dtruntime.ahead import Ready
+from dtruntime.datasets.prefetch import Ready
 
 def fetch(path, is_unwanted):
     print("waiting", flush=True)

@@ -22,8 +22,8 @@ from dtruntime import (
     ShardedLoader,
     StorageError,
     UnreadableSample,
-    readers,
 )
+from dtruntime.datasets import readers
 
 if TYPE_CHECKING:
     from pathlib import Path

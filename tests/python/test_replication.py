@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support import assert_same
 
 from dtruntime import CheckpointManager, InvalidArgument, _native
-from dtruntime.replication import Replication, advice
-from dtruntime.state_tree import flatten, needs_of
-from dtruntime.tree import Tree
+from dtruntime.saving.replication import Replication, advice
+from dtruntime.state.state_tree import flatten, needs_of
+from dtruntime.state.tree import Tree
 
 
 def whole(sizes):

@@ -13,7 +13,8 @@ from coordinators import free_port
 from ranks import PREAMBLE
 from support import script_environment, start_script
 
-from dtruntime import CheckpointManager, embedded
+from dtruntime import CheckpointManager
+from dtruntime.ranks import embedded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,8 @@ with CheckpointManager(store) as manager:
     print("saved")
 """
 TELLS = """
-from dtruntime import connecting, membership
+from dtruntime.ranks import connecting
+from dtruntime.ranks import membership
 
 connecting.PATIENCE_SECONDS = 2.0
 

@@ -17,9 +17,9 @@ from dtruntime import (
     Corrupt,
     InvalidArgument,
     RestoreIncomplete,
-    applying,
 )
-from dtruntime.loading import Reader
+from dtruntime.loading.reader import Reader
+from dtruntime.restoring import applying
 
 
 def train(model, optimizer, scheduler, generator, steps: int) -> list[float]:

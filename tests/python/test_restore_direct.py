@@ -10,7 +10,7 @@ import torch
 from support import assert_same, flip_byte, run_script, shard_of
 
 from dtruntime import CheckpointManager, Corrupt, RestoreIncomplete
-from dtruntime.loading import Reader
+from dtruntime.loading.reader import Reader
 
 
 class Tied(torch.nn.Module):

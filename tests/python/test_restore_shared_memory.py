@@ -8,7 +8,7 @@ import torch
 from support import assert_same
 
 from dtruntime import InvalidArgument
-from dtruntime.loading import Reader
+from dtruntime.loading.reader import Reader
 
 
 class Tied(torch.nn.Module):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support import assert_same
 
-from dtruntime import CheckpointManager, Corrupt, loading
+from dtruntime import CheckpointManager, Corrupt
+from dtruntime.loading import reader
 
 ITEMS = 400_000
 
@@ -17,14 +18,14 @@ ITEMS = 400_000
 def staged(monkeypatch) -> list[set[int]]:
     """Note the tensors of each read that were read into the arena."""
     noted: list[set[int]] = []
-    tensors = loading.Reader.tensors
+    tensors = reader.Reader.tensors
 
-    def noting(self: loading.Reader, numbers: Any, *rest: Any) -> dict[int, Any]:
+    def noting(self: reader.Reader, numbers: Any, *rest: Any) -> dict[int, Any]:
         scratch = rest[3]
         noted.append(set() if scratch is None else set(scratch.numbers))
         return tensors(self, numbers, *rest)
 
-    monkeypatch.setattr(loading.Reader, "tensors", noting)
+    monkeypatch.setattr(reader.Reader, "tensors", noting)
     return noted
 
 

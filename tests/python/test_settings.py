@@ -9,8 +9,9 @@ import pytest
 import torch
 from support import run_script
 
-from dtruntime import CheckpointManager, InvalidArgument, launch, settings
-from dtruntime.told import Told, told_by
+from dtruntime import CheckpointManager, InvalidArgument, settings
+from dtruntime.ranks import launch
+from dtruntime.ranks.job_settings import JobSettings, job_settings_from
 
 WRONG = {
     "no path": ({"path": None}, "setting `path`: it is not given"),
@@ -184,12 +185,12 @@ def test_what_a_coordinator_tells_fills_in_only_what_nothing_else_says():
         "dataset.prefetch_shards": "2",
     }
     s3 = {"region": "us-west-2", "endpoint_url": "http://127.0.0.1:9000"}
-    told = told_by(values, {})
-    assert told == Told(5, "zstd", False, 1000, "s3://my-bucket/runs/gpt", s3)
+    told = job_settings_from(values, {})
+    assert told == JobSettings(5, "zstd", False, 1000, "s3://my-bucket/runs/gpt", s3)
     environment = {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_ENDPOINT_URL_S3": "https://s3.eu"}
-    assert told_by(values, environment).s3 == {}
-    assert told_by(values | {"storage.backend": '"local"'}, {}).path == "/runs/gpt"
-    assert told_by({}, {}) == Told()
+    assert job_settings_from(values, environment).s3 == {}
+    assert job_settings_from(values | {"storage.backend": '"local"'}, {}).path == "/runs/gpt"
+    assert job_settings_from({}, {}) == JobSettings()
     given = {"keep_last_n": 2, "s3": {"region": "eu-north-1"}}
     assert settings.completed(given, told) == {
         "keep_last_n": 2,

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from support import assert_same, script_environment
 
 from dtruntime import CheckpointManager, Corrupt, InvalidArgument
-from dtruntime.assembling import Assembly, Part, Parts, overlap
-from dtruntime.sharded_tensors import Box, Slice, contiguous_strides
-from dtruntime.tensors import TensorRecord
-from dtruntime.tree import TAG_DICT, TAG_TENSOR, Tree
+from dtruntime.loading.assembling import Assembly, Part, Parts, overlap
+from dtruntime.state.sharded_tensors import Box, Slice, contiguous_strides
+from dtruntime.state.tensors import TensorRecord
+from dtruntime.state.tree import TAG_DICT, TAG_TENSOR, Tree
 
 # A process of a job whose process group talks to nobody: meshes and placements are all it is for.
 LAYOUTS = """
@@ -313,7 +313,7 @@ def test_parts_that_are_dealt_in_turns_are_no_box(coordinator, tmp_path):
         LAYOUTS
         + """
 from torch.distributed.tensor.placement_types import _StridedShard
-from dtruntime.sharded_tensors import box_of
+from dtruntime.state.sharded_tensors import box_of
 flat = sharded(torch.arange(64.0).reshape(8, 8), (4,), (1,)).flatten()
 if any(type(p) is _StridedShard for p in flat.placements):
     with CheckpointManager(store) as manager:

@@ -21,10 +21,10 @@ from hypothesis.extra import numpy as hnp
 from support import assert_same
 
 from dtruntime import InvalidArgument, UnsupportedValue
-from dtruntime.loading import Reader
-from dtruntime.state_tree import DEPTH_MAX, flatten
-from dtruntime.tensors import Hull, lay_spans, spans_bytes
-from dtruntime.tree import Tree
+from dtruntime.loading.reader import Reader
+from dtruntime.state.state_tree import DEPTH_MAX, flatten
+from dtruntime.state.tensors import Hull, lay_spans, spans_bytes
+from dtruntime.state.tree import Tree
 
 KEYS = (
     st.text(max_size=5)

@@ -1,0 +1,543 @@
+"""The samples of a registered dataset, for one rank: an iterable torch dataset.
+
+>>> dataset = ShardedDataset(registry, "train")
+>>> loader = ShardedLoader(dataset, batch_size=32, num_workers=4)
+>>> state = {"model": model, "optimizer": optimizer, "data": dataset}
+>>> manager.restore(state)  # the position is part of the checkpoint
+>>> for epoch in range(dataset.epoch, 10):
+...     dataset.set_epoch(epoch)
+...     for batch in loader: ...  # goes on within the epoch after a restore
+...     manager.save(state, step)  # from here a restore goes on with the next epoch
+
+Files are this rank's, in the order of the epoch; the samples of a file come in the file's own order
+(shuffle them when the files are written). ``positions`` says how files are dealt.
+
+Always holds: ranks and workers together give every sample of an epoch, none twice; a position
+counts what was handed to the training, not what was read ahead; the coordinator is asked by the
+process that made the dataset, never by a DataLoader's worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dtruntime import settings
+from dtruntime.datasets import positions, readers
+from dtruntime.datasets.cache import Cache, unreadable
+from dtruntime.datasets.positions import Lane, Position, Track
+from dtruntime.datasets.prefetch import READ_AHEAD_BYTES, ReadAhead, advise
+from dtruntime.errors import (
+    DatasetChanged,
+    InvalidArgument,
+    UnreadableSample,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from dtruntime.checkpoint import CheckpointManager
+    from dtruntime.datasets.prefetch import Ready
+    from dtruntime.datasets.registry import DatasetRegistry, Share
+
+_logger = logging.getLogger("dtruntime")
+
+_PREFETCH = 2
+_GIGABYTE = 10**9
+_STATS_AT_ONCE = 16
+_FEW_FILES = 256
+"""So many are looked at one after another."""
+_NOTHING = object()
+
+
+class Files(NamedTuple):
+    """A rank's files: where they are, and what makes them this dataset's."""
+
+    paths: list[str]
+    file_count: int
+    format: str
+    largest: int
+    record: dict[str, Any]
+
+
+class Start(NamedTuple):
+    """Where a reading begins."""
+
+    files: Files
+    position: Position
+
+
+class ShardedDataset(IterableDataset[Any]):
+    """The samples of this rank's files, in the order of the epoch.
+
+    An iterable torch dataset: alone, in a ``DataLoader`` with any number of workers, or, so that
+    the position is known with workers, too, in a ``ShardedLoader``. It ends when its files do, and
+    ranks may have different numbers of samples: ``ShardedLoader`` has ranks end together.
+
+    Each iteration begins where ``load_state_dict`` said, once, and otherwise at the beginning of
+    the epoch. Resuming within a file reads over the samples before. A position that was saved after
+    the end of an epoch is the next epoch's beginning: ``epoch`` says so once it is loaded. Ranks
+    that each end for themselves (``end="exact"``) know only by ``restore_from`` that all have.
+
+    Args:
+        registry: The job's datasets.
+        name: The dataset.
+        epoch: The epoch of the data, counted from 0; ``set_epoch`` changes it.
+        read: Gives a file's samples, always in the same order: a function of the file's path (one
+            that can be imported, where workers are spawned), or of two: what to open, which with
+            ``cache_dir`` is a copy, and the file's own path; or ``text``, ``jsonl`` or ``json``
+            (one value a line), ``csv``, ``parquet``, ``webdataset``. Default: by the format that
+            the dataset was registered with.
+        rank: Default: as this process registered, else the environment's ``RANK``, else 0.
+        world_size: The same, with ``WORLD_SIZE``, else 1. Where several ranks are to see the same
+            samples (tensor or pipeline parallelism), pass the place among those that differ.
+        prefetch: How many files to make ready ahead of the one that is read, in each process that
+            reads. Default: the coordinator's ``[dataset] prefetch_shards``, else 2.
+        cache_dir: A directory on a disk of this machine to copy files to before they are read. Safe
+            to share among ranks and jobs. Default: none; the system is asked to read ahead, 256 MiB
+            at most.
+        cache_bytes: Most bytes of copies there, as an integer or text such as ``100GB``; files for
+            which there is no room are read where they are. Default: the coordinator's ``[dataset]
+            cache_size_gb``.
+
+    Raises:
+        DatasetNotFound: There is no such dataset, or a file of it is not there.
+        InvalidArgument: An argument is out of its range, or the cache is too small for the files.
+
+    """
+
+    def __init__(
+        self,
+        registry: DatasetRegistry,
+        name: str,
+        *,
+        epoch: int = 0,
+        read: str | Callable[..., Iterable[Any]] | None = None,
+        rank: int | str | None = None,
+        world_size: int | str | None = None,
+        prefetch: int | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self._registry: DatasetRegistry | None = registry
+        self.rank, self.world_size, told = registry.place(rank, world_size)
+        self._read = read
+        if cache_dir is not None and callable(read) and not _needs_two(read):
+            raise InvalidArgument(
+                f"caching dataset `{name}` in `{cache_dir}`",
+                "`read` takes a path, which would be that of a copy: in another folder, by another "
+                "name",
+                "let it take two, `read(path, source)`: it opens `path`, and `source` is where the "
+                "file belongs",
+            )
+        self._prefetch = _prefetch_of(prefetch, told)
+        self._cache_dir = cache_dir
+        self._cache_bytes = _cache_bytes_of(cache_dir, cache_bytes, told)
+        if self._cache_dir is not None:
+            Cache(self._cache_dir, self._cache_bytes)  # refuses a folder of somebody else's
+        # Seen by worker processes: how often the start was set, and whether one of them reads.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._version = 0
+        self._track: Track | None = None
+        self._fresh = self._at_beginning(settings.integer("epoch", epoch))
+        self._check_cache_for_all(self._fresh.position.epoch)
+        self._start = self._fresh
+        self._tracked = self._fresh.files
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the data."""
+        return self._fresh.position.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch, at its beginning. The one that it is at already stays as it is."""
+        number = settings.integer("epoch", epoch)
+        if number != self.epoch:
+            self._fresh = self._at_beginning(number)
+            self._set_start(self._fresh)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position: plain values, an entry of the state to save.
+
+        In a DataLoader's worker it is that worker's own, as ``StatefulDataLoader`` needs it.
+
+        Raises:
+            InvalidArgument: A plain ``DataLoader``'s workers read, and what was consumed of it is
+                not known here.
+
+        """
+        if self._track is None and self._shared[1].item() and get_worker_info() is None:
+            raise InvalidArgument(
+                f"the position of dataset `{self.name}`",
+                "a DataLoader's workers read its samples, and this process does not see how many "
+                "were consumed",
+                "iterate over a `ShardedLoader` instead: it takes the same arguments; or use "
+                "`num_workers=0`",
+            )
+        if self._track is None:
+            return positions.encode(self._start.position, self._start.files.record)
+        return positions.encode(self._track.position(), self._tracked.record)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position that this rank saved; the next iteration begins there.
+
+        Raises:
+            DatasetChanged: The dataset or the number of ranks is not what it was: naming what.
+            InvalidArgument: It is no position of a dataset.
+
+        """
+        start, fresh = self._resumed(state)
+        self._fresh = fresh
+        self._set_start(start)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what ``load_state_dict`` would, and change nothing."""
+        self._resumed(state)
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the positions of all ranks, whose number may be another than now.
+
+        What none of them had read is dealt to the ranks that there are now: nothing is lost, and
+        nothing read twice. All ranks call it, with the same positions.
+
+        Args:
+            states: What ``state_dict`` gave on each rank, in one checkpoint.
+
+        Raises:
+            DatasetChanged: The dataset is not what it was.
+            InvalidArgument: They are not the positions of all ranks at one moment.
+
+        """
+        decoded = [positions.decode(self.name, state) for state in states]
+        found = [position for position, _ in decoded]
+        positions.check_complete(self.name, found)
+        is_over = all(position.ended for position in found)
+        if found[0].world_size == self.world_size:
+            own = next(n for n, position in enumerate(found) if position.rank == self.rank)
+            self.load_state_dict({**states[own], "ended": "all" if is_over else ""})
+            return
+        epoch = found[0].epoch
+        whole = self._ask((0, 1), epoch)
+        for position, saved in decoded:
+            files = _pick(whole, positions.share_of(position, whole.file_count))
+            positions.check_same(self.name, saved, self._look_at(files).record)
+        if is_over:
+            self._fresh = self._at_beginning(epoch + 1)
+            self._set_start(self._fresh)
+            return
+        before = positions.merge(found, whole.file_count)
+        position = Position(epoch, self.rank, self.world_size, before)
+        left = self._look_at(_pick(whole, positions.share_of(position, whole.file_count)))
+        self._fresh = self._at_beginning(epoch)
+        self._set_start(Start(left, position))
+
+    def restore_from(
+        self, manager: CheckpointManager, key: str = "data", step: int | None = None
+    ) -> None:
+        """Go on from the position in a checkpoint, whatever number of ranks saved it.
+
+        All ranks call it.
+
+        Args:
+            manager: Of a store from which every rank's part can be read.
+            key: Where in the saved state the position is: its topmost key.
+            step: The checkpoint. Default: the newest that verifies.
+
+        Raises:
+            CheckpointError: As ``load`` and ``load_state_dicts`` do.
+
+        """
+
+        def saved_by(rank: int, step: int | None) -> Any:
+            return manager.load(step, keys=[f"{key}.*"], from_rank=rank)[key]
+
+        first = saved_by(0, step)
+        position, _ = positions.decode(self.name, first)
+        if manager.last_load is not None:
+            step = manager.last_load.step
+        others = (saved_by(rank, step) for rank in range(1, position.world_size))
+        self.load_state_dicts([first, *others])
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if self._is_outdated():
+            return self._refuse()
+        start = self.take_start()
+        count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        track = positions.track(start.position, start.files.file_count, count)
+        lane = track.lanes[(number + track.next_lane) % count]
+        track.lanes, track.next_lane = [lane], 0
+        self.follow(track, start.files)
+        if worker is not None:
+            self._shared[1] = 1
+            return self.walk(start.files, lane)
+        return self._alone(start.files, track)
+
+    def _alone(self, files: Files, track: Track) -> Iterator[Any]:
+        """Read a share in this process, and see its end."""
+        yield from self.walk(files, track.lanes[0])
+        track.finish(is_agreed=self.world_size == 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what a spawned worker gets: everything but the connection."""
+        return self.__dict__ | {"_registry": None, "_track": None}
+
+    @property
+    def beginning(self) -> Start:
+        """The beginning of the epoch."""
+        return self._fresh
+
+    def follow(self, track: Track, files: Files) -> None:
+        """Have the position be where this reading is."""
+        self._track, self._tracked = track, files
+
+    def take_start(self) -> Start:
+        """Give where the next iteration begins; the one after it begins with the epoch."""
+        start, self._start = self._start, self._fresh
+        return start
+
+    def _set_start(self, start: Start) -> None:
+        self._start, self._tracked = start, start.files
+        self._track = None
+        self._version += 1
+        if get_worker_info() is None:
+            self._shared[0], self._shared[1] = self._version, 0
+
+    def _is_outdated(self) -> bool:
+        """Tell whether this is a worker that was started before the start was set."""
+        return get_worker_info() is not None and self._shared[0].item() > self._version
+
+    def _refuse(self) -> Iterator[Any]:
+        """Raise at the first sample: an error before it would end the worker without a word."""
+        error = InvalidArgument(
+            f"reading dataset `{self.name}`",
+            "this worker process was started before the epoch or the position was set",
+            "pass `persistent_workers=False` to the DataLoader",
+        )
+        return map(_raise, [error])
+
+    def _at_beginning(self, epoch: int) -> Start:
+        share = self._ask((self.rank, self.world_size), epoch)
+        return Start(self._look_at(share), Position(epoch, self.rank, self.world_size))
+
+    def _resumed(self, state: Mapping[str, Any]) -> tuple[Start, Start]:
+        """Give where to go on from a position, and where the epoch of that begins."""
+        position, saved = positions.decode(self.name, state)
+        self._check_place(position)
+        is_here = position.epoch == self.epoch
+        fresh = self._fresh if is_here else self._at_beginning(position.epoch)
+        files = fresh.files
+        if is_here and position.before == self._start.position.before:
+            files = self._start.files
+        elif position.before != fresh.position.before:
+            whole = self._ask((0, 1), position.epoch)
+            files = self._look_at(_pick(whole, positions.share_of(position, whole.file_count)))
+        positions.check_same(self.name, saved, files.record)
+        if position.ended == "all":
+            fresh = self._at_beginning(position.epoch + 1)
+            return fresh, fresh
+        return Start(files, replace(position, ended="")), fresh
+
+    def _check_place(self, position: Position) -> None:
+        was, now = (position.rank, position.world_size), (self.rank, self.world_size)
+        if was != now:
+            raise DatasetChanged(
+                f"going on within an epoch of dataset `{self.name}`",
+                f"the position is that of rank {was[0]} of {was[1]}, and this is rank {now[0]} of "
+                f"{now[1]}",
+                "leave it out of the state that is restored, and call `restore_from(manager)` on "
+                "every rank: what is left is dealt to the ranks that there are now",
+            )
+
+    def _ask(self, place: tuple[int, int], epoch: int) -> Share:
+        if self._registry is None or get_worker_info() is not None:
+            raise InvalidArgument(
+                f"asking for the files of dataset `{self.name}`, epoch {epoch}",
+                "this process is a worker of a DataLoader, or has a copy of the dataset",
+                "call `set_epoch` and `load_state_dict` where the dataset was made, before "
+                "iterating",
+            )
+        return self._registry.share(self.name, place, epoch)
+
+    def _look_at(self, share: Share) -> Files:
+        """Look at every file: that it is there, and how long it is."""
+        self._reader(share.format)  # refuses an unknown format before training begins
+        paths = [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118
+        sizes = _sizes_of(paths)
+        names = "\n".join(share.files)
+        record = {
+            "name": self.name,
+            "format": share.format,
+            "seed": share.seed,
+            "shuffle": share.shuffle,
+            "total_samples": share.total_samples,
+            "file_count": share.file_count,
+            "bytes": sum(sizes),
+            "names": sha256(os.fsencode(names)).hexdigest(),
+            "sizes": sha256("\n".join(map(str, sizes)).encode()).hexdigest(),
+        }
+        return Files(paths, share.file_count, share.format, max(sizes, default=0), record)
+
+    def check_workers(self, count: int) -> None:
+        """Say so if the cache is too small for what so many workers read at a time."""
+        self._check_cache(self._start.files.largest, count)
+
+    def _check_cache_for_all(self, epoch: int) -> None:
+        """Refuse a cache that is too small for any file: on every rank, and before training."""
+        if self._cache_dir is not None:
+            whole = self._ask((0, 1), epoch)
+            paths = [os.path.join(whole.folder, file) for file in whole.files]  # noqa: PTH118
+            self._check_cache(max(_sizes_of(paths), default=0), 1)
+
+    def _check_cache(self, largest: int, readers_count: int) -> None:
+        needed = largest * (self._prefetch + 1) * readers_count
+        if self._cache_dir is None or needed <= self._cache_bytes:
+            return
+        what = f"caching dataset `{self.name}` in `{self._cache_dir}`"
+        each = f"the largest file has {largest} bytes, and {self._prefetch + 1} are kept at a time"
+        if readers_count == 1:
+            raise InvalidArgument(
+                what,
+                f"{each}, but `cache_bytes` is {self._cache_bytes}",
+                f"allow at least {needed} bytes, or pass a smaller `prefetch`",
+            )
+        _logger.warning(
+            "%s: %s by each of %d workers, but `cache_bytes` is %d; some are read where they are",
+            what,
+            each,
+            readers_count,
+            self._cache_bytes,
+        )
+
+    def _reader(self, format_name: str) -> Callable[[str, str], Iterable[Any]]:
+        """Give what reads a file, by the path to read and the path that it is known by."""
+        if not callable(self._read):
+            samples = readers.open_samples(self._read or format_name)
+            return lambda path, _: samples(path)
+        own: Callable[..., Iterable[Any]] = self._read
+        return own if _needs_two(own) else lambda path, _: own(path)
+
+    def _fetcher(self) -> Callable[[str, Callable[[], bool]], Ready]:
+        if self._cache_dir is None:
+            return advise(READ_AHEAD_BYTES // self._prefetch if self._prefetch else 0)
+        return Cache(self._cache_dir, self._cache_bytes).fetch
+
+    def walk(self, files: Files, lane: Lane) -> Iterator[Any]:
+        """Give a lane's samples, and keep in it how far it is."""
+        sources = [files.paths[number] for number in lane.files]
+        if not sources:
+            return
+        read = self._reader(files.format)
+        ahead = ReadAhead(sources, self._fetcher(), self._prefetch)
+        try:
+            for entry, source in enumerate(sources):
+                lane.cursor, lane.within = entry, lane.skip_of(entry)
+                ready = ahead.get(entry)
+                try:
+                    yield from self._samples(source, read(ready.path, source), lane)
+                finally:
+                    ready.close()
+            lane.finish()
+        finally:
+            ahead.close()
+
+    def _samples(self, source: str, opened: Iterable[Any], lane: Lane) -> Iterator[Any]:
+        """Give the samples of one file that were not taken before; count each as it is given."""
+        samples = iter(opened)
+        try:
+            self._skip(source, samples, lane.within)
+            for lane.within, sample in enumerate(samples, lane.within + 1):  # noqa: B020
+                lane.given += 1
+                yield sample
+        except readers.Unreadable as error:
+            raise UnreadableSample(
+                f"reading `{source}` of dataset `{self.name}`",
+                str(error),
+                "mend the file; or register the dataset without it, and begin an epoch anew",
+            ) from None
+        except OSError as error:
+            if callable(self._read):  # the function's own
+                raise
+            raise unreadable(source, error) from None
+        finally:
+            close = getattr(samples, "close", None)
+            if close is not None:
+                close()
+
+    def _skip(self, source: str, samples: Iterator[Any], count: int) -> None:
+        for taken in range(count):
+            if next(samples, _NOTHING) is _NOTHING:
+                raise DatasetChanged(
+                    f"going on within `{source}` of dataset `{self.name}`",
+                    f"{count} samples of it were taken before, and now it has {taken}",
+                    "bring the file back as it was; `read` must give the same samples each time",
+                )
+
+
+def _needs_two(read: Callable[..., Any]) -> bool:
+    """Tell whether a reader cannot do with the path alone."""
+    try:
+        signature = inspect.signature(read)
+    except ValueError:  # of some built-in functions nothing is known
+        return False
+    try:
+        signature.bind(None)
+    except TypeError:
+        return True
+    return False
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _prefetch_of(given: int | None, told: Mapping[str, str]) -> int:
+    if given is not None:
+        return settings.integer("prefetch", given)
+    return int(told.get("dataset.prefetch_shards", _PREFETCH))
+
+
+def _cache_bytes_of(
+    folder: str | os.PathLike[str] | None, given: int | str | None, told: Mapping[str, str]
+) -> int:
+    if given is not None:
+        return settings.parse_bytes("cache_bytes", given)
+    gigabytes = told.get("dataset.cache_size_gb")
+    if gigabytes is None and folder is not None:
+        raise InvalidArgument(
+            f"setting `cache_dir` = {os.fspath(folder)!r}",
+            "nothing says how much may be stored there",
+            'pass `cache_bytes="100GB"`, or have the coordinator say `[dataset] cache_size_gb`',
+        )
+    return int(gigabytes or 0) * _GIGABYTE
+
+
+def _pick(whole: Share, places: Sequence[int]) -> Share:
+    return whole._replace(files=[whole.files[place] for place in places])
+
+
+def _sizes_of(paths: Sequence[str]) -> list[int]:
+    """Give the sizes of files; on network storage each look takes a while, so several at once."""
+    if len(paths) <= _FEW_FILES:
+        return [_size_of(path) for path in paths]
+    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
+        return list(pool.map(_size_of, paths))
+
+
+def _size_of(path: str) -> int:
+    try:
+        about = os.stat(path)  # noqa: PTH116  (half the time of `Path`)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return about.st_size if stat.S_ISREG(about.st_mode) else 0

@@ -1,0 +1,293 @@
+"""A loader that knows how much of a dataset was consumed, and has ranks end together.
+
+Samples travel from the workers with the position after them; the position of the last one of a
+batch counts once that batch is handed out.
+
+Always holds: the dataset's position is that of the batch handed out last, whatever was read ahead;
+ranks that end together agree before each batch, so all of them hand out the same number.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data._utils.collate import default_convert
+
+from dtruntime import settings
+from dtruntime.datasets import positions
+from dtruntime.errors import CheckpointError, Conflict, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from dtruntime.datasets.positions import Lane, Track
+    from dtruntime.datasets.sharded_dataset import Files, ShardedDataset, Start
+
+_ENDS = ("exact", "drop", "pad")
+
+
+class _Mark(NamedTuple):
+    """How far a lane is after a batch."""
+
+    lane: int
+    cursor: int
+    within: int
+    given: int
+
+
+class _Batch(NamedTuple):
+    """A batch on its way from a worker, with the position after it."""
+
+    mark: _Mark
+    data: Any
+
+
+class _Failure:
+    """An error on its way from a worker, which a DataLoader would turn into text."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        self.error = error
+
+
+class _Marked(IterableDataset[Any]):
+    """A dataset whose samples come with their positions; what a ``ShardedLoader`` loads.
+
+    Attributes:
+        dataset: What is read.
+        plan: The files, the lanes, and the lane of the first worker. Set before each iteration.
+
+    """
+
+    def __init__(self, dataset: ShardedDataset) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.plan: tuple[Files, list[Lane], int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self.plan is not None  # noqa: S101  (the loader sets it)
+        files, lanes, first = self.plan
+        worker = get_worker_info()
+        number = (first + (0 if worker is None else worker.id)) % len(lanes)
+        return self._marked(files, number, lanes[number])
+
+    def _marked(self, files: Files, number: int, lane: Lane) -> Iterator[Any]:
+        try:
+            for sample in self.dataset.walk(files, lane):
+                yield _Mark(number, lane.cursor, lane.within, lane.given), sample
+        except CheckpointError as error:
+            yield _Failure(error)
+
+
+class _Collate:
+    """A collate function behind which a batch keeps the position after its last sample."""
+
+    def __init__(self, collate: Callable[[Any], Any], *, is_batched: bool) -> None:
+        self._collate = collate
+        self._is_batched = is_batched
+
+    def __call__(self, items: Any) -> _Batch | _Failure:
+        listed = items if self._is_batched else [items]
+        failed = [item for item in listed if isinstance(item, _Failure)]
+        if failed:
+            return failed[0]
+        samples = [sample for _, sample in listed]
+        data = self._collate(samples if self._is_batched else samples[0])
+        return _Batch(listed[-1][0], data)
+
+
+class ShardedLoader(DataLoader[Any]):
+    """A ``DataLoader`` that knows how much of a dataset was consumed, and ends ranks together.
+
+    A batch counts as consumed once it is handed out, wherever it was read: ``state_dict`` of the
+    dataset, or of this loader, is exact with any number of workers. With as many workers and the
+    same batch size, what follows a restore is batch by batch what would have followed; with other
+    numbers it is the same samples, batched otherwise.
+
+    Args:
+        dataset: What to load. Each iteration goes once through its epoch.
+        end: What to do where ranks have different numbers of batches. ``drop``: all end when the
+            first of them has no more, and the rest of the epoch is left out. ``pad``: all go on
+            until the last of them has no more; who has ended begins its epoch again meanwhile.
+            ``exact``: each ends when its own files do; a rank that waits for another one, as in
+            DistributedDataParallel, then hangs. Default: ``drop``; ``exact`` for one rank.
+        group: The process group of the ranks that end together: a small message over it precedes
+            each batch. Default: all ranks, over gloo, so no GPU is waited for.
+        options: As of ``DataLoader``: ``batch_size``, ``num_workers``, ``collate_fn``,
+            ``drop_last``, ``pin_memory``, ``multiprocessing_context``, ...
+
+    Raises:
+        InvalidArgument: Ranks are to end together and cannot talk; or an option does not fit.
+
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        *,
+        end: str | None = None,
+        group: Any = None,
+        **options: Any,
+    ) -> None:
+        if options.get("persistent_workers"):
+            raise InvalidArgument(
+                "setting `persistent_workers` = True",
+                "workers that live on do not hear of `set_epoch`",
+                "leave it out: workers are started for each epoch",
+            )
+        is_batched = options.get("batch_size", 1) is not None
+        collate = options.pop("collate_fn", None)
+        collate = collate or (default_collate if is_batched else default_convert)
+        self._source = dataset
+        self._marked = _Marked(dataset)
+        self._end, self._group = _end_of(dataset, end, group)
+        super().__init__(
+            self._marked, collate_fn=_Collate(collate, is_batched=is_batched), **options
+        )
+        self._lanes = max(self.num_workers, 1)
+        dataset.check_workers(self._lanes)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the data."""
+        return self._source.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn the dataset to an epoch: see there."""
+        self._source.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the dataset's position."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Have the dataset go on from a position: see there."""
+        self._source.load_state_dict(state)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what ``load_state_dict`` would, and change nothing."""
+        self._source.check_state_dict(state)
+
+    def __iter__(self) -> Any:  # an iterator; torch's own type is that of its private class
+        source = self._source
+        start = source.take_start()
+        self._check_enough_files(start)
+        track = positions.track(start.position, start.files.file_count, self._lanes)
+        source.follow(track, start.files)
+        return self._hand_out(self._batches(start), track)
+
+    def _batches(self, start: Start) -> Iterator[Any]:
+        """Begin to read. The lanes are copies: what is read ahead moves them, too."""
+        track = positions.track(start.position, start.files.file_count, self._lanes)
+        self._marked.plan = (start.files, track.lanes, track.next_lane)
+        return super().__iter__()
+
+    def _hand_out(self, batches: Iterator[Any], track: Track) -> Iterator[Any]:
+        repeats = self._repeats()
+        while True:
+            batch = self._next(batches)
+            goes_on, is_padded = self._agree(has_batch=batch is not None)
+            if not goes_on:
+                break
+            is_repeat = batch is None
+            batch = batch or self._next(repeats)
+            if is_padded:  # before any rank trains on it: one may have nothing to repeat
+                self._agree(has_batch=True)
+            if not is_repeat:
+                mark = batch.mark
+                lane = track.lanes[mark.lane]
+                lane.cursor, lane.within, lane.given = mark.cursor, mark.within, mark.given
+                track.next_lane = (mark.lane + 1) % self._lanes
+            yield batch.data
+        # Ranks that each end for themselves do not hear of the others.
+        track.finish(is_agreed=self._end != "exact" or self._source.world_size == 1)
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            batch = next(batches, None)
+        except Exception:
+            self._agree(has_batch=False, is_well=False)
+            raise
+        if isinstance(batch, _Failure):
+            self._agree(has_batch=False, is_well=False)
+            raise batch.error
+        return batch
+
+    def _repeats(self) -> Iterator[Any]:
+        """Go through this rank's epoch again and again, for ranks that have more."""
+        source = self._source
+        found = True
+        while found:
+            found = False
+            for batch in self._batches(source.beginning):
+                found = True
+                yield batch
+        raise InvalidArgument(
+            f"padding dataset `{source.name}`",
+            f"rank {source.rank} has no batch to repeat",
+            'write the dataset as more files, or use `end="drop"`',
+        )
+
+    def _agree(self, *, has_batch: bool, is_well: bool = True) -> tuple[bool, bool]:
+        """Tell whether to go on, and whether some ranks repeat: all get the same answer."""
+        if self._end == "exact":
+            return has_batch, False
+        told = torch.tensor([int(has_batch), -int(has_batch), int(is_well)])
+        dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self._group)
+        all_have, any_has, all_are_well = told.tolist()
+        if is_well and not all_are_well:
+            raise Conflict(
+                f"reading dataset `{self._source.name}`",
+                "another rank could not read its files",
+                "look at that rank's error; this rank's position is the one before this batch",
+            )
+        if self._end == "drop":
+            return bool(all_have), False
+        return bool(any_has), bool(any_has and not all_have)
+
+    def _check_enough_files(self, start: Start) -> None:
+        files, ranks = start.files.file_count, self._source.world_size
+        if self._end != "exact" and files < ranks:
+            raise InvalidArgument(
+                f"reading dataset `{self._source.name}` on {ranks} ranks that end together",
+                f"it has {files} files, so some ranks have none",
+                'write it as more files, or pass `end="exact"`',
+            )
+
+
+def _on_the_host(group: Any) -> Any:
+    """Give a process group of the same ranks whose messages need no GPU."""
+    if "gloo" in str(dist.get_backend_config(group)):
+        return group
+    if group is None:
+        return dist.new_group(backend="gloo")
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
+def _end_of(dataset: ShardedDataset, end: str | None, group: Any) -> tuple[str, Any]:
+    """Give how ranks end, and over which process group they agree on it."""
+    size = dataset.world_size
+    if end is not None:
+        settings.choice("end", end, _ENDS)
+    if end == "exact" or size == 1:
+        return "exact", None
+    what = f"loading dataset `{dataset.name}` on {size} ranks that end together"
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InvalidArgument(
+            what,
+            "they talk by `torch.distributed`, which is not initialized",
+            'call `init_process_group` first; or pass `end="exact"` where no rank waits for '
+            "another one in its steps",
+        )
+    group = _on_the_host(group)
+    found = dist.get_world_size(group)
+    if found != size:
+        raise InvalidArgument(
+            what,
+            f"the process group has {found}",
+            "pass `group=` with the ranks among which the dataset is shared",
+        )
+    return end or "drop", group

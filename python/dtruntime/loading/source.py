@@ -1,0 +1,110 @@
+"""What a manager reads from: which checkpoint, whose shards, and what is noted of it.
+
+Always holds: what was read is kept from retention, and known to the lineage of the training; of
+several ranks that write, all read the same step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from dtruntime import settings
+from dtruntime.loading import fallback
+from dtruntime.loading.reader import Reader
+from dtruntime.reports import LoadReport
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from dtruntime import _native
+    from dtruntime.lineage import Lineage
+
+_T = TypeVar("_T")
+
+_RANK_MAX = 2**32 - 1
+
+
+class Habits(NamedTuple):
+    """How a manager reads.
+
+    Attributes:
+        verify: Whether chunks are checked against their checksums.
+        agreement_timeout: How long to wait for the other ranks, in seconds; None if this one
+            agrees with nobody.
+        has_uploads: Whether checkpoints are brought to a remote store.
+
+    """
+
+    verify: bool
+    agreement_timeout: float | None
+    has_uploads: bool
+
+
+class Source:
+    """The checkpoints of one store, to be read."""
+
+    def __init__(
+        self,
+        native: _native.Manager,
+        path: str | os.PathLike[str],
+        lineage: Lineage,
+        habits: Habits,
+    ) -> None:
+        self._native = native
+        self._path = path
+        self._lineage = lineage
+        self._habits = habits
+        self.last_load: LoadReport | None = None
+
+    def reader(self, checkpoint: _native.Checkpoint, **how: Any) -> Reader:
+        """Read a checkpoint that was opened."""
+        return Reader(
+            checkpoint,
+            verify=self._habits.verify,
+            open_rank=lambda rank: self.open_beside(checkpoint, rank),
+            **how,
+        )
+
+    def open_beside(self, own: _native.Checkpoint, rank: int) -> _native.Checkpoint:
+        """Open what a rank saved of the same checkpoint, once it has arrived."""
+        return self._shards(rank).open_beside(own, rank)
+
+    def read(
+        self,
+        step: int | None,
+        from_rank: int | None,
+        read: Callable[[_native.Checkpoint], _T],
+    ) -> tuple[_T, LoadReport]:
+        """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
+        # The format's ranks have 32 bits: a larger one is none of any checkpoint's.
+        rank = None if from_rank is None else settings.integer("from_rank", from_rank)
+        shards = self._shards(None if rank is None else min(rank, _RANK_MAX))
+        timeout = self._habits.agreement_timeout
+        if step is not None:
+            number = settings.step_of(step, "load(step=...)")
+            checkpoint, result = fallback.read_step(shards, number, read)
+            failed: dict[int, str] = {}
+        elif timeout is not None:
+            checkpoint, result, failed = fallback.read_agreed(
+                shards, self._path, read, timeout, has_own_store=self._habits.has_uploads
+            )
+        else:
+            checkpoint, result, failed = fallback.read_newest(shards, self._path, read)
+        manifest = checkpoint.manifest()
+        fell_back_from = tuple(sorted(failed.items(), reverse=True))
+        report = LoadReport(
+            checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
+        )
+        self._native.protect(checkpoint.step)
+        # Of several ranks, another one may have been the one that could not load the later ones.
+        fell_back = step is None and (bool(failed) or timeout is not None)
+        self._lineage.note_loaded(checkpoint.step, later_are_unsound=fell_back)
+        self.last_load = report
+        return result, report
+
+    def _shards(self, rank: int | None) -> fallback.Shards:
+        agrees = self._habits.agreement_timeout is not None
+        return fallback.Shards(
+            self._native, rank, awaits_upload=self._habits.has_uploads and agrees
+        )

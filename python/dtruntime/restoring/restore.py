@@ -1,0 +1,595 @@
+"""Restoring in place: which live object takes which part of a checkpoint.
+
+Deciding is apart from acting: ``plan_restore`` compares the live state with the checkpoint's tree
+and changes nothing; ``applying.Attempts`` then carries the plan's actions out.
+
+The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part;
+those with ``check_state_dict``, too, are shown it before, where it holds no tensors.
+A dict, list or tuple that holds any of these is walked; one that holds plain data only becomes
+exactly what was saved. A plain value is replaced in its dict or list; a tuple that holds both is
+replaced by one with the same live things in it, in the dict or list around it.
+
+Always holds: what does not fit is found before anything is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtruntime.errors import CheckpointError, InvalidArgument
+from dtruntime.loading.assembling import whole_shape
+from dtruntime.restoring import modules, sharing
+from dtruntime.restoring.fitting import (
+    Misfit,
+    array_misfit,
+    can_be_filled,
+    entries,
+    inference_misfit,
+    tensor_misfit,
+)
+from dtruntime.restoring.optimizers import optimizer_misfit
+from dtruntime.restoring.plan import Action, RestorePlan
+from dtruntime.state.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
+from dtruntime.state.tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
+
+if TYPE_CHECKING:
+    from dtruntime.loading.reader import Reader
+    from dtruntime.state.sharded_tensors import Box
+
+_SEQUENCES = (TAG_LIST, TAG_TUPLE)
+_NOTHING = (0, 0, False)
+"""What the tree says of an empty dict."""
+_NOT_PLACED = Misfit(
+    "it was sharded when it was saved, and nothing live in its place says how to shard it now: "
+    "take a step, or set the optimizer's state up, before restoring"
+)
+_NOT_TIED = (
+    "tie live tensors where those that were saved are tied, and nowhere else, or give each memory "
+    "of its own: `tensor.clone()`"
+)
+
+
+@dataclass(frozen=True)
+class _Takers:
+    """Live tensors that values of a checkpoint's tensors are for, by the tensors' numbers."""
+
+    devices: dict[int, Any] = field(default_factory=dict)
+    parts: dict[int, LivePart] = field(default_factory=dict)
+
+    def add(self, number: int, live: Any) -> None:
+        """Note where a live tensor lies: its GPU, and its part if it is sharded."""
+        part = LivePart.of(live) if is_sharded(live) else None
+        if part is not None:
+            self.parts[number] = part
+        local = local_of(live)
+        if local.is_cuda:
+            self.devices[number] = local.device
+
+
+@dataclass
+class _ModuleFit:
+    """What of a module's saved state will be restored.
+
+    Attributes:
+        drop: Keys of what will not.
+        takers: Which of the module's tensors take what.
+        expanded: Tensors of which all items along a dimension are one, by their keys.
+        has_effect: Whether any of it will be.
+
+    """
+
+    has_effect: bool
+    drop: list[str] = field(default_factory=list)
+    takers: _Takers = field(default_factory=_Takers)
+    expanded: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_restore(
+    live: Any, reader: Reader, *, strict: bool, cast: bool = False, direct: bool = False
+) -> RestorePlan:
+    """Compare a live state with a checkpoint and plan what to change."""
+    planner = _Planner(reader, strict=strict, cast=cast)
+    try:
+        planner.walk(live)
+    except RecursionError:
+        raise InvalidArgument(
+            "restoring into a live state",
+            "a container in it contains itself, or they are nested too deeply to be walked",
+            "pass a state without that cycle",
+        ) from None
+    planner.plan.is_direct = direct
+    return planner.plan
+
+
+_Slot = Callable[[Any], None]
+
+
+class _Planner:
+    """One walk over a live state beside a checkpoint's tree."""
+
+    def __init__(self, reader: Reader, *, strict: bool, cast: bool) -> None:
+        self._reader = reader
+        self._tree = reader.tree
+        self._paths = reader.checkpoint.paths()
+        children = self._tree.children(0) if self._tree.is_container(0) else ()
+        top = tuple(self._paths[child] for _, child in children)
+        self.plan = RestorePlan(reader.checkpoint.step, top)
+        self._strict = strict
+        self._cast = cast
+        self._item: Any = None
+        self._claims: list[sharing.Claim] = []
+        self._boxes: dict[int, Box | None] = {}
+
+    def walk(self, live: Any) -> None:
+        """Plan for the whole of a live state."""
+        if not _holds_live(live) and not isinstance(live, (dict, list)):
+            raise InvalidArgument(
+                f"restoring into a `{type(live).__name__}`",
+                "it cannot be changed in place",
+                "pass a dict of models, optimizers and tensors, or use `load()`",
+            )
+        self.visit(live, 0, None)
+        ends = self._tree.ends
+        nodes = (node for a in self.plan.actions for node in range(a.node, ends[a.node]))
+        self._reader.check_loadable(nodes)
+        self.settle(live)
+        self.find_fillable()
+
+    def visit(self, live: Any, index: int, slot: _Slot | None) -> None:
+        """Plan for ``live``, which takes the node ``index``; ``slot`` replaces it in its parent."""
+        if _is_tensor(live):
+            self._tensor(live, index)
+        elif isinstance(live, np.ndarray):
+            self._array(live, index)
+        elif _is_stateful(live):
+            self._stateful(live, index)
+        elif type(live) in (dict, OrderedDict) and (index == 0 or _holds_live(live)):
+            self._dict(live, index)
+        elif type(live) in (list, tuple) and _holds_live(live):
+            self._sequence(live, index, slot)
+        elif type(live) in (*DICTS, list):
+            self._replace_contents(live, index)
+        else:
+            self._plain(live, index, slot)
+
+    def settle(self, live: Any) -> None:
+        """Finish the plan: leave out what live tensors in one memory cannot all be."""
+        for claim, why in [*sharing.conflicts(self._claims, self._reader)]:
+            self._misfit(claim.node, why, _NOT_TIED)
+            claim.give_up()
+            self._claims.remove(claim)
+        self.plan.written = {id(claim.live): claim.path for claim in self._claims}
+        if type(live) in (dict, OrderedDict):
+            changed = {action.item for action in self.plan.actions if action.has_effect}
+            told = self.plan.untouched
+            for key in live:
+                if key not in changed and not any(_is_at_or_below(path, key) for path in told):
+                    told.append(str(key))
+
+    def find_fillable(self) -> None:
+        """Find live tensors that can be read into: whoever takes the saved one copies from it.
+
+        All are read before the first action. So none is taken from where code of the user's runs
+        on: that may change what is saved, or write to live tensors that are copied to after it.
+        """
+        nodes, ends = self._tree.nodes, self._tree.ends
+        taken: Counter[int] = Counter()
+        foreign = itertools.dropwhile(lambda action: not action.is_foreign, self.plan.actions)
+        out_of_order = {number for action in foreign for number in action.tensors}
+        for action in self.plan.actions:
+            below = range(action.node, ends[action.node])
+            taken.update(nodes[node][1] for node in below if nodes[node][0] == TAG_TENSOR)
+        claimed = Counter(claim.number for claim in self._claims)
+        memories: dict[Any, tuple[int, int]] = {}
+        for number, live in ((claim.number, claim.live) for claim in self._claims):
+            # What keeps a tensor that it is given would share its memory with the live one.
+            if taken[number] != claimed[number] or number in self.plan.fillable:
+                continue
+            if number in out_of_order:
+                continue
+            record = self._reader.records[number]
+            if can_be_filled(live, record):
+                place = (record.storage, record.offset)
+                memory = (live.device, live.data_ptr(), live.nbytes)
+                if memories.setdefault(memory, place) == place:
+                    self.plan.fillable[number] = live
+
+    def _misfit(self, index: int, why: str | Misfit, hint: str | None = None) -> None:
+        if isinstance(why, Misfit):
+            why, hint = why
+        self.plan.misfits[self._paths[index] or "the root"] = why
+        if hint is not None:
+            self.plan.hints[hint] = None
+
+    def _do(
+        self,
+        live: Any,
+        index: int,
+        act: Callable[[Any], None],
+        takers: _Takers | None = None,
+        *,
+        has_effect: bool = True,
+        is_foreign: bool = False,
+    ) -> Action | None:
+        """Plan ``act(value)`` with the value at ``index``, whose tensors ``takers`` take."""
+        tree = self._tree
+        takers = takers or _Takers()
+        for number in tree.tensors_below(index):
+            box = takers.parts[number].box if number in takers.parts else None
+            if self._boxes.setdefault(number, box) != box:
+                self._misfit(index, "it is one tensor with another entry, and sharded otherwise")
+                return None
+        action = Action(
+            self._item,
+            index,
+            tree.tensors_below(index),
+            lambda tensors: act(tree.build(index, tensors.__getitem__)),
+            f"`{self._paths[index] or 'the root'}` ({type(live).__name__})",
+            has_effect,
+            is_foreign,
+            takers.devices,
+            takers.parts,
+        )
+        self.plan.actions.append(action)
+        return action
+
+    def _claim(self, live: Any, index: int, give_up: Callable[[], None]) -> None:
+        number = self._tree.nodes[index][1]
+        self._claims.append(sharing.Claim(self._paths[index], index, number, live, give_up))
+
+    def _claim_for(self, live: Any, index: int, action: Action | None) -> None:
+        """Note that ``action`` is all that a live tensor takes."""
+
+        def give_up() -> None:
+            actions = self.plan.actions
+            actions[:] = [other for other in actions if other is not action]
+
+        if action is not None:
+            self._claim(live, index, give_up)
+
+    def _tensor(self, live: Any, index: int) -> None:
+        torch = sys.modules["torch"]
+        why = self._tensor_misfit(live, index)
+        if type(live) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(live):
+            why = Misfit(f"a `{type(live).__name__}` cannot be restored in place")
+        if why is None:
+            takers = _Takers()
+            takers.add(self._tree.nodes[index][1], live)
+            action = self._do(live, index, lambda value: _copy_tensor(live, value), takers)
+            self._claim_for(live, index, action)
+        else:
+            self._misfit(index, why)
+
+    def _tensor_misfit(self, live: Any, index: int) -> Misfit | None:
+        return tensor_misfit(live, index, self._reader, cast=self._cast)
+
+    def _array(self, live: np.ndarray[Any, Any], index: int) -> None:
+        why = array_misfit(live, index, self._reader, cast=self._cast)
+        if why is None:
+            action = self._do(live, index, lambda value: _copy_array(live, value))
+            self._claim_for(live, index, action)
+        else:
+            self._misfit(index, why)
+
+    def _stateful(self, live: Any, index: int) -> None:
+        torch = sys.modules.get("torch")
+        plan, known = self.plan, len(self.plan.missing)
+        if torch is not None and isinstance(live, torch.nn.Module) and modules.loads_as_one(live):
+            planned = self._module(live, index)
+        else:
+            planned = self._object(live, index)
+        if index == 0:
+            plan.is_top_amiss = len(plan.missing) > known or not (planned or plan.hints)
+        if not planned:
+            plan.untouched.append(self._paths[index] or f"the {type(live).__name__}")
+
+    def _object(self, live: Any, index: int) -> bool:
+        """Plan for what loads in a way of its own; tell whether anything will be restored."""
+        torch = sys.modules.get("torch")
+        takers = _Takers()
+        why: Misfit | None = None
+        if torch is not None and isinstance(live, torch.optim.Optimizer):
+            why = optimizer_misfit(live, index, self._reader, cast=self._cast)
+            why = self._find_in_optimizer(live, index, takers) or why
+        elif sharded_type() is not None:
+            placed: set[int] = set()
+            self._find_sharded(live.state_dict(), index, takers, placed)
+            below = self._tree.tensors_below(index)
+            if any(self._reader.records[n].slice and n not in placed for n in below):
+                why = _NOT_PLACED
+        if self._tree.nodes[index][:2] == (TAG_DICT, _NOTHING) and live.state_dict():
+            why = Misfit("the saved state is empty, and the live one is not")
+        if why is not None:
+            self._misfit(index, why)
+            return False
+        if not self._ask(live, index):
+            return False
+        foreign = modules.is_foreign(live)
+        action = self._do(live, index, live.load_state_dict, takers, is_foreign=foreign)
+        return action is not None
+
+    def _module(self, live: Any, index: int) -> bool:
+        """Plan for a module; tell whether anything of it will be restored."""
+        if self._tree.nodes[index][0] != TAG_DICT:
+            self._misfit(index, "a module is live, and the checkpoint has no dict")
+            return False
+        fit = self._compare_module(live, index)
+
+        def act(value: dict[str, Any]) -> None:
+            for key in fit.drop:
+                del value[key]
+            for key, tensor in fit.expanded.items():
+                if key in value:  # torch would refuse to; it is told of what is there by then
+                    _copy_tensor(tensor, value[key])
+                    value[key] = tensor
+            live.load_state_dict(value, strict=self._strict)
+
+        foreign = modules.is_foreign(live)
+        action = self._do(
+            live, index, act, fit.takers, has_effect=fit.has_effect, is_foreign=foreign
+        )
+        return action is not None and fit.has_effect
+
+    def _ask(self, live: Any, index: int) -> bool:
+        """Let an object that can tell without tensors refuse its part before anything changes."""
+        check = getattr(live, "check_state_dict", None)
+        if not callable(check) or self._tree.tensors_below(index):
+            return True
+        none: dict[int, Any] = {}
+        try:
+            check(self._tree.build(index, none.__getitem__))
+        except CheckpointError as error:
+            if self._strict:
+                raise
+            self._misfit(index, error.why, error.hint)
+            return False
+        return True
+
+    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> Misfit | None:
+        """Find where an optimizer's tensors belong, or tell why that cannot be known.
+
+        They are where their parameters are, but for counts of steps, which optimizers keep in the
+        host's memory, and are sharded as those are, unless there are live ones that say otherwise.
+        A wrong guess costs a copy: the optimizer moves what it is given.
+        """
+        parameters = [p for group in live.param_groups for p in group["params"]]
+        saved = dict(entries(self._tree, index))
+        for position, state in entries(self._tree, saved.get("state")):
+            if type(position) is not int or position not in range(len(parameters)):
+                continue
+            parameter = parameters[position]
+            now = live.state.get(parameter, {})
+            for name, child in entries(self._tree, state):
+                tag, number = self._tree.nodes[child][:2]
+                if tag != TAG_TENSOR:
+                    continue
+                if is_sharded(now.get(name)) and self._tensor_misfit(now[name], child) is None:
+                    takers.add(number, now[name])
+                elif name != "step" and self._shape_of(number) == tuple(parameter.shape):
+                    takers.add(number, parameter)
+                elif is_sharded(parameter) and self._reader.records[number].slice is not None:
+                    return _NOT_PLACED
+                elif parameter.is_cuda and name != "step":
+                    takers.devices[number] = parameter.device
+        return None
+
+    def _shape_of(self, number: int) -> tuple[int, ...]:
+        return whole_shape(self._reader.records[number])
+
+    def _find_sharded(self, live: Any, index: int, takers: _Takers, placed: set[int]) -> None:
+        """Find the sharded tensors in a live ``state_dict()`` beside the saved one.
+
+        ``placed`` takes the numbers of saved tensors that have live ones in their place.
+        """
+        if _is_tensor(live):
+            if self._tensor_misfit(live, index) is None:
+                number = self._tree.nodes[index][1]
+                placed.add(number)
+                if is_sharded(live):
+                    takers.add(number, live)
+        elif isinstance(live, dict):
+            for key, child in entries(self._tree, index):
+                if key in live:
+                    self._find_sharded(live[key], child, takers, placed)
+        elif isinstance(live, (list, tuple)) and self._tree.nodes[index][0] in _SEQUENCES:
+            for position, child in self._tree.children(index):
+                if position < len(live):
+                    self._find_sharded(live[position], child, takers, placed)
+
+    def _compare_module(self, live: Any, index: int) -> _ModuleFit:
+        """Note what differs between a module and its saved state."""
+        expected = live.state_dict(keep_vars=True)
+        saved = dict(self._tree.children(index))
+        prefix = self._prefix(index)
+        self.plan.missing += [f"{prefix}{key}" for key in expected if key not in saved]
+        own = {id(tensor) for tensor in itertools.chain(live.parameters(), live.buffers())}
+        fit = _ModuleFit(has_effect=not expected)
+        for key, child in saved.items():
+            if key not in expected:
+                self.plan.unexpected.append(self._paths[child])
+                continue
+            tensor = expected[key]
+            is_extra = key.rpartition(".")[2] == modules.EXTRA_STATE  # may have any length
+            if _is_tensor(tensor) and not _is_uninitialized(tensor) and not is_extra:
+                why = self._tensor_misfit(tensor, child) or inference_misfit(tensor)
+                if why is not None:
+                    self._misfit(child, why)
+                    fit.drop.append(key)
+                    continue
+                fit.takers.add(self._tree.nodes[child][1], tensor)
+                if id(tensor) in own:  # not what a hook made for its state alone
+                    self._claim(tensor, child, functools.partial(fit.drop.append, key))
+                    if not is_sharded(tensor) and sharing.is_expanded(tensor):
+                        fit.expanded[key] = tensor
+            fit.has_effect = True
+        return fit
+
+    def _dict(self, live: dict[Any, Any], index: int) -> None:
+        if self._tree.nodes[index][0] != TAG_DICT:
+            self._misfit(
+                index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict"
+            )
+            return
+        # Typed: True and 1 are equal in Python, and not the same key here.
+        saved = {(type(key), key): child for key, child in self._tree.children(index)}
+        prefix = self._prefix(index)
+        for key, value in live.items():
+            if index == 0:
+                self._item = key
+            child = saved.pop((type(key), key), None)
+            if child is None:
+                self.plan.missing.append(f"{prefix}{key}")
+                self.plan.is_top_amiss |= index == 0
+                if index and _holds_stateful(value):
+                    self.plan.untouched.append(f"{prefix}{key}")
+            else:
+                self.visit(value, child, _slot_of(live, key))
+        extra = self.plan.not_asked_for if index == 0 else self.plan.unexpected
+        extra += [self._paths[child] for child in saved.values()]
+
+    def _sequence(self, live: list[Any] | tuple[Any, ...], index: int, slot: _Slot | None) -> None:
+        tag, count = self._tree.nodes[index][:2]
+        if tag != (TAG_LIST if type(live) is list else TAG_TUPLE):
+            name = type(live).__name__
+            self._misfit(index, f"a {name} is live, and the checkpoint has another kind of value")
+        elif count != len(live):
+            self._misfit(index, f"the live length is {len(live)}, the saved one {count}")
+        else:
+            # A tuple keeps what is live in it, and takes the place of the old one for the rest.
+            items = live if type(live) is list or slot is None else list(live)
+            for position, child in self._tree.children(index):
+                if index == 0:
+                    self._item = position
+                item_slot = _slot_of(items, position) if type(items) is list else None
+                self.visit(live[position], child, item_slot)
+            if items is not live and slot is not None:
+                act = lambda _: slot(tuple(items))  # noqa: E731
+                where = f"`{self._paths[index]}` (tuple)"
+                self.plan.actions.append(
+                    Action(self._item, index, (), act, where, has_effect=False)
+                )
+
+    def _replace_contents(self, live: dict[Any, Any] | list[Any], index: int) -> None:
+        """Plain data becomes exactly what was saved; the container stays the same object."""
+        expected = TAG_LIST if type(live) is list else TAG_DICT
+        if self._tree.nodes[index][0] != expected:
+            name = type(live).__name__
+            self._misfit(index, f"a {name} is live, and the checkpoint has another kind of value")
+            return
+
+        def act(value: Any) -> None:
+            live.clear()
+            if isinstance(live, list):
+                live.extend(value)
+            else:
+                live.update(value)
+            self.plan.values[self._paths[index]] = live
+
+        self._do(live, index, act)
+
+    def _plain(self, live: Any, index: int, slot: _Slot | None) -> None:
+        tag = self._tree.nodes[index][0]
+        is_plain = not self._tree.is_container(index) and tag != TAG_TENSOR
+        if live is not None and not is_plain and type(live) is not tuple:
+            kind = type(live).__name__
+            self._misfit(index, f"a {kind} is live, and the checkpoint has another kind of value")
+            return
+
+        if slot is None and not self._is_there(live, index):
+            self._misfit(index, "a plain value that nothing mutable holds cannot be replaced")
+            return
+
+        def act(value: Any) -> None:
+            if slot is not None:
+                slot(value)
+            self.plan.values[self._paths[index]] = value
+
+        self._do(live, index, act)
+
+    def _is_there(self, live: Any, index: int) -> bool:
+        """Tell whether a plain value is what was saved already."""
+        tree = self._tree
+        none: dict[int, Any] = {}
+        return not tree.tensors_below(index) and _is_same(live, tree.build(index, none.__getitem__))
+
+    def _prefix(self, index: int) -> str:
+        return f"{self._paths[index]}." if index else ""
+
+
+def _slot_of(container: Any, key: Any) -> _Slot:
+    def replace(value: Any) -> None:
+        container[key] = value
+
+    return replace
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two plain values are the same, a NaN too."""
+    return type(one) is type(other) and (one == other or repr(one) == repr(other))
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_uninitialized(tensor: Any) -> bool:
+    torch = sys.modules["torch"]
+    return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+
+
+def _is_at_or_below(path: str, key: Any) -> bool:
+    return path == str(key) or path.startswith(f"{key}.")
+
+
+def _is_stateful(value: Any) -> bool:
+    return callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type)
+
+
+def _holds_stateful(value: Any) -> bool:
+    if type(value) in (dict, OrderedDict):
+        return any(_holds_stateful(child) for child in value.values())
+    if type(value) in (list, tuple):
+        return any(_holds_stateful(child) for child in value)
+    return _is_stateful(value)
+
+
+def _holds_live(value: Any) -> bool:
+    """Tell whether there is anything in ``value`` that keeps its identity when restored."""
+    if type(value) in (dict, OrderedDict):
+        return any(_holds_live(child) for child in value.values())
+    if type(value) in (list, tuple):
+        return any(_holds_live(child) for child in value)
+    return _is_tensor(value) or isinstance(value, np.ndarray) or _is_stateful(value)
+
+
+def _copy_array(live: np.ndarray[Any, Any], value: np.ndarray[Any, Any]) -> None:
+    """Copy, or convert as torch does: what is too large becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        np.copyto(live, value)
+
+
+def _copy_tensor(live: Any, value: Any) -> None:
+    """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel. Or convert."""
+    torch = sys.modules["torch"]
+    if value is live:
+        return
+    with torch.no_grad():
+        source, destination = local_of(value).detach(), local_of(live).detach()
+        for dimension, (size, stride) in enumerate(
+            zip(destination.shape, destination.stride(), strict=True)
+        ):
+            if stride == 0 and size > 1:  # expanded: one item stands for all
+                destination = destination.narrow(dimension, 0, 1)
+                source = source.narrow(dimension, 0, 1)
+        if destination.dtype == source.dtype and destination.dtype.itemsize == 1:
+            destination, source = destination.view(torch.uint8), source.view(torch.uint8)
+        destination.copy_(source)

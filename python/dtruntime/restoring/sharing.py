@@ -1,0 +1,259 @@
+"""Live tensors that share memory: whether what was saved for them can all come to be there.
+
+    live                          saved
+    emb.weight  ----+             one tensor, or two that view the same memory: fits
+                    | memory      two that are the same bit by bit:             fits
+    head.weight ----+             two that differ:                              does not
+
+One tensor whose own items share memory, expanded say, is the same question.
+
+Always holds: tensors are read only where live ones share memory and the saved ones do not share it
+in the same way, into the host's memory; nothing live is changed. Of those that cannot all come to
+be, the first one is taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dtruntime.state.sharded_tensors import LivePart, is_sharded, local_of
+from dtruntime.state.tensors import NUMPY, hull_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from dtruntime.loading.reader import Reader
+    from dtruntime.state.tensors import TensorRecord
+
+
+class Claim(NamedTuple):
+    """A live tensor or array that takes a saved one.
+
+    Attributes:
+        path: Where it is.
+        node: The node that it takes.
+        number: The number of the saved tensor.
+        live: The tensor; keeps its memory from being another one's meanwhile.
+        give_up: Leaves it as it is.
+
+    """
+
+    path: str
+    node: int
+    number: int
+    live: Any
+    give_up: Callable[[], None]
+
+
+class _View(NamedTuple):
+    """Where the items of a tensor lie. Strides count bytes; dimensions of one item are left out."""
+
+    device: Any
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item_bytes: int
+
+    @property
+    def low(self) -> int:
+        """The first byte."""
+        return self.address + sum(
+            (size - 1) * min(stride, 0) for size, stride in zip(*self[2:4], strict=True)
+        )
+
+    @property
+    def high(self) -> int:
+        """The byte after the last."""
+        reach = ((size - 1) * max(stride, 0) for size, stride in zip(*self[2:4], strict=True))
+        return self.address + sum(reach) + self.item_bytes
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether items of it may share memory; False is certain."""
+        reach = self.item_bytes
+        for stride, size in sorted(zip(map(abs, self.strides), self.shape, strict=True)):
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+        return False
+
+    def within(self, memory: np.ndarray[Any, Any], first: int) -> np.ndarray[Any, Any]:
+        """View its items, as bytes, in memory that stands for that from address ``first`` on."""
+        shape, strides = (*self.shape, self.item_bytes), (*self.strides, 1)
+        offset = self.address - first
+        return np.ndarray(shape, np.uint8, memory, offset, strides)
+
+
+_Placed = tuple[Claim, _View]
+
+
+def is_expanded(live: Any) -> bool:
+    """Tell whether a tensor has a dimension along which all items are one: torch copies to none."""
+    if live.layout is not sys.modules["torch"].strided:
+        return False
+    pairs = zip(live.shape, live.stride(), strict=True)
+    return any(stride == 0 and size > 1 for size, stride in pairs)
+
+
+def conflicts(claims: Iterable[Claim], reader: Reader) -> Iterator[tuple[Claim, str]]:
+    """Give the claims that cannot be met beside those before them, each with the reason."""
+    for group in _groups(claims):
+        if _lie_as_saved(group, reader.records):
+            continue
+        views = {view for _, view in group}
+        is_one = len(views) == 1 and not group[0][1].may_overlap
+        yield from _compare_alike(group, reader) if is_one else _compare(group, reader)
+
+
+def _groups(claims: Iterable[Claim]) -> Iterator[list[_Placed]]:
+    """Give the claims that may share memory, in groups, each in the order that they came in."""
+    placed = [
+        (view, order, claim)
+        for order, claim in enumerate(claims)
+        if (view := _view_of(claim.live)) is not None
+    ]
+    placed.sort(key=lambda one: (str(one[0].device), one[0].low))
+    group: list[tuple[_View, int, Claim]] = []
+    end = 0
+    for one in placed:
+        view = one[0]
+        if group and (view.device != group[0][0].device or view.low >= end):
+            yield from _if_shared(group)
+            group = []
+        end = max(end, view.high) if group else view.high
+        group.append(one)
+    yield from _if_shared(group)
+
+
+def _if_shared(group: list[tuple[_View, int, Claim]]) -> Iterator[list[_Placed]]:
+    if len(group) > 1 or any(view.may_overlap for view, _, _ in group):
+        yield [(claim, view) for view, _, claim in sorted(group, key=lambda one: one[1])]
+
+
+def _view_of(live: Any) -> _View | None:
+    """Tell where a tensor lies; None if it has no items, or is of a kind that does not say."""
+    if isinstance(live, np.ndarray):
+        if not live.size:
+            return None
+        address, item_bytes, strides = live.ctypes.data, live.itemsize, live.strides
+        device: Any = None
+    else:
+        torch = sys.modules["torch"]
+        local = local_of(live)
+        is_plain = type(local) in (torch.Tensor, torch.nn.Parameter)
+        if not is_plain or local.layout is not torch.strided or not local.numel():
+            return None
+        item_bytes = local.element_size()
+        address = local.data_ptr()
+        strides = tuple(stride * item_bytes for stride in local.stride())
+        device = None if local.device.type == "cpu" else local.device
+        live = local
+    kept = [(size, stride) for size, stride in zip(live.shape, strides, strict=True) if size > 1]
+    shape, strides = tuple(size for size, _ in kept), tuple(stride for _, stride in kept)
+    return _View(device, address, shape, strides, item_bytes)
+
+
+def _lie_as_saved(group: Sequence[_Placed], records: Sequence[TensorRecord]) -> bool:
+    """Tell whether saved tensors share memory in the way that the live ones do."""
+    first = _distance(*group[0], records)
+    if len({_identity(claim, view, records) for claim, view in group}) == 1:
+        return not group[0][1].may_overlap or first is not None
+    return first is not None and all(
+        _distance(claim, view, records) == first for claim, view in group
+    )
+
+
+def _identity(
+    claim: Claim, view: _View, records: Sequence[TensorRecord]
+) -> tuple[_View, Any, int | TensorRecord]:
+    """Tell apart what live tensors are, and take. What has no items may be a part of anything."""
+    record = records[claim.number]._replace(kind=0, requires_grad=False)
+    kind = (claim.live.dtype, *_flips(claim.live))
+    return view, kind, claim.number if hull_of(record) is None else record
+
+
+def _distance(claim: Claim, view: _View, records: Sequence[TensorRecord]) -> tuple[int, int] | None:
+    """Give from which storage, how far away, a live tensor takes its bytes; None if not as it is.
+
+    Tensors with one distance share as much memory here as there.
+    """
+    record = records[claim.number]
+    pairs = zip(record.shape, record.strides, strict=True)
+    kept = tuple((size, stride * record.item_bytes) for size, stride in pairs if size > 1)
+    is_whole = record.kind != NUMPY and record.slice is None and hull_of(record) is not None
+    is_same = kept == tuple(zip(view.shape, view.strides, strict=True))
+    dtype = str(claim.live.dtype).removeprefix("torch.")
+    if not is_whole or not is_same or record.dtype != dtype or any(_flips(claim.live)):
+        return None
+    return record.storage, view.address - record.offset * record.item_bytes
+
+
+def _compare_alike(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, str]]:
+    """Compare what is saved for one piece of memory under several names."""
+    kept = group[0][0]
+    first = _bytes_for(kept, reader)
+    for claim, _ in group[1:]:
+        is_alike = claim.live.dtype == kept.live.dtype and _flips(claim.live) == _flips(kept.live)
+        if claim.number == kept.number and is_alike:
+            continue
+        if not np.array_equal(first, _bytes_for(claim, reader)):
+            yield claim, _why(claim, kept)
+
+
+def _compare(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, str]]:
+    """Write what is saved to memory like the live one, and see whether all of it is there."""
+    start, end = min(v.low for _, v in group), max(v.high for _, v in group)
+    memory, is_taken = np.zeros(end - start, np.uint8), np.zeros(end - start, np.uint8)
+    kept: list[_Placed] = []
+    for claim, view in group:
+        there, taken = view.within(memory, start), view.within(is_taken, start)
+        value = _bytes_for(claim, reader).reshape(there.shape)
+        before = there.copy()
+        is_other = bool((taken.astype(bool) & (before != value)).any())
+        there[...] = value
+        if is_other or not np.array_equal(there, value):
+            there[...] = before
+            others = (c for c, v in kept if v.low < view.high and view.low < v.high)
+            yield claim, _why(claim, next(others, None) if is_other else None)
+        else:
+            taken[...] = 1
+            kept.append((claim, view))
+
+
+def _flips(live: Any) -> tuple[bool, bool]:
+    """Tell whether what a tensor is lies in memory as its conjugate, and as its negative."""
+    if isinstance(live, np.ndarray):
+        return False, False
+    local = local_of(live)
+    return local.is_conj(), local.is_neg()
+
+
+def _bytes_for(claim: Claim, reader: Reader) -> np.ndarray[Any, Any]:
+    """Read what comes to lie where a live tensor does, in its dtype and row-major order."""
+    live = claim.live
+    part = LivePart.of(live) if is_sharded(live) else None
+    parts = {} if part is None else {claim.number: part}
+    value = reader.tensors([claim.number], {}, parts)[claim.number]
+    if isinstance(live, np.ndarray):
+        with np.errstate(all="ignore"):
+            return np.ascontiguousarray(value, live.dtype).reshape(-1).view(np.uint8)
+    torch = sys.modules["torch"]
+    value = local_of(value).detach()
+    if value.dtype != live.dtype:
+        value = value.to(live.dtype)
+    is_conjugate, is_negative = _flips(live)
+    value = value.conj().resolve_conj() if is_conjugate else value
+    value = -value if is_negative else value
+    if value.dtype.itemsize == 1:  # some one-byte dtypes have no copy kernel
+        value = value.view(torch.uint8)
+    flat: np.ndarray[Any, Any] = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _why(claim: Claim, other: Claim | None) -> str:
+    if other is None:
+        return "items of the live one share memory, and the saved ones differ"
+    return f"live `{other.path}` and `{claim.path}` share memory, and the saved ones differ"
