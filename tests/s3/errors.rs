@@ -1,5 +1,8 @@
 //! What keeps a store and its service apart: one clear line each, with a hint.
 
+use std::time::Duration;
+
+use dtr_engine::engine::GcOptions;
 use dtr_engine::{Config, EngineError};
 
 use crate::place::{Place, config_at, try_open};
@@ -70,6 +73,18 @@ fn a_user_who_may_only_read_reads_and_is_told_at_the_first_write() {
          hint: allow this on the bucket and its keys: engine/docs/s3.md has the policy that \
          suffices"
     );
+}
+
+#[test]
+fn a_user_who_may_not_list_uploads_is_told_of_everything_else_that_could_go() {
+    let Some(place) = Place::own("it removes a manifest behind the service's back") else { return };
+    let config = place.config();
+    State::training(1, 0).save(&try_open(config.clone(), OWNER).unwrap(), 1).unwrap();
+    let step = place.objects(&config).join("step-000000000001");
+    std::fs::remove_file(step.join("manifest.json")).unwrap();
+    let reader = try_open(Config { read_only: true, ..config }, READER).unwrap();
+    let options = GcOptions { dry_run: true, grace: Some(Duration::ZERO) };
+    assert_eq!(reader.gc(options).unwrap().removed.len(), 1);
 }
 
 #[test]

@@ -174,6 +174,37 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
     }
 }
 
+/// On a line too slow for all that is under way, no body comes whole within its time.
+#[test]
+fn a_body_that_breaks_off_is_asked_for_from_there_and_costs_no_attempt() {
+    let place = Place::new();
+    let store = place.config();
+    let state = state_of(2);
+    let writer = open(Config { compression: Compression::None, ..store.clone() });
+    state.save(&writer, 2).unwrap();
+    writer.close().unwrap();
+    let breaks_off = Arc::new(AtomicU64::new(0));
+    let plan = Arc::clone(&breaks_off);
+    let plan = move |request| {
+        let breaks_off = request < plan.load(Ordering::SeqCst);
+        if breaks_off { Fault::Truncated } else { Fault::None }
+    };
+    let proxy = Proxy::start(place.address(), Arc::new(plan));
+    let mut settings = Config { read_only: true, ..through(&proxy, &store) };
+    settings.s3.request_timeout_ms = 60_000;
+    settings.s3.attempts = 1;
+    let engine = open(settings);
+    let checkpoint = engine.checkpoint(2).unwrap();
+    let before = proxy.requests();
+    state.assert_equals(&checkpoint);
+    let whole = proxy.requests() - before;
+    assert!(whole > 1, "{whole}");
+    breaks_off.store(proxy.requests() + 2 * whole, Ordering::SeqCst);
+    let before = proxy.requests();
+    state.assert_equals(&checkpoint);
+    assert_eq!(proxy.requests() - before, 3 * whole);
+}
+
 /// What became of [`save_through`].
 struct Saved {
     store: Config,

@@ -38,9 +38,11 @@ pub(crate) enum Fault {
     /// The connection breaks after a second, and the request takes effect so many seconds after it
     /// came.
     AppliedLate(u64),
+    /// There is never an answer.
+    Stalled,
 }
 
-/// Every fault.
+/// Every fault that ends by itself.
 pub(crate) const FAULTS: [Fault; 17] = [
     Fault::Answer(500, "InternalError"),
     Fault::Answer(503, "SlowDown"),
@@ -158,6 +160,7 @@ async fn before(
             client.write_all(&answer(200, "InternalError", number)).await?;
             Ok(Some(Handled::Answered))
         }
+        Fault::Stalled => std::future::pending().await,
         Fault::HalfClosed => {
             client.shutdown().await?;
             tokio::time::sleep(Duration::from_secs(1)).await;

@@ -355,6 +355,10 @@ impl S3 for Bucket {
         &self,
         request: S3Request<ListMultipartUploadsInput>,
     ) -> Answer<ListMultipartUploadsOutput> {
+        // A right of its own, which the policy for readers leaves out.
+        if request.credentials.as_ref().is_none_or(|user| user.access_key != OWNER.0) {
+            return Err(s3_error!(AccessDenied, "this user may not list uploads"));
+        }
         let prefix = request.input.prefix.unwrap_or_default();
         let uploads = self.rules.uploads();
         let listed = uploads.iter().filter(|(_, upload)| upload.key.starts_with(&prefix));

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dtr_engine::config::Compression;
 use dtr_engine::engine::GcOptions;
@@ -13,7 +13,7 @@ use dtr_engine::{Config, Engine, EngineError};
 use tempfile::TempDir;
 
 use crate::faults::through;
-use crate::place::{PART_BYTES, Place, config_at, open, until};
+use crate::place::{LONG, PART_BYTES, Place, config_at, open, until};
 use crate::proxy::{Fault, Proxy};
 use crate::support::{State, config, finish, scratch};
 
@@ -467,4 +467,34 @@ fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
     open(near).close().unwrap();
     let far = open(config_at(&place.url(), far.path.to_str().unwrap()));
     assert_eq!(far.steps().unwrap(), [1, 2]);
+}
+
+#[test]
+fn whoever_leaves_uploads_does_not_wait_for_a_service_that_stands_still() {
+    let place = Place::new();
+    let (_directory, near, far) = tier(&place);
+    let [stands_still, asked] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let (stalls, is_asked) = (Arc::clone(&stands_still), Arc::clone(&asked));
+    let plan = move |_| {
+        let stalls = stalls.load(Ordering::SeqCst);
+        is_asked.fetch_or(stalls, Ordering::SeqCst);
+        if stalls { Fault::Stalled } else { Fault::None }
+    };
+    let proxy = Proxy::start(place.address(), Arc::new(plan));
+    let mut s3 = through(&proxy, &far).s3;
+    // Longer than the test may take.
+    s3.request_timeout_ms = 3_600_000;
+    let engine = open(Config { s3, ..near.clone() });
+    stands_still.store(true, Ordering::SeqCst);
+    let state = State::training(1, 2);
+    state.save(&engine, 1).unwrap();
+    until("a request that stands still", || asked.load(Ordering::SeqCst));
+    let start = Instant::now();
+    engine.leave_uploads().unwrap();
+    engine.close().unwrap();
+    drop(engine);
+    assert!(start.elapsed() < LONG);
+    // The directory is free, and what is left to do is done.
+    open(near).close().unwrap();
+    state.assert_equals(&open(far).checkpoint(1).unwrap());
 }

@@ -43,7 +43,7 @@ pub struct S3Settings {
     /// Milliseconds until one attempt at a request, its body included, has its answer. Default
     /// 60,000; from 1 to 3,600,000.
     pub request_timeout_ms: u64,
-    /// Attempts at a request before its failure is the caller's. Default 6; from 1 to 20.
+    /// Attempts at a request before its failure is the caller's. Default 10; from 1 to 20.
     pub attempts: u32,
     /// Bytes of a part of an upload. Default 16 MiB, raised so that 10,000 parts suffice; from 5
     /// MiB to 5 GiB. A shard that is no larger is uploaded in one piece.
@@ -62,7 +62,7 @@ impl Default for S3Settings {
             ca_bundle: None,
             connect_timeout_ms: 5_000,
             request_timeout_ms: 60_000,
-            attempts: 6,
+            attempts: 10,
             part_bytes: PART_BYTES_DEFAULT,
             in_flight_bytes: 128 << 20,
         }
@@ -168,17 +168,8 @@ impl S3Address {
 
 impl fmt::Display for S3Address {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{S3_SCHEME}{}", self.key_of_bucket())
-    }
-}
-
-impl S3Address {
-    fn key_of_bucket(&self) -> String {
-        if self.prefix.is_empty() {
-            self.bucket.clone()
-        } else {
-            format!("{}/{}", self.bucket, self.prefix)
-        }
+        let slash = if self.prefix.is_empty() { "" } else { "/" };
+        write!(formatter, "{S3_SCHEME}{}{slash}{}", self.bucket, self.prefix)
     }
 }
 

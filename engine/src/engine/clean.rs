@@ -131,7 +131,7 @@ impl Core {
         now: SystemTime,
         report: &mut GcReport,
     ) -> Result<()> {
-        for upload in self.store.unfinished_uploads()? {
+        for upload in self.store.unfinished_uploads(None)? {
             let age = now.duration_since(upload.last_active).unwrap_or_default();
             let item = |why: &str| GcItem {
                 step: upload.step,

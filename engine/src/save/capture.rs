@@ -124,12 +124,14 @@ fn capture_here(
         }
         results
     });
+    // In their order, whichever copier held them back: a store in parts is then given one part
+    // after the other, and does not hold the beginnings of all.
+    let mut tasks = Vec::with_capacity(chunks.len());
     for held_back in captured {
-        for task in held_back? {
-            devices.send(task)?;
-        }
+        tasks.extend(held_back?);
     }
-    Ok(())
+    tasks.sort_unstable_by_key(|task| task.index);
+    tasks.into_iter().try_for_each(|task| devices.send(task))
 }
 
 fn thread_count(chunks: usize) -> usize {

@@ -98,8 +98,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn reclaim(&self) {}
 
     /// Uploads that were begun, never finished and never given up, by whichever process: the parts
-    /// that arrived take space though no listing shows them. Only where a store has such.
-    fn unfinished_uploads(&self) -> Result<Vec<UnfinishedUpload>> {
+    /// that arrived take space though no listing shows them. Of one step, or of all. Only where a
+    /// store has such.
+    fn unfinished_uploads(&self, _step: Option<u64>) -> Result<Vec<UnfinishedUpload>> {
         Ok(Vec::new())
     }
 
@@ -123,6 +124,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// In a forked child: closes inherited descriptors that keep locks alive. Runs right after the
     /// fork, so it waits for no mutex.
     fn close_after_fork(&self);
+
+    /// Ends what waits for a network, now and from now on, with an error: the process is about to
+    /// end, and the next one goes on.
+    fn interrupt(&self) {}
 
     /// The present by the store's own clock, the one that stamps `FileListing::modified`.
     fn now(&self) -> Result<SystemTime>;

@@ -1,7 +1,8 @@
 //! The service's client, and the threads that it runs on.
 //!
 //! Always holds: nothing here is used in a forked child, which has none of the threads, and
-//! dropping anything there waits for nobody; every request ends within [`Client::deadline`].
+//! dropping anything there waits for nobody; every request ends within [`Client::deadline`], or at
+//! once after [`Client::interrupt`].
 
 use std::fmt;
 use std::future::Future;
@@ -30,6 +31,7 @@ use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 
 use crate::config::{S3Credentials, S3Settings};
 use crate::error::IoContext;
@@ -40,8 +42,12 @@ const THREADS: usize = 2;
 /// Connections that nobody used for so long are closed: the service is about to do so itself, and a
 /// request on one that is half closed fails.
 const IDLE_CONNECTION: Duration = Duration::from_secs(15);
-/// First and longest pause before a request is tried again; each is drawn at random below it.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// First and longest pause before a request is tried again; each is drawn at random below it. With
+/// ten attempts they add up to 13 s on average: a service that fails over, or throttles, for some
+/// seconds ends no save.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Attempts at a request that may stand still until they time out: more are for answers that say no.
+const SILENT_ATTEMPTS_MAX: u32 = 4;
 /// What names a service that is not AWS.
 const ENDPOINT_VARIABLES: [&str; 2] = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"];
 /// Without one of our own and one of the user's, services that are not AWS take this region.
@@ -55,6 +61,8 @@ pub(super) struct Client {
     process: u32,
     pub(super) watch: Arc<Watch>,
     pub(super) settings: S3Settings,
+    /// Whether nothing is waited for any more.
+    interrupted: watch::Sender<bool>,
     /// The endpoint that was named, if one was.
     endpoint: Option<String>,
 }
@@ -92,6 +100,7 @@ impl Client {
             process: std::process::id(),
             watch,
             settings: settings.clone(),
+            interrupted: watch::Sender::new(false),
             endpoint,
         })
     }
@@ -133,7 +142,20 @@ impl Client {
 
     /// How long a request may take with all its attempts.
     pub(super) fn deadline(&self) -> Duration {
-        (self.attempt_timeout() + BACKOFF.1) * self.settings.attempts
+        let attempts = self.settings.attempts;
+        self.attempt_timeout() * attempts.min(SILENT_ATTEMPTS_MAX) + BACKOFF.1 * attempts
+    }
+
+    /// Ends every request, now and from now on, with an error.
+    pub(super) fn interrupt(&self) {
+        self.interrupted.send_replace(true);
+    }
+
+    /// Returns after [`Client::interrupt`].
+    pub(super) async fn interruption(&self) {
+        let mut interrupted = self.interrupted.subscribe();
+        // The sender is our own: it is there for as long as this runs.
+        drop(interrupted.wait_for(|is_interrupted| *is_interrupted).await);
     }
 
     /// The pause before attempt `attempt`, counted from 1, at what the SDK does not repeat itself.
@@ -434,7 +456,7 @@ mod tests {
     #[test]
     fn pauses_grow_up_to_a_bound() {
         let pauses: Vec<_> = (1..9).map(|attempt| Client::pause(attempt).as_millis()).collect();
-        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        assert_eq!(pauses, [200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
     }
 
     #[test]

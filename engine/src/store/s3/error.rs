@@ -80,6 +80,11 @@ impl Failure {
             || self.status == 501
     }
 
+    /// The credentials do not allow it.
+    pub(super) fn is_denied(&self) -> bool {
+        self.code == "AccessDenied" || (self.code.is_empty() && [401, 403].contains(&self.status))
+    }
+
     /// As an error of what was being done.
     pub(super) fn into_error(self, what: impl Into<String>) -> EngineError {
         let (what, why) = (what.into(), self.text.clone());
@@ -126,9 +131,15 @@ impl Failure {
                 _,
             )
             | (_, 301 | 307) => Advice::Region,
-            ("ExpiredToken" | "ExpiredTokenException" | "RequestExpired", _) => {
-                retry("the credentials have expired: renew them; earlier checkpoints are untouched")
-            }
+            ("ExpiredToken" | "ExpiredTokenException" | "RequestExpired", _) => retry(
+                "the credentials have expired: renew them and open the store again, or use \
+                     some that renew themselves (a role, SSO, `credential_process`); earlier \
+                     checkpoints are untouched",
+            ),
+            ("InvalidObjectState", _) => retry(
+                "a lifecycle rule has archived it: restore the object (`aws s3api restore-object`) \
+                 and exempt checkpoints from that rule",
+            ),
             ("RequestTimeTooSkewed", _) => {
                 retry("this machine's clock is wrong: set it, for example with `chronyc makestep`")
             }

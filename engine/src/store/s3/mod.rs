@@ -21,8 +21,6 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
-use tokio::task::JoinSet;
-
 use super::flow::Flow;
 use super::{
     Access, FileListing, Publication, ShardId, ShardSink, ShardSize, ShardSource, Space,
@@ -49,8 +47,8 @@ use client::Client;
 use error::Failure;
 use objects::{Asked, Object};
 
-/// Manifests that are asked for at a time.
-const MANIFESTS_IN_FLIGHT: usize = 32;
+/// Small requests of one kind that are under way at a time.
+const REQUESTS_AT_ONCE: usize = 32;
 
 /// A store in a bucket.
 #[derive(Debug)]
@@ -154,31 +152,20 @@ impl Store for S3Store {
     }
 
     fn read_manifests(&self, steps: &[u64]) -> Vec<Result<Option<Vec<u8>>>> {
-        let mut read = Vec::with_capacity(steps.len());
-        for steps in steps.chunks(MANIFESTS_IN_FLIGHT) {
-            if let Err(error) = self.shared.check_process("reading manifests") {
-                read.push(Err(error));
-                break;
-            }
-            let objects = self.shared.client.block_on(async {
-                let mut tasks = JoinSet::new();
-                for (place, &step) in steps.iter().enumerate() {
-                    let shared = Arc::clone(&self.shared);
-                    tasks.spawn(async move { (place, shared.get_manifest(step).await) });
-                }
-                tasks.join_all().await
-            });
-            let mut objects = objects;
-            objects.sort_by_key(|(place, _)| *place);
-            for ((_, asked), &step) in objects.into_iter().zip(steps) {
-                let what = self.shared.naming("reading", &self.shared.manifest_key(step));
-                let object = asked.map_err(|failure| self.shared.refused(&what, failure));
-                read.push(object.and_then(|object| {
-                    object.map(|object| self.shared.bounded_manifest(step, object)).transpose()
-                }));
-            }
+        if let Err(error) = self.shared.check_process("reading manifests") {
+            return vec![Err(error)];
         }
-        read
+        let each = Arc::clone(&self.shared);
+        let objects = self.shared.at_once(steps.to_vec(), move |step| {
+            let shared = Arc::clone(&each);
+            async move { shared.get_manifest(step).await }
+        });
+        let read = |(asked, &step): (Asked<Option<Object>>, &u64)| {
+            let what = self.shared.naming("reading", &self.shared.manifest_key(step));
+            let object = asked.map_err(|failure| self.shared.refused(&what, failure))?;
+            object.map(|object| self.shared.bounded_manifest(step, object)).transpose()
+        };
+        objects.into_iter().zip(steps).map(read).collect()
     }
 
     fn create_shard(
@@ -236,8 +223,8 @@ impl Store for S3Store {
         remove::remove_orphan(&self.shared, step, file)
     }
 
-    fn unfinished_uploads(&self) -> Result<Vec<UnfinishedUpload>> {
-        uploads::unfinished(&self.shared)
+    fn unfinished_uploads(&self, step: Option<u64>) -> Result<Vec<UnfinishedUpload>> {
+        uploads::unfinished(&self.shared, step)
     }
 
     fn abort_upload(&self, upload: &UnfinishedUpload) -> Result<bool> {
@@ -253,7 +240,14 @@ impl Store for S3Store {
         // Nothing of the service's is locked, and connections are the parent's: they end with it.
     }
 
+    fn interrupt(&self) {
+        self.shared.client.interrupt();
+    }
+
     fn now(&self) -> Result<SystemTime> {
+        if let Some(now) = self.shared.client.watch.now() {
+            return Ok(now);
+        }
         let what = format!("asking the time of `{}`", self.location());
         let prefix = self.shared.address.key("step-");
         self.shared.ask(&what, self.shared.list_objects(&prefix, Some(1)))?;
@@ -294,6 +288,26 @@ impl Shared {
     fn ask<T>(&self, what: &str, request: impl Future<Output = Asked<T>>) -> Result<T> {
         self.check_process(what)?;
         self.client.block_on(request).map_err(|failure| self.refused(what, failure))
+    }
+
+    /// Makes a request for each of `items`, some at a time. Outcomes are in their order.
+    fn at_once<I, T, F>(&self, items: Vec<I>, request: impl Fn(I) -> F) -> Vec<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        let mut outcomes = Vec::with_capacity(items.len());
+        let mut items = items.into_iter().peekable();
+        self.client.block_on(async {
+            while items.peek().is_some() {
+                let some = items.by_ref().take(REQUESTS_AT_ONCE);
+                let tasks: Vec<_> = some.map(|item| tokio::spawn(request(item))).collect();
+                for task in tasks {
+                    outcomes.push(task.await.expect("requests do not panic"));
+                }
+            }
+        });
+        outcomes
     }
 
     /// Waits for a request whose failure the caller judges.

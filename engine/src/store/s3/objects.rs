@@ -1,11 +1,12 @@
 //! Requests on single objects and listings: what the rest of the store is made of.
 //!
 //! Always holds: what is read is complete or an error; a body that breaks off, or stands still, is
-//! asked for again; every call ends within the client's deadline.
+//! asked for again, from where it broke off; every call ends within the client's deadline.
 
 use std::future::Future;
-use std::pin::Pin;
-use std::time::SystemTime;
+use std::pin::{Pin, pin};
+use std::task::Poll;
+use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
@@ -129,42 +130,56 @@ impl Shared {
     /// Fills `memory` with the bytes of an object from `offset` on.
     pub(super) async fn get_range(&self, key: &str, offset: u64, memory: &mut [u8]) -> Asked<()> {
         let all = async {
-            let mut attempt = 1;
-            loop {
-                match self.get_range_once(key, offset, memory).await {
-                    Ok(()) => return Ok(()),
-                    Err(broken) => self.pause_before_next(&mut attempt, broken).await?,
+            let (mut attempt, mut came) = (1, 0);
+            while came < memory.len() {
+                let rest = &mut memory[came..];
+                let (more, outcome) = self.get_range_once(key, offset + came as u64, rest).await;
+                came += more;
+                // On a slow line each attempt brings a part: only those that bring none count.
+                attempt = if more > 0 { 0 } else { attempt };
+                if let Err(broken) = outcome {
+                    self.pause_before_next(&mut attempt, broken).await?;
                 }
             }
+            Ok(())
         };
         bounded(&self.client, all).await
     }
 
+    /// Gives how many bytes came and are in place, and why no more did.
     async fn get_range_once(
         &self,
         key: &str,
         offset: u64,
         memory: &mut [u8],
-    ) -> Result<(), Broken> {
+    ) -> (usize, Result<(), Broken>) {
         let wanted = memory.len();
         let last = (offset + wanted as u64).saturating_sub(1);
         let request = self.client.s3.get_object().bucket(self.address.bucket()).key(key);
         let request = request.range(format!("bytes={offset}-{last}"));
-        let output = answer(request.send()).await.map_err(Broken::Refused)?;
+        let output = match answer(request.send()).await {
+            Ok(output) => output,
+            Err(failure) => return (0, Err(Broken::Refused(failure))),
+        };
         let mut came = 0;
-        drain(&self.client, output.body, |frame| {
+        let drained = drain(&self.client, output.body, |frame| {
             if let Some(place) = memory.get_mut(came..came + frame.len()) {
                 place.copy_from_slice(&frame);
             }
             came += frame.len();
             came <= wanted
         })
-        .await?;
-        if came == wanted {
-            return Ok(());
+        .await;
+        let broken = |came| {
+            let text = format!("{came} bytes came of the {wanted} at offset {offset}");
+            Err(Broken::OnTheWay(Failure::new(text)))
+        };
+        match drained {
+            // It is not the range that was asked for.
+            _ if came > wanted => (0, broken(came)),
+            Ok(()) if came < wanted => (came, broken(came)),
+            drained => (came, drained),
         }
-        let text = format!("{came} bytes came of the {wanted} at offset {offset}");
-        Err(Broken::OnTheWay(Failure::new(text)))
     }
 
     /// What the service refuses was repeated already; what broke off on its way is asked for again.
@@ -209,15 +224,32 @@ impl Shared {
     }
 }
 
-/// Ends a request with an error when the deadline is over.
+/// Ends a request with an error when the client's deadline is over.
 pub(super) async fn bounded<T>(
     client: &Client,
     request: impl Future<Output = Asked<T>>,
 ) -> Asked<T> {
-    match tokio::time::timeout(client.deadline(), request).await {
-        Ok(answered) => answered,
-        Err(_late) => Err(late(client)),
-    }
+    within(client, client.deadline(), request).await
+}
+
+/// Ends a request with an error when the deadline is over, or the client is interrupted.
+pub(super) async fn within<T>(
+    client: &Client,
+    deadline: Duration,
+    request: impl Future<Output = Asked<T>>,
+) -> Asked<T> {
+    let mut interruption = pin!(client.interruption());
+    let mut request = pin!(tokio::time::timeout(deadline, request));
+    std::future::poll_fn(|context| {
+        if interruption.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(Failure::new("it was interrupted")));
+        }
+        request.as_mut().poll(context).map(|answered| match answered {
+            Ok(answered) => answered,
+            Err(_late) => Err(late(client, deadline)),
+        })
+    })
+    .await
 }
 
 /// Where a listing that was cut short goes on after the page that began at `this`. One that cannot
@@ -229,10 +261,10 @@ pub(super) fn next_page<T: PartialEq>(this: Option<&T>, next: Option<T>) -> Aske
     }
 }
 
-fn late(client: &Client) -> Failure {
+fn late(client: &Client, deadline: Duration) -> Failure {
     Failure::new(format!(
         "no answer within {} s, in {} attempts at most",
-        client.deadline().as_secs_f64(),
+        deadline.as_secs_f64(),
         client.settings.attempts
     ))
 }

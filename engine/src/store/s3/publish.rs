@@ -12,8 +12,8 @@
 
 use super::error::Failure;
 use super::objects::{Asked, Condition};
-use super::{Client, Shared};
-use crate::format::names::AttemptId;
+use super::{Client, Shared, remove};
+use crate::format::names::{AttemptId, shard_file_name};
 use crate::store::Publication;
 use crate::store::publication::{Action, Standing, decide};
 use crate::{EngineError, Result};
@@ -110,11 +110,22 @@ pub(super) fn may_be_published(shared: &Shared, step: u64, attempt: AttemptId) -
     })
 }
 
+/// Looks that all shards are there whole: at one by its own request, at several by a listing.
 fn check_shards(shared: &Shared, publication: Publication<'_>) -> Result<()> {
+    let several = if let [_, _, ..] = publication.shards {
+        let what = format!("looking for the shards of step {}", publication.step);
+        Some(remove::shards_there(shared, &what, publication.step)?)
+    } else {
+        None
+    };
     for (shard, expected_bytes) in publication.shards {
         let key = shared.shard_key(*shard);
         let what = shared.naming("publishing a manifest that names", &key);
-        match shared.ask(&what, shared.length(&key))? {
+        let bytes = match &several {
+            Some(there) => there.get(&shard_file_name(shard.rank, shard.attempt)).copied(),
+            None => shared.ask(&what, shared.length(&key))?,
+        };
+        match bytes {
             Some(bytes) if bytes == *expected_bytes => {}
             Some(bytes) => {
                 return Err(EngineError::corrupt(

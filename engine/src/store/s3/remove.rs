@@ -8,8 +8,11 @@
 //!   another writer's, and are orphans to those who clean.
 //! - A shard that this process is writing stays, and so does one that a manifest may name.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use super::{Shared, is_own_name, publish};
-use crate::format::manifest::Manifest;
+use crate::format::manifest::{Manifest, total_bytes};
 use crate::format::names::{self, AttemptId};
 use crate::{EngineError, Result};
 
@@ -17,7 +20,7 @@ use crate::{EngineError, Result};
 /// is none: other ranks may be bringing shards of one, and what is left of none are orphans, which
 /// go after the grace period. With `only`, the checkpoint of another attempt stays.
 pub(super) fn remove_checkpoint(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     step: u64,
     only: Option<AttemptId>,
 ) -> Result<u64> {
@@ -28,31 +31,38 @@ pub(super) fn remove_checkpoint(
     if only.is_some() && only != attempt {
         return Ok(0);
     }
-    let goes: Vec<(String, u64)> = if let Some(manifest) = manifest {
+    let goes: BTreeMap<String, u64> = if let Some(manifest) = manifest {
         manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
     } else {
         // What it named is not known: all that nobody is at.
         let mut shards = shards_there(shared, &what, step)?;
         let own = shared.own();
-        shards.retain(|(file, _)| !own.live.contains(&(step, file.clone())));
+        shards.retain(|file, _| !own.live.contains(&(step, file.clone())));
         shards
     };
     delete(shared, step, names::MANIFEST_FILE)?;
-    let mut freed_bytes = object.bytes.len() as u64;
-    let mut first_failure = Ok(());
-    for (file, bytes) in &goes {
-        // No later call knows of them: the manifest that named them is gone.
-        match delete(shared, step, file) {
-            Ok(()) => freed_bytes += bytes,
-            Err(failure) => first_failure = first_failure.and(Err(failure)),
-        }
-    }
+    let deleted = delete_shards(shared, step, goes);
     if let Some(attempt) = attempt {
-        // Somebody may have put it anew while its shards went, having seen them all. Whoever puts
+        // Somebody may have put it again while its shards went, having seen them all. Whoever puts
         // it later sees them missing.
         take_back(shared, step, attempt)?;
     }
-    first_failure.map(|()| freed_bytes)
+    Ok(object.bytes.len() as u64 + deleted?)
+}
+
+/// Deletes shards, many at a time. Returns the bytes freed, or the first failure once all were
+/// tried: no later call knows of them, for the manifest that named them is gone.
+fn delete_shards(shared: &Arc<Shared>, step: u64, shards: BTreeMap<String, u64>) -> Result<u64> {
+    let keys: Vec<String> = shards.keys().map(|file| shared.file_key(step, file)).collect();
+    let each = Arc::clone(shared);
+    let deleted = shared.at_once(keys.clone(), move |key| {
+        let shared = Arc::clone(&each);
+        async move { shared.delete(&key).await }
+    });
+    for (key, outcome) in keys.iter().zip(deleted) {
+        outcome.map_err(|failure| shared.refused(&shared.naming("deleting", key), failure))?;
+    }
+    Ok(total_bytes(shards.into_values()))
 }
 
 /// Deletes the manifest of an attempt, if it stands there, and no shard.
@@ -66,8 +76,12 @@ pub(super) fn take_back(shared: &Shared, step: u64, attempt: AttemptId) -> Resul
     Ok(())
 }
 
-/// Names and bytes of a step's shards, whoever wrote them.
-fn shards_there(shared: &Shared, what: &str, step: u64) -> Result<Vec<(String, u64)>> {
+/// Names and bytes of a step's shards, by whatever writer.
+pub(super) fn shards_there(
+    shared: &Shared,
+    what: &str,
+    step: u64,
+) -> Result<BTreeMap<String, u64>> {
     let prefix = shared.file_key(step, "");
     let objects = shared.ask(what, shared.list_objects(&prefix, None))?;
     let files = objects.into_iter().filter_map(|object| {

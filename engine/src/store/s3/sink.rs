@@ -27,6 +27,9 @@ use crate::store::flow::Flow;
 use crate::store::{Piece, ShardId, ShardSink, ShardSize, TransferFigures};
 use crate::{EngineError, Result};
 
+/// Parts that may be in flight however large they are, where the line takes them.
+const PARTS_AT_ONCE_MIN: u64 = 4;
+
 /// A shard that is being written.
 #[derive(Debug)]
 pub(super) struct S3ShardSink {
@@ -71,14 +74,17 @@ impl S3ShardSink {
         let file = shard_file_name(id.rank, id.attempt);
         shared.own().live.insert((id.step, file));
         let settings = &shared.client.settings;
+        let part_bytes = part_bytes(settings.part_bytes, size.most_bytes);
+        // Of a shard whose parts are large because 10,000 have to do, several go at once, too.
+        let in_flight_bytes = settings.in_flight_bytes.max(PARTS_AT_ONCE_MIN * part_bytes);
         Self {
             shared: Arc::clone(shared),
             id,
             key: shared.shard_key(id),
-            assembly: Assembly::new(part_bytes(settings.part_bytes, size.most_bytes)),
+            assembly: Assembly::new(part_bytes),
             upload: None,
             flight: Arc::new(Flight::new(
-                Widening::new(settings.in_flight_bytes, shared.client.attempt_timeout()),
+                Widening::new(in_flight_bytes, shared.client.attempt_timeout()),
                 Arc::clone(flow),
             )),
             tasks: Vec::new(),

@@ -19,7 +19,7 @@ use bytes::Bytes;
 
 use super::Shared;
 use super::error::Failure;
-use super::objects::{Asked, answer, bounded, checksum_header, next_page};
+use super::objects::{Asked, answer, bounded, checksum_header, next_page, within};
 use super::parts::Part;
 use crate::Result;
 use crate::format::names;
@@ -197,12 +197,8 @@ impl Shared {
         let config = aws_sdk_s3::Config::builder().timeout_config(patience);
         let sent = answer(request.customize().config_override(config).send());
         let deadline = self.client.deadline() * COMPLETION_FACTOR;
-        let completed = match tokio::time::timeout(deadline, sent).await {
-            Ok(answered) => answered.map(drop),
-            Err(_late) => Err(Failure::new(format!("no answer within {} s", deadline.as_secs()))),
-        };
-        match completed {
-            Ok(()) => Ok(()),
+        match within(&self.client, deadline, sent).await {
+            Ok(_completed) => Ok(()),
             // The answer may be lost and the deed done.
             Err(failure) => match self.length(&upload.key).await {
                 Ok(Some(bytes)) if bytes == whole.bytes => Ok(()),
@@ -285,12 +281,23 @@ impl Shared {
     }
 }
 
-/// Lists the uploads that were begun and neither finished nor given up.
-pub(super) fn unfinished(shared: &Shared) -> Result<Vec<UnfinishedUpload>> {
+/// Lists the uploads that were begun and neither finished nor given up, of one step or of all.
+pub(super) fn unfinished(shared: &Shared, step: Option<u64>) -> Result<Vec<UnfinishedUpload>> {
     let what = format!("listing the unfinished uploads of `{}`", shared.address);
-    let uploads = match shared.ask_raw(&what, shared.list_uploads(&shared.address.key("step-")))? {
+    let prefix = step.map_or_else(|| shared.address.key("step-"), |step| shared.file_key(step, ""));
+    let uploads = match shared.ask_raw(&what, shared.list_uploads(&prefix))? {
         Err(failure) if failure.is_unknown() => {
             tracing::info!(store = %shared.address, "the service does not list unfinished uploads");
+            return Ok(Vec::new());
+        }
+        // Whoever reads needs no right to this, and whoever writes can do without.
+        Err(failure) if failure.is_denied() => {
+            tracing::warn!(
+                store = %shared.address,
+                ?failure,
+                "unfinished uploads may not be listed, and are left alone: allow \
+                 `s3:ListBucketMultipartUploads`, or have a lifecycle rule abort them"
+            );
             return Ok(Vec::new());
         }
         listed => listed.map_err(|failure| shared.refused(&what, failure))?,

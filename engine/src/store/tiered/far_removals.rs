@@ -15,7 +15,7 @@ use super::removals::Removal;
 use super::uploader::caught;
 use super::work::Work;
 use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
-use crate::store::{Space, UnfinishedUpload};
+use crate::store::Space;
 use crate::store_copy::standing;
 use crate::{EngineError, Result};
 
@@ -131,11 +131,10 @@ impl Work {
             let rank = parse_shard_file(file).map(|(rank, _)| rank);
             self.share.is_none_or(|share| rank == Some(share.rank))
         };
-        let given_up = self.far.unfinished_uploads().and_then(|uploads| {
-            let of_step = |upload: &&UnfinishedUpload| upload.step == step && is_own(&upload.file);
+        let given_up = self.far.unfinished_uploads(Some(step)).and_then(|uploads| {
             uploads
                 .iter()
-                .filter(of_step)
+                .filter(|upload| is_own(&upload.file))
                 .try_for_each(|upload| self.far.abort_upload(upload).map(drop))
         });
         if let Err(error) = given_up {

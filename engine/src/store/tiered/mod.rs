@@ -322,8 +322,8 @@ impl Store for TieredStore {
         self.near.reclaim();
     }
 
-    fn unfinished_uploads(&self) -> Result<Vec<UnfinishedUpload>> {
-        self.far.unfinished_uploads()
+    fn unfinished_uploads(&self, step: Option<u64>) -> Result<Vec<UnfinishedUpload>> {
+        self.far.unfinished_uploads(step)
     }
 
     fn abort_upload(&self, upload: &UnfinishedUpload) -> Result<bool> {

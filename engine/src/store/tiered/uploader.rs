@@ -53,7 +53,7 @@ impl Drop for Uploader {
         if self.process != std::process::id() {
             return;
         }
-        self.work.stop();
+        self.work.change(Queue::stop);
         if let Some(thread) = self.thread.take() {
             // What it was at is resumed by the next process.
             let _panicked = thread.join();

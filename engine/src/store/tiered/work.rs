@@ -223,5 +223,6 @@ impl Uploads for Work {
 
     fn stop(&self) {
         self.change(Queue::stop);
+        self.far.interrupt();
     }
 }
