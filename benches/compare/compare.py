@@ -1,8 +1,8 @@
 """Measure this engine beside its peers and beside what the machine can do, in one run.
 
-    make compare                               about a quarter of an hour; needs fio, best as root
-    make compare ARGS="--quick"                a smaller state and fewer rounds, about two minutes
-    make compare ARGS="--readme README.md"     also puts the table and the chart into the README
+    make compare                                    a quarter of an hour; needs fio, best as root
+    make compare ARGS="--quick"                     a smaller state, fewer rounds: about two minutes
+    make compare ARGS="--readme benches/README.md"  also updates its table, and the chart
 
 Every engine has a process of its own that lives for the whole run; all of them map the same copy
 of one real training state. A round has each of them save, load and restore once, in an order that

@@ -1,4 +1,4 @@
-"""A run's numbers as people read them: the table and the verdicts of the README's section."""
+"""A run's numbers as people read them: the table and the verdicts of `benches/README.md`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def results_of(record: dict[str, Any]) -> Results:
 
 
 def text(record: dict[str, Any]) -> str:
-    """Write everything that the README shows."""
+    """Write everything that the document shows."""
     results = results_of(record)
     lines = [
         (
@@ -84,7 +84,7 @@ def text(record: dict[str, Any]) -> str:
 def table(results: Results) -> list[str]:
     """Give one row for each engine, and one for each limit."""
     rows = [
-        "| | stall | durable | load | restore | on disk | CPU | extra memory | training loses |",
+        "| | stall | durable | load | restore | on disk | CPU | extra memory | training slowdown |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     present = [e for e in engines.ENTRANTS if e.key in results.values]

@@ -262,7 +262,7 @@ def verdicts(found: dict[str, list[dict[str, Any]]], stall: float) -> list[Verdi
     return [
         aws_verdict(ours, found.get("aws s3 cp, CRT")),
         Verdict(
-            "upload beside s3torchconnector",
+            "upload, compared with s3torchconnector",
             "not slower",
             f"{upload:.2f} of its time",
             upload <= 1.0,
@@ -281,7 +281,7 @@ def verdicts(found: dict[str, list[dict[str, Any]]], stall: float) -> list[Verdi
         ),
         Verdict(
             "stall",
-            f"that of a save into a directory, {1e3 * stall:.0f} ms",
+            f"at most {STALL_MOST} times that of a save into a directory, {1e3 * stall:.0f} ms",
             f"{1e3 * own_stall:.0f} ms",
             own_stall <= STALL_MOST * stall,
         ),
@@ -290,12 +290,12 @@ def verdicts(found: dict[str, list[dict[str, Any]]], stall: float) -> list[Verdi
 
 def aws_verdict(ours: list[dict[str, Any]], aws: list[dict[str, Any]] | None) -> Verdict:
     """Judge the upload beside that of `aws`, which starts a process for each."""
-    figure, must = "upload beside `aws s3 cp`", "not slower"
+    figure, must = "upload, compared with `aws s3 cp`", "not slower"
     if aws is None:
         return Verdict(figure, must, "not run", None)
     upload, start = median(ours, "save", "seconds"), median(aws, "start", "seconds")
     alone = median(aws, "save", "seconds") - start
-    was = f"{upload / alone:.2f} of its time, less the {start:.2f} s that it takes to start"
+    was = f"{upload / alone:.2f} of its time, excluding its startup of {start:.2f} s"
     return Verdict(figure, must, was, upload <= alone)
 
 

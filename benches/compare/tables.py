@@ -25,7 +25,7 @@ class Verdict:
 
 def verdict_table(found: list[Verdict], of: str = "figure") -> list[str]:
     """Give the verdicts as a table; its first column is headed `of`."""
-    rows = [f"| {of} | must be | was | |", "|---|---|---|---|"]
+    rows = [f"| {of} | target | measured | |", "|---|---|---|---|"]
     rows += [f"| {v.figure} | {v.must} | {v.was} | {cell(v.is_met)} |" for v in found]
     return rows
 

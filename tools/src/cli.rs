@@ -13,8 +13,8 @@ use crate::console::{self, Outcome, WRONG_USAGE};
 use crate::{copy, diff, doctor, gc, inspect, ls, restore, rm, verify};
 
 const AFTER_HELP: &str = "\
-Exit status: 0 when all is well; 1 when something is wrong with the data: it is damaged, missing, \
-or could not be read; 2 when the command is wrong, or names a directory that is not there.
+Exit status: 0 on success; 1 if the data is damaged, missing, or could not be read; 2 if the \
+command is wrong, or names a directory that does not exist.
 
 RUST_LOG sets how much of the engine's log is shown on stderr; the default is `warn`.";
 
@@ -31,7 +31,7 @@ struct Cli {
 pub(crate) enum Command {
     /// List the checkpoints of a store.
     Ls(ls::Options),
-    /// Show what a checkpoint holds: its facts, state tree, tensors and chunks.
+    /// Show what a checkpoint contains: its properties, state tree, tensors and chunks.
     Inspect(inspect::Options),
     /// Read every byte of a checkpoint and check it against its checksums.
     Verify(verify::Options),
@@ -41,11 +41,11 @@ pub(crate) enum Command {
     Copy(copy::Options),
     /// Compare two checkpoints: tensors byte by byte, and plain values.
     Diff(diff::Options),
-    /// Delete checkpoints: steps that are named, or all but the newest.
+    /// Delete checkpoints: the given steps, or all but the newest.
     Rm(rm::Options),
-    /// Delete files that no checkpoint needs: of aborted saves, and what a rewind retired.
+    /// Delete files that no checkpoint needs: those of aborted saves, and what a rewind retired.
     Gc(gc::Options),
-    /// Look at what this machine offers for fast checkpoints.
+    /// Check what this machine offers for fast checkpoints.
     Doctor(doctor::Options),
 }
 
@@ -91,7 +91,7 @@ fn with_hint(error: &clap::Error) -> String {
     if text.lines().next_back().is_some_and(|line| line.starts_with("hint: ")) {
         return text.into();
     }
-    format!("{text}\nhint: `ckpt-tool --help` and `ckpt-tool COMMAND --help` say what is expected")
+    format!("{text}\nhint: see `ckpt-tool --help` and `ckpt-tool COMMAND --help`")
 }
 
 #[cfg(test)]

@@ -19,10 +19,10 @@ use crate::progress::Bar;
 use crate::text;
 
 const AFTER_HELP: &str = "\
-Either store may be a directory or `s3://bucket/prefix`. A copy that was interrupted goes on when \
-the command is given again: parts that a service has are not sent twice. Of a step that is there \
-already, lengths and indices are looked at, and shards that are missing are brought; `verify` \
-looks at every byte. Unlike `restore`, which writes a checkpoint anew, a copy keeps compression, \
+Either store may be a directory or `s3://bucket/prefix`. To resume an interrupted copy, run the \
+same command again: parts that a service already has are not sent twice. If a step already exists \
+at the destination, its lengths and indices are checked, and missing shards are copied; `verify` \
+checks every byte. Unlike `restore`, which writes a new checkpoint, a copy keeps compression, \
 attempt and every byte.
 
 Exit status 1 if a step could not be copied.";
@@ -33,7 +33,7 @@ Exit status 1 if a step could not be copied.";
 pub(crate) struct Options {
     #[command(flatten)]
     store: StoreArgument,
-    /// The other store, created if need be.
+    /// The other store, created if necessary.
     #[arg(value_name = "DESTINATION")]
     destination: PathBuf,
     #[command(flatten)]
@@ -44,8 +44,8 @@ pub(crate) struct Options {
     /// Copy every checkpoint that the other store does not have.
     #[arg(long)]
     all: bool,
-    /// Let the copy end what the training went back over: another checkpoint of the same step, and
-    /// later ones, where the other store has them still.
+    /// Let the copy discard what training went back past: another checkpoint of the same step, and
+    /// later ones, if the other store still has them.
     #[arg(long)]
     rewind: bool,
     /// Print JSON.

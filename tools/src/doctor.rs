@@ -17,15 +17,15 @@ use crate::table::Table;
 use crate::text;
 
 const AFTER_HELP: &str = "\
-Looks at PATH as a place for a store. The speed is measured by writing, reading and deleting a \
-file of 256 MiB there; --no-probe leaves that out. What could be better is marked `warn` and is no \
-error: the exit status is 0.";
+Examines PATH as a location for a store. The speed is measured by writing, reading and deleting a \
+file of 256 MiB there; --no-probe skips that. What could be improved is marked `warn` and is not \
+an error: the exit status is 0.";
 
 /// Arguments of `doctor`.
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Options {
-    /// A store, or a directory where one shall be.
+    /// A store, or a directory for a new one.
     #[arg(value_name = "PATH", default_value = ".")]
     path: PathBuf,
     /// Do not measure the speed.

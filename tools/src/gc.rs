@@ -16,9 +16,10 @@ use crate::table::Table;
 use crate::text;
 
 const AFTER_HELP: &str = "\
-Deletes files of attempts that were never committed or were replaced, once they are older than the \
-grace period, and checkpoints that a rewind retired; in S3 also uploads that were never finished. \
-A file that a running save holds is kept. Without --dry-run no training run may hold the store.";
+Deletes files of attempts that were never committed or were replaced, once they are older than \
+the grace period, and checkpoints that a rewind retired; in S3 also uploads that were never \
+finished. A file that a running save holds is kept. Without --dry-run, no training run may have \
+the store open.";
 
 /// Arguments of `gc`.
 #[derive(Args, Debug)]
@@ -26,10 +27,10 @@ A file that a running save holds is kept. Without --dry-run no training run may 
 pub(crate) struct Options {
     #[command(flatten)]
     store: StoreArgument,
-    /// Only say what would go.
+    /// Only print what would be deleted.
     #[arg(long)]
     dry_run: bool,
-    /// Age below which files stay [default: 86400, a day]
+    /// Age below which files are kept [default: 86400, a day]
     #[arg(long, value_name = "SECONDS")]
     grace: Option<u64>,
     /// Print JSON.
@@ -80,7 +81,7 @@ fn write_text(out: &mut dyn Write, cleaned: &Cleaned) -> std::io::Result<()> {
         table.row(cells("kept", item));
     }
     table.write(out, "")?;
-    let freed = if *dry_run { "would come back" } else { "came back" };
+    let freed = if *dry_run { "would be freed" } else { "freed" };
     writeln!(out, "\n{} {freed}", text::bytes(report.freed_bytes))
 }
 

@@ -158,7 +158,7 @@ fn write_abandoned(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()
         let kept_bytes = total_bytes(kept.iter().map(|item| item.bytes));
         writeln!(
             out,
-            "\n{} of unfinished or replaced attempts, {}: too young for `ckpt-tool gc`",
+            "\n{} of unfinished or replaced attempts, {}: too recent for `ckpt-tool gc`",
             text::count(kept.len(), "file"),
             text::bytes(kept_bytes)
         )?;

@@ -27,7 +27,7 @@ pub(crate) struct StoreArgument {
 /// How a store in S3 is reached; the rest is found as the AWS tools find it.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct S3Arguments {
-    /// Service to ask instead of AWS [default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL]
+    /// Service to use instead of AWS [default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL]
     #[arg(long, value_name = "URL")]
     endpoint_url: Option<String>,
     /// Region of the bucket [default: AWS_REGION, the profile's, the instance's]
@@ -200,7 +200,7 @@ pub(crate) fn no_checkpoint(doing: &str, store: &StoreArgument) -> EngineError {
 fn newest_whole(survey: &Survey) -> Option<u64> {
     let newest = survey.newest()?;
     for later in existing_steps(survey).filter(|step| *step > newest) {
-        note(&format!("step {later} is damaged or of a newer version, and passed over"));
+        note(&format!("step {later} is damaged or of a newer version, and is skipped"));
     }
     Some(newest)
 }
@@ -248,7 +248,7 @@ pub(crate) fn which_rank(
         format!("{doing} `{}`, step {}", store.display(), checkpoint.step()),
         format!("{ranks} ranks saved it"),
         format!(
-            "say whose part is meant: `--rank R`, from 0 to {}; what all saved alike is in each",
+            "choose a rank with `--rank R`, from 0 to {}; replicated entries are in every part",
             ranks - 1
         ),
     )

@@ -18,9 +18,9 @@ use crate::table::Table;
 use crate::text;
 
 const AFTER_HELP: &str = "\
-With --keep-last, only checkpoints whose manifest is sound are counted and deleted. Without \
---dry-run no training run may hold the store. A remote store keeps what it has of these steps, and \
-gets no more of them.";
+With --keep-last, only checkpoints with an intact manifest are counted and deleted. Without \
+--dry-run, no training run may have the store open. A remote store keeps what it has of these \
+steps, and receives no more of them.";
 
 const USAGE: &str = "\
 ckpt-tool rm [OPTIONS] <STORE> <STEP>...
@@ -42,7 +42,7 @@ pub(crate) struct Options {
     /// Delete all but the newest N.
     #[arg(long, value_name = "N", group = "which")]
     keep_last: Option<NonZeroU32>,
-    /// Only say what would go.
+    /// Only print what would be deleted.
     #[arg(long)]
     dry_run: bool,
     /// Print JSON.
@@ -152,6 +152,6 @@ fn write_text(out: &mut dyn Write, report: &Report) -> std::io::Result<()> {
         table.row([action.into(), step.to_string(), text::bytes(*bytes)]);
     }
     table.write(out, "")?;
-    let freed = if report.dry_run { "would come back" } else { "came back" };
+    let freed = if report.dry_run { "would be freed" } else { "freed" };
     writeln!(out, "\n{} {freed}", text::bytes(report.freed_bytes))
 }

@@ -126,7 +126,7 @@ fn write_text(out: &mut dyn Write, verified: &Verified) -> std::io::Result<()> {
     if !report.damage.is_empty() {
         writeln!(
             out,
-            "  hint: restore another step; `ckpt-tool verify --all` shows which ones are whole"
+            "  hint: restore another step; `ckpt-tool verify --all` shows which ones are intact"
         )?;
     }
     Ok(())
@@ -151,7 +151,7 @@ fn write_tensors(out: &mut dyn Write, tensors: &[String]) -> std::io::Result<()>
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    writeln!(out, "    tensors hit: {}{more}", text::one_line(&shown.join(", ")))
+    writeln!(out, "    affected tensors: {}{more}", text::one_line(&shown.join(", ")))
 }
 
 fn write_summary(out: &mut dyn Write, verified: &[Verified]) -> std::io::Result<()> {

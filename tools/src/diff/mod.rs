@@ -28,8 +28,9 @@ use entries::{Entry, Pairing, TensorPair};
 use report::Report;
 
 const AFTER_HELP: &str = "\
-Compares every byte of every tensor that both checkpoints hold, and every plain value. Exit status \
-0 whether or not they differ: a difference is no damage. With --exit-code, 1 if they differ.";
+Compares every byte of every tensor that both checkpoints have, and every plain value. Exit \
+status 0 whether or not they differ, because a difference is not damage. With --exit-code, 1 if \
+they differ.";
 
 /// Arguments of `diff`.
 #[derive(Args, Debug)]
@@ -54,7 +55,7 @@ pub(crate) struct Options {
     /// Show at most this many rows of each table; 0 shows all.
     #[arg(long, value_name = "N", default_value_t = 40)]
     limit: u64,
-    /// Print JSON; it is complete, whatever the limit.
+    /// Print JSON, which is complete regardless of the limit.
     #[arg(long)]
     json: bool,
 }

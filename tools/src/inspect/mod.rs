@@ -38,10 +38,10 @@ pub(crate) struct Options {
     /// Show the state tree only this deep.
     #[arg(long, value_name = "LEVELS")]
     depth: Option<usize>,
-    /// Show every chunk: where it lies, how it is stored, its checksums.
+    /// Show every chunk: its position, encoding and checksums.
     #[arg(long)]
     chunks: bool,
-    /// Print JSON; it is complete, whatever the limits.
+    /// Print JSON, which is complete regardless of the limits.
     #[arg(long)]
     json: bool,
 }

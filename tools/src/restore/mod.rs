@@ -35,18 +35,19 @@ const DOING: &str = "restoring from";
 
 const AFTER_HELP: &str = "\
 An OUTPUT that ends with `.safetensors` is a file of the tensors, named by their paths in the \
-state; plain values are not in it, and tensors that share memory are written once per name. Of \
-tensors that ranks hold in slices, as FSDP does, the slices of all ranks are put together. Any \
-other OUTPUT is a store, `s3://bucket/prefix` or a directory, created if need be: the checkpoint \
-is copied into it whole, under its own step.
+state. It does not contain plain values, and tensors that share memory are written once per name. \
+If ranks hold slices of a tensor, as with FSDP, the slices of all ranks are assembled. Any other \
+OUTPUT is a store, `s3://bucket/prefix` or a directory, created if necessary: the whole \
+checkpoint is copied into it, under its own step.
 
-With `--max-shard-size`, `-o NAME.safetensors` writes `NAME-00001-of-00003.safetensors` and so on, \
-and `NAME.safetensors.index.json`, which says what is where; what fits one file is one, \
-`NAME.safetensors`. An OUTPUT that does not end so is a directory for them, created if need be, \
-and NAME is `model`. The index comes last: numbered files without it are of a run that was cut \
-short. With `--force`, all files of that NAME are replaced, also where there were more or fewer.
+With `--max-shard-size`, `-o NAME.safetensors` writes `NAME-00001-of-00003.safetensors` and so \
+on, and `NAME.safetensors.index.json`, which maps tensors to files. If everything fits in one \
+file, that is `NAME.safetensors`. Any other OUTPUT is a directory for these files, created if \
+necessary, and NAME is `model`. The index is written last: numbered files without it are from a \
+run that was interrupted. With `--force`, all files of that NAME are replaced, even if there were \
+more or fewer.
 
-In GLOB, `*` stands for any characters, dots too, and `?` for one: `model.*.weight`.";
+In GLOB, `*` matches any characters, including dots, and `?` matches one: `model.*.weight`.";
 
 /// Arguments of `restore`.
 #[derive(Args, Debug)]
@@ -57,31 +58,30 @@ pub(crate) struct Options {
     /// The step to restore [default: the newest]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     step: Option<u64>,
-    /// The rank whose part is restored, where several ranks saved the checkpoint; `ckpt-tool copy`
-    /// copies all of them. Its tensors in slices are completed from the others [default: for a
-    /// file, what is no rank's own].
+    /// The rank whose part is restored, if several ranks saved the checkpoint; `ckpt-tool copy`
+    /// copies all of them. Its sliced tensors are completed from the others [default: for a file,
+    /// what belongs to no single rank].
     #[arg(long, value_name = "R")]
     rank: Option<u32>,
-    /// Write only tensors whose path fits; may be given several times. For files only.
+    /// Write only tensors whose path matches; may be repeated. For files only.
     #[arg(long, value_name = "GLOB")]
     tensors: Vec<String>,
-    /// Leave out tensors whose path fits; may be given several times. For files only.
+    /// Leave out tensors whose path matches; may be repeated. For files only.
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
-    /// Name tensors by what follows this path, such as `model`: as a model's own file has them. For
-    /// files only.
+    /// Name tensors by what follows this path, such as `model`, as in a model's own file. For files
+    /// only.
     #[arg(long, value_name = "PATH")]
     strip_prefix: Option<String>,
-    /// Write several files, each of at most so many bytes of tensors, and their index, as Hugging
-    /// Face's tools read them: `5GB`, `500MB`, `2GiB`. A tensor that is larger has a file of its
-    /// own.
+    /// Write several files, each with at most this many bytes of tensors, and an index, as Hugging
+    /// Face's tools read them: `5GB`, `500MB`, `2GiB`. A larger tensor gets its own file.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, allow_negative_numbers = true)]
     max_shard_size: Option<u64>,
     /// A file `NAME.safetensors`; with `--max-shard-size`, also a directory for files; else a
     /// store: a directory, or `s3://bucket/prefix`.
     #[arg(long, short, value_name = "OUTPUT")]
     output: PathBuf,
-    /// Replace an export of the same name, all its files.
+    /// Replace an existing export of the same name, with all its files.
     #[arg(long)]
     force: bool,
     /// Print JSON.

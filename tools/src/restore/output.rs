@@ -62,7 +62,7 @@ fn check_name(options: &Options, export: Export) -> Result<Export> {
     let name = if stem.is_empty() { "model".into() } else { stem.to_string_lossy() };
     refused(
         options,
-        "that is how one of several files of an export is called, and its name says how many",
+        "that is the name of one file of a multi-file export, and contains the number of files",
         &format!("name the export without the numbers: `-o {name}.{FILE_SUFFIX}`"),
     )
 }
@@ -152,7 +152,7 @@ fn check_store(options: &Options) -> Result<()> {
     if selects || options.strip_prefix.is_some() {
         return refused(
             options,
-            "it is a store, and a checkpoint is copied into one whole, as it is",
+            "it is a store, and a checkpoint is copied into a store whole and unchanged",
             "name a file that ends with `.safetensors`, or add `--max-shard-size 5GB` for a \
              directory of files, or leave out `--tensors`, `--exclude` and `--strip-prefix`",
         );
@@ -160,7 +160,7 @@ fn check_store(options: &Options) -> Result<()> {
     if holds_tensors(&options.output) && !is_store(&options.output) {
         return refused(
             options,
-            "it holds safetensors files, and no store: none is made among them",
+            "it holds safetensors files and is not a store; no store is created there",
             "choose another directory for a store; for files, add `--max-shard-size 5GB`, or name \
              one that ends with `.safetensors`",
         );

@@ -47,7 +47,7 @@ impl<'o> Selection<'o> {
             Some(below) => path_below(path, below)?,
         };
         if name == METADATA_NAME {
-            return Err(cannot(path, "the file format keeps this name for itself"));
+            return Err(cannot(path, "the file format reserves this name"));
         }
         Ok(name)
     }
@@ -57,7 +57,7 @@ impl<'o> Selection<'o> {
         let hint = if unfit.is_empty() {
             "the checkpoint holds no tensor: restore it to a store".into()
         } else {
-            format!("the checkpoint's tensors are called like {}", listed(unfit))
+            format!("the checkpoint's tensors have names like {}", listed(unfit))
         };
         EngineError::invalid(self.selecting(), "there is none", hint)
     }
@@ -73,8 +73,8 @@ impl<'o> Selection<'o> {
             self.selecting(),
             format!("each of {ranks} ranks saved its own: {}{more}", listed(&some)),
             format!(
-                "say whose are meant: `--rank R`, from 0 to {}; or leave them out with \
-                 `--exclude`. What is saved as `replicated` is no rank's own",
+                "choose a rank with `--rank R`, from 0 to {}; or leave them out with \
+                 `--exclude`. Tensors saved as `replicated` belong to no single rank",
                 ranks - 1
             ),
         )

@@ -92,8 +92,8 @@ fn check_later(survey: &Survey, step: u64, output: &Path) -> Result<()> {
     let Some(later) = survey.steps.iter().find(is_in_danger) else { return Ok(()) };
     Err(EngineError::StepConflict {
         what: format!("restoring step {step} to `{}`", output.display()),
-        why: format!("step {} there is damaged, and would cease to exist", later.step),
-        hint: "restore to another store, or mend or delete that step first".into(),
+        why: format!("step {} there is damaged, and would be discarded", later.step),
+        hint: "restore to another store, or repair or delete that step first".into(),
     })
 }
 
