@@ -38,6 +38,8 @@ pub(crate) struct Core {
     pub(crate) control_pool: Arc<BufferPool>,
     pub(crate) io_name: &'static str,
     /// Where several ranks save together.
+    /// Threads that checksum, encode and decode.
+    pub(super) workers: usize,
     pub(crate) ranks: Option<Arc<dyn Ranks>>,
     /// What encoding is known to cost and give.
     adaptation: Arc<Adaptation>,
@@ -97,6 +99,7 @@ impl Core {
             control_pool,
             io_name,
             ranks,
+            workers,
             adaptation: Arc::new(Adaptation::new()),
             poisoned: AtomicBool::new(false),
             known: Mutex::default(),
@@ -148,10 +151,10 @@ impl Core {
     }
 
     /// What the workers of a new save go by.
-    pub(super) fn conduct(&self, workers: usize) -> Conduct {
+    pub(super) fn conduct(&self) -> Conduct {
         let pace = self.known().pace;
         Conduct {
-            workers,
+            workers: self.workers,
             flow: Arc::new(Flow::new(Arc::clone(&self.environment), pace)),
             adaptation: Arc::clone(&self.adaptation),
         }

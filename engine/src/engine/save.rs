@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
-use super::{Inner, Saving, memory};
+use super::{Inner, Saving};
 use crate::clock::elapsed;
 use crate::config::Config;
 use crate::format::checksum;
@@ -122,10 +122,9 @@ impl Inner {
         arena: &BufferPool,
         waited: Duration,
     ) -> (Arc<Job>, Receiver<Message>) {
-        let workers = memory::worker_count(&self.core.config);
-        let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
+        let (to_committer, encoded) = crossbeam_channel::bounded(2 * self.core.workers);
         let compression = self.core.config.compression;
-        let conduct = self.core.conduct(workers);
+        let conduct = self.core.conduct();
         let job = Arc::new(Job::new(request.step, layout, compression, conduct, to_committer));
         job.update_stats(|stats| {
             stats.prepare_seconds = request.prepared.as_secs_f64();

@@ -84,7 +84,7 @@ impl VerifyObserver for () {
 pub(crate) fn verify_step(
     store: &dyn Store,
     step: u64,
-    (options, own): (ReadOptions, Option<OwnShare>),
+    (workers, own): (usize, Option<OwnShare>),
     observer: &dyn VerifyObserver,
 ) -> Result<VerifyReport> {
     let start = Instant::now();
@@ -96,7 +96,7 @@ pub(crate) fn verify_step(
                 match Shard::open(store, &manifest, entry.rank, OnDamage::Report) {
                     Ok(shard) => {
                         has_replicated |= shard.header.replicated;
-                        verify_shard((&shard, &entry.file), options, observer, &mut report)?;
+                        verify_shard((&shard, &entry.file), workers, observer, &mut report)?;
                     }
                     Err(EngineError::NotFound { .. })
                         if own.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
@@ -169,7 +169,7 @@ fn whole_file(file: &str, error: EngineError) -> Result<Damage> {
 
 fn verify_shard(
     (shard, file): (&Shard, &str),
-    options: ReadOptions,
+    workers: usize,
     observer: &dyn VerifyObserver,
     report: &mut VerifyReport,
 ) -> Result<()> {
@@ -180,8 +180,8 @@ fn verify_shard(
     let damage = Mutex::new(Vec::new());
     let unavailable = Mutex::new(None);
     let cancelled = AtomicBool::new(false);
-    let options = ReadOptions { verify: true, copies: false, ..options };
-    run(jobs, options, &Ways::default(), &|shard, chunk, result| {
+    let options = ReadOptions { copies: false, ..ReadOptions::default() };
+    run(jobs, workers, options, &Ways::default(), &|shard, chunk, result| {
         observer.advanced(u64::from(shard.record(chunk).stored_bytes));
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {
