@@ -239,7 +239,8 @@ impl Engine {
 
     /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
     /// checked on its way. Of one that is there already, what is missing is brought. Of a copy that
-    /// was interrupted, parts of an upload are not sent again.
+    /// was interrupted, parts of an upload are not sent again. A save to the destination that another
+    /// thread begins waits.
     ///
     /// What ceased to exist there when the training went back cannot be copied there.
     ///
@@ -261,6 +262,8 @@ impl Engine {
         let what = format!("copying step {step}");
         let (from, to) = (self.inner(&what)?, destination.writer(&what)?);
         to.wait_for_last(None)?;
+        // The destination's alone: two engines that copy to each other do not wait for each other.
+        let _turn = to.turn();
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
@@ -452,13 +455,7 @@ impl Engine {
 
     fn inner(&self, what: &str) -> Result<Arc<Inner>> {
         if self.is_forked() {
-            return Err(EngineError::Closed {
-                what: what.into(),
-                why: "this process was forked from the one that opened the store".into(),
-                hint: "open the store again in this process, with `read_only=True` while the \
-                       parent saves"
-                    .into(),
-            });
+            return Err(EngineError::forked(what, self.config.path.display(), self.pid));
         }
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         inner.clone().ok_or_else(|| EngineError::Closed {
@@ -470,11 +467,7 @@ impl Engine {
 
     fn writer(&self, what: &str) -> Result<Arc<Inner>> {
         if self.config.read_only {
-            return Err(EngineError::invalid(
-                format!("{what} in `{}`", self.config.path.display()),
-                "the store was opened read-only",
-                "open it without `read_only=True`",
-            ));
+            return Err(EngineError::read_only(what, self.config.path.display()));
         }
         self.inner(what)
     }
