@@ -4,6 +4,7 @@
 //! actual), and, on a line of its own that begins with `hint: `, how to go on. Lower case, literals
 //! in backticks, no stop at the end.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -174,8 +175,8 @@ pub enum CoordinationKind {
 }
 
 impl EngineError {
-    /// How to fix it: the text after `hint: `.
-    pub fn hint(&self) -> &str {
+    /// What the message is made of: what was being done, why it failed, and how to go on.
+    pub fn parts(&self) -> (&str, Cow<'_, str>, &str) {
         match self {
             Self::InvalidArgument { hint, .. }
             | Self::NotFound { hint, .. }
@@ -193,30 +194,15 @@ impl EngineError {
         }
     }
 
-    /// Whether the same call may succeed later without a change.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            // The other writer may leave; space may be freed; a device or a service may come back.
-            Self::StoreBusy { .. }
-            | Self::NoSpace { .. }
-            | Self::Io { .. }
-            | Self::Unavailable { .. } => true,
-            Self::Coordination { kind, .. } => !matches!(
-                kind,
-                CoordinationKind::Unauthenticated
-                    | CoordinationKind::Fenced
-                    | CoordinationKind::JobAborted
-            ),
-            // The call itself, the bytes, or this engine must change first.
-            Self::InvalidArgument { .. }
-            | Self::NotFound { .. }
-            | Self::StepConflict { .. }
-            | Self::Corrupt { .. }
-            | Self::UnsupportedFormat { .. }
-            | Self::Accelerator { .. }
-            | Self::Closed { .. }
-            | Self::Internal { .. } => false,
-        }
+    /// How to fix it: the text after `hint: `.
+    pub fn hint(&self) -> &str {
+        self.parts().2
+    }
+
+    /// The message without its hint.
+    pub fn without_hint(&self) -> String {
+        let (what, why, _) = self.parts();
+        format!("{what}: {why}")
     }
 
     /// An error of the operating system during `operation` on `path`, folded into the variant that
@@ -454,6 +440,5 @@ mod tests {
             "encoding a chunk: the worker panicked\nhint: this is a bug in dtruntime: please \
              report it with this message; committed checkpoints are untouched"
         );
-        assert_eq!((error.is_retryable(), bug.is_retryable()), (true, false));
     }
 }

@@ -222,7 +222,7 @@ impl Shard {
     fn damage_of(&self, chunk: usize, error: &EngineError) -> Damage {
         let why = match error {
             EngineError::Corrupt { why, .. } => why.clone(),
-            other => other.to_string(),
+            other => other.without_hint(),
         };
         Damage {
             shard: shard_file_name(self.header.rank, self.header.attempt),
