@@ -277,14 +277,23 @@ impl EngineError {
     }
 
     /// `what` was asked of the store at `location` by a fork of `process`, which opened it.
+    /// `what` would change the store at `location`, which was opened to be read.
+    pub(crate) fn read_only(what: &str, location: impl fmt::Display) -> Self {
+        Self::invalid(
+            format!("{what} in `{location}`"),
+            "the store was opened read-only",
+            "open it without `read_only=True`",
+        )
+    }
+
     pub(crate) fn forked(what: &str, location: impl fmt::Display, process: u32) -> Self {
         Self::Closed {
-            what: format!("{what} in store `{location}`"),
+            what: format!("{what} in `{location}`"),
             why: format!(
-                "it was opened by process {process}, and this is a fork of it, process {}",
+                "the store was opened by process {process}, and this is a fork of it, process {}",
                 std::process::id()
             ),
-            hint: "open the store anew in this process, with `read_only=True` while the other one \
+            hint: "open the store again in this process, with `read_only=True` while the parent \
                    writes to it"
                 .into(),
         }

@@ -164,7 +164,7 @@ impl Inner {
         let Capturing { job, handle, started, until } = *capturing;
         let environment = &self.core.environment;
         let capture_start = environment.monotonic();
-        let workers = self.workers.as_ref().ok_or_else(no_writer)?.queue()?;
+        let workers = self.workers.as_ref().ok_or_else(|| self.read_only())?.queue()?;
         let failed = FailUnlessDone { job };
         let captured = capture(job, storages, arena, workers, until);
         job.update_stats(|stats| {
@@ -191,7 +191,11 @@ impl Inner {
     }
 
     fn submit(&self, task: CommitTask) -> Result<()> {
-        self.committer.as_ref().ok_or_else(no_writer)?.submit(task)
+        self.committer.as_ref().ok_or_else(|| self.read_only())?.submit(task)
+    }
+
+    fn read_only(&self) -> EngineError {
+        EngineError::read_only("saving", self.core.store.location())
     }
 
     /// Refuses a save that the store has no room for; returns the length to reserve.
@@ -305,8 +309,4 @@ impl Drop for FailUnlessDone<'_> {
         self.job.fail(EngineError::internal("capturing a storage", "the copy panicked"));
         self.job.arrivals.all_begun();
     }
-}
-
-fn no_writer() -> EngineError {
-    EngineError::internal("starting a save", "the engine was opened read-only")
 }

@@ -130,13 +130,8 @@ impl LocalStore {
 
     fn writer(&self, what: &str) -> Result<&WriterLock> {
         self.shared.check_process(what)?;
-        let lock = self.writer.as_ref().ok_or_else(|| {
-            EngineError::invalid(
-                format!("{what} in store `{}`", self.location()),
-                "it was opened read-only",
-                "open it for writing, without `read_only=True`",
-            )
-        })?;
+        let lock =
+            self.writer.as_ref().ok_or_else(|| EngineError::read_only(what, self.location()))?;
         if lock.is_in_place() {
             return Ok(lock);
         }
