@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -178,19 +179,19 @@ impl EngineError {
     /// What the message is made of: what was being done, why it failed, and how to go on.
     pub fn parts(&self) -> (&str, Cow<'_, str>, &str) {
         match self {
-            Self::InvalidArgument { hint, .. }
-            | Self::NotFound { hint, .. }
-            | Self::StepConflict { hint, .. }
-            | Self::StoreBusy { hint, .. }
-            | Self::Corrupt { hint, .. }
-            | Self::UnsupportedFormat { hint, .. }
-            | Self::NoSpace { hint, .. }
-            | Self::Io { hint, .. }
-            | Self::Unavailable { hint, .. }
-            | Self::Accelerator { hint, .. }
-            | Self::Closed { hint, .. }
-            | Self::Coordination { hint, .. }
-            | Self::Internal { hint, .. } => hint,
+            Self::Io { what, source, hint } => (what, source.to_string().into(), hint),
+            Self::InvalidArgument { what, why, hint }
+            | Self::NotFound { what, why, hint }
+            | Self::StepConflict { what, why, hint }
+            | Self::StoreBusy { what, why, hint }
+            | Self::Corrupt { what, why, hint }
+            | Self::UnsupportedFormat { what, why, hint }
+            | Self::NoSpace { what, why, hint }
+            | Self::Unavailable { what, why, hint }
+            | Self::Accelerator { what, why, hint }
+            | Self::Closed { what, why, hint }
+            | Self::Coordination { what, why, hint, .. }
+            | Self::Internal { what, why, hint } => (what, why.into(), hint),
         }
     }
 
@@ -276,7 +277,6 @@ impl EngineError {
         }
     }
 
-    /// `what` was asked of the store at `location` by a fork of `process`, which opened it.
     /// `what` would change the store at `location`, which was opened to be read.
     pub(crate) fn read_only(what: &str, location: impl fmt::Display) -> Self {
         Self::invalid(
@@ -286,6 +286,7 @@ impl EngineError {
         )
     }
 
+    /// `what` was asked of the store at `location` by a fork of `process`, which opened it.
     pub(crate) fn forked(what: &str, location: impl fmt::Display, process: u32) -> Self {
         Self::Closed {
             what: format!("{what} in `{location}`"),
@@ -345,6 +346,14 @@ impl EngineError {
             Internal
         )
     }
+}
+
+/// What `act` gives; the error that `panicked` makes where it panics.
+pub(crate) fn caught<T, E>(
+    act: impl FnOnce() -> Result<T, E>,
+    panicked: impl FnOnce() -> E,
+) -> Result<T, E> {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|_panic| Err(panicked()))
 }
 
 /// Gives an `io::Result` the operation and path that its message must name.

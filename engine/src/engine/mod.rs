@@ -26,6 +26,7 @@ use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
 use crate::store::{PendingUpload, Store, Uploads};
 use crate::store_copy::{Between, Overwrite, Transferred, transfer};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 mod agreed;
@@ -261,9 +262,9 @@ impl Engine {
     ) -> Result<Transferred> {
         let what = format!("copying step {step}");
         let (from, to) = (self.inner(&what)?, destination.writer(&what)?);
-        to.wait_for_last(None)?;
         // The destination's alone: two engines that copy to each other do not wait for each other.
         let _turn = to.turn();
+        to.wait_for_last(None)?;
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
@@ -488,11 +489,11 @@ impl Inner {
     /// While this is held, no save begins. What is deleted by its step must stay what was looked
     /// at: a save could take its place.
     fn turn(&self) -> MutexGuard<'_, Saving> {
-        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.saving)
     }
 
     fn last(&self) -> Option<SaveHandle> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.last).clone()
     }
 
     /// Waits for the save in flight; true if it has ended. Raises its error if nobody has seen it.

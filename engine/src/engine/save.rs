@@ -2,7 +2,7 @@
 //!
 //! Always holds: every check that can refuse the save is made before anything is written.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -23,6 +23,7 @@ use crate::save::job::{Job, Message};
 use crate::save::share::Share;
 use crate::save::write::{IndexDraft, chunks_offset};
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Room for footer and a small index, when free space is checked.
@@ -110,7 +111,7 @@ impl Inner {
             handle: handle.clone(),
             started: clocked.started,
         })?;
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
+        *lock(&self.last) = Some(handle.clone());
         Ok(Begun { job, handle, arena, storages: origins })
     }
 

@@ -23,7 +23,7 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, getpid};
@@ -31,7 +31,7 @@ use rustix::process::{Pid, getpid};
 use super::ALIGNMENT;
 use super::mapping::Mapping;
 use super::pin::{Pin, Pinned};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 
 /// What one thread populates at a time: large enough to amortise the call, small enough to share.
 const POPULATE_PIECE_BYTES: usize = 32 << 20;
@@ -123,18 +123,12 @@ impl BufferPool {
     /// buffer, so that none can ever return.
     pub fn take(self: &Arc<Self>) -> Buffer {
         self.assert_owner();
-        let mut state = self.lock();
-        loop {
-            if let Some(index) = state.free.pop() {
-                return Buffer { pool: Arc::clone(self), index };
-            }
-            assert!(
-                state.lost < self.count,
-                "all {} buffers of the pool were lost to a failed io backend",
-                self.count
-            );
-            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let none_yet = |state: &mut State| state.free.is_empty() && state.lost < self.count;
+        let index = wait_while(&self.returned, self.lock(), None, none_yet).free.pop();
+        let Some(index) = index else {
+            panic!("all {} buffers of the pool were lost to a failed io backend", self.count)
+        };
+        Buffer { pool: Arc::clone(self), index }
     }
 
     /// A free buffer, or `None` where all are in use or the process is a forked child.
@@ -229,15 +223,14 @@ impl BufferPool {
         assert!(
             self.is_owner(),
             "a buffer pool of process {} was used in process {}, a fork that does not have its \
-             memory: open the store anew in the child",
+             memory: open the store again in the child",
             self.owner,
             getpid(),
         );
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every critical section leaves the list whole, even if one unwinds.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -17,6 +17,8 @@ use super::verify::listed;
 use super::{Checkpoint, Shard};
 use crate::error::IoContext;
 use crate::io::buffer::{Buffer, BufferPool};
+use crate::sync::lock;
+use crate::threads::thread_count;
 use crate::{EngineError, Result};
 
 /// Bytes of reads in flight and decoded at a time.
@@ -106,13 +108,13 @@ impl Checkpoint {
         Ok(stats)
     }
 
-    /// Buffers that chunks for devices are decoded into, registered with the driver of the first.
-    fn staging_for(
     /// Threads that decode, if there are chunks enough.
     fn workers_for(&self, options: ReadOptions) -> usize {
         thread_count(options.workers, self.workers, usize::MAX, usize::MAX)
     }
 
+    /// Buffers that chunks for devices are decoded into, registered with the driver of the first.
+    fn staging_for(
         &self,
         targets: &[DeviceTarget<'_>],
         options: ReadOptions,
@@ -153,7 +155,7 @@ struct Outcome(Mutex<Option<EngineError>>);
 
 impl Outcome {
     fn keep_first(&self, error: EngineError) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        lock(&self.0).get_or_insert(error);
     }
 
     fn into_result(self) -> Result<()> {
@@ -167,9 +169,9 @@ pub(super) type Report<'a> = &'a (dyn Fn(&Shard, usize, Result<()>) -> bool + Sy
 /// Reads, checks and delivers all `jobs`, in the order given, on so many threads at most.
 pub(super) fn run(
     jobs: Vec<ChunkJob<'_, '_>>,
+    workers: usize,
     options: ReadOptions,
     ways: &Ways,
-    workers: usize,
     report: Report<'_>,
 ) -> Result<()> {
     let Some(first) = jobs.first() else { return Ok(()) };
@@ -203,8 +205,7 @@ pub(super) fn run(
                 "a decoding thread panicked",
             ));
         }
-        let is_left =
-            |job: &Waiting<'_, '_>| job.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        let is_left = |job: &Waiting<'_, '_>| lock(job).is_some();
         if !stopped.load(Ordering::Relaxed) && waiting.iter().any(is_left) {
             return Err(EngineError::internal(
                 format!("reading `{name}`"),
@@ -237,11 +238,7 @@ fn submit_all(
         if stopped.load(Ordering::Relaxed) {
             return;
         }
-        let read = job
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-            .map(|job| (job.shard, *job.record()));
+        let read = lock(job).as_ref().map(|job| (job.shard, *job.record()));
         let (shard, record) = read.expect("jobs are taken only after their read");
         let padded = record.padded_bytes();
         let arrived = arrived.clone();
@@ -265,7 +262,7 @@ fn work(
         if stopped.load(Ordering::Relaxed) {
             continue;
         }
-        let job = waiting[number].lock().unwrap_or_else(PoisonError::into_inner).take();
+        let job = lock(&waiting[number]).take();
         let mut job = job.expect("each read arrives once");
         let delivered = delivery.take(&mut job, result, buffer);
         if !report(job.shard, job.chunk, delivered) {

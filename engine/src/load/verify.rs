@@ -22,6 +22,7 @@ use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
 use crate::recovery::OwnShare;
 use crate::store::Store;
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Most tensors that one damaged place names, and most bytes of each name: a checkpoint may have
@@ -186,11 +187,11 @@ fn verify_shard(
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {
                 // It says nothing about the chunk.
-                *unavailable.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                *lock(&unavailable) = Some(error);
                 return false;
             }
             let found = shard.damage_of(chunk, &error);
-            damage.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+            lock(&damage).push(found);
         }
         cancelled.store(observer.is_cancelled(), Ordering::Relaxed);
         !cancelled.load(Ordering::Relaxed)

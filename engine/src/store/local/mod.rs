@@ -24,7 +24,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use rustix::io::Errno;
@@ -38,6 +38,7 @@ use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
 use crate::format::names::{self, AttemptId};
 use crate::io::{EntryOp, EntryReply, Io};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 mod early_sync;
@@ -276,11 +277,11 @@ impl Shared {
     }
 
     fn changes(&self) -> MutexGuard<'_, ()> {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.changes)
     }
 
     fn deleted(&self) -> MutexGuard<'_, Deleted> {
-        self.deleted.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.deleted)
     }
 
     /// Refuses work in a fork of the process that opened the store.
