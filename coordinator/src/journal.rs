@@ -42,12 +42,20 @@ pub struct Opened {
 
 /// The journal cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{operation} the journal `{path}`: {why}\nhint: {hint}")]
+#[error("{}\nhint: {hint}", self.parts().0)]
 pub struct JournalError {
     operation: &'static str,
     path: PathBuf,
     why: String,
     hint: &'static str,
+}
+
+impl JournalError {
+    /// What failed and why, and how to go on.
+    pub(crate) fn parts(&self) -> (String, &str) {
+        let Self { operation, path, why, hint } = self;
+        (format!("{operation} the journal `{}`: {why}", path.display()), hint)
+    }
 }
 
 impl Journal {

@@ -60,18 +60,32 @@ macro_rules! limited {
 
 /// Why the coordinator does not run, or ended.
 #[derive(Debug, thiserror::Error)]
+#[error("{}\nhint: {}", self.parts().0, self.parts().1)]
 #[expect(missing_docs, reason = "each is explained by its text")]
 pub enum ServeError {
-    #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error(transparent)]
     Journal(#[from] JournalError),
-    #[error("{0}\nhint: restore the journal from a copy, or start with another `state_path`")]
     Recover(#[from] RecoverError),
-    #[error("listening on `{address}`: {why}\nhint: {hint}")]
     Listen { address: String, why: String, hint: String },
-    #[error("serving: {0}\nhint: see the log above")]
     Serve(String),
+}
+
+impl ServeError {
+    /// What the message is made of: what failed and why, and how to go on.
+    pub fn parts(&self) -> (String, &str) {
+        match self {
+            Self::Config(error) => error.parts(),
+            Self::Journal(error) => error.parts(),
+            Self::Recover(error) => {
+                let hint = "restore the journal from a copy, or start with another `state_path`";
+                (error.to_string(), hint)
+            }
+            Self::Listen { address, why, hint } => {
+                (format!("listening on `{address}`: {why}"), hint)
+            }
+            Self::Serve(why) => (format!("serving: {why}"), "see the log above"),
+        }
+    }
 }
 
 /// Opens a socket to listen on; `key` is the setting that names the address.

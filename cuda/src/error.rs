@@ -47,17 +47,15 @@ const STICKY: &[Code] = &[
 /// An error of this crate. The variant says what to do; the fields say what happened.
 ///
 /// It can be cloned, because one lost device is told to everybody who waits for it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CudaError {
     /// Go on without a device: there is no driver, or it cannot start.
-    #[error("starting the CUDA driver: {why}\nhint: {}", self.hint())]
     NoDriver {
         /// What was looked for, or what the driver said.
         why: String,
     },
     /// Go on without a device, or update the driver.
-    #[error("starting the CUDA driver: found {found}, expected {needed}\nhint: {}", self.hint())]
     DriverTooOld {
         /// The CUDA release that the driver serves, or the call that it lacks.
         found: String,
@@ -65,10 +63,6 @@ pub enum CudaError {
         needed: String,
     },
     /// Go on without a device, or name another one.
-    #[error(
-        "opening CUDA device {ordinal}: the driver sees {devices} devices\nhint: {}",
-        self.hint()
-    )]
     NoSuchDevice {
         /// The device that was asked for, counted from 0.
         ordinal: u32,
@@ -76,7 +70,6 @@ pub enum CudaError {
         devices: u32,
     },
     /// Copy through memory that is not pinned, or pin less: the system refused to pin memory.
-    #[error("pinning {bytes} bytes of memory: {refusal}\nhint: {}", self.hint())]
     OutOfPinnedMemory {
         /// Bytes that were to be pinned.
         bytes: usize,
@@ -84,7 +77,6 @@ pub enum CudaError {
         refusal: Refusal,
     },
     /// Fix the call: some of the memory is pinned already.
-    #[error("pinning {bytes} bytes of memory at {address:#x}: {refusal}\nhint: {}", self.hint())]
     AlreadyPinned {
         /// Where the memory begins.
         address: usize,
@@ -94,13 +86,11 @@ pub enum CudaError {
         refusal: Refusal,
     },
     /// Ask for less: the device, or the driver itself, has no memory left.
-    #[error("using a CUDA device: {refusal}\nhint: {}", self.hint())]
     OutOfMemory {
         /// What the driver said.
         refusal: Refusal,
     },
     /// End the process and restore a checkpoint: the device's state is gone, for torch as well.
-    #[error("using CUDA device {ordinal}, which is lost: {refusal}\nhint: {}", self.hint())]
     DeviceLost {
         /// The device, counted from 0.
         ordinal: u32,
@@ -108,17 +98,8 @@ pub enum CudaError {
         refusal: Refusal,
     },
     /// Wait until the capture of a CUDA graph has ended: a copy would become part of the graph.
-    #[error(
-        "ordering copies after a stream: a CUDA graph is being captured on it\nhint: {}",
-        self.hint()
-    )]
     StreamCaptured,
     /// Fix the program: a process that was forked off cannot use its parent's driver.
-    #[error(
-        "using the CUDA driver of process {owner} in process {child}: CUDA does not survive a \
-         fork\nhint: {}",
-        self.hint()
-    )]
     Forked {
         /// The process that started the driver.
         owner: i32,
@@ -126,7 +107,6 @@ pub enum CudaError {
         child: i32,
     },
     /// Fix the call.
-    #[error("{what}: {why}\nhint: {}", self.hint())]
     InvalidArgument {
         /// The call, with its argument.
         what: String,
@@ -134,7 +114,6 @@ pub enum CudaError {
         why: String,
     },
     /// Raise a limit of the process: the operating system refused something.
-    #[error("{what}: {why}\nhint: {}", self.hint())]
     System {
         /// What was being done.
         what: String,
@@ -142,16 +121,62 @@ pub enum CudaError {
         why: String,
     },
     /// Retry, or report it: the driver refused a call for another reason.
-    #[error("using a CUDA device: {refusal}\nhint: {}", self.hint())]
     Call {
         /// What the driver said.
         refusal: Refusal,
     },
 }
 
+impl fmt::Display for CudaError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, why, hint) = self.parts();
+        write!(formatter, "{what}: {why}\nhint: {hint}")
+    }
+}
+
+impl std::error::Error for CudaError {}
+
 impl CudaError {
+    /// What the message is made of: what was being done, why it failed, and how to go on.
+    pub fn parts(&self) -> (String, String, &'static str) {
+        let (what, why) = match self {
+            Self::NoDriver { why } => ("starting the CUDA driver".into(), why.clone()),
+            Self::DriverTooOld { found, needed } => {
+                ("starting the CUDA driver".into(), format!("found {found}, expected {needed}"))
+            }
+            Self::NoSuchDevice { ordinal, devices } => {
+                let why = format!("the driver sees {devices} devices");
+                (format!("opening CUDA device {ordinal}"), why)
+            }
+            Self::OutOfPinnedMemory { bytes, refusal } => {
+                (format!("pinning {bytes} bytes of memory"), refusal.to_string())
+            }
+            Self::AlreadyPinned { address, bytes, refusal } => {
+                (format!("pinning {bytes} bytes of memory at {address:#x}"), refusal.to_string())
+            }
+            Self::OutOfMemory { refusal } | Self::Call { refusal } => {
+                ("using a CUDA device".into(), refusal.to_string())
+            }
+            Self::DeviceLost { ordinal, refusal } => {
+                (format!("using CUDA device {ordinal}, which is lost"), refusal.to_string())
+            }
+            Self::StreamCaptured => {
+                let why = "a CUDA graph is being captured on it".into();
+                ("ordering copies after a stream".into(), why)
+            }
+            Self::Forked { owner, child } => {
+                let what = format!("using the CUDA driver of process {owner} in process {child}");
+                (what, "CUDA does not survive a fork".into())
+            }
+            Self::InvalidArgument { what, why } | Self::System { what, why } => {
+                (what.clone(), why.clone())
+            }
+        };
+        (what, why, self.hint())
+    }
+
     /// How to go on: the text after `hint: `.
-    pub fn hint(&self) -> &'static str {
+    fn hint(&self) -> &'static str {
         match self {
             Self::NoDriver { .. } => {
                 "keep the tensors on the CPU, or install NVIDIA's driver; `nvidia-smi` shows \

@@ -302,7 +302,10 @@ pub fn shared_device(ordinal: u32) -> Result<Arc<Device>> {
 
 /// An error of a device, as the engine tells it.
 pub fn engine_error(what: &str, error: &CudaError) -> EngineError {
-    let text = error.to_string();
-    let why = text.split_once("\nhint: ").map_or(text.as_str(), |(why, _)| why);
-    EngineError::Accelerator { what: what.into(), why: why.into(), hint: error.hint().into() }
+    let (doing, why, hint) = error.parts();
+    EngineError::Accelerator {
+        what: what.into(),
+        why: format!("{doing}: {why}"),
+        hint: hint.into(),
+    }
 }

@@ -4,7 +4,9 @@
 //! actual), and, on a line of its own that begins with `hint: `, how to go on. Lower case, literals
 //! in backticks, no stop at the end.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -174,49 +176,34 @@ pub enum CoordinationKind {
 }
 
 impl EngineError {
-    /// How to fix it: the text after `hint: `.
-    pub fn hint(&self) -> &str {
+    /// What the message is made of: what was being done, why it failed, and how to go on.
+    pub fn parts(&self) -> (&str, Cow<'_, str>, &str) {
         match self {
-            Self::InvalidArgument { hint, .. }
-            | Self::NotFound { hint, .. }
-            | Self::StepConflict { hint, .. }
-            | Self::StoreBusy { hint, .. }
-            | Self::Corrupt { hint, .. }
-            | Self::UnsupportedFormat { hint, .. }
-            | Self::NoSpace { hint, .. }
-            | Self::Io { hint, .. }
-            | Self::Unavailable { hint, .. }
-            | Self::Accelerator { hint, .. }
-            | Self::Closed { hint, .. }
-            | Self::Coordination { hint, .. }
-            | Self::Internal { hint, .. } => hint,
+            Self::Io { what, source, hint } => (what, source.to_string().into(), hint),
+            Self::InvalidArgument { what, why, hint }
+            | Self::NotFound { what, why, hint }
+            | Self::StepConflict { what, why, hint }
+            | Self::StoreBusy { what, why, hint }
+            | Self::Corrupt { what, why, hint }
+            | Self::UnsupportedFormat { what, why, hint }
+            | Self::NoSpace { what, why, hint }
+            | Self::Unavailable { what, why, hint }
+            | Self::Accelerator { what, why, hint }
+            | Self::Closed { what, why, hint }
+            | Self::Coordination { what, why, hint, .. }
+            | Self::Internal { what, why, hint } => (what, why.into(), hint),
         }
     }
 
-    /// Whether the same call may succeed later without a change.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            // The other writer may leave; space may be freed; a device or a service may come back.
-            Self::StoreBusy { .. }
-            | Self::NoSpace { .. }
-            | Self::Io { .. }
-            | Self::Unavailable { .. } => true,
-            Self::Coordination { kind, .. } => !matches!(
-                kind,
-                CoordinationKind::Unauthenticated
-                    | CoordinationKind::Fenced
-                    | CoordinationKind::JobAborted
-            ),
-            // The call itself, the bytes, or this engine must change first.
-            Self::InvalidArgument { .. }
-            | Self::NotFound { .. }
-            | Self::StepConflict { .. }
-            | Self::Corrupt { .. }
-            | Self::UnsupportedFormat { .. }
-            | Self::Accelerator { .. }
-            | Self::Closed { .. }
-            | Self::Internal { .. } => false,
-        }
+    /// How to fix it: the text after `hint: `.
+    pub fn hint(&self) -> &str {
+        self.parts().2
+    }
+
+    /// The message without its hint.
+    pub fn without_hint(&self) -> String {
+        let (what, why, _) = self.parts();
+        format!("{what}: {why}")
     }
 
     /// An error of the operating system during `operation` on `path`, folded into the variant that
@@ -290,15 +277,24 @@ impl EngineError {
         }
     }
 
+    /// `what` would change the store at `location`, which was opened to be read.
+    pub(crate) fn read_only(what: &str, location: impl fmt::Display) -> Self {
+        Self::invalid(
+            format!("{what} in `{location}`"),
+            "the store was opened read-only",
+            "open it without `read_only=True`",
+        )
+    }
+
     /// `what` was asked of the store at `location` by a fork of `process`, which opened it.
     pub(crate) fn forked(what: &str, location: impl fmt::Display, process: u32) -> Self {
         Self::Closed {
-            what: format!("{what} in store `{location}`"),
+            what: format!("{what} in `{location}`"),
             why: format!(
-                "it was opened by process {process}, and this is a fork of it, process {}",
+                "the store was opened by process {process}, and this is a fork of it, process {}",
                 std::process::id()
             ),
-            hint: "open the store anew in this process, with `read_only=True` while the other one \
+            hint: "open the store again in this process, with `read_only=True` while the parent \
                    writes to it"
                 .into(),
         }
@@ -350,6 +346,14 @@ impl EngineError {
             Internal
         )
     }
+}
+
+/// What `act` gives; the error that `panicked` makes where it panics.
+pub(crate) fn caught<T, E>(
+    act: impl FnOnce() -> Result<T, E>,
+    panicked: impl FnOnce() -> E,
+) -> Result<T, E> {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|_panic| Err(panicked()))
 }
 
 /// Gives an `io::Result` the operation and path that its message must name.
@@ -454,6 +458,5 @@ mod tests {
             "encoding a chunk: the worker panicked\nhint: this is a bug in dtruntime: please \
              report it with this message; committed checkpoints are untouched"
         );
-        assert_eq!((error.is_retryable(), bug.is_retryable()), (true, false));
     }
 }

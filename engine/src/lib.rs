@@ -33,6 +33,7 @@ pub mod error;
 pub mod memcpy;
 pub mod progress;
 mod sync;
+mod threads;
 
 pub use config::Config;
 pub use engine::Engine;

@@ -6,9 +6,12 @@
 //! RUSTFLAGS="--cfg loom"    loom's: each step is a point where another thread may go on
 //! ```
 //!
-//! Always holds: without `cfg(loom)` nothing here exists at run time. With it, only tests whose
+//! Always holds: without `cfg(loom)` the types are std's. With it, only tests whose
 //! path holds `models` can run: loom's types know no thread that loom did not start. Reference
 //! counts stay std's: what is shared is not what is checked.
+
+use std::sync::{LockResult, Mutex as StdMutex, MutexGuard as StdGuard, PoisonError};
+use std::time::Duration;
 
 #[cfg(not(loom))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
@@ -17,6 +20,62 @@ pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
 pub(crate) use self::checked::Condvar;
 #[cfg(loom)]
 pub(crate) use loom::sync::{Mutex, MutexGuard, atomic};
+
+/// What [`lock`] takes: std's mutex, and with `cfg(loom)` loom's too.
+pub(crate) trait Lock {
+    /// What gives access until it is dropped.
+    type Guard<'a>
+    where
+        Self: 'a;
+
+    fn locked(&self) -> LockResult<Self::Guard<'_>>;
+}
+
+impl<T> Lock for StdMutex<T> {
+    type Guard<'a>
+        = StdGuard<'a, T>
+    where
+        T: 'a;
+
+    fn locked(&self) -> LockResult<Self::Guard<'_>> {
+        self.lock()
+    }
+}
+
+#[cfg(loom)]
+impl<T> Lock for Mutex<T> {
+    type Guard<'a>
+        = MutexGuard<'a, T>
+    where
+        T: 'a;
+
+    fn locked(&self) -> LockResult<Self::Guard<'_>> {
+        self.lock()
+    }
+}
+
+/// Locks, also after a panic of a thread that had the lock: what is done under a lock here leaves
+/// what it guards whole wherever it ends.
+pub(crate) fn lock<M: Lock>(mutex: &M) -> M::Guard<'_> {
+    mutex.locked().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits, at most `timeout`, while `condition` holds; whether it still does is for the guard to
+/// show.
+pub(crate) fn wait_while<'a, T>(
+    changed: &Condvar,
+    guard: MutexGuard<'a, T>,
+    timeout: Option<Duration>,
+    condition: impl FnMut(&mut T) -> bool,
+) -> MutexGuard<'a, T> {
+    match timeout {
+        None => changed.wait_while(guard, condition).unwrap_or_else(PoisonError::into_inner),
+        Some(timeout) => {
+            let waited = changed.wait_timeout_while(guard, timeout, condition);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        }
+    }
+}
 
 #[cfg(loom)]
 mod checked {

@@ -21,14 +21,13 @@ impl EmbeddedCoordinator {
         crate::log::start();
         let started = py.detach(|| Embedded::start(ip));
         let embedded = started.map_err(|error| {
-            let text = error.to_string();
-            let (why, hint) = text.split_once("\nhint: ").unwrap_or((&text, "start one by hand"));
+            let (why, hint) = error.parts();
             to_python(
                 py,
                 &ClientError {
                     kind: ErrorKind::Unavailable,
                     what: "hosting a coordinator in this process".into(),
-                    why: why.into(),
+                    why,
                     hint: format!("{hint}; or name one that runs: `coordinator_url=`"),
                 },
             )

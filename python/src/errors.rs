@@ -27,7 +27,11 @@ pub(crate) fn instead(py: Python<'_>, failure: PyErr, error: &dyn fmt::Display) 
 fn exception(py: Python<'_>, error: &EngineError) -> PyResult<PyErr> {
     let module = py.import("dtruntime.errors")?;
     let class = module.getattr(class_name(error))?.cast_into::<PyType>()?;
-    let (what, why, hint, errno) = parts(error);
+    let (what, why, hint) = error.parts();
+    let errno = match error {
+        EngineError::Io { source, .. } => source.raw_os_error(),
+        _ => None,
+    };
     let instance = match errno {
         Some(errno) => class.call1((what, why, hint, errno))?,
         None => class.call1((what, why, hint))?,
@@ -66,38 +70,6 @@ fn coordination_class(kind: CoordinationKind) -> &'static str {
         CoordinationKind::TimedOut => "BarrierTimeout",
         CoordinationKind::JobAborted => "JobAborted",
         _ => "Internal",
-    }
-}
-
-fn parts(error: &EngineError) -> (String, String, String, Option<i32>) {
-    if let EngineError::Io { what, source, hint } = error {
-        return (what.clone(), source.to_string(), hint.clone(), source.raw_os_error());
-    }
-    let message = error.to_string();
-    let hint = error.hint().to_owned();
-    let text = message.strip_suffix(&format!("\nhint: {hint}")).unwrap_or(&message);
-    let (what, why) = match what_of(error) {
-        Some(what) => (what.to_owned(), text.get(what.len() + 2..).unwrap_or_default().to_owned()),
-        None => (text.to_owned(), String::new()),
-    };
-    (what, why, hint, None)
-}
-
-fn what_of(error: &EngineError) -> Option<&str> {
-    match error {
-        EngineError::InvalidArgument { what, .. }
-        | EngineError::NotFound { what, .. }
-        | EngineError::StepConflict { what, .. }
-        | EngineError::StoreBusy { what, .. }
-        | EngineError::Corrupt { what, .. }
-        | EngineError::UnsupportedFormat { what, .. }
-        | EngineError::NoSpace { what, .. }
-        | EngineError::Unavailable { what, .. }
-        | EngineError::Accelerator { what, .. }
-        | EngineError::Closed { what, .. }
-        | EngineError::Coordination { what, .. }
-        | EngineError::Internal { what, .. } => Some(what),
-        _ => None,
     }
 }
 

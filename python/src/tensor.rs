@@ -211,19 +211,22 @@ fn writable_memory(array: &Bound<'_, PyUntypedArray>) -> PyResult<(usize, usize)
 #[pyclass(frozen, module = "dtruntime._native")]
 #[derive(Debug)]
 pub(crate) struct MappedMemory {
-    shard: MappedShard,
+    _shard: MappedShard,
 }
 
 /// The whole mapping as an array of bytes, writable and private to this process.
 pub(crate) fn array_of_mapping(
     py: Python<'_>,
-    shard: MappedShard,
+    mut shard: MappedShard,
 ) -> PyResult<Bound<'_, PyArray1<u8>>> {
-    let owner = Bound::new(py, MappedMemory { shard })?;
-    let bytes = owner.get().shard.bytes();
-    let view = ArrayView1::from(bytes);
+    let bytes = shard.bytes_mut();
+    // From what may be written: the array writes by way of this address.
+    let (start, length) = (bytes.as_mut_ptr(), bytes.len());
+    let owner = Bound::new(py, MappedMemory { _shard: shard })?;
+    // SAFETY: so many bytes from there on are mapped, and nothing in Rust uses them after this.
+    let view = unsafe { ArrayView1::from_shape_ptr(length, start.cast_const()) };
     // SAFETY: the mapping lives as long as `owner`, which the array holds, and never moves. It is
-    // private and writable, and nothing in Rust reads it after this.
+    // private and writable.
     Ok(unsafe { PyArray1::borrow_from_array(&view, owner.clone().into_any()) })
 }
 

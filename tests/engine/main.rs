@@ -17,3 +17,4 @@ mod support;
 #[expect(dead_code, reason = "nobody here counts operations")]
 #[path = "../crash/tap.rs"]
 mod tap;
+mod workers;

@@ -10,6 +10,7 @@ use dtr_engine::config::{Compression, Config, DirectIo, IoBackend};
 use dtr_engine::engine::Components;
 use dtr_engine::io::sim::{FaultKind, LoggedOp, OpKind, Plan, Sim, Times, Trigger};
 use dtr_engine::io::{EntryOp, Io, open_backend};
+use dtr_engine::store_copy::Overwrite;
 use dtr_engine::{Engine, EngineError};
 
 use super::support::{State, config, finish, scratch};
@@ -280,6 +281,41 @@ fn no_save_begins_while_a_checkpoint_is_deleted() {
         assert!(!could_save);
     });
     state.save(&engine, 1).unwrap();
+    state.assert_equals(&engine.checkpoint(1).unwrap());
+}
+
+/// Else both would publish the step, and one of them over what the other one had looked at.
+#[test]
+fn no_save_begins_where_a_checkpoint_is_copied_to() {
+    let (here, there) = (scratch(), scratch());
+    let gate = Gate::at(makes_step_directory);
+    let source = open(config(here.path()), backend());
+    let destination = open(config(there.path()), Tap::new(backend(), &gate));
+    let state = State::training(1, 0);
+    state.save(&source, 1).unwrap();
+    destination.prewarm(1 << 20).unwrap();
+    // A save takes its turn for the arena.
+    let may_save = |engine: &Engine| engine.lend_staging(1, None).unwrap().is_some();
+    assert!(may_save(&destination));
+    std::thread::scope(|scope| {
+        let copier = scope.spawn(|| source.copy_to(&destination, 1, Overwrite::No, &()));
+        gate.wait();
+        let could_save = [&source, &destination].map(may_save);
+        gate.open();
+        copier.join().unwrap().unwrap();
+        assert_eq!(could_save, [true, false]);
+    });
+    state.save(&destination, 2).unwrap();
+    state.assert_equals(&destination.checkpoint(1).unwrap());
+}
+
+#[test]
+fn a_copy_to_where_it_is_ends() {
+    let directory = scratch();
+    let engine = open(config(directory.path()), backend());
+    let state = State::training(1, 0);
+    state.save(&engine, 1).unwrap();
+    assert!(engine.copy_to(&engine, 1, Overwrite::No, &()).unwrap().was_there);
     state.assert_equals(&engine.checkpoint(1).unwrap());
 }
 

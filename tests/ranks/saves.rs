@@ -1,11 +1,14 @@
 //! Saves in which nobody is lost.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+
 use dtr_engine::format::manifest::Manifest;
 use dtr_engine::save::SaveInfo;
-use dtr_engine::{Config, Engine, EngineError};
+use dtr_engine::{Config, Engine, EngineError, Result};
 
 use crate::support::finish;
-use crate::world::{World, refusals, save_all, state_of, together};
+use crate::world::{Between, Beyond, Call, World, refusals, save_all, state_of, together};
 
 #[test]
 fn one_manifest_names_the_shards_of_all_ranks_and_each_gets_its_own_back() {
@@ -114,26 +117,49 @@ fn shards_in(world: &World, step: u64) -> usize {
     survey.step(step).map_or(0, |step| step.orphans.len())
 }
 
+/// Holds a rank's first report back: `meet` is met when it is about to go, and again before it goes.
+#[derive(Debug)]
+struct Held {
+    is_armed: AtomicBool,
+    meet: Arc<Barrier>,
+}
+
+impl Between for Held {
+    fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T> {
+        if matches!(call, Call::Report(..)) && self.is_armed.swap(false, Ordering::Relaxed) {
+            self.meet.wait();
+            self.meet.wait();
+        }
+        go()
+    }
+}
+
 #[test]
 fn a_save_that_is_cancelled_on_one_rank_fails_on_all() {
     let world = World::new(2);
-    let ranks = world.ranks();
+    let meet = Arc::new(Barrier::new(2));
+    let held = world.rank_through(1, world.config(1), |ranks| {
+        let between = Held { is_armed: AtomicBool::new(true), meet: Arc::clone(&meet) };
+        Arc::new(Beyond { between, ranks })
+    });
+    let ranks = [world.rank(0), held];
     let outcomes = together(&ranks, |rank| {
-        if rank.number == 1 {
-            // The other one has no chance to finish alone.
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
         let state = state_of(rank.number, 5);
         let handle = rank.engine.save(state.request(5))?;
-        if rank.number == 0 {
-            handle.cancel("the test wants it");
+        if rank.number == 1 {
+            return finish(&handle);
         }
-        finish(&handle)
+        meet.wait();
+        handle.cancel("the test wants it");
+        // The other one has not reported: it cannot have been committed.
+        let outcome = finish(&handle);
+        meet.wait();
+        outcome
     });
-    let committed = world.reader(0).steps().unwrap() == [5];
-    for outcome in &outcomes {
-        assert_eq!(outcome.is_ok(), committed, "{outcomes:?}");
+    for refusal in refusals(outcomes) {
+        assert!(refusal.contains("the test wants it"), "{refusal}");
     }
+    assert_eq!(world.reader(0).steps().unwrap(), [0; 0]);
     save_all(&ranks, 6);
 }
 
@@ -145,7 +171,7 @@ fn ranks_without_a_coordinator_and_of_different_sizes_are_told() {
     let other = Config { world_size: 3, rank: 0, ..world.config(0) };
     let worker = world.register(0);
     let ranks = dtr_engine::ranks::Coordinated::new(worker, 3);
-    let engine = Engine::open_among(other, std::sync::Arc::new(ranks)).unwrap();
+    let engine = Engine::open_among(other, Arc::new(ranks)).unwrap();
     let error = state_of(0, 1).save(&engine, 1).unwrap_err().to_string();
     assert!(error.contains("the job has 2 ranks"), "{error}");
 }
@@ -154,7 +180,7 @@ fn ranks_without_a_coordinator_and_of_different_sizes_are_told() {
 fn one_process_has_a_rank_of_a_store() {
     let world = World::new(2);
     let rank = world.rank(1);
-    let ranks = dtr_engine::ranks::Coordinated::new(std::sync::Arc::clone(&rank.worker), 2);
-    let again = Engine::open_among(world.config(1), std::sync::Arc::new(ranks)).unwrap_err();
+    let ranks = dtr_engine::ranks::Coordinated::new(Arc::clone(&rank.worker), 2);
+    let again = Engine::open_among(world.config(1), Arc::new(ranks)).unwrap_err();
     assert!(matches!(again, EngineError::StoreBusy { .. }), "{again}");
 }

@@ -154,10 +154,8 @@ fn speed(directory: &std::path::Path) -> Check {
             Check::new("speed", found, None)
         }
         Err(error) => {
-            let hint = error.hint().to_owned();
-            let message = error.to_string();
-            let found = format!("not measured: {}", text::without_hint(&message));
-            Check::new("speed", found, Some(hint))
+            let found = format!("not measured: {}", error.without_hint());
+            Check::new("speed", found, Some(error.hint().to_owned()))
         }
     }
 }

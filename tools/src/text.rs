@@ -7,6 +7,8 @@ use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use dtr_engine::EngineError;
+
 /// Units of bytes, each a thousand of the one before.
 const BYTE_UNITS: [&str; 6] = ["kB", "MB", "GB", "TB", "PB", "EB"];
 const SECONDS_PER_DAY: u64 = 24 * 60 * 60;
@@ -101,11 +103,6 @@ pub(crate) fn path(path: &str) -> &str {
     if path.is_empty() { "(root)" } else { path }
 }
 
-/// An error's message without its hint.
-pub(crate) fn without_hint(message: &str) -> &str {
-    message.split_once("\nhint: ").map_or(message, |(before, _)| before)
-}
-
 /// Whether a terminal would do something else with this character than show it where it stands:
 /// control characters, separators of lines, and what turns the direction of writing.
 pub(crate) fn disturbs(character: char) -> bool {
@@ -133,12 +130,9 @@ pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
 }
 
 /// An error's message, in which only its hint begins a line, whatever a name in it holds.
-pub(crate) fn message(error: &impl std::fmt::Display) -> String {
-    let message = error.to_string();
-    match message.rsplit_once("\nhint: ") {
-        Some((what, hint)) => format!("{}\nhint: {}", one_line(what), one_line(hint)),
-        None => into_one_line(message),
-    }
+pub(crate) fn message(error: &EngineError) -> String {
+    let hint = one_line(error.hint());
+    format!("{}\nhint: {hint}", into_one_line(error.without_hint()))
 }
 
 /// [`one_line`] of text that is owned.
@@ -236,7 +230,8 @@ mod tests {
         assert_eq!(one_line("model.weight"), "model.weight");
         assert_eq!(one_line("a\r\u{7}b\u{9b}"), "a\\r\\u{7}b\\u{9b}");
         assert_eq!(one_line("a\u{202e}b\u{2028}"), "a\\u{202e}b\\u{2028}");
-        assert_eq!(message(&"`a\nhint: x`: no\nhint: y"), "`a\\nhint: x`: no\nhint: y");
+        let error = EngineError::invalid("`a\nhint: x`", "no", "y");
+        assert_eq!(message(&error), "`a\\nhint: x`: no\nhint: y");
         assert_eq!([cut("äbc", 3), cut("äbc", 2)], ["äbc", "äb…"]);
         assert_eq!([count(1_u64, "tensor"), count(0_u64, "tensor")], ["1 tensor", "0 tensors"]);
     }

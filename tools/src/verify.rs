@@ -7,11 +7,11 @@
 use std::io::Write;
 
 use clap::Args;
-use dtr_engine::Engine;
 use dtr_engine::format::manifest::total_bytes;
 use dtr_engine::load::{Damage, VerifyReport};
 use dtr_engine::recovery::Survey;
-use serde::Serialize;
+use dtr_engine::{Engine, EngineError};
+use serde::{Serialize, Serializer};
 
 use crate::console::{Failure, Outcome, Verdict, write_json};
 use crate::opened::{StoreArgument, chosen_steps};
@@ -44,7 +44,13 @@ struct Verified {
     #[serde(flatten)]
     report: VerifyReport,
     /// Why it could not be verified at all.
-    error: Option<String>,
+    #[serde(serialize_with = "as_text")]
+    error: Option<EngineError>,
+}
+
+#[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
+fn as_text<S: Serializer>(error: &Option<EngineError>, serializer: S) -> Result<S::Ok, S::Error> {
+    error.as_ref().map(EngineError::to_string).serialize(serializer)
 }
 
 impl Verified {
@@ -93,7 +99,7 @@ fn verify(engine: &Engine, step: u64, of_several: bool, bar: &Bar) -> Result<Ver
         Ok(report) => Ok(Verified { report, error: None }),
         Err(error) if of_several => Ok(Verified {
             report: VerifyReport { step, ..VerifyReport::default() },
-            error: Some(error.to_string()),
+            error: Some(error),
         }),
         Err(error) => Err(error.into()),
     }
@@ -132,12 +138,12 @@ fn write_text(out: &mut dyn Write, verified: &Verified) -> std::io::Result<()> {
     Ok(())
 }
 
-/// What is damaged, without a hint that was meant for one file.
+/// What is damaged.
 fn what(damage: &Damage) -> String {
-    let why = text::without_hint(&damage.why);
+    let why = &damage.why;
     match damage.chunk {
         Some(chunk) if !why.starts_with("chunk ") => format!("chunk {chunk}: {why}"),
-        _ => why.to_owned(),
+        _ => why.clone(),
     }
 }
 

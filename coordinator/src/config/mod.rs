@@ -36,6 +36,11 @@ impl ConfigError {
     fn new(what: impl Into<String>, why: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { what: what.into(), why: why.into(), hint: hint.into() }
     }
+
+    /// What failed and why, and how to go on.
+    pub(crate) fn parts(&self) -> (String, &str) {
+        (format!("{}: {}", self.what, self.why), &self.hint)
+    }
 }
 
 /// Every setting with its value.

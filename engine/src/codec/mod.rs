@@ -62,12 +62,7 @@ impl Codec {
 
     /// The persisted id.
     pub fn id(self) -> u8 {
-        match self {
-            Self::None => 0,
-            Self::Float => 1,
-            Self::Zstd => 2,
-            Self::Gzip => 3,
-        }
+        self as u8
     }
 
     /// The name that users write and read.

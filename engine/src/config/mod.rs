@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
+use crate::format::manifest::JOB_BYTES_MAX;
 use crate::recovery::OwnShare;
 use crate::{EngineError, Result};
 
@@ -117,7 +118,8 @@ pub struct Config {
     /// Bytes in flight to the device. Default: 32 MiB, or two chunks where that is more; at least
     /// one chunk, at most 1 GiB.
     pub in_flight_bytes: Option<u64>,
-    /// Threads that checksum and encode. Default: this rank's part of one per core, at most 16.
+    /// Threads that checksum, encode and decode. Default: this rank's part of one per core, at most
+    /// 16.
     pub workers: Option<u32>,
     /// Newest checkpoints to keep. Default: all. At least 1.
     pub keep_last_n: Option<u32>,
@@ -132,9 +134,6 @@ pub struct Config {
     /// Age, in seconds by the store's clock, below which nothing abandoned is deleted.
     /// Default 24 h.
     pub gc_grace_seconds: u64,
-    /// Check every chunk's checksums on load. Default true; manifests and indexes are always
-    /// checked.
-    pub verify_on_load: bool,
     /// How a store in S3 is reached.
     pub s3: S3Settings,
     /// Store in S3, `s3://bucket/prefix`, that checkpoints are brought to once they are committed
@@ -168,7 +167,6 @@ impl Default for Config {
             best_metric: None,
             best_mode: BestMode::Min,
             gc_grace_seconds: 24 * 60 * 60,
-            verify_on_load: true,
             s3: S3Settings::default(),
             remote: None,
             remote_bytes_per_second: None,
@@ -251,10 +249,10 @@ impl Config {
                 "name the directory of the store, or set CHECKPOINT_DIR",
             ));
         }
-        if self.job.is_empty() || self.job.len() > 255 {
+        if !(1..=JOB_BYTES_MAX).contains(&self.job.len()) {
             return Err(EngineError::invalid(
                 format!("setting `job`, {} bytes long", self.job.len()),
-                "a job name has 1 to 255 bytes",
+                format!("a job name has 1 to {JOB_BYTES_MAX} bytes"),
                 "choose a short name for the training run",
             ));
         }

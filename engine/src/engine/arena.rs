@@ -22,7 +22,7 @@ impl Inner {
         }
         let arena = self.arena(&mut saving, raw_bytes)?;
         arena
-            .prewarm(memory::worker_count(&self.core.config))
+            .prewarm(self.core.workers)
             .context("populating the staging arena for", self.core.store.location())
     }
 
@@ -116,7 +116,7 @@ impl Inner {
                 let arena = BufferPool::new(config.chunk_bytes as usize, wanted)
                     .context("allocating the staging arena for", self.core.store.location())?;
                 if let Some(pin) = &saving.pin {
-                    populate(&arena, memory::worker_count(config));
+                    populate(&arena, self.core.workers);
                     pin_arena(&arena, pin.as_ref());
                 }
                 saving.arena = Some(Arc::clone(&arena));

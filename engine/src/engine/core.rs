@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::clock::Environment;
 use crate::codec::Codec;
@@ -20,6 +20,7 @@ use crate::save::adapt::Adaptation;
 use crate::save::job::{Conduct, Job};
 use crate::store::flow::{Flow, Pace};
 use crate::store::{FileListing, Store};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Buffers for header, index and footer: one being filled while the other is written.
@@ -37,6 +38,8 @@ pub(crate) struct Core {
     /// Header, index and footer, piece by piece. The committer alone takes from it.
     pub(crate) control_pool: Arc<BufferPool>,
     pub(crate) io_name: &'static str,
+    /// Threads that checksum, encode and decode.
+    pub(super) workers: usize,
     /// Where several ranks save together.
     pub(crate) ranks: Option<Arc<dyn Ranks>>,
     /// What encoding is known to cost and give.
@@ -96,6 +99,7 @@ impl Core {
             encode_pool,
             control_pool,
             io_name,
+            workers,
             ranks,
             adaptation: Arc::new(Adaptation::new()),
             poisoned: AtomicBool::new(false),
@@ -106,11 +110,11 @@ impl Core {
 
     /// The attempt that this rank began last, of whatever step; among several ranks only.
     pub(crate) fn last_attempt(&self) -> Option<AttemptId> {
-        *self.last_attempt.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.last_attempt)
     }
 
     pub(crate) fn note_attempt(&self, attempt: AttemptId) {
-        *self.last_attempt.lock().unwrap_or_else(PoisonError::into_inner) = Some(attempt);
+        *lock(&self.last_attempt) = Some(attempt);
     }
 
     /// After a panic of the committer nothing that the engine believes can be trusted.
@@ -148,10 +152,10 @@ impl Core {
     }
 
     /// What the workers of a new save go by.
-    pub(super) fn conduct(&self, workers: usize) -> Conduct {
+    pub(super) fn conduct(&self) -> Conduct {
         let pace = self.known().pace;
         Conduct {
-            workers,
+            workers: self.workers,
             flow: Arc::new(Flow::new(Arc::clone(&self.environment), pace)),
             adaptation: Arc::clone(&self.adaptation),
         }
@@ -183,7 +187,7 @@ impl Core {
     }
 
     pub(super) fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 }
 

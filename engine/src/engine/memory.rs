@@ -1,37 +1,19 @@
-//! How much of the machine the engine takes when nobody says: pure figures, one probe.
+//! How much of the machine the engine takes when nobody says: pure figures, and a probe
+//! of its memory.
 
 use std::fs;
 
 use crate::config::{Config, STAGING_CHUNKS_MIN};
+use crate::threads::{cores_of_rank, thread_count};
 
 /// Most worker threads when the setting is left to us.
 const WORKERS_MAX: usize = 16;
 /// Without a setting, the arenas of all ranks on a machine take at most this part of its memory.
 const MEMORY_DIVISOR: u64 = 4;
 
-/// Threads that checksum and encode.
+/// Threads that checksum, encode and decode.
 pub(super) fn worker_count(config: &Config) -> usize {
-    let allowed = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let online = fs::read_to_string("/sys/devices/system/cpu/online").ok();
-    let online = online.as_deref().and_then(counted).unwrap_or(allowed);
-    let own = own_workers(allowed, online, config.local_world_size);
-    config.workers.map_or(own, |workers| workers as usize)
-}
-
-/// This rank's part of the cores that are `online`, of which it may use those that are `allowed`:
-/// where ranks are bound to cores, these are its own already.
-fn own_workers(allowed: usize, online: usize, local_world_size: u32) -> usize {
-    allowed.min(online / local_world_size as usize).clamp(1, WORKERS_MAX)
-}
-
-/// How many there are in a list such as `0-3,8`.
-fn counted(ranges: &str) -> Option<usize> {
-    let count = |range: &str| {
-        let (from, to) = range.split_once('-').unwrap_or((range, range));
-        let (from, to) = (from.parse::<usize>().ok()?, to.parse::<usize>().ok()?);
-        to.checked_sub(from)?.checked_add(1)
-    };
-    ranges.trim().split(',').map(count).sum()
+    thread_count(config.workers, cores_of_rank(config.local_world_size), WORKERS_MAX, usize::MAX)
 }
 
 /// Chunks that the staging arena holds for a state of `raw_bytes` on a machine with
@@ -71,19 +53,9 @@ mod tests {
     }
 
     #[test]
-    fn ranks_of_one_machine_share_its_memory_and_its_cores() {
+    fn ranks_of_one_machine_share_its_memory() {
         let config = Config { local_world_size: 8, ..Config::new("x") };
         assert_eq!(arena_chunks(&config, 100 * GIB, 64 * GIB), 512);
-        assert_eq!([1, 4, 8, 64].map(|cores| own_workers(cores, cores, 4)), [1, 1, 2, 16]);
-        assert_eq!(own_workers(64, 64, 1), WORKERS_MAX);
-        // Each bound to its own twelve of 96.
-        assert_eq!(own_workers(12, 96, 8), 12);
-    }
-
-    #[test]
-    fn lists_of_cores_are_counted() {
-        let lists = ["0\n", "0-95\n", "0-3,8,10-11", "", "3-1", "x"];
-        assert_eq!(lists.map(counted), [Some(1), Some(96), Some(7), None, None, None]);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
 use crate::store::{PendingUpload, Store, Uploads};
 use crate::store_copy::{Between, Overwrite, Transferred, transfer};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 mod agreed;
@@ -239,7 +240,8 @@ impl Engine {
 
     /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
     /// checked on its way. Of one that is there already, what is missing is brought. Of a copy that
-    /// was interrupted, parts of an upload are not sent again.
+    /// was interrupted, parts of an upload are not sent again. A save to the destination that another
+    /// thread begins waits.
     ///
     /// What ceased to exist there when the training went back cannot be copied there.
     ///
@@ -260,6 +262,8 @@ impl Engine {
     ) -> Result<Transferred> {
         let what = format!("copying step {step}");
         let (from, to) = (self.inner(&what)?, destination.writer(&what)?);
+        // The destination's alone: two engines that copy to each other do not wait for each other.
+        let _turn = to.turn();
         to.wait_for_last(None)?;
         from.core.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
@@ -452,13 +456,7 @@ impl Engine {
 
     fn inner(&self, what: &str) -> Result<Arc<Inner>> {
         if self.is_forked() {
-            return Err(EngineError::Closed {
-                what: what.into(),
-                why: "this process was forked from the one that opened the store".into(),
-                hint: "open the store again in this process, with `read_only=True` while the \
-                       parent saves"
-                    .into(),
-            });
+            return Err(EngineError::forked(what, self.config.path.display(), self.pid));
         }
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         inner.clone().ok_or_else(|| EngineError::Closed {
@@ -470,11 +468,7 @@ impl Engine {
 
     fn writer(&self, what: &str) -> Result<Arc<Inner>> {
         if self.config.read_only {
-            return Err(EngineError::invalid(
-                format!("{what} in `{}`", self.config.path.display()),
-                "the store was opened read-only",
-                "open it without `read_only=True`",
-            ));
+            return Err(EngineError::read_only(what, self.config.path.display()));
         }
         self.inner(what)
     }
@@ -495,11 +489,11 @@ impl Inner {
     /// While this is held, no save begins. What is deleted by its step must stay what was looked
     /// at: a save could take its place.
     fn turn(&self) -> MutexGuard<'_, Saving> {
-        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.saving)
     }
 
     fn last(&self) -> Option<SaveHandle> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.last).clone()
     }
 
     /// Waits for the save in flight; true if it has ended. Raises its error if nobody has seen it.

@@ -6,7 +6,7 @@
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, RwLock};
 
-use super::{Components, Core, Engine, Inner, memory};
+use super::{Components, Core, Engine, Inner};
 use crate::clock::{Environment, System};
 use crate::config::{Config, S3Address, S3Credentials};
 use crate::io::{Io, open_backend};
@@ -181,8 +181,7 @@ impl Engine {
         let (workers, committer) = if config.read_only {
             (None, None)
         } else {
-            let count = memory::worker_count(&config);
-            let workers = Workers::start(count, &core.encode_pool, &core.environment)?;
+            let workers = Workers::start(core.workers, &core.encode_pool, &core.environment)?;
             (Some(workers), Some(Committer::start(&core)?))
         };
         let store = Arc::downgrade(&core.store);

@@ -11,7 +11,7 @@ use super::{Core, Engine};
 use crate::config::{BestMode, Config};
 use crate::format::manifest::Manifest;
 use crate::load::{
-    Checkpoint, ReadOptions, ShardScope, VerifyObserver, VerifyReport, read_manifest, verify_step,
+    Checkpoint, ShardScope, VerifyObserver, VerifyReport, read_manifest, verify_step,
 };
 use crate::recovery::{StepState, Survey};
 use crate::store::Store;
@@ -77,7 +77,7 @@ impl Engine {
         let step = own.step();
         let inner = self.inner(&format!("opening what rank {rank} saved of step {step}"))?;
         let store = inner.core.store.as_ref();
-        match Checkpoint::open(store, own.shared_manifest(), rank, scope) {
+        match Checkpoint::open(store, own.shared_manifest(), (rank, scope), inner.core.workers) {
             Err(error) if is_gone(&error) => Err(self.gone_beside(store, own, error)),
             opened => opened,
         }
@@ -111,7 +111,7 @@ impl Engine {
                 None => (rank % saved, ShardScope::ReplicatedOnly),
             };
             check_world_size(&manifest, scope, world_size)?;
-            Checkpoint::open(store, Arc::new(manifest), rank, scope)
+            Checkpoint::open(store, Arc::new(manifest), (rank, scope), inner.core.workers)
         };
         match open() {
             // The writer replaced or removed it under our feet: what stands there now counts.
@@ -144,9 +144,8 @@ impl Engine {
     pub fn verify(&self, step: u64, observer: &dyn VerifyObserver) -> Result<VerifyReport> {
         let inner = self.inner(&format!("verifying step {step}"))?;
         inner.core.check_exists(step)?;
-        let options = ReadOptions { workers: self.config.workers, ..ReadOptions::default() };
-        let share = self.config.own_share();
-        verify_step(inner.core.store.as_ref(), step, (options, share), observer)
+        let Core { store, workers, .. } = &*inner.core;
+        verify_step(store.as_ref(), step, (*workers, self.config.own_share()), observer)
     }
 }
 

@@ -2,12 +2,12 @@
 //!
 //! Always holds: every check that can refuse the save is made before anything is written.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
-use super::{Inner, Saving, memory};
+use super::{Inner, Saving};
 use crate::clock::elapsed;
 use crate::config::Config;
 use crate::format::checksum;
@@ -23,6 +23,7 @@ use crate::save::job::{Job, Message};
 use crate::save::share::Share;
 use crate::save::write::{IndexDraft, chunks_offset};
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Room for footer and a small index, when free space is checked.
@@ -110,7 +111,7 @@ impl Inner {
             handle: handle.clone(),
             started: clocked.started,
         })?;
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.clone());
+        *lock(&self.last) = Some(handle.clone());
         Ok(Begun { job, handle, arena, storages: origins })
     }
 
@@ -122,10 +123,9 @@ impl Inner {
         arena: &BufferPool,
         waited: Duration,
     ) -> (Arc<Job>, Receiver<Message>) {
-        let workers = memory::worker_count(&self.core.config);
-        let (to_committer, encoded) = crossbeam_channel::bounded(2 * workers);
+        let (to_committer, encoded) = crossbeam_channel::bounded(2 * self.core.workers);
         let compression = self.core.config.compression;
-        let conduct = self.core.conduct(workers);
+        let conduct = self.core.conduct();
         let job = Arc::new(Job::new(request.step, layout, compression, conduct, to_committer));
         job.update_stats(|stats| {
             stats.prepare_seconds = request.prepared.as_secs_f64();
@@ -165,7 +165,7 @@ impl Inner {
         let Capturing { job, handle, started, until } = *capturing;
         let environment = &self.core.environment;
         let capture_start = environment.monotonic();
-        let workers = self.workers.as_ref().ok_or_else(no_writer)?.queue()?;
+        let workers = self.workers.as_ref().ok_or_else(|| self.read_only())?.queue()?;
         let failed = FailUnlessDone { job };
         let captured = capture(job, storages, arena, workers, until);
         job.update_stats(|stats| {
@@ -192,7 +192,11 @@ impl Inner {
     }
 
     fn submit(&self, task: CommitTask) -> Result<()> {
-        self.committer.as_ref().ok_or_else(no_writer)?.submit(task)
+        self.committer.as_ref().ok_or_else(|| self.read_only())?.submit(task)
+    }
+
+    fn read_only(&self) -> EngineError {
+        EngineError::read_only("saving", self.core.store.location())
     }
 
     /// Refuses a save that the store has no room for; returns the length to reserve.
@@ -306,8 +310,4 @@ impl Drop for FailUnlessDone<'_> {
         self.job.fail(EngineError::internal("capturing a storage", "the copy panicked"));
         self.job.arrivals.all_begun();
     }
-}
-
-fn no_writer() -> EngineError {
-    EngineError::internal("starting a save", "the engine was opened read-only")
 }

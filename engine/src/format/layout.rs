@@ -106,13 +106,6 @@ impl Layout {
         Ok(Self::new(&records, &order, chunk_bytes))
     }
 
-    /// The layout that an index describes. Its records ascend and do not overlap, as
-    /// [`ShardIndex::decode`](super::index::ShardIndex::decode) has checked.
-    pub fn from_records(records: &[StorageRecord], chunk_bytes: u32) -> Self {
-        let order: Vec<usize> = (0..records.len()).collect();
-        Self::new(records, &order, chunk_bytes)
-    }
-
     fn new(records: &[StorageRecord], order: &[usize], chunk_bytes: u32) -> Self {
         assert!(chunk_bytes > 0, "chunks have bytes");
         let narrow = |index: usize| u32::try_from(index).expect("STORAGES_MAX fits 32 bits");
@@ -384,14 +377,6 @@ mod tests {
                 let record = records[layout.record_index(storage)];
                 prop_assert_eq!((record.bytes, record.element), (spec.bytes, spec.element));
                 prop_assert_eq!(record.raw_offset, layout.raw_offset(storage));
-            }
-            let read = Layout::from_records(&records, 1_u32 << log);
-            prop_assert_eq!(read.raw_bytes(), layout.raw_bytes());
-            for chunk in 0..layout.chunk_count() {
-                let ours = layout.pieces(chunk).map(|piece| Piece {
-                    storage: piece.storage.map(|storage| layout.record_index(storage)), ..piece
-                });
-                prop_assert!(read.pieces(chunk).eq(ours));
             }
         }
     }

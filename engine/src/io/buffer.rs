@@ -1,7 +1,7 @@
-//! Memory that the kernel may own: one huge-page mapping cut into equal buffers.
+//! Memory that the kernel may own: one [`Mapping`] cut into equal buffers.
 //!
 //! ```text
-//! |<---------------- one anonymous mapping, aligned to 2 MiB ---------------->|
+//! |<--------------------------- one anonymous mapping ----------------------->|
 //! | buffer 0 | buffer 1 | buffer 2 | ...                         | buffer n-1 |
 //!       free list (last in, first out: warm memory is handed out again first)
 //! ```
@@ -11,32 +11,28 @@
 //!   mapping lives until the pool and all of them are gone.
 //! - Nothing is zeroed between uses: a buffer holds whatever its last user left. Whoever takes one
 //!   overwrites what it hands on.
-//! - A forked child does not have this memory (`MADV_DONTFORK`: otherwise `fork` copies every page
-//!   that a device is writing to). There a buffer may be dropped, which does nothing, and must not
-//!   be read or written.
+//! - A forked child does not have this memory. There a buffer may be dropped, which does nothing,
+//!   and must not be read or written.
 //!
-//! Why `unsafe`: safe collections give neither huge pages nor `MADV_DONTFORK`, and parts of one
-//! mapping handed out at run time are beyond what the borrow checker can follow.
+//! Why `unsafe`: parts of one mapping handed out at run time are beyond what the borrow checker can
+//! follow.
 #![expect(unsafe_code, reason = "hands out disjoint parts of one anonymous mapping")]
 
 use std::fmt;
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 use rustix::process::{Pid, getpid};
 
 use super::ALIGNMENT;
+use super::mapping::Mapping;
 use super::pin::{Pin, Pinned};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 
-/// Size of a huge page where it matters (x86-64, and AArch64 with 4 KiB pages); elsewhere only an
-/// alignment.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// What one thread populates at a time: large enough to amortise the call, small enough to share.
 const POPULATE_PIECE_BYTES: usize = 32 << 20;
 /// Bytes of a buffer for header, index and footer, which are read and written piece by piece.
@@ -101,7 +97,7 @@ impl BufferPool {
         self.assert_owner();
         let mut refusal = Ok(());
         self.pinned.get_or_init(|| {
-            let pinned = pin.pin(self.mapping.base.as_ptr(), self.buffer_bytes, self.count);
+            let pinned = pin.pin(self.mapping.start(), self.buffer_bytes, self.count);
             pinned.map_err(|error| refusal = Err(error)).ok()
         });
         refusal
@@ -127,18 +123,12 @@ impl BufferPool {
     /// buffer, so that none can ever return.
     pub fn take(self: &Arc<Self>) -> Buffer {
         self.assert_owner();
-        let mut state = self.lock();
-        loop {
-            if let Some(index) = state.free.pop() {
-                return Buffer { pool: Arc::clone(self), index };
-            }
-            assert!(
-                state.lost < self.count,
-                "all {} buffers of the pool were lost to a failed io backend",
-                self.count
-            );
-            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let none_yet = |state: &mut State| state.free.is_empty() && state.lost < self.count;
+        let index = wait_while(&self.returned, self.lock(), None, none_yet).free.pop();
+        let Some(index) = index else {
+            panic!("all {} buffers of the pool were lost to a failed io backend", self.count)
+        };
+        Buffer { pool: Arc::clone(self), index }
     }
 
     /// A free buffer, or `None` where all are in use or the process is a forked child.
@@ -181,7 +171,7 @@ impl BufferPool {
     }
 
     fn populate(&self, threads: usize) -> Result<(), Errno> {
-        let pieces = self.mapping.bytes.div_ceil(POPULATE_PIECE_BYTES);
+        let pieces = self.mapping.bytes().div_ceil(POPULATE_PIECE_BYTES);
         let next = AtomicUsize::new(0);
         let work = || {
             loop {
@@ -222,7 +212,7 @@ impl BufferPool {
     fn start_of(&self, index: usize) -> *mut u8 {
         assert!(index < self.count, "a buffer's index is below the pool's count");
         // Within the mapping, whose length is count * buffer_bytes.
-        self.mapping.base.as_ptr().wrapping_add(index * self.buffer_bytes)
+        self.mapping.start().wrapping_add(index * self.buffer_bytes)
     }
 
     fn is_owner(&self) -> bool {
@@ -233,15 +223,14 @@ impl BufferPool {
         assert!(
             self.is_owner(),
             "a buffer pool of process {} was used in process {}, a fork that does not have its \
-             memory: open the store anew in the child",
+             memory: open the store again in the child",
             self.owner,
             getpid(),
         );
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every critical section leaves the list whole, even if one unwinds.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
@@ -374,7 +363,7 @@ impl Slab {
 
     /// Length of the memory.
     pub fn bytes(&self) -> usize {
-        self.pool.mapping.bytes
+        self.pool.mapping.bytes()
     }
 }
 
@@ -409,84 +398,6 @@ impl Drop for Parked {
         if self.0.is_accessible() {
             self.0.pool.lock().parked -= 1;
         }
-    }
-}
-
-/// The anonymous mapping; unmapped by hand, because a forked child must not.
-struct Mapping {
-    /// Start of the whole mapping.
-    mapped: NonNull<u8>,
-    mapped_bytes: usize,
-    /// Start of the part in use: the first multiple of [`HUGE_PAGE_BYTES`].
-    base: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread; access to its bytes goes through
-// `Buffer`s, which are exclusive.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; the methods on `&Mapping` only advise the kernel.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    fn new(bytes: usize) -> io::Result<Self> {
-        let mapped_bytes = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(Errno::NOMEM)?;
-        // Miri checks this file's arithmetic and aliasing, and knows only plain mappings.
-        let flags =
-            if cfg!(miri) { MapFlags::PRIVATE } else { MapFlags::PRIVATE | MapFlags::NORESERVE };
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory
-        // that anything refers to.
-        let start = unsafe {
-            rustix::mm::mmap_anonymous(ptr::null_mut(), mapped_bytes, protection, flags)
-        }?;
-        let mapped = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
-        let skip = mapped.as_ptr().align_offset(HUGE_PAGE_BYTES);
-        // At most HUGE_PAGE_BYTES - 1, which `mapped_bytes` has over and above `bytes`.
-        let base = NonNull::new(mapped.as_ptr().wrapping_add(skip)).ok_or(Errno::NOMEM)?;
-        let mut mapping = Self { mapped, mapped_bytes, base, bytes };
-        if let Err(error) = mapping.advise() {
-            mapping.unmap();
-            return Err(error.into());
-        }
-        Ok(mapping)
-    }
-
-    fn advise(&self) -> Result<(), Errno> {
-        // Refused where the kernel has no huge pages: slower, not wrong.
-        let _ = self.advise_part(0, self.bytes, Advice::LinuxHugepage);
-        // Must hold: a fork would otherwise copy pages that a device is reading or writing.
-        self.advise_part(0, self.bytes, Advice::LinuxDontFork)
-    }
-
-    fn populate(&self, offset: usize, bytes: usize) -> Result<(), Errno> {
-        let bytes = bytes.min(self.bytes - offset);
-        loop {
-            match self.advise_part(offset, bytes, Advice::LinuxPopulateWrite) {
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                result => return result,
-            }
-        }
-    }
-
-    fn advise_part(&self, offset: usize, bytes: usize, advice: Advice) -> Result<(), Errno> {
-        assert!(offset + bytes <= self.bytes, "advice stays within the mapping");
-        if cfg!(miri) {
-            return Ok(());
-        }
-        let start = self.base.as_ptr().wrapping_add(offset).cast();
-        // SAFETY: the range lies in this mapping, and none of the advices given here changes what
-        // its memory holds.
-        unsafe { rustix::mm::madvise(start, bytes, advice) }
-    }
-
-    /// Must be called at most once, by the process that mapped, when no `Buffer` is left.
-    fn unmap(&mut self) {
-        // SAFETY: exactly the range that `new` mapped; the pool is going and every `Buffer` held
-        // a count of it, so nothing refers to the memory.
-        let unmapped =
-            unsafe { rustix::mm::munmap(self.mapped.as_ptr().cast(), self.mapped_bytes) };
-        debug_assert!(unmapped.is_ok(), "a mapping is unmapped whole: {unmapped:?}");
     }
 }
 

@@ -10,12 +10,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::PoisonError;
 
 use rustix::process::{Pid, getpid};
 
 use super::{ALIGNMENT, Transfer};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 
 /// The queue between submitters and a backend's threads.
 #[derive(Debug)]
@@ -88,16 +87,8 @@ impl Inbox {
 
     /// The next transfer, or waits for one; `None` once closed and empty.
     pub(super) fn next(&self) -> Option<Transfer> {
-        let mut state = self.lock();
-        loop {
-            if let Some(transfer) = state.waiting.pop_front() {
-                return Some(transfer);
-            }
-            if state.closed {
-                return None;
-            }
-            state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let is_idle = |state: &mut State| state.waiting.is_empty() && !state.closed;
+        wait_while(&self.arrived, self.lock(), None, is_idle).waiting.pop_front()
     }
 
     /// Lets the workers end once nothing waits.
@@ -135,8 +126,7 @@ impl Inbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every critical section is a push, a pop or an assignment: the state is always whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -28,6 +28,7 @@ mod conformance;
 mod files;
 mod inbox;
 pub mod lent;
+mod mapping;
 #[cfg(all(test, loom))]
 mod models;
 pub mod pin;

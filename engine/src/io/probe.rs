@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::process::Resource;
@@ -19,6 +19,7 @@ use super::transfer::transfer_fully;
 use super::{Direction, EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer, backend, uring};
 use crate::config::DirectIo;
 use crate::error::IoContext;
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Below this much free space no speed is measured.
@@ -281,7 +282,7 @@ fn transfer_all(
     direction: Direction,
 ) -> io::Result<()> {
     let failure = Arc::new(Mutex::new(None));
-    let first_failure = || failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let first_failure = || lock(&*failure).take();
     let mut offset = 0;
     while offset < options.file_bytes {
         let buffer = pool.take();
@@ -292,7 +293,7 @@ fn transfer_all(
         let failure = Arc::clone(&failure);
         let done = Box::new(move |outcome: io::Result<usize>, buffer: Buffer| {
             if let Err(error) = outcome {
-                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                *lock(&*failure) = Some(error);
             }
             // Only now: whoever gets this buffer next must see the failure.
             drop(buffer);

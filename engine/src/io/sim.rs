@@ -24,7 +24,7 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use fastrand::Rng;
 use rustix::io::Errno;
@@ -33,6 +33,7 @@ use super::buffer::Buffer;
 use super::{
     ALIGNMENT, Direction, Done, EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer,
 };
+use crate::sync::lock;
 
 /// What to do to whom.
 #[derive(Debug, Default)]
@@ -181,23 +182,23 @@ impl Sim {
 
     /// Every operation so far, in order.
     pub fn log(&self) -> Vec<LoggedOp> {
-        lock(&self.state).log.clone()
+        lock(&*self.state).log.clone()
     }
 
     /// Number of operations so far.
     pub fn operations(&self) -> u64 {
-        lock(&self.state).log.len() as u64
+        lock(&*self.state).log.len() as u64
     }
 
     /// Whether any fault has struck: a test that fails operation 0, 1, 2, ... in turn is through
     /// when none does.
     pub fn has_struck(&self) -> bool {
-        lock(&self.state).struck.contains(&true)
+        lock(&*self.state).struck.contains(&true)
     }
 
     /// Replaces the plan; numbers and the log go on.
     pub fn set_plan(&self, plan: Plan) {
-        let mut state = lock(&self.state);
+        let mut state = lock(&*self.state);
         state.struck = vec![false; plan.faults.len()];
         state.cut = false;
         state.plan = plan;
@@ -205,7 +206,7 @@ impl Sim {
 
     /// Logs an operation and says what to do to it.
     fn admit(&self, kind: OpKind, path: &Path, offset: u64, bytes: u64) -> Option<FaultKind> {
-        let mut state = lock(&self.state);
+        let mut state = lock(&*self.state);
         let number = state.log.len() as u64;
         let path = path.to_owned();
         let mut operation = LoggedOp { number, kind, path, offset, bytes, fault: None };
@@ -397,13 +398,13 @@ impl fmt::Debug for Delayed {
 impl Sim {
     /// Makes the transfer's completion wait for its turn, if the plan says so.
     fn reordered(&self, mut transfer: Transfer) -> Transfer {
-        match &mut lock(&self.state).delayed {
+        match &mut lock(&*self.state).delayed {
             Some(delayed) => delayed.in_flight += 1,
             None => return transfer,
         }
         let (state, done) = (Arc::clone(&self.state), transfer.done);
         transfer.done = Box::new(move |outcome, buffer| {
-            let due = match &mut lock(&state).delayed {
+            let due = match &mut lock(&*state).delayed {
                 Some(delayed) => {
                     delayed.in_flight -= 1;
                     delayed.waiting.push((done, outcome, buffer));
@@ -423,10 +424,6 @@ fn deliver((done, outcome, buffer): (Done, io::Result<usize>, Buffer)) {
     if std::panic::catch_unwind(call).is_err() {
         tracing::error!("the callback of a simulated transfer panicked");
     }
-}
-
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -10,10 +10,11 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use crate::io::buffer::Buffer;
 use crate::io::pin::Pin;
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 use crate::{EngineError, Result};
 
 /// Memory of a device that parts of storages are read into.
@@ -164,8 +165,8 @@ struct State {
 impl UnderWay {
     /// Waits until nothing is under way; the first failure.
     pub(super) fn wait(&self) -> Result<()> {
-        let state = self.changed.wait_while(self.lock(), |state| state.count > 0);
-        state.unwrap_or_else(PoisonError::into_inner).failure.take().map_or(Ok(()), Err)
+        let mut state = wait_while(&self.changed, self.lock(), None, |state| state.count > 0);
+        state.failure.take().map_or(Ok(()), Err)
     }
 
     pub(super) fn has_failed(&self) -> bool {
@@ -173,7 +174,6 @@ impl UnderWay {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every critical section is a few assignments.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }

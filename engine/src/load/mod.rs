@@ -5,7 +5,7 @@
 //!                          |               of this rank's shard, and of those that hold parts of
 //!                          |               what all ranks saved alike
 //!   reads in flight at device depth
-//!     -> worker per core: stored crc32c -> decode -> raw crc32c -> memory
+//!     -> workers: stored crc32c -> decode -> raw crc32c -> memory
 //! ```
 //!
 //! Always holds: memory is `Ok` only if every chunk that touches it matched both its checksums; a
@@ -60,6 +60,8 @@ pub struct Checkpoint {
     own: Shard,
     parts: Parts,
     scope: ShardScope,
+    /// Threads that decode, unless a read asks for another number.
+    workers: usize,
     /// Where chunks for devices are decoded, made when the first is.
     staging: OnceLock<Arc<BufferPool>>,
 }
@@ -78,19 +80,19 @@ pub(crate) enum ShardScope {
 
 impl Checkpoint {
     /// Opens the shard of `rank` that `manifest` names, and those that hold the rest of what its
-    /// index says.
+    /// index says. What is read of it is decoded by so many `workers`.
     pub(crate) fn open(
         store: &dyn Store,
         manifest: Arc<Manifest>,
-        rank: u32,
-        scope: ShardScope,
+        (rank, scope): (u32, ShardScope),
+        workers: usize,
     ) -> Result<Self> {
         let own = Shard::open(store, &manifest, rank, OnDamage::ReadCopy)?;
         let parts = match scope {
             ShardScope::ShardOnly => Parts::default(),
             ShardScope::All | ShardScope::ReplicatedOnly => Parts::open(store, &manifest, &own)?,
         };
-        Ok(Self { manifest, own, parts, scope, staging: OnceLock::new() })
+        Ok(Self { manifest, own, parts, scope, workers, staging: OnceLock::new() })
     }
 
     /// The training step.

@@ -14,6 +14,7 @@ use crate::format::index::{Difference, ShardIndex, StorageRecord, difference};
 use crate::format::layout::{ElementType, Layout, StorageSpec};
 use crate::format::manifest::Manifest;
 use crate::store::Store;
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Shards that are opened at once.
@@ -95,7 +96,7 @@ fn open_others(
                 (shard, found)
             });
             let has_failed = shard.is_err();
-            opened.lock().unwrap_or_else(PoisonError::into_inner).push((*rank, shard));
+            lock(&opened).push((*rank, shard));
             if has_failed {
                 next.store(ranks.len(), Ordering::Relaxed);
             }

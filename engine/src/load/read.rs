@@ -1,4 +1,4 @@
-//! Reading chunks: many reads in flight, a worker per core that checks, decodes and delivers.
+//! Reading chunks: many reads in flight, workers that check, decode and deliver.
 //!
 //! Always holds: each byte of a target is written by exactly one chunk; a target is complete only
 //! if [`Checkpoint::read`] returns `Ok`; after an error, targets hold unspecified bytes. Nothing is
@@ -17,12 +17,12 @@ use super::verify::listed;
 use super::{Checkpoint, Shard};
 use crate::error::IoContext;
 use crate::io::buffer::{Buffer, BufferPool};
+use crate::sync::lock;
+use crate::threads::thread_count;
 use crate::{EngineError, Result};
 
 /// Bytes of reads in flight and decoded at a time.
 const READ_BUFFERS_BYTES: usize = 48 << 20;
-/// Most threads that decode.
-const READ_WORKERS_MAX: usize = 16;
 
 /// Memory that a part of a storage is read into.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ pub struct Target<'a> {
 pub struct ReadOptions {
     /// Check both checksums of every chunk. Default true.
     pub verify: bool,
-    /// Threads that decode. Default: one per core, at most 16.
+    /// Threads that decode. Default: as many as the engine that opened the checkpoint encodes with.
     pub workers: Option<u32>,
     /// Read a chunk that is damaged here from the store's other copy, if it has one. Default true.
     pub copies: bool,
@@ -90,11 +90,13 @@ impl Checkpoint {
         let outcome = Outcome::default();
         let under_way = Arc::new(UnderWay::default());
         let ways = Ways { staging, under_way: Arc::clone(&under_way) };
-        let ran = run(jobs, options, &ways, &|shard, chunk, result| match result {
-            Ok(()) => !under_way.has_failed(),
-            Err(error) => {
-                outcome.keep_first(self.name_tensors(shard, chunk, error));
-                false
+        let ran = run(jobs, self.workers_for(options), options, &ways, &|shard, chunk, result| {
+            match result {
+                Ok(()) => !under_way.has_failed(),
+                Err(error) => {
+                    outcome.keep_first(self.name_tensors(shard, chunk, error));
+                    false
+                }
             }
         });
         // Also after a failure: the devices' memory is the caller's again when this returns.
@@ -104,6 +106,11 @@ impl Checkpoint {
         arrived?;
         stats.seconds = start.elapsed().as_secs_f64();
         Ok(stats)
+    }
+
+    /// Threads that decode, if there are chunks enough.
+    fn workers_for(&self, options: ReadOptions) -> usize {
+        thread_count(options.workers, self.workers, usize::MAX, usize::MAX)
     }
 
     /// Buffers that chunks for devices are decoded into, registered with the driver of the first.
@@ -122,7 +129,7 @@ impl Checkpoint {
         });
         let chunk_bytes = shards.map(|shard| shard.header.chunk_bytes).max().unwrap_or_default();
         // One being decoded into and one on its way, by each worker.
-        let count = 2 * worker_count(options, usize::MAX) + 2;
+        let count = 2 * self.workers_for(options) + 2;
         let staging = BufferPool::new(chunk_bytes as usize, count)
             .context("allocating buffers to read", self.shard_name())?;
         if let Err(error) = staging.pin(first.memory.pin()) {
@@ -148,7 +155,7 @@ struct Outcome(Mutex<Option<EngineError>>);
 
 impl Outcome {
     fn keep_first(&self, error: EngineError) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        lock(&self.0).get_or_insert(error);
     }
 
     fn into_result(self) -> Result<()> {
@@ -159,16 +166,17 @@ impl Outcome {
 /// What [`run`] tells of each chunk; false stops the reading.
 pub(super) type Report<'a> = &'a (dyn Fn(&Shard, usize, Result<()>) -> bool + Sync);
 
-/// Reads, checks and delivers all `jobs`, in the order given.
+/// Reads, checks and delivers all `jobs`, in the order given, on so many threads at most.
 pub(super) fn run(
     jobs: Vec<ChunkJob<'_, '_>>,
+    workers: usize,
     options: ReadOptions,
     ways: &Ways,
     report: Report<'_>,
 ) -> Result<()> {
     let Some(first) = jobs.first() else { return Ok(()) };
     let name = first.shard.name();
-    let workers = worker_count(options, jobs.len());
+    let workers = workers.min(jobs.len());
     let pool = read_pool(&name, &jobs, workers)?;
     let stopped = AtomicBool::new(false);
     // Reads complete on the store's threads, which know nothing of the targets' lifetimes: they
@@ -197,8 +205,7 @@ pub(super) fn run(
                 "a decoding thread panicked",
             ));
         }
-        let is_left =
-            |job: &Waiting<'_, '_>| job.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        let is_left = |job: &Waiting<'_, '_>| lock(job).is_some();
         if !stopped.load(Ordering::Relaxed) && waiting.iter().any(is_left) {
             return Err(EngineError::internal(
                 format!("reading `{name}`"),
@@ -211,12 +218,6 @@ pub(super) fn run(
 
 /// A job whose read is on its way.
 type Waiting<'c, 'a> = Mutex<Option<ChunkJob<'c, 'a>>>;
-
-fn worker_count(options: ReadOptions, jobs: usize) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let wanted = options.workers.map_or(cores, |workers| workers as usize);
-    wanted.min(READ_WORKERS_MAX).min(jobs).max(1)
-}
 
 fn read_pool(name: &str, jobs: &[ChunkJob<'_, '_>], workers: usize) -> Result<Arc<BufferPool>> {
     let chunk_bytes = jobs.iter().map(|job| job.shard.header.chunk_bytes).max();
@@ -237,11 +238,7 @@ fn submit_all(
         if stopped.load(Ordering::Relaxed) {
             return;
         }
-        let read = job
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-            .map(|job| (job.shard, *job.record()));
+        let read = lock(job).as_ref().map(|job| (job.shard, *job.record()));
         let (shard, record) = read.expect("jobs are taken only after their read");
         let padded = record.padded_bytes();
         let arrived = arrived.clone();
@@ -265,7 +262,7 @@ fn work(
         if stopped.load(Ordering::Relaxed) {
             continue;
         }
-        let job = waiting[number].lock().unwrap_or_else(PoisonError::into_inner).take();
+        let job = lock(&waiting[number]).take();
         let mut job = job.expect("each read arrives once");
         let delivered = delivery.take(&mut job, result, buffer);
         if !report(job.shard, job.chunk, delivered) {

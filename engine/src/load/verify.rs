@@ -22,6 +22,7 @@ use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
 use crate::recovery::OwnShare;
 use crate::store::Store;
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Most tensors that one damaged place names, and most bytes of each name: a checkpoint may have
@@ -84,7 +85,7 @@ impl VerifyObserver for () {
 pub(crate) fn verify_step(
     store: &dyn Store,
     step: u64,
-    (options, own): (ReadOptions, Option<OwnShare>),
+    (workers, own): (usize, Option<OwnShare>),
     observer: &dyn VerifyObserver,
 ) -> Result<VerifyReport> {
     let start = Instant::now();
@@ -96,7 +97,7 @@ pub(crate) fn verify_step(
                 match Shard::open(store, &manifest, entry.rank, OnDamage::Report) {
                     Ok(shard) => {
                         has_replicated |= shard.header.replicated;
-                        verify_shard((&shard, &entry.file), options, observer, &mut report)?;
+                        verify_shard((&shard, &entry.file), workers, observer, &mut report)?;
                     }
                     Err(EngineError::NotFound { .. })
                         if own.is_some_and(|own| own.may_miss(&manifest, entry.rank)) => {}
@@ -169,7 +170,7 @@ fn whole_file(file: &str, error: EngineError) -> Result<Damage> {
 
 fn verify_shard(
     (shard, file): (&Shard, &str),
-    options: ReadOptions,
+    workers: usize,
     observer: &dyn VerifyObserver,
     report: &mut VerifyReport,
 ) -> Result<()> {
@@ -180,17 +181,17 @@ fn verify_shard(
     let damage = Mutex::new(Vec::new());
     let unavailable = Mutex::new(None);
     let cancelled = AtomicBool::new(false);
-    let options = ReadOptions { verify: true, copies: false, ..options };
-    run(jobs, options, &Ways::default(), &|shard, chunk, result| {
+    let options = ReadOptions { copies: false, ..ReadOptions::default() };
+    run(jobs, workers, options, &Ways::default(), &|shard, chunk, result| {
         observer.advanced(u64::from(shard.record(chunk).stored_bytes));
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {
                 // It says nothing about the chunk.
-                *unavailable.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                *lock(&unavailable) = Some(error);
                 return false;
             }
             let found = shard.damage_of(chunk, &error);
-            damage.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+            lock(&damage).push(found);
         }
         cancelled.store(observer.is_cancelled(), Ordering::Relaxed);
         !cancelled.load(Ordering::Relaxed)
@@ -222,7 +223,7 @@ impl Shard {
     fn damage_of(&self, chunk: usize, error: &EngineError) -> Damage {
         let why = match error {
             EngineError::Corrupt { why, .. } => why.clone(),
-            other => other.to_string(),
+            other => other.without_hint(),
         };
         Damage {
             shard: shard_file_name(self.header.rank, self.header.attempt),

@@ -8,7 +8,7 @@
 //! Always holds: a chunk goes to the workers only if every gap in it was filled, or the save has
 //! failed; whoever waits for [`Arrivals::wait_landed`] knows that no copy is under way.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -17,7 +17,7 @@ use super::encode::EncodeTask;
 use super::job::Job;
 use crate::EngineError;
 use crate::io::lent::Part;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 
 /// How far the copies of one save are.
 #[derive(Debug)]
@@ -64,23 +64,11 @@ impl Arrivals {
     }
 
     fn wait(&self, timeout: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
-        let state = self.lock();
-        let state = match timeout {
-            None => {
-                let waited = self.changed.wait_while(state, |state| !holds(state));
-                waited.unwrap_or_else(PoisonError::into_inner)
-            }
-            Some(timeout) => {
-                let waited = self.changed.wait_timeout_while(state, timeout, |state| !holds(state));
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-        };
-        holds(&state)
+        holds(&wait_while(&self.changed, self.lock(), timeout, |state| !holds(state)))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every critical section is one assignment.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

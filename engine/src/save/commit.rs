@@ -7,7 +7,6 @@
 //! that save and poisons the engine, and waits nobody out. Where several ranks save together, what
 //! is visible is what [`super::together`] brought about.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -21,7 +20,7 @@ use super::together::{Together, annotations_of};
 use super::write::{IndexDraft, WrittenShard, chunks_offset, write_shard};
 use crate::clock::elapsed;
 use crate::engine::Core;
-use crate::error::IoContext;
+use crate::error::{IoContext, caught};
 use crate::format::checksum::to_hex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
@@ -90,7 +89,7 @@ impl Drop for Committer {
 fn run(core: &Core, task: CommitTask) {
     let handle = task.handle.clone();
     let job = Arc::clone(&task.job);
-    let result = caught(core, job.step, || commit(core, task));
+    let result = poisoning(core, job.step, || commit(core, task));
     if let Err(error) = &result {
         // Copiers and workers that are still at it must stop before the handle resolves.
         job.fail(error.duplicate());
@@ -109,7 +108,7 @@ fn run(core: &Core, task: CommitTask) {
 /// Gives back the space of what retention let go.
 fn reclaim(core: &Core, step: u64) {
     let _span = tracing::trace_span!("reclaim").entered();
-    let reclaimed = caught(core, step, || {
+    let reclaimed = poisoning(core, step, || {
         core.store.reclaim();
         Ok(())
     });
@@ -119,11 +118,10 @@ fn reclaim(core: &Core, step: u64) {
 }
 
 /// A panic becomes an error, and the engine saves no more.
-fn caught<T>(core: &Core, step: u64, act: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|_panic| {
+fn poisoning<T>(core: &Core, step: u64, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    caught(act, || {
         core.poison();
-        let what = format!("saving step {step}");
-        Err(EngineError::internal(what, "the committing thread panicked"))
+        EngineError::internal(format!("saving step {step}"), "the committing thread panicked")
     })
 }
 
@@ -137,7 +135,7 @@ fn commit(core: &Core, task: CommitTask) -> Result<SaveInfo> {
         },
     };
     let started = task.started;
-    let committed = caught(core, job.step, || commit_attempt(core, task, begun));
+    let committed = poisoning(core, job.step, || commit_attempt(core, task, begun));
     trace(core, &job, begun.attempt, started, committed.as_ref().err());
     if let (Err(error), Some(ranks)) = (&committed, &core.ranks) {
         // First, because telling the others may take a while.

@@ -5,7 +5,6 @@
 //! outlives any panic of a single chunk, which fails that save alone. Workers run at a lower
 //! priority than the threads of the training.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -16,7 +15,7 @@ use super::adapt::Observation;
 use super::job::{EncodedChunk, Job, Message};
 use crate::clock::{Environment, elapsed};
 use crate::codec::{Codec, Encoded, Encoder};
-use crate::error::IoContext;
+use crate::error::{IoContext, caught};
 use crate::format::checksum::crc32c;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::{EngineError, Result};
@@ -101,18 +100,19 @@ impl Worker {
             }
             let job = Arc::clone(&task.job);
             let start = self.environment.monotonic();
-            match catch_unwind(AssertUnwindSafe(|| self.encode(task))) {
-                Ok(Ok(chunk)) => {
+            let panicked = || EngineError::internal("encoding a chunk", "the worker panicked");
+            match caught(|| self.encode(task), panicked) {
+                Ok(chunk) => {
                     job.end_chunk(elapsed(&*self.environment, start));
                     job.progress.add_encoded(u64::from(chunk.raw_bytes));
                     job.flow.expect(chunk.padded_bytes() as u64);
                     // A closed queue means that the committer gave the save up.
                     let _closed = job.encoded.send(Message::Chunk(chunk));
                 }
-                Ok(Err(error)) => job.fail(error),
-                Err(_panic) => {
+                Err(error) => {
+                    // A panic may have left it in the middle of a chunk.
                     self.encoder = Encoder::new();
-                    job.fail(EngineError::internal("encoding a chunk", "the worker panicked"));
+                    job.fail(error);
                 }
             }
         }

@@ -3,7 +3,7 @@
 //! Always holds: the outcome is set exactly once; it never changes; every reader gets it; an error
 //! counts as seen once any reader took it.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::job::Job;
 use crate::progress::{ProgressReading, SaveStats};
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 use crate::{EngineError, Result};
 
 /// A save in flight, or ended.
@@ -72,19 +72,8 @@ impl SaveHandle {
     /// Waits for the end, at most `timeout`; true if it has come.
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
         let guard = self.lock();
-        match timeout {
-            None => {
-                let ended = self.shared.ended.wait_while(guard, |outcome| outcome.is_none());
-                ended.unwrap_or_else(PoisonError::into_inner).is_some()
-            }
-            Some(timeout) => {
-                let ended = self
-                    .shared
-                    .ended
-                    .wait_timeout_while(guard, timeout, |outcome| outcome.is_none());
-                ended.unwrap_or_else(PoisonError::into_inner).0.is_some()
-            }
-        }
+        let ended = &self.shared.ended;
+        wait_while(ended, guard, timeout, |outcome| outcome.is_none()).is_some()
     }
 
     /// Waits, at most `timeout`, until every copy from a device was begun: what the device is told
@@ -164,7 +153,6 @@ impl SaveHandle {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Result<SaveInfo>>> {
-        // The lock guards one assignment; a panic elsewhere cannot leave it half-made.
-        self.shared.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.outcome)
     }
 }

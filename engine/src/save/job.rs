@@ -3,7 +3,7 @@
 //! Always holds: the first failure wins and stays; once failed, every stage drops what it is given,
 //! so that buffers flow back and nobody waits for ever.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -18,8 +18,8 @@ use crate::format::shard::padded_bytes;
 use crate::io::buffer::Buffer;
 use crate::progress::{Progress, SaveStats};
 use crate::store::flow::Flow;
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Mutex, lock};
 
 /// State shared by capture, workers and committer.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ impl Job {
 
     /// Ends the save with `error`, unless it failed before, and wakes the committer.
     pub(crate) fn fail(&self, error: EngineError) {
-        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failure = lock(&self.failure);
         failure.get_or_insert(error);
         self.failed.store(true, Ordering::Release);
         drop(failure);
@@ -126,7 +126,7 @@ impl Job {
 
     /// The error that ended the save, if one did.
     pub(crate) fn failure(&self) -> Option<EngineError> {
-        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let failure = lock(&self.failure);
         failure.as_ref().map(EngineError::duplicate)
     }
 
@@ -162,11 +162,11 @@ impl Job {
     }
 
     pub(crate) fn update_stats(&self, update: impl FnOnce(&mut SaveStats)) {
-        update(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner));
+        update(&mut lock(&self.stats));
     }
 
     pub(crate) fn stats(&self) -> SaveStats {
-        let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut stats = lock(&self.stats).clone();
         stats.raw_bytes = self.layout.raw_bytes();
         stats.chunks = self.layout.chunk_count() as u64;
         stats.chunks_encoded = self.chunks_encoded.load(Ordering::Relaxed);

@@ -13,10 +13,11 @@
 //! Always holds: a rate counts only time in which there was something to do, so that a device that
 //! is starved does not look slow; what is recent counts most.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::clock::{Environment, elapsed};
+use crate::sync::lock;
 
 /// What lies further back than this, in seconds of a busy device, counts for less than 1/e.
 const MEMORY_SECONDS: f64 = 0.25;
@@ -223,8 +224,7 @@ impl Flow {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every critical section is a few assignments.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -11,7 +11,7 @@
 use dtr_engine::codec::{Codec, Decoder, Encoded, Encoder};
 use dtr_engine::format::checksum::{crc32c, to_hex};
 use dtr_engine::format::index::{IndexContext, ShardIndex, TensorRecord, difference};
-use dtr_engine::format::layout::{ElementType, Layout};
+use dtr_engine::format::layout::ElementType;
 use dtr_engine::format::manifest::Manifest;
 use dtr_engine::format::names::{
     AttemptId, manifest_temporary_name, parse_manifest_temporary, parse_shard_file, parse_step_dir,
@@ -195,12 +195,6 @@ fn check_index(index: &ShardIndex, context: &IndexContext) {
     }
     assert_eq!(replicas, index.replicated.len());
     assert!(difference(index, index).is_none());
-    let layout = Layout::from_records(&index.storages, context.chunk_bytes);
-    assert_eq!(layout.chunk_count(), index.chunks.len());
-    for chunk in 0..layout.chunk_count() {
-        let length: usize = layout.pieces(chunk).map(|piece| piece.length).sum();
-        assert_eq!(length, index.chunks[chunk].raw_bytes as usize, "pieces tile a chunk");
-    }
 }
 
 /// Bytes from the storage's start to the end of the last item.

@@ -370,7 +370,7 @@ fn chunks_to_proto(chunks: &[ChunkRecord]) -> proto::ChunkColumns {
         offset: chunks.iter().map(|chunk| chunk.offset).collect(),
         stored_bytes: chunks.iter().map(|chunk| chunk.stored_bytes).collect(),
         raw_bytes: chunks.iter().map(|chunk| chunk.raw_bytes).collect(),
-        codec: chunks.iter().map(|chunk| chunk.codec as u8).collect(),
+        codec: chunks.iter().map(|chunk| chunk.codec.id()).collect(),
         stored_crc32c: chunks.iter().map(|chunk| chunk.stored_crc32c).collect(),
         raw_crc32c: chunks.iter().map(|chunk| chunk.raw_crc32c).collect(),
     }
@@ -407,8 +407,6 @@ fn chunks_from_proto(columns: &proto::ChunkColumns) -> Result<Vec<ChunkRecord>, 
 }
 
 fn codec_from_byte(byte: u8, chunk: usize) -> Result<Codec, FormatError> {
-    [Codec::None, Codec::Float, Codec::Zstd, Codec::Gzip]
-        .into_iter()
-        .find(|codec| *codec as u8 == byte)
+    Codec::from_id(byte)
         .ok_or_else(|| FormatError::Damaged(format!("chunk {chunk} has unknown codec {byte}")))
 }

@@ -17,11 +17,12 @@
 //! less than [`CORE_SHARE_MIN`] of a core is one that the training wants the core from, and encodes
 //! nothing.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::format::layout::ElementType;
 use crate::store::flow::FlowReading;
+use crate::sync::lock;
 
 /// Weight of the newest observation.
 const NEWEST_WEIGHT: f64 = 0.25;
@@ -131,7 +132,7 @@ impl Adaptation {
         if element == ElementType::Bytes {
             return false;
         }
-        let mut estimates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut estimates = lock(&self.0);
         let known = &mut estimates[element as usize];
         let pays = known.unwrap_or(Estimate::ASSUMED).pays(outlook);
         if !pays {
@@ -142,7 +143,7 @@ impl Adaptation {
 
     /// Learns from a chunk that was encoded.
     pub(crate) fn learn(&self, element: ElementType, seen: Observation) {
-        let mut estimates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut estimates = lock(&self.0);
         let known = &mut estimates[element as usize];
         let seen = Estimate::from(seen);
         *known = Some(known.map_or(seen, |known| known.towards(seen, NEWEST_WEIGHT)));

@@ -3,10 +3,10 @@
 //! Always holds: no more is in flight than was allowed, but for a single write; after a failure
 //! nothing more is started.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use crate::store::flow::Flow;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
 use crate::{EngineError, Result};
 
 /// Counts a shard's writes. Shared by the sink, the threads that writes end on, and the early sync.
@@ -110,10 +110,10 @@ impl Flight {
     }
 
     fn wait_while(&self, condition: impl FnMut(&mut State) -> bool) -> MutexGuard<'_, State> {
-        self.changed.wait_while(self.lock(), condition).unwrap_or_else(PoisonError::into_inner)
+        wait_while(&self.changed, self.lock(), None, condition)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }

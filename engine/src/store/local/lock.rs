@@ -19,12 +19,13 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 
 use crate::error::IoContext;
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// The lock file, in the store's directory, of the one writer, or of a rank that writes beside
@@ -129,7 +130,7 @@ impl Locks {
     }
 
     pub(super) fn lock_table(&self) -> MutexGuard<'_, BTreeMap<u64, Option<OwnedFd>>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.held)
     }
 }
 

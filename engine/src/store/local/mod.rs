@@ -24,7 +24,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use rustix::io::Errno;
@@ -38,6 +38,7 @@ use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
 use crate::format::names::{self, AttemptId};
 use crate::io::{EntryOp, EntryReply, Io};
+use crate::sync::lock;
 use crate::{EngineError, Result};
 
 mod early_sync;
@@ -130,13 +131,8 @@ impl LocalStore {
 
     fn writer(&self, what: &str) -> Result<&WriterLock> {
         self.shared.check_process(what)?;
-        let lock = self.writer.as_ref().ok_or_else(|| {
-            EngineError::invalid(
-                format!("{what} in store `{}`", self.location()),
-                "it was opened read-only",
-                "open it for writing, without `read_only=True`",
-            )
-        })?;
+        let lock =
+            self.writer.as_ref().ok_or_else(|| EngineError::read_only(what, self.location()))?;
         if lock.is_in_place() {
             return Ok(lock);
         }
@@ -281,11 +277,11 @@ impl Shared {
     }
 
     fn changes(&self) -> MutexGuard<'_, ()> {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.changes)
     }
 
     fn deleted(&self) -> MutexGuard<'_, Deleted> {
-        self.deleted.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.deleted)
     }
 
     /// Refuses work in a fork of the process that opened the store.
