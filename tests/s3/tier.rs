@@ -498,3 +498,19 @@ fn whoever_leaves_uploads_does_not_wait_for_a_service_that_stands_still() {
     open(near).close().unwrap();
     state.assert_equals(&open(far).checkpoint(1).unwrap());
 }
+
+#[test]
+fn retention_catches_up_when_the_last_upload_has_ended() {
+    let Some(place) = Place::own("it lets the service refuse writes") else { return };
+    let (_directory, near, far) = tier(&place);
+    let engine = open(Config { keep_last_n: Some(2), ..near.clone() });
+    place.rules().refuses_writes.store(true, Ordering::Relaxed);
+    for step in 1..=5 {
+        State::training(step, 0).save(&engine, step).unwrap();
+    }
+    assert_eq!(engine.steps().unwrap(), [1, 2, 3, 4, 5], "none is anywhere else");
+    place.rules().refuses_writes.store(false, Ordering::Relaxed);
+    engine.close().unwrap();
+    assert_eq!(Engine::open(local_only(&near)).unwrap().steps().unwrap(), [4, 5]);
+    assert_eq!(open(far).steps().unwrap(), [4, 5]);
+}

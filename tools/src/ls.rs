@@ -3,7 +3,9 @@
 //! Always holds: nothing in the store changes, and no shard's chunks are read; every step that is
 //! there has one row, in whatever state it is, and what cannot be read of it is left blank.
 
+use std::collections::BTreeMap;
 use std::io::Write;
+use std::path::PathBuf;
 
 use clap::Args;
 use dtr_engine::engine::{GcOptions, GcReport};
@@ -11,11 +13,17 @@ use dtr_engine::format::manifest::{Manifest, total_bytes};
 use dtr_engine::recovery::{StepState, StepSurvey};
 use dtr_engine::{Engine, Result};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::console::{Outcome, Verdict, write_json};
 use crate::opened::StoreArgument;
 use crate::table::Table;
 use crate::text;
+
+/// Characters of metadata in a row.
+const METADATA_CHARS: usize = 60;
+/// Stores that are named where none was.
+const STORES_SHOWN: usize = 10;
 
 /// Arguments of `ls`.
 #[derive(Args, Debug)]
@@ -54,6 +62,8 @@ struct Entry {
     raw_bytes: Option<u64>,
     ranks: Option<u32>,
     attempt: Option<String>,
+    /// What was saved with it, by name.
+    metadata: Option<BTreeMap<String, Value>>,
 }
 
 pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
@@ -63,6 +73,9 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
         write_json(out, &listing)?;
     } else {
         write_table(out, &listing)?;
+        if listing.checkpoints.is_empty() {
+            write_stores(out, &options.store.stores_below())?;
+        }
     }
     Ok(Verdict::fine_if(listing.checkpoints.iter().all(|entry| entry.state != "damaged")))
 }
@@ -103,6 +116,7 @@ fn entry(step: &StepSurvey, manifest: Option<&Manifest>) -> Entry {
         raw_bytes: manifest.map(Manifest::raw_bytes),
         ranks: manifest.map(|manifest| manifest.world_size),
         attempt: manifest.map(|manifest| manifest.attempt.clone()),
+        metadata: manifest.map(|manifest| manifest.metadata.clone()),
     }
 }
 
@@ -120,6 +134,11 @@ fn write_table(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()> {
         .numbers("RANKS")
         .words("ATTEMPT")
         .words("STATE");
+    let is_told = |entry: &Entry| entry.metadata.as_ref().is_some_and(|told| !told.is_empty());
+    let has_metadata = listing.checkpoints.iter().any(is_told);
+    if has_metadata {
+        table = table.words("METADATA");
+    }
     for entry in &listing.checkpoints {
         let or_dash = |cell: Option<String>| cell.unwrap_or_else(|| "-".into());
         let state = match &entry.why {
@@ -127,7 +146,7 @@ fn write_table(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()> {
             None => entry.state.into(),
         };
         let ratio = entry.stored_bytes.zip(entry.raw_bytes);
-        table.row([
+        let mut row = vec![
             entry.step.to_string(),
             or_dash(entry.created_unix_ms.map(text::utc)),
             or_dash(entry.created_unix_ms.map(|at| text::age(text::seconds_since(at)))),
@@ -137,10 +156,34 @@ fn write_table(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()> {
             or_dash(entry.ranks.map(|ranks| ranks.to_string())),
             or_dash(entry.attempt.as_deref().map(|attempt| text::short_attempt(attempt).into())),
             state,
-        ]);
+        ];
+        if has_metadata {
+            row.push(shown(entry.metadata.iter().flatten()));
+        }
+        table.row(row);
     }
     table.write(out, "")?;
     write_abandoned(out, listing)
+}
+
+/// Metadata on one line, cut where it is long: `--json` has all of it.
+fn shown<'a>(metadata: impl Iterator<Item = (&'a String, &'a Value)>) -> String {
+    let entries: Vec<String> = metadata.map(|(name, value)| format!("{name}={value}")).collect();
+    text::cut(&text::one_line(&entries.join(", ")), METADATA_CHARS).into_owned()
+}
+
+/// Says where there are stores, to one who named the directory that holds them.
+fn write_stores(out: &mut dyn Write, stores: &[PathBuf]) -> std::io::Result<()> {
+    if !stores.is_empty() {
+        writeln!(out, "stores in it:")?;
+    }
+    for store in stores.iter().take(STORES_SHOWN) {
+        writeln!(out, "  {}", store.display())?;
+    }
+    match stores.len().saturating_sub(STORES_SHOWN) {
+        0 => Ok(()),
+        more => writeln!(out, "  and {more} more"),
+    }
 }
 
 fn write_abandoned(out: &mut dyn Write, listing: &Listing) -> std::io::Result<()> {

@@ -68,6 +68,21 @@ impl OtherS3Arguments {
     }
 }
 
+/// Whether a checkpoint's directory is in it, or the lock of whoever writes the first.
+pub(crate) fn is_store(directory: &Path) -> bool {
+    let is_lock = |name: &str| {
+        name.strip_prefix("writer").is_some_and(|rest| rest.strip_suffix(".lock").is_some())
+    };
+    holds(directory, |name| parse_step_dir(name).is_some() || is_lock(name))
+}
+
+/// Whether an entry of a directory has a name that is sought; false of what is none.
+pub(crate) fn holds(directory: &Path, is_sought: impl Fn(&str) -> bool) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names = entries.map(|entry| entry.file_name());
+    names.any(|name| is_sought(&name.to_string_lossy()))
+}
+
 fn is_in_s3(path: &Path) -> bool {
     path.to_str().is_some_and(|path| path.starts_with(S3_SCHEME))
 }
@@ -88,6 +103,15 @@ impl StoreArgument {
     /// Its path for messages.
     pub(crate) fn display(&self) -> String {
         self.path.display().to_string()
+    }
+
+    /// Stores in the directory that it names, by name, where it names none itself.
+    pub(crate) fn stores_below(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let mut stores: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        stores.retain(|path| is_store(path));
+        stores.sort();
+        stores
     }
 
     /// Opens it read-only.

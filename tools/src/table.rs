@@ -43,8 +43,9 @@ impl Table {
     }
 
     /// Adds a row with a cell per column.
-    pub(crate) fn row<const CELLS: usize>(&mut self, cells: [String; CELLS]) {
-        assert_eq!(CELLS, self.columns.len(), "a cell for each column");
+    pub(crate) fn row(&mut self, cells: impl Into<Vec<String>>) {
+        let cells = cells.into();
+        assert_eq!(cells.len(), self.columns.len(), "a cell for each column");
         self.rows.push(cells.into_iter().map(text::into_one_line).collect());
     }
 

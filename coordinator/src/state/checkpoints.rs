@@ -132,17 +132,15 @@ impl Job {
         Err(self.refuse_step(request, Refused { rank, cause: lost, told, reason, hint }))
     }
 
-    /// Refuses a save that cannot end: another rank has begun a later step, and goes back only if
-    /// it is told to.
+    /// Refuses a save that cannot end: another rank has begun a later step without this one, and
+    /// saves one step at a time. Also of a rank that goes back: the others would have to know.
     fn refuse_if_passed(
         &mut self,
         rank: u32,
         request: &v1::BeginCheckpointRequest,
     ) -> Result<(), Refusal> {
         let step = request.step;
-        let Some((later, passed)) = self.passed_by(rank, step).filter(|_| !request.rewind) else {
-            return Ok(());
-        };
+        let Some((later, passed)) = self.passed_by(rank, step) else { return Ok(()) };
         let worker_id = self.holders.get(&passed).map_or("nobody", String::as_str);
         let reason = format!(
             "step {step} cannot be saved by all ranks: rank {passed} (`{worker_id}`) went on to \

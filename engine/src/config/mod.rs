@@ -347,6 +347,13 @@ impl Config {
                 "use 1 or more, or leave it unset",
             ));
         }
+        if let Some(keep_every) = self.keep_every.filter(|_| self.keep_last_n.is_none()) {
+            return Err(EngineError::invalid(
+                format!("setting `keep_every` = {keep_every}"),
+                "without `keep_last_n` all are kept",
+                "set `keep_last_n` to 1 or more, or leave `keep_every` unset",
+            ));
+        }
         self.validate_best()
     }
 

@@ -265,7 +265,7 @@ impl Engine {
         // The destination's alone: two engines that copy to each other do not wait for each other.
         let _turn = to.turn();
         to.wait_for_last(None)?;
-        from.core.check_exists(step)?;
+        from.check_exists(step)?;
         let (source, target) = (from.core.store.as_ref(), to.core.store.as_ref());
         check_copy(&to.core.known_survey()?, &read_manifest(source, step)?, overwrite)?;
         let environment = &to.core.environment;
@@ -437,6 +437,10 @@ impl Engine {
         let ended = inner.wait_for_last(None).map(|_| ());
         let Some(uploads) = inner.core.store.uploads() else { return ended };
         uploads.drain(None);
+        // No later commit lets go of what waited for its upload.
+        if uploads.pending().is_empty() && inner.core.prune_again() {
+            uploads.drain(None);
+        }
         ended.and(uploads.failed().map_or(Ok(()), Err))
     }
 
@@ -494,6 +498,20 @@ impl Inner {
 
     fn last(&self) -> Option<SaveHandle> {
         lock(&self.last).clone()
+    }
+
+    /// [`Core::check_exists`], which tells of a step whose save has not ended that it has not.
+    fn check_exists(&self, step: u64) -> Result<()> {
+        let is_in_flight = |last: &SaveHandle| last.step() == step && !last.is_done();
+        let in_flight = self.last().filter(is_in_flight);
+        self.core.check_exists(step).map_err(|error| match error {
+            EngineError::NotFound { what, .. } if in_flight.is_some() => EngineError::NotFound {
+                what,
+                why: "its save has not ended".into(),
+                hint: "wait for it first: `handle.result()`, or `wait_until_finished()`".into(),
+            },
+            error => error,
+        })
     }
 
     /// Waits for the save in flight; true if it has ended. Raises its error if nobody has seen it.

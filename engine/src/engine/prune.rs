@@ -32,6 +32,13 @@ impl Core {
         removed
     }
 
+    /// Retention once more, as after the last commit of this process, if there was one; true if
+    /// something went.
+    pub(super) fn prune_again(&self) -> bool {
+        let last = self.known().verified;
+        last.is_some_and(|step| !self.prune(step).is_empty())
+    }
+
     fn try_prune(&self, step: u64, removed: &mut Vec<u64>) -> Result<()> {
         let (mut survey, manifests) = self.look(Unreadable::IsDamaged)?;
         // All ranks have gone past it: nobody comes back to it.

@@ -31,7 +31,7 @@ impl Engine {
     /// What was attached to a committed step. No shard is opened.
     pub fn metadata(&self, step: u64) -> Result<BTreeMap<String, serde_json::Value>> {
         let inner = self.inner(&format!("reading the metadata of step {step}"))?;
-        inner.core.check_exists(step)?;
+        inner.check_exists(step)?;
         Ok(read_manifest(inner.core.store.as_ref(), step)?.metadata)
     }
 
@@ -98,7 +98,7 @@ impl Engine {
 
     fn open_shard(&self, step: u64, named: Option<u32>) -> Result<Checkpoint> {
         let inner = self.inner(&format!("opening step {step}"))?;
-        inner.core.check_exists(step)?;
+        inner.check_exists(step)?;
         let store = inner.core.store.as_ref();
         let open = || {
             let manifest = read_manifest(store, step)?;
@@ -143,7 +143,7 @@ impl Engine {
     /// Reads and checks every chunk of every shard of a step.
     pub fn verify(&self, step: u64, observer: &dyn VerifyObserver) -> Result<VerifyReport> {
         let inner = self.inner(&format!("verifying step {step}"))?;
-        inner.core.check_exists(step)?;
+        inner.check_exists(step)?;
         let Core { store, workers, .. } = &*inner.core;
         verify_step(store.as_ref(), step, (*workers, self.config.own_share()), observer)
     }

@@ -3,17 +3,23 @@
 //! Always holds: an output that cannot be is refused before anything is read; where something is
 //! that would be lost, only `--force` lets it go.
 
+use std::ffi::OsStr;
 use std::path::Path;
 
 use dtr_engine::config::S3_SCHEME;
-use dtr_engine::format::names::parse_step_dir;
 use dtr_engine::{EngineError, Result};
 
 use super::Options;
 use super::export::{Export, Found, Role};
+use crate::opened::{holds, is_store};
 
 /// What a name ends with that means a file.
 const FILE_SUFFIX: &str = "safetensors";
+
+/// What names of files that `torch.save` wrote end with.
+fn is_of_torch(suffix: &OsStr) -> bool {
+    ["pt", "pth", "bin", "ckpt"].iter().any(|of_torch| suffix == *of_torch)
+}
 
 /// What is written.
 #[derive(Debug)]
@@ -88,26 +94,12 @@ fn check_directory(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Whether a checkpoint's directory is in it, or the lock of whoever writes the first.
-fn is_store(directory: &Path) -> bool {
-    let is_lock = |name: &str| {
-        name.strip_prefix("writer").is_some_and(|rest| rest.strip_suffix(".lock").is_some())
-    };
-    holds(directory, |name| parse_step_dir(name).is_some() || is_lock(name))
-}
-
 /// Whether something in it is called so that loaders of weights would read it.
 fn holds_tensors(directory: &Path) -> bool {
     holds(directory, |name| {
         let name = name.strip_suffix(".index.json").unwrap_or(name);
         name.strip_suffix(FILE_SUFFIX).is_some_and(|stem| stem.ends_with('.'))
     })
-}
-
-fn holds(directory: &Path, is_sought: impl Fn(&str) -> bool) -> bool {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut names = entries.map(|entry| entry.file_name());
-    names.any(|name| is_sought(&name.to_string_lossy()))
 }
 
 /// Whether an export may take its name, which `--force` lets it take from an earlier one. A link
@@ -146,6 +138,14 @@ fn check_store(options: &Options) -> Result<()> {
             options,
             "it is a file, and does not end with `.safetensors`",
             "name a file that does, or the directory of a store",
+        );
+    }
+    if let Some(suffix) = options.output.extension().filter(|name| is_of_torch(name)) {
+        return refused(
+            options,
+            &format!("a store is a directory, and `.{}` is a file's name", suffix.display()),
+            "name a file that ends with `.safetensors`, or a directory; `torch.save` writes what \
+             `CheckpointManager(...).load()` returns",
         );
     }
     let selects = !options.tensors.is_empty() || !options.exclude.is_empty();

@@ -98,6 +98,9 @@ fn an_output_that_cannot_be_is_wrong_usage() {
     let copy = copy.to_str().unwrap();
     check(&store, "error-output-exists", 2, &["restore", path, "-o", there]);
     check(&store, "error-output-is-file", 2, &["restore", path, "-o", other]);
+    let of_torch = store.beside("model.pt");
+    let of_torch = of_torch.to_str().unwrap();
+    check(&store, "error-output-of-torch", 2, &["restore", path, "-o", of_torch]);
     check(
         &store,
         "error-tensors-to-store",

@@ -1,8 +1,13 @@
 //! What each command prints, for people and for programs.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
+
+use dtr_engine::save::SaveRequest;
+use serde_json::json;
 
 use crate::golden::assert_golden;
 use crate::state::{State, Store, writer};
@@ -36,6 +41,33 @@ fn ls_lists() {
 }
 
 #[test]
+fn ls_shows_metadata() {
+    let store = Store::trained();
+    let engine = writer(&store.path());
+    let metadata = BTreeMap::from([
+        ("val_loss".into(), json!(0.25)),
+        ("note".into(), json!("several lines\nand many words ".repeat(9))),
+    ]);
+    let request = SaveRequest { metadata, ..State::at(40).request() };
+    engine.save(request).unwrap().result(None).unwrap().unwrap();
+    engine.close().unwrap();
+    check(&store, "ls-metadata", "ls", &[]);
+    let listed = store.run("ls", &["--json"]).json();
+    assert_eq!(listed["checkpoints"][2]["metadata"]["val_loss"], 0.25);
+}
+
+#[test]
+fn ls_names_the_stores_in_a_directory() {
+    let store = Store::trained();
+    std::fs::create_dir(store.beside("another")).unwrap();
+    let run = tool::run(["ls", store.beside("").to_str().unwrap()]);
+    assert_eq!(run.status, 0, "{run:?}");
+    assert_eq!(run.stdout.lines().nth(1), Some("stores in it:"), "{run:?}");
+    let named: Vec<_> = run.stdout.lines().skip(2).map(|line| PathBuf::from(&line[2..])).collect();
+    assert_eq!(named, [store.path()]);
+}
+
+#[test]
 fn ls_tells_what_a_rewind_retired() {
     let store = Store::trained();
     // As a store is left when the clean-up after the rewind was cut short.
@@ -44,7 +76,7 @@ fn ls_tells_what_a_rewind_retired() {
     copy_directory(&kept, &aside);
     let engine = writer(&store.path());
     let state = State::at(15);
-    let request = dtr_engine::save::SaveRequest { rewind: true, ..state.request() };
+    let request = SaveRequest { rewind: true, ..state.request() };
     engine.save(request).unwrap().result(None).unwrap().unwrap();
     engine.close().unwrap();
     std::fs::rename(&aside, &kept).unwrap();
