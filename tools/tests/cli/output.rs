@@ -48,7 +48,8 @@ fn ls_shows_metadata() {
         ("val_loss".into(), json!(0.25)),
         ("note".into(), json!("several lines\nand many words ".repeat(9))),
     ]);
-    let request = SaveRequest { metadata, ..State::at(40).request() };
+    let state = State::at(40);
+    let request = SaveRequest { metadata, ..state.request() };
     engine.save(request).unwrap().result(None).unwrap().unwrap();
     engine.close().unwrap();
     check(&store, "ls-metadata", "ls", &[]);
