@@ -137,11 +137,11 @@ impl StoreArgument {
         };
         match std::fs::metadata(&self.path) {
             Ok(found) if !found.is_dir() => Err(refused(
-                "it is a file, and a store is a directory",
+                "it is a file, but a store is a directory",
                 "name the directory that was given to `CheckpointManager`",
             )),
             Ok(_) if is_step_directory(&self.path) => Err(refused(
-                "it is the directory of one step, and a store is the directory around it",
+                "it is the directory of one step, but a store is the directory around it",
                 "name its parent, and choose the step with `--step`",
             )),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(refused(
@@ -248,7 +248,7 @@ pub(crate) fn which_rank(
         format!("{doing} `{}`, step {}", store.display(), checkpoint.step()),
         format!("{ranks} ranks saved it"),
         format!(
-            "say whose part is meant: `--rank R`, from 0 to {}; what all saved alike is in each",
+            "choose one with `--rank R`, from 0 to {}; replicated entries are in each",
             ranks - 1
         ),
     )

@@ -157,7 +157,7 @@ fn write_tensors(out: &mut dyn Write, tensors: &[String]) -> std::io::Result<()>
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    writeln!(out, "    tensors hit: {}{more}", text::one_line(&shown.join(", ")))
+    writeln!(out, "    affected tensors: {}{more}", text::one_line(&shown.join(", ")))
 }
 
 fn write_summary(out: &mut dyn Write, verified: &[Verified]) -> std::io::Result<()> {

@@ -73,8 +73,8 @@ impl<'o> Selection<'o> {
             self.selecting(),
             format!("each of {ranks} ranks saved its own: {}{more}", listed(&some)),
             format!(
-                "say whose are meant: `--rank R`, from 0 to {}; or leave them out with \
-                 `--exclude`. What is saved as `replicated` is no rank's own",
+                "choose a rank with `--rank R`, from 0 to {}; or leave them out with `--exclude`. \
+                 What is saved as `replicated` belongs to no single rank",
                 ranks - 1
             ),
         )
@@ -113,7 +113,7 @@ fn path_below<'p>(path: &'p str, below: &str) -> Result<&'p str> {
         let shown = text::one_line(container);
         EngineError::invalid(
             format!("naming tensor `{}` without `{shown}`", text::one_line(path)),
-            "it does not lie there",
+            "it is not in there",
             format!("choose what does with `--tensors '{shown}.*'`, or name a path above it"),
         )
     })

@@ -92,8 +92,8 @@ fn check_later(survey: &Survey, step: u64, output: &Path) -> Result<()> {
     let Some(later) = survey.steps.iter().find(is_in_danger) else { return Ok(()) };
     Err(EngineError::StepConflict {
         what: format!("restoring step {step} to `{}`", output.display()),
-        why: format!("step {} there is damaged, and would cease to exist", later.step),
-        hint: "restore to another store, or mend or delete that step first".into(),
+        why: format!("step {} there is damaged and would be discarded", later.step),
+        hint: "restore to another store, or repair or delete that step first".into(),
     })
 }
 
@@ -103,7 +103,7 @@ fn sliced(name: &str, record: &TensorRecord) -> EngineError {
         format!("restoring tensor `{}`", text::one_line(name)),
         format!("the shard holds a slice of it, {}; other ranks hold the rest", place(record)),
         "copy the whole checkpoint with `ckpt-tool copy`, or restore to a file \
-         `NAME.safetensors`, where slices are put together",
+         `NAME.safetensors`, where slices are assembled",
     )
 }
 

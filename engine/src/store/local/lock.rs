@@ -265,12 +265,12 @@ fn busy(store: &Path, lock: &Path) -> EngineError {
             ("another process holds its writer lock".to_owned(), "wait for that process or stop it")
         }
         Some(holder) if holder.is_this_process() => (
-            "this process has it open for writing already".to_owned(),
+            "this process already has it open for writing".to_owned(),
             "close the other manager of this store first",
         ),
         Some(holder) if holder.is_gone() => (
             format!(
-                "{holder_of}, which is gone, left its writer lock to a process that it forked",
+                "{holder_of}, which is gone, left its writer lock to a process that it had forked",
                 holder_of = holder.describe()
             ),
             "stop that process",
