@@ -93,7 +93,10 @@ impl Job {
         if request.rank >= world_size {
             return Err(Refusal::new(
                 RefusalKind::Invalid,
-                format!("rank {} is asked for, below {world_size} is allowed", request.rank),
+                format!(
+                    "rank {} was requested, but only ranks below {world_size} exist",
+                    request.rank
+                ),
                 "ranks count from 0; pass `world_size=` where it is not the job's",
             ));
         }

@@ -299,7 +299,7 @@ fn step_state(
         (Some(ManifestState::Damaged(why)), _) => StepState::Damaged { why: why.clone() },
         (Some(ManifestState::Valid(manifest)), None) => StepState::Damaged {
             why: format!(
-                "the manifest is of step {}, and lies in the directory of step {}",
+                "the manifest is of step {}, but is in the directory of step {}",
                 manifest.step, directory.step
             ),
         },

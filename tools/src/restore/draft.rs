@@ -174,7 +174,7 @@ pub(super) fn open_hidden(path: &Path, how: OFlags) -> Result<File> {
 fn in_the_way(path: &Path) -> EngineError {
     EngineError::Io {
         what: format!("creating `{}`", path.display()),
-        source: io::Error::new(io::ErrorKind::AlreadyExists, "it is there, and is no file"),
+        source: io::Error::new(io::ErrorKind::AlreadyExists, "it exists but is not a file"),
         hint: format!("remove `{}`, or choose another name", path.display()),
     }
 }

@@ -182,7 +182,7 @@ impl WriterLock {
             Err(error) if may_not_write(&error) => Err(EngineError::Io {
                 what: format!("taking the writer lock `{}`", path.display()),
                 source: error,
-                hint: "a writer needs the right to write here: check the owner, mode and mount of \
+                hint: "a writer needs write permission here: check the owner, mode and mount of \
                        the store, or open it with `read_only=True`"
                     .into(),
             }),
@@ -246,8 +246,8 @@ pub(super) fn lock_error(operation: &str, path: &Path, error: io::Error) -> Engi
         return EngineError::Io {
             what: format!("{operation} `{}`", path.display()),
             source: error,
-            hint: "the filesystem refuses `flock`, without which two writers could mix: mount it \
-                   with locks, or choose another path"
+            hint: "the filesystem refuses `flock`, without which two writers could interfere: \
+                   mount it with locks, or choose another path"
                 .into(),
         };
     }
