@@ -1,4 +1,4 @@
-//! Memory that the kernel may own: one [`Mapping`] cut into equal buffers.
+//! Memory that the kernel may own: one mapping cut into equal buffers.
 //!
 //! ```text
 //! |<--------------------------- one anonymous mapping ----------------------->|

@@ -9,7 +9,7 @@
 //! Always holds:
 //! - A buffer given to [`Io::submit`] is owned by the operation until `done` is called, exactly
 //!   once, whatever happens to the submitter.
-//! - One `submit` is one attempt: it may move fewer bytes than asked. [`transfer`] continues short
+//! - One `submit` is one attempt: it may move fewer bytes than asked. `transfer` continues short
 //!   ones, so a fault-injecting implementation sees (and can fail) every attempt.
 //! - Nothing here retries a failed sync.
 
