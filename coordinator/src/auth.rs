@@ -81,7 +81,7 @@ impl Auth {
             return Ok(());
         }
         Err(Status::unauthenticated(
-            "the token does not hold for this job\nhint: use the token that its operator gave out",
+            "the token is not valid for this job\nhint: use the token that its operator issued",
         ))
     }
 
@@ -96,7 +96,7 @@ impl Auth {
             let is_operator = is_one_of(given, self.all.iter());
             return is_operator.then_some(()).ok_or_else(|| {
                 Status::permission_denied(
-                    "the token does not hold for operators' calls\nhint: use one that holds for \
+                    "the token is not valid for operators' calls\nhint: use one that is valid for \
                      all jobs",
                 )
             });
@@ -105,8 +105,8 @@ impl Auth {
             return Ok(());
         }
         Err(Status::permission_denied(
-            "without tokens, operators' calls are taken from the coordinator's own machine\nhint: \
-             call from there, or configure `token`",
+            "without tokens, operators' calls are accepted only from the coordinator's own \
+             machine\nhint: call from there, or configure `token`",
         ))
     }
 }

@@ -59,7 +59,7 @@ const TLS: &str = "if it has `coordinator.tls`, ask by TLS: `--ca FILE`, `--name
                    certificate, and `--cert`, `--key` where it has a `client_ca`; if it has not, \
                    ask without them";
 const STRANGER: &str = "another service has this port: name where the coordinator listens";
-const ENDING: &str = "wait until it was started again; its log says who told it to end";
+const ENDING: &str = "wait until it has been started again; its log says who told it to end";
 const FILES: &str = "name PEM files that this user can read";
 
 /// Gives the address that was asked, if a coordinator serves there.
@@ -110,7 +110,7 @@ async fn connect(address: &str, question: &Question) -> Result<Channel, Reason> 
 fn refused(status: &Status) -> Reason {
     match status.code() {
         Code::NotFound | Code::Unimplemented => {
-            ("it answers, and is no coordinator".to_owned(), STRANGER)
+            ("it answers, but is not a coordinator".to_owned(), STRANGER)
         }
         _ => (told(status), TLS),
     }

@@ -157,8 +157,7 @@ impl Journal {
 
 const PARENT_HINT: &str = "name a directory that can be written: `state_path` in coordinator.toml, \
                            or `--state-path`";
-const STORAGE_HINT: &str =
-    "look at the device and its free space; what was committed is still there";
+const STORAGE_HINT: &str = "check the device and its free space; what was committed is still there";
 
 fn hint_of(error: &DatabaseError) -> &'static str {
     match error {

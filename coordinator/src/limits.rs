@@ -70,7 +70,7 @@ pub(crate) fn shard(shard: Option<&v1::Shard>) -> Result<(), Status> {
     name("file", &shard.file)?;
     if shard.file.contains('/') || shard.file.starts_with('.') {
         return Err(refuse(
-            &format!("`{}` is no file name within a step", shard.file),
+            &format!("`{}` is not a file name within a step", shard.file),
             "report the shard's name without a directory",
         ));
     }

@@ -68,7 +68,7 @@ impl Traveller {
             Self::Takeoff(takeoff) => takeoff.taken_off(outcome),
         }));
         if told.is_err() {
-            tracing::error!("whoever waited for a copy panicked when told of its end");
+            tracing::error!("the callback of a copy panicked");
         }
     }
 }

@@ -37,7 +37,7 @@ impl StreamHandle {
     /// It is a stream of the context that this will be used with, and lives as long as this.
     pub(crate) unsafe fn new(raw: u64) -> Result<Self, CudaError> {
         let address = usize::try_from(raw).map_err(|_| {
-            CudaError::invalid(format!("stream {raw:#x}"), "it is no address of this machine")
+            CudaError::invalid(format!("stream {raw:#x}"), "it is not an address of this machine")
         })?;
         Ok(Self(ptr::with_exposed_provenance_mut(address)))
     }

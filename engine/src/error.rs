@@ -97,7 +97,7 @@ pub enum EngineError {
         /// How to go on.
         hint: String,
     },
-    /// Retry, or mend the access: the service that holds the store did not do what it was asked.
+    /// Retry, or fix the access: the service that holds the store did not do what it was asked.
     /// Nothing is known of the checkpoints themselves.
     #[error("{what}: {why}\nhint: {hint}")]
     Unavailable {
@@ -153,7 +153,7 @@ pub enum EngineError {
     },
 }
 
-/// Why ranks did not get on together, by what the caller does next.
+/// Why ranks could not act together, by what the caller does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CoordinationKind {
@@ -163,9 +163,9 @@ pub enum CoordinationKind {
     Unavailable,
     /// Present the right token or certificate.
     Unauthenticated,
-    /// Wait, or end what stands in the way.
+    /// Wait, or end what is in the way.
     Conflict,
-    /// Register again: this process is no member of its job any more.
+    /// Register again: this process is no longer a member of its job.
     Fenced,
     /// Decide whether to go on: the job lost a worker.
     MembershipChanged,

@@ -19,7 +19,7 @@ pub mod save;
 pub mod codec;
 pub mod format;
 pub mod recovery;
-pub mod retention;
+mod retention;
 
 // Stores, copies from one to another, and devices.
 pub mod io;

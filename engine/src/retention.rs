@@ -13,11 +13,11 @@ use crate::recovery::{ManifestState, OrphanFile, Survey};
 
 /// Which checkpoints a store keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
+pub(crate) struct Policy {
     /// The newest that are kept; `None` keeps all. At least one is kept whatever this says.
-    pub keep_last_n: Option<u32>,
+    pub(crate) keep_last_n: Option<u32>,
     /// Steps that are multiples of this are kept besides.
-    pub keep_every: Option<u64>,
+    pub(crate) keep_every: Option<u64>,
 }
 
 impl From<&Config> for Policy {
@@ -28,7 +28,7 @@ impl From<&Config> for Policy {
 
 /// The checkpoints that exist and say a number of this name in their metadata, the best first; of
 /// equal ones the newer.
-pub fn best_first(
+pub(crate) fn best_first(
     survey: &Survey,
     manifests: &BTreeMap<u64, ManifestState>,
     metric: &str,
@@ -57,7 +57,7 @@ fn rank(mut measured: Vec<(u64, f64)>, mode: BestMode) -> Vec<u64> {
 ///
 /// `protected` are the step just committed, the step restored from, the newest that verified, the
 /// best.
-pub fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec<u64> {
+pub(crate) fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec<u64> {
     let retiring = survey.retiring_steps();
     let kept: Vec<u64> = protected.iter().chain(&retiring).copied().collect();
     let mut plan = survey.retired_steps();
@@ -84,7 +84,7 @@ pub(crate) fn plan_prune(
 }
 
 /// Which of the `committed` steps the policy lets go, ascending, none of the `protected` ones.
-pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
+pub(crate) fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
     let Some(keep_last_n) = policy.keep_last_n else {
         return Vec::new();
     };
@@ -102,7 +102,7 @@ pub fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> V
 
 /// Orphans that have been left alone for at least `grace` at `now`, by the store's clock. Whether a
 /// live attempt holds the lock of one is asked when it is deleted.
-pub fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Duration) -> Vec<OrphanFile> {
+pub(crate) fn plan_cleanup(survey: &Survey, now: SystemTime, grace: Duration) -> Vec<OrphanFile> {
     // A file from the future has no age: it stays.
     let old =
         |orphan: &&OrphanFile| now.duration_since(orphan.idle_since).is_ok_and(|age| age >= grace);

@@ -23,7 +23,7 @@ fn a_store_that_another_one_took_the_place_of_is_not_written_to() {
         for result in [saved, former.delete(1).map(drop)] {
             let error = result.unwrap_err();
             assert!(matches!(error, EngineError::Closed { .. }), "{error}");
-            assert!(error.to_string().contains("its writer lock is not there any more"), "{error}");
+            assert!(error.to_string().contains("its writer lock no longer exists"), "{error}");
         }
     };
     for result in [state.save(&former, 9).map(drop), former.delete(1).map(drop)] {
@@ -275,7 +275,7 @@ fn shards_beside_one_are_of_its_attempt_until_they_are_cleaned_away() {
     engine.gc(GcOptions { dry_run: false, grace: Some(Duration::ZERO) }).unwrap();
     let error = engine.shard_beside(&own, 0).unwrap_err();
     assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
-    assert!(error.to_string().contains("another attempt took its place"), "{error}");
+    assert!(error.to_string().contains("another attempt has replaced it"), "{error}");
     // Of one that stands, it is damage.
     let own = engine.checkpoint(1).unwrap();
     let file = &own.manifest().shards[0].file;

@@ -169,7 +169,7 @@ fn damage_in_one_shard_is_met_by_whoever_needs_it_and_named() {
         let error = Mixed::new(rank.number, 1).state.try_assert_equals(&checkpoint).unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, EngineError::Corrupt { .. }), "{text}");
-        assert!(text.contains("rank-00002") && text.contains("tensors hit: tensor"), "{text}");
+        assert!(text.contains("rank-00002") && text.contains("affected tensors: tensor"), "{text}");
     }
     std::fs::remove_file(&path).unwrap();
     let error = ranks[0].engine.checkpoint(1).unwrap_err();

@@ -156,9 +156,12 @@ fn a_save_that_is_cancelled_on_one_rank_fails_on_all() {
         meet.wait();
         outcome
     });
-    for refusal in refusals(outcomes) {
-        assert!(refusal.contains("the test wants it"), "{refusal}");
-    }
+    let refusals = refusals(outcomes);
+    assert!(refusals[0].contains("the test wants it"), "{refusals:?}");
+    assert!(
+        refusals[1].contains("rank 0 (`worker-0`) failed: the save was cancelled"),
+        "{refusals:?}"
+    );
     assert_eq!(world.reader(0).steps().unwrap(), [0; 0]);
     save_all(&ranks, 6);
 }

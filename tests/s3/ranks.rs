@@ -588,7 +588,7 @@ fn machines_that_hold_other_things_alike_are_told_before_anything_is_published()
     let refused = together(&ranks, |rank| save_alike(rank, 1, 2 - rank.number));
     for (rank, outcome) in ranks.iter().zip(refused) {
         let error = outcome.unwrap_err();
-        assert!(error.to_string().contains("ranks 0 and 1 differ in what they saved alike"));
+        assert!(error.to_string().contains("ranks 0 and 1 disagree on the replicated entries"));
         assert_eq!(rank.engine.steps().unwrap(), [0; 0]);
         assert_eq!(names_in(&step_in(&cluster.directory(rank.number), 1)), [""; 0]);
     }

@@ -78,12 +78,12 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Outcome {
 /// The directory itself, or the one that a store would be created in.
 fn existing_directory(path: &std::path::Path) -> Result<PathBuf> {
     let refused = |why: &str| {
-        let hint = "name a store, or a directory where one shall be";
+        let hint = "name a store, or a directory for a new one";
         EngineError::invalid(format!("examining `{}`", path.display()), why, hint)
     };
     match std::fs::metadata(path) {
         Ok(found) if found.is_dir() => Ok(path.to_owned()),
-        Ok(_) => Err(refused("it is a file, and a store is a directory")),
+        Ok(_) => Err(refused("it is a file, but a store is a directory")),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Err(refused("there is no such directory"))
         }

@@ -90,7 +90,7 @@ pub const KEYS: &[Key] = &[
         "connections_max",
         Kind::Integer(1, 1_000_000),
         "20000",
-        "how many connections are taken at a time",
+        "how many connections are accepted at a time",
     ),
     key(
         "coordinator",

@@ -366,7 +366,7 @@ fn find(section: &str, name: &str, origin: &str) -> Result<&'static Key, ConfigE
         return Err(ConfigError::new(
             what,
             "no such key",
-            format!("it belongs below `[{}]`", other.section),
+            format!("it belongs in section `[{}]`", other.section),
         ));
     }
     Err(unknown(what, name, of_section.map(|key| key.name)))
@@ -506,8 +506,8 @@ mod tests {
             ),
             (
                 "[coordinator]\nbucket = \"b\"",
-                "key `coordinator.bucket` in `test.toml`: no such key\n\
-                 hint: it belongs below `[storage]`",
+                "key `coordinator.bucket` in `test.toml`: no such key\nhint: it belongs in \
+                 section `[storage]`",
             ),
             (
                 "[coordinator]\nmax_worker_failures = 0",

@@ -135,7 +135,7 @@ impl Attempt {
             ));
         }
         if self.shards.get(&rank).is_some_and(|earlier| *earlier != report.shard) {
-            return Err(invalid_shard("an earlier report of the same attempt says otherwise"));
+            return Err(invalid_shard("it contradicts an earlier report of the same attempt"));
         }
         self.has_own_stores = Some(report.own_store);
         self.replicated.insert(rank, report.replicated_crc32c);
@@ -193,7 +193,7 @@ impl Attempt {
 pub(super) fn invalid_shard(why: &str) -> Refusal {
     Refusal::new(
         RefusalKind::Invalid,
-        format!("the shard cannot be taken: {why}"),
+        format!("the shard cannot be accepted: {why}"),
         "report what this rank wrote in this attempt",
     )
 }

@@ -86,10 +86,10 @@ impl Barrier {
         Some(Refusal::new(
             RefusalKind::Invalid,
             format!(
-                "ranks differ in what must be alike: rank {rank} brings {}, rank {other} {}",
+                "ranks differ in what must be the same: rank {rank} brings {}, rank {other} {}",
                 first.alike, unlike.alike
             ),
-            "give every rank the same; what differs on purpose is a job of its own: `job=`",
+            "give every rank the same; runs that differ on purpose need separate jobs: `job=`",
         ))
     }
 
@@ -414,7 +414,7 @@ fn check_timeout(timeout_ms: u64) -> Result<(), Refusal> {
     Err(Refusal::new(
         RefusalKind::Invalid,
         format!("the timeout is {timeout_ms} ms, 1 to {TIMEOUT_MAX_MS} is allowed"),
-        "pass `timeout=` in seconds; no wait is for ever",
+        "pass `timeout=` in seconds; every wait has a limit",
     ))
 }
 
@@ -422,18 +422,18 @@ fn superseded(rank: u32) -> Refusal {
     Refusal::new(
         RefusalKind::Conflict,
         format!("a later call of rank {rank} waits at the same barrier"),
-        "wait at a barrier once at a time",
+        "wait at each barrier only once at a time",
     )
 }
 
 fn taken_back(rank: u32) -> Refusal {
-    Refusal::new(RefusalKind::Conflict, format!("rank {rank} took its arrival back"), "wait again")
+    Refusal::new(RefusalKind::Conflict, format!("rank {rank} withdrew its arrival"), "wait again")
 }
 
 fn too_many(job: &str, barriers_max: usize) -> Refusal {
     Refusal::new(
         RefusalKind::Conflict,
         format!("somebody waits at each of {barriers_max} barriers of job `{job}`"),
-        "use a name again: each barrier counts its releases",
+        "reuse names: each barrier counts its releases",
     )
 }

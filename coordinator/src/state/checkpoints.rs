@@ -37,8 +37,8 @@ use super::{
 };
 
 /// What to do where one rank opens a store, and others have it open.
-const OPEN_ALL: &str = "if it was started anew, end this process, too, and start all ranks again: \
-                        they go on from the newest checkpoint";
+const OPEN_ALL: &str = "if it was restarted, end this process too and start all ranks again: they \
+                        continue from the newest checkpoint";
 
 impl Job {
     pub(super) fn begin(
@@ -432,8 +432,8 @@ impl Job {
 fn unlike(rank: u32, other: u32) -> String {
     let (one, two) = (rank.min(other), rank.max(other));
     format!(
-        "ranks {one} and {two} differ in what they saved alike: `replicated` names entries that do \
-         not have the same names, types, shapes and plain values on both"
+        "ranks {one} and {two} disagree on the replicated entries: `replicated` names entries \
+         that do not have the same names, types, shapes and plain values on both"
     )
 }
 
@@ -441,7 +441,7 @@ fn superseded(rank: u32) -> Refusal {
     Refusal::new(
         RefusalKind::Conflict,
         format!("a later report of rank {rank} waits for the same attempt"),
-        "report a shard once at a time",
+        "report each shard only once at a time",
     )
 }
 

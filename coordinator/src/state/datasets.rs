@@ -93,7 +93,10 @@ impl Job {
         if request.rank >= world_size {
             return Err(Refusal::new(
                 RefusalKind::Invalid,
-                format!("rank {} is asked for, below {world_size} is allowed", request.rank),
+                format!(
+                    "rank {} was requested, but only ranks below {world_size} exist",
+                    request.rank
+                ),
                 "ranks count from 0; pass `world_size=` where it is not the job's",
             ));
         }
@@ -134,7 +137,7 @@ fn check(spec: &v1::DatasetSpec, files: &[String]) -> Result<(), Refusal> {
         file.is_empty() || file.starts_with('/') || file.split('/').any(|part| part == "..")
     };
     if let Some(file) = files.iter().find(|file| leaves(file)) {
-        return Err(invalid(&format!("`{file}` is no path below the dataset's own")));
+        return Err(invalid(&format!("`{file}` is not a path below the dataset's own")));
     }
     Ok(())
 }
@@ -158,8 +161,8 @@ fn differs(known: &v1::DatasetRecord, asked: &v1::DatasetRecord) -> Refusal {
     } else {
         let spec = known.spec.clone().unwrap_or_default();
         format!(
-            "this run registered it otherwise: path `{}`, format `{}`, {} samples, {} in a shard, \
-             seed {}",
+            "this run registered it with other settings: path `{}`, format `{}`, {} samples, {} \
+             in a shard, seed {}",
             spec.path, spec.format, spec.total_samples, spec.shard_size, spec.seed
         )
     };

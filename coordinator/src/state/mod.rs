@@ -392,7 +392,7 @@ impl Job {
         Err(Refusal::new(
             RefusalKind::JobAborted,
             format!("job `{}` is aborted: {}", self.name, self.record.abort_reason),
-            "end this process; the job begins anew once all of its workers have ended",
+            "end this process; the job starts over once all of its workers have ended",
         ))
     }
 }

@@ -89,7 +89,7 @@ fn ranks_that_save_other_things_alike_are_told_before_anything_is_published() {
     table.replicated_crc32c = None;
     let reply = table.report_own(&world[1], (10, &attempt), None);
     let Some(Reply::AttemptAborted(aborted)) = reply else { panic!("{reply:?}") };
-    assert!(aborted.reason.starts_with("ranks 1 and 2 differ in what they saved alike"));
+    assert!(aborted.reason.starts_with("ranks 1 and 2 disagree on the replicated entries"));
     assert!(!aborted.may_be_published);
     assert!(matches!(table.late.pop(), Some((_, Reply::AttemptAborted(_)))));
 }

@@ -210,14 +210,14 @@ impl Config {
         if is_in_s3 {
             return Err(EngineError::invalid(
                 format!("settings `path` = `{}`, `remote` = `{remote}`", self.path.display()),
-                "checkpoints are brought to `remote` from a directory",
+                "only checkpoints in a directory are uploaded to `remote`",
                 "name a directory as `path`, or leave `remote` unset",
             ));
         }
         if self.remote_bytes_per_second == Some(0) {
             return Err(EngineError::invalid(
                 "setting `remote_bytes_per_second` = 0",
-                "nothing would ever arrive",
+                "no upload would ever finish",
                 "use 1 or more, or leave it unset",
             ));
         }
@@ -361,8 +361,8 @@ impl Config {
         if self.best_metric.as_deref() == Some("") {
             return Err(EngineError::invalid(
                 "setting `best_metric` = ``",
-                "a metric has a name",
-                "give the key that it has in the checkpoints' `metadata`",
+                "a metric needs a name",
+                "name its key in the checkpoints' `metadata`",
             ));
         }
         let Some(keep_best_n) = self.keep_best_n else { return Ok(()) };
@@ -370,21 +370,21 @@ impl Config {
         if keep_best_n == 0 {
             return Err(EngineError::invalid(
                 what,
-                "none would be kept for being best",
+                "no checkpoint would be kept as one of the best",
                 "use 1 or more, or leave it unset",
             ));
         }
         if self.best_metric.is_none() {
             return Err(EngineError::invalid(
                 what,
-                "nothing says which checkpoints are best",
+                "there is no metric to rank checkpoints by",
                 "set `best_metric` to the key of a number in their `metadata`, such as `val_loss`",
             ));
         }
         if self.keep_last_n.is_none() {
             return Err(EngineError::invalid(
                 what,
-                "without `keep_last_n` all are kept",
+                "without `keep_last_n`, all checkpoints are kept",
                 "set `keep_last_n` to 1 or more, or leave `keep_best_n` unset",
             ));
         }

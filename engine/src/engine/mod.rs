@@ -192,9 +192,9 @@ impl Engine {
     }
 
     /// Takes over the staging arena of an engine that is about to be closed, so that the first save
-    /// here finds its memory there: for whoever saves to one store after the other. Nothing happens
-    /// where this engine has an arena, the other one has none that would do here, or a save is in
-    /// flight.
+    /// here finds its memory there: for callers that save to one store after the other. Nothing
+    /// happens where this engine has an arena, the other one has none that would do here, or a save
+    /// is in flight.
     ///
     /// # Errors
     ///
@@ -205,8 +205,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Lends the staging arena to whoever has to hold so many bytes of a checkpoint for a moment:
-    /// memory that is there already costs no page faults, and the next save finds it there.
+    /// Lends the staging arena to a caller that has to hold so many bytes of a checkpoint for a
+    /// moment: memory that is there already costs no page faults, and the next save finds it there.
     ///
     /// The arena as it is, or, with `grows_to`, as it will be for a state of so many raw bytes.
     /// `None` where that is too small for `bytes`, a save is in flight, or the engine cannot save.
@@ -243,13 +243,13 @@ impl Engine {
     /// was interrupted, parts of an upload are not sent again. A save to the destination that another
     /// thread begins waits.
     ///
-    /// What ceased to exist there when the training went back cannot be copied there.
+    /// What was discarded there when training went back cannot be copied there.
     ///
     /// # Errors
     ///
     /// What an earlier save to the destination failed with that nobody looked at.
     /// [`EngineError::NotFound`] where the step does not exist here; [`EngineError::StepConflict`]
-    /// where it ceased to exist there, or what stands there is not to be overwritten;
+    /// where it was discarded there, or what is there is not to be overwritten;
     /// [`EngineError::Corrupt`], [`EngineError::UnsupportedFormat`] of what is to be copied;
     /// [`EngineError::NoSpace`] of the destination; [`EngineError::Unavailable`] where a shard that
     /// was there was deleted meanwhile; [`EngineError::Closed`] where the observer cancels it.

@@ -49,9 +49,9 @@ impl Engine {
     }
 
     /// Opens this rank's shard of a committed step: manifest, footer, header and index are read and
-    /// checked, chunks are not. If another number of ranks saved it, only what they saved alike can
+    /// checked, chunks are not. If another number of ranks saved it, only replicated entries can
     /// be read ([`Checkpoint::is_replicated_only`]), and it is an error if that is nothing: what
-    /// the ranks that are not there saved would be lost without a word.
+    /// the ranks that are not there saved would be lost silently.
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
         self.open_shard(step, None)
     }
@@ -89,7 +89,7 @@ impl Engine {
         match read_manifest(store, step) {
             Ok(standing) if standing.attempt != own.manifest().attempt => EngineError::NotFound {
                 what: format!("reading step {step}"),
-                why: "another attempt took its place meanwhile".into(),
+                why: "another attempt has replaced it in the meantime".into(),
                 hint: "load again".into(),
             },
             _ => self.judged(store, step, error),
@@ -131,8 +131,8 @@ impl Engine {
             {
                 EngineError::Corrupt {
                     what,
-                    why: format!("{why}, and the manifest of step {step} names it"),
-                    hint: "restore another step, or bring the file back from a copy of the store"
+                    why: format!("{why}, but the manifest of step {step} names it"),
+                    hint: "restore another step, or recover the file from a copy of the store"
                         .into(),
                 }
             }
@@ -158,11 +158,11 @@ fn check_world_size(manifest: &Manifest, scope: ShardScope, expected: u32) -> Re
     let saved = manifest.world_size;
     Err(EngineError::invalid(
         format!("opening step {} among {expected} ranks", manifest.step),
-        format!("{saved} ranks saved it, each its own state"),
-        "say whose it is to be: `load(from_rank=0)`, `restore(state, from_rank=0)`; sharded \
-         tensors are put together from all ranks all the same. Or load it with as many ranks. \
-         What all ranks hold alike can be saved as `replicated=[...]`, which any number of ranks \
-         loads",
+        format!("{saved} ranks saved it, each with its own state"),
+        "choose a rank: `load(from_rank=0)`, `restore(state, from_rank=0)`; sharded tensors are \
+         still assembled from all ranks. Or load it with the same number of ranks. Entries that \
+         are the same on all ranks can be saved with `replicated=[...]`; any number of ranks can \
+         load those",
     ))
 }
 
@@ -186,7 +186,7 @@ impl Core {
         let survey = self.survey()?;
         let why = match survey.step(step).map(|step| &step.state) {
             None => "there is no checkpoint of this step".into(),
-            Some(StepState::Incomplete) => "an attempt was begun and never committed".into(),
+            Some(StepState::Incomplete) => "an attempt was started but never committed".into(),
             Some(StepState::Retired { by }) => format!("it was retired by the rewind to step {by}"),
             Some(StepState::Committed | StepState::Damaged { .. } | StepState::Newer { .. }) => {
                 return Ok(());
@@ -194,7 +194,7 @@ impl Core {
         };
         let steps = survey.committed_steps();
         let hint = match (steps.first(), steps.last()) {
-            (Some(first), Some(last)) if first == last => format!("step {first} is all there is"),
+            (Some(first), Some(last)) if first == last => format!("step {first} is the only one"),
             (Some(first), Some(last)) => {
                 format!("{} checkpoints exist, from step {first} to step {last}", steps.len())
             }

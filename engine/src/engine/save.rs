@@ -245,10 +245,10 @@ fn check_manifest(manifest: &Manifest, replicated: &[String]) -> Result<()> {
     let complete = Manifest { shards, ..manifest.clone() };
     complete.encode().map(drop).map_err(|error| {
         let hint = if manifest.retired.len() < RETIRED_MANY {
-            "attach less as `metadata`: what is large or nested belongs into the state"
+            "attach less `metadata`: large or nested data belongs in the state"
         } else {
-            "the training goes back over more checkpoints than one manifest can name: delete the \
-             newest of them first"
+            "the rewind discards more checkpoints than one manifest can name: delete the newest \
+             of them first"
         };
         EngineError::invalid(format!("saving step {}", manifest.step), error.to_string(), hint)
     })

@@ -66,7 +66,7 @@ pub struct Manifest {
     pub world_size: u32,
 }
 
-/// A checkpoint that ceased to exist when the manifest naming it was published.
+/// A checkpoint that was discarded when the manifest naming it was published.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retired {
     /// Its attempt: a later checkpoint of the same step is another one.
@@ -238,7 +238,7 @@ fn check_density(bytes: &[u8]) -> Result<(), FormatError> {
     ensure!(
         values <= values_max && objects <= objects_max,
         "the manifest has about {values} values and {objects} objects in {text_bytes} bytes, \
-         expected at most {values_max} and {objects_max}: large data belongs into the state"
+         expected at most {values_max} and {objects_max}: large data belongs in the state"
     );
     Ok(())
 }
@@ -442,13 +442,13 @@ mod tests {
         let few = with_values(60_000);
         assert_eq!(Manifest::decode(&few.encode().unwrap()), Ok(few));
         let why = with_values(200_000).encode().unwrap_err().to_string();
-        assert!(why.contains("large data belongs into the state"), "{why}");
+        assert!(why.contains("large data belongs in the state"), "{why}");
         for (item, count) in
             [("0,", 200_000), ("[],", 100_000), ("{},", 20_000), ("{\"\":[0]},", 15_000)]
         {
             let items = item.repeat(count);
             let dense = format!("\"format_version\":1,\"metadata\":{{\"a\":[{items}0]}}}}");
-            assert_damaged(&seal(&dense), "large data belongs into the state");
+            assert_damaged(&seal(&dense), "large data belongs in the state");
         }
         // What stands in a string is no value.
         let text = BTreeMap::from([("x".to_owned(), json!("[{,\\\"".repeat(100_000)))]);

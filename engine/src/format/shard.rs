@@ -98,7 +98,7 @@ pub struct Header {
     pub chunk_bytes: u32,
     /// Where the first chunk starts; zeros lie between the header and it.
     pub chunks_offset: u32,
-    /// Whether the index names entries that all ranks saved alike.
+    /// Whether the index names replicated entries.
     pub replicated: bool,
 }
 

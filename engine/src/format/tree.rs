@@ -362,7 +362,11 @@ pub fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {
             node.key.is_some() == has_key,
             "node {index} at `{}` {}",
             walk.path(),
-            if has_key { "of a dict has no key" } else { "has a key but is no entry of a dict" }
+            if has_key {
+                "of a dict has no key"
+            } else {
+                "has a key but is not an entry of a dict"
+            }
         );
         ensure!(
             walk.open.len() <= DEPTH_MAX,

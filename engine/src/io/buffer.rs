@@ -1,4 +1,4 @@
-//! Memory that the kernel may own: one [`Mapping`] cut into equal buffers.
+//! Memory that the kernel may own: one mapping cut into equal buffers.
 //!
 //! ```text
 //! |<--------------------------- one anonymous mapping ----------------------->|
@@ -282,7 +282,7 @@ impl Buffer {
         Ok(Parked(self))
     }
 
-    /// Leaves the memory to the kernel for ever and returns an empty stand-in: for a backend that
+    /// Leaves the memory to the kernel for good and returns an empty stand-in: for a backend that
     /// failed while the kernel may still write to this memory, and still owes its caller a buffer.
     pub(super) fn abandon(mut self) -> Self {
         self.pool.lock().lost += 1;

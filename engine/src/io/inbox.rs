@@ -118,7 +118,7 @@ impl Inbox {
         if !self.is_owner() {
             return Err(io::Error::other(format!(
                 "the io backend belongs to process {}, of which this one is a fork: open the \
-                 store anew here",
+                 store again in this process",
                 self.owner
             )));
         }

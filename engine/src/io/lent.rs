@@ -20,7 +20,7 @@ use std::sync::Arc;
 use super::buffer::Buffer;
 
 /// A part of a buffer, nobody else's until it is dropped.
-pub struct Part {
+pub(crate) struct Part {
     /// `None` only while the part is dropped.
     whole: Option<Arc<Whole>>,
     range: Range<usize>,
@@ -40,7 +40,7 @@ struct Whole {
 /// # Panics
 ///
 /// Where the ranges overlap or go beyond the buffer.
-pub fn lend(
+pub(crate) fn lend(
     buffer: Buffer,
     ranges: &[Range<usize>],
     next: impl FnOnce(Buffer) + Send + Sync + 'static,
@@ -65,7 +65,7 @@ impl Part {
     }
 
     /// Its bytes.
-    pub fn memory(&mut self) -> &mut [u8] {
+    pub(crate) fn memory(&mut self) -> &mut [u8] {
         let Some(whole) = &self.whole else { return &mut [] };
         // Within the buffer, as `lend` and `split_at` made sure.
         let start = whole.buffer.start().wrapping_add(self.range.start);
@@ -76,12 +76,12 @@ impl Part {
     }
 
     /// How many bytes it has.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.range.len()
     }
 
     /// Whether it has none.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.range.is_empty()
     }
 
@@ -91,7 +91,7 @@ impl Part {
     ///
     /// Where it has fewer.
     #[must_use]
-    pub fn split_at(mut self, bytes: usize) -> (Self, Self) {
+    pub(crate) fn split_at(mut self, bytes: usize) -> (Self, Self) {
         assert!(bytes <= self.len(), "{bytes} of {} bytes", self.len());
         let middle = self.range.start + bytes;
         let rest = Self { whole: self.whole.clone(), range: middle..self.range.end };

@@ -9,7 +9,7 @@
 //! Always holds:
 //! - A buffer given to [`Io::submit`] is owned by the operation until `done` is called, exactly
 //!   once, whatever happens to the submitter.
-//! - One `submit` is one attempt: it may move fewer bytes than asked. [`transfer`] continues short
+//! - One `submit` is one attempt: it may move fewer bytes than asked. `transfer` continues short
 //!   ones, so a fault-injecting implementation sees (and can fail) every attempt.
 //! - Nothing here retries a failed sync.
 
@@ -27,7 +27,7 @@ pub mod buffer;
 mod conformance;
 mod files;
 mod inbox;
-pub mod lent;
+pub(crate) mod lent;
 mod mapping;
 #[cfg(all(test, loom))]
 mod models;
@@ -35,9 +35,9 @@ pub mod pin;
 pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
-pub mod threads;
-pub mod transfer;
-pub mod uring;
+pub(crate) mod threads;
+pub(crate) mod transfer;
+pub(crate) mod uring;
 
 pub use backend::open_backend;
 use buffer::Buffer;

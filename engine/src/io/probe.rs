@@ -97,12 +97,12 @@ fn filesystem_fact(name: String) -> Fact<String> {
     match name.as_str() {
         "tmpfs" => Fact::improvable(
             name,
-            "this is memory: checkpoints here are gone after a reboot; choose a disk",
+            "this is memory: checkpoints here are lost at a reboot; choose a disk",
         ),
         "overlayfs" => Fact::improvable(
             name,
-            "this is a container's own layer: checkpoints here go with the container; mount a \
-             volume",
+            "this is a container's own layer: checkpoints here are lost with the container; mount \
+             a volume",
         ),
         _ => Fact::fine(name),
     }

@@ -14,11 +14,11 @@ use crate::config::DirectIo;
 
 /// Settings of [`Threads`].
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// How many transfers run at once. At least 1.
-    pub threads: usize,
+    pub(crate) threads: usize,
     /// Whether the page cache is bypassed.
-    pub direct_io: DirectIo,
+    pub(crate) direct_io: DirectIo,
 }
 
 impl Default for Options {
@@ -30,7 +30,7 @@ impl Default for Options {
 
 /// A pool of threads.
 #[derive(Debug)]
-pub struct Threads {
+pub(crate) struct Threads {
     inbox: Arc<Inbox>,
     workers: Vec<JoinHandle<()>>,
     direct_io: DirectIo,
@@ -38,7 +38,7 @@ pub struct Threads {
 
 impl Threads {
     /// Starts the threads.
-    pub fn new(options: Options) -> io::Result<Self> {
+    pub(crate) fn new(options: Options) -> io::Result<Self> {
         let mut threads = Self {
             inbox: Arc::new(Inbox::new()),
             workers: Vec::with_capacity(options.threads),

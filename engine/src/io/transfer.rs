@@ -18,10 +18,10 @@ use super::buffer::Buffer;
 use super::{ALIGNMENT, Direction, Done, File, Io, Transfer};
 
 /// How often in a row an attempt may ask to be tried again.
-pub const RETRIES_MAX: u32 = 16;
+pub(crate) const RETRIES_MAX: u32 = 16;
 
 /// Submits `transfer` and goes on until all of it is moved or cannot be.
-pub fn transfer_fully(io: &Arc<dyn Io>, transfer: Transfer) {
+pub(crate) fn transfer_fully(io: &Arc<dyn Io>, transfer: Transfer) {
     let Transfer { file, offset, buffer, range, direction, done } = transfer;
     if range.is_empty() {
         return done(Ok(0), buffer);
@@ -31,7 +31,7 @@ pub fn transfer_fully(io: &Arc<dyn Io>, transfer: Transfer) {
 }
 
 /// Reads `buffer[range]` from `offset` and waits for it. The buffer comes back with every outcome.
-pub fn read_fully(
+pub(crate) fn read_fully(
     io: &Arc<dyn Io>,
     file: &Arc<File>,
     offset: u64,
@@ -42,7 +42,7 @@ pub fn read_fully(
 }
 
 /// Writes `buffer[range]` at `offset` and waits for it. The buffer comes back with every outcome.
-pub fn write_fully(
+pub(crate) fn write_fully(
     io: &Arc<dyn Io>,
     file: &Arc<File>,
     offset: u64,

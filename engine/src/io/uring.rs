@@ -58,14 +58,14 @@ const DRAIN_SECONDS_MAX: u64 = 60;
 
 /// Settings of [`Uring`].
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
+pub(crate) struct Options {
     /// Whether the page cache is bypassed.
-    pub direct_io: DirectIo,
+    pub(crate) direct_io: DirectIo,
 }
 
 /// A ring and its thread.
 #[derive(Debug)]
-pub struct Uring {
+pub(crate) struct Uring {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
     setup: &'static str,
@@ -91,7 +91,7 @@ impl Shared {
 
 impl Uring {
     /// Starts the ring and its thread, and tries one operation. The error is the kernel's.
-    pub fn new(options: Options) -> io::Result<Self> {
+    pub(crate) fn new(options: Options) -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared { inbox: Inbox::new(), wake });
         // The ring is made by the thread that will use it: the kernel binds it to that one.
@@ -116,7 +116,7 @@ impl Uring {
     }
 
     /// The flags that the ring was set up with.
-    pub fn setup(&self) -> &'static str {
+    pub(crate) fn setup(&self) -> &'static str {
         self.setup
     }
 }

@@ -139,7 +139,7 @@ impl Drop for Departure {
     fn drop(&mut self) {
         let mut state = self.under_way.lock();
         if !self.is_told {
-            let why = "a copy to the device was given up without a word";
+            let why = "a copy to the device was dropped without a result";
             let error = EngineError::internal("reading a checkpoint", why);
             state.failure.get_or_insert(error);
         }

@@ -105,7 +105,7 @@ impl Checkpoint {
         Err(EngineError::corrupt(
             self.shard_name(),
             format!(
-                "chunk {chunk} at offset {}: its checksum is not the index's; tensors hit: {}",
+                "chunk {chunk} at offset {}: its checksum is not the index's; affected tensors: {}",
                 record.offset,
                 listed(&self.tensors_in(&self.own, chunk))
             ),

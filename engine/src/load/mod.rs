@@ -51,8 +51,8 @@ pub use verify::{Damage, VerifyObserver, VerifyReport};
 
 pub(crate) use verify::verify_step;
 
-/// A committed checkpoint as one rank saved it: its own shard, and of what all ranks saved alike
-/// the parts in the others'. Manifest and indexes were read and checked.
+/// A committed checkpoint as one rank saved it: its own shard, and the parts of replicated entries
+/// in the others'. Manifest and indexes were read and checked.
 #[derive(Debug)]
 pub struct Checkpoint {
     /// Shared by all that are opened of one checkpoint: it names every rank's shard.

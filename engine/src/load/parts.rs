@@ -172,8 +172,8 @@ fn disagreement(own: &Shard, other: &Shard, found: &Difference) -> String {
     let absent = || "not replicated".to_owned();
     let (one, two) = (own.header.rank, other.header.rank);
     format!(
-        "ranks {one} and {two} differ in what they saved alike: `{}` is {} on rank {one}, {} on \
-         rank {two}",
+        "ranks {one} and {two} disagree on the replicated entries: `{}` is {} on rank {one} and {} \
+         on rank {two}",
         found.path,
         found.left.clone().unwrap_or_else(absent),
         found.right.clone().unwrap_or_else(absent),

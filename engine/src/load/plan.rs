@@ -105,17 +105,17 @@ impl Checkpoint {
         if self.scope == ShardScope::ShardOnly {
             return Err(EngineError::invalid(
                 format!("reading storage {storage} of `{}`", self.shard_name()),
-                "the shard holds a part of it, and was opened alone",
+                "the shard holds only a part of it and was opened alone",
                 "open it together with the shards that hold the rest",
             ));
         }
         Err(EngineError::invalid(
             format!("reading storage {storage} of `{}`", self.shard_name()),
             format!(
-                "it is what rank {} alone saved, of {} ranks",
+                "only rank {} saved it, of {} ranks",
                 self.own.header.rank, self.own.header.world_size
             ),
-            "open what a rank that is named saved, or read replicated entries only",
+            "open the checkpoint of a named rank, or read replicated entries only",
         ))
     }
 

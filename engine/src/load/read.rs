@@ -142,7 +142,7 @@ impl Checkpoint {
         match error {
             EngineError::Corrupt { what, why, hint } => EngineError::Corrupt {
                 what,
-                why: format!("{why}; tensors hit: {}", listed(&self.tensors_in(shard, chunk))),
+                why: format!("{why}; affected tensors: {}", listed(&self.tensors_in(shard, chunk))),
                 hint,
             },
             other => other,
@@ -209,7 +209,7 @@ pub(super) fn run(
         if !stopped.load(Ordering::Relaxed) && waiting.iter().any(is_left) {
             return Err(EngineError::internal(
                 format!("reading `{name}`"),
-                "a read was given up without a word",
+                "a read was dropped without a result",
             ));
         }
         Ok(())

@@ -55,7 +55,7 @@ fn none_or_unavailable(error: EngineError, met: &EngineError) -> Option<EngineEr
         EngineError::Unavailable { what, why, hint } => {
             let met = met.to_string();
             let met = met.lines().next().unwrap_or_default();
-            let why = format!("{why}; it was asked for what is damaged nearer: {met}");
+            let why = format!("{why}; it was tried because the nearer copy is damaged: {met}");
             Some(EngineError::Unavailable { what, why, hint })
         }
         error => {

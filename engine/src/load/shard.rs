@@ -56,7 +56,10 @@ impl Shard {
             )
         })?;
         let (_, attempt) = parse_shard_file(&entry.file).ok_or_else(|| {
-            EngineError::corrupt(store.location(), format!("`{}` is no shard's name", entry.file))
+            EngineError::corrupt(
+                store.location(),
+                format!("`{}` is not the name of a shard", entry.file),
+            )
         })?;
         let source = store.open_shard(ShardId { step: manifest.step, rank, attempt })?;
         let (control, mut second) = match read_control(source.as_ref(), manifest, entry) {

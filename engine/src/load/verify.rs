@@ -67,8 +67,8 @@ pub struct Damage {
 pub trait VerifyObserver: Sync {
     /// This many more stored bytes were read and checked.
     fn advanced(&self, stored_bytes: u64);
-    /// So many bytes of a copy were given to the network, or are about to be: whoever keeps it to a
-    /// rate returns when the next may go.
+    /// So many bytes of a copy were given to the network, or are about to be: an observer that
+    /// limits the rate returns when the next may go.
     fn sent(&self, _bytes: u64) {}
     /// Whether to stop before all is read; asked after each chunk.
     fn is_cancelled(&self) -> bool {

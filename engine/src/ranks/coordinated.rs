@@ -161,7 +161,7 @@ impl Coordinated {
 
 fn shard_of(entry: &ShardEntry) -> Result<v1::Shard> {
     let footer_crc32c = checksum::from_hex(&entry.footer_crc32c)
-        .ok_or_else(|| EngineError::internal("reporting a shard", "its checksum is no checksum"))?;
+        .ok_or_else(|| EngineError::internal("reporting a shard", "its checksum is malformed"))?;
     Ok(v1::Shard {
         rank: entry.rank,
         file: entry.file.clone(),

@@ -97,7 +97,7 @@ pub struct Report<'a> {
     pub own_store: bool,
     /// Checksum of the manifest that is durable there.
     pub published_crc32c: Option<u32>,
-    /// With a store of its own: checksum of the structure of what all ranks save alike, if
+    /// With a store of its own: checksum of the structure of the replicated entries, if
     /// anything.
     pub replicated_crc32c: Option<u32>,
     /// Of rank 0 with a store of its own: what the manifests say besides the shards; else empty.

@@ -56,7 +56,7 @@ pub enum ManifestState {
 pub struct Survey {
     /// Every step directory, by ascending step.
     pub steps: Vec<StepSurvey>,
-    /// Later checkpoints that manifests which stand say ceased to exist, whether they are seen here
+    /// Later checkpoints that standing manifests list as discarded, whether they are seen here
     /// or not, by ascending step: each once.
     pub ceased: Vec<Retired>,
 }
@@ -83,7 +83,7 @@ pub struct StepSurvey {
 pub enum StepState {
     /// It exists: the manifest stands and its shards are complete.
     Committed,
-    /// It ceased to exist when the manifest of step `by` was published.
+    /// It was discarded when the manifest of step `by` was published.
     Retired {
         /// The earlier step that the training went back to.
         by: u64,
@@ -190,12 +190,12 @@ impl Survey {
         self.steps.get(position)
     }
 
-    /// Whether a step ceased to exist, and its files are still there.
+    /// Whether a step was discarded, and its files are still there.
     pub(crate) fn is_retired(&self, step: u64) -> bool {
         self.step(step).is_some_and(StepSurvey::is_retired)
     }
 
-    /// Steps that ceased to exist and whose files are still there, ascending.
+    /// Steps that were discarded and whose files are still there, ascending.
     pub fn retired_steps(&self) -> Vec<u64> {
         self.steps_where(StepSurvey::is_retired).collect()
     }
@@ -299,7 +299,7 @@ fn step_state(
         (Some(ManifestState::Damaged(why)), _) => StepState::Damaged { why: why.clone() },
         (Some(ManifestState::Valid(manifest)), None) => StepState::Damaged {
             why: format!(
-                "the manifest is of step {}, and lies in the directory of step {}",
+                "the manifest is of step {}, but is in the directory of step {}",
                 manifest.step, directory.step
             ),
         },

@@ -34,17 +34,20 @@ pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> 
     if let Some(newest) = survey.newest_in_the_way().filter(|newest| step <= *newest && !rewind) {
         return Err(EngineError::StepConflict {
             what: format!("saving step {step}"),
-            why: format!("step {newest} is committed, and a step is saved only after the newest"),
+            why: format!("step {newest} is committed, and only later steps can be saved"),
             hint: format!(
-                "save after step {newest}, or say `rewind=True` if the training went back: steps \
-                 after {step} then cease to exist when step {step} is committed"
+                "save after step {newest}, or pass `rewind=True` if training went back: steps \
+                 after {step} are then discarded when step {step} is committed"
             ),
         });
     }
     if let Some((newer, why)) = survey.newer().find(|(newer, _)| *newer >= step) {
         return Err(EngineError::UnsupportedFormat {
             what: format!("saving step {step}"),
-            why: format!("step {newer} would have to go, and a newer version wrote it: {why}"),
+            why: format!(
+                "step {newer} would have to be discarded, but a newer version wrote it: \
+                          {why}"
+            ),
             hint: format!(
                 "upgrade dtruntime, or delete step {newer} with the version that wrote it"
             ),
@@ -71,7 +74,7 @@ pub(crate) fn check_copy(survey: &Survey, copied: &Manifest, overwrite: Overwrit
     let is_this = |ceased: &Retired| ceased.step == copied.step && ceased.attempt == copied.attempt;
     if survey.ceased.iter().any(is_this) {
         return Err(refused(
-            "it ceased to exist there, when the training went back to an earlier step".into(),
+            "it was discarded there when training went back to an earlier step".into(),
             "copy it to another store",
         ));
     }
@@ -82,12 +85,12 @@ pub(crate) fn check_copy(survey: &Survey, copied: &Manifest, overwrite: Overwrit
     match copied.retired.iter().rfind(exists) {
         Some(ended) if overwrite == Overwrite::No => Err(refused(
             format!(
-                "the training went back over step {} when it saved this one, and that step exists \
-                 there",
+                "this checkpoint was saved by a rewind that discarded step {}, and that step \
+                 exists there",
                 ended.step
             ),
-            "copy with `--rewind`: what was gone back over then ceases to exist there, too; or \
-             choose another store",
+            "copy with `--rewind`, which discards the later steps there too, or choose another \
+             store",
         )),
         _ => Ok(()),
     }

@@ -261,13 +261,13 @@ fn a_copy_ends_nothing_unless_told_and_brings_nothing_back() {
     // It ceased to exist there: whatever is said, it would again.
     for overwrite in [Overwrite::No, Overwrite::Yes] {
         let why = check(&scene, &manifest(20, 2, &[]), overwrite).unwrap_err();
-        assert!(why.contains("ceased to exist there"), "{why}");
+        assert!(why.contains("was discarded there"), "{why}");
     }
     assert_eq!(check(&scene, &manifest(20, 9, &[]), Overwrite::No), Ok(()));
     // It went back over what exists there, and over what does not.
     let rewound = manifest(15, 5, &[(20, 9), (30, 4), (40, 7)]);
     let why = check(&scene, &rewound, Overwrite::No).unwrap_err();
-    assert!(why.contains("back over step 30"), "{why}");
+    assert!(why.contains("discarded step 30"), "{why}");
     assert_eq!(check(&scene, &rewound, Overwrite::Yes), Ok(()));
     scene.files(30).pop();
     assert_eq!(check(&scene, &rewound, Overwrite::No), Ok(()));

@@ -126,7 +126,7 @@ impl Gap {
 impl Drop for Gap {
     fn drop(&mut self) {
         if !self.is_told {
-            let why = "a copy from the device was given up without a word";
+            let why = "a copy from the device was dropped without a result";
             self.job.fail(EngineError::internal("capturing a storage", why));
         }
     }

@@ -154,12 +154,13 @@ fn begin_together(core: &Core, ranks: &dyn Ranks, task: &CommitTask) -> Result<B
     let mut begun = ranks.begin(step)?;
     if ended.contains(&Some(begun.attempt)) {
         let attempt = Attempt { step, id: begun.attempt };
-        tracing::warn!(step, %begun.attempt, "an attempt that has ended is begun anew");
-        ranks.abort(attempt, "this rank has seen it end, and begins anew", false)?;
+        tracing::warn!(step, %begun.attempt, "starting over: the coordinator named an attempt \
+                                              that has ended");
+        ranks.abort(attempt, "this rank has seen it end and starts over", false)?;
         begun = ranks.begin(step)?;
     }
     if ended.contains(&Some(begun.attempt)) {
-        let why = format!("the coordinator names attempt {}, which has ended", begun.attempt);
+        let why = format!("the coordinator named attempt {}, which has ended", begun.attempt);
         return Err(EngineError::internal(format!("beginning to save step {step}"), why));
     }
     core.note_attempt(begun.attempt);
@@ -212,7 +213,8 @@ fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
         return;
     }
     if let Err(untold) = ranks.abort(attempt, &error.to_string(), false) {
-        tracing::warn!(step = attempt.step, %untold, "other ranks wait for this save in vain");
+        tracing::warn!(step = attempt.step, %untold, "the other ranks could not be told that this \
+                                                      save has failed");
     }
 }
 

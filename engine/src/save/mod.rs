@@ -69,8 +69,8 @@ pub struct SaveRequest<'a> {
     pub tensors: Vec<TensorRecord>,
     /// The memory to save, each storage once.
     pub storages: Vec<StorageInput<'a>>,
-    /// Topmost nodes, ascending, of what every rank saves alike: each writes a part of its bytes
-    /// ([`share_of`]), and any number of ranks can load it.
+    /// Topmost nodes, ascending, of replicated entries, the same on every rank: each writes a part
+    /// of their bytes ([`share_of`]), and any number of ranks can load them.
     pub replicated: Vec<u32>,
     /// How long the caller waited for the save before, before it made this request.
     pub waited: Duration,

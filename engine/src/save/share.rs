@@ -162,8 +162,8 @@ fn check_own(request: &SaveRequest<'_>, order: &[u32]) -> Result<()> {
             let path = path.to_string();
             return Err(EngineError::invalid(
                 format!("saving `{path}`"),
-                "it is this rank's own, and shares memory with a tensor that all ranks save alike, \
-                 whose bytes another rank may write",
+                "it belongs to this rank alone but shares memory with a replicated tensor, whose \
+                 bytes another rank may write",
                 "save a copy of it, `tensor.clone()`, or let `replicated` name it too",
             ));
         }

@@ -79,10 +79,10 @@ pub(super) fn annotations_of(config: &Config, manifest: &Manifest) -> Result<Vec
         what,
         format!(
             "its metadata, dataset positions and retired steps take {} bytes, and ranks with \
-             stores of their own hand round {ANNOTATIONS_BYTES_MAX}",
+             their own stores exchange at most {ANNOTATIONS_BYTES_MAX}",
             bytes.len()
         ),
-        "attach less as `metadata`: what is large belongs into the state",
+        "attach less `metadata`: large data belongs in the state",
     ))
 }
 
@@ -94,7 +94,7 @@ fn completed(manifest: &Manifest, shards: Vec<ShardEntry>, annotations: &[u8]) -
     }
     let of_rank_0: Annotations = serde_json::from_slice(annotations).map_err(|error| {
         let what = format!("publishing step {}", manifest.step);
-        EngineError::internal(what, format!("what rank 0 says is not understood: {error}"))
+        EngineError::internal(what, format!("the annotations of rank 0 cannot be read: {error}"))
     })?;
     complete.dataset_positions = of_rank_0.dataset_positions;
     complete.metadata = of_rank_0.metadata;
@@ -242,7 +242,7 @@ impl Together<'_> {
         shards.filter(|_| is_complete).ok_or_else(|| {
             EngineError::internal(
                 format!("publishing step {step}"),
-                "the shards that were reported are not one of each rank and of this attempt",
+                "the reported shards are not one per rank of this attempt",
             )
         })
     }

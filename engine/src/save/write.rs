@@ -179,7 +179,7 @@ impl ShardWriter<'_> {
             EngineError::invalid(
                 format!("writing the index of step {}", self.job.step),
                 error.to_string(),
-                "save fewer or smaller plain values: large data belongs into tensors or arrays",
+                "save fewer or smaller plain values: large data belongs in tensors or arrays",
             )
         })?;
         let mut stored = encoded.stored;

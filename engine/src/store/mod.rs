@@ -2,7 +2,7 @@
 //!
 //! Always holds: a checkpoint exists exactly when its manifest does; opening a store deletes
 //! nothing; what a listing *means* is decided in [`crate::recovery`], what may be deleted in
-//! [`crate::retention`]; a store only lists, reads, writes and deletes what it is told.
+//! `retention`; a store only lists, reads, writes and deletes what it is told.
 
 use std::fmt;
 use std::sync::Arc;

@@ -23,7 +23,7 @@ pub struct ShardReport {
     pub own_store: bool,
     /// Checksum of the manifest that is durable there.
     pub published_crc32c: Option<u32>,
-    /// With a store of its own: checksum of the structure of what all ranks save alike.
+    /// With a store of its own: checksum of the structure of the replicated entries.
     pub replicated_crc32c: Option<u32>,
 }
 

@@ -55,7 +55,7 @@ pub enum Notice {
     Fenced(ClientError),
 }
 
-/// A member of a job. Dropping it leaves the job without a word; [`Worker::leave`] says so.
+/// A member of a job. Dropping it leaves the job silently; [`Worker::leave`] says so.
 #[derive(Debug)]
 pub struct Worker {
     pub(super) connection: Arc<Connection>,
@@ -71,7 +71,7 @@ pub struct BarrierWait {
     pub name: String,
     /// How long to wait for the others.
     pub timeout: Duration,
-    /// What everybody there must bring alike, in words for people; empty if nothing is compared.
+    /// What must be the same on every rank there, for people to read; empty if nothing is compared.
     pub alike: String,
     /// The arrival's number among those of its rank.
     arrival: u64,
@@ -277,7 +277,7 @@ impl Shared {
                 ErrorKind::JobAborted,
                 what,
                 format!("the job is aborted: {reason}"),
-                "end this process; the job begins anew once all of its workers have ended",
+                "end this process; the job starts over once all of its workers have ended",
             )),
             None => Err(ClientError::new(
                 ErrorKind::Internal,

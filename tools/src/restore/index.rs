@@ -42,7 +42,7 @@ pub(super) fn encode(files: &[Planned<'_>], export: &Export) -> Result<Vec<u8>> 
 fn unnamed(export: &Export) -> EngineError {
     EngineError::invalid(
         format!("naming `{}` in an index", export.whole().display()),
-        "the name is not UTF-8, and an index is JSON",
+        "the name is not UTF-8, but an index is JSON",
         "choose another name",
     )
 }

@@ -116,7 +116,8 @@ fn what_a_training_went_back_over_ends_in_a_copy_only_if_told() {
     let pair = Pair::copied(Store::trained());
     go_back(&pair.store, &[15, 20]);
     let run = pair.copy_all(&[], 1);
-    let told = "step 15: NOT COPIED: copying step 15: the training went back over step 20";
+    let told = "step 15: NOT COPIED: copying step 15: this checkpoint was saved by a rewind that \
+                discarded step 20";
     assert!(run.stdout.contains(told), "{run:?}");
     assert!(run.stdout.contains("step 20: NOT COPIED: "), "{run:?}");
     assert_eq!(pair.steps(), [10, 20]);
@@ -134,7 +135,7 @@ fn what_ceased_to_exist_is_not_copied_back() {
         let arguments = [&["copy", pair.to(), store.to_str().unwrap(), "--step", "20"], more];
         let run = tool::run(arguments.concat());
         run.assert_error(1);
-        assert!(run.stderr.contains("it ceased to exist there"), "{run:?}");
+        assert!(run.stderr.contains("it was discarded there"), "{run:?}");
     }
 }
 

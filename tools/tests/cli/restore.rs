@@ -100,7 +100,7 @@ fn names_are_those_of_the_models_own_file() {
         let arguments = ["--tensors", tensors, "--strip-prefix", prefix, "--force", "-o", output];
         let run = store.run("restore", &arguments);
         assert_eq!(run.status, 2, "{run:?}");
-        assert!(run.stderr.contains("it does not lie there"), "{run:?}");
+        assert!(run.stderr.contains("it is not in there"), "{run:?}");
     }
 }
 

@@ -57,7 +57,8 @@ pub struct ShardIndex {
     pub tensors: Vec<TensorRecord>,
     /// Chunks, in order of raw offset.
     pub chunks: Vec<ChunkRecord>,
-    /// Topmost nodes, ascending, of what all ranks saved alike: everything at and below them.
+    /// Topmost nodes, ascending, of replicated entries: everything at and below them is the same on
+    /// all ranks.
     pub replicated: Vec<u32>,
 }
 
@@ -70,7 +71,7 @@ pub struct StorageRecord {
     pub bytes: u64,
     /// What the bytes are.
     pub element: ElementType,
-    /// Set for a storage that all ranks saved alike, each a part of it.
+    /// Set for a replicated storage, of which each rank saved a part.
     pub replica: Option<Replica>,
 }
 
@@ -269,7 +270,7 @@ impl ShardIndex {
         (self.nodes.len() + self.storages.len() + self.tensors.len()) as u64
     }
 
-    /// The nodes of each entry that all ranks saved alike, in order.
+    /// The nodes of each replicated entry, in order.
     pub fn replicated_nodes(&self) -> impl Iterator<Item = Range<usize>> {
         self.replicated.iter().map(|&top| {
             let top = top as usize;

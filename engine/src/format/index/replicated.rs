@@ -246,7 +246,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-/// What all ranks have alike of a tensor of which each holds a slice.
+/// What is the same on all ranks of a tensor of which each holds a slice.
 fn whole_of(record: &TensorRecord, slice: &GlobalSlice) -> TensorRecord {
     TensorRecord {
         storage: 0,

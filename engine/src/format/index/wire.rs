@@ -158,7 +158,7 @@ fn decode_chunks(message: &[u8], chunks_max: u64) -> Result<Vec<ChunkRecord>, Fo
 }
 
 fn malformed(error: &prost::DecodeError) -> FormatError {
-    FormatError::Damaged(format!("the index is no message of its kind: {error}"))
+    FormatError::Damaged(format!("the index is not a valid message: {error}"))
 }
 
 /// A node's bytes.

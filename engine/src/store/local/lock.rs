@@ -182,7 +182,7 @@ impl WriterLock {
             Err(error) if may_not_write(&error) => Err(EngineError::Io {
                 what: format!("taking the writer lock `{}`", path.display()),
                 source: error,
-                hint: "a writer needs the right to write here: check the owner, mode and mount of \
+                hint: "a writer needs write permission here: check the owner, mode and mount of \
                        the store, or open it with `read_only=True`"
                     .into(),
             }),
@@ -246,8 +246,8 @@ pub(super) fn lock_error(operation: &str, path: &Path, error: io::Error) -> Engi
         return EngineError::Io {
             what: format!("{operation} `{}`", path.display()),
             source: error,
-            hint: "the filesystem refuses `flock`, without which two writers could mix: mount it \
-                   with locks, or choose another path"
+            hint: "the filesystem refuses `flock`, without which two writers could interfere: \
+                   mount it with locks, or choose another path"
                 .into(),
         };
     }
@@ -265,12 +265,12 @@ fn busy(store: &Path, lock: &Path) -> EngineError {
             ("another process holds its writer lock".to_owned(), "wait for that process or stop it")
         }
         Some(holder) if holder.is_this_process() => (
-            "this process has it open for writing already".to_owned(),
+            "this process already has it open for writing".to_owned(),
             "close the other manager of this store first",
         ),
         Some(holder) if holder.is_gone() => (
             format!(
-                "{holder_of}, which is gone, left its writer lock to a process that it forked",
+                "{holder_of}, which is gone, left its writer lock to a process that it had forked",
                 holder_of = holder.describe()
             ),
             "stop that process",

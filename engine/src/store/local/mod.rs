@@ -138,12 +138,11 @@ impl LocalStore {
         }
         Err(EngineError::Closed {
             what: format!("{what} in store `{}`", self.location()),
-            why:
-                "its writer lock is not there any more: since the store was opened, its directory \
-                  was removed, moved or replaced, or the lock file deleted, and another writer may \
-                  have it"
-                    .into(),
-            hint: "see that nobody else writes there, and open it anew".into(),
+            why: "its writer lock no longer exists: since the store was opened, its directory was \
+                 removed, moved or replaced, or the lock file deleted, and another writer may \
+                 hold it"
+                .into(),
+            hint: "make sure that nothing else writes to it, then open it again".into(),
         })
     }
 }

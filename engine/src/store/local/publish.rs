@@ -113,8 +113,8 @@ fn check_shards(shared: &Shared, publication: Publication<'_>) -> Result<()> {
             return Err(EngineError::corrupt(
                 path.display(),
                 format!(
-                    "it has {} bytes just before it is published, and {expected_bytes} were \
-                        written",
+                    "it has {} bytes just before it is published, but {expected_bytes} were \
+                     written",
                     metadata.len()
                 ),
             ));

@@ -104,7 +104,7 @@ pub(super) fn remove_orphan(
         return Err(EngineError::invalid(
             format!("deleting file `{file}` of step {step}"),
             "it is neither a shard nor a temporary manifest by its name",
-            "delete it by hand if it is not needed",
+            "delete it manually if it is not needed",
         ));
     }
     let directory = shared.step_directory(step);
@@ -138,18 +138,18 @@ pub(super) fn remove_begun(shared: &Shared, id: ShardId) -> Result<()> {
     if remove_orphan(shared, step, &file, Space::Now)?.is_some() {
         return Ok(());
     }
-    let what = format!("writing `{}` anew", shared.shard_path(id).display());
+    let what = format!("rewriting `{}`", shared.shard_path(id).display());
     if publish::standing(shared, step, attempt)? == Standing::Ours {
         return Err(EngineError::StepConflict {
             what,
-            why: "the checkpoint is there, and this file of it is damaged".into(),
-            hint: "remove that file, then copy again: what is missing is brought".into(),
+            why: "the checkpoint exists there, but this file of it is damaged".into(),
+            hint: "remove that file, then copy again: only what is missing is copied".into(),
         });
     }
     Err(EngineError::StoreBusy {
         what,
-        why: "an earlier copy left it, and another process holds its lock, or a manifest that may \
-              name it lies beside it"
+        why: "an earlier copy left it behind, and another process holds its lock or a manifest \
+              beside it may name it"
             .into(),
         hint: format!(
             "wait for that process or stop it; if the manifest is damaged, delete step {step} \

@@ -87,7 +87,7 @@ pub(super) fn check_directory(path: &Path) -> Result<()> {
         Ok(metadata) if metadata.is_dir() => Ok(()),
         Ok(_) => Err(EngineError::invalid(
             format!("opening store `{}`", path.display()),
-            "it is a file, and a store is a directory",
+            "it is a file, but a store is a directory",
             "choose another path",
         )),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(missing_store(path)),
