@@ -140,6 +140,12 @@ impl Client {
         Duration::from_millis(self.settings.request_timeout_ms)
     }
 
+    /// Settings of a request at which fewer attempts are made.
+    pub(super) fn with_attempts(&self, most: u32) -> aws_sdk_s3::config::Builder {
+        let attempts = self.settings.attempts.min(most);
+        aws_sdk_s3::Config::builder().retry_config(retries(attempts))
+    }
+
     /// How long a request may take with all its attempts.
     pub(super) fn deadline(&self) -> Duration {
         let attempts = self.settings.attempts;
@@ -244,16 +250,12 @@ fn configure(
         .connect_timeout(Duration::from_millis(settings.connect_timeout_ms))
         .operation_attempt_timeout(Duration::from_millis(settings.request_timeout_ms))
         .build();
-    let retries = RetryConfig::standard()
-        .with_max_attempts(settings.attempts)
-        .with_initial_backoff(BACKOFF.0)
-        .with_max_backoff(BACKOFF.1);
     // How many requests are under way is bounded by us, and so are the attempts at each: a shared
     // budget would only make the failure of one request that of another.
     let budget = RetryPartition::custom("dtruntime").token_bucket(TokenBucket::unlimited()).build();
     let mut config = aws_sdk_s3::config::Builder::from(shared)
         .timeout_config(timeouts)
-        .retry_config(retries)
+        .retry_config(retries(settings.attempts))
         .retry_partition(budget)
         .retry_classifier(TooManyRequests)
         .force_path_style(settings.path_style.unwrap_or(has_endpoint))
@@ -266,6 +268,13 @@ fn configure(
         config = config.endpoint_url(endpoint);
     }
     config
+}
+
+fn retries(attempts: u32) -> RetryConfig {
+    RetryConfig::standard()
+        .with_max_attempts(attempts)
+        .with_initial_backoff(BACKOFF.0)
+        .with_max_backoff(BACKOFF.1)
 }
 
 fn http_client(settings: &S3Settings) -> Result<SharedHttpClient> {

@@ -97,13 +97,13 @@ impl S3Store {
         let store = Self { shared: Arc::new(shared), access };
         let what = format!("opening store `{address}`");
         let prefix = address.key("step-");
-        store.shared.ask(&what, store.shared.list_objects(&prefix, Some(1)))?;
+        store.shared.ask(&what, store.shared.look(&prefix))?;
         Ok(store)
     }
 
     fn list_below(&self, prefix: &str) -> Result<Vec<StepListing>> {
         let what = format!("listing `{}`", self.location());
-        let objects = self.shared.ask(&what, self.shared.list_objects(prefix, None))?;
+        let objects = self.shared.ask(&what, self.shared.list_objects(prefix))?;
         let mut steps: Vec<StepListing> = Vec::new();
         for object in objects {
             let Some((step, name)) = self.shared.parse_key(&object.key) else { continue };
@@ -250,7 +250,7 @@ impl Store for S3Store {
         }
         let what = format!("asking the time of `{}`", self.location());
         let prefix = self.shared.address.key("step-");
-        self.shared.ask(&what, self.shared.list_objects(&prefix, Some(1)))?;
+        self.shared.ask(&what, self.shared.look(&prefix))?;
         self.shared.client.watch.now().ok_or_else(|| {
             let failure = Failure::new("the service's answers have no `Date`");
             self.shared.refused(&what, failure)

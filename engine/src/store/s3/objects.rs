@@ -18,6 +18,9 @@ use super::client::Client;
 use super::error::{Failure, chain};
 use crate::format::checksum::crc32c;
 
+/// Attempts at [`Shared::look`].
+const LOOK_ATTEMPTS_MAX: u32 = 5;
+
 /// Outcome of a request.
 pub(super) type Asked<T> = Result<T, Failure>;
 
@@ -56,8 +59,23 @@ enum Broken {
 }
 
 impl Shared {
-    /// Lists the objects whose keys begin with `prefix`, by key; at most `most` if it is given.
-    pub(super) async fn list_objects(&self, prefix: &str, most: Option<i32>) -> Asked<Vec<Listed>> {
+    /// Asks whether the store can be reached and read, with less patience than others have: what
+    /// keeps it apart is most often a mistake, and whoever opens a store waits for the answer.
+    pub(super) async fn look(&self, prefix: &str) -> Asked<()> {
+        let request = self
+            .client
+            .s3
+            .list_objects_v2()
+            .bucket(self.address.bucket())
+            .prefix(prefix)
+            .max_keys(1)
+            .customize()
+            .config_override(self.client.with_attempts(LOOK_ATTEMPTS_MAX));
+        bounded(&self.client, answer(request.send())).await.map(drop)
+    }
+
+    /// Lists the objects whose keys begin with `prefix`, by key.
+    pub(super) async fn list_objects(&self, prefix: &str) -> Asked<Vec<Listed>> {
         let mut objects = Vec::new();
         let mut token: Option<String> = None;
         loop {
@@ -67,11 +85,10 @@ impl Shared {
                 .list_objects_v2()
                 .bucket(self.address.bucket())
                 .prefix(prefix)
-                .set_max_keys(most)
                 .set_continuation_token(token.clone());
             let page = bounded(&self.client, answer(request.send())).await?;
             objects.extend(page.contents().iter().filter_map(listed));
-            if most.is_some() || page.is_truncated() != Some(true) {
+            if page.is_truncated() != Some(true) {
                 return Ok(objects);
             }
             let next = page.next_continuation_token().map(String::from);

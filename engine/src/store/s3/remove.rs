@@ -83,7 +83,7 @@ pub(super) fn shards_there(
     step: u64,
 ) -> Result<BTreeMap<String, u64>> {
     let prefix = shared.file_key(step, "");
-    let objects = shared.ask(what, shared.list_objects(&prefix, None))?;
+    let objects = shared.ask(what, shared.list_objects(&prefix))?;
     let files = objects.into_iter().filter_map(|object| {
         let (_, file) = shared.parse_key(&object.key)?;
         Some((file, object.bytes))
