@@ -87,7 +87,7 @@ mod checked {
     use loom::sync::MutexGuard;
 
     /// loom's condition variable with std's conveniences.
-    #[derive(Debug)]
+    #[derive(Debug, Default)]
     pub(crate) struct Condvar(loom::sync::Condvar);
 
     impl Condvar {

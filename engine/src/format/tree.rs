@@ -536,11 +536,14 @@ mod tests {
     fn keys_stand_in_dicts_and_nowhere_else() {
         assert_refused(&[item(dict(1)), item(Value::None)], "of a dict has no key");
         let keyed_none = || keyed(text("a"), Value::None);
-        assert_refused(&[keyed_none()], "is no entry of a dict");
-        assert_refused(&[item(Value::List { len: 1 }), keyed_none()], "is no entry of a dict");
-        assert_refused(&[item(Value::Tuple { len: 1 }), keyed_none()], "is no entry of a dict");
+        assert_refused(&[keyed_none()], "is not an entry of a dict");
+        assert_refused(&[item(Value::List { len: 1 }), keyed_none()], "is not an entry of a dict");
+        assert_refused(&[item(Value::Tuple { len: 1 }), keyed_none()], "is not an entry of a dict");
         let with_metadata = |kind| item(Value::Dict { len: 0, kind, metadata: true });
-        assert_refused(&[with_metadata(DictKind::Ordered), keyed_none()], "is no entry of a dict");
+        assert_refused(
+            &[with_metadata(DictKind::Ordered), keyed_none()],
+            "is not an entry of a dict",
+        );
         assert_refused(
             &[with_metadata(DictKind::Plain), item(Value::None)],
             "only ordered ones have",

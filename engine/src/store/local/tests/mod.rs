@@ -415,7 +415,7 @@ fn a_second_writer_is_refused_and_a_reader_is_not() {
     let open = |access| LocalStore::open(directory.path(), access, threads(), IN_FLIGHT_BYTES);
     let error = open(Access::Write).unwrap_err();
     assert!(matches!(error, EngineError::StoreBusy { .. }), "{error}");
-    assert!(error.to_string().contains("this process has it open"), "{error}");
+    assert!(error.to_string().contains("this process already has it open"), "{error}");
     assert!(error.hint().contains("read_only=True"), "{error}");
 
     save(&first, shard(1, A), None, &pattern(SHARD_BYTES)).unwrap();
