@@ -7,16 +7,16 @@
 >>> state = manager.load()
 >>> manager.restore({"model": model, "optimizer": optimizer})
 
-The packages, by what goes through them:
+The packages:
 
-- ``checkpoint``: the manager, which opens a store and hands each call to one of the others
-- ``state``: a training state, taken apart into nodes and memory, and put together again
-- ``saving``: one save at a time, from the call to the handle and its end
+- ``checkpoint``: the manager, which opens a store and delegates each call to the packages below
+- ``state``: flattening a training state into nodes and memory, and rebuilding it
+- ``saving``: one save at a time, from the call to the end of its handle
 - ``loading``: which checkpoint is read, whose shards, and into which memory
-- ``restoring``: what fits where in a live state, as a plan, and the plan carried out
-- ``ranks``: how the ranks of a job meet, and the settings that their coordinator gives them
-- ``datasets``: who reads which files; ``orchestrator``: a worker's place in its job
-- ``dcp``, ``lightning``, ``transformers``: the same stores behind the interfaces of others
+- ``restoring``: a plan of what fits where in a live state, and its execution
+- ``ranks``: how the ranks of a job find each other, and the settings that the coordinator provides
+- ``datasets``: which rank reads which files; ``orchestrator``: a worker's membership in its job
+- ``dcp``, ``lightning``, ``transformers``: adapters for the checkpoint interfaces of other packages
 """
 
 from typing import TYPE_CHECKING, Any
@@ -128,7 +128,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Give what is a part of torch's class tree once it is asked for: the rest needs no torch."""
+    """Import the subclasses of torch classes on first access: the rest works without torch."""
     if name not in ("ShardedDataset", "ShardedLoader"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dtruntime.state.tensors import import_torch  # noqa: PLC0415

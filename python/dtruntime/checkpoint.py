@@ -1,9 +1,9 @@
 """The checkpoint manager: one store as a training loop sees it.
 
-Always holds: a checkpoint exists exactly when its save said so; what is loaded was checked; nothing
-is written before a state was found to be storable as a whole; a signal may come at any moment: a
-save that its handler interrupts is none, one that it begins in another save is refused, and what it
-interrupts of opening or closing is taken back, or goes on with the next ``close``.
+Always holds: a checkpoint exists exactly if its save reported success; loaded data was verified;
+nothing is written unless the whole state can be stored. A signal may arrive at any moment: a save
+that its handler interrupts leaves no checkpoint, a save that the handler starts inside another is
+refused, and an interrupted opening is undone; an interrupted ``close`` resumes with the next one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dtruntime.errors import (
 from dtruntime.lineage import Lineage
 from dtruntime.loading import fallback
 from dtruntime.loading.reader import device_of
-from dtruntime.loading.source import Habits, Source
-from dtruntime.location import Named
+from dtruntime.loading.source import ReadOptions, Source
+from dtruntime.location import StoreArguments
 from dtruntime.ranks import connecting, launch, membership
 from dtruntime.ranks.job_settings import JobSettings, job_settings_from
 from dtruntime.reports import (
@@ -38,7 +38,7 @@ from dtruntime.reports import (
 )
 from dtruntime.restoring.applying import Attempts
 from dtruntime.restoring.restore import plan_restore
-from dtruntime.saving.handle import SaveHandle, end_copies
+from dtruntime.saving.handle import SaveHandle, order_after_copies
 from dtruntime.saving.replication import Replication
 from dtruntime.saving.saver import Rules, Saver
 from dtruntime.saving.watcher import Watcher
@@ -64,95 +64,96 @@ class CheckpointManager:
     A context manager: leaving the block waits for the save in flight and closes the store.
 
     If this process is registered with a coordinator, the store, ``keep_last_n``, ``compression``,
-    ``async_write`` and ``save_interval_steps`` default to what the coordinator's ``[storage]`` and
-    ``[checkpoint]`` say. The defaults below are those where it says nothing.
+    ``async_write`` and ``save_interval_steps`` default to the coordinator's ``[storage]`` and
+    ``[checkpoint]`` sections. The defaults below apply to what it does not set.
 
     Args:
-        path: The store: a directory, made with its parents if it is not there, or
+        path: The store: a directory, created with its parents if needed, or
             ``s3://bucket/prefix``. Default: the environment's ``CHECKPOINT_DIR``.
-        keep_last_n: Newest checkpoints to keep. Default: all. (``keep_every=1`` keeps all, too,
-            whatever a coordinator says.)
-        keep_every: Keep every checkpoint whose step is a multiple of this, besides.
-        keep_best_n: Keep this many besides: the best by ``best_metric``, of equal ones the newer.
-        best_metric: Key of the number in ``metadata`` that tells which checkpoints are best, such
-            as ``val_loss``; those without it are never among them.
-        best_mode: ``min`` where small values of it are the better ones, as of a loss, or ``max``.
+        keep_last_n: How many of the newest checkpoints to keep. Default: all. (``keep_every=1``
+            also keeps all, whatever a coordinator sets.)
+        keep_every: Also keep every checkpoint whose step is a multiple of this.
+        keep_best_n: Also keep this many of the best by ``best_metric``; of equal ones, the newer.
+        best_metric: Key of the number in ``metadata`` that ranks checkpoints, such as
+            ``val_loss``; a checkpoint without it is never among the best.
+        best_mode: ``min`` if small values are better, as for a loss, or ``max``.
         compression: ``auto`` (the default), ``none``, ``float`` (made for weights), ``zstd`` or
             ``gzip``.
         staging_bytes: Memory that snapshots are copied into: bytes, or text such as ``"2GiB"``.
-            Default: the state's size, at most a quarter of the machine's memory, which the ranks of
-            a machine share where ``LOCAL_WORLD_SIZE`` says how many they are. A larger state
-            streams through it, and the training loop waits longer.
+            Default: the state's size, at most a quarter of the machine's memory, divided among the
+            ranks of the machine if ``LOCAL_WORLD_SIZE`` gives their number. A larger state is
+            streamed through it, and the training loop waits longer.
         chunk_bytes: Unit of encoding, checksums and I/O: a power of two from 64 KiB to 64 MiB.
             Default 4 MiB.
-        direct_io: Whether the page cache is bypassed; ``auto`` where the filesystem takes it.
+        direct_io: Whether the page cache is bypassed; ``auto``: if the filesystem supports it.
         io_backend: ``auto``, ``uring`` or ``threads``.
-        in_flight_bytes: Bytes on their way to the device at a time: bytes, or text. Default 32 MiB,
-            or two chunks where that is more.
-        workers: Threads that check and compress, 1 to 256. Default: one per core, which the ranks
-            of a machine share, at most 16. Fewer leave more of the cores to training, and take
-            longer.
-        gc_grace_seconds: Age below which nothing is deleted that a save left unfinished. Default: a
+        in_flight_bytes: Most bytes being written to the device at a time: bytes, or text. Default
+            32 MiB, or two chunks if that is more.
+        workers: Threads that checksum and compress, 1 to 256. Default: one per core, divided among
+            the ranks of the machine, at most 16. Fewer leave more cores to training, but saves
+            take longer.
+        gc_grace_seconds: Age below which files of unfinished saves are not deleted. Default: one
             day.
         verify_on_load: Whether every chunk is checked on loading. Manifests and indexes always are.
-        progress: Whether saves show a bar on standard error.
+        progress: Whether saves show a progress bar on standard error.
         read_only: For evaluators: writes, locks and deletes nothing.
         async_write: False makes ``save_async`` wait until the checkpoint is durable.
-        save_interval_steps: What ``should_save`` goes by. Default: every step.
-        rank: This process's rank. Default: that in the process group of ``torch.distributed``, if
-            the script has initialised it, else the environment's ``RANK``, else 0.
-        world_size: Default: likewise, ``WORLD_SIZE``, else 1. Where it is more, every rank saves
-            its own state under the same step, and the checkpoint exists when all of them are
-            durable, or not at all: this needs a store that all ranks reach, and a coordinator.
-        replicated: What all ranks hold alike, as globs over paths written with dots: with data
-            parallel training ``["model.*", "optimizer.*", "step"]``; ``!`` takes away what a glob
-            after it matches, as in ``["*", "!random"]``. Its bytes are written once, each rank a
+        save_interval_steps: The interval that ``should_save`` uses. Default: every step.
+        rank: This process's rank. Default: the one in the process group of ``torch.distributed``,
+            if the script has initialized it, else the environment's ``RANK``, else 0.
+        world_size: Default: likewise, ``WORLD_SIZE``, else 1. If it is more, every rank saves its
+            own state under the same step, and the checkpoint exists once all of them are durable,
+            or not at all: this needs a store that all ranks can reach, and a coordinator.
+        replicated: What is identical on all ranks, as globs over dotted paths: with data parallel
+            training ``["model.*", "optimizer.*", "step"]``; a glob after ``!`` excludes what it
+            matches, as in ``["*", "!random"]``. Its bytes are written once, each rank writing a
             part, and any number of ranks can load it. What ``replicated`` names must be the same
-            on every rank: keys, plain values, shapes and the way tensors lie in memory are
-            compared before a checkpoint comes to be, what the tensors hold is not. Sharded tensors
-            (``DTensor``) may be among them: each rank writes its part, and any number of ranks puts
-            other parts together from these.
-        consistency: What keeps tensors on GPUs from changing before they were copied, if a save
-            does not say: ``strict`` copies them before ``save_async`` returns, ``overlap`` beside
-            forward and backward (it needs ``optimizer=``), ``device-snapshot`` from clones on the
-            GPU.
+            on every rank: keys, plain values, shapes and memory layouts are compared before a
+            checkpoint is created, the contents of tensors are not. Sharded tensors (``DTensor``)
+            may be included: each rank writes its part, and any number of ranks can assemble other
+            parts from them.
+        consistency: What keeps tensors on GPUs from changing before they have been copied, unless
+            a save overrides it: ``strict`` copies them before ``save_async`` returns, ``overlap``
+            copies during forward and backward (it needs ``optimizer=``), ``device-snapshot`` copies
+            from clones on the GPU.
         job: Name of the training run, written into manifests. Default: the environment's
-            ``DTRUNTIME_JOB``, else ``default``. Where several ranks save, the coordinator tells the
-            saves of a job apart by their step: a process that has two stores open at a time, of a
-            model and of its moving average say, gives each a job of its own.
+            ``DTRUNTIME_JOB``, else ``default``. If several ranks save, the coordinator
+            distinguishes the saves of a job by their step only: a process that has two stores open
+            at a time, for example for a model and its moving average, uses a different job for
+            each.
         coordinator_url: Where ranks find each other. Default: the environment's
             ``COORDINATOR_URL``. Under ``torchrun``, or with a process group, neither is needed:
             rank 0 then hosts a coordinator in its own process.
         security: Token and certificates for the coordinator.
         agreement_timeout: How long opening, ``load`` and ``restore`` wait for the other ranks, in
-            seconds; also for rank 0 to host the coordinator, where none is named.
+            seconds; also for rank 0 to host the coordinator, if none is named.
         sigterm: What SIGTERM does to a save in flight: ``finish`` it by the deadline, or ``drop``
             it. Default None: no handler is installed.
         sigterm_deadline_seconds: How long ``finish`` may take.
         storage_path: Another name for ``path``.
-        backend: ``local`` or ``s3``. Default: what ``path`` says. With ``s3``, the scheme of
+        backend: ``local`` or ``s3``. Default: determined by ``path``. With ``s3``, the scheme of
             ``path`` may be left out.
-        remote: A store in S3, ``s3://bucket/prefix``, that checkpoints are brought to behind the
-            training once they are committed in the directory ``path``; ``load`` takes what is not
+        remote: A store in S3, ``s3://bucket/prefix``, that checkpoints are uploaded to in the
+            background once they are committed in the directory ``path``; ``load`` reads what is not
             in the directory from there. What is not uploaded when the process ends is uploaded by
-            the next manager that writes; parts that arrived are not sent again. Where several ranks
-            save, each machine may have a ``path`` of its own: every rank commits there and brings
-            its own part, and the checkpoint is in ``remote`` once all have.
-        remote_bytes_per_second: What uploads take at most: bytes, or text such as ``"200MB"``.
-        remove_before_upload: Whether retention may take what is not in ``remote`` yet.
-        s3: How a store in S3 is reached, some of: ``region``, ``endpoint_url``, ``profile``,
-            ``path_style`` (default: true with an endpoint), ``ca_bundle`` (a PEM file, trusted
-            besides the system's), ``connect_timeout_ms`` (5,000), ``request_timeout_ms`` of one
-            attempt (60,000), ``attempts`` at a request (6), ``part_bytes`` of an upload
-            (``"16MiB"``), ``in_flight_bytes`` of parts (``"128MiB"``). Default: what the AWS tools
-            take. Credentials come from environment, profile, web identity, container or instance.
+            the next manager that writes; parts that arrived are not sent again. If several ranks
+            save, each machine may have its own ``path``: every rank commits there and uploads its
+            own part, and the checkpoint is in ``remote`` once all have.
+        remote_bytes_per_second: Limit of the upload rate: bytes, or text such as ``"200MB"``.
+        remove_before_upload: Whether retention may remove what is not in ``remote`` yet.
+        s3: How a store in S3 is accessed, any of: ``region``, ``endpoint_url``, ``profile``,
+            ``path_style`` (default: true with an endpoint), ``ca_bundle`` (a PEM file, trusted in
+            addition to the system's), ``connect_timeout_ms`` (5,000), ``request_timeout_ms`` of one
+            attempt (60,000), ``attempts`` per request (6), ``part_bytes`` of an upload
+            (``"16MiB"``), ``in_flight_bytes`` of parts (``"128MiB"``). Default: as for the AWS
+            tools. Credentials come from environment, profile, web identity, container or instance.
 
     Raises:
         InvalidArgument: A setting is out of its range; ranks of one job open different stores, or
-            this one has another store of the job open.
+            this process has another store of the job open.
         StoreBusy: Another writer holds the store.
-        BarrierTimeout: Not all ranks opened the store; the message names who did not.
-        Unavailable: The service of a store in S3 cannot be reached, or refuses.
+        BarrierTimeout: Not all ranks opened the store; the message names those that did not.
+        Unavailable: The service of a store in S3 cannot be reached, or refuses the request.
 
     >>> with CheckpointManager("runs/gpt", keep_last_n=5) as manager:
     ...     for step in range(1000):
@@ -237,8 +238,10 @@ class CheckpointManager:
         self._consistency = settings.choice("consistency", consistency, gpus.MODES)
         gpus.watch_captures()  # before the first save: graphs are captured early
         self._rank, self._world_size = rank_number, ranks
+        deadline = settings.seconds("sigterm_deadline_seconds", sigterm_deadline_seconds)
         if sigterm is not None:
             settings.choice("sigterm", sigterm, ("finish", "drop"), has_default=False)
+            lifecycle.check_can_handle_termination(sigterm)
         self._verify_on_load = bool(verify_on_load)
         self._read_only = bool(read_only)
         self._pid = os.getpid()
@@ -249,12 +252,12 @@ class CheckpointManager:
         self._failure = ""
         self._agreement_timeout = settings.seconds("agreement_timeout", agreement_timeout)
 
-        named = Named(path, storage_path, backend, remote)
-        named.check()  # what is wrong with it is told before anybody is asked
-        self._ranks: membership.Seat | None = None
+        store = StoreArguments(path, storage_path, backend, remote)
+        store.check()  # errors in it are raised before the coordinator is contacted
+        self._ranks: membership.StoreMembership | None = None
         if ranks > 1 and not self._read_only:
-            self._ranks = membership.enter(
-                lambda values: named.store(job_settings_from(values).path),
+            self._ranks = membership.join(
+                lambda values: store.resolve(job_settings_from(values).path),
                 job_name,
                 (rank_number, ranks),
                 (coordinator_url, security),
@@ -264,16 +267,17 @@ class CheckpointManager:
         self._has_uploads = remote is not None and not self._read_only
         self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
         try:
-            told = self._told(job_name, named, keep_last_n)
-            self._path = named.store(told.path).path
-            self._interval = interval or told.save_interval_steps or 1
-            self._async_write = bool(told.async_write if async_write is None else async_write)
-            self._open(json.dumps(settings.completed(engine_settings, told)), globs)
+            job_settings = self._job_settings(job_name, store, keep_last_n)
+            self._path = store.resolve(job_settings.path).path
+            self._interval = interval or job_settings.save_interval_steps or 1
+            is_async = job_settings.async_write if async_write is None else async_write
+            self._async_write = bool(is_async)
+            self._open(json.dumps(settings.completed(engine_settings, job_settings)), globs)
+            if sigterm is not None:
+                lifecycle.handle_termination(self, sigterm, deadline)
         except BaseException:
-            self._give_back()
+            self._undo_open()
             raise
-        if sigterm is not None:
-            lifecycle.handle_termination(self, sigterm, sigterm_deadline_seconds)
 
     @property
     def path(self) -> str | os.PathLike[str]:
@@ -282,7 +286,7 @@ class CheckpointManager:
 
     @property
     def io_backend(self) -> str:
-        """The way to the device that was chosen: ``uring``, ``threads``, or ``s3``."""
+        """The I/O backend in use: ``uring``, ``threads``, or ``s3``."""
         return self._native.io_backend
 
     @property
@@ -304,46 +308,47 @@ class CheckpointManager:
     ) -> SaveHandle:
         """Take a snapshot of ``state`` and write it as checkpoint ``step`` in the background.
 
-        Returns once the snapshot is taken: the state may change from then on. Waits for a save in
-        flight first, if ``if_busy`` says nothing else. Until it returns, other threads must not
+        Returns once the snapshot is taken: the state may change from then on. First waits for a
+        save in flight, unless ``if_busy`` says otherwise. Until it returns, other threads must not
         change the state.
 
         Args:
-            state: Tensors, arrays and plain values in nested dicts, lists and tuples; objects with
-                ``state_dict()`` stand for what that returns. Of a sharded tensor (``DTensor``) each
-                rank writes its part.
-            step: The training step: later than every committed one, or see ``rewind``.
-            rewind: The training went back to before ``step``: checkpoints of later steps cease to
-                exist when this one is committed, and one of the same step is replaced.
-            metadata: Attached to the checkpoint, as JSON; ``nan`` and ``inf`` as text. Where
-                several ranks save, pass the same on all of them: one rank's is kept, with a
-                ``path`` on each machine rank 0's.
-            dataset_positions: The same.
-            consistency: What keeps tensors on GPUs from changing before they were copied:
+            state: Tensors, arrays and plain values in nested dicts, lists and tuples; an object
+                with ``state_dict()`` is saved as what that returns. Each rank writes its own part
+                of a sharded tensor (``DTensor``).
+            step: The training step: later than every committed one, unless ``rewind`` is set.
+            rewind: Training went back to before ``step``: checkpoints of later steps are discarded
+                when this one is committed, and one of the same step is replaced.
+            metadata: Attached to the checkpoint as JSON; ``nan`` and ``inf`` become text. If
+                several ranks save, pass the same on all of them: only one rank's is kept, rank 0's
+                if each machine has its own ``path``.
+            dataset_positions: Likewise.
+            consistency: What keeps tensors on GPUs from changing before they have been copied:
                 ``strict``, ``overlap`` or ``device-snapshot``. Default: the manager's. Tensors in
-                the host's memory are always copied before this returns.
+                host memory are always copied before this returns.
             optimizer: With ``overlap``: the optimizer, or all of them, whose steps change the
-                state. Their next step waits on the GPU; whatever else changes the state calls
+                state. Their next step waits on the GPU; other code that changes the state calls
                 ``handle.before_update()`` first.
-            if_busy: What to do while the save before is in flight: ``wait`` for it, or ``raise``,
-                so that training goes on at once without this checkpoint. Several ranks have to wait
-                or not as one, so there it is always ``wait``.
+            if_busy: What to do while the previous save is in flight: ``wait`` for it, or ``raise``,
+                so that training continues at once without this checkpoint. Several ranks have to
+                decide this together, so with several ranks only ``wait`` is accepted.
 
         Returns:
-            A handle: await it, or ask for its ``result()``.
+            A handle: await it, or call its ``result()``.
 
         Raises:
             UnsupportedValue: Something in the state cannot be stored. Nothing was written.
             StepConflict: The step is not after the newest committed one. Steps that ``load`` or
-                ``restore`` fell back from are not in the way: what does not verify is replaced, as
-                by a ``rewind``.
-            InvalidArgument: A signal handler saves, and has interrupted a save of its own thread.
+                ``restore`` fell back from do not count: what does not verify is replaced, as by a
+                ``rewind``.
+            InvalidArgument: It was called from a signal handler that interrupted a save of the same
+                thread.
             NoSpace: The store has no room. Nothing was written.
             SaveInFlight: A save is in flight, and ``if_busy`` is ``raise``. Nothing was written.
-            CheckpointError: The previous save failed, and nobody has looked at its error.
+            CheckpointError: The previous save failed, and its error has not been retrieved.
 
-        Where several ranks save, the handle's result means all of them. If one cannot save, the
-        save fails on every rank, naming it, and training goes on.
+        If several ranks save, the handle's result is for all of them. If one cannot save, the save
+        fails on every rank with an error that names it, and training may continue.
 
         >>> handle = manager.save_async({"model": model, "epoch": 3}, step=1000)
         >>> handle.result().step
@@ -409,12 +414,12 @@ class CheckpointManager:
 
         Args:
             step: The checkpoint. Default: the newest that verifies; if newer ones do not, that is
-                logged, and told by ``last_load``. A step that is named is loaded or fails.
-            keys: Globs over paths written with dots, such as ``model.layers.*``, where ``*`` is any
-                text and ``?`` one character: only what matches, or lies in a container that does,
-                is read and returned, in the containers around it. Lists and tuples keep their
-                length, with None in the other places.
-            map_location: Device for torch tensors. Default: the host's memory.
+                logged, and reported by ``last_load``. If a step is given, no other is loaded.
+            keys: Globs over dotted paths, such as ``model.layers.*``, where ``*`` matches any
+                text and ``?`` one character: only what matches, or is inside a matching container,
+                is read and returned, in its enclosing containers. Lists and tuples keep their
+                length, with None for what is left out.
+            map_location: Device for torch tensors. Default: host memory.
             strict: Whether a glob that matches nothing is an error.
             mmap: Map uncompressed tensors instead of reading them; they are writable, and changes
                 stay private. The rest is read.
@@ -423,14 +428,14 @@ class CheckpointManager:
                 ranks as saved it.
 
         Returns:
-            What was saved, with its types. Tensors that shared memory share memory. Sharded tensors
-            come whole, as plain tensors; ``restore`` reads each rank's part only.
+            What was saved, with its types. Tensors that shared memory share memory again. Sharded
+            tensors are returned whole, as plain tensors; ``restore`` reads only each rank's part.
 
         Raises:
-            CheckpointNotFound: There is none, or not of this step.
-            InvalidArgument: Another number of ranks saved it, what is asked for is not all
+            CheckpointNotFound: There is none, or none of this step.
+            InvalidArgument: Another number of ranks saved it, not all of the requested entries are
                 ``replicated``, and ``from_rank`` is not given.
-            Corrupt: The step that was named, or every one there is, is damaged.
+            Corrupt: The given step is damaged, or all steps are.
 
         >>> state = manager.load()
         >>> weights = manager.load(step=1000, keys=["model.*"])["model"]
@@ -459,40 +464,40 @@ class CheckpointManager:
     ) -> RestoreReport:
         """Load a checkpoint into the live objects of ``state``.
 
-        Tensors and arrays are copied into; objects get ``load_state_dict``; plain values are
+        Tensors and arrays are filled in place; objects get ``load_state_dict``; plain values are
         replaced in their dict or list. A live sharded tensor (``DTensor``) gets its part, however
-        the saved one was sharded, or was not. Where memory allows, everything is read and checked
-        before anything is changed; for what live tensors take, the staging memory serves that
-        saves use, where it is large enough.
+        the saved one was sharded, if at all. Where memory allows, everything is read and checked
+        before anything is changed; data that is only copied into live tensors is read into the
+        staging memory of saves, if that is large enough.
 
         Args:
             state: Live objects under the keys that they were saved under. Other top-level entries
                 of the checkpoint are not read; the report lists them as skipped.
             step: The checkpoint. Default: the newest that verifies, as for ``load``.
             strict: Whether everything must fit: nothing missing, unexpected, of another shape or
-                type, of another class of optimizer, or saved apart for live tensors that share
-                memory. If not, what fits is restored, and the report says what did not; objects and
-                top-level entries of which nothing fits are logged.
-            cast: Whether floating tensors and arrays of another dtype fit, and complex ones: they
-                are converted to the live dtype, one after the other, and what that cannot hold
-                becomes infinite, or its largest number where it has no infinity. Until then they
+                type, of another class of optimizer, or saved with different values for live tensors
+                that share memory. If False, what fits is restored, and the report says what did
+                not; objects and top-level entries of which nothing fits are logged.
+            cast: Whether floating-point and complex tensors and arrays of another dtype fit: they
+                are converted to the live dtype, one after the other; a value that it cannot hold
+                becomes infinite, or its largest number if it has no infinity. Until then they
                 take the memory that they had when saved.
-            direct: Whether tensors are read straight into live ones that lie as they were saved,
-                which is faster and takes no memory for a copy. Damage is then found when the live
-                state is changed in part. An older checkpoint that is restored instead makes up for
-                that; where there is none, or it has not all of it, it is ``RestoreIncomplete``.
-                From the first entry on whose loading runs code of yours, such as a hook of a
-                module, tensors are copied all the same: that code may change what is loaded.
-            from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas goes
-                on at another world size.
+            direct: Whether tensors are read straight into live ones with the same memory layout,
+                which is faster and needs no memory for a copy. Damage is then found when the live
+                state is already changed in part. Restoring an older checkpoint instead makes up for
+                that; if there is none, or it does not cover all of it, this raises
+                ``RestoreIncomplete``. From the first entry whose loading runs user code, such as a
+                module's hook, tensors are copied anyway: that code may change what is loaded.
+            from_rank: As for ``load``: with ``from_rank=0`` a job whose ranks train replicas
+                continues at another world size.
 
         Raises:
             InvalidArgument: The state does not fit, or another number of ranks saved it. Nothing
                 was changed.
             CheckpointNotFound: There is no checkpoint.
             Corrupt: The checkpoint is damaged. Nothing was changed.
-            RestoreIncomplete: It failed half-way, while it was ``direct``, or on another rank: the
-                live state is a mixture, and this manager refuses to save until a restore succeeds.
+            RestoreIncomplete: It failed part-way, in ``direct`` mode, or on another rank: the live
+                state is a mixture, and this manager refuses to save until a restore succeeds.
 
         >>> manager.restore({"model": model, "optimizer": optimizer}).step
         1000
@@ -505,15 +510,15 @@ class CheckpointManager:
             plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()
-            return attempts.carry_out(plan, reader, end_copies)
+            return attempts.carry_out(plan, reader, order_after_copies)
 
         try:
             plan, report = self._source.read(step, from_rank, read)
-            attempts.check_made_up(plan)
+            attempts.check_nothing_left(plan)
         except BaseException as error:
             self._incomplete = attempts.mixture(error) or self._incomplete
             if isinstance(error, CheckpointError) and attempts.incomplete not in (None, error):
-                raise attempts.incomplete from error  # nothing made up for it
+                raise attempts.incomplete from error  # no other checkpoint was restored instead
             raise
         wrappers.warn_of_untouched(plan)
         self._incomplete = None
@@ -521,11 +526,11 @@ class CheckpointManager:
         return plan.report(report.fell_back_from)
 
     def latest_step(self) -> int | None:
-        """Give the newest committed step; None if nothing was ever saved.
+        """Return the newest committed step; None if nothing was ever saved.
 
         Raises:
-            Corrupt: There are checkpoints, and none of them is whole: a training that took this for
-                an empty store would begin anew, and overwrite them.
+            Corrupt: There are checkpoints, but all are damaged: a training that took this for an
+                empty store would start over, and overwrite them.
 
         >>> manager.latest_step()
         2000
@@ -539,7 +544,7 @@ class CheckpointManager:
         return max(sound, default=None)
 
     def all_steps(self) -> list[int]:
-        """Give the committed steps, ascending.
+        """Return the committed steps, ascending.
 
         >>> manager.all_steps()
         [1000, 2000]
@@ -547,7 +552,7 @@ class CheckpointManager:
         return self._native.steps()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Give what was attached to a checkpoint as ``metadata``. Nothing of its state is read.
+        """Return the ``metadata`` attached to a checkpoint, without reading its state.
 
         Raises:
             CheckpointNotFound: There is no such checkpoint.
@@ -559,7 +564,7 @@ class CheckpointManager:
         return self._native.metadata(settings.step_of(step, "metadata(step)"))
 
     def best_step(self, metric: str | None = None, mode: str | None = None) -> int:
-        """Give the step of the best checkpoint there is; of equal ones, the newest.
+        """Return the step of the best checkpoint; of equal ones, the newest.
 
         Args:
             metric: Key of the number in ``metadata`` to compare. Default: ``best_metric``.
@@ -568,9 +573,9 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: No checkpoint has that number.
             InvalidArgument: Neither this call nor the manager names a metric.
-            Corrupt: There are checkpoints, and none of them is whole.
+            Corrupt: There are checkpoints, but all are damaged.
 
-        Damaged checkpoints are not compared, which is logged.
+        Damaged checkpoints are left out, which is logged.
 
         >>> weights = manager.load(step=manager.best_step(), keys=["model"])["model"]
 
@@ -582,7 +587,7 @@ class CheckpointManager:
         damaged = {step: why for step, why, _ in self._native.candidates() if why is not None}
         if damaged:
             steps = ", ".join(map(str, damaged))
-            _logger.warning("not compared with the best, since damaged: step %s", steps)
+            _logger.warning("left out of the search for the best, since damaged: step %s", steps)
         if not best:
             sound = self.all_steps()
             if damaged and not sound:
@@ -591,10 +596,10 @@ class CheckpointManager:
         return best[0]
 
     def should_save(self, step: int) -> bool:
-        """Tell whether ``step`` is due: a multiple of ``save_interval_steps`` not yet saved.
+        """Return whether ``step`` is due: a multiple of ``save_interval_steps`` not yet saved.
 
         Steps that ``load`` or ``restore`` fell back from count as not saved, and so do those after
-        a step that was named to ``restore``: saving them takes ``rewind=True``.
+        a step passed to ``restore``: saving them takes ``rewind=True``.
 
         >>> manager.should_save(2000)
         False
@@ -624,7 +629,7 @@ class CheckpointManager:
         return VerifyReport(**report, damage=tuple(damage))
 
     def delete(self, step: int) -> int:
-        """Delete a checkpoint and give the bytes freed. Waits for the save in flight.
+        """Delete a checkpoint and return the bytes freed. Waits for the save in flight.
 
         Raises:
             CheckpointNotFound: There is no such checkpoint.
@@ -645,9 +650,9 @@ class CheckpointManager:
         self._native.prewarm(raw_bytes, gpus.current_streams(usable))
 
     def pending_uploads(self) -> list[PendingUpload]:
-        """Give the checkpoints that are not in the remote store yet, by ascending step.
+        """Return the checkpoints that are not in the remote store yet, by ascending step.
 
-        Those of earlier processes, too. Empty without a remote store.
+        Includes those of earlier processes. Empty without a remote store.
 
         >>> manager.pending_uploads()
         [PendingUpload(step=2000, uploaded_bytes=25165824, total_bytes=104861696)]
@@ -655,10 +660,10 @@ class CheckpointManager:
         return [PendingUpload(*upload) for upload in self._native.pending_uploads()]
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
-        """Wait for the save in flight, at most ``timeout`` seconds; tell whether none is left.
+        """Wait for the save in flight, at most ``timeout`` seconds; return whether none is left.
 
         Raises:
-            CheckpointError: A save failed, and nobody has looked at its error.
+            CheckpointError: A save failed, and its error has not been retrieved.
 
         >>> manager.wait_until_finished()
         True
@@ -667,15 +672,15 @@ class CheckpointManager:
         return self._native.wait_until_finished(timeout)
 
     def close(self) -> None:
-        """Finish the save in flight, then give back threads, memory and the store's lock.
+        """Finish the save in flight, then release threads, memory and the store's lock.
 
-        With a remote store, what is not uploaded yet is, or is tried once more. Closing twice is
-        fine; so is closing again after Ctrl-C ended this: it goes on from there. A process that
-        ends after that waits for no upload: the next one goes on with them.
+        With a remote store, pending uploads are finished, and failed ones are tried once more.
+        Closing twice is allowed, also after Ctrl-C interrupted this: it then resumes. A process
+        that exits after such an interrupt waits for no upload: the next one resumes them.
 
         Raises:
-            CheckpointError: A save failed, and nobody has looked at its error; or an upload did,
-                and that checkpoint is not in the remote store. The store is closed all the same.
+            CheckpointError: A save failed, and its error has not been retrieved; or an upload
+                failed, and that checkpoint is not in the remote store. The store is closed anyway.
 
         >>> manager.close()
 
@@ -693,7 +698,7 @@ class CheckpointManager:
             try:
                 self._shut()
             except CheckpointError as later:
-                # The first one goes on; this one must not take its place, nor be lost.
+                # The first error propagates; this one must neither replace it nor be lost.
                 _logger.error("closing `%s`: %s", self._path, later)  # noqa: TRY400
             raise
         self._saver.is_closing = True
@@ -715,36 +720,40 @@ class CheckpointManager:
         try:
             self.close()
         except CheckpointError as unseen:
-            # The block's own exception goes on; this one must not take its place, nor be lost.
+            # The block's own exception propagates; this one must neither replace it nor be lost.
             _logger.error("closing `%s`: %s", self._path, unseen)  # noqa: TRY400
 
     def __repr__(self) -> str:
         mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
         return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
 
-    def _told(self, job: str, named: Named, keep_last_n: int | None) -> JobSettings:
-        """Give what the coordinator says of what is not set here, and log it."""
-        seat = self._ranks
-        told = job_settings_from(membership.told_in(job) if seat is None else seat.worker.settings)
-        if named.is_given():  # region and endpoint are those of the store that it names
-            told = told._replace(path=None, s3={})
-        if told.keep_last_n is not None and keep_last_n is None and not self._read_only:
+    def _job_settings(
+        self, job: str, store: StoreArguments, keep_last_n: int | None
+    ) -> JobSettings:
+        """Return the coordinator's values for what is not set here, and log them."""
+        values = (
+            membership.settings_of_job(job) if self._ranks is None else self._ranks.worker.settings
+        )
+        found = job_settings_from(values)
+        if store.is_given():  # region and endpoint belong to the coordinator's own store
+            found = found._replace(path=None, s3={})
+        if found.keep_last_n is not None and keep_last_n is None and not self._read_only:
             _logger.warning(
                 "the coordinator's `checkpoint.keep_last_n` is %d: older checkpoints are removed",
-                told.keep_last_n,
+                found.keep_last_n,
             )
-        if told != JobSettings():
-            _logger.info("the coordinator says, of what is not set here: %s", told)
-        return told
+        if found != JobSettings():
+            _logger.info("the coordinator's values for what is not set here: %s", found)
+        return found
 
     def _open(self, engine_settings: str, replicated: list[str]) -> None:
-        """Open the store, start the threads, and have them looked after."""
+        """Open the store, start the threads, and register with ``lifecycle``."""
         worker = None if self._ranks is None else self._ranks.worker
         self._native = _native.Manager(self._path, engine_settings, worker)
         self._lineage = Lineage(self._native, is_read_only=self._read_only)
         timeout = None if self._ranks is None else self._agreement_timeout
-        habits = Habits(self._verify_on_load, timeout, self._has_uploads)
-        self._source = Source(self._native, self._path, self._lineage, habits)
+        options = ReadOptions(self._verify_on_load, timeout, self._has_uploads)
+        self._source = Source(self._native, self._path, self._lineage, options)
         replication = Replication(replicated, self._native.share) if replicated else None
         rules = Rules(self._world_size, self._ranks is not None, replication, self._best[0])
         watchers = (self._watcher, self._uploads)
@@ -755,7 +764,7 @@ class CheckpointManager:
         lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
 
     def _shut(self) -> None:
-        """Give everything back. What a signal interrupts here, the next ``close`` goes on with."""
+        """Release everything. If a signal interrupts this, the next ``close`` resumes it."""
         if not self._is_shut:
             if self._watcher is not None:
                 self._watcher.stop()
@@ -766,7 +775,7 @@ class CheckpointManager:
                     self._leaves_uploads = True
                     raise
                 self._uploads.stop()
-            self._is_shut = True  # from here on nobody is waited for
+            self._is_shut = True  # from here on nothing is waited for
         try:
             self._native.close()
         finally:
@@ -775,8 +784,10 @@ class CheckpointManager:
                 self._ranks.leave(self._failure)
             self._is_closed = True
 
-    def _give_back(self) -> None:
-        """Take an opening back that failed, or that a signal interrupted."""
+    def _undo_open(self) -> None:
+        """Undo an opening that failed, or that a signal interrupted."""
+        self._is_closed = True
+        lifecycle.unregister(self, self._watcher)
         for watcher in (self._watcher, self._uploads):
             if watcher is not None:
                 watcher.request_stop()
@@ -789,7 +800,7 @@ class CheckpointManager:
     def _check_can_save(self, step: int) -> None:
         what = f"saving step {step}"
         if self._saver.is_closing:
-            raise Closed(what, "the manager was closed", "make a new CheckpointManager")
+            raise Closed(what, "the manager was closed", "create a new CheckpointManager")
         if self._read_only:
             raise InvalidArgument(
                 f"{what} in `{self._path}`",

@@ -1,7 +1,7 @@
 """Every way a checkpoint operation can fail, as classes chosen by what the caller does next.
 
-A message says what was being done and to what, why it failed (expected against actual), and, on a
-line of its own that begins with ``hint: ``, how to go on. The three parts are attributes too.
+A message says what was being done and to what, why it failed (expected and actual), and, on a
+separate line that begins with ``hint: ``, how to fix it. The three parts are also attributes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ class CheckpointError(Exception):
     """Base of every error that this package raises on purpose.
 
     Attributes:
-        what: The operation, and what it was done to.
-        why: Why it failed: expected against actual.
-        hint: How to go on.
+        what: The operation and its object.
+        why: Why it failed: what was expected, and what was found.
+        hint: How to fix it.
 
     """
 
@@ -28,12 +28,17 @@ class CheckpointError(Exception):
         self.why = why
         self.hint = hint
 
+    @property
+    def summary(self) -> str:
+        """The message without the hint."""
+        return f"{self.what}: {self.why}"
+
     def __str__(self) -> str:
-        return f"{self.what}: {self.why}\nhint: {self.hint}"
+        return f"{self.summary}\nhint: {self.hint}"
 
 
 class InvalidArgument(CheckpointError, ValueError):  # noqa: N818  (named as the engine names it)
-    """Fix the call: an argument or a setting is out of its range."""
+    """Fix the call: an argument or a setting is not accepted."""
 
 
 class UnsupportedValue(CheckpointError, TypeError):  # noqa: N818
@@ -45,11 +50,11 @@ class CheckpointNotFound(CheckpointError, LookupError):  # noqa: N818
 
 
 class StepConflict(CheckpointError):  # noqa: N818
-    """Fix the call, or say ``rewind=True``: the step is not after the newest committed one."""
+    """Fix the call, or pass ``rewind=True``: the step is not after the newest committed one."""
 
 
 class SaveInFlight(CheckpointError):  # noqa: N818
-    """Save later: the save before is not durable yet, and the call said not to wait for it."""
+    """Save later: the previous save is not durable yet, and the call asked not to wait for it."""
 
     is_retryable = True
 
@@ -61,7 +66,7 @@ class StoreBusy(CheckpointError):  # noqa: N818
 
 
 class Corrupt(CheckpointError):  # noqa: N818
-    """Restore another checkpoint: bytes on the medium are not what was written."""
+    """Restore another checkpoint: stored bytes are not what was written."""
 
 
 class UnsupportedFormat(CheckpointError):  # noqa: N818
@@ -75,10 +80,10 @@ class NoSpace(CheckpointError):  # noqa: N818
 
 
 class StorageError(CheckpointError):
-    """Retry, or look at the device: the operating system refused an operation.
+    """Retry, or check the device: the operating system refused an operation.
 
     Attributes:
-        errno: The operating system's error number; None where it gave none.
+        errno: The operating system's error number; None if there is none.
 
     """
 
@@ -91,20 +96,20 @@ class StorageError(CheckpointError):
 
 
 class Unavailable(CheckpointError):  # noqa: N818
-    """Retry, or mend the access: the store's service did not do what it was asked.
+    """Retry, or fix the access: the store's service did not carry out a request.
 
-    Nothing is known of the checkpoints themselves.
+    Nothing is known about the checkpoints themselves.
     """
 
     is_retryable = True
 
 
 class RestoreIncomplete(CheckpointError):  # noqa: N818
-    """Restore again before saving: live memory was changed in part when a restore failed."""
+    """Restore again before saving: a restore failed after changing part of the live state."""
 
 
 class AcceleratorError(CheckpointError):
-    """Look at the GPU, or keep the tensors on the CPU: its driver refused an operation."""
+    """Check the GPU, or keep the tensors on the CPU: the driver refused an operation."""
 
 
 class Closed(CheckpointError):  # noqa: N818
@@ -112,11 +117,11 @@ class Closed(CheckpointError):  # noqa: N818
 
 
 class CoordinatorError(CheckpointError):
-    """Base of what only working with a coordinator can raise."""
+    """Base of the errors that only occur with a coordinator."""
 
 
 class CoordinatorUnavailable(CoordinatorError, ConnectionError):  # noqa: N818
-    """Start the coordinator, or correct its address; what it had promised is kept."""
+    """Start the coordinator, or correct its address; what it had acknowledged is kept."""
 
     is_retryable = True
 
@@ -126,17 +131,17 @@ class Unauthenticated(CoordinatorError, PermissionError):  # noqa: N818
 
 
 class Conflict(CoordinatorError):  # noqa: N818
-    """Wait, or end what stands in the way: another worker, run or registration."""
+    """Wait, or end what conflicts: another worker, run or registration."""
 
     is_retryable = True
 
 
 class WorkerFenced(CoordinatorError):  # noqa: N818
-    """Register again: this process is no member of its job any more."""
+    """Register again: this process is no longer a member of its job."""
 
 
 class MembershipChanged(CoordinatorError):  # noqa: N818
-    """Decide whether to go on: the job lost a worker. The next call goes on without it."""
+    """Decide whether to continue: the job lost a worker. The next call proceeds without it."""
 
     is_retryable = True
 
@@ -146,37 +151,37 @@ class JobAborted(CoordinatorError):  # noqa: N818
 
 
 class BarrierTimeout(CoordinatorError, TimeoutError):  # noqa: N818
-    """Look at the workers that the message names: they did not come to a barrier in time."""
+    """Check the workers that the message names: they did not reach a barrier in time."""
 
     is_retryable = True
 
 
 class SaveAborted(CoordinatorError):  # noqa: N818
-    """Save again; training may go on: a rank failed, and so the save did on all of them."""
+    """Save again; training may continue: a rank failed, so the save failed on all of them."""
 
     is_retryable = True
 
 
 class LoadAborted(CoordinatorError):  # noqa: N818
-    """Load again, on every rank: one gave up, and the others do not go on without it."""
+    """Load again, on every rank: one of them gave up."""
 
     is_retryable = True
 
 
 class DatasetNotFound(CoordinatorError, LookupError):  # noqa: N818
-    """Fix the name or the path: there is no such dataset, or a file of it is not there."""
+    """Fix the name or the path: there is no such dataset, or one of its files is missing."""
 
 
 class DatasetChanged(CheckpointError):  # noqa: N818
-    """Decide: bring the dataset or the ranks back as they were, or begin an epoch anew.
+    """Bring the dataset or the ranks back as they were, or start an epoch again.
 
     The position belongs to something else, so samples would be lost or read twice.
     """
 
 
 class UnreadableSample(CheckpointError, ValueError):  # noqa: N818
-    """Mend the file, or leave it out: a sample in it is not what its format says."""
+    """Fix the file, or leave it out: a sample in it is not valid in its format."""
 
 
 class Internal(CheckpointError):  # noqa: N818
-    """Report a bug: the engine broke one of its own rules and refuses further work."""
+    """Report a bug: the engine violated one of its invariants and refuses further work."""

@@ -1,8 +1,8 @@
-"""What outlives a call: fork, interpreter exit and SIGTERM, for all managers of the process.
+"""Fork, interpreter exit and SIGTERM, for all managers of the process.
 
 Always holds: a forked child keeps none of the parent's locks alive; the interpreter does not exit
-before a save in flight has ended, and says what it waits for; SIGTERM is handled only for managers
-that asked for it, and the handler that was there before still runs.
+before a save in flight has ended, and logs what it waits for; SIGTERM is handled only for managers
+that asked for it, and the previously installed handler still runs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from dtruntime import _native
     from dtruntime.checkpoint import CheckpointManager
-    from dtruntime.ranks.membership import Seat
+    from dtruntime.ranks.membership import StoreMembership
     from dtruntime.saving.handle import SaveHandle
     from dtruntime.saving.watcher import Watcher
 
 _logger = logging.getLogger("dtruntime")
 
 _QUIET_SECONDS = 1.0
-"""A wait at exit that takes longer says what it waits for."""
+"""A wait at exit that takes longer logs what it waits for."""
 
 _managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
 _watchers: set[Watcher] = set()
@@ -43,29 +43,29 @@ def register(
     native: _native.Manager,
     watcher: Watcher | None,
     uploads: Watcher | None,
-    ranks: Seat | None,
+    ranks: StoreMembership | None,
 ) -> None:
-    """Look after a manager until it is closed or dropped."""
+    """Track a manager until it is closed or dropped."""
     _managers.add(manager)
     if watcher is not None:
         _watchers.add(watcher)
-        weakref.finalize(manager, _let_go, native, watcher, uploads, ranks).atexit = False
+        weakref.finalize(manager, _close_dropped, native, watcher, uploads, ranks).atexit = False
 
 
 def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
-    """Stop looking after a manager that was closed."""
+    """Stop tracking a manager that was closed."""
     _managers.discard(manager)
     _watchers.discard(watcher)
     _terminations.forget(manager)
 
 
-def _let_go(
+def _close_dropped(
     native: _native.Manager,
     watcher: Watcher,
     uploads: Watcher | None,
-    ranks: Seat | None,
+    ranks: StoreMembership | None,
 ) -> None:
-    """End what a dropped manager left, on its own thread and once its saves have ended."""
+    """Close what a dropped manager left, on its own thread and once its saves have ended."""
 
     def close() -> None:
         try:
@@ -84,7 +84,7 @@ def _let_go(
 
 
 def wait_for_uploads(native: _native.Manager) -> None:
-    """Wait until all that is committed was uploaded, and say so if it takes a while."""
+    """Wait until everything committed is uploaded, and log it if that takes a while."""
     if native.drain(_QUIET_SECONDS):
         return
     pending = native.pending_uploads()
@@ -92,8 +92,8 @@ def wait_for_uploads(native: _native.Manager) -> None:
         total = sum(total for _, _, total in pending)
         left = total - sum(uploaded for _, uploaded, _ in pending)
         _logger.warning(
-            "closing waits for the upload of step %s: %.1f of %.1f MiB are left; what an interrupt "
-            "leaves, the next process uploads",
+            "closing waits for the upload of step %s: %.1f of %.1f MiB are left; if interrupted, "
+            "the next process uploads the rest",
             ", ".join(str(step) for step, _, _ in pending),
             left / (1 << 20),
             total / (1 << 20),
@@ -102,7 +102,7 @@ def wait_for_uploads(native: _native.Manager) -> None:
 
 
 def _log_unseen(error: CheckpointError) -> None:
-    _logger.error("a save or an upload failed, and nobody looked at its error: %s", error)
+    _logger.error("a save or an upload failed, and its error was not retrieved: %s", error)
 
 
 def _close_locks_in_child() -> None:
@@ -112,25 +112,25 @@ def _close_locks_in_child() -> None:
 
 
 def _finish_saves() -> None:
-    """Run before the interpreter stops threads: wait for every save, then end the watchers."""
+    """Wait for every save, then end the watchers. Runs before the interpreter stops threads."""
     for watcher in list(_watchers):
         if not watcher.stop(_QUIET_SECONDS):
             steps = sorted(handle.step for handle in _in_flight())
-            _logger.warning("exit waits for the save of step %s", ", ".join(map(str, steps)))
+            _logger.warning("exit is waiting for the save of step %s", ", ".join(map(str, steps)))
             watcher.stop()
     _watchers.clear()
 
 
 def _close_managers() -> None:
-    """Run last: finish what exit handlers started, and say what failed unseen."""
+    """Finish what exit handlers started, and log errors not retrieved. Runs last."""
     for manager in list(_managers):
-        with contextlib.suppress(Exception):  # each is closed, whatever became of another
+        with contextlib.suppress(Exception):  # each is closed, even if another fails
             _close(manager)
 
 
 def _close(manager: CheckpointManager) -> None:
     try:
-        if manager._leaves_uploads:  # noqa: SLF001  (an interrupt ended the wait for them before)
+        if manager._leaves_uploads:  # noqa: SLF001  (an interrupt already ended the wait for them)
             manager._native.leave_uploads()  # noqa: SLF001
         manager.close()
     except CheckpointError as error:
@@ -159,14 +159,18 @@ class _Terminations:
         self._is_handling = False
         self._is_deferred = False
 
+    def check(self, mode: str) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        if not self._is_installed and not is_main:
+            raise InvalidArgument(
+                f"setting `sigterm` = {mode!r}",
+                "Python installs signal handlers only from the main thread",
+                "create the manager in the main thread, or leave `sigterm` unset",
+            )
+
     def add(self, manager: CheckpointManager, policy: _Policy) -> None:
+        self.check("finish" if policy.finishes else "drop")
         if not self._is_installed:
-            if threading.current_thread() is not threading.main_thread():
-                raise InvalidArgument(
-                    f"setting `sigterm` = {'finish' if policy.finishes else 'drop'!r}",
-                    "Python installs signal handlers only from the main thread",
-                    "make the manager in the main thread, or leave `sigterm` unset",
-                )
             self._previous = signal.signal(signal.SIGTERM, self._handle)
             self._is_installed = True
         self._policies[manager] = policy
@@ -179,7 +183,7 @@ class _Terminations:
             self._is_installed = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._is_handling:  # asked a second time: no more waiting
+        if self._is_handling:  # a second SIGTERM: stop waiting
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -194,15 +198,15 @@ class _Terminations:
                     _end(handle, policy)
         finally:
             self._is_handling = False
-        self._pass_on(number, frame)
+        self._call_previous(number, frame)
 
     def resume(self) -> None:
-        """Handle the signal that came during a snapshot, if one did."""
+        """Handle the signal that arrived during a snapshot, if one did."""
         if self._is_deferred:
             self._is_deferred = False
             os.kill(os.getpid(), signal.SIGTERM)  # handlers run in the main thread only
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _call_previous(self, number: int, frame: FrameType | None) -> None:
         if callable(self._previous):
             self._previous(number, frame)
         elif self._previous != signal.SIG_IGN:
@@ -211,7 +215,7 @@ class _Terminations:
 
 
 def _end(handle: SaveHandle, policy: _Policy) -> None:
-    """Finish or drop the save of a process that was told to end."""
+    """Finish or drop the save of a process that received SIGTERM."""
     native = handle._native  # noqa: SLF001
     if policy.finishes:
         _logger.warning(
@@ -230,20 +234,30 @@ def _end(handle: SaveHandle, policy: _Policy) -> None:
                 _logger.warning("SIGTERM: step %d is durable, after %.1f s", handle.step, seconds)
             return
     _logger.warning("SIGTERM: dropped the save of step %d", handle.step)
-    native.cancel("the process was told to end (SIGTERM)")
+    native.cancel("the process received SIGTERM")
     native.wait(_QUIET_SECONDS)  # so that the attempt's file is removed
 
 
 _terminations = _Terminations()
 
 
+def check_can_handle_termination(mode: str) -> None:
+    """Refuse to handle SIGTERM where ``handle_termination`` could not install its handler.
+
+    Raises:
+        InvalidArgument: This is not the main thread.
+
+    """
+    _terminations.check(mode)
+
+
 def handle_termination(manager: CheckpointManager, mode: str, deadline_seconds: float) -> None:
-    """Finish or drop this manager's save in flight when the process is told to end."""
+    """Finish or drop this manager's save in flight when the process receives SIGTERM."""
     _terminations.add(manager, _Policy(mode == "finish", deadline_seconds))
 
 
 def resume_termination() -> None:
-    """Say that a snapshot has ended: a SIGTERM that came meanwhile is handled now."""
+    """Handle a SIGTERM that arrived during a snapshot, now that it has ended."""
     _terminations.resume()
 
 

@@ -1,16 +1,16 @@
-"""The door for PyTorch Lightning: what its trainer saves and resumes from, on this engine's stores.
+"""Adapter for PyTorch Lightning: its checkpoints, on this engine's stores.
 
 >>> from dtruntime.lightning import CheckpointIO
 >>> checkpoints = CheckpointIO()
 >>> trainer = Trainer(plugins=[checkpoints], callbacks=[ModelCheckpoint("runs", save_last=True)])
 >>> trainer.fit(model, ckpt_path=checkpoints.newest("runs"))
 
-Lightning names checkpoints and decides which stay; each of its paths is a store with one
+Lightning names checkpoints and decides which to keep; each of its paths is a store with one
 checkpoint.
 
-Always holds: a checkpoint that Lightning has removed, or has overwritten, is gone only once the one
-that was saved after it is durable; what failed in the background is raised by the next call;
-nothing is deleted but what this plugin made, and what Lightning told it to remove.
+Always holds: a checkpoint that Lightning removes or overwrites is deleted only once the one saved
+after it is durable; an error in the background is raised by the next call; nothing is deleted
+except what this plugin created, and what Lightning told it to remove.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ __all__ = ["CheckpointIO"]
 
 _logger = logging.getLogger("dtruntime")
 
-# One package ships the same code under two names.
+# The same code is distributed under two package names.
 _PLUGINS = ("lightning.fabric.plugins", "lightning_fabric.plugins")
-# Lightning saves on one rank what all of them hold.
+# Lightning saves what is identical on all ranks on one of them.
 _ALONE: dict[str, Any] = {"rank": 0, "world_size": 1}
 _STEP = "global_step"  # Lightning's, in its checkpoints and in their metadata
 _IGNORE = 'leave it out: `self.save_hyperparameters(ignore=["..."])`'
@@ -67,18 +67,18 @@ class CheckpointIO:
     """Saves in the background, and loads what was saved, for a ``Trainer`` or a ``Fabric``.
 
     A save returns once the state is copied. The next save, a load, or the end of the training waits
-    until it is durable, and raises if it is not. A path that exists is overwritten all or not at
-    all: until the new checkpoint is durable, the old one is what is there. Where that is a link, or
-    a file of Lightning's own, the save that takes its place is waited for; so is what SLURM ends.
+    until it is durable, and raises if it failed. An existing path is overwritten atomically: until
+    the new checkpoint is durable, the old one is in place. If that is a link, or one of Lightning's
+    own files, the save blocks until it is replaced; so does a save before SLURM ends the process.
 
-    With FSDP, leave ``state_dict_type="sharded"``: Lightning writes that by itself. What it lets
-    this plugin save otherwise, it would not resume from.
+    With FSDP, keep ``state_dict_type="sharded"``: Lightning writes that itself. It would not resume
+    from what it lets this plugin save otherwise.
 
     Args:
-        options: As for ``CheckpointManager``, some of: ``compression``, ``staging_bytes``,
+        options: As for ``CheckpointManager``, any of: ``compression``, ``staging_bytes``,
             ``chunk_bytes``, ``direct_io``, ``io_backend``, ``in_flight_bytes``, ``workers``,
-            ``progress``, ``s3``, ``sigterm``, ``sigterm_deadline_seconds``. Which checkpoints stay
-            is Lightning's to say.
+            ``progress``, ``s3``, ``sigterm``, ``sigterm_deadline_seconds``. Lightning decides which
+            checkpoints are kept.
 
     Raises:
         InvalidArgument: A setting is not accepted, or Lightning is not installed.
@@ -95,9 +95,9 @@ class CheckpointIO:
         self._manager: CheckpointManager | None = None
         self._handle: SaveHandle | None = None
         self._may_remove = True  # unless the last save failed
-        self._made: str | None = None  # the path, if it is the save in flight that made it
+        self._made: str | None = None  # the path, if the save in flight created it
         self._to_remove: list[str] = []
-        self._removal: _Removal | None = None  # in the background: a large file takes its time
+        self._removal: _Removal | None = None  # in the background: a large file takes a while
 
     def save_checkpoint(
         self,
@@ -109,7 +109,7 @@ class CheckpointIO:
 
         Raises:
             UnsupportedValue: Something in the state cannot be stored. Nothing was written.
-            CheckpointError: The save before failed, or this one cannot begin.
+            CheckpointError: The previous save failed, or this one cannot start.
 
         >>> checkpoints.save_checkpoint({"state_dict": model.state_dict(), "global_step": 10}, path)
 
@@ -117,8 +117,8 @@ class CheckpointIO:
         if storage_options is not None:
             raise InvalidArgument(
                 f"saving `{os.fspath(path)}` with `storage_options`",
-                "this plugin takes none",
-                "give `CheckpointIO` the settings of a `CheckpointManager`",
+                "this plugin accepts none",
+                "pass the settings of a `CheckpointManager` to `CheckpointIO`",
             )
         _check_hyperparameters(checkpoint)
         place = _normal(path)
@@ -127,7 +127,7 @@ class CheckpointIO:
             self._replace(checkpoint, place)
             return
         self._begin(checkpoint, place)
-        # Not of a training that goes on, or of one that SLURM stops now: it is read next.
+        # Training does not continue after this save, or SLURM is about to stop it.
         if _STEP not in checkpoint or Path(place).name.startswith("hpc_ckpt_"):
             self._settle()
 
@@ -137,17 +137,17 @@ class CheckpointIO:
         map_location: Any = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Load what is at ``path``: a checkpoint of this plugin, or a file of Lightning's own.
+        """Load what is at ``path``: a checkpoint of this plugin, or one of Lightning's own files.
 
         With several ranks, all of them call it.
 
         Args:
             path: The path.
-            map_location: Device for tensors. Default: the host's memory.
-            weights_only: Of Lightning's own files. A checkpoint of this plugin holds no code.
+            map_location: Device for tensors. Default: host memory.
+            weights_only: For Lightning's own files. A checkpoint of this plugin contains no code.
 
         Raises:
-            CheckpointNotFound: There is none: its save did not end.
+            CheckpointNotFound: There is none: its save did not finish.
             Corrupt: It is damaged.
 
         >>> checkpoints.load_checkpoint("runs/last.ckpt")["global_step"]
@@ -166,13 +166,13 @@ class CheckpointIO:
             except CheckpointNotFound as error:
                 raise CheckpointNotFound(
                     error.what,
-                    f"{error.why}; a save of it may have been cut short",
-                    f"`CheckpointIO().newest({os.path.dirname(path)!r})` finds the newest that is "  # noqa: PTH120
-                    "whole",
+                    f"{error.why}; its save may have been interrupted",
+                    f"`CheckpointIO().newest({os.path.dirname(path)!r})` finds the newest complete "  # noqa: PTH120
+                    "one",
                 ) from None
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove what is at ``path``, once the save in flight, or else the next, is durable.
+        """Remove what is at ``path``, once the save in flight, or else the next one, is durable.
 
         >>> checkpoints.remove_checkpoint("runs/epoch=0-step=10.ckpt")
         """
@@ -194,17 +194,17 @@ class CheckpointIO:
             self._close()
 
     def newest(self, directory: str | os.PathLike[str], *, verify: bool = True) -> str | None:
-        """Find the newest checkpoint in ``directory`` that is whole; None if there is none.
+        """Find the newest complete checkpoint in ``directory``; None if there is none.
 
-        With several ranks, all of them call it. The newest is the one of the latest step; of equal
-        ones, that which was saved last. Where there are only files of Lightning's own, it is the
-        newest file. Give it to ``trainer.fit(ckpt_path=...)``, where ``"last"`` might be one whose
-        save was cut short.
+        With several ranks, all of them call it. The newest is the one with the latest step; of
+        equal ones, the one saved last. If there are only Lightning's own files, it is the newest
+        file. Pass it to ``trainer.fit(ckpt_path=...)``, where ``"last"`` might be one whose save
+        was interrupted.
 
         Args:
             directory: A directory that ``ModelCheckpoint`` saves to.
-            verify: Whether every byte is read and checked, by every rank. If not, loading finds
-                damage.
+            verify: Whether every rank reads and checks every byte. If not, damage is only found
+                when loading.
 
         Raises:
             InvalidArgument: It is not a local directory.
@@ -216,8 +216,8 @@ class CheckpointIO:
         if "://" in os.fspath(directory):
             raise InvalidArgument(
                 f"looking for the newest checkpoint in `{directory}`",
-                "only local directories are listed",
-                "name the checkpoint",
+                "only local directories can be listed",
+                "pass the path of the checkpoint",
             )
         self._settle_ranks()
         paths = [path for path in Path(directory).glob("[!.]*") if not path.is_symlink()]
@@ -232,7 +232,7 @@ class CheckpointIO:
         return str(max(files, key=lambda path: path.stat().st_mtime_ns)) if files else None
 
     def _latest(self, path: Path) -> tuple[int, int, str] | None:
-        """Give the training step of a store, when it was saved, and its path; None if empty."""
+        """Return a store's training step, the time of the save, and its path; None if empty."""
         with CheckpointManager(path, **self._settings, read_only=True) as manager:
             number = max(manager.all_steps(), default=None)
             if number is None:
@@ -245,35 +245,35 @@ class CheckpointIO:
         with CheckpointManager(path, **self._settings, read_only=True) as manager:
             report = manager.verify()
         if not report.ok:
-            _logger.warning("`%s` is damaged, and passed over: %s", path, report.damage[0])
+            _logger.warning("`%s` is damaged, and skipped: %s", path, report.damage[0])
         return report.ok
 
     def _begin(self, checkpoint: dict[str, Any], place: str) -> None:
-        """Begin to save at a path that is a store, or not there; leave nothing if it is refused."""
+        """Start to save at a path that is a store or does not exist; leave nothing on failure."""
         if self._removal is not None and place in self._removal.places:
             self._end_removal()
         is_new = "://" not in place and not os.path.lexists(place)
         if not is_new and "://" not in place and not _is_store(Path(place)):
             raise InvalidArgument(
                 f"saving `{place}`",
-                "a directory is there, and it is no checkpoint",
+                "a directory exists there, and it is not a checkpoint",
                 "move it away, or save elsewhere",
             )
         self._made = place if is_new else None
         try:
             if self._manager is None or os.fspath(self._manager.path) != place:
                 if not is_new and "://" not in place:
-                    _discard(_aside(place))  # what a kill left of what this one has replaced
+                    _discard(_aside(place))  # the replaced file, left by a process that was killed
                 self._open(place)
             assert self._manager is not None  # noqa: S101
             step = _step_of(checkpoint)
-            # What goes back, or is saved again, has a later number in its store all the same: files
-            # of a step that is replaced would stay for a day.
+            # A step that is saved again, or after going back, still gets a later number in its
+            # store: files of a replaced step would stay for a day.
             number = max(step, max(self._manager.all_steps(), default=-1) + 1)
             self._handle = self._manager.save_async(
                 checkpoint,
                 number,
-                rewind=True,  # damaged ones, which are none of those, make way
+                rewind=True,  # replaces damaged ones, which `all_steps` does not list
                 metadata={_STEP: step},
             )
         except UnsupportedValue as error:
@@ -286,7 +286,7 @@ class CheckpointIO:
             raise
 
     def _open(self, place: str) -> None:
-        """Open a store, with the memory for copies that the one before had."""
+        """Open a store, and reuse the staging memory of the previous one."""
         former = self._manager
         self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
         if former is not None:
@@ -294,13 +294,13 @@ class CheckpointIO:
                 self._manager._native.take_staging_of(former._native)  # noqa: SLF001
 
     def _replace(self, checkpoint: dict[str, Any], place: str) -> None:
-        """Save in the place of a link or a file, which stays until the checkpoint is durable."""
+        """Replace a link or a file, which stays until the checkpoint is durable."""
         aside = _aside(place)
-        _discard(aside)  # of a save that a kill cut short
+        _discard(aside)  # left by a process that was killed
         self._begin(checkpoint, aside)
         self._settle()
         self._close()
-        if not _native.swap(aside, place):  # a filesystem that cannot, such as NFS
+        if not _native.swap(aside, place):  # not supported by the filesystem, such as NFS
             os.remove(place)  # noqa: PTH107
             os.rename(aside, place)  # noqa: PTH104
         descriptor = os.open(Path(place).parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -311,7 +311,7 @@ class CheckpointIO:
         _discard(aside)
 
     def _take_back(self) -> None:
-        """Leave no empty store where a save failed and nothing was before."""
+        """Remove the empty store that a failed save created."""
         self._may_remove = False
         made, self._made = self._made, None
         if made is None:
@@ -326,7 +326,7 @@ class CheckpointIO:
             manager.close()
 
     def _settle(self) -> None:
-        """Wait for the save in flight, then have removed what may go."""
+        """Wait for the save in flight, then start removing what may be removed."""
         handle, self._handle = self._handle, None
         if handle is not None:
             try:
@@ -340,7 +340,7 @@ class CheckpointIO:
             self._begin_removal()
 
     def _settle_ranks(self) -> None:
-        """Do so on every rank, also where one fails: the others would wait for ever."""
+        """Do so on every rank, even if one fails: the others would wait forever."""
         try:
             self._settle()
             self._end_removal()
@@ -359,7 +359,7 @@ class CheckpointIO:
         self._removal = _Removal(places, self._settings)
 
     def _end_removal(self) -> None:
-        """Wait until everything is removed. After an error, the next one goes on with the rest."""
+        """Wait until everything is removed. After an error, the next removal takes the rest."""
         removal, self._removal = self._removal, None
         if removal is None:
             return
@@ -370,24 +370,24 @@ class CheckpointIO:
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what another process needs: nothing is in flight there."""
+        """Return the state for another process, after all saves have finished."""
         self.teardown()
         return vars(self).copy()
 
 
 class _Removal:
-    """Removes checkpoints, one after the other, on a thread that the interpreter waits for."""
+    """Removes checkpoints one after the other, on a thread that the interpreter waits for."""
 
     def __init__(self, places: list[str], options: dict[str, Any]) -> None:
         self.places = places
-        """What is not removed yet; the first one may be about to be."""
+        """What is not removed yet; the first one may be in progress."""
         self._settings = options
         executor = ThreadPoolExecutor(1, thread_name_prefix="dtruntime-removal")
         self._end = executor.submit(self._remove_all)
         executor.shutdown(wait=False)
 
     def end(self) -> None:
-        """Wait until all are removed, or raise what one could not be removed for."""
+        """Wait until all are removed, or raise the error of one that could not be removed."""
         self._end.result()
 
     def _remove_all(self) -> None:
@@ -400,7 +400,7 @@ class _Removal:
     def _remove(self, place: str) -> None:
         is_local = "://" not in place
         if is_local and not _is_store(Path(place)):
-            return  # gone, or not ours
+            return  # already removed, or not ours
         with CheckpointManager(place, **self._settings) as manager:
             for step in manager.all_steps():
                 manager.delete(step)
@@ -415,14 +415,14 @@ def _check(given: dict[str, Any]) -> None:
             f"`CheckpointIO({name}=...)`",
             name,
             _SETTINGS,
-            "which checkpoints stay, and where, is told to Lightning's `ModelCheckpoint`",
+            "which checkpoints are kept, and where, is set by Lightning's `ModelCheckpoint`",
         )
     with tempfile.TemporaryDirectory() as empty:
         CheckpointManager(empty, **given, **_ALONE, read_only=True).close()
 
 
 def _lightning() -> list[ModuleType]:
-    """Give Lightning's plugins: of every package of it that is imported, or else is installed."""
+    """Return Lightning's plugin modules: all that are imported, else one that is installed."""
     imported = [sys.modules[name] for name in _PLUGINS if name in sys.modules]
     if imported:
         return imported
@@ -437,18 +437,18 @@ def _lightning() -> list[ModuleType]:
 
 
 def _normal(path: str | os.PathLike[str]) -> str:
-    """Give the one name of a path: without this, a store would be taken for two."""
+    """Return a normalized path: otherwise one store could be taken for two."""
     text = os.fspath(path)
     return text if "://" in text else os.path.abspath(text)  # noqa: PTH100
 
 
 def _aside(place: str) -> str:
-    """Name what is saved beside a link or a file until it takes its place."""
+    """Return the temporary path for a save that will replace a link or a file."""
     return str(Path(place).with_name(f".{Path(place).name}.saving"))
 
 
 def _discard(aside: str) -> None:
-    """Remove what a save beside a link or a file has left, or what it has replaced."""
+    """Remove what a replacing save has left at its temporary path, or what it has replaced."""
     if _is_link_or_file(aside):
         os.remove(aside)  # noqa: PTH107
     elif _is_store(Path(aside)):
@@ -460,7 +460,7 @@ def _is_link_or_file(place: str) -> bool:
 
 
 def _is_store(path: Path) -> bool:
-    """Tell whether a directory is empty, or a store with nothing of others in it."""
+    """Return whether a directory is empty, or a store without other files in it."""
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir()}
@@ -469,17 +469,17 @@ def _is_store(path: Path) -> bool:
 
 
 def _check_hyperparameters(checkpoint: dict[str, Any]) -> None:
-    """Refuse hyperparameters that would come back as something else."""
+    """Refuse hyperparameters that would be loaded as something else."""
     for name, value in dict(checkpoint.get("hyper_parameters") or {}).items():
         if hasattr(value, "state_dict"):
             raise UnsupportedValue(
                 f'saving `state["hyper_parameters"]["{name}"]`',
-                f"of a `{type(value).__name__}` only its `state_dict()` would come back",
+                f"only the `state_dict()` of a `{type(value).__name__}` would be loaded",
                 _IGNORE,
             )
 
 
 def _step_of(checkpoint: dict[str, Any]) -> int:
-    """Give the training step that a state is of; 0 if it does not say."""
+    """Return the training step of a state; 0 if it has none."""
     step = checkpoint.get(_STEP, 0)
     return step if isinstance(step, int) and step >= 0 else 0

@@ -1,7 +1,7 @@
-"""Which store is meant: a directory or a place in S3, as arguments, environment or coordinator say.
+"""The location of a store: a directory or an S3 prefix, from arguments, environment or coordinator.
 
-Always holds: a directory is a ``Path``; a store in S3 is text that begins with ``s3://``; what is
-neither is an ``InvalidArgument`` that shows what was given.
+Always holds: a directory is a ``Path``; a store in S3 is a string that begins with ``s3://``;
+anything else is an ``InvalidArgument`` that shows what was given.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Store(NamedTuple):
     """What a manager opens.
 
     Attributes:
-        path: As this rank names it.
-        common: What all ranks of one store call it alike, as far as they do: a directory has
-            another path wherever it is mounted.
+        path: Its path on this rank.
+        common: A description that is the same on all ranks of the store: a directory may be
+            mounted at a different path on each.
 
     """
 
@@ -36,14 +36,14 @@ class Store(NamedTuple):
     common: str
 
 
-class Named(NamedTuple):
+class StoreArguments(NamedTuple):
     """A manager's arguments that name its store.
 
     Attributes:
         path: The store.
         storage_path: Another name for it.
         backend: ``local`` or ``s3``; None for what the path says.
-        remote: The store in S3 behind a directory.
+        remote: The store in S3 that a directory is uploaded to.
 
     """
 
@@ -53,32 +53,34 @@ class Named(NamedTuple):
     remote: str | None
 
     def is_given(self, environment: Mapping[str, str] = os.environ) -> bool:
-        """Tell whether an argument or ``CHECKPOINT_DIR`` names the store."""
+        """Return whether an argument or ``CHECKPOINT_DIR`` names the store."""
         given = (self.path, self.storage_path, environment.get("CHECKPOINT_DIR") or None)
         return any(path is not None for path in given)
 
     def check(self, environment: Mapping[str, str] = os.environ) -> None:
-        """Refuse what is given and names no store; that nothing is given is no error yet."""
+        """Refuse arguments that do not name a store; giving none is not an error yet."""
         if self.is_given(environment):
-            self.store(None, environment)
+            self.resolve(None, environment)
 
-    def store(self, told: str | None = None, environment: Mapping[str, str] = os.environ) -> Store:
-        """Give the store: the arguments', else ``CHECKPOINT_DIR``, else what a coordinator told.
+    def resolve(
+        self, default: str | None = None, environment: Mapping[str, str] = os.environ
+    ) -> Store:
+        """Return the store: the arguments', else ``CHECKPOINT_DIR``, else ``default``.
 
         Raises:
-            InvalidArgument: Nothing names one, or what does is none.
+            InvalidArgument: None is given, or what is given is not a store.
 
         """
-        path = self._located(told, environment)
+        path = self._resolved(default, environment)
         return Store(path, common_name(path, self.remote))
 
-    def _located(self, told: str | None, environment: Mapping[str, str]) -> str | Path:
+    def _resolved(self, default: str | None, environment: Mapping[str, str]) -> str | Path:
         if self.path is not None and self.storage_path is not None:
             raise InvalidArgument(
                 f"settings `path` = {os.fspath(self.path)!r}, "
                 f"`storage_path` = {os.fspath(self.storage_path)!r}",
                 "both name the store",
-                "pass one of them",
+                "pass only one of them",
             )
         if self.backend is not None:
             choice("backend", self.backend, ("local", "s3"), has_default=False)
@@ -86,11 +88,11 @@ class Named(NamedTuple):
         if chosen is None:
             chosen = environment.get("CHECKPOINT_DIR") or None
         if chosen is None:
-            chosen = told
+            chosen = default
         if chosen is None:
             raise InvalidArgument(
                 "setting `path`",
-                "it is not given, and neither CHECKPOINT_DIR nor a coordinator names it",
+                "it is not given, and neither CHECKPOINT_DIR nor a coordinator provides it",
                 'name the store: `CheckpointManager("runs/gpt")`, or "s3://bucket/runs/gpt"',
             )
         try:
@@ -107,13 +109,13 @@ class Named(NamedTuple):
 
 
 def _located(text: str, backend: str | None) -> str | Path:
-    """Tell a directory from a store in S3; ``backend``, if it is given, must agree."""
+    """Return a directory or a store in S3; ``backend``, if it is given, must agree."""
     scheme = _SCHEME.match(text)
     if _COLLAPSED.match(text):
         raise InvalidArgument(
             f"setting `path` = {text!r}",
-            "`pathlib` makes one slash of the two in an address, and what is left is a directory",
-            f'pass `str`: "{_S3}{text.partition("/")[2]}"; or, for a directory of that name, '
+            "`pathlib` collapses the two slashes of a URL, and what is left is a directory",
+            f'pass a `str`: "{_S3}{text.partition("/")[2]}"; or, for a directory of that name, '
             f'"./{text}"',
         )
     if scheme is None and backend == "s3":
@@ -136,21 +138,21 @@ def _located(text: str, backend: str | None) -> str | Path:
 
 
 def _directory(text: str) -> Path:
-    """Give a directory; ``~`` is that of the user, as shells have it."""
+    """Return a directory; ``~`` is expanded as by a shell."""
     refused = f"setting `path` = {text!r}"
     if not text:
         raise InvalidArgument(refused, "it is empty", 'name a directory, "." for this one')
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        hint = "write the directory out, or begin the path with `./` if it is called so"
+        hint = "write the directory in full, or prefix `./` if `~` is part of its name"
         raise InvalidArgument(refused, str(error), hint) from error
 
 
 def common_name(path: str | os.PathLike[str], remote: str | None) -> str:
-    """Say what store this is in words that are the same on all of its ranks.
+    """Describe a store in words that are the same on all of its ranks.
 
-    A directory that all reach may be mounted anywhere: of it only that it is one can be said.
+    A shared directory may be mounted anywhere, so its path is left out.
 
     >>> common_name("s3://bucket/run/", None), common_name("/mnt/run", None)
     ('`s3://bucket/run`', 'a directory that all ranks reach')

@@ -1,12 +1,12 @@
-"""A worker of a job: it registers, sends heartbeats, waits at barriers, hears of losses and leaves.
+"""A worker of a job: registration, heartbeats, barriers, membership changes and leaving.
 
 >>> orchestrator = TrainingOrchestrator("worker-0", "http://coordinator:50051", 4, rank=0)
 >>> await orchestrator.register_worker(ip="10.0.0.5", port=8080)
 >>> await orchestrator.wait_barrier("data ready", timeout=600)
 
-Always holds: heartbeats come from a native thread, so neither a long step nor the GIL makes a
-worker look dead; a registered worker stays one until it leaves or the process ends, whoever still
-holds the object.
+Always holds: heartbeats are sent by a native thread, so neither a long step nor the GIL makes a
+worker look dead; a registered worker stays registered until it leaves or the process ends, even if
+the object is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dtruntime import settings
 from dtruntime.errors import CheckpointError, Closed, InvalidArgument, JobAborted
 from dtruntime.ranks import connecting, launch, membership
 from dtruntime.ranks.connecting import PATIENCE_SECONDS, Security
-from dtruntime.ranks.membership import Membership, Place, failure_of
+from dtruntime.ranks.membership import Membership, WorkerIdentity, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ _logger = logging.getLogger("dtruntime")
 
 _PORT_MAX = 65_535
 _NOTICE_SECONDS = 1.0
-"""How often the callback thread looks whether it should end."""
+"""How often the callback thread checks whether it should end."""
 
 
 class WorkerInfo(NamedTuple):
@@ -47,12 +47,12 @@ class WorkerInfo(NamedTuple):
     Attributes:
         worker_id: Its name.
         rank: Its rank.
-        ip: Where its own service listens.
+        ip: Address of its own service.
         port: The port of that service.
         advertise_address: The address that others should use, if it differs; else empty.
         state: ``alive``, ``suspect``, ``stalled``, ``dead`` or ``left``.
-        silent_seconds: How long ago it was last heard of.
-        progress: What it reported last.
+        silent_seconds: Time since its last heartbeat.
+        progress: The progress it last reported.
 
     """
 
@@ -67,18 +67,18 @@ class WorkerInfo(NamedTuple):
 
 
 class MembershipChange(NamedTuple):
-    """Somebody came or went.
+    """A worker joined or left.
 
     Attributes:
         kind: ``joined``, ``left``, ``failed``, ``died``, ``replaced``; ``missed``: there were
-            changes that the coordinator does not remember, since it was started anew or there were
-            hundreds at once, and ``workers()`` says who is there; ``rejoined``: this worker itself
-            had been taken for dead and is a member again; or ``fenced``: it is none any more, since
-            another process has its place.
-        worker_id: Whom it is about; this worker for the last three.
+            changes that the coordinator does not remember, because it was restarted or there were
+            hundreds at once, and ``workers()`` lists the current members; ``rejoined``: this worker
+            itself had been considered dead and is a member again; or ``fenced``: it is no longer a
+            member, since another process has replaced it.
+        worker_id: The worker; for the last three kinds, this one.
         rank: Its rank.
-        epoch: The number that the membership got by it; 0 if ``fenced``.
-        reason: Why, for people.
+        epoch: The membership number after the change; 0 if ``fenced``.
+        reason: The reason, for humans.
 
     """
 
@@ -95,21 +95,21 @@ class TrainingOrchestrator:
     A context manager: leaving the block leaves the job, as failed if an exception ends it.
 
     Args:
-        worker_id: The worker's name; a process that takes its place uses the same one. Default: the
+        worker_id: The worker's name; a process that replaces it uses the same one. Default: the
             environment's ``WORKER_ID``, else ``worker-<rank>``.
         coordinator_url: Default: the environment's ``COORDINATOR_URL``, else
             ``http://localhost:50051``. ``https://`` uses TLS.
-        world_size: Default: as a ``CheckpointManager``'s: that of the process group, else the
+        world_size: Default: as for a ``CheckpointManager``: that of the process group, else the
             environment's ``WORLD_SIZE``, else 1.
         rank: Default: likewise, ``RANK``, else 0; a pod name such as ``worker-3`` is 3.
         job: Name of the training run. Default: the environment's ``DTRUNTIME_JOB``, else
-            ``default``. Runs that share a coordinator at one time need names of their own.
-        advertise_address: The address that other workers should use, where it is not ``ip``.
+            ``default``. Runs that share a coordinator at the same time need different names.
+        advertise_address: The address that other workers should use, if it is not ``ip``.
         security: Token and certificates.
         on_abort: Called with the reason when the job is aborted.
-        on_membership_change: Called with each ``MembershipChange``. Both are called on a thread of
-            their own, one after another; what they raise, ``SystemExit`` too, is logged.
-        patience: How long to look for a coordinator that does not answer, in seconds.
+        on_membership_change: Called with each ``MembershipChange``. Both callbacks run on a
+            separate thread, one at a time; what they raise, even ``SystemExit``, is logged.
+        patience: How long to retry while the coordinator does not answer, in seconds.
 
     """
 
@@ -132,7 +132,7 @@ class TrainingOrchestrator:
         self.job = connecting.job_of(job)
         url = connecting.url_of(coordinator_url)
         self._coordinator = connecting.connect(url, security or Security(), patience)
-        self._url = self._coordinator.url  # kept: a forked child may not ask the connection
+        self._url = self._coordinator.url  # kept: a forked child must not use the connection
         self._advertise_address = advertise_address
         self._on_abort = on_abort
         self._on_membership_change = on_membership_change
@@ -145,12 +145,12 @@ class TrainingOrchestrator:
 
     @property
     def is_registered(self) -> bool:
-        """Whether this worker is a member of its job, as far as it was told."""
+        """Whether this worker is a member of its job, as of the last heartbeat."""
         return self._worker is not None and not self._worker.is_ended
 
     @property
     def epoch(self) -> int:
-        """The membership number, as the last heartbeat brought it."""
+        """The membership number, as of the last heartbeat."""
         return self._registered("reading the epoch").epoch
 
     @property
@@ -160,17 +160,17 @@ class TrainingOrchestrator:
 
     @property
     def coordinator_settings(self) -> dict[str, str]:
-        """What the coordinator was configured to tell workers: TOML values by ``section.key``."""
+        """The settings that the coordinator provides to workers: TOML values by ``section.key``."""
         return self._registered("reading the coordinator's settings").settings
 
     async def register_worker(self, ip: str | None = None, port: int = 0) -> None:
         """Join the job, and send heartbeats from now on.
 
-        Where a former process of this worker, or of its rank, still stands in the way, this waits
-        until the coordinator takes it for dead, for at most a minute.
+        If an earlier process of this worker, or of its rank, is still registered, this waits until
+        the coordinator considers it dead, for at most a minute.
 
         Args:
-            ip: Where this worker's own service listens. Default: this machine's address.
+            ip: Address of this worker's own service. Default: this machine's address.
             port: The port of that service; 0 if it has none.
 
         """
@@ -182,14 +182,14 @@ class TrainingOrchestrator:
         address = (ip if ip is not None else _own_address(), port, self._advertise_address)
         if self._membership is not None:
             await _in_thread(self.leave)
-        place = Place(self._url, self.job, self.worker_id, self.rank, self.world_size)
+        identity = WorkerIdentity(self._url, self.job, self.worker_id, self.rank, self.world_size)
         self._membership = await _in_thread(
-            lambda: membership.join(place, self._coordinator, address)
+            lambda: membership.register(identity, self._coordinator, address)
         )
         if self._on_abort is not None or self._on_membership_change is not None:
             watched = (self._membership.worker,)
             threading.Thread(
-                target=self._pass_on_notices, args=watched, name="dtr-notices", daemon=True
+                target=self._deliver_notices, args=watched, name="dtr-notices", daemon=True
             ).start()
 
     async def wait_barrier(self, name: str, timeout: float = 600.0) -> int:
@@ -199,8 +199,9 @@ class TrainingOrchestrator:
             How many times the barrier was released before.
 
         Raises:
-            BarrierTimeout: Not all came within ``timeout`` seconds; the message names who did not.
-            MembershipChanged: The job lost a worker; the next call goes on without it.
+            BarrierTimeout: Not all arrived within ``timeout`` seconds; the message names those that
+                did not.
+            MembershipChanged: The job lost a worker; the next call proceeds without it.
             JobAborted: The job is aborted.
 
         """
@@ -214,29 +215,29 @@ class TrainingOrchestrator:
             raise
 
     def report_progress(self, step: int) -> None:
-        """Say that training reached a step: the coordinator notices when it stops."""
+        """Report that training reached a step: the coordinator notices when progress stops."""
         self._registered("reporting progress").set_progress(settings.integer("step", step))
 
     def check(self) -> None:
-        """Raise ``JobAborted`` if the job is aborted; made to be called in each step."""
+        """Raise ``JobAborted`` if the job is aborted; cheap enough to call in every step."""
         reason = self.abort_reason
         if reason is not None:
             raise JobAborted(
                 f"training in job `{self.job}`",
                 f"the job is aborted: {reason}",
-                "end this process; the job begins anew once all of its workers have ended",
+                "end this process; the job can start again once all of its workers have ended",
             )
 
     async def workers(self) -> list[WorkerInfo]:
-        """Everybody whom the job knows, by rank."""
+        """Return all workers that the job knows, by rank."""
         worker = self._registered("listing workers")
         return [WorkerInfo(**record) for record in await _in_thread(worker.workers)]
 
     def leave(self, failure: str = "") -> None:
-        """Leave the job; a worker that finished does not count as a failure.
+        """Leave the job; without ``failure``, the worker counts as finished.
 
         Args:
-            failure: Why this worker failed; then it does.
+            failure: Why this worker failed.
 
         """
         left, self._membership = self._membership, None
@@ -278,16 +279,16 @@ class TrainingOrchestrator:
             )
         return self._worker
 
-    def _pass_on_notices(self, worker: _native.Worker) -> None:
+    def _deliver_notices(self, worker: _native.Worker) -> None:
         while True:
-            has_ended = worker.is_ended  # before the look: what ends it leaves a notice, too
+            has_ended = worker.is_ended  # read first: what ends it also leaves a notice
             notice = worker.next_notice(_NOTICE_SECONDS)
             if notice is not None:
-                self._pass_on(notice)
+                self._deliver(notice)
             elif has_ended:
                 return
 
-    def _pass_on(self, notice: dict[str, Any]) -> None:
+    def _deliver(self, notice: dict[str, Any]) -> None:
         try:
             if notice["kind"] == "aborted":
                 if self._on_abort is not None:
@@ -295,13 +296,13 @@ class TrainingOrchestrator:
             elif self._on_membership_change is not None:
                 own: dict[str, Any] = {"worker_id": self.worker_id, "rank": self.rank, "epoch": 0}
                 self._on_membership_change(MembershipChange(**(own | notice)))
-        except BaseException:  # a callback's mistake, or its exit, must not silence later notices
+        except BaseException:  # an error or exit in a callback must not stop later notices
             with contextlib.suppress(Exception):
                 _logger.exception("a callback for `%s` failed", notice["kind"])
 
 
 async def _in_thread(function: Callable[[], _T]) -> _T:
-    """Run a blocking call on a thread of its own, which nothing waits for at exit."""
+    """Run a blocking call on a daemon thread, which nothing waits for at exit."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
@@ -318,7 +319,7 @@ async def _in_thread(function: Callable[[], _T]) -> _T:
             outcome: tuple[_T | None, BaseException | None] = (function(), None)
         except BaseException as error:  # noqa: BLE001  (raised where it is awaited)
             outcome = (None, error)
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
             loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=run, name="dtr-call", daemon=True).start()

@@ -1,7 +1,7 @@
-"""A progress bar on standard error, for people who watch.
+"""A progress bar on standard error.
 
-Always holds: what is shown is a pure function of a reading; a terminal sees the bar move, anything
-else gets one line per save.
+Always holds: what is shown is a pure function of a ``SaveProgress``; a terminal shows a moving bar,
+anything else gets one line per save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MIB = 1 << 20
 
 
 def line_of(step: int, progress: SaveProgress, seconds: float) -> str:
-    """Give one line that shows how far a save is.
+    """Return one line that shows the progress of a save.
 
     >>> from dtruntime.reports import SaveProgress
     >>> line_of(7, SaveProgress(2 << 20, 2 << 20, 1 << 20, 1 << 19), 2.0)
@@ -42,7 +42,7 @@ class ProgressBar:
         self._started: float | None = None
 
     def show(self, step: int, progress: SaveProgress) -> None:
-        """Draw the line over the one before."""
+        """Draw the line over the previous one."""
         if self._started is None:
             self._started = time.monotonic()
         if sys.stderr is not None and sys.stderr.isatty():
@@ -50,7 +50,7 @@ class ProgressBar:
             _write(f"\r{line}\x1b[K")
 
     def finish(self, step: int, progress: SaveProgress) -> None:
-        """Leave the last line standing."""
+        """Leave the last line on the screen."""
         seconds = 0.0 if self._started is None else time.monotonic() - self._started
         self._started = None
         if sys.stderr is not None:

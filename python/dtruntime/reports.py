@@ -1,4 +1,4 @@
-"""What saving, reading and verifying tell their caller. Plain records, without behaviour."""
+"""The results of saving, reading and verifying. Plain records, without behavior."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SaveProgress:
-    """How far a save is, in bytes. All but ``written_bytes`` grow to ``raw_bytes``.
+    """Progress of a save, in bytes. All but ``written_bytes`` grow to ``raw_bytes``.
 
     Attributes:
         raw_bytes: Bytes of the state.
         captured_bytes: Bytes copied into the staging arena.
         encoded_bytes: Bytes checksummed and encoded.
-        written_bytes: Stored bytes handed to the device; fewer where compression helps.
+        written_bytes: Stored bytes passed to the device; fewer if compression helps.
 
     """
 
@@ -32,21 +32,21 @@ class SaveStats:
     """Where the time and the bytes of a save went.
 
     Attributes:
-        stall_seconds: What the training loop lost: from the call to its return.
-        prepare_seconds: Of these, taking the state apart, and copies from a device.
+        stall_seconds: Time the training loop lost: from the call to its return.
+        prepare_seconds: Of these, flattening the state and copying from devices.
         wait_seconds: Of these, waiting for the previous save.
         capture_seconds: Of these, copying into the staging arena.
         durable_seconds: From the call until everything was durable and published.
-        encode_seconds: Core-seconds of checksums and encoding, over all workers.
+        encode_seconds: CPU time of checksums and encoding, over all workers.
         write_seconds: From the first chunk at the writer until the shard was durable.
         publish_seconds: Making the manifest visible, with its syncs.
         raw_bytes: Bytes of the state.
         stored_bytes: Bytes of the shard file.
-        chunks: Chunks in all.
-        chunks_encoded: Chunks that compression shrank.
+        chunks: Total chunks.
+        chunks_encoded: Chunks that compression made smaller.
         staging_bytes: Bytes of the staging arena.
-        streamed: Whether the state was larger than the arena and streamed through it.
-        parts: Parts that the shard was uploaded in; 0 where the store is a directory.
+        streamed: Whether the state was larger than the arena and was streamed through it.
+        parts: Parts that the shard was uploaded in; 0 if the store is a directory.
         retries: Requests to the store's service that had to be repeated.
         io_backend: ``uring``, ``threads`` or ``s3``.
 
@@ -81,8 +81,8 @@ class SaveInfo:
         location: The store.
         raw_bytes: Bytes of the state.
         stored_bytes: Bytes of the shard file.
-        removed_steps: Steps that retention, or a rewind, removed after the commit. Their space in a
-            directory is given back soon after, and before the next checkpoint is written.
+        removed_steps: Steps that retention, or a rewind, removed after the commit. In a directory,
+            their space is freed soon after, and before the next checkpoint is written.
         stats: Where the time went.
 
     """
@@ -98,16 +98,16 @@ class SaveInfo:
 
 @dataclass(frozen=True)
 class UploadInfo:
-    """A checkpoint that was brought to the remote store.
+    """A checkpoint that was uploaded to the remote store.
 
     Attributes:
         step: Its step.
         was_there: Whether the remote store had it already.
         bytes: Bytes of its shards.
         parts: Parts that they were uploaded in.
-        resumed_parts: Of these, parts that an earlier process had brought there.
+        resumed_parts: Of these, parts that an earlier process had uploaded.
         retries: Requests that had to be repeated.
-        seconds: Seconds it took.
+        seconds: Duration of the upload.
 
     """
 
@@ -125,8 +125,8 @@ class PendingUpload(NamedTuple):
 
     Attributes:
         step: Its step.
-        uploaded_bytes: Bytes that have gone so far in this try, or were there already.
-        total_bytes: Bytes of the shards that this process brings.
+        uploaded_bytes: Bytes sent in this attempt so far, or already there.
+        total_bytes: Bytes of the shards that this process uploads.
 
     """
 
@@ -143,7 +143,7 @@ class LoadReport:
         step: The checkpoint's step.
         fell_back_from: Newer steps that could not be read, each with the reason.
         metadata: What was attached to the checkpoint.
-        dataset_positions: Positions of datasets that were attached to it.
+        dataset_positions: Dataset positions that were attached to it.
 
     """
 
@@ -155,13 +155,13 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What a restore did. Paths are written with dots: ``model.layers.0.weight``.
+    """What a restore did. Paths are dotted: ``model.layers.0.weight``.
 
     Attributes:
         step: The checkpoint's step.
         missing: Live entries that the checkpoint does not have; they are unchanged.
-        unexpected: Entries of the checkpoint that the live object beside them does not have.
-        skipped: Entries that were left alone, each with the reason.
+        unexpected: Entries of the checkpoint that the live object in their place does not have.
+        skipped: Entries that were not restored, each with the reason.
         values: Plain values that were restored.
         fell_back_from: Newer steps that could not be read, each with the reason.
 
@@ -177,13 +177,13 @@ class RestoreReport:
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged place of a checkpoint.
+    """One damaged part of a checkpoint.
 
     Attributes:
         shard: The file.
-        chunk: The chunk; None where the manifest, header, footer or index is hit.
-        why: Expected against actual.
-        tensors: Paths of the tensors whose bytes the chunk holds.
+        chunk: The chunk; None if the manifest, header, footer or index is damaged.
+        why: What was expected, and what was found.
+        tensors: Paths of the tensors that have bytes in the chunk.
 
     """
 
@@ -201,10 +201,10 @@ class VerifyReport:
         step: The step.
         shards: Shards that were read.
         chunks: Chunks that were read.
-        raw_bytes: Their bytes as the state has them.
-        stored_bytes: Their bytes as stored.
+        raw_bytes: Their size in the state.
+        stored_bytes: Their size as stored.
         seconds: How long it took.
-        damage: Everything that is not as it was written.
+        damage: Everything that differs from what was written.
 
     """
 

@@ -6,7 +6,6 @@ accepted, and the nearest accepted spelling. Ranges that the engine checks are l
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import operator
@@ -15,6 +14,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from dtruntime.errors import InvalidArgument
+from dtruntime.messages import quoted, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +30,9 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for suffix in ("B", "iB")
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,30})(?:\.(\d{1,30}))?\s*([A-Za-z]*)\s*")
+_INTEGER_END = 1 << 63
+"""The engine takes signed integers of 64 bits."""
 
 S3_SETTINGS = (
     "region",
@@ -47,41 +49,49 @@ S3_SETTINGS = (
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """Give a number of bytes from an integer or from text such as ``2GiB``.
+    """Return a number of bytes from an integer or from text such as ``2GiB``.
+
+    Raises:
+        InvalidArgument: It is neither, or more than 2**63-1 bytes.
 
     >>> parse_bytes("staging_bytes", "1.5 KiB")
     1536
+
     """
     if not isinstance(value, str):
         return integer(name, value)
     match = _SIZE.fullmatch(value)
-    unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
-    if match is None or unit is None:
+    unit = next((u for u in _UNITS if match and u.lower() == match[3].lower()), None)
+    number = -1
+    if match is not None and unit is not None:
+        fraction = match[2] or ""
+        number = int(match[1] + fraction) * _UNITS[unit] // 10 ** len(fraction)
+    if not 0 <= number < _INTEGER_END:
         raise InvalidArgument(
             f"setting `{name}` = {value!r}",
-            "a number of bytes is expected",
+            "a number of bytes from 0 to 2**63-1 is expected",
             'use an integer, or text such as "512MiB" or "2GiB"',
         )
-    return int(float(match[1]) * _UNITS[unit])
+    return number
 
 
 def integer(name: str, value: Any) -> int:
-    """Give a whole number that is not negative; numpy's integers count, booleans do not."""
+    """Return a non-negative whole number; numpy's integers count, booleans do not."""
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
-    if not 0 <= number < 1 << 63:
+    if not 0 <= number < _INTEGER_END:
         raise InvalidArgument(
             f"`{name}` = {value!r}",
             f"a whole number from 0 to 2**63-1 is expected, got `{type(value).__name__}`",
-            "pass an int that is not negative",
+            "pass a non-negative int",
         )
     return number
 
 
 def step_of(value: Any, verb: str) -> int:
-    """Give the step of a call of ``verb``."""
+    """Return the step passed to ``verb``, which the error message names."""
     try:
         return integer("step", value)
     except InvalidArgument as error:
@@ -91,20 +101,19 @@ def step_of(value: Any, verb: str) -> int:
 
 
 def choice(name: str, value: Any, accepted: Sequence[str], *, has_default: bool = True) -> str:
-    """Give ``value`` if it is one of ``accepted``; the first is the default, if there is one."""
+    """Return ``value`` if it is one of ``accepted``; the first is the default, if there is one."""
     if isinstance(value, str) and value in accepted:
         return value
-    near = difflib.get_close_matches(str(value), accepted, n=1)
     otherwise = f"leave it at its default, `{accepted[0]}`" if has_default else "leave it unset"
     raise InvalidArgument(
         f"setting `{name}` = {value!r}",
-        "expected one of " + ", ".join(f"`{text}`" for text in accepted),
-        f"did you mean `{near[0]}`?" if near else otherwise,
+        "expected one of " + ", ".join(quoted(accepted)),
+        suggestion(value, accepted, otherwise),
     )
 
 
 def seconds(name: str, value: Any) -> float:
-    """Give a number of seconds that is not negative."""
+    """Return a non-negative number of seconds."""
     try:
         number = -1.0 if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError):
@@ -117,15 +126,10 @@ def seconds(name: str, value: Any) -> float:
 
 
 def check_name(what: str, name: str, accepted: Sequence[str], otherwise: str) -> None:
-    """Refuse a name that is none of ``accepted``; hint at the nearest, or say ``otherwise``."""
-    if name in accepted:
-        return
-    near = difflib.get_close_matches(str(name), accepted, n=1)
-    raise InvalidArgument(
-        what,
-        "expected some of " + ", ".join(f"`{text}`" for text in accepted),
-        f"did you mean `{near[0]}`?" if near else otherwise,
-    )
+    """Refuse a name that is not in ``accepted``; the hint is the nearest, or ``otherwise``."""
+    if name not in accepted:
+        why = "expected some of " + ", ".join(quoted(accepted))
+        raise InvalidArgument(what, why, suggestion(name, accepted, otherwise))
 
 
 def engine_settings(
@@ -140,21 +144,21 @@ def engine_settings(
     remote: tuple[str | None, int | str | None, bool],
     s3: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Give the engine's settings from a manager's arguments; what is not set is left out.
+    """Return the engine's settings from a manager's arguments; what is not set is left out.
 
     Args:
-        compression: As the manager takes it, and so are the others, but for these.
-        direct_io: The same.
-        io_backend: The same.
-        verify_on_load: The same.
-        sizes: Those in bytes, by name; None where one is not set.
+        compression: As for the manager.
+        direct_io: As for the manager.
+        io_backend: As for the manager.
+        verify_on_load: As for the manager.
+        sizes: Numbers of bytes, by name; None where one is not set.
         counts: Whole numbers, by name; None where one is not set.
         best: ``best_metric`` and ``best_mode``.
         remote: ``remote``, ``remote_bytes_per_second`` and ``remove_before_upload``.
-        s3: How a store in S3 is reached.
+        s3: As for the manager.
 
     Raises:
-        InvalidArgument: One is not what is accepted.
+        InvalidArgument: A value is not accepted.
 
     """
     address, bytes_per_second, remove_before_upload = remote
@@ -171,32 +175,32 @@ def engine_settings(
     return given | _best(*best)
 
 
-def completed(given: Mapping[str, Any], told: JobSettings) -> dict[str, Any]:
-    """Give the engine's settings with what the coordinator says of those that are not set."""
-    said = {"compression": told.compression, "keep_last_n": told.keep_last_n}
-    set_by_it = {name: value for name, value in said.items() if value is not None}
-    return set_by_it | dict(given) | {"s3": {**told.s3, **given["s3"]}}
+def completed(given: Mapping[str, Any], job: JobSettings) -> dict[str, Any]:
+    """Return the engine's settings, with the coordinator's values for those that are not set."""
+    defaults = {"compression": job.compression, "keep_last_n": job.keep_last_n}
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    return defaults | dict(given) | {"s3": {**job.s3, **given["s3"]}}
 
 
 def _best(best_metric: str | None, best_mode: str) -> dict[str, str]:
-    """Give the engine's settings of which checkpoints are the best."""
+    """Return the engine's settings that say which checkpoints are best."""
     named = {} if best_metric is None else {"best_metric": metric("best_metric", best_metric)}
     return named | {"best_mode": choice("best_mode", best_mode, BEST_MODES)}
 
 
 def metric(name: str, value: Any) -> str:
-    """Give the name of a number in checkpoints' metadata."""
+    """Return the key of a number in checkpoints' metadata."""
     if isinstance(value, str):
         return value
     raise InvalidArgument(
         f"`{name}` = {value!r}",
         f"a str is expected, got `{type(value).__name__}`",
-        "give the key of a number in the checkpoints' `metadata`, such as `val_loss`",
+        "pass the key of a number in the checkpoints' `metadata`, such as `val_loss`",
     )
 
 
 def interval(name: str, value: Any) -> int | None:
-    """Give a number of steps, at least 1; None if it is not set."""
+    """Return a number of steps, at least 1; None if it is not set."""
     if value is None:
         return None
     number = integer(name, value)
@@ -208,7 +212,7 @@ def interval(name: str, value: Any) -> int | None:
 
 
 def _direct_io(value: bool | str) -> str:
-    """Give the engine's word for the setting ``direct_io``."""
+    """Return the engine's value of the setting ``direct_io``."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return choice("direct_io", value, ("auto", "on", "off"))
@@ -217,7 +221,7 @@ def _direct_io(value: bool | str) -> str:
 def _remote_settings(
     remote: str | None, bytes_per_second: int | str | None, *, remove_before_upload: bool
 ) -> dict[str, Any]:
-    """Give the engine's settings of a second store. What it accepts is the engine's to check."""
+    """Return the engine's settings of the remote store. The engine checks what it accepts."""
     settings: dict[str, Any] = {"remove_before_upload": bool(remove_before_upload)}
     if remote is not None:
         settings["remote"] = str(remote)
@@ -228,7 +232,7 @@ def _remote_settings(
 
 
 def _s3_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Give the engine's settings of a store in S3. Ranges are the engine's to check."""
+    """Return the engine's settings of a store in S3. The engine checks the ranges."""
     settings = {}
     for name, value in (given or {}).items():
         check_name(
@@ -253,22 +257,22 @@ def _s3_setting(name: str, value: Any) -> Any:
 
 
 def is_comparable(value: Any) -> bool:
-    """Tell whether a metric is a number that others can be larger than."""
+    """Return whether a metric is a finite number, so that checkpoints can be ranked by it."""
     return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
 
 
-_DEPTH_MAX = 100
-"""Of containers in what is attached to a checkpoint: readers of JSON have such bounds, too."""
+_DEPTH_MAX = 64
+"""Nesting of containers in each entry of the metadata: the engine's ``METADATA_DEPTH_MAX``."""
 
 
 def _as_json(value: Any, depth: int = 0) -> Any:
-    """Give a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers.
+    """Return a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers.
 
     Raises:
-        TypeError: It would not come back as it is.
+        TypeError: It would not load as the same value.
 
     """
-    if depth > _DEPTH_MAX:
+    if depth > _DEPTH_MAX and isinstance(value, (dict, list, tuple)):
         raise TypeError(f"containers in it are nested deeper than {_DEPTH_MAX}")
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         raise TypeError("a whole number of more than 64 bits would lose digits")
@@ -276,7 +280,7 @@ def _as_json(value: Any, depth: int = 0) -> Any:
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError("a key in it is no str, and would come back as one")
+            raise TypeError("a key in it is not a str, and would load as one")
         return {key: _as_json(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_as_json(item, depth + 1) for item in value]
@@ -284,9 +288,9 @@ def _as_json(value: Any, depth: int = 0) -> Any:
 
 
 def json_object(name: str, value: Mapping[str, Any] | None) -> str:
-    """Give what the user attaches to a checkpoint as JSON.
+    """Return what the user attaches to a checkpoint as JSON.
 
-    A loss that is not a number must not end the training that is to be saved: it becomes text.
+    A loss that is not a number must not stop the training being saved: it becomes text.
     """
     if value is None:
         return "{}"
@@ -294,12 +298,12 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
         if not isinstance(value, dict):
             raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
         text = json.dumps(_as_json(value), allow_nan=False, ensure_ascii=False)
-        text.encode()  # no half of a character
+        text.encode()  # refuses lone surrogates
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"`{name}`",
             f"it is stored as JSON, and {error}",
-            "use str keys and plain values, `loss.item()` of a tensor; put anything else into the "
-            "state",
+            "use str keys and plain values, such as `loss.item()` for a tensor; put anything else "
+            "in the state",
         ) from None
     return text

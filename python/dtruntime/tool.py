@@ -1,4 +1,4 @@
-"""`ckpt-tool`, for those who installed the package and built nothing.
+"""`ckpt-tool`, as a command of the installed package.
 
 Always holds: it is the same program, with the same options, output and exit status.
 """
@@ -12,8 +12,8 @@ from dtruntime import _native
 
 
 def main() -> None:
-    """Run the tool on this process's command line, and end with its exit status."""
-    # Python's own handler would wait for the tool, which never comes back to Python meanwhile.
+    """Run the tool with this process's command line, and exit with its status."""
+    # Python's own handler would only run after the tool returns to Python.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(_native.ckpt_tool(["ckpt-tool", *sys.argv[1:]]))
 

@@ -1,18 +1,18 @@
-"""The door for Hugging Face's ``Trainer``: what it saves and resumes from, in a manager's store.
+"""Adapter for Hugging Face's ``Trainer``: its checkpoints, in a manager's store.
 
 >>> from dtruntime.transformers import Trainer
 >>> with CheckpointManager("runs/tuned", keep_last_n=3) as manager:
 ...     trainer = Trainer(model, args, train_dataset=dataset, manager=manager)
 ...     trainer.train(resume_from_checkpoint=manager.latest_step() is not None)
 
-A checkpoint has ``model``, ``optimizer``, ``scheduler`` and ``scaler``; ``random``, the generators
-of each rank; and ``trainer``, the trainer's own state as JSON.
+A checkpoint has ``model``, ``optimizer``, ``scheduler`` and ``scaler``; ``random``, the random
+number generators of each rank; and ``trainer``, the trainer's own state as JSON.
 
-Always holds: a training goes on from one checkpoint, model, optimizer and position; what
-``transformers`` would write beside it, and read back apart, is not written.
+Always holds: model, optimizer and position are resumed from the same checkpoint; nothing else is
+written that ``transformers`` would read separately.
 
-The trainer has no plugin for this, so methods of it are overridden that it calls by names of its
-own; a version that lacks one of them is refused.
+The trainer has no plugin interface for this, so private methods of it are overridden; a version
+that lacks one of them is refused.
 """
 
 from __future__ import annotations
@@ -66,32 +66,32 @@ _OVERRIDDEN = (
 
 
 _HINT_OF_MISFIT = (
-    "resume with the model, the optimizer and the `trainable_only` that saved it; "
-    "`manager.restore({'model': model}, strict=False)`, before a training that begins in another "
-    "store, takes the weights that fit"
+    "resume with the same model, optimizer and `trainable_only` as when it was saved; to only take "
+    "the weights that fit, call `manager.restore({'model': model}, strict=False)` and start a "
+    "training in another store"
 )
 
 
 class StoredCheckpoints(_Base):  # type: ignore[misc]
-    """What makes a trainer save to, and resume from, a manager: for subclasses of ``Trainer``.
+    """A mixin that makes subclasses of ``Trainer`` save to, and resume from, a manager.
 
-    When and how often is said by ``TrainingArguments`` (``save_strategy``, ``save_steps``), which
-    checkpoints stay by the manager (``keep_last_n``, ``best_metric="eval_loss"``). Training goes on
+    ``TrainingArguments`` determine when to save (``save_strategy``, ``save_steps``), the manager
+    which checkpoints to keep (``keep_last_n``, ``best_metric="eval_loss"``). Training continues
     while a checkpoint is written; leave the manager's block to wait for the last one.
 
     With several ranks, each opens the manager, with ``replicated=["model.*", "optimizer.*",
     "scheduler.*", "scaler.*"]``.
 
     Args:
-        manager: Where checkpoints go. ``resume_from_checkpoint`` is True for the newest that
+        manager: Where checkpoints are saved. ``resume_from_checkpoint`` is True for the newest that
             verifies, or a step; a path is resumed from as ``transformers`` does.
-        trainable_only: Whether frozen parameters are left out of checkpoints, as of a model that
-            adapters are trained for. Buffers are not.
+        trainable_only: Whether frozen parameters are left out of checkpoints, for example when
+            training adapters. Buffers are kept.
 
     Raises:
-        InvalidArgument: ``TrainingArguments`` ask for what a manager does in another way, or for
-            DeepSpeed or FSDP1, which hold states of their own.
-        UnsupportedFormat: This version of ``transformers`` is not known.
+        InvalidArgument: ``TrainingArguments`` ask for something that the manager handles
+            differently, or for DeepSpeed or FSDP1, which keep their own states.
+        UnsupportedFormat: This version of ``transformers`` is not supported.
 
     >>> from trl import SFTTrainer
     >>> class StoredSFTTrainer(StoredCheckpoints, SFTTrainer): ...
@@ -108,17 +108,17 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         _check_version(super())
         _check_manager(manager)
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
-        if given is not None:  # before the hub is asked for a repository
+        if given is not None:  # before a repository is created on the hub
             _check_arguments(given)
             _check_retention(given, manager)
         super().__init__(*args, **kwargs)
         _check_strategy(self)
         self._manager = manager
-        manager._lineage.goes_back_by_itself = True  # noqa: SLF001  (see `rewind` below)
+        manager._lineage.rewinds_implicitly = True  # noqa: SLF001  (see `rewind` below)
         self._trainable_only = bool(trainable_only)
         self._resumed: tuple[str, int] | None = None  # the stand-in for a directory, and the step
         self._random: dict[str, Any] | None = None  # of the checkpoint that is resumed from
-        self._newest: int | None = None  # up to here, a save may take the place of another
+        self._newest: int | None = None  # up to this step, a save may replace another
         self._best: int | None = None  # the best that was saved
 
     def train(
@@ -133,9 +133,9 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
             kwargs: The same.
 
         Raises:
-            CheckpointNotFound: There is none, or not of this step.
-            Corrupt: The step that was named is damaged, or every one there is.
-            StepConflict: It would begin, and there are checkpoints already.
+            CheckpointNotFound: There is none, or none of this step.
+            Corrupt: The given step is damaged, or all steps are.
+            StepConflict: It would start from the beginning, and there are checkpoints already.
 
         >>> trainer.train(resume_from_checkpoint=True)
 
@@ -143,7 +143,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         if trial is not None:
             raise InvalidArgument(
                 "a hyperparameter search with a manager",
-                "each trial begins at step 0 again",
+                "each trial starts at step 0 again",
                 "search with the `Trainer` of transformers",
             )
         self._manager.wait_until_finished()
@@ -164,7 +164,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
                 step = self._older(step, error)
                 continue
             with tempfile.TemporaryDirectory() as directory:
-                # The trainer reads this file by itself, before and after it calls our methods.
+                # The trainer reads this file itself, before and after it calls our methods.
                 Path(directory, "trainer_state.json").write_text(trainer_state, encoding="utf-8")
                 self._resumed = (directory, step)
                 try:
@@ -178,27 +178,28 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
     def _check_empty(self, known: list[int]) -> None:
         if known and self.args.save_strategy != "no":
             raise StepConflict(
-                f"a training that begins, with its checkpoints in `{self._manager.path}`",
-                f"others are there already, up to step {known[-1]}",
-                "`resume_from_checkpoint=True` goes on from the newest; or name another store",
+                f"starting a training with checkpoints in `{self._manager.path}`",
+                f"the store already has checkpoints, up to step {known[-1]}",
+                "pass `resume_from_checkpoint=True` to continue from the newest, or use another "
+                "store",
             )
 
     def _position(self, step: int | None) -> tuple[int, str]:
-        """Give the step of a checkpoint, and the trainer's state when it was saved."""
+        """Return the step of a checkpoint, and the trainer's state when it was saved."""
         state = self._manager.load(step, keys="trainer", from_rank=0, strict=False)
         found = self._manager.last_load
         assert found is not None  # noqa: S101  (it was loaded just now)
         if "trainer" not in state:
             raise InvalidArgument(
                 f"resuming from step {found.step} in `{self._manager.path}`",
-                "a Trainer did not save it",
-                "`manager.restore({'model': model})` before training takes the weights alone",
+                "it was not saved by a Trainer",
+                "call `manager.restore({'model': model})` before training to take only the weights",
             )
         self._best = state["trainer"]["best"]
         return found.step, state["trainer"]["state"]
 
     def _older(self, step: int, error: Corrupt) -> int:
-        """Give the newest step before a damaged one."""
+        """Return the newest step before a damaged one; raise ``error`` if there is none."""
         older = [known for known in self._manager.all_steps() if known < step]
         if not older:
             raise error
@@ -206,7 +207,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         return older[-1]
 
     def _unhook(self) -> None:
-        """Take back what the attempt to train has hooked into the model, as its end would have."""
+        """Remove the hook that the failed attempt to train has added to the model."""
         hook = getattr(self, "neftune_hook_handle", None)
         if hook is not None:
             hook.remove()
@@ -221,8 +222,8 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         self._manager.save_async(
             {**live, "random": _random_state(), "trainer": trainer_state},
             step,
-            # It may go back: resumed from an older step, begun again with smaller batches, or the
-            # same step once more.
+            # The step may go back: resumed from an older step, restarted with smaller batches, or
+            # the same step once more.
             rewind=self._newest is not None and step <= self._newest,
             metadata=_metrics_of(self.state),
             optimizer=live["optimizer"] if self._manager._consistency == "overlap" else None,  # noqa: SLF001  (of the same package)
@@ -230,16 +231,16 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         self._newest = max(step, self._newest or 0)
 
     def _note_best(self, *saved: int) -> None:
-        """Tell the trainer that its best checkpoint is there: it looks for a directory."""
+        """Set the trainer's best checkpoint, which it would otherwise look for as a directory."""
         best = self.state.best_global_step
-        # The store is listed only where another one has become the best.
+        # The store is listed only if another checkpoint has become the best.
         if best not in {None, self._best} and (best in saved or best in self._manager.all_steps()):
             self._best = best
         if self._best is not None:
             self.state.best_model_checkpoint = f"step {self._best}"
 
     def _live(self) -> dict[str, Any]:
-        """Give what every rank saves, and restores in place."""
+        """Return the state that every rank saves, and restores in place."""
         optimizer, scheduler = self.optimizer, self.lr_scheduler
         state = {
             "model": _trainable(self.model) if self._trainable_only else self.model,
@@ -280,7 +281,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         try:
             state: dict[str, Any] = self._manager.load(step, keys="random")["random"]
         except InvalidArgument as error:  # another number of ranks saved it
-            _logger.warning("random numbers are not those of a run without a stop: %s", error.why)
+            _logger.warning("random number generators are not restored: %s", error.why)
             return None
         return state
 
@@ -299,7 +300,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         metric, mode = _best_of(self.args)
         step = self._best
         if step not in self._manager.all_steps():
-            # Of equal ones the trainer takes the first, and retention keeps the last.
+            # Of equally good ones the trainer picks the first, and retention keeps the last.
             step = self._manager.best_step(metric, mode)
         if step != self._best and self._manager.metadata(step)[metric] != self.state.best_metric:
             raise CheckpointNotFound(
@@ -327,7 +328,7 @@ class _Damaged(Exception):  # noqa: N818  (never seen outside)
 
 
 def _agree(error: CheckpointError | None) -> None:
-    """Raise on every rank what one of them found: all go back to the same checkpoint, or end."""
+    """Raise an error of one rank on all of them: all fall back to the same checkpoint, or end."""
     group = launch.process_group()
     told: list[tuple[str, bool] | None] = [None]
     if group is not None and group.world_size > 1:
@@ -336,9 +337,9 @@ def _agree(error: CheckpointError | None) -> None:
         torch.distributed.all_gather_object(told, own)
     others = [(rank, *found) for rank, found in enumerate(told) if found is not None]
     if error is None and others:
-        rank, text, is_damage = min(others, key=lambda other: other[2])  # damage is the last reason
+        rank, text, is_damage = min(others, key=lambda other: other[2])  # other errors come first
         kind = Corrupt if is_damage else LoadAborted
-        hint = "look at the error of that rank"
+        hint = "see the error of that rank"
         error = kind(f"restoring on rank {rank}", text.partition("\nhint: ")[0], hint)
     if isinstance(error, Corrupt) and all(is_damage for _, _, is_damage in others):
         raise _Damaged(error)
@@ -347,7 +348,7 @@ def _agree(error: CheckpointError | None) -> None:
 
 
 def _target_of(given: Any) -> bool | int | str:
-    """Give False for the beginning, True for the newest checkpoint, a step, or a path."""
+    """Return False for the beginning, True for the newest checkpoint, a step, or a path."""
     if given is None or isinstance(given, (bool, np.bool_)):
         return bool(given)
     if not isinstance(given, (os.PathLike, str)):
@@ -362,7 +363,7 @@ def _target_of(given: Any) -> bool | int | str:
 
 
 def _best_of(args: Any) -> tuple[str, str]:
-    """Give the metric that tells the best checkpoint, and whether small or large is good."""
+    """Return the metric that ranks checkpoints, and whether smaller or larger is better."""
     name = args.metric_for_best_model or "loss"
     metric = name if name.startswith("eval_") else f"eval_{name}"
     return metric, "max" if args.greater_is_better else "min"
@@ -379,7 +380,7 @@ def _check_manager(manager: Any) -> None:
 
 
 def _check_retention(args: Any, manager: CheckpointManager) -> None:
-    """Refuse now what would be missed when everything is trained."""
+    """Refuse retention that could remove the best checkpoint before the end of the training."""
     keep_last_n, keep_best_n = manager._keeps  # noqa: SLF001
     if not args.load_best_model_at_end or keep_last_n is None:
         return
@@ -397,23 +398,24 @@ def _check_version(base: Any) -> None:
     if missing:
         raise UnsupportedFormat(
             f"transformers {transformers.__version__}",
-            f"its `Trainer` has no `{missing[0]}`, which saving and resuming go by",
-            "install the version that this package was tried with, or use a CheckpointManager in a "
-            "training loop",
+            f"its `Trainer` has no `{missing[0]}`, which saving and resuming depend on",
+            "install the version that this package was tested with, or use a CheckpointManager in "
+            "a training loop",
         )
 
 
 def _check_arguments(args: Any) -> None:
-    """Refuse what a manager does in another way, or not."""
-    _refuse("save_total_limit", "give the manager `keep_last_n`", args.save_total_limit is not None)
-    hint = "leave it out: saves do not hold up training"
+    """Refuse arguments that a manager handles differently, or not at all."""
+    hint = "pass `keep_last_n` to the manager"
+    _refuse("save_total_limit", hint, args.save_total_limit is not None)
+    hint = "leave it out: saves do not block training"
     _refuse("save_only_model", hint, args.save_only_model)
-    hint = '`hub_strategy="end"` pushes the model when it is trained'
+    hint = '`hub_strategy="end"` pushes the model after training'
     _refuse("hub_strategy", hint, args.push_to_hub and args.hub_strategy != "end")
 
 
 def _check_strategy(trainer: Any) -> None:
-    """Refuse what holds states of its own."""
+    """Refuse strategies that keep their own states."""
     _refuse("deepspeed", "use FSDP2, or DeepSpeed's own checkpoints", trainer.is_deepspeed_enabled)
     _refuse("fsdp", "use FSDP2: `fsdp_config={'version': 2}`", _is_fsdp1(trainer))
 
@@ -422,7 +424,7 @@ def _refuse(name: str, hint: str, is_asked: bool) -> None:
     if is_asked:
         raise InvalidArgument(
             f"`TrainingArguments({name}=...)` with a manager",
-            "the manager does not save it, or does it in another way",
+            "the manager does not support it, or handles it differently",
             hint,
         )
 
@@ -433,14 +435,14 @@ def _is_fsdp1(trainer: Any) -> bool:
 
 
 def _trainable(model: Any) -> dict[str, Any]:
-    """Give a model's parameters that are trained, and its buffers that are saved."""
-    named = model.named_parameters(remove_duplicate=False)  # tied ones under each of their names
+    """Return a model's trainable parameters, and its persistent buffers."""
+    named = model.named_parameters(remove_duplicate=False)  # tied ones under all of their names
     frozen = {name for name, parameter in named if not parameter.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def _text_of(state: Any, callbacks: list[Any]) -> str:
-    """Give the trainer's state as JSON, with its callbacks as they are now."""
+    """Return the trainer's state as JSON, with the current states of its callbacks."""
     exported: dict[str, Any] = {}
     for callback in callbacks:
         if isinstance(callback, ExportableState):
@@ -451,7 +453,7 @@ def _text_of(state: Any, callbacks: list[Any]) -> str:
 
 
 def _metrics_of(state: Any) -> dict[str, Any]:
-    """Give the numbers that were logged at this step."""
+    """Return the numbers that were logged at this step."""
     logged = (entry for entry in state.log_history if entry.get("step") == state.global_step)
     return {name: value for entry in logged for name, value in entry.items()}
 

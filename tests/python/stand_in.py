@@ -110,7 +110,7 @@ def device(monkeypatch):
     stand_in = _load()
     place_of, owner_of = gpus.Consistency.place, tensors._TorchStorage
 
-    def place(self: gpus.Consistency, storage: Any) -> gpus.Place | None:
+    def place(self: gpus.Consistency, storage: Any) -> gpus.GpuPlacement | None:
         seen = SimpleNamespace(device=torch.device("cuda:0"), _cdata=storage._cdata)
         return place_of(self, seen)
 

@@ -192,7 +192,7 @@ def test_datasets_that_are_not_there(coordinator, tmp_path):
         DatasetNotFound, match=r"`other` is not registered in job `default`\nhint: "
     ):
         registry.get_shard("other", worker_rank=0)
-    with pytest.raises(InvalidArgument, match="lists files in directories"):
+    with pytest.raises(InvalidArgument, match="only local directories are supported"):
         registry.register("remote", "s3://bucket/data", "parquet", 10, 1)
 
 
@@ -442,7 +442,7 @@ def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
 
     told = []
     one = TrainingOrchestrator("w", "http://127.0.0.1:9", 1, 0, on_membership_change=told.append)
-    one._pass_on_notices(Worker())
+    one._deliver_notices(Worker())
     assert [(change.kind, change.reason) for change in told] == [("fenced", "replaced")]
 
 

@@ -47,10 +47,10 @@ def test_ranks_and_workers_share_all_files(file_count, world_size, workers, epoc
     for rank in range(world_size):
         position = Position(epoch, rank, world_size)
         share = positions.share_of(position, file_count)
-        track = positions.track(position, file_count, workers)
-        dealt = [number for lane in track.lanes for number in lane.files]
+        cursor = positions.cursor_at(position, file_count, workers)
+        dealt = [number for stream in cursor.streams for number in stream.files]
         assert sorted(dealt) == list(range(len(share)))
-        counts = [len(lane.files) for lane in track.lanes]
+        counts = [len(stream.files) for stream in cursor.streams]
         assert max(counts) - min(counts) <= 1
         seen += share
     assert sorted(seen) == list(range(file_count))
@@ -96,11 +96,11 @@ def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file
 def simulate(dataset, workers, batch_size, stop):
     """Read as a DataLoader's workers do, without processes: give the batches, and the position."""
     start = dataset.take_start()
-    track = positions.track(start.position, start.files.file_count, workers)
-    other = positions.track(start.position, start.files.file_count, workers)
-    first = track.next_lane
+    cursor = positions.cursor_at(start.position, start.files.file_count, workers)
+    other = positions.cursor_at(start.position, start.files.file_count, workers)
+    first = cursor.next_stream
     order = [(first + number) % workers for number in range(workers)]
-    reading = {number: dataset.walk(start.files, other.lanes[number]) for number in order}
+    reading = {number: dataset.walk(start.files, other.streams[number]) for number in order}
     batches = []
     while reading and len(batches) < stop:
         for number in [n for n in order if n in reading]:
@@ -110,11 +110,11 @@ def simulate(dataset, workers, batch_size, stop):
             if not batch:
                 del reading[number]
                 continue
-            lane, ahead = track.lanes[number], other.lanes[number]
-            lane.cursor, lane.within, lane.given = ahead.cursor, ahead.within, ahead.given
-            track.next_lane = (number + 1) % workers
+            stream, ahead = cursor.streams[number], other.streams[number]
+            stream.entry, stream.within, stream.given = ahead.entry, ahead.within, ahead.given
+            cursor.next_stream = (number + 1) % workers
             batches.append(batch)
-    return batches, positions.encode(track.position(), start.files.record)
+    return batches, positions.encode(cursor.position(), start.files.record)
 
 
 @given(
@@ -211,7 +211,7 @@ def test_a_plain_dataloader_reads_all_and_does_not_guess_the_position(library):
 
 def test_workers_that_live_on_are_refused(library):
     dataset = open_dataset(library)
-    with pytest.raises(InvalidArgument, match="workers that live on"):
+    with pytest.raises(InvalidArgument, match="persistent workers do not see"):
         ShardedLoader(dataset, num_workers=1, persistent_workers=True)
     loader = DataLoader(dataset, num_workers=1, persistent_workers=True)
     list(loader)
@@ -233,7 +233,9 @@ def test_a_worker_asks_nobody(library):
             self.set_epoch(5)
             return super().__iter__()
 
-    with pytest.raises((InvalidArgument, RuntimeError), match="where the dataset was made"):
+    with pytest.raises(
+        (InvalidArgument, RuntimeError), match="in the process that created the dataset"
+    ):
         list(DataLoader(Turning(dealer, "train"), num_workers=1))
 
 
@@ -414,7 +416,7 @@ def test_a_changed_dataset_is_refused_and_named(case, tmp_path, open_manager):
     weight.zero_()
     with pytest.raises(DatasetChanged, match=text) as caught:
         manager.restore({"model": weight, "data": again})
-    assert "begin an epoch anew" in caught.value.hint
+    assert "start an epoch again" in caught.value.hint
     assert weight.tolist() == [0, 0, 0]  # it was found before anything was changed
     assert again.state_dict()["samples"] == 0
     saved = [dataset.state_dict()]
@@ -432,7 +434,9 @@ def test_a_file_that_has_fewer_samples_than_were_taken(tmp_path):
     path.write_bytes(b"\n" * 2 + b"x" * (path.stat().st_size - 2))
     dataset = ShardedDataset(Dealer(tmp_path / "d", names), "train")
     dataset.load_state_dict(state)
-    with pytest.raises(DatasetChanged, match="7 samples of it were taken before, and now it has 3"):
+    with pytest.raises(
+        DatasetChanged, match="7 samples of it were consumed before, and now it has only 3"
+    ):
         list(dataset)
 
 
@@ -459,9 +463,11 @@ def test_what_is_no_position_is_refused(library):
     dataset = open_dataset(library)
     state = dataset.state_dict()
     for wrong in (None, [], {}, {"version": 1}, state | {"read": 5}, state | {"lanes": "x"}):
-        with pytest.raises(InvalidArgument, match=r"hint: pass what `state_dict\(\)`"):
+        with pytest.raises(
+            InvalidArgument, match=r"hint: pass what the dataset.s `state_dict\(\)`"
+        ):
             dataset.load_state_dict(wrong)
-    with pytest.raises(UnsupportedFormat, match="version 2, this package knows 1"):
+    with pytest.raises(UnsupportedFormat, match="version 2, this package supports 1"):
         dataset.load_state_dict(state | {"version": 2})
     with pytest.raises(DatasetChanged, match="its name was 'other'"):
         dataset.load_state_dict(state | {"dataset": state["dataset"] | {"name": "other"}})

@@ -17,7 +17,7 @@ from support import script_environment
 from dtruntime import AcceleratorError, CheckpointManager, InvalidArgument
 from dtruntime.loading.reader import Reader
 from dtruntime.restoring.restore import plan_restore
-from dtruntime.saving.handle import _behind
+from dtruntime.saving.handle import _copying
 from dtruntime.state import gpus
 from dtruntime.state.tensors import StorageRecord
 
@@ -253,7 +253,7 @@ def test_a_restore_waits_for_saves_that_still_copy(device, manager, tmp_path, wh
     handle.result()
     assert torch.equal(manager.load(step=2)["w"], new)
     handle.staged.result(10)
-    assert not _behind, "a save that has copied is forgotten"
+    assert not _copying, "a save that has copied is forgotten"
 
 
 def test_memory_that_an_optimizer_fills_in_part_is_cloned(device, manager):
@@ -330,7 +330,7 @@ def test_a_save_does_not_wait_for_the_copies_of_another_manager(device, manager,
 
 
 def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
-    gpus._say_once.cache_clear()
+    gpus._warn_once.cache_clear()
     before = noise(1, 100_000)
     weight = device.tensor(before)
     device.fail("cuMemAllocAsync", 1, 2)
@@ -429,7 +429,7 @@ def test_a_mode_that_cannot_be_is_refused(manager, arguments, why):
 
 
 def test_a_captured_optimizer_is_saved_strictly(manager, caplog):
-    gpus._say_once.cache_clear()
+    gpus._warn_once.cache_clear()
     optimizer = torch.optim.AdamW([torch.ones(3, requires_grad=True)], capturable=True)
     with caplog.at_level(logging.WARNING, "dtruntime"):
         manager.save({"o": optimizer}, step=1, consistency="overlap", optimizer=optimizer)
@@ -449,7 +449,7 @@ def test_every_step_is_looked_at_from_the_first_manager_on(monkeypatch):
 def test_an_optimizer_whose_step_was_captured_is_saved_strictly(
     device, manager, monkeypatch, caplog
 ):
-    gpus._say_once.cache_clear()
+    gpus._warn_once.cache_clear()
     weight = device.tensor(noise(1, 1_000)).requires_grad_()
     other = device.tensor(noise(2, 1_000)).requires_grad_()
     captured, eager = (torch.optim.SGD([one], lr=0.1) for one in (weight, other))
@@ -460,7 +460,7 @@ def test_an_optimizer_whose_step_was_captured_is_saved_strictly(
     for step, optimizer in enumerate((eager, [eager, captured], captured), 1):
         with caplog.at_level(logging.WARNING, "dtruntime"):
             handle = manager.save_async(state, step, consistency="overlap", optimizer=optimizer)
-        assert (handle._copied_behind is None) == (optimizer is not eager)
+        assert (handle._background_copy is None) == (optimizer is not eager)
     assert caplog.text.count("captured into a CUDA graph") == 1
 
 
@@ -540,7 +540,7 @@ def test_a_load_to_a_gpu_without_room_is_refused(manager, monkeypatch, is_usable
     monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: is_usable)
     reader = Reader(manager._native.checkpoint(1), device=place)
-    with pytest.raises(AcceleratorError, match=r"cuda:0.*no memory for 4000 bytes") as caught:
+    with pytest.raises(AcceleratorError, match=r"cuda:0.*no memory for 4000 more bytes") as caught:
         reader.load()
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     assert full.asked == ([place] if is_usable else [None, place])

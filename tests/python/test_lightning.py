@@ -165,7 +165,7 @@ def test_a_save_that_failed_is_told_by_the_next_and_is_not_the_newest(tmp_path):
 def test_a_path_whose_only_save_was_cut_short_says_how_to_go_on(tmp_path):
     with CheckpointManager(tmp_path / "a"):
         pass  # opened, and nothing saved
-    with pytest.raises(CheckpointNotFound, match="may have been cut short") as raised:
+    with pytest.raises(CheckpointNotFound, match="may have been interrupted") as raised:
         CheckpointIO().load_checkpoint(tmp_path / "a")
     assert f"newest({str(tmp_path)!r})" in raised.value.hint
     assert CheckpointIO().newest(tmp_path) is None
@@ -183,7 +183,7 @@ def test_the_newest_is_the_last_one_saved_that_can_be_read(tmp_path, caplog):
     flip_byte(shard_of(tmp_path / "b", 3), 70_000)
     assert plugin.newest(tmp_path, verify=False) == str(tmp_path / "b")
     assert plugin.newest(tmp_path) == str(tmp_path / "c")
-    assert f"`{tmp_path / 'b'}` is damaged, and passed over" in caplog.text
+    assert f"`{tmp_path / 'b'}` is damaged, and skipped" in caplog.text
     with pytest.raises(Corrupt):
         plugin.load_checkpoint(tmp_path / "b")
     next((tmp_path / "c").rglob("manifest*")).write_bytes(b"nonsense")
@@ -328,7 +328,7 @@ def test_what_is_not_a_checkpoint_is_neither_written_to_nor_removed(tmp_path):
     plugin = CheckpointIO()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidArgument, match="it is no checkpoint"):
+    with pytest.raises(InvalidArgument, match="it is not a checkpoint"):
         plugin.save_checkpoint(a_checkpoint(), tmp_path / "mine")
     plugin.remove_checkpoint(tmp_path / "mine")
     plugin.remove_checkpoint(tmp_path / "not" / "there")

@@ -138,7 +138,7 @@ def test_a_long_exit_says_what_it_waits_for(store):
     done = run_script(
         PREAMBLE.replace("12_000_000", "40_000_000") + "manager.save_async(state, step=7)", store
     )
-    assert "exit waits for the save of step 7" in done.stderr
+    assert "exit is waiting for the save of step 7" in done.stderr
     assert steps_of(store) == [7]
 
 
@@ -215,6 +215,23 @@ handle = manager.save_async""",
     assert steps_of(store) == [1]
 
 
+def test_a_handler_that_cannot_be_installed_leaves_the_store_free(store):
+    raised = []
+
+    def open_in_thread():
+        try:
+            CheckpointManager(store, sigterm="finish")
+        except errors.InvalidArgument as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=open_in_thread)
+    thread.start()
+    thread.join()
+    assert "only from the main thread" in raised[0].why
+    assert not store.exists(), "it is refused before the store is opened"
+    CheckpointManager(store).close()
+
+
 def test_sigterm_is_left_alone_unless_asked_for(open_manager):
     before = signal.getsignal(signal.SIGTERM)
     manager = open_manager()
@@ -279,7 +296,7 @@ print(manager.all_steps())
         timeout=30,
     )
     hint, *rest = done.stdout.splitlines()
-    assert "set a flag in a handler" in hint, done.stderr
+    assert "set a flag in the handler" in hint, done.stderr
     assert "`sigterm=" in hint
     assert rest == ["1", "[1, 2]"]
 

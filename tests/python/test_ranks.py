@@ -339,7 +339,7 @@ def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_p
             manager.load(from_rank=2)
         with pytest.raises(InvalidArgument, match="no rank 4294967295 saved it"):
             manager.load(from_rank=2**40)
-        with pytest.raises(InvalidArgument, match="not negative"):
+        with pytest.raises(InvalidArgument, match="a non-negative int"):
             manager.load(from_rank=-1)
         assert manager.load(step=1, from_rank=1)["rank"] == 1
         [shard] = store.glob("step-000000000002/rank-00001.*.shard")
@@ -402,7 +402,7 @@ with CheckpointManager(store, replicated=ALIKE) as manager:
     try:
         manager.restore(live)
     except InvalidArgument as error:
-        print("`rng` is what each" in str(error), same_replica(live, replica_of(2)))
+        print("`rng` is rank-specific" in str(error), same_replica(live, replica_of(2)))
     own = live.pop("rng")
     report = manager.restore(live)
     assert same_replica(live, replica_of(1))
@@ -417,7 +417,9 @@ with CheckpointManager(store, replicated=ALIKE) as manager:
     told = "True True\n1 {'rng': 'not asked for'}\n[1, 2] True\n"
     assert outputs == [told] * 5
     with CheckpointManager(store, read_only=True) as evaluator:
-        with pytest.raises(InvalidArgument, match=r"`rng` is what each.*5 ranks|5 ranks.*`rng`"):
+        with pytest.raises(
+            InvalidArgument, match=r"`rng` is rank-specific.*5 ranks|5 ranks.*`rng`"
+        ):
             evaluator.load()
         weights = evaluator.load(keys=["model.*"])["model"]
         named = evaluator.load(from_rank=4)
@@ -473,7 +475,7 @@ def test_replicas_that_are_none_are_refused_on_every_rank_and_named(coordinator,
         world_size=2,
     )
     for output in outputs:
-        for told in ("disagree", "`rank` is", "[]", "a glob is text that is not empty"):
+        for told in ("disagree", "`rank` is", "[]", "a glob is a non-empty string"):
             assert told in output, output
 
 

@@ -37,7 +37,7 @@ def test_no_more_than_the_next_files_are_made_ready():
         def close(self):
             given_up.append(self.path)
 
-    def fetch(path, _is_unwanted):
+    def fetch(path, _is_cancelled):
         asked.append(path)
         return Tracked(path)
 
@@ -54,7 +54,7 @@ def test_no_more_than_the_next_files_are_made_ready():
 
 
 def test_an_error_of_the_thread_comes_where_its_file_does():
-    def fetch(path, _is_unwanted):
+    def fetch(path, _is_cancelled):
         if path == "2":
             raise StorageError("reading", "it broke", "mend it")
         return Ready(path)
@@ -69,10 +69,10 @@ def test_an_error_of_the_thread_comes_where_its_file_does():
 def test_a_close_ends_a_copy_that_is_being_made():
     begun = threading.Event()
 
-    def fetch(path, is_unwanted):
+    def fetch(path, is_cancelled):
         if path == "1":
             begun.set()
-            while not is_unwanted():
+            while not is_cancelled():
                 time.sleep(0.001)
         return Ready(path)
 
@@ -150,9 +150,9 @@ from samples import Dealer
 from dtruntime import ShardedDataset, ShardedLoader
 from dtruntime.datasets.prefetch import Ready
 
-def fetch(path, is_unwanted):
+def fetch(path, is_cancelled):
     print("waiting", flush=True)
-    while not is_unwanted():
+    while not is_cancelled():
         threading.Event().wait(0.01)
     return Ready(path)
 
@@ -178,7 +178,7 @@ def test_the_end_of_the_interpreter_waits_for_no_thread(monkeypatch):
     """Threads stand still by then: here one that never gets its file."""
     goes_on, is_begun = threading.Event(), threading.Event()
 
-    def fetch(path, _is_unwanted):
+    def fetch(path, _is_cancelled):
         if path == "1":
             is_begun.set()
             goes_on.wait(30)
@@ -208,5 +208,7 @@ def test_what_the_coordinator_says_is_used(library, tmp_path):
         Dealer(folder, names, told=told), "train", prefetch=1, cache_dir=tmp_path, cache_bytes="1GB"
     )
     assert (dataset._prefetch, dataset._cache_bytes) == (1, 10**9)
-    with pytest.raises(InvalidArgument, match=r"how much may be stored there\nhint: pass `cache_b"):
+    with pytest.raises(
+        InvalidArgument, match=r"no limit of the bytes stored there is set\nhint: pass `cache_b"
+    ):
         open_dataset(library, cache_dir=tmp_path)

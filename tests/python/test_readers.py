@@ -75,6 +75,10 @@ def test_csv(tmp_path):
         assert list(readers.open_samples("CSV")(path)) == expected_rows
     tabs = write(tmp_path / "a.tsv", b"a\tb\n1,5\t2\n")
     assert list(readers.read_csv(tabs)) == [{"a": "1,5", "b": "2"}]
+    tabs = write(tmp_path / "a.TSV.gz", b"a\tb\n1,5\t2\n")
+    assert list(readers.read_csv(tabs)) == [{"a": "1,5", "b": "2"}]
+    commas = write(tmp_path / "a.tsv.csv", b"a,b\n1\t5,2\n")
+    assert list(readers.read_csv(commas)) == [{"a": "1\t5", "b": "2"}]
     assert list(readers.read_csv(write(tmp_path / "e.csv", b""))) == []
 
 
@@ -226,14 +230,14 @@ def test_a_file_that_is_not_what_it_says(case, tmp_path):
         with pytest.raises(UnreadableSample, match=text) as caught:
             list(iterable)
         assert str(path) in caught.value.what
-        assert caught.value.hint.startswith("mend the file")
+        assert caught.value.hint.startswith("fix the file")
 
 
 def test_formats_that_need_something(tmp_path):
     (tmp_path / "a").touch()
     for format_name, text in (
         ("jsonlines", "did you mean `jsonl`"),
-        ("tfrecord", "pass `read=`: a function of a path"),
+        ("tfrecord", "pass `read=`: a function that takes a path"),
     ):
         with pytest.raises(InvalidArgument, match=text):
             ShardedDataset(Dealer(tmp_path, ["a"], format=format_name), "train")
@@ -284,12 +288,12 @@ def test_files_that_are_not_there(tmp_path):
     (tmp_path / "d" / dataset._start.files.paths[1]).unlink()
     reading = iter(dataset)
     assert len(take(reading, 5)) == 5
-    with pytest.raises(DatasetNotFound, match=r"not there on this worker\nhint: mount"):
+    with pytest.raises(DatasetNotFound, match=r"missing on this worker\nhint: mount"):
         next(reading)
     assert dataset.state_dict()["samples"] == 5
-    with pytest.raises(DatasetNotFound, match="not there on this worker"):
+    with pytest.raises(DatasetNotFound, match="missing on this worker"):
         list(ShardedLoader(dataset, num_workers=2))
-    with pytest.raises(DatasetNotFound, match="not there on this worker"):
+    with pytest.raises(DatasetNotFound, match="missing on this worker"):
         ShardedDataset(dealer, "train")
     with pytest.raises(DatasetNotFound, match="is not registered"):
         ShardedDataset(dealer, "other")

@@ -76,7 +76,7 @@ def test_globs_take_away_again(globs, expected):
 
 
 def test_globs_that_only_take_away_or_match_nothing_are_refused(tmp_path):
-    with pytest.raises(InvalidArgument, match="it only says what is not replicated"):
+    with pytest.raises(InvalidArgument, match="it only excludes entries"):
         CheckpointManager(tmp_path, replicated="!rng")
     with (
         CheckpointManager(tmp_path, replicated=["*", "!random"]) as manager,
@@ -87,7 +87,7 @@ def test_globs_that_only_take_away_or_match_nothing_are_refused(tmp_path):
 
 def test_what_would_not_come_back_as_expected_is_said():
     [said] = advice(flatten({"a": {"rng": torch.get_rng_state()}}, Replication(["*"], whole)))
-    assert said.startswith("`a.rng` looks like the state of a random generator")
+    assert said.startswith("`a.rng` looks like the state of a random number generator")
     assert "`!a.rng`" in said
     assert list(advice(flatten(STATE, Replication(["*"], whole)))) == []
     assert list(advice(flatten({"rng": torch.get_rng_state()}))) == []
@@ -176,7 +176,7 @@ def test_tied_memory_is_dealt_once(tmp_path):
         assert loaded["w"] is loaded["tied"]
         loaded["w"][10] = -1
         assert loaded["part"][0] == -1
-        with pytest.raises(InvalidArgument, match=r"`own` is what each"):
+        with pytest.raises(InvalidArgument, match=r"`own` is rank-specific"):
             other.load()
 
 
@@ -195,9 +195,9 @@ def test_a_state_that_is_replicated_as_a_whole_loads_anywhere(tmp_path):
 
 
 def test_a_wrong_argument_is_told(tmp_path):
-    with pytest.raises(InvalidArgument, match="a glob is text that is not empty, got 3"):
+    with pytest.raises(InvalidArgument, match="a glob is a non-empty string, got 3"):
         CheckpointManager(tmp_path, replicated=[3])
-    with pytest.raises(InvalidArgument, match="a glob is text that is not empty, got True"):
+    with pytest.raises(InvalidArgument, match="a glob is a non-empty string, got True"):
         CheckpointManager(tmp_path, replicated=True)
 
 

@@ -37,13 +37,13 @@ from dtruntime.ranks import membership
 
 connecting.PATIENCE_SECONDS = 2.0
 
-meet = membership._meet
+meet = membership._await_ranks
 
 def told(*arguments):
     print("meets", flush=True)
     meet(*arguments)
 
-membership._meet = told
+membership._await_ranks = told
 """
 WAITS = """
 manager = CheckpointManager(store)

@@ -124,7 +124,7 @@ MISFITS = {
     "tensor for plain": ({"n": torch.zeros(1)}, "a tensor is live"),
     "missing": (
         {"w": torch.zeros(4, 2), "new": torch.zeros(1)},
-        "missing in the checkpoint: `new`",
+        "missing in the checkpoint: `first`, `new`",
     ),
     "list length": ({"l": [torch.zeros(1)]}, "the live length is 1, the saved one 2"),
     "list kind": ({"l": (torch.zeros(1),)}, "a tuple is live"),

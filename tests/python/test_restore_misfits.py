@@ -106,7 +106,7 @@ def test_an_optimizer_restores_into_any_class_or_is_refused(manager):
         ("SGD with momentum", "AdamW", "the live `AdamW` needs `betas`, `eps`"),
         ("SGD with momentum", "RMSprop", "the live `RMSprop` needs `alpha`, `eps`"),
         ("AdamW", "SGD with momentum", "the live `SGD` needs `dampening`, `momentum`"),
-        ("Adam", "Adamax", "the live `Adamax` needs `exp_inf` of each parameter, and the saved"),
+        ("Adam", "Adamax", "the live `Adamax` needs `exp_inf` for each parameter, and the saved"),
         ("SGD", "Halving", "the live `Halving` needs `half_life`, and the saved group 0"),
     ],
 )
@@ -303,7 +303,7 @@ def test_the_top_is_told_in_part_where_it_is_long(manager):
     manager.save({f"k{number}": number for number in range(30)}, step=1)
     with pytest.raises(InvalidArgument) as caught:
         manager.restore({"other": torch.zeros(1)})
-    assert "`k9`, and 20 more" in caught.value.hint
+    assert "`k9` and 20 more" in caught.value.hint
     assert "`k10`" not in caught.value.hint
 
 

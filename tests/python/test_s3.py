@@ -371,7 +371,7 @@ def test_a_machine_that_is_lost_before_the_first_upload_is_told_on_all(tmp_path)
         shutil.rmtree(tmp_path / "machine-1")
         found = run("begin")
         assert [code for code, _, _ in found] == [0, 0], found
-        have = ("this one has steps 1", "this one has none")
+        have = ("this rank has steps 1", "this rank has none")
         for (_, out, _), said in zip(found, have, strict=True):
             assert out == f"there is none: {said}, ranks that have some: 1\n"
         shutil.rmtree(tmp_path / "machine-0")

@@ -52,6 +52,11 @@ WRONG = {
     "metric without name": ({"best_metric": ""}, "a metric has a name"),
     "mode": ({"best_mode": "minimum"}, "did you mean `min`?"),
     "staging text": ({"staging_bytes": "2 GiBi"}, 'such as "512MiB" or "2GiB"'),
+    "staging huge": (
+        {"staging_bytes": "100000000TiB"},
+        "setting `staging_bytes` = '100000000TiB': a number of bytes from 0 to 2**63-1",
+    ),
+    "staging digits": ({"staging_bytes": "9" * 5000}, "a number of bytes from 0 to 2**63-1"),
     "staging small": ({"staging_bytes": 1}, "at least 4 chunks"),
     "chunk odd": ({"chunk_bytes": 100_000}, "a power of two from 65536 to 67108864"),
     "in flight": (
@@ -64,6 +69,10 @@ WRONG = {
     "interval": ({"save_interval_steps": 0}, "at least 1 is expected"),
     "sigterm": ({"sigterm": "finnish"}, "did you mean `finish`?"),
     "no sigterm": ({"sigterm": "x"}, "hint: leave it unset"),
+    "sigterm deadline": (
+        {"sigterm_deadline_seconds": "30"},
+        "setting `sigterm_deadline_seconds` = '30': a number of seconds is expected",
+    ),
     "patience": ({"agreement_timeout": "x"}, "a number of seconds is expected"),
     "negative patience": ({"agreement_timeout": -1}, "a number of seconds is expected"),
     "rank": ({"rank": 3}, "a rank is less than the world size"),
@@ -125,6 +134,7 @@ def nested(depth: int) -> dict:
         {"a": [{"b": 2**64}]},
         {"accuracy": {1: 0.5, "1": 0.7}},
         {"a": "\ud800"},
+        nested(65),
         nested(200),
     ],
 )
@@ -136,6 +146,12 @@ def test_annotations_are_json(manager, value):
     assert manager.all_steps() == []
 
 
+def test_metadata_nests_as_deep_as_the_engine_reads(manager):
+    value = nested(64)  # its entry has 64 containers, the innermost of them empty
+    manager.save({}, step=1, metadata=value, dataset_positions=value)
+    assert manager.metadata(1) == value
+
+
 def test_a_bad_device_is_named(manager):
     manager.save({"a": 1}, step=1)
     for device in ("nonsense", {"cuda:0": "cpu"}, len):
@@ -145,7 +161,16 @@ def test_a_bad_device_is_named(manager):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("0", 0), ("5B", 5), ("2 KiB", 2048), ("1kB", 1000), ("1.5MiB", 3 << 19), ("2gib", 2 << 30)],
+    [
+        ("0", 0),
+        ("5B", 5),
+        ("2 KiB", 2048),
+        ("1kB", 1000),
+        ("1.5MiB", 3 << 19),
+        ("2gib", 2 << 30),
+        ("9007199254740993", 2**53 + 1),
+        ("8388607.999999TiB", (8388607999999 << 40) // 10**6),
+    ],
 )
 def test_sizes_as_text(text, count):
     assert settings.parse_bytes("staging_bytes", text) == count
@@ -167,7 +192,7 @@ def test_rank_from_the_environment(environment, expected):
 
 @pytest.mark.parametrize("text", ["-1", "--1", "worker", "3rd", ""])
 def test_what_is_no_rank_is_refused(text):
-    with pytest.raises(InvalidArgument, match="a whole number is expected"):
+    with pytest.raises(InvalidArgument, match="expected a whole number"):
         launch.rank_and_world_size(None, None, {"RANK": text, "WORLD_SIZE": "4"})
 
 

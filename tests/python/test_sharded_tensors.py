@@ -206,7 +206,7 @@ with CheckpointManager(store) as manager:
     )
     assert outputs[0].splitlines() == [
         "each rank holds a summand of it",
-        "what this rank holds of it",
+        "this rank's part",
     ]
 
 
@@ -297,7 +297,7 @@ with CheckpointManager(store, replicated="*") as manager:
     try:
         manager.restore({"o": Wrapper(optimizer)})
     except InvalidArgument as error:
-        assert "take a step, or set the optimizer's state up" in error.why, error
+        assert "take a step, or initialize the optimizer's state" in error.why, error
         assert not optimizer.state
     else:
         raise AssertionError("whole moments for parts of parameters")
@@ -320,7 +320,7 @@ if any(type(p) is _StridedShard for p in flat.placements):
         try:
             manager.save({"w": flat}, step=1)
         except UnsupportedValue as error:
-            assert "cut out in one piece" in error.why, error
+            assert "is not the contiguous box" in error.why, error
         else:
             raise AssertionError("it was saved")
 # As FSDP2 makes them over tensor parallelism: one piece after all.
@@ -365,7 +365,7 @@ else:
     )
     with CheckpointManager(store, read_only=True, rank=0, world_size=2) as manager:
         with pytest.raises(
-            Corrupt, match=r"putting `w` of shape \[4, 2\] together.*of shape \(6, 2\)"
+            Corrupt, match=r"assembling `w` of shape \[4, 2\] from.*of shape \(6, 2\)"
         ):
             manager.load(step=1)
         with pytest.raises(Corrupt, match="parts that ranks saved overlap"):

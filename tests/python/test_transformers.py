@@ -139,7 +139,7 @@ def test_a_training_from_the_beginning_overwrites_nothing(open_manager, tmp_path
     manager = open_manager()
     run_until(12, manager, tmp_path / "a")
     job = trainer(manager, tmp_path / "a")
-    with pytest.raises(StepConflict, match="others are there already, up to step 10"):
+    with pytest.raises(StepConflict, match="already has checkpoints, up to step 10"):
         job.train()
     assert job.state.global_step == 0, "it is told before anything is trained"
     assert manager.all_steps() == [5, 10]
@@ -206,7 +206,7 @@ def test_what_is_not_there_or_not_of_a_trainer_is_not_resumed_from(open_manager,
     with pytest.raises(CheckpointNotFound):
         trainer(manager, tmp_path).train(resume_from_checkpoint=True)
     manager.save({"model": Net()}, step=1)
-    with pytest.raises(InvalidArgument, match="a Trainer did not save it"):
+    with pytest.raises(InvalidArgument, match="it was not saved by a Trainer"):
         trainer(manager, tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointNotFound):
         trainer(manager, tmp_path).train(resume_from_checkpoint=7)
@@ -306,7 +306,7 @@ def test_frozen_parameters_can_be_left_out(open_manager, tmp_path):
     assert list(manager.load(10)["model"]) == ["last.weight", "last.bias"]
     with pytest.raises(InvalidArgument, match="model") as raised:
         trainer(manager, tmp_path, model=frozen()).train(resume_from_checkpoint=True)
-    assert "the `trainable_only` that saved it" in raised.value.hint
+    assert "`trainable_only` as when it was saved" in raised.value.hint
     job = trainer(manager, tmp_path, model=frozen(), own=own)
     job.train(resume_from_checkpoint=True)
     straight = trainer(
@@ -419,7 +419,7 @@ def test_ranks_go_on_together_and_one_goes_on_alone(tmp_path, open_manager, capl
     job = trainer(manager, tmp_path, per_device_train_batch_size=16)
     job.train(resume_from_checkpoint=5)
     assert job.state.global_step == 12
-    assert "random numbers are not those of a run without a stop" in caplog.text
+    assert "random number generators are not restored" in caplog.text
 
 
 DAMAGED = (

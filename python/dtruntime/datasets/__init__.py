@@ -1,4 +1,4 @@
-"""Datasets of a job: who reads which files, and where each rank is in them.
+"""Datasets of a job: which rank reads which files, and its position in them.
 
 Always holds: only ``sharded_dataset`` and ``sharded_loader`` need torch.
 """

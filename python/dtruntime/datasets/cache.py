@@ -1,15 +1,15 @@
-"""Copies of a dataset's files on a disk of this machine, shared by its processes.
+"""Copies of a dataset's files on a local disk, shared by the processes of this machine.
 
-A folder of its own below the one that is given, with a tag that says whose it is. A file there is
+They are in a subfolder of the given one, with a tag file that identifies it. A file there is
 
-    <key>-<crc32>-<name>      a copy: the key is of the source's path, length and time of change
-    <key>.<random>.partial    a copy being made; whoever makes it holds its lock
+    <key>-<crc32>-<name>      a copy: the key hashes the source's path, size and modification time
+    <key>.<random>.partial    a copy in progress; the process that writes it holds its lock
 
-Always holds: the files there never take more bytes than the limit, those being made included; only
-files whose names are of these two forms, in a folder with the tag, are ever removed, and never one
-that somebody reads (its reader holds its lock). A copy counts once it is whole, synced and renamed;
-its bytes are checked when it is used first by a process that did not make it. Where a copy cannot
-be had, the file is read where it is: the cache makes reading faster, never impossible.
+Always holds: the files there never take more bytes than the limit, including copies in progress;
+only files with names of these two forms, in a folder with the tag, are ever removed, and never one
+that is being read (its reader holds its lock). A copy is used only once it is complete, synced and
+renamed; a process that did not write it checks its bytes before the first use. If there can be no
+copy, the source is read: the cache makes reading faster, never impossible.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class Cache:
     """A bounded folder of copies.
 
     Args:
-        folder: A directory on a disk of this machine.
-        limit_bytes: Most bytes that the copies take, those of other processes included.
+        folder: A directory on a local disk.
+        limit_bytes: Most bytes that the copies take, including those of other processes.
 
     Raises:
-        InvalidArgument: Something else is where the copies would be.
+        InvalidArgument: The subfolder for the copies contains something else.
 
     """
 
@@ -82,20 +82,20 @@ class Cache:
         self._verified: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers()
+            self._refuse_foreign_folder()
             with self._locked():
-                self._own()
+                self._write_tag()
                 for entry in self._entries():
                     if _PARTIAL.fullmatch(entry.name):
-                        self._remove(entry.name)  # unless somebody is making it
+                        self._remove(entry.name)  # unless a process is writing it
         except OSError as error:
             self._turn_off(error)
 
-    def fetch(self, path: str, is_unwanted: Callable[[], bool]) -> Ready:
-        """Give a copy of a file, making it first if there is none; or the file itself.
+    def fetch(self, path: str, is_cancelled: Callable[[], bool]) -> Ready:
+        """Return a copy of a file, creating it if needed; or the file itself.
 
         Raises:
-            DatasetNotFound: The file is not there.
+            DatasetNotFound: The file is missing.
             StorageError: It cannot be read.
 
         """
@@ -103,7 +103,7 @@ class Cache:
         if self._is_off or source.size > self.limit_bytes:
             return Ready(path)
         try:
-            found = self._find(source) or self._make(source, is_unwanted)
+            found = self._find(source) or self._make(source, is_cancelled)
         except OSError as error:
             self._turn_off(error)
             found = None
@@ -113,33 +113,32 @@ class Cache:
         if not self._is_off:
             full = "it is full" if error.errno in _FULL else str(error)
             _logger.warning(
-                "the cache of datasets in `%s` is not used from now on: %s; files are read where "
-                "they are",
+                "the cache of datasets in `%s` is no longer used: %s; files are read from their "
+                "source",
                 self.folder,
                 full,
             )
         self._is_off = True
 
-    def _refuse_strangers(self) -> None:
-        """Refuse a folder with files, and no tag of ours, before anything is written there.
+    def _refuse_foreign_folder(self) -> None:
+        """Refuse a folder with files but without our tag, before anything is written there.
 
-        The tag is looked for last: another process that makes the folder writes it before any file.
+        The tag is read last: another process that creates the folder writes it before any file.
         """
-        strangers = {*os.listdir(self.folder)} - _OWN_NAMES  # noqa: PTH208
+        others = {*os.listdir(self.folder)} - _OWN_NAMES  # noqa: PTH208
         tag = self._tag()
-        if tag is None and strangers:
+        if tag is None and others:
             raise InvalidArgument(
                 f"caching datasets in `{self.folder}`",
-                f"it holds `{min(strangers)}` and has no tag of ours, so nothing there may be "
-                "deleted",
-                "name another `cache_dir`, or remove that folder",
+                f"it contains `{min(others)}` and not our tag, so nothing there may be deleted",
+                "pass another `cache_dir`, or remove that folder",
             )
-        # Who was killed while writing it may have left its beginning.
+        # A process that was killed while writing the tag may have left its beginning.
         if tag is not None and not _TAG_TEXT.startswith(tag):
             raise InvalidArgument(
                 f"caching datasets in `{self.folder}`",
                 f"its `{_TAG}` is not ours",
-                "name another `cache_dir`, or remove that folder",
+                "pass another `cache_dir`, or remove that folder",
             )
 
     def _tag(self) -> str | None:
@@ -148,15 +147,15 @@ class Cache:
         except FileNotFoundError:
             return None
 
-    def _own(self) -> None:
-        """Write our tag, unless it is there. The lock is held: one process does it."""
+    def _write_tag(self) -> None:
+        """Write our tag, unless it exists. The caller holds the lock, so one process does it."""
         if self._tag() != _TAG_TEXT:
             (self.folder / _NEW_TAG).write_text(_TAG_TEXT)
             os.rename(self.folder / _NEW_TAG, self.folder / _TAG)  # noqa: PTH104
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold what all processes that use the folder hold while they look and decide."""
+        """Hold the folder's lock, which serializes changes by all processes that use it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(self.folder / _LOCK, flags, 0o666)
         try:
@@ -173,14 +172,14 @@ class Cache:
                     continue
                 try:
                     about = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # it went meanwhile
+                except FileNotFoundError:  # removed in the meantime
                     continue
                 if stat.S_ISREG(about.st_mode):
                     found.append(_Entry(entry.name, about.st_size, about.st_mtime_ns))
         return found
 
     def _remove(self, name: str) -> bool:
-        """Remove one of our files, unless somebody holds it."""
+        """Remove one of our files, unless it is locked; return whether it is gone."""
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -188,7 +187,7 @@ class Cache:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(self.folder / name)  # noqa: PTH108
-        except FileNotFoundError:  # somebody cleans up by hand
+        except FileNotFoundError:  # removed by hand
             return True
         except BlockingIOError:
             return False
@@ -197,7 +196,7 @@ class Cache:
         return True
 
     def _find(self, source: _Source) -> Ready | None:
-        """Give the copy that there is, checked; None if there is none."""
+        """Return the existing copy, checked; None if there is none."""
         with self._locked():
             names = [entry.name for entry in self._entries() if _is_of(entry, source)]
             if not names:
@@ -214,24 +213,24 @@ class Cache:
             os.utime(descriptor)
             return ready
         ready.close()
-        _logger.warning("a copy of `%s` in the cache is damaged; it is made anew", source.path)
+        _logger.warning("a copy of `%s` in the cache is damaged; it is made again", source.path)
         with self._locked():
             self._remove(names[0])
         return None
 
-    def _make(self, source: _Source, is_unwanted: Callable[[], bool]) -> Ready | None:
-        """Copy the file; None if there is no room, or nobody wants it any more."""
+    def _make(self, source: _Source, is_cancelled: Callable[[], bool]) -> Ready | None:
+        """Copy the file; return None if there is no room, or it was cancelled."""
         descriptor, partial = self._reserve(source)
         if descriptor is None:
             return None
         try:
-            checksum = _copy(source, descriptor, is_unwanted)
+            checksum = _copy(source, descriptor, is_cancelled)
             if checksum is None:
                 return None
             os.fsync(descriptor)
             name = f"{source.key}-{checksum:08x}-{_short(source.path)}"
             with self._locked():
-                if (self.folder / name).exists():  # another process made it meanwhile
+                if (self.folder / name).exists():  # another process was faster
                     return None
                 os.rename(self.folder / partial, self.folder / name)  # noqa: PTH104
                 partial = ""
@@ -240,14 +239,14 @@ class Cache:
             ready, descriptor = Ready(str(self.folder / name), descriptor), None
             return ready
         finally:
-            if partial:  # under the lock: nobody counts a file that is about to go
+            if partial:  # under the lock: no process counts a file that is about to be removed
                 with contextlib.suppress(OSError), self._locked():
                     os.unlink(self.folder / partial)  # noqa: PTH108
             if descriptor is not None:
                 release(descriptor)
 
     def _reserve(self, source: _Source) -> tuple[int | None, str]:
-        """Make room, and a file that takes it at once, so that others count it, too."""
+        """Make room, and allocate it in a file at once, so that other processes count it."""
         with self._locked():
             is_made = any(entry.name.startswith(source.key) for entry in self._entries())
             if is_made or not self._make_room(source.size):
@@ -267,7 +266,7 @@ class Cache:
             return descriptor, name
 
     def _make_room(self, size: int) -> bool:
-        """Remove what was used longest ago until so many bytes more are within the limit."""
+        """Remove the least recently used files until ``size`` more bytes are within the limit."""
         entries = sorted(self._entries(), key=lambda entry: entry.used_ns)
         taken = sum(entry.size for entry in entries)
         for entry in entries:
@@ -297,7 +296,7 @@ def _is_of(entry: _Entry, source: _Source) -> bool:
 
 
 def _short(path: str) -> str:
-    """Give the end of a file's name, suffix included: readers go by it."""
+    """Return the end of a file's name, including the suffix, which readers depend on."""
     name = os.fsencode(os.path.basename(path))[-_NAME_BYTES:]  # noqa: PTH119
     return os.fsdecode(name)
 
@@ -310,11 +309,11 @@ def _checksum(descriptor: int) -> int:
     return checksum
 
 
-def _copy(source: _Source, target: int, is_unwanted: Callable[[], bool]) -> int | None:
-    """Copy all bytes, and give their checksum; None if the source changes, or nobody wants it."""
+def _copy(source: _Source, target: int, is_cancelled: Callable[[], bool]) -> int | None:
+    """Copy all bytes and return their checksum; None if the source changed, or if cancelled."""
     checksum = copied = 0
     for block in _blocks(source.path):
-        if is_unwanted() or copied + len(block) > source.size:
+        if is_cancelled() or copied + len(block) > source.size:
             return None
         checksum = zlib.crc32(block, checksum)
         rest = memoryview(block)
@@ -326,7 +325,7 @@ def _copy(source: _Source, target: int, is_unwanted: Callable[[], bool]) -> int 
 
 
 def _blocks(path: str) -> Iterator[bytes]:
-    """Give a source's bytes; that it cannot be read is no fault of the cache."""
+    """Yield a source's bytes; if it cannot be read, the error is not one of the cache."""
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             while block := file.read(_BLOCK_BYTES):
@@ -336,14 +335,14 @@ def _blocks(path: str) -> Iterator[bytes]:
 
 
 def unreadable(path: str, error: OSError) -> DatasetNotFound | StorageError:
-    """Say that the system refused a file of a dataset."""
+    """Return the error for a dataset file that the system refused to read."""
     what = f"reading `{path}` of a dataset"
     if isinstance(error, FileNotFoundError):
         return DatasetNotFound(
             what,
-            "it is registered, but not there on this worker",
-            "mount the shared storage at the same path on every worker; a dataset whose files "
-            "changed is registered anew in the next run",
+            "it is registered, but missing on this worker",
+            "mount the shared storage at the same path on every worker; if the dataset's files "
+            "changed, register it again in the next run",
         )
     why = error.strerror or str(error)
-    return StorageError(what, why, "look at the storage, then go on from a checkpoint", error.errno)
+    return StorageError(what, why, "check the storage, then resume from a checkpoint", error.errno)

@@ -1,15 +1,16 @@
-"""Where a rank is in an epoch of a dataset: values, and pure functions of them.
+"""The position of a rank in an epoch of a dataset: values, and pure functions of them.
 
-The files of an epoch stand in one order for all ranks; a file's number in it is its *place*. What
-nobody has read yet is dealt to the ranks like cards, place by place: a rank's *share*. A share is
-dealt to *lanes* in the same way, one for each DataLoader worker; a lane is read from its front.
+The files of an epoch have the same order on all ranks; a file's index in it is its *place*. Files
+that have not been read are assigned to the ranks round-robin, by place: a rank's *share*. A share
+is assigned to *streams* in the same way, one per DataLoader worker, each read in order.
 
 >>> position = Position(epoch=0, rank=1, world_size=2)
 >>> share_of(position, 5)
 [1, 3]
 
-Always holds: the shares of all ranks are everything that was not read when they were dealt, none
-twice, and so are the lanes of a share; how far a lane is says exactly which samples were taken.
+Always holds: the shares of all ranks partition what was not read when they were assigned, and the
+streams of a share partition it likewise; a stream's progress determines exactly which samples were
+consumed.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 _VERSION = 1
 
 Spans = tuple[tuple[int, int], ...]
-"""Numbers as ranges ``[begin, end)``: ascending, apart from one another."""
+"""Numbers as ranges ``[begin, end)``: ascending and not adjacent."""
 
 
-class Cut(NamedTuple):
+class Progress(NamedTuple):
     """What was read of numbered files.
 
     Attributes:
-        done: The files that were read whole.
-        within: Samples that were taken of files that were read in part.
+        done: The files that were read completely.
+        within: By file: samples consumed of those that were read in part.
 
     """
 
@@ -41,56 +42,56 @@ class Cut(NamedTuple):
     within: Mapping[int, int] = {}
 
 
-class Deal(NamedTuple):
-    """How a share was dealt to lanes.
+class Assignment(NamedTuple):
+    """How a share was assigned to streams.
 
     Attributes:
-        lanes: To how many; 0 before it was dealt at all.
-        done: Files of the share, by their number in it, that had been read by then.
-        next_lane: The lane whose turn it is.
+        streams: The number of streams; 0 before the first assignment.
+        done: Files of the share, by their index in it, that had been read by then.
+        next_stream: The stream whose turn it is.
 
     """
 
-    lanes: int = 0
+    streams: int = 0
     done: Spans = ()
-    next_lane: int = 0
+    next_stream: int = 0
 
 
-_NOTHING_READ = Cut()
-_NOT_DEALT = Deal()
+_NOTHING_READ = Progress()
+_NOT_ASSIGNED = Assignment()
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where one rank is.
+    """The position of one rank.
 
     Attributes:
         epoch: The epoch of the data, counted from 0.
         rank: The rank.
-        world_size: Among how many ranks the files were dealt.
-        before: What had been read when they were dealt, by place. Empty unless the number of ranks
-            changed within the epoch.
-        read: What this rank has read since, by number in its share; samples count from the file's
-            first.
-        deal: How the share is dealt to lanes.
-        samples: How many samples this rank was given in this epoch, with this number of ranks.
-        ended: ``all`` once the epoch is over for all ranks, as they agreed; ``rank`` once it is for
-            this one, and nothing is known of the others; else empty.
+        world_size: The number of ranks that the files were assigned to.
+        before: What had been read when they were assigned, by place. Empty unless the number of
+            ranks changed within the epoch.
+        read: What this rank has read since, by index in its share; samples count from the start of
+            the file.
+        assignment: How the share is assigned to streams.
+        samples: How many samples this rank consumed in this epoch, with this number of ranks.
+        ended: ``all`` once all ranks have agreed that the epoch is over; ``rank`` once it is over
+            for this one, and unknown for the others; else empty.
 
     """
 
     epoch: int
     rank: int
     world_size: int
-    before: Cut = _NOTHING_READ
-    read: Cut = _NOTHING_READ
-    deal: Deal = _NOT_DEALT
+    before: Progress = _NOTHING_READ
+    read: Progress = _NOTHING_READ
+    assignment: Assignment = _NOT_ASSIGNED
     samples: int = 0
     ended: str = ""
 
 
 def spans_of(numbers: Iterable[int]) -> Spans:
-    """Give ascending numbers as spans.
+    """Return ascending numbers as spans.
 
     >>> spans_of([0, 1, 2, 5])
     ((0, 3), (5, 6))
@@ -105,12 +106,12 @@ def spans_of(numbers: Iterable[int]) -> Spans:
 
 
 def numbers_in(spans: Spans) -> set[int]:
-    """Give the numbers that spans hold."""
+    """Return the numbers in spans."""
     return {number for begin, end in spans for number in range(begin, end)}
 
 
 def outside(spans: Spans, count: int) -> list[int]:
-    """Give the numbers below ``count`` that spans do not hold, ascending."""
+    """Return the numbers below ``count`` that are not in spans, ascending."""
     found: list[int] = []
     begin = 0
     for first, last in spans:
@@ -121,26 +122,26 @@ def outside(spans: Spans, count: int) -> list[int]:
 
 
 def share_of(position: Position, file_count: int) -> list[int]:
-    """Give the places of a rank's files, in the order of the epoch."""
+    """Return the places of a rank's files, in the order of the epoch."""
     return outside(position.before.done, file_count)[position.rank :: position.world_size]
 
 
 @dataclass
-class Lane:
-    """A part of a share, and how far it was read.
+class WorkerStream:
+    """The part of a share that one worker reads, and its progress.
 
     Attributes:
-        files: Numbers of files in the share, in the order to read them.
-        skips: Samples that were taken of them before, by number.
-        cursor: The entry of ``files`` that is being read; their count once all were.
-        within: Samples that were taken of that file, from its first on.
-        given: Samples that this lane gave in all.
+        files: Indices of files in the share, in reading order.
+        skips: By index: samples that were consumed of them before.
+        entry: The entry of ``files`` that is being read; their count once all were.
+        within: Samples that were consumed of that file, from its start.
+        given: Total samples that this stream yielded.
 
     """
 
     files: Sequence[int]
     skips: Mapping[int, int]
-    cursor: int = 0
+    entry: int = 0
     within: int = 0
     given: int = 0
 
@@ -148,92 +149,92 @@ class Lane:
         self.within = self.skip_of(0)
 
     def skip_of(self, entry: int) -> int:
-        """Give how many samples of this entry were taken before."""
+        """Return how many samples of this entry were consumed before."""
         return self.skips.get(self.files[entry], 0) if entry < len(self.files) else 0
 
     def finish(self) -> None:
-        """Say that all was read."""
-        self.cursor, self.within = len(self.files), 0
+        """Mark everything as read."""
+        self.entry, self.within = len(self.files), 0
 
 
 @dataclass
-class Track:
-    """The reading of a share from one position on: its lanes, in the order of the workers."""
+class Cursor:
+    """An iteration over a share from a position on: its streams, in the order of the workers."""
 
     start: Position
-    lanes: list[Lane]
-    next_lane: int = field(default=0)
+    streams: list[WorkerStream]
+    next_stream: int = field(default=0)
     ended: str = ""
 
     def finish(self, *, is_agreed: bool) -> None:
-        """Say that the epoch is over: for all ranks, or for this one."""
+        """Mark the epoch as over: for all ranks, or for this one."""
         self.ended = "all" if is_agreed else "rank"
-        for lane in self.lanes:
-            lane.finish()
+        for stream in self.streams:
+            stream.finish()
 
     def position(self) -> Position:
-        """Give where the reading is now."""
+        """Return the current position."""
         done = numbers_in(self.start.read.done)
         within = dict(self.start.read.within)
-        for lane in self.lanes:
-            done.update(lane.files[: lane.cursor])
-            if lane.cursor < len(lane.files) and lane.within:
-                within[lane.files[lane.cursor]] = lane.within
-        read = Cut(spans_of(sorted(done)), {n: k for n, k in within.items() if n not in done})
-        given = sum(lane.given for lane in self.lanes)
+        for stream in self.streams:
+            done.update(stream.files[: stream.entry])
+            if stream.entry < len(stream.files) and stream.within:
+                within[stream.files[stream.entry]] = stream.within
+        read = Progress(spans_of(sorted(done)), {n: k for n, k in within.items() if n not in done})
+        given = sum(stream.given for stream in self.streams)
         return replace(
             self.start,
             read=read,
-            deal=self.start.deal._replace(next_lane=self.next_lane),
+            assignment=self.start.assignment._replace(next_stream=self.next_stream),
             samples=self.start.samples + given,
             ended=self.ended,
         )
 
 
-def track(start: Position, file_count: int, workers: int) -> Track:
-    """Deal a share to workers.
+def cursor_at(start: Position, file_count: int, workers: int) -> Cursor:
+    """Return the iteration from a position on, with its share assigned to workers.
 
-    As many workers as before go on with the lanes that they had, and the one whose turn it is
-    comes first: then the samples that follow come in the same order, too. Any other number gets
-    what is left, dealt anew.
+    The same number of workers as before continues with the same streams, starting with the one
+    whose turn it is: then the following samples also have the same order. For any other number,
+    what is left is assigned again.
 
     Args:
-        start: Where to begin.
+        start: Where to start.
         file_count: Files of the whole epoch.
         workers: DataLoader workers, at least 1.
 
     """
-    deal = start.deal
-    if deal.lanes != workers:
-        deal = Deal(workers, start.read.done)
+    assignment = start.assignment
+    if assignment.streams != workers:
+        assignment = Assignment(workers, start.read.done)
     places = share_of(start, file_count)
     skips = {n: start.before.within[p] for n, p in enumerate(places) if p in start.before.within}
     skips.update(start.read.within)
-    dealt = outside(deal.done, len(places))
+    assigned = outside(assignment.done, len(places))
     done = numbers_in(start.read.done)
-    lanes = [
-        Lane([number for number in dealt[lane::workers] if number not in done], skips)
-        for lane in range(workers)
+    streams = [
+        WorkerStream([number for number in assigned[stream::workers] if number not in done], skips)
+        for stream in range(workers)
     ]
-    return Track(replace(start, deal=deal), lanes, deal.next_lane)
+    return Cursor(replace(start, assignment=assignment), streams, assignment.next_stream)
 
 
-def merge(positions: Sequence[Position], file_count: int) -> Cut:
-    """Give what all ranks together had read, by place: the cut to deal the rest from."""
+def merge(positions: Sequence[Position], file_count: int) -> Progress:
+    """Return what all ranks together had read, by place: what is left is assigned again."""
     done = numbers_in(positions[0].before.done)
     within = dict(positions[0].before.within)
     for position in positions:
         places = share_of(position, file_count)
         done.update(places[number] for number in numbers_in(position.read.done))
         within.update({places[number]: k for number, k in position.read.within.items()})
-    return Cut(spans_of(sorted(done)), {p: k for p, k in within.items() if p not in done})
+    return Progress(spans_of(sorted(done)), {p: k for p, k in within.items() if p not in done})
 
 
 def check_complete(name: str, positions: Sequence[Position]) -> None:
-    """Refuse positions that are not those of all ranks at one moment.
+    """Refuse positions that are not those of all ranks from one checkpoint.
 
     Raises:
-        InvalidArgument: One is missing, is there twice, or belongs to another epoch or deal.
+        InvalidArgument: One is missing, duplicated, or of another epoch or number of ranks.
 
     """
     what = f"the positions of dataset `{name}`"
@@ -249,60 +250,60 @@ def check_complete(name: str, positions: Sequence[Position]) -> None:
 
 
 def encode(position: Position, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a position, and what dataset it is of, as plain values that JSON can hold, too."""
+    """Return a position and its dataset's record as plain, JSON-compatible values."""
     return {
         "version": _VERSION,
         "dataset": dict(dataset),
         "epoch": position.epoch,
         "rank": position.rank,
         "world_size": position.world_size,
-        "before": _encode_cut(position.before),
-        "read": _encode_cut(position.read),
-        "lanes": position.deal.lanes,
-        "lanes_done": [list(span) for span in position.deal.done],
-        "next_lane": position.deal.next_lane,
+        "before": _encode_progress(position.before),
+        "read": _encode_progress(position.read),
+        "lanes": position.assignment.streams,
+        "lanes_done": [list(span) for span in position.assignment.done],
+        "next_lane": position.assignment.next_stream,
         "samples": position.samples,
         "ended": position.ended,
     }
 
 
-def _encode_cut(cut: Cut) -> dict[str, Any]:
+def _encode_progress(progress: Progress) -> dict[str, Any]:
     return {
-        "done": [list(span) for span in cut.done],
-        "within": [list(pair) for pair in sorted(cut.within.items())],
+        "done": [list(span) for span in progress.done],
+        "within": [list(pair) for pair in sorted(progress.within.items())],
     }
 
 
 def decode(name: str, state: Any) -> tuple[Position, dict[str, Any]]:
-    """Give the position and the dataset of what ``encode`` gave.
+    """Return the position and the dataset's record that ``encode`` encoded.
 
     Raises:
-        UnsupportedFormat: A newer version of this package made it.
+        UnsupportedFormat: A newer version of this package encoded it.
         InvalidArgument: It is something else.
 
     """
     what = f"the position of dataset `{name}`"
-    hint = "pass what `state_dict()` of the dataset gave"
+    hint = "pass what the dataset's `state_dict()` returned"
     if not isinstance(state, dict) or "version" not in state:
         kind = type(state).__name__
         raise InvalidArgument(what, f"a state of a dataset is expected, got `{kind}`", hint)
     if state["version"] != _VERSION:
         raise UnsupportedFormat(
             what,
-            f"it is of version {state['version']!r}, this package knows {_VERSION}",
+            f"it has version {state['version']!r}, this package supports {_VERSION}",
             "use the version of dtruntime that saved it, or a newer one",
         )
     try:
-        deal = Deal(
+        assignment = Assignment(
             int(state["lanes"]), _decode_spans(state["lanes_done"]), int(state["next_lane"])
         )
         position = Position(
             epoch=int(state["epoch"]),
             rank=int(state["rank"]),
             world_size=int(state["world_size"]),
-            before=_decode_cut(state["before"]),
-            read=_decode_cut(state["read"]),
-            deal=deal,
+            before=_decode_progress(state["before"]),
+            read=_decode_progress(state["read"]),
+            assignment=assignment,
             samples=int(state["samples"]),
             ended=str(state.get("ended", "")),
         )
@@ -316,9 +317,10 @@ def _decode_spans(spans: Any) -> Spans:
     return tuple((int(begin), int(end)) for begin, end in spans)
 
 
-def _decode_cut(cut: Any) -> Cut:
-    return Cut(
-        _decode_spans(cut["done"]), {int(number): int(count) for number, count in cut["within"]}
+def _decode_progress(progress: Any) -> Progress:
+    return Progress(
+        _decode_spans(progress["done"]),
+        {int(number): int(count) for number, count in progress["within"]},
     )
 
 
@@ -341,7 +343,7 @@ def check_same(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
     """Refuse a position of another dataset.
 
     Raises:
-        DatasetChanged: Naming what differs.
+        DatasetChanged: The dataset differs; the message says how.
 
     """
     changes = [
@@ -353,8 +355,8 @@ def check_same(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
         changes = [text for key, text in _DIGESTS.items() if saved.get(key) != now[key]]
     if changes:
         raise DatasetChanged(
-            f"going on within an epoch of dataset `{name}`",
-            "it is not what it was when the position was saved: " + "; ".join(changes),
-            "bring the dataset back as it was, or leave its position out and begin an epoch anew "
+            f"resuming within an epoch of dataset `{name}`",
+            "it has changed since the position was saved: " + "; ".join(changes),
+            "restore the dataset as it was, or leave its position out and start an epoch again "
             "with `set_epoch`",
         )

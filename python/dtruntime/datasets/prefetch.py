@@ -1,8 +1,8 @@
-"""Files made ready before they are read, by one thread.
+"""Files prefetched by one thread.
 
 Always holds: at most the file that is being read and the next ``depth`` ones are ready or being
-made ready; what goes wrong in the thread is raised where the file is asked for; after ``close`` the
-thread is gone, and so is whatever was made ready.
+fetched; an error in the thread is raised where the file is requested; after ``close`` the thread
+has ended, and what it fetched is released.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 READ_AHEAD_BYTES = 256 << 20
-"""Most bytes of coming files that the system is asked to read into its page cache."""
+"""Most bytes of upcoming files that the system is asked to read into its page cache."""
 
 
 def release(descriptor: int) -> None:
     """Unlock and close a file.
 
-    A lock is gone once nobody has the file open: to close it is not enough where a process was
-    forked meanwhile, such as a DataLoader's worker, which has it open, too.
+    Closing alone would not release the lock where a process was forked in the meantime, such as a
+    DataLoader's worker: it has the file open, too.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -39,7 +39,7 @@ class Ready:
     """A file that can be read now.
 
     Attributes:
-        path: Where.
+        path: What to open.
 
     """
 
@@ -49,26 +49,22 @@ class Ready:
         self._pid = os.getpid()
 
     def close(self) -> None:
-        """Say that it was read: a copy in a cache may go then."""
+        """Release it after reading: a copy in a cache may be evicted then."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
         if os.getpid() == self._pid:
             release(descriptor)
-        else:  # a forked copy of this: the lock is that of the process which reads
+        else:  # a forked copy: the lock belongs to the parent, which reads the file
             os.close(descriptor)
 
 
-Fetch = "Callable[[str, Callable[[], bool]], Ready]"
-"""Makes a file ready; gives up early once the function says that nobody wants it any more."""
-
-
 def advise(bytes_max: int) -> Callable[[str, Callable[[], bool]], Ready]:
-    """Give a fetch that has the system read the beginning of a file into its page cache."""
+    """Return a fetch function that has the system read a file's beginning into its page cache."""
 
-    def fetch(path: str, _is_unwanted: Callable[[], bool]) -> Ready:
+    def fetch(path: str, _is_cancelled: Callable[[], bool]) -> Ready:
         if bytes_max:
-            with contextlib.suppress(OSError):  # who reads the file will hear of it
+            with contextlib.suppress(OSError):  # reading the file will raise it
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.posix_fadvise(descriptor, 0, bytes_max, os.POSIX_FADV_WILLNEED)
@@ -80,12 +76,13 @@ def advise(bytes_max: int) -> Callable[[str, Callable[[], bool]], Ready]:
 
 
 class ReadAhead:
-    """A list of files, made ready in its order.
+    """A list of files, prefetched in order.
 
     Args:
         paths: The files.
-        fetch: Makes one ready; called on the thread, or on the caller's if ``depth`` is 0.
-        depth: How many to make ready beside the one that is read.
+        fetch: Makes one ready, and may stop early once its second argument returns True. Called on
+            the prefetch thread, or on the caller's if ``depth`` is 0.
+        depth: How many to fetch ahead of the one that is being read.
 
     """
 
@@ -106,21 +103,21 @@ class ReadAhead:
         self._thread: threading.Thread | None = None
 
     def get(self, number: int) -> Ready:
-        """Give file ``number``; files before it were read. Numbers ascend by one a call.
+        """Return file ``number``, once it is ready; each call asks for the next number.
 
         Raises:
-            CheckpointError: It could not be made ready.
+            CheckpointError: It could not be fetched.
 
         """
         if self._depth == 0:
             return self._fetch(self._paths[number], lambda: False)
         if os.getpid() != self._pid:
             raise Closed(
-                "going on with a dataset",
-                "its reading was begun in the parent of this forked process",
-                "begin a new iteration in this process",
+                "continuing the iteration over a dataset",
+                "it was started in the parent of this forked process",
+                "start a new iteration in this process",
             )
-        if self._thread is None:  # here, where a Ctrl-C already finds somebody who closes
+        if self._thread is None:  # not in the constructor: on Ctrl-C here, the caller closes this
             self._thread = threading.Thread(target=self._run, name="dtruntime-ahead", daemon=True)
             self._thread.start()
         with self._changed:
@@ -134,10 +131,10 @@ class ReadAhead:
         return found
 
     def close(self) -> None:
-        """End the thread and give up what it made ready."""
+        """End the thread and release what it fetched."""
         if self._thread is None or os.getpid() != self._pid:
             return
-        if not sys.is_finalizing():  # else the thread stands still for ever, maybe with the lock
+        if not sys.is_finalizing():  # else the thread is frozen, and may hold the lock
             self._end(self._thread)
         self._thread = None
         for found in self._ready.values():
@@ -149,7 +146,7 @@ class ReadAhead:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        if thread.is_alive():  # a Ctrl-C may have come while it was being started
+        if thread.is_alive():  # Ctrl-C may have interrupted its start
             thread.join()
 
     def _run(self) -> None:
@@ -162,7 +159,7 @@ class ReadAhead:
             found: Ready | BaseException
             try:
                 found = self._fetch(path, lambda: self._is_closed)
-            except BaseException as error:  # noqa: BLE001  (it is raised where the file is wanted)
+            except BaseException as error:  # noqa: BLE001  (raised where the file is requested)
                 found = error
             with self._changed:
                 self._ready[number] = found

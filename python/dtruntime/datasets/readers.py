@@ -1,18 +1,17 @@
-"""The samples of a file, for formats that are read without risk: nothing here is unpickled.
+"""The samples of a file, for formats that are safe to read: nothing here is unpickled.
 
 >>> for row in open_samples("jsonl")("train/part-0.jsonl.gz"): ...
 
-Files that end in ``.gz`` or ``.zst`` are decompressed as they are read; text is UTF-8. Memory holds
-one sample, or one batch of rows of a parquet file.
+Files that end in ``.gz`` or ``.zst`` are decompressed while they are read; text is UTF-8. Memory
+holds one sample, or one batch of rows of a parquet file.
 
-Always holds: the samples of a file come in one order; what a format does not allow is an
-``Unreadable`` that says where, never a sample that is left out.
+Always holds: the samples of a file come in a fixed order; what a format does not allow raises an
+``Unreadable`` that says where, and is never skipped.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import importlib
 import io
@@ -23,22 +22,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from dtruntime.errors import InvalidArgument
+from dtruntime.messages import quoted, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Self
 
-Read = "Callable[[str], Iterable[Any]]"
-"""Gives the samples of the file at a path, always in the same order."""
-
-
 _BLOCK_BYTES = 1 << 20
 _COMPRESSED_BYTES = 16 << 10
-"""Few: what is compressed well becomes much."""
+"""Small: well compressed data expands a lot."""
 
 
 class Unreadable(Exception):  # noqa: N818  (the caller adds the file's name, and raises its own)
-    """What is wrong with a file, and where in it."""
+    """What is wrong with a file, and where."""
 
 
 _DAMAGED = (
@@ -52,27 +48,28 @@ _DAMAGED = (
 
 
 def open_samples(format_name: str) -> Callable[[str], Iterable[Any]]:
-    """Give what reads files of a format.
+    """Return the function that yields the samples of a file of a format.
 
     Raises:
-        InvalidArgument: None here does.
+        InvalidArgument: The format is not supported.
 
     """
     found = _READERS.get(format_name.lower())
     if found is not None:
         return found
-    near = difflib.get_close_matches(format_name, _READERS, n=1)
     raise InvalidArgument(
         f"reading files of format `{format_name}`",
-        "what is read here is " + ", ".join(f"`{name}`" for name in sorted(_READERS)),
-        f"did you mean `{near[0]}`?"
-        if near
-        else "pass `read=`: a function of a path that gives the samples of that file",
+        "supported formats are " + ", ".join(quoted(sorted(_READERS))),
+        suggestion(
+            format_name,
+            _READERS,
+            "pass `read=`: a function that takes a path and yields the samples of that file",
+        ),
     )
 
 
 def read_text(path: str) -> Iterator[str]:
-    """Give the lines of a text file, without their ends."""
+    """Yield the lines of a text file, without line endings."""
     with _decompressed(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -83,7 +80,7 @@ def read_text(path: str) -> Iterator[str]:
 
 
 def read_json_lines(path: str) -> Iterator[Any]:
-    """Give the value of each line that is not blank."""
+    """Yield the value of each line that is not blank."""
     for number, line in enumerate(read_text(path), 1):
         if not line or line.isspace():
             continue
@@ -96,8 +93,9 @@ def read_json_lines(path: str) -> Iterator[Any]:
 
 
 def read_csv(path: str) -> Iterator[dict[str, str]]:
-    """Give each row as a dict, by the names in the first row. ``.tsv`` is divided by tabs."""
-    delimiter = "\t" if ".tsv" in path.lower()[-8:] else ","
+    """Yield each row as a dict, keyed by the first row. ``.tsv`` files are tab-separated."""
+    name = path.lower().removesuffix(".gz").removesuffix(".zst")
+    delimiter = "\t" if name.endswith(".tsv") else ","
     with _decompressed(path) as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         rows = csv.reader(file, delimiter=delimiter, strict=True)
@@ -106,7 +104,7 @@ def read_csv(path: str) -> Iterator[dict[str, str]]:
             for row in rows:
                 if len(row) == len(names):
                     yield dict(zip(names, row, strict=True))
-                elif row:  # a blank line is none
+                elif row:  # not a blank line
                     why = f"{len(row)} fields, where the first row names {len(names)}"
                     raise Unreadable(f"line {rows.line_num}: {why}")
         except csv.Error as error:
@@ -116,7 +114,7 @@ def read_csv(path: str) -> Iterator[dict[str, str]]:
 
 
 def read_parquet(path: str) -> Iterator[dict[str, Any]]:
-    """Give each row as a dict, by pyarrow."""
+    """Yield each row as a dict, read by pyarrow."""
     arrow = _optional("pyarrow.parquet", "parquet", "pip install pyarrow")
     errors = _optional("pyarrow", "parquet", "pip install pyarrow")
     try:
@@ -128,10 +126,10 @@ def read_parquet(path: str) -> Iterator[dict[str, Any]]:
 
 
 def read_webdataset(path: str) -> Iterator[dict[str, Any]]:
-    """Give each sample of a tar: the bytes of the files that are called alike, by their suffix.
+    """Yield each sample of a tar: the bytes of the files with the same stem, keyed by suffix.
 
-    A sample's files follow one another; its ``__key__`` is their name up to the first dot of the
-    last part.
+    A sample's files are adjacent; its ``__key__`` is their path up to the first dot of the file
+    name.
     """
     last = ""
     try:
@@ -154,7 +152,7 @@ def read_webdataset(path: str) -> Iterator[dict[str, Any]]:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is no end unless it is one: `tarfile` takes a damaged or missing one for it."""
+    """A header that refuses damage: `tarfile` takes a damaged or missing one for the end."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
@@ -171,7 +169,7 @@ _BadHeader, _BadArchive = tarfile.HeaderError, tarfile.ReadError
 
 
 def _members(raw: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Give the files of a tar, the end of which is checked: a block of zeros, then zeros only."""
+    """Yield the files of a tar, and check its end: a block of zeros, then only zeros."""
     with tarfile.open(fileobj=raw, mode="r|", tarinfo=_Header) as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None
@@ -186,12 +184,12 @@ def _members(raw: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 @contextmanager
 def _decompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a file as it was before it was compressed, and say damage in one way."""
+    """Open a file for reading its decompressed bytes; damage is an ``Unreadable``."""
     try:
         with _opener(path)(path, "rb") as file:
             yield file
     except Exception as error:
-        # Two packages have a `ZstdError`, and neither needs to be there.
+        # Two packages define a `ZstdError`, and neither needs to be installed.
         if isinstance(error, _DAMAGED) or type(error).__name__ == "ZstdError":
             raise Unreadable(str(error) or type(error).__name__) from None
         raise
@@ -215,10 +213,10 @@ def _open_zstandard(path: str, _mode: str) -> io.BufferedReader:
 
 
 class _Zstandard(io.RawIOBase):
-    """The bytes of a ``.zst`` file.
+    """The decompressed bytes of a ``.zst`` file.
 
-    The package's own reader has no lines, and ends without a word where a frame is cut, or where
-    another one follows.
+    The package's own reader cannot iterate over lines, and ends silently where a frame is
+    truncated, or where another one follows.
     """
 
     def __init__(self, path: str, package: Any) -> None:
@@ -267,7 +265,8 @@ def _optional(module: str, purpose: str, command: str) -> Any:
         raise InvalidArgument(
             f"reading {purpose} files",
             f"`{module}` is needed, and cannot be imported: {error}",
-            f"`{command}`, or pass `read=`: a function of a path that gives that file's samples",
+            f"`{command}`, or pass `read=`: a function that takes a path and yields the samples of "
+            "that file",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Who reads which files of a dataset.
+"""Which rank reads which files of a dataset.
 
 >>> registry = DatasetRegistry("http://coordinator:50051")
 >>> registry.register("train", "/data/train", "parquet", total_samples=1_000_000, shard_size=10_000)
@@ -6,11 +6,11 @@
 
 ``ShardedDataset`` reads them.
 
-The worker that registers a dataset lists its files; the coordinator keeps the list and deals it
-out, so that all ranks agree on it even where one of them sees another state of a shared directory.
+The worker that registers a dataset lists its files; the coordinator keeps the list and divides it,
+so that all ranks agree on it even if one of them sees another state of a shared directory.
 
-Always holds: the ranks of one epoch share all files, none twice, and their counts differ by at most
-one; the order is drawn from seed and epoch alone.
+Always holds: in an epoch, each file is assigned to exactly one rank, and the ranks' counts differ
+by at most one; the order depends only on seed and epoch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SUFFIXES = {
     "tfrecord": (".tfrecord", ".tfrecords"),
     "webdataset": (".tar", ".tar.gz", ".tar.zst"),
 }
-"""How the files of a format end; of any other format every file counts."""
+"""File suffixes of each format; for any other format, every file is included."""
 
 _DEFAULT_SHARD_SIZE = 10_000
 
@@ -46,11 +46,11 @@ class DatasetInfo(NamedTuple):
     Attributes:
         name: Its name within the job.
         path: The directory of its files.
-        format: What they are.
-        total_samples: Samples in all.
-        shard_size: Samples in a shard.
-        file_count: Files in all.
-        shard_count: Shards that the samples make.
+        format: Their format.
+        total_samples: Total samples.
+        shard_size: Samples per shard.
+        file_count: Total files.
+        shard_count: The number of shards that the samples make up.
 
     """
 
@@ -64,16 +64,16 @@ class DatasetInfo(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Files of an epoch, in the order to read them, and what they are files of.
+    """Files of an epoch, in reading order, and their dataset.
 
     Attributes:
         folder: The dataset's directory.
-        files: Their paths below it.
-        file_count: How many files the whole dataset has.
-        format: What they are.
-        total_samples: Samples of the whole dataset, as it was registered.
-        seed: What the order is drawn from, beside the epoch.
-        shuffle: Whether each epoch has an order of its own.
+        files: Their paths relative to it.
+        file_count: The number of files in the whole dataset.
+        format: Their format.
+        total_samples: Samples of the whole dataset, as registered.
+        seed: The seed of the order, combined with the epoch.
+        shuffle: Whether each epoch has a different order.
 
     """
 
@@ -94,7 +94,7 @@ class DatasetRegistry:
             a process group, the coordinator that rank 0 hosts; else ``http://localhost:50051``.
         job: Default: the environment's ``DTRUNTIME_JOB``, else ``default``.
         security: Token and certificates.
-        patience: How long to look for a coordinator that does not answer, in seconds.
+        patience: How long to retry while the coordinator does not answer, in seconds.
 
     """
 
@@ -126,25 +126,26 @@ class DatasetRegistry:
         seed: int = 0,
         shuffle: bool = True,
     ) -> DatasetInfo:
-        """Make a dataset known to all ranks. One rank does it; the others wait at a barrier.
+        """Make a dataset known to all ranks. One rank calls it; the others wait at a barrier.
 
-        The same registration again is no error; another one under the same name is, within a run.
+        Repeating the same registration is allowed; a different one under the same name is an error
+        within a run.
 
         Args:
             name: Its name within the job.
-            path: A directory that every worker sees at the same place. Files are looked for at any
-                depth, not through links to directories; names that begin with ``.`` or ``_`` do not
-                count.
+            path: A directory that every worker sees at the same path. Files are searched
+                recursively, without following links to directories; names that begin with ``.`` or
+                ``_`` are ignored.
             format: ``parquet``, ``webdataset``, ``jsonl``, ``csv``, ``arrow``, ``tfrecord``,
-                ``text``: files that end so. Any other word: every file.
-            total_samples: Samples in all.
-            shard_size: Samples in a shard, for the number of shards that is returned: files are
-                dealt whole. Default: what the coordinator is configured to say, else 10,000.
-            seed: What the order of files is drawn from, beside the epoch.
-            shuffle: False keeps the order of the names in every epoch.
+                ``text``: files with the suffixes of that format. Anything else: every file.
+            total_samples: Total samples.
+            shard_size: Samples per shard, which determines the returned number of shards; files are
+                always assigned whole. Default: the coordinator's setting, else 10,000.
+            seed: The seed of the order of files, combined with the epoch.
+            shuffle: False keeps the files sorted by name in every epoch.
 
         Raises:
-            DatasetNotFound: There is no directory at ``path`` on this worker.
+            DatasetNotFound: There is not a directory at ``path`` on this worker.
 
         """
         folder = _directory(name, path)
@@ -181,13 +182,13 @@ class DatasetRegistry:
         *,
         world_size: int | None = None,
     ) -> list[str]:
-        """Give the files that a rank reads in an epoch, in the order to read them.
+        """Return the files that a rank reads in an epoch, in reading order.
 
         Args:
             name: The dataset.
-            worker_rank: Default: as a ``CheckpointManager``'s rank.
+            worker_rank: Default: as for a ``CheckpointManager``.
             epoch: The epoch of the data, counted from 0; each has its own order.
-            world_size: Among how many ranks. Default: the job's.
+            world_size: The number of ranks. Default: the job's.
 
         """
         rank, _ = launch.rank_and_world_size(worker_rank, None)
@@ -196,11 +197,11 @@ class DatasetRegistry:
         return [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118  (str)
 
     def share(self, name: str, place: tuple[int, int], epoch: int) -> Share:
-        """Give a rank's files, and what they are.
+        """Return a rank's files, and their dataset.
 
         Args:
             name: The dataset.
-            place: The rank, and among how many; 0 of them means the job's.
+            place: The rank and the number of ranks; 0 means the job's number.
             epoch: The epoch of the data, counted from 0.
 
         """
@@ -211,15 +212,15 @@ class DatasetRegistry:
     def place(
         self, rank: int | str | None, world_size: int | str | None
     ) -> tuple[int, int, dict[str, str]]:
-        """Give this process's rank, the number of ranks, and what the coordinator told it.
+        """Return this process's rank, the number of ranks, and the coordinator's settings.
 
-        Arguments win; then what this process registered as; then the process group and the
-        environment, as with a ``CheckpointManager``.
+        Arguments take precedence; then what this process registered as; then the process group and
+        the environment, as for a ``CheckpointManager``.
         """
         found = membership.membership_at(self._coordinator.url, self.job)
         if found is not None:
-            rank = found.place.rank if rank is None else rank
-            world_size = found.place.world_size if world_size is None else world_size
+            rank = found.identity.rank if rank is None else rank
+            world_size = found.identity.world_size if world_size is None else world_size
         told = {} if found is None else found.worker.settings
         return (*launch.rank_and_world_size(rank, world_size), told)
 
@@ -232,7 +233,7 @@ def _hosted_by_rank_0(patience: float) -> tuple[str, Security] | None:
         raise CoordinatorUnavailable(
             "looking for the coordinator that rank 0 hosts",
             f"rank 0 has opened neither a manager nor a registry in {patience:g} s",
-            "open one on every rank, or start a coordinator and name it: `coordinator_url=`",
+            "open one on every rank, or start a coordinator and pass `coordinator_url=`",
         ) from error
 
 
@@ -241,12 +242,12 @@ def _directory(name: str, path: str | os.PathLike[str]) -> Path:
     if "://" in text:
         raise InvalidArgument(
             f"registering dataset `{name}`: `path` = {text!r}",
-            "this version lists files in directories",
-            "mount the data, and name the directory",
+            "only local directories are supported",
+            "mount the data, and pass the directory",
         )
     folder = Path(text).absolute()
     if not folder.is_dir():
-        why = "it is no directory" if folder.exists() else "it does not exist on this worker"
+        why = "it is not a directory" if folder.exists() else "it does not exist on this worker"
         raise DatasetNotFound(
             f"registering dataset `{name}`: `{folder}`",
             why,
@@ -256,7 +257,7 @@ def _directory(name: str, path: str | os.PathLike[str]) -> Path:
 
 
 def _list_files(folder: Path, format_name: str) -> list[str]:
-    """Give the files' paths below ``folder``, sorted by their bytes."""
+    """Return the files' paths below ``folder``, sorted by their bytes."""
     suffixes = _SUFFIXES.get(format_name.lower(), ("",))
     found: list[str] = []
     for parent, folders, files in os.walk(folder):

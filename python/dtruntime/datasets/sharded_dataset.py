@@ -6,15 +6,15 @@
 >>> manager.restore(state)  # the position is part of the checkpoint
 >>> for epoch in range(dataset.epoch, 10):
 ...     dataset.set_epoch(epoch)
-...     for batch in loader: ...  # goes on within the epoch after a restore
-...     manager.save(state, step)  # from here a restore goes on with the next epoch
+...     for batch in loader: ...  # continues within the epoch after a restore
+...     manager.save(state, step)  # a restore from here continues with the next epoch
 
-Files are this rank's, in the order of the epoch; the samples of a file come in the file's own order
-(shuffle them when the files are written). ``positions`` says how files are dealt.
+A rank reads its files in the order of the epoch, and the samples of a file in the file's own order
+(shuffle them when writing the files). ``positions`` describes how files are assigned.
 
-Always holds: ranks and workers together give every sample of an epoch, none twice; a position
-counts what was handed to the training, not what was read ahead; the coordinator is asked by the
-process that made the dataset, never by a DataLoader's worker.
+Always holds: ranks and workers together yield every sample of an epoch exactly once; a position
+counts what was handed to the training, not what was read ahead; only the process that created the
+dataset contacts the coordinator, never a DataLoader's worker.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dtruntime import settings
 from dtruntime.datasets import positions, readers
 from dtruntime.datasets.cache import Cache, unreadable
-from dtruntime.datasets.positions import Lane, Position, Track
+from dtruntime.datasets.positions import Cursor, Position, WorkerStream
 from dtruntime.datasets.prefetch import READ_AHEAD_BYTES, ReadAhead, advise
 from dtruntime.errors import (
     DatasetChanged,
@@ -55,12 +55,12 @@ _PREFETCH = 2
 _GIGABYTE = 10**9
 _STATS_AT_ONCE = 16
 _FEW_FILES = 256
-"""So many are looked at one after another."""
+"""Up to this many are examined sequentially."""
 _NOTHING = object()
 
 
 class Files(NamedTuple):
-    """A rank's files: where they are, and what makes them this dataset's."""
+    """A rank's files: their paths, and the record that identifies the dataset."""
 
     paths: list[str]
     file_count: int
@@ -70,7 +70,7 @@ class Files(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a reading begins."""
+    """Where an iteration starts."""
 
     files: Files
     position: Position
@@ -79,39 +79,38 @@ class Start(NamedTuple):
 class ShardedDataset(IterableDataset[Any]):
     """The samples of this rank's files, in the order of the epoch.
 
-    An iterable torch dataset: alone, in a ``DataLoader`` with any number of workers, or, so that
-    the position is known with workers, too, in a ``ShardedLoader``. It ends when its files do, and
-    ranks may have different numbers of samples: ``ShardedLoader`` has ranks end together.
+    An iterable torch dataset: use it alone, in a ``DataLoader`` with any number of workers, or in a
+    ``ShardedLoader``, which also knows the position with workers. It ends with its files, and ranks
+    may have different numbers of samples: ``ShardedLoader`` makes ranks end together.
 
-    Each iteration begins where ``load_state_dict`` said, once, and otherwise at the beginning of
-    the epoch. Resuming within a file reads over the samples before. A position that was saved after
-    the end of an epoch is the next epoch's beginning: ``epoch`` says so once it is loaded. Ranks
-    that each end for themselves (``end="exact"``) know only by ``restore_from`` that all have.
+    An iteration starts once where ``load_state_dict`` set it, and otherwise at the beginning of the
+    epoch. Resuming within a file reads and skips the samples before. A position that was saved
+    after the end of an epoch is the beginning of the next: ``epoch`` reflects that once it is
+    loaded. With ``end="exact"``, ranks only know from ``restore_from`` that all have ended.
 
     Args:
         registry: The job's datasets.
         name: The dataset.
         epoch: The epoch of the data, counted from 0; ``set_epoch`` changes it.
-        read: Gives a file's samples, always in the same order: a function of the file's path (one
-            that can be imported, where workers are spawned), or of two: what to open, which with
-            ``cache_dir`` is a copy, and the file's own path; or ``text``, ``jsonl`` or ``json``
-            (one value a line), ``csv``, ``parquet``, ``webdataset``. Default: by the format that
-            the dataset was registered with.
+        read: Returns a file's samples, always in the same order: a function that takes the file's
+            path (importable, if workers are spawned), or two paths: the one to open, which with
+            ``cache_dir`` is a copy, and the file's own; or ``text``, ``jsonl`` or ``json`` (one
+            value per line), ``csv``, ``parquet``, ``webdataset``. Default: the format that the
+            dataset was registered with.
         rank: Default: as this process registered, else the environment's ``RANK``, else 0.
-        world_size: The same, with ``WORLD_SIZE``, else 1. Where several ranks are to see the same
-            samples (tensor or pipeline parallelism), pass the place among those that differ.
-        prefetch: How many files to make ready ahead of the one that is read, in each process that
-            reads. Default: the coordinator's ``[dataset] prefetch_shards``, else 2.
-        cache_dir: A directory on a disk of this machine to copy files to before they are read. Safe
-            to share among ranks and jobs. Default: none; the system is asked to read ahead, 256 MiB
-            at most.
-        cache_bytes: Most bytes of copies there, as an integer or text such as ``100GB``; files for
-            which there is no room are read where they are. Default: the coordinator's ``[dataset]
+        world_size: Likewise, ``WORLD_SIZE``, else 1. If several ranks should see the same samples
+            (tensor or pipeline parallelism), pass rank and number of the data parallel groups.
+        prefetch: How many files to fetch ahead of the one being read, in each process that reads.
+            Default: the coordinator's ``[dataset] prefetch_shards``, else 2.
+        cache_dir: A directory on a local disk to copy files to before they are read. Can be shared
+            by ranks and jobs. Default: none; the system is asked to read ahead, at most 256 MiB.
+        cache_bytes: Most bytes of copies there, as an integer or text such as ``100GB``; files that
+            do not fit are read from their source. Default: the coordinator's ``[dataset]
             cache_size_gb``.
 
     Raises:
-        DatasetNotFound: There is no such dataset, or a file of it is not there.
-        InvalidArgument: An argument is out of its range, or the cache is too small for the files.
+        DatasetNotFound: There is no such dataset, or one of its files is missing.
+        InvalidArgument: An argument is not accepted, or the cache is too small for the files.
 
     """
 
@@ -136,24 +135,24 @@ class ShardedDataset(IterableDataset[Any]):
         if cache_dir is not None and callable(read) and not _needs_two(read):
             raise InvalidArgument(
                 f"caching dataset `{name}` in `{cache_dir}`",
-                "`read` takes a path, which would be that of a copy: in another folder, by another "
+                "`read` takes only a path, which would be that of a copy, with another folder and "
                 "name",
-                "let it take two, `read(path, source)`: it opens `path`, and `source` is where the "
-                "file belongs",
+                "let it take two, `read(path, source)`: `path` is the file to open, and `source` "
+                "its original path",
             )
         self._prefetch = _prefetch_of(prefetch, told)
         self._cache_dir = cache_dir
         self._cache_bytes = _cache_bytes_of(cache_dir, cache_bytes, told)
         if self._cache_dir is not None:
-            Cache(self._cache_dir, self._cache_bytes)  # refuses a folder of somebody else's
-        # Seen by worker processes: how often the start was set, and whether one of them reads.
+            Cache(self._cache_dir, self._cache_bytes)  # refuses a folder that is not a cache
+        # Shared with workers: how often the start was set, and whether one of them is reading.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._version = 0
-        self._track: Track | None = None
+        self._cursor: Cursor | None = None
         self._fresh = self._at_beginning(settings.integer("epoch", epoch))
         self._check_cache_for_all(self._fresh.position.epoch)
         self._start = self._fresh
-        self._tracked = self._fresh.files
+        self._cursor_files = self._fresh.files
 
     @property
     def epoch(self) -> int:
@@ -161,23 +160,23 @@ class ShardedDataset(IterableDataset[Any]):
         return self._fresh.position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch, at its beginning. The one that it is at already stays as it is."""
+        """Move to the beginning of an epoch; does nothing if it is the current one."""
         number = settings.integer("epoch", epoch)
         if number != self.epoch:
             self._fresh = self._at_beginning(number)
             self._set_start(self._fresh)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the position: plain values, an entry of the state to save.
+        """Return the position, as plain values, to be saved in the training state.
 
         In a DataLoader's worker it is that worker's own, as ``StatefulDataLoader`` needs it.
 
         Raises:
-            InvalidArgument: A plain ``DataLoader``'s workers read, and what was consumed of it is
-                not known here.
+            InvalidArgument: A plain ``DataLoader``'s workers read, so this process does not know
+                what was consumed.
 
         """
-        if self._track is None and self._shared[1].item() and get_worker_info() is None:
+        if self._cursor is None and self._shared[1].item() and get_worker_info() is None:
             raise InvalidArgument(
                 f"the position of dataset `{self.name}`",
                 "a DataLoader's workers read its samples, and this process does not see how many "
@@ -185,16 +184,16 @@ class ShardedDataset(IterableDataset[Any]):
                 "iterate over a `ShardedLoader` instead: it takes the same arguments; or use "
                 "`num_workers=0`",
             )
-        if self._track is None:
+        if self._cursor is None:
             return positions.encode(self._start.position, self._start.files.record)
-        return positions.encode(self._track.position(), self._tracked.record)
+        return positions.encode(self._cursor.position(), self._cursor_files.record)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position that this rank saved; the next iteration begins there.
+        """Resume from a position that this rank saved; the next iteration starts there.
 
         Raises:
-            DatasetChanged: The dataset or the number of ranks is not what it was: naming what.
-            InvalidArgument: It is no position of a dataset.
+            DatasetChanged: The dataset or the number of ranks has changed; the message says what.
+            InvalidArgument: It is not a dataset position.
 
         """
         start, fresh = self._resumed(state)
@@ -202,21 +201,21 @@ class ShardedDataset(IterableDataset[Any]):
         self._set_start(start)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise what ``load_state_dict`` would, and change nothing."""
+        """Raise what ``load_state_dict`` would raise, without changing anything."""
         self._resumed(state)
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the positions of all ranks, whose number may be another than now.
+        """Resume from the positions of all ranks, whose number may differ from the current one.
 
-        What none of them had read is dealt to the ranks that there are now: nothing is lost, and
-        nothing read twice. All ranks call it, with the same positions.
+        What none of them had read is assigned to the current ranks: nothing is lost, and nothing
+        is read twice. All ranks call it, with the same positions.
 
         Args:
-            states: What ``state_dict`` gave on each rank, in one checkpoint.
+            states: What ``state_dict`` returned on each rank, from one checkpoint.
 
         Raises:
-            DatasetChanged: The dataset is not what it was.
-            InvalidArgument: They are not the positions of all ranks at one moment.
+            DatasetChanged: The dataset has changed.
+            InvalidArgument: They are not the positions of all ranks from one checkpoint.
 
         """
         decoded = [positions.decode(self.name, state) for state in states]
@@ -245,13 +244,13 @@ class ShardedDataset(IterableDataset[Any]):
     def restore_from(
         self, manager: CheckpointManager, key: str = "data", step: int | None = None
     ) -> None:
-        """Go on from the position in a checkpoint, whatever number of ranks saved it.
+        """Resume from the position in a checkpoint, whatever number of ranks saved it.
 
         All ranks call it.
 
         Args:
-            manager: Of a store from which every rank's part can be read.
-            key: Where in the saved state the position is: its topmost key.
+            manager: A manager whose store has every rank's part.
+            key: The top-level key of the position in the saved state.
             step: The checkpoint. Default: the newest that verifies.
 
         Raises:
@@ -275,51 +274,51 @@ class ShardedDataset(IterableDataset[Any]):
             return self._refuse()
         start = self.take_start()
         count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        track = positions.track(start.position, start.files.file_count, count)
-        lane = track.lanes[(number + track.next_lane) % count]
-        track.lanes, track.next_lane = [lane], 0
-        self.follow(track, start.files)
+        cursor = positions.cursor_at(start.position, start.files.file_count, count)
+        stream = cursor.streams[(number + cursor.next_stream) % count]
+        cursor.streams, cursor.next_stream = [stream], 0
+        self.follow(cursor, start.files)
         if worker is not None:
             self._shared[1] = 1
-            return self.walk(start.files, lane)
-        return self._alone(start.files, track)
+            return self.walk(start.files, stream)
+        return self._alone(start.files, cursor)
 
-    def _alone(self, files: Files, track: Track) -> Iterator[Any]:
-        """Read a share in this process, and see its end."""
-        yield from self.walk(files, track.lanes[0])
-        track.finish(is_agreed=self.world_size == 1)
+    def _alone(self, files: Files, cursor: Cursor) -> Iterator[Any]:
+        """Read a share in this process, and record its end."""
+        yield from self.walk(files, cursor.streams[0])
+        cursor.finish(is_agreed=self.world_size == 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what a spawned worker gets: everything but the connection."""
-        return self.__dict__ | {"_registry": None, "_track": None}
+        """Return the state for a spawned worker: everything but the connection."""
+        return self.__dict__ | {"_registry": None, "_cursor": None}
 
     @property
     def beginning(self) -> Start:
         """The beginning of the epoch."""
         return self._fresh
 
-    def follow(self, track: Track, files: Files) -> None:
-        """Have the position be where this reading is."""
-        self._track, self._tracked = track, files
+    def follow(self, cursor: Cursor, files: Files) -> None:
+        """Make the dataset's position follow this iteration."""
+        self._cursor, self._cursor_files = cursor, files
 
     def take_start(self) -> Start:
-        """Give where the next iteration begins; the one after it begins with the epoch."""
+        """Return where the next iteration starts; the one after it starts at the epoch's start."""
         start, self._start = self._start, self._fresh
         return start
 
     def _set_start(self, start: Start) -> None:
-        self._start, self._tracked = start, start.files
-        self._track = None
+        self._start, self._cursor_files = start, start.files
+        self._cursor = None
         self._version += 1
         if get_worker_info() is None:
             self._shared[0], self._shared[1] = self._version, 0
 
     def _is_outdated(self) -> bool:
-        """Tell whether this is a worker that was started before the start was set."""
+        """Return whether this is a worker that was started before the position was set."""
         return get_worker_info() is not None and self._shared[0].item() > self._version
 
     def _refuse(self) -> Iterator[Any]:
-        """Raise at the first sample: an error before it would end the worker without a word."""
+        """Raise at the first sample: an earlier error would end the worker silently."""
         error = InvalidArgument(
             f"reading dataset `{self.name}`",
             "this worker process was started before the epoch or the position was set",
@@ -332,7 +331,7 @@ class ShardedDataset(IterableDataset[Any]):
         return Start(self._look_at(share), Position(epoch, self.rank, self.world_size))
 
     def _resumed(self, state: Mapping[str, Any]) -> tuple[Start, Start]:
-        """Give where to go on from a position, and where the epoch of that begins."""
+        """Return where to resume from a position, and the beginning of its epoch."""
         position, saved = positions.decode(self.name, state)
         self._check_place(position)
         is_here = position.epoch == self.epoch
@@ -353,25 +352,25 @@ class ShardedDataset(IterableDataset[Any]):
         was, now = (position.rank, position.world_size), (self.rank, self.world_size)
         if was != now:
             raise DatasetChanged(
-                f"going on within an epoch of dataset `{self.name}`",
+                f"resuming within an epoch of dataset `{self.name}`",
                 f"the position is that of rank {was[0]} of {was[1]}, and this is rank {now[0]} of "
                 f"{now[1]}",
-                "leave it out of the state that is restored, and call `restore_from(manager)` on "
-                "every rank: what is left is dealt to the ranks that there are now",
+                "leave it out of the state to restore, and call `restore_from(manager)` on every "
+                "rank: what is left is assigned to the current ranks",
             )
 
     def _ask(self, place: tuple[int, int], epoch: int) -> Share:
         if self._registry is None or get_worker_info() is not None:
             raise InvalidArgument(
-                f"asking for the files of dataset `{self.name}`, epoch {epoch}",
-                "this process is a worker of a DataLoader, or has a copy of the dataset",
-                "call `set_epoch` and `load_state_dict` where the dataset was made, before "
-                "iterating",
+                f"looking up the files of dataset `{self.name}`, epoch {epoch}",
+                "this process is a DataLoader worker, or has a copy of the dataset",
+                "call `set_epoch` and `load_state_dict` in the process that created the dataset, "
+                "before iterating",
             )
         return self._registry.share(self.name, place, epoch)
 
     def _look_at(self, share: Share) -> Files:
-        """Look at every file: that it is there, and how long it is."""
+        """Check that every file exists, and record its size."""
         self._reader(share.format)  # refuses an unknown format before training begins
         paths = [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118
         sizes = _sizes_of(paths)
@@ -390,11 +389,11 @@ class ShardedDataset(IterableDataset[Any]):
         return Files(paths, share.file_count, share.format, max(sizes, default=0), record)
 
     def check_workers(self, count: int) -> None:
-        """Say so if the cache is too small for what so many workers read at a time."""
+        """Warn if the cache is too small for what this many workers read at a time."""
         self._check_cache(self._start.files.largest, count)
 
     def _check_cache_for_all(self, epoch: int) -> None:
-        """Refuse a cache that is too small for any file: on every rank, and before training."""
+        """Refuse a cache that is too small for any file, on every rank and before training."""
         if self._cache_dir is not None:
             whole = self._ask((0, 1), epoch)
             paths = [os.path.join(whole.folder, file) for file in whole.files]  # noqa: PTH118
@@ -413,7 +412,7 @@ class ShardedDataset(IterableDataset[Any]):
                 f"allow at least {needed} bytes, or pass a smaller `prefetch`",
             )
         _logger.warning(
-            "%s: %s by each of %d workers, but `cache_bytes` is %d; some are read where they are",
+            "%s: %s by each of %d workers, but `cache_bytes` is %d; some are not cached",
             what,
             each,
             readers_count,
@@ -421,7 +420,7 @@ class ShardedDataset(IterableDataset[Any]):
         )
 
     def _reader(self, format_name: str) -> Callable[[str, str], Iterable[Any]]:
-        """Give what reads a file, by the path to read and the path that it is known by."""
+        """Return the function that reads a file, given the path to open and its own path."""
         if not callable(self._read):
             samples = readers.open_samples(self._read or format_name)
             return lambda path, _: samples(path)
@@ -433,41 +432,41 @@ class ShardedDataset(IterableDataset[Any]):
             return advise(READ_AHEAD_BYTES // self._prefetch if self._prefetch else 0)
         return Cache(self._cache_dir, self._cache_bytes).fetch
 
-    def walk(self, files: Files, lane: Lane) -> Iterator[Any]:
-        """Give a lane's samples, and keep in it how far it is."""
-        sources = [files.paths[number] for number in lane.files]
+    def walk(self, files: Files, stream: WorkerStream) -> Iterator[Any]:
+        """Yield a stream's samples, and keep its progress up to date."""
+        sources = [files.paths[number] for number in stream.files]
         if not sources:
             return
         read = self._reader(files.format)
         ahead = ReadAhead(sources, self._fetcher(), self._prefetch)
         try:
             for entry, source in enumerate(sources):
-                lane.cursor, lane.within = entry, lane.skip_of(entry)
+                stream.entry, stream.within = entry, stream.skip_of(entry)
                 ready = ahead.get(entry)
                 try:
-                    yield from self._samples(source, read(ready.path, source), lane)
+                    yield from self._samples(source, read(ready.path, source), stream)
                 finally:
                     ready.close()
-            lane.finish()
+            stream.finish()
         finally:
             ahead.close()
 
-    def _samples(self, source: str, opened: Iterable[Any], lane: Lane) -> Iterator[Any]:
-        """Give the samples of one file that were not taken before; count each as it is given."""
+    def _samples(self, source: str, opened: Iterable[Any], stream: WorkerStream) -> Iterator[Any]:
+        """Yield the samples of one file that were not consumed before, and count each."""
         samples = iter(opened)
         try:
-            self._skip(source, samples, lane.within)
-            for lane.within, sample in enumerate(samples, lane.within + 1):  # noqa: B020
-                lane.given += 1
+            self._skip(source, samples, stream.within)
+            for stream.within, sample in enumerate(samples, stream.within + 1):  # noqa: B020
+                stream.given += 1
                 yield sample
         except readers.Unreadable as error:
             raise UnreadableSample(
                 f"reading `{source}` of dataset `{self.name}`",
                 str(error),
-                "mend the file; or register the dataset without it, and begin an epoch anew",
+                "fix the file; or register the dataset without it, and start an epoch again",
             ) from None
         except OSError as error:
-            if callable(self._read):  # the function's own
+            if callable(self._read):  # the user's function may raise it for its own reasons
                 raise
             raise unreadable(source, error) from None
         finally:
@@ -479,17 +478,17 @@ class ShardedDataset(IterableDataset[Any]):
         for taken in range(count):
             if next(samples, _NOTHING) is _NOTHING:
                 raise DatasetChanged(
-                    f"going on within `{source}` of dataset `{self.name}`",
-                    f"{count} samples of it were taken before, and now it has {taken}",
-                    "bring the file back as it was; `read` must give the same samples each time",
+                    f"resuming within `{source}` of dataset `{self.name}`",
+                    f"{count} samples of it were consumed before, and now it has only {taken}",
+                    "restore the file as it was; `read` must return the same samples each time",
                 )
 
 
 def _needs_two(read: Callable[..., Any]) -> bool:
-    """Tell whether a reader cannot do with the path alone."""
+    """Return whether a reader requires a second argument."""
     try:
         signature = inspect.signature(read)
-    except ValueError:  # of some built-in functions nothing is known
+    except ValueError:  # some built-in functions have no signature
         return False
     try:
         signature.bind(None)
@@ -517,8 +516,8 @@ def _cache_bytes_of(
     if gigabytes is None and folder is not None:
         raise InvalidArgument(
             f"setting `cache_dir` = {os.fspath(folder)!r}",
-            "nothing says how much may be stored there",
-            'pass `cache_bytes="100GB"`, or have the coordinator say `[dataset] cache_size_gb`',
+            "no limit of the bytes stored there is set",
+            'pass `cache_bytes="100GB"`, or set the coordinator\'s `[dataset] cache_size_gb`',
         )
     return int(gigabytes or 0) * _GIGABYTE
 
@@ -528,7 +527,7 @@ def _pick(whole: Share, places: Sequence[int]) -> Share:
 
 
 def _sizes_of(paths: Sequence[str]) -> list[int]:
-    """Give the sizes of files; on network storage each look takes a while, so several at once."""
+    """Return the sizes of files, several concurrently: on network storage each takes a while."""
     if len(paths) <= _FEW_FILES:
         return [_size_of(path) for path in paths]
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
@@ -537,7 +536,7 @@ def _sizes_of(paths: Sequence[str]) -> list[int]:
 
 def _size_of(path: str) -> int:
     try:
-        about = os.stat(path)  # noqa: PTH116  (half the time of `Path`)
+        about = os.stat(path)  # noqa: PTH116  (takes half as long as `Path.stat`)
     except OSError as error:
         raise unreadable(path, error) from None
     return about.st_size if stat.S_ISREG(about.st_mode) else 0

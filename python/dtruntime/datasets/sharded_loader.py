@@ -1,10 +1,10 @@
-"""A loader that knows how much of a dataset was consumed, and has ranks end together.
+"""A loader that knows how much of a dataset was consumed, and makes ranks end together.
 
-Samples travel from the workers with the position after them; the position of the last one of a
-batch counts once that batch is handed out.
+Samples come from the workers with the position after them; the position after the last sample of a
+batch takes effect once that batch is yielded.
 
-Always holds: the dataset's position is that of the batch handed out last, whatever was read ahead;
-ranks that end together agree before each batch, so all of them hand out the same number.
+Always holds: the dataset's position is that of the batch yielded last, whatever was read ahead;
+ranks that end together agree before each batch, so all of them yield the same number.
 """
 
 from __future__ import annotations
@@ -23,66 +23,66 @@ from dtruntime.errors import CheckpointError, Conflict, InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from dtruntime.datasets.positions import Lane, Track
+    from dtruntime.datasets.positions import Cursor, WorkerStream
     from dtruntime.datasets.sharded_dataset import Files, ShardedDataset, Start
 
 _ENDS = ("exact", "drop", "pad")
 
 
 class _Mark(NamedTuple):
-    """How far a lane is after a batch."""
+    """The progress of a stream after a sample."""
 
-    lane: int
-    cursor: int
+    stream: int
+    entry: int
     within: int
     given: int
 
 
 class _Batch(NamedTuple):
-    """A batch on its way from a worker, with the position after it."""
+    """A batch from a worker, with the position after it."""
 
     mark: _Mark
     data: Any
 
 
 class _Failure:
-    """An error on its way from a worker, which a DataLoader would turn into text."""
+    """An error from a worker, which a DataLoader would turn into text."""
 
     def __init__(self, error: CheckpointError) -> None:
         self.error = error
 
 
 class _Marked(IterableDataset[Any]):
-    """A dataset whose samples come with their positions; what a ``ShardedLoader`` loads.
+    """A dataset whose samples come with their positions; wrapped by a ``ShardedLoader``.
 
     Attributes:
-        dataset: What is read.
-        plan: The files, the lanes, and the lane of the first worker. Set before each iteration.
+        dataset: The dataset.
+        plan: The files, the streams, and the stream of the first worker. Set before each iteration.
 
     """
 
     def __init__(self, dataset: ShardedDataset) -> None:
         super().__init__()
         self.dataset = dataset
-        self.plan: tuple[Files, list[Lane], int] | None = None
+        self.plan: tuple[Files, list[WorkerStream], int] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         assert self.plan is not None  # noqa: S101  (the loader sets it)
-        files, lanes, first = self.plan
+        files, streams, first = self.plan
         worker = get_worker_info()
-        number = (first + (0 if worker is None else worker.id)) % len(lanes)
-        return self._marked(files, number, lanes[number])
+        number = (first + (0 if worker is None else worker.id)) % len(streams)
+        return self._marked(files, number, streams[number])
 
-    def _marked(self, files: Files, number: int, lane: Lane) -> Iterator[Any]:
+    def _marked(self, files: Files, number: int, stream: WorkerStream) -> Iterator[Any]:
         try:
-            for sample in self.dataset.walk(files, lane):
-                yield _Mark(number, lane.cursor, lane.within, lane.given), sample
+            for sample in self.dataset.walk(files, stream):
+                yield _Mark(number, stream.entry, stream.within, stream.given), sample
         except CheckpointError as error:
             yield _Failure(error)
 
 
 class _Collate:
-    """A collate function behind which a batch keeps the position after its last sample."""
+    """Wraps a collate function, so that a batch keeps the position after its last sample."""
 
     def __init__(self, collate: Callable[[Any], Any], *, is_batched: bool) -> None:
         self._collate = collate
@@ -99,27 +99,28 @@ class _Collate:
 
 
 class ShardedLoader(DataLoader[Any]):
-    """A ``DataLoader`` that knows how much of a dataset was consumed, and ends ranks together.
+    """A ``DataLoader`` that knows how much of a dataset was consumed, and makes ranks end together.
 
-    A batch counts as consumed once it is handed out, wherever it was read: ``state_dict`` of the
-    dataset, or of this loader, is exact with any number of workers. With as many workers and the
-    same batch size, what follows a restore is batch by batch what would have followed; with other
-    numbers it is the same samples, batched otherwise.
+    A batch counts as consumed once it is yielded, wherever it was read: ``state_dict`` of the
+    dataset, or of this loader, is exact with any number of workers. With the same number of workers
+    and the same batch size, the batches after a restore are exactly those that would have followed;
+    otherwise they are the same samples in different batches.
 
     Args:
-        dataset: What to load. Each iteration goes once through its epoch.
-        end: What to do where ranks have different numbers of batches. ``drop``: all end when the
-            first of them has no more, and the rest of the epoch is left out. ``pad``: all go on
-            until the last of them has no more; who has ended begins its epoch again meanwhile.
-            ``exact``: each ends when its own files do; a rank that waits for another one, as in
+        dataset: The dataset. Each iteration goes once through its epoch.
+        end: What to do if ranks have different numbers of batches. ``drop``: all end when the first
+            of them runs out, and the rest of the epoch is skipped. ``pad``: all continue until the
+            last of them runs out; the others repeat their epoch from its beginning meanwhile.
+            ``exact``: each ends with its own files; a rank that waits for another one, as in
             DistributedDataParallel, then hangs. Default: ``drop``; ``exact`` for one rank.
-        group: The process group of the ranks that end together: a small message over it precedes
-            each batch. Default: all ranks, over gloo, so no GPU is waited for.
-        options: As of ``DataLoader``: ``batch_size``, ``num_workers``, ``collate_fn``,
+        group: The process group of the ranks that end together: a small all-reduce over it precedes
+            each batch. Default: all ranks, over gloo, which does not synchronize with GPUs.
+        options: As for ``DataLoader``: ``batch_size``, ``num_workers``, ``collate_fn``,
             ``drop_last``, ``pin_memory``, ``multiprocessing_context``, ...
 
     Raises:
-        InvalidArgument: Ranks are to end together and cannot talk; or an option does not fit.
+        InvalidArgument: Ranks should end together but cannot communicate; or an option is not
+            accepted.
 
     """
 
@@ -134,7 +135,7 @@ class ShardedLoader(DataLoader[Any]):
         if options.get("persistent_workers"):
             raise InvalidArgument(
                 "setting `persistent_workers` = True",
-                "workers that live on do not hear of `set_epoch`",
+                "persistent workers do not see `set_epoch`",
                 "leave it out: workers are started for each epoch",
             )
         is_batched = options.get("batch_size", 1) is not None
@@ -146,8 +147,8 @@ class ShardedLoader(DataLoader[Any]):
         super().__init__(
             self._marked, collate_fn=_Collate(collate, is_batched=is_batched), **options
         )
-        self._lanes = max(self.num_workers, 1)
-        dataset.check_workers(self._lanes)
+        self._streams = max(self.num_workers, 1)
+        dataset.check_workers(self._streams)
 
     @property
     def epoch(self) -> int:
@@ -155,36 +156,36 @@ class ShardedLoader(DataLoader[Any]):
         return self._source.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn the dataset to an epoch: see there."""
+        """Move the dataset to the beginning of an epoch; see ``ShardedDataset.set_epoch``."""
         self._source.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the dataset's position."""
+        """Return the dataset's position."""
         return self._source.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have the dataset go on from a position: see there."""
+        """Resume the dataset from a position; see ``ShardedDataset.load_state_dict``."""
         self._source.load_state_dict(state)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise what ``load_state_dict`` would, and change nothing."""
+        """Raise what ``load_state_dict`` would raise, without changing anything."""
         self._source.check_state_dict(state)
 
-    def __iter__(self) -> Any:  # an iterator; torch's own type is that of its private class
+    def __iter__(self) -> Any:  # an iterator; torch annotates a private class
         source = self._source
         start = source.take_start()
         self._check_enough_files(start)
-        track = positions.track(start.position, start.files.file_count, self._lanes)
-        source.follow(track, start.files)
-        return self._hand_out(self._batches(start), track)
+        cursor = positions.cursor_at(start.position, start.files.file_count, self._streams)
+        source.follow(cursor, start.files)
+        return self._hand_out(self._batches(start), cursor)
 
     def _batches(self, start: Start) -> Iterator[Any]:
-        """Begin to read. The lanes are copies: what is read ahead moves them, too."""
-        track = positions.track(start.position, start.files.file_count, self._lanes)
-        self._marked.plan = (start.files, track.lanes, track.next_lane)
+        """Start to read. The streams are copies, because reading ahead advances them."""
+        cursor = positions.cursor_at(start.position, start.files.file_count, self._streams)
+        self._marked.plan = (start.files, cursor.streams, cursor.next_stream)
         return super().__iter__()
 
-    def _hand_out(self, batches: Iterator[Any], track: Track) -> Iterator[Any]:
+    def _hand_out(self, batches: Iterator[Any], cursor: Cursor) -> Iterator[Any]:
         repeats = self._repeats()
         while True:
             batch = self._next(batches)
@@ -197,12 +198,12 @@ class ShardedLoader(DataLoader[Any]):
                 self._agree(has_batch=True)
             if not is_repeat:
                 mark = batch.mark
-                lane = track.lanes[mark.lane]
-                lane.cursor, lane.within, lane.given = mark.cursor, mark.within, mark.given
-                track.next_lane = (mark.lane + 1) % self._lanes
+                stream = cursor.streams[mark.stream]
+                stream.entry, stream.within, stream.given = mark.entry, mark.within, mark.given
+                cursor.next_stream = (mark.stream + 1) % self._streams
             yield batch.data
-        # Ranks that each end for themselves do not hear of the others.
-        track.finish(is_agreed=self._end != "exact" or self._source.world_size == 1)
+        # With `exact`, a rank does not know whether the others have ended.
+        cursor.finish(is_agreed=self._end != "exact" or self._source.world_size == 1)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         try:
@@ -216,7 +217,7 @@ class ShardedLoader(DataLoader[Any]):
         return batch
 
     def _repeats(self) -> Iterator[Any]:
-        """Go through this rank's epoch again and again, for ranks that have more."""
+        """Yield the batches of this rank's epoch repeatedly, while other ranks have more."""
         source = self._source
         found = True
         while found:
@@ -231,7 +232,7 @@ class ShardedLoader(DataLoader[Any]):
         )
 
     def _agree(self, *, has_batch: bool, is_well: bool = True) -> tuple[bool, bool]:
-        """Tell whether to go on, and whether some ranks repeat: all get the same answer."""
+        """Return whether to continue, and whether some ranks repeat: the same on every rank."""
         if self._end == "exact":
             return has_batch, False
         told = torch.tensor([int(has_batch), -int(has_batch), int(is_well)])
@@ -241,7 +242,7 @@ class ShardedLoader(DataLoader[Any]):
             raise Conflict(
                 f"reading dataset `{self._source.name}`",
                 "another rank could not read its files",
-                "look at that rank's error; this rank's position is the one before this batch",
+                "see that rank's error; this rank's position is the one before this batch",
             )
         if self._end == "drop":
             return bool(all_have), False
@@ -258,7 +259,7 @@ class ShardedLoader(DataLoader[Any]):
 
 
 def _on_the_host(group: Any) -> Any:
-    """Give a process group of the same ranks whose messages need no GPU."""
+    """Return a process group of the same ranks whose messages need no GPU."""
     if "gloo" in str(dist.get_backend_config(group)):
         return group
     if group is None:
@@ -268,7 +269,7 @@ def _on_the_host(group: Any) -> Any:
 
 
 def _end_of(dataset: ShardedDataset, end: str | None, group: Any) -> tuple[str, Any]:
-    """Give how ranks end, and over which process group they agree on it."""
+    """Return how ranks end, and the process group over which they agree."""
     size = dataset.world_size
     if end is not None:
         settings.choice("end", end, _ENDS)
@@ -278,9 +279,9 @@ def _end_of(dataset: ShardedDataset, end: str | None, group: Any) -> tuple[str, 
     if not (dist.is_available() and dist.is_initialized()):
         raise InvalidArgument(
             what,
-            "they talk by `torch.distributed`, which is not initialized",
-            'call `init_process_group` first; or pass `end="exact"` where no rank waits for '
-            "another one in its steps",
+            "they communicate through `torch.distributed`, which is not initialized",
+            'call `init_process_group` first; or pass `end="exact"` if no rank waits for another '
+            "one in its steps",
         )
     group = _on_the_host(group)
     found = dist.get_world_size(group)
@@ -288,6 +289,6 @@ def _end_of(dataset: ShardedDataset, end: str | None, group: Any) -> tuple[str, 
         raise InvalidArgument(
             what,
             f"the process group has {found}",
-            "pass `group=` with the ranks among which the dataset is shared",
+            "pass `group=` with the ranks among which the dataset is divided",
         )
     return end or "drop", group

@@ -1,4 +1,4 @@
-"""The door for ``torch.distributed.checkpoint``: its ``save`` and ``load`` on a manager's store.
+"""Adapter for ``torch.distributed.checkpoint``: its ``save`` and ``load`` on a manager's store.
 
 >>> import torch.distributed.checkpoint as dcp
 >>> from dtruntime.dcp import StorageReader, StorageWriter
@@ -7,8 +7,8 @@
 ...     dcp.load(state, storage_reader=StorageReader(manager))
 
 Always holds: ``write_data`` returns once the checkpoint is durable on every rank, and raises if it
-is not; a rank that fails in it tells the others. (One whose planner's ``finish_plan`` raises does
-not come to it, and torch leaves the others waiting.)
+is not; a rank that fails in it tells the others. (One whose planner's ``finish_plan`` raises never
+reaches it, and torch leaves the others waiting.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.futures import Future
 from dtruntime import settings
 from dtruntime.dcp import planned
 from dtruntime.errors import InvalidArgument, RestoreIncomplete
-from dtruntime.saving.handle import end_copies
+from dtruntime.saving.handle import order_after_copies
 from dtruntime.state.sharded_tensors import Box
 from dtruntime.state.state_tree import collector_paused
 
@@ -54,21 +54,21 @@ _STEP = re.compile(r"(?:.*[^0-9])?([0-9]{1,20})", re.DOTALL)
 
 
 class StorageWriter(storage.StorageWriter):
-    """Where ``dcp.save`` and ``dcp.async_save`` write to: a checkpoint of a manager.
+    """The destination of ``dcp.save`` and ``dcp.async_save``: a checkpoint of a manager.
 
-    Every rank makes one, with a manager that is open on every rank. What the planner gives a rank
-    to save is its part of the checkpoint; the manager compresses, checks and commits it, keeps as
-    many checkpoints as it was told to, and uploads them.
+    Every rank creates one, with a manager that is open on every rank. What the planner assigns to a
+    rank is its part of the checkpoint; the manager compresses, checks and commits it, applies its
+    retention, and uploads it.
 
-    ``manager.load(from_rank=0)`` reads it, too: plain values and tensors without dimensions that
-    rank 0 held, and the other tensors of all ranks (where a planner of one's own changes values,
-    what rank 0 saved). Keys are text there, as planners have them, and parameters are plain
-    tensors; a list of tensors or dicts is a dict by position, and a dict or a tuple that a planner
-    took for one value stands in a tuple.
+    ``manager.load(from_rank=0)`` can also read it: plain values and tensors without dimensions that
+    rank 0 held, and the other tensors of all ranks (if a custom planner changes values, only what
+    rank 0 saved). Keys are strings there, as in planners, and parameters are plain tensors; a list
+    of tensors or dicts is a dict by position, and a dict or tuple that a planner treats as one
+    value is wrapped in a tuple.
 
     Args:
-        manager: The manager. What all ranks hold alike is the planner's to find, so it is opened
-            without ``replicated``.
+        manager: The manager. The planner deduplicates what is identical on all ranks, so it is
+            opened without ``replicated``.
         step: The training step. Default: the number at the end of ``checkpoint_id``, as in
             ``dcp.save(..., checkpoint_id="step-1000")``; the rest of that is ignored.
         rewind: As for ``manager.save_async``.
@@ -98,13 +98,13 @@ class StorageWriter(storage.StorageWriter):
         if manager._saver.rules.replication is not None:  # noqa: SLF001  (of the same package)
             raise InvalidArgument(
                 "a StorageWriter on a manager with `replicated`",
-                "the planner says which rank saves what all of them hold alike",
+                "the planner decides which rank saves what is identical on all of them",
                 "open the manager without `replicated`",
             )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Tell whether ``checkpoint_id`` names a step."""
+        """Return whether ``checkpoint_id`` names a step."""
         return _step_in(checkpoint_id) is not None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -112,57 +112,57 @@ class StorageWriter(storage.StorageWriter):
         self._step.name(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta:
-        """Name the checkpoint for torch's log."""
+        """Return the checkpoint's name, for torch's log."""
         return StorageMeta(checkpoint_id=f"{os.fspath(self._manager.path)}: {self._step}")
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Check that this rank and the manager's are the same."""
+        """Check that this rank and the manager's rank are the same."""
         self._call.step, self._call.plans = self._step.take(), None
         if self._call.step is None:
             raise InvalidArgument(
                 "`dcp.save` without a step",
                 "every checkpoint belongs to a training step",
-                "`StorageWriter(manager, step=1000)`, or `checkpoint_id='step-1000'`",
+                "pass `StorageWriter(manager, step=1000)`, or `checkpoint_id='step-1000'`",
             )
         manager = self._manager
         _check_rank(manager, kwargs.get("rank"), "dcp.save", is_coordinator=is_coordinator)
         if manager._world_size > 1 and not kwargs.get("use_collectives", True):  # noqa: SLF001
             raise InvalidArgument(
                 "`dcp.save` with `use_collectives=False`",
-                "ranks that plan apart do not know who saves what all of them hold",
+                "ranks that plan separately do not know which of them saves shared values",
                 "leave it out, or save with `manager.save_async`",
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Change nothing."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Note what others save: this is the planning rank."""
+        """Record what the other ranks save: this is the planning rank."""
         ranks = self._manager._world_size  # noqa: SLF001
         if len(plans) != ranks:
             raise InvalidArgument(
                 f"`dcp.save` of {len(plans)} ranks",
                 f"the manager was opened for {ranks}",
-                "save with the process group of all ranks that opened the manager; with fewer, or "
-                "with `no_dist=True`, open it with their `rank=` and `world_size=`, on a store of "
-                "its own",
+                "save with the process group of all ranks that opened the manager; for fewer, or "
+                "for `no_dist=True`, open it with their `rank=` and `world_size=`, on a separate "
+                "store",
             )
         self._call.plans = plans
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Save what the plan gives this rank, and wait until the checkpoint is durable."""
+        """Save what the plan assigns to this rank, and wait until the checkpoint is durable."""
         manager, call = self._manager, self._call
-        assert call.step is not None  # noqa: S101  (setting up checks it)
+        assert call.step is not None  # noqa: S101  (`set_up_storage_writer` checks it)
         with manager._saver.declining(call.step):  # noqa: SLF001
             is_alone = manager._world_size == 1  # noqa: SLF001
             state = planned.state_of(plan, planner, is_alone=is_alone)
             if call.plans is not None:
-                # With cached plans torch hands round what has changed, and the planner has all.
+                # With cached plans torch passes only the changes, and the planner has them all.
                 plans = getattr(planner, "global_plan", call.plans)
                 planned.add_known(state, plan, planner, plans)
-        with _unadvised(manager):
+        with _without_advice(manager):
             manager.save(
                 state,
                 call.step,
@@ -175,30 +175,30 @@ class StorageWriter(storage.StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Do nothing more: the ranks have committed the checkpoint together."""
+        """Do nothing: the ranks have already committed the checkpoint together."""
 
     def __reduce__(self) -> NoReturn:
         raise InvalidArgument(
-            "handing a StorageWriter to another process",
-            "its manager holds the store and the memory of this one",
+            "passing a StorageWriter to another process",
+            "its manager holds the store and memory of this process",
             "use `async_checkpointer_type=AsyncCheckpointerType.THREAD`: the engine's threads do "
-            "not hold up Python",
+            "not block Python",
         )
 
 
 class StorageReader(storage.StorageReader):
-    """Where ``dcp.load`` reads from: a checkpoint of a manager, whoever saved it, and how.
+    """The source of ``dcp.load``: a checkpoint of a manager, saved through DCP or not.
 
-    Any number of ranks can read what any other saved. What is read goes straight into the tensors
-    of the state, and is checked on its way: after an error they are a mixture, as always with
+    Any number of ranks can read what any other number saved. Data is read straight into the tensors
+    of the state, and checked on the way: after an error they are a mixture, as always with
     ``dcp.load``, and the manager refuses to save until a load has succeeded.
 
     Args:
         manager: The manager; it may be ``read_only``.
         step: The checkpoint. Default: the number at the end of ``checkpoint_id``, else the newest
             whose manifest and indexes verify on every rank.
-        from_rank: Whose values count where each rank saved its own, as ``manager.save_async`` lets
-            them. Default: this rank's, if the manager was opened for as many ranks.
+        from_rank: Whose values are read where each rank saved its own, as ``manager.save_async``
+            allows. Default: this rank's, if the manager was opened for as many ranks.
 
     >>> dcp.load(state, storage_reader=StorageReader(manager))
 
@@ -221,25 +221,25 @@ class StorageReader(storage.StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Tell whether ``checkpoint_id`` names a step."""
+        """Return whether ``checkpoint_id`` names a step."""
         return _step_in(checkpoint_id) is not None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Take the step of the next load from ``checkpoint_id``, if there is one."""
         self._step.name(checkpoint_id)
 
-    # Without `**kwargs`: torch would ask once more, as if every rank had metadata of its own.
+    # Without `**kwargs`: with it, torch would call again for per-rank metadata.
     def read_metadata(self, *args: Any) -> Metadata:  # noqa: ARG002
         """Open what all ranks saved of the checkpoint."""
         self._saved = self._error = None
         try:
             with collector_paused():
-                # Rank 0 is one whose shard is there however many ranks read.
+                # Rank 0's shard exists however many ranks saved.
                 step, source = self._step.take(), self._manager._source  # noqa: SLF001
                 self._is_named = step is not None
                 saved, _ = source.read(step, 0, self._open)
                 metadata = saved.metadata()
-        except Exception as raised:  # noqa: BLE001  (torch would make an `AssertionError` of it)
+        except Exception as raised:  # noqa: BLE001  (torch would turn it into an `AssertionError`)
             error = self._error = raised
             return Metadata(planned.Described(lambda _: error), planner_data={})
         self._saved = saved
@@ -252,7 +252,7 @@ class StorageReader(storage.StorageReader):
         *args: Any,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
-        """Raise what kept the checkpoint from being opened."""
+        """Raise the error with which opening the checkpoint failed, if it did."""
         if self._error is not None:
             raise self._error
         if not self._manager._read_only:  # noqa: SLF001
@@ -260,7 +260,7 @@ class StorageReader(storage.StorageReader):
             _check_rank(self._manager, rank, "dcp.load", is_coordinator=is_coordinator)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Say which checkpoint this rank reads."""
+        """Add to the plan which checkpoint this rank reads."""
         saved = self._opened()
         return dataclasses.replace(plan, storage_data=(saved.step, saved.attempt))
 
@@ -272,16 +272,16 @@ class StorageReader(storage.StorageReader):
             raise InvalidArgument(
                 "`dcp.load` of the newest checkpoint",
                 f"the ranks found different ones: {found}",
-                "name it: `StorageReader(manager, step=...)`; managers that are not `read_only` "
-                "agree on one",
+                "pass its step: `StorageReader(manager, step=...)`; managers that are not "
+                "`read_only` agree on one",
             )
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for into the tensors that the planner gives."""
+        """Read what the plan requests into the tensors that the planner provides."""
         manager, saved = self._manager, self._opened()
         self._saved = None  # its files are closed when this ends
-        end_copies()  # what is loaded may be what a save still copies
+        order_after_copies()  # what is loaded may be what a save still copies
         try:
             tensors: list[tuple[ReadItem, Any]] = []
             for item in plan.items:
@@ -314,7 +314,7 @@ class StorageReader(storage.StorageReader):
             raise InvalidArgument(
                 f"`StorageReader(from_rank={rank})` on step {first.step}",
                 f"{len(readers)} ranks saved it",
-                f"name one up to {len(readers) - 1}",
+                f"pass a rank up to {len(readers) - 1}",
             )
         if rank is None and len(readers) == manager._world_size:  # noqa: SLF001
             rank = manager._rank  # noqa: SLF001
@@ -326,36 +326,36 @@ class StorageReader(storage.StorageReader):
 
 
 class _Call(threading.local):
-    """What one call of ``dcp.save`` has come to; those of ``dcp.async_save`` run beside others."""
+    """The state of one call of ``dcp.save``, per thread: ``dcp.async_save`` runs concurrently."""
 
     step: int | None = None
     plans: list[SavePlan] | None = None
 
 
 class _Step(threading.local):
-    """The step that is meant: of the constructor, or of the ``checkpoint_id`` of one call."""
+    """The step of a call: from the constructor, or from its ``checkpoint_id``."""
 
     def __init__(self, step: int | None, owner: str) -> None:
         self._given = None if step is None else settings.step_of(step, f"{owner}(step=...)")
         self._named: int | None = None
 
     def name(self, checkpoint_id: object) -> None:
-        """Take it from the ``checkpoint_id`` of the next call."""
+        """Set it from the ``checkpoint_id`` of the next call."""
         named = None if checkpoint_id is None else _step_named(checkpoint_id)
         if None not in (named, self._given) and named != self._given:
             raise InvalidArgument(
                 f"`checkpoint_id` = {checkpoint_id!r} with `step` = {self._given}",
-                "they are two steps",
-                "name one of them",
+                "they name two different steps",
+                "pass only one of them",
             )
         self._named = named
 
     def current(self) -> int | None:
-        """Give it; None if nobody said."""
+        """Return the step; None if none was given."""
         return self._given if self._named is None else self._named
 
     def take(self) -> int | None:
-        """Give it, and forget what the call named."""
+        """Return the step, and forget the one from ``checkpoint_id``."""
         step, self._named = self.current(), None
         return step
 
@@ -364,14 +364,14 @@ class _Step(threading.local):
 
 
 @contextlib.contextmanager
-def _unadvised(manager: CheckpointManager) -> Iterator[None]:
-    """Leave unsaid what is good advice for states that no planner cut up."""
+def _without_advice(manager: CheckpointManager) -> Iterator[None]:
+    """Suppress advice that does not apply to states that a planner split."""
     saver = manager._saver  # noqa: SLF001
-    was_advised, saver.is_advised = saver.is_advised, True
+    was_advised, saver.has_advised = saver.has_advised, True
     try:
         yield
     finally:
-        saver.is_advised = was_advised
+        saver.has_advised = was_advised
 
 
 def _check_rank(
@@ -384,7 +384,7 @@ def _check_rank(
         f"`{what}` as {'another rank' if rank is None else f'rank {rank}'}",
         f"the manager was opened as rank {own} of {manager._world_size}",  # noqa: SLF001
         "use the process group of all ranks that opened the manager; for one that has fewer, or "
-        "for `no_dist=True`, open it with that `rank=` and `world_size=`, on a store of its own",
+        "for `no_dist=True`, open it with that `rank=` and `world_size=`, on a separate store",
     )
 
 
@@ -402,7 +402,7 @@ def _step_named(checkpoint_id: object) -> int:
     if step is None:
         raise InvalidArgument(
             f"`checkpoint_id` = {checkpoint_id!r}",
-            "a number is expected at its end: the training step",
+            "it should end in a number, the training step",
             "pass for example `checkpoint_id='step-1000'`, or `step=1000` to the writer or reader",
         )
     return settings.step_of(step, "checkpoint_id")

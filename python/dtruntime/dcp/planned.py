@@ -1,17 +1,17 @@
-"""States that a planner of ``torch.distributed.checkpoint`` cut up, as they are stored and found.
+"""States that a planner of ``torch.distributed.checkpoint`` split: how they are stored and read.
 
     the plans        rank 0: l.0[0:4]  step        rank 1: l.0[4:8]  step  name
     what they save   {l: {0: part}, step: 5}       {l: {0: part}, step: 5, name: "x"}
 
-A rank saves what the planner gives it, in dicts along the paths that the planner says, where a
-list's positions are keys of type int. A value that is a dict or a tuple itself is kept as the one
-item of a tuple, so that it is told from those. The planning rank saves every plain value that it
-holds besides, and names the tensors of which others have parts: ``load(from_rank=0)`` finds them.
-None of that is in the plans: a planner may go on with those of an earlier save.
+A rank saves what the planner assigns to it, in dicts along the planner's paths, where a list's
+positions are int keys. A value that is itself a dict or tuple is wrapped in a tuple, to distinguish
+it from those dicts. The planning rank also saves every plain value that it holds, and empty parts
+of the tensors that other ranks save: ``load(from_rank=0)`` finds them. None of that is in the
+plans: a planner may reuse those of an earlier save.
 
-Always holds: a name is found wherever a rank saved it, and its parts make up the whole tensor, or
-it is an error; nothing in a file was pickled. (What a planner wants as a pickle is pickled here,
-from values that were checked.)
+Always holds: a name is found whichever rank saved it, and its parts tile the whole tensor, or it is
+an error; no file contains pickled data. (What a planner wants as a pickle is pickled here, from
+values that were checked.)
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from dtruntime.errors import Corrupt, InvalidArgument, UnsupportedValue
 from dtruntime.loading.assembling import (
     Assembly,
+    Destination,
     Part,
-    Place,
     open_at_once,
     whole_shape,
     why_untiled,
 )
-from dtruntime.restoring.fitting import has_no_memory
+from dtruntime.messages import listed, quoted
+from dtruntime.restoring.fitting import has_no_memory, is_writable
 from dtruntime.state import gpus
 from dtruntime.state.sharded_tensors import Box, Piece, Slice, is_sharded, whole
 from dtruntime.state.state_tree import DEPTH_MAX
@@ -64,7 +65,7 @@ Path = tuple[str | int, ...]
 """Keys and positions of nested containers."""
 
 _MARK = "torch.distributed.checkpoint"
-"""Key of the attribute by which the dict of a planned state is told from any other."""
+"""Key in ``_metadata`` that marks the dict of a planned state."""
 _WRAPPED = (dict, OrderedDict, Counter, tuple)
 _CONVERTED_BYTES = 256 << 20
 """Bytes that are read at a time before they are converted."""
@@ -73,15 +74,15 @@ _NAMED_MAX = 3
 
 
 def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> OrderedDict[Any, Any]:
-    """Give what a planner gives this rank to save.
+    """Return the state that a planner assigns to this rank.
 
     Args:
-        plan: Says what.
-        planner: Gives the values.
-        is_alone: Whether it is the only rank.
+        plan: The items to save.
+        planner: Returns their values.
+        is_alone: Whether this is the only rank.
 
     Raises:
-        UnsupportedValue: A value cannot be kept, or this rank holds several parts of one tensor.
+        UnsupportedValue: A value cannot be stored, or this rank holds several parts of one tensor.
 
     """
     state: OrderedDict[Any, Any] = OrderedDict()
@@ -92,15 +93,15 @@ def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> Ordered
         if name in seen:
             raise _unsupported(
                 name,
-                "this rank holds several parts of it, and a checkpoint has one of each rank",
+                "this rank holds several parts of it, and a checkpoint has one part per rank",
                 "save it as a `DTensor`, or whole",
             )
         seen.add(name)
         if not _put(state, _path_in(plan, name), _saved_of(planner, item, is_alone=is_alone)):
             raise _unsupported(
                 name,
-                "another entry has its place: their keys are alike as text",
-                "give one of them another key",
+                "another entry has the same path: their keys are equal as strings",
+                "rename one of the keys",
             )
     return state
 
@@ -108,24 +109,24 @@ def state_of(plan: SavePlan, planner: SavePlanner, *, is_alone: bool) -> Ordered
 def add_known(
     state: dict[Any, Any], plan: SavePlan, planner: SavePlanner, plans: Sequence[SavePlan]
 ) -> None:
-    """Add what the planning rank knows of what others save: values, and the names of tensors.
+    """Add what the planning rank knows about other ranks' items: values, and names of tensors.
 
     Args:
-        state: What it saves.
+        state: The state that this rank saves.
         plan: Its plan.
         planner: Its planner.
-        plans: Those of all ranks.
+        plans: The plans of all ranks.
 
     """
-    if not _leaves_values(planner):
-        return  # of what a planner makes of values, only their ranks know
+    if not _keeps_values(planner):
+        return  # only the ranks themselves know what their planners turn values into
     named = {item.index.fqn for item in plan.items}
     for other in plans:
         for item in other.items:
             name, data = item.index.fqn, item.tensor_data
             if name in named:
                 continue
-            if data is None or not data.size:  # what no two ranks can each save a part of
+            if data is None or not data.size:  # cannot be split among ranks
                 if name not in planner.state_dict:
                     continue
                 value = _saved_of(planner, item, is_alone=False)
@@ -146,7 +147,7 @@ def _saved_of(planner: SavePlanner, item: WriteItem, *, is_alone: bool) -> Any:
 
 
 def _put(state: dict[Any, Any], path: Path, value: Any) -> bool:
-    """Put a value into nested dicts; False if something else is there."""
+    """Put a value into nested dicts; return False if its place is taken."""
     *parents, last = path
     for key in parents:
         below = state.setdefault(key, {})
@@ -169,30 +170,30 @@ def _path_in(plan: SavePlan, name: str) -> Path:
 
 def _piece_of(planner: SavePlanner, item: WriteItem, *, is_alone: bool) -> Any:
     name, data = item.index.fqn, item.tensor_data
-    assert data is not None  # noqa: S101  (what a planner says of a tensor)
+    assert data is not None  # noqa: S101  (planners set it for tensors)
     resolved: Any = planner.resolve_data(item)
-    wait = getattr(resolved, "wait", None)  # a collective may still be on its way to it
+    wait = getattr(resolved, "wait", None)  # a collective may still be writing it
     tensor = (resolved if wait is None else wait()).detach()
     if type(tensor) is not torch.Tensor:
         raise _unsupported(
             name,
             f"its part on this rank is a `{type(tensor).__name__}`, not a plain tensor",
-            "save it as plain tensors, for example dequantized",
+            "save it as a plain tensor, for example dequantized",
         )
     shape, offsets, sizes = (tuple(s) for s in (data.size, data.chunk.offsets, data.chunk.sizes))
     if tuple(tensor.shape) != sizes:
         raise _unsupported(
             name,
-            f"the planner says that its part on this rank has the shape {list(sizes)}, and it has "
-            f"{list(tensor.shape)}",
+            f"the planner describes its part on this rank with shape {list(sizes)}, but it has "
+            f"shape {list(tensor.shape)}",
             "shard it evenly, as `distribute_tensor` does",
         )
     is_whole = not shape or (is_alone and sizes == shape)
     return tensor if is_whole else Piece(tensor, Slice(shape, offsets))
 
 
-def _leaves_values(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
-    """Tell whether a planner saves what is in the state, as it is."""
+def _keeps_values(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
+    """Return whether a planner saves the values of the state unchanged."""
     kind: Any = type(planner)
     return (
         isinstance(planner, DefaultSavePlanner)
@@ -203,34 +204,34 @@ def _leaves_values(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
 
 
 def _value_of(planner: SavePlanner, item: WriteItem) -> Any:
-    """Give a plain value of the state: as it is, where the planner would only pickle it."""
-    if _leaves_values(planner):
+    """Return a plain value of the state, without pickling it if the planner does nothing else."""
+    if _keeps_values(planner):
         return planner.lookup_object(item.index)
     data: Any = planner.resolve_data(item)
     data.seek(0)
-    # The planner wrote it just now, in this process, of what it holds.
+    # Trusted: the planner has just written it in this process.
     return torch.load(data, weights_only=False)
 
 
 def _check_plain(name: str, value: Any, *, is_alone: bool, depth: int = 0) -> None:
-    """Refuse what would not come back as it was from within a plain value."""
+    """Refuse plain values with contents that would not load as they were."""
     if is_sharded(value) and not is_alone:
         raise _unsupported(
             name,
-            "it has a sharded tensor in it, of which only one rank would save its part",
+            "it contains a sharded tensor, of which only one rank would save its part",
             "keep sharded tensors in dicts and lists",
         )
     if callable(getattr(value, "state_dict", None)):
         raise _unsupported(
             name,
-            "torch takes this object as one value, and would put a dict in its place on loading",
-            "save its `state_dict()`, or put it at the top of the state",
+            "torch treats this object as one value, and would replace it by a dict on loading",
+            "save its `state_dict()`, or put it at the top level of the state",
         )
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return
-    if depth < DEPTH_MAX:  # what is deeper is refused as any state is
+    if depth < DEPTH_MAX:  # deeper nesting is refused when the state is flattened
         for child in value:
             _check_plain(name, child, is_alone=is_alone, depth=depth + 1)
 
@@ -244,21 +245,21 @@ class Held(NamedTuple):
 
     rank: int
     part: Part | None
-    """The tensor, or a part of it; None of any other value."""
+    """The tensor, or a part of it; None for any other value."""
     node: int
 
 
 class Saved:
-    """What all ranks saved of one checkpoint, by the names that a planner gives it.
+    """What all ranks saved of one checkpoint, by the planner's names.
 
     Args:
-        first: The shard by which it was found.
-        readers: Those of all ranks' shards.
-        rank: Whose value counts where each rank has its own; None if that has to be said.
+        first: The shard that was opened first.
+        readers: Readers of all ranks' shards.
+        rank: Whose value is read where each rank has its own; None to refuse such entries.
 
     Raises:
-        Corrupt: Parts that ranks saved do not make up a tensor.
-        InvalidArgument: It has no names, or two entries have one.
+        Corrupt: The parts that ranks saved do not tile a tensor.
+        InvalidArgument: Its entries have no names, or two have the same.
 
     """
 
@@ -281,14 +282,14 @@ class Saved:
             for path, node in _leaves(reader, is_planned=self._is_planned):
                 name = ".".join(map(str, path))
                 some = found.setdefault(name, [])
-                # To a planner they are one, however its ranks came to it.
+                # To a planner they are the same entry, even if its ranks have different paths.
                 if self._paths.setdefault(name, path) != path and not self._is_planned:
                     raise self._same_name(name)
                 some.append(Held(number, _part_at(reader, node), node))
         self._unclear = {name for name, some in found.items() if not self._take(name, some)}
 
     def metadata(self) -> Metadata:
-        """Describe it to a planner; asking for what nobody said whose it is raises."""
+        """Return a description for a planner; looking up an ambiguous name in it raises."""
         described = Described(self._refusal)
         for name in self._paths:
             if name not in self._unclear:
@@ -296,7 +297,7 @@ class Saved:
         return Metadata(described, planner_data=dict(self._paths))
 
     def pickled(self, name: str) -> io.BytesIO:
-        """Give a value as planners take it."""
+        """Return a value as planners expect it: as a pickle."""
         held = self._values[name]
         reader = self._readers[held.rank]
         tensors = reader.tensors(reader.tree.tensors_below(held.node))
@@ -311,11 +312,11 @@ class Saved:
         """Fill tensors with boxes of parts; after an error they hold unspecified bytes.
 
         Args:
-            targets: Each with the part, and with the box of the whole tensor that it takes.
+            targets: Tensors, each with the part, and the box of the whole tensor that it takes.
             verify: Whether chunks are checked against their checksums.
 
         Raises:
-            InvalidArgument: A tensor is not of its box's shape.
+            InvalidArgument: A tensor does not have its box's shape.
 
         """
         batch = _Batch(verify=verify)
@@ -331,15 +332,15 @@ class Saved:
         if tuple(target.shape) != box.sizes:
             raise InvalidArgument(
                 what,
-                f"the planner asks for the shape {list(box.sizes)}, and gives a tensor of "
+                f"the planner requests shape {list(box.sizes)}, but provides a tensor of shape "
                 f"{list(target.shape)}",
-                "have `resolve_tensor` give what the plan says",
+                "make `resolve_tensor` return what the plan describes",
             )
         if target.is_meta or (target.layout is torch.strided and has_no_memory(target)):
             raise InvalidArgument(
                 what,
-                "the tensor that it is to be read into has no memory, or none any more",
-                'give it some first, for example by `module.to_empty(device="cuda")`',
+                "the tensor to read it into has no memory, or its memory was freed",
+                'allocate it first, for example with `module.to_empty(device="cuda")`',
             )
 
     def _described(self, name: str) -> STORAGE_TYPES:
@@ -355,19 +356,19 @@ class Saved:
         return TensorStorageMetadata(properties, torch.Size(whole_shape(record)), chunks)
 
     def _holding(self, index: MetadataIndex, box: Box) -> list[Part]:
-        """Give the parts, alike, that have a box."""
+        """Return the identical parts that contain a box."""
         tiles = self._tiles.get(index.fqn, {})
         parts = tiles.get(tuple(index.offset or (0,) * len(box.offsets)))
         if parts is None or parts[0].box.intersect(box) != box:
             raise InvalidArgument(
                 f"reading `{index.fqn}` of step {self.step}",
-                f"the planner asks for {box}, which is not within a part that a rank saved",
+                f"the planner requests {box}, which is not within a part that a rank saved",
                 "plan with the metadata of this checkpoint",
             )
         return parts
 
     def _take(self, name: str, some: list[Held]) -> bool:
-        """Find what is read for a name; False if each rank has its own."""
+        """Determine what is read for a name; return False if each rank has its own."""
         parts = [held.part for held in some if held.part is not None]
         if len(parts) == len(some) and all(part.record.slice is not None for part in parts):
             self._tiles[name] = self._tiled(name, parts)
@@ -382,7 +383,7 @@ class Saved:
         return True
 
     def _tiled(self, name: str, parts: Sequence[Part]) -> dict[tuple[int, ...], list[Part]]:
-        """Give the parts that have something, by where they begin."""
+        """Return the non-empty parts, by their offsets."""
         filled = [part for part in parts if part.box.items] or [parts[0]]
         record = filled[0].record
         shape = whole_shape(record)
@@ -400,13 +401,13 @@ class Saved:
 
     def _damage(self, name: str, why: str) -> Corrupt:
         return Corrupt(
-            f"putting `{name}` together, of step {self.step}",
+            f"assembling `{name}` from step {self.step}",
             why,
-            "load another step; save it so that its parts on all ranks are those of one tensor",
+            "load another step; save it so that the parts on all ranks are those of one tensor",
         )
 
     def _choose(self, some: list[Held]) -> Held | None:
-        """Give the value that counts; None if each rank has its own, and none was named."""
+        """Return the value to read; None if each rank has its own, and none was chosen."""
         if len(some) == 1 or self._is_planned:
             return some[0]
         named = [held for held in some if held.rank == self._rank]
@@ -415,7 +416,7 @@ class Saved:
         return some[0] if all(self._is_shared(held) for held in some) else None
 
     def _is_shared(self, held: Held) -> bool:
-        """Tell whether all ranks saved it alike."""
+        """Return whether an entry is replicated."""
         tops = self._shared[held.rank]
         before = bisect.bisect_right(tops, held.node)
         return before > 0 and held.node < self._readers[held.rank].tree.ends[tops[before - 1]]
@@ -424,30 +425,28 @@ class Saved:
         return InvalidArgument(
             f"reading step {self.step} by names",
             f"two of its entries are called `{name}`",
-            "load it with `manager.load()`, which tells 1 from '1'",
+            "load it with `manager.load()`, which distinguishes 1 from '1'",
         )
 
     def _refusal(self, name: str | None) -> Exception | None:
-        """Give the error of asking for a name, or for all, if nobody said whose it is to be."""
+        """Return the error for requesting a name, or all, if each rank has its own value."""
         asked = sorted(self._unclear if name is None else self._unclear & {name})
         if not asked:
             return None
-        named = ", ".join(f"`{some}`" for some in asked[:_NAMED_MAX])
-        more = f" and {len(asked) - _NAMED_MAX} more" if len(asked) > _NAMED_MAX else ""
+        named = listed(quoted(asked), _NAMED_MAX)
         return InvalidArgument(
             f"reading step {self.step}, which {len(self._readers)} ranks saved",
-            f"{named}{more} {'is' if len(asked) == 1 else 'are'} what each of them saved for "
-            "itself",
-            "say whose it is to be: `StorageReader(manager, from_rank=0)`",
+            f"{named} {'is' if len(asked) == 1 else 'are'} rank-specific: each rank saved its own",
+            "choose a rank: `StorageReader(manager, from_rank=0)`",
         )
 
 
 class Described(dict[str, STORAGE_TYPES]):
-    """What a planner is told of the names of a checkpoint.
+    """The names of a checkpoint, as described to a planner.
 
     Args:
-        refusal: Gives the error of asking for a name, or for all of them where that is None; None
-            if it may be asked for.
+        refusal: Returns the error for requesting a name, or all of them if that is None; None if
+            the request is allowed.
 
     """
 
@@ -464,7 +463,7 @@ class Described(dict[str, STORAGE_TYPES]):
         raise KeyError(name)
 
     def items(self) -> Any:
-        """Give all; raise where not all may be asked for."""
+        """Return all items; raise if a name is ambiguous."""
         self._check(None)
         return super().items()
 
@@ -475,7 +474,7 @@ class Described(dict[str, STORAGE_TYPES]):
 
 
 class _Batch:
-    """Reads into tensors: straight where their memory can be filled, else through a copy."""
+    """Reads into tensors: directly if their memory can be written, else through a copy."""
 
     def __init__(self, *, verify: bool) -> None:
         self._verify = verify
@@ -485,18 +484,18 @@ class _Batch:
         self._ordinals: set[int] = set()
 
     def add(self, parts: list[Part], box: Box, target: torch.Tensor, damaged: Any) -> None:
-        """Have a tensor filled with a box that parts, alike, have."""
+        """Schedule filling a tensor with a box that identical parts contain."""
         record = parts[0].record
         dtype = torch_dtype(record.dtype, record.item_bytes)
         place = target
-        if target.dtype != dtype or not _can_be_filled(target):
+        if target.dtype != dtype or not is_writable(target):
             place = torch.empty(box.sizes, dtype=dtype)
             self._copies.append((target, place))
             self._copied_bytes += place.nbytes
         if place.is_cuda:
             self._ordinals.add(place.device.index)
         first = int(place.storage_offset())
-        there = Place(place.untyped_storage(), place.stride(), first)
+        there = Destination(place.untyped_storage(), place.stride(), first)
         self._assembly.take(parts, box, there, damaged)
         if self._copied_bytes >= _CONVERTED_BYTES:
             self.read()
@@ -511,24 +510,15 @@ class _Batch:
         self._copied_bytes = 0
 
 
-def _can_be_filled(target: torch.Tensor) -> bool:
-    """Tell whether a tensor's memory holds its values, as they are, where the engine can write."""
-    if type(target) is not torch.Tensor or target.layout is not torch.strided:
-        return False
-    if target.is_conj() or target.is_neg() or target.is_quantized:
-        return False
-    return target.is_cpu or (target.is_cuda and gpus.are_usable())
-
-
 def readers_of(first: _native.Checkpoint, source: Source) -> list[Reader]:
-    """Open what each rank saved of a checkpoint, of which that of rank 0 is there."""
+    """Return readers of all ranks' shards of a checkpoint, of which rank 0's is open already."""
     others = range(1, first.manifest()["world_size"])
     opened = open_at_once(lambda rank: source.open_beside(first, rank), others)
     return [source.reader(checkpoint) for checkpoint in (first, *opened)]
 
 
 def _is_planned(reader: Reader) -> bool:
-    """Tell whether a state was saved as a planner said: what ranks saved alike is alike."""
+    """Return whether a state was saved by a planner: equal names then have equal values."""
     tag, payload = reader.tree.nodes[0][:2]
     if tag != TAG_DICT or not payload[2] or reader.tree.nodes[1][0] != TAG_DICT:
         return False
@@ -543,11 +533,11 @@ def _part_at(reader: Reader, node: int) -> Part | None:
 
 
 def _leaves(reader: Reader, *, is_planned: bool) -> Iterator[tuple[Path, int]]:
-    """Give the nodes of what has a name of its own, each with its path."""
+    """Yield the nodes of all named entries, each with its path."""
     if reader.tree.nodes[0][0] != TAG_DICT:
         raise InvalidArgument(
             f"reading step {reader.checkpoint.step} by names",
-            "its state is no dict, so what is in it has no names",
+            "its state is not a dict, so its contents have no names",
             "load it with `manager.load()`",
         )
     return _below(reader, 0, (), is_planned=is_planned)
@@ -570,7 +560,7 @@ def _below(
 
 
 def _is_traversed(reader: Reader, index: int) -> bool:
-    """Tell whether torch's planners flatten a list: for a dict or a tensor in it, however deep."""
+    """Return whether torch's planners flatten a list: if there is a dict or tensor in it."""
     if reader.tree.nodes[index][0] != TAG_LIST:
         return False
     return any(

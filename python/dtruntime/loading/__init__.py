@@ -1,4 +1,5 @@
-"""Which checkpoint is read, and what of it: fresh memory, filled.
+"""Reading a checkpoint into fresh memory: which one, and which parts of it.
 
-Always holds: no tensor is returned before every byte of it was checked, unless the caller said so.
+Always holds: no tensor is returned before every byte of it was checked, unless the caller opted
+out.
 """

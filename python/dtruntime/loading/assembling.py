@@ -1,13 +1,13 @@
-"""Boxes of tensors, put together from the parts that ranks saved.
+"""Boxes of tensors, assembled from the parts that ranks saved.
 
-    saved by two ranks     asked for by the second of three
+    saved by two ranks     requested by the second of three
     |  rank 0  |  rank 1  |
-    |      |*** ***|      |     from rank 0's part its end, from rank 1's its start
+    |      |*** ***|      |     the end of rank 0's part, and the start of rank 1's
 
-Always holds: what a box gets was saved exactly once, item by item, or alike by several ranks, or it
-is an error; shards of other ranks are opened only where this rank's own has not all of it, and each
-for itself; a part that lies in one piece, here and there, is read to where it belongs, and others
-through memory of a bounded size.
+Always holds: each item of a box was saved by exactly one rank, or by several with the same value,
+or it is an error; shards of other ranks are opened only if this rank's own does not cover the box;
+a part that is contiguous in source and destination is read straight to its place, and others
+through memory of bounded size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from dtruntime.errors import Corrupt
-from dtruntime.state.sharded_tensors import Box, contiguous_strides, whole
+from dtruntime.state import gpus
+from dtruntime.state.sharded_tensors import Box, contiguous_strides, is_contiguous, whole
 from dtruntime.state.tensors import TensorRecord, hull_of
 from dtruntime.state.tree import TAG_TENSOR, Tree
 
@@ -32,24 +33,24 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _COPY_BYTES = 256 << 20
-"""Bytes that are read at a time before they are copied to where they belong."""
+"""Bytes that are read at a time before they are copied to their places."""
 
 _OPENED_AT_ONCE = 16
-"""Shards."""
+"""Shards that are opened concurrently."""
 
 Target = tuple[int, int, Any]
-"""What a checkpoint reads: a storage, the first byte of it, and memory."""
+"""A read request: a storage, its first byte, and the memory to fill."""
 
 
 class Part(NamedTuple):
-    """A tensor, or what a rank saved of it."""
+    """A tensor, or the part of it that a rank saved."""
 
     checkpoint: _native.Checkpoint
     record: TensorRecord
 
     @property
     def box(self) -> Box:
-        """What it is of the whole tensor."""
+        """Its box of the whole tensor."""
         record = self.record
         return whole(record.shape) if record.slice is None else Box(record.slice[1], record.shape)
 
@@ -63,7 +64,7 @@ class Part(NamedTuple):
 
 
 def whole_shape(record: TensorRecord) -> tuple[int, ...]:
-    """Give the shape of the tensor that a record is of, or of a part of."""
+    """Return the shape of the whole tensor that a record describes, maybe only a part of."""
     return record.shape if record.slice is None else record.slice[0]
 
 
@@ -71,10 +72,10 @@ class Parts:
     """The parts that ranks saved of a checkpoint's tensors.
 
     Args:
-        checkpoint: This rank's own.
+        checkpoint: This rank's own shard.
         tree: Its tree.
         records: Its tensors.
-        open_rank: Opens that of a rank, for what lies in its shard alone.
+        open_rank: Opens a rank's shard, for what only that shard has.
 
     """
 
@@ -93,10 +94,10 @@ class Parts:
         self._others: list[tuple[_native.Checkpoint, dict[tuple[Any, ...], TensorRecord]]] = []
 
     def covering(self, number: int, box: Box) -> dict[Box, list[Part]]:
-        """Give the boxes that make up one of a tensor, each with the parts that have it alike.
+        """Return the boxes that tile one of a tensor, each with all parts that cover it.
 
         Raises:
-            Corrupt: Some of it was saved by no rank, or by several that differ in where it stands.
+            Corrupt: Some of it was saved by no rank, or by several in boxes that overlap.
 
         """
         record = self._records[number]
@@ -117,7 +118,7 @@ class Parts:
     def _of_all_ranks(self, number: int) -> Iterator[Part]:
         record = self._records[number]
         if self._places is None:
-            self._places = _places_of_slices(self._tree, self._records)
+            self._places = _paths_of_slices(self._tree, self._records)
             self._open_others()
         place = self._places[number]
         expected = (whole_shape(record), record.dtype)
@@ -140,7 +141,7 @@ class Parts:
     ) -> tuple[_native.Checkpoint, dict[tuple[Any, ...], TensorRecord]]:
         other = self._open_rank(rank)
         records = [TensorRecord(*record) for record in other.tensors()]
-        places = _places_of_slices(Tree(other.nodes()), records)
+        places = _paths_of_slices(Tree(other.nodes()), records)
         return other, {place: records[number] for number, place in places.items()}
 
     def _check_tiled(self, number: int, box: Box, found: list[Box]) -> None:
@@ -149,7 +150,7 @@ class Parts:
             raise self.damage(number, why)
 
     def damage(self, number: int, why: str) -> Corrupt:
-        """Give the error that a tensor cannot be put together."""
+        """Return the error for a tensor that cannot be assembled."""
         shape = list(whole_shape(self._records[number]))
         path = next(
             path
@@ -157,19 +158,19 @@ class Parts:
             if node[:2] == (TAG_TENSOR, number)
         )
         return Corrupt(
-            f"putting `{path}` of shape {shape} together, of step {self._own.step}",
+            f"assembling `{path}` of shape {shape} from step {self._own.step}",
             why,
-            "load another step; save it so that its parts on all ranks are those of one tensor",
+            "load another step; save it so that the parts on all ranks are those of one tensor",
         )
 
 
-class Place(NamedTuple):
-    """Where a box belongs.
+class Destination(NamedTuple):
+    """Where a box is written to.
 
     Attributes:
         storage: The memory.
-        strides: Those of the box there, in items.
-        first: The item of the storage at which the box begins.
+        strides: The strides of the box there, in items.
+        first: The item of the storage at which the box starts.
 
     """
 
@@ -179,73 +180,77 @@ class Place(NamedTuple):
 
 
 class Assembly:
-    """Memory for boxes, and what is read into it."""
+    """Memory for boxes, and the reads that fill it."""
 
     def __init__(self) -> None:
         self._direct: dict[int, tuple[_native.Checkpoint, list[Target]]] = {}
         self._strided: list[_Strided] = []
-        self._alike: list[tuple[_Strided, Callable[[str], Corrupt]]] = []
+        self._duplicates: list[tuple[_Strided, Callable[[str], Corrupt]]] = []
 
     def add(self, parts: Parts, number: int, box: Box, storage: Any) -> None:
-        """Have ``storage`` filled with a box of a tensor, without gaps in row-major order."""
+        """Schedule filling ``storage`` with a box of a tensor, contiguous in row-major order."""
         strides = contiguous_strides(box.sizes)
         damaged = partial(parts.damage, number)
-        for common, alike in parts.covering(number, box).items():
+        for common, copies in parts.covering(number, box).items():
             at = zip(common.offsets, box.offsets, strides, strict=True)
             first = sum((start - own) * stride for start, own, stride in at)
-            self.take(alike, common, Place(storage, strides, first), damaged)
+            self.take(copies, common, Destination(storage, strides, first), damaged)
 
     def take(
-        self, alike: Sequence[Part], box: Box, place: Place, damaged: Callable[[str], Corrupt]
+        self,
+        copies: Sequence[Part],
+        box: Box,
+        place: Destination,
+        damaged: Callable[[str], Corrupt],
     ) -> None:
-        """Have a box that lies within a part read to its place.
+        """Schedule reading a box that lies within a part.
 
         Args:
-            alike: The part, and others that have to be the same.
-            box: What of the whole tensor it is.
-            place: Where it belongs.
-            damaged: Makes the error that they are not the same.
+            copies: The part, and duplicates of it, which have to be identical.
+            box: The box of the whole tensor.
+            place: Where it is written to.
+            damaged: Creates the error if they are not identical.
 
         """
-        part, *others = alike
+        part, *others = copies
         source = part.cut(box)
         storage = place.storage
         target = source._replace(strides=place.strides, offset=place.first)
-        if _is_contiguous(source) and _is_contiguous(target):
+        if is_contiguous(source.shape, source.strides) and is_contiguous(box.sizes, place.strides):
             self._read_to(part.checkpoint, source, storage, place.first * source.item_bytes)
         else:
             self._strided.append(_Strided(part.checkpoint, source, storage, target))
-        self._alike += (
+        self._duplicates += (
             (_Strided(other.checkpoint, other.cut(box), storage, target), damaged)
             for other in others
         )
 
     def read(self, *, verify: bool, streams: list[tuple[int, int]]) -> None:
-        """Read everything; the memory holds unspecified bytes after an error.
+        """Read everything; after an error, the memory holds unspecified bytes.
 
         Raises:
-            Corrupt: What several ranks saved under one name is not the same.
+            Corrupt: Several ranks saved different values under one name.
 
         """
         self._flush(verify=verify, streams=streams)
         for destination, bits in self._read_apart(self._strided, verify, streams):
             destination.copy_(bits)
-        # Stages of a pipeline may call different tensors the same.
-        alike = self._read_apart([one for one, _ in self._alike], verify, streams)
-        for (there, bits), (_, damaged) in zip(alike, self._alike, strict=True):
+        # Pipeline stages may use the same name for different tensors.
+        copies = self._read_apart([one for one, _ in self._duplicates], verify, streams)
+        for (there, bits), (_, damaged) in zip(copies, self._duplicates, strict=True):
             if not _is_same(there, bits):
                 raise damaged("ranks saved different values under this name")
 
     def _read_apart(
         self, some: list[_Strided], verify: bool, streams: list[tuple[int, int]]
     ) -> Iterator[tuple[Any, Any]]:
-        """Read parts into memory of their own; give where they belong beside their items."""
+        """Read parts into temporary memory; yield views of their destinations and of the parts."""
         for batch in _batches(some):
             pairs = []
             for strided in batch:
                 source, storage = strided.source, strided.storage
                 hull = hull_of(source)
-                assert hull is not None  # noqa: S101  (a part that gives nothing is none)
+                assert hull is not None  # noqa: S101  (boxes of parts are not empty)
                 memory = type(storage)(hull.end - hull.start, device=storage.device)
                 flat = source._replace(shape=(len(memory),), strides=(1,), item_bytes=1)
                 self._read_to(strided.checkpoint, flat, memory, 0, first=hull.start)
@@ -263,9 +268,7 @@ class Assembly:
     ) -> None:
         count = source.item_bytes * whole(source.shape).items
         first = source.offset * source.item_bytes if first is None else first
-        device = storage.device
-        place = (device.index,) if device.type == "cuda" else ()
-        memory = (*place, storage.data_ptr() + at, count)
+        memory = gpus.memory_at(storage.device, storage.data_ptr() + at, count)
         _, targets = self._direct.setdefault(id(checkpoint), (checkpoint, []))
         targets.append((source.storage, first, memory))
 
@@ -276,7 +279,7 @@ class Assembly:
 
 
 class _Strided(NamedTuple):
-    """A part that is read apart from where it belongs: it does not lie in one piece, say."""
+    """A part that is read into temporary memory: it is not contiguous, or is compared only."""
 
     checkpoint: _native.Checkpoint
     source: TensorRecord
@@ -298,16 +301,6 @@ def _batches(strided: list[_Strided]) -> Iterator[list[_Strided]]:
         yield batch
 
 
-def _is_contiguous(record: TensorRecord) -> bool:
-    """Tell whether a tensor's items lie in row-major order without gaps."""
-    expected = 1
-    for size, stride in zip(reversed(record.shape), reversed(record.strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _is_same(one: Any, other: Any) -> bool:
     torch = sys.modules["torch"]
     flat = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))
@@ -315,7 +308,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _bits(storage: Any, record: TensorRecord, offset: int | None = None) -> Any:
-    """View a tensor's items as numbers of their size: some dtypes have no copy kernel."""
+    """View a tensor's items as integers of their size: some dtypes have no copy kernel."""
     torch = sys.modules["torch"]
     numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     dtype = numbers.get(record.item_bytes, torch.complex128)
@@ -325,16 +318,16 @@ def _bits(storage: Any, record: TensorRecord, offset: int | None = None) -> Any:
 
 
 def open_at_once(opened: Callable[[int], _T], ranks: Sequence[int]) -> list[_T]:
-    """Open what ranks saved, some at a time; it may take a while to arrive."""
+    """Open ranks' shards, several at a time, in order; each may first have to be uploaded."""
     pool = ThreadPoolExecutor(_OPENED_AT_ONCE)
     try:
         return list(pool.map(opened, ranks))
-    finally:  # Ctrl-C does not wait for what others still upload
+    finally:  # Ctrl-C does not wait for other ranks' uploads
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def why_untiled(box: Box, found: list[Box]) -> str | None:
-    """Say why some boxes do not make up one that they lie in; None if they do.
+    """Return why some boxes do not tile one that contains them; None if they do.
 
     >>> why_untiled(Box((0,), (3,)), [Box((0,), (2,))])
     'no rank saved 1 of the 3 items from [0] on'
@@ -346,7 +339,7 @@ def why_untiled(box: Box, found: list[Box]) -> str | None:
 
 
 def overlap(boxes: list[Box]) -> bool:
-    """Tell whether any two boxes, none of them empty, have an item in common.
+    """Return whether any two boxes, none of them empty, have an item in common.
 
     >>> overlap([Box((0,), (2,)), Box((2,), (3,))]), overlap([Box((0,), (2,)), Box((1,), (3,))])
     (False, True)
@@ -366,8 +359,8 @@ def overlap(boxes: list[Box]) -> bool:
     )
 
 
-def _places_of_slices(tree: Tree, records: list[TensorRecord]) -> dict[int, tuple[Any, ...]]:
-    """Give the typed path of each tensor of which a rank holds a part, by its number."""
+def _paths_of_slices(tree: Tree, records: list[TensorRecord]) -> dict[int, tuple[Any, ...]]:
+    """Return the typed path of each sharded tensor, by its number."""
     places: dict[int, tuple[Any, ...]] = {}
     left: list[tuple[int, tuple[Any, ...]]] = [(0, ())]
     while left:

@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint in fresh memory: what is read for a request, and how views are made.
+"""Tensors of a checkpoint in fresh memory: what is read for a request, and how views are created.
 
-Always holds: only the byte spans that the asked-for tensors touch are read; tensors that shared
-memory when saved share memory here; nothing is handed out unless every chunk that it came from
-matched its checksums (or the caller waived that).
+Always holds: only the byte spans that the requested tensors touch are read; tensors that shared
+memory when saved share memory here; nothing is returned unless every chunk that it came from
+matched its checksums (or the caller disabled that).
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class _Memory(NamedTuple):
 
 
 class Reader:
-    """Reads one checkpoint, in whole or in part.
+    """Reads all or part of one checkpoint.
 
     Args:
         checkpoint: The checkpoint.
         verify: Whether chunks are checked against their checksums.
         mmap: Whether storages that are stored raw are mapped instead of read.
-        device: Where torch tensors go; None for the host's memory.
-        open_rank: Opens what another rank saved of the checkpoint. Default: none is needed.
+        device: The device of torch tensors; None for host memory.
+        open_rank: Opens another rank's shard of the checkpoint. Default: none is needed.
         lend: Lends memory of the staging arena, as the engine does. Default: none is lent.
 
     """
@@ -97,7 +97,7 @@ class Reader:
         return self.tree.build(0, tensors.__getitem__, keep)
 
     def select(self, globs: Sequence[str], *, strict: bool) -> list[bool]:
-        """Give which nodes the globs ask for.
+        """Return for each node whether the globs select it.
 
         Raises:
             InvalidArgument: A glob matches nothing, and ``strict`` is set.
@@ -116,11 +116,11 @@ class Reader:
         return keep
 
     def check_loadable(self, asked: Iterable[int]) -> None:
-        """Refuse nodes that are another rank's own state."""
+        """Refuse nodes that are rank-specific, if another number of ranks saved them."""
         check_loadable(self.checkpoint, self.tree, asked)
 
     def bytes_of(self, numbers: Iterable[int], parts: Mapping[int, LivePart]) -> int:
-        """Give the bytes of memory that ``tensors(numbers)`` needs."""
+        """Return the bytes of memory that ``tensors(numbers)`` needs."""
         boxes, plain = self._split(numbers, parts)
         items = sum(box.items * self.records[number].item_bytes for number, box in boxes.items())
         groups = self._group(plain).items()
@@ -129,21 +129,21 @@ class Reader:
         )
 
     def borrow(
-        self, numbers: Iterable[int], parts: Mapping[int, LivePart], passing: set[int]
+        self, numbers: Iterable[int], parts: Mapping[int, LivePart], transient: set[int]
     ) -> Scratch | None:
-        """Borrow memory for those of the tensors that nobody keeps once they are copied on.
+        """Borrow memory for the ``transient`` tensors, which are only copied from.
 
-        The staging arena may grow for it, to what a save of all that this rank saved takes. None
-        where there is none to be had.
+        The staging arena may grow for it, up to what saving this rank's shard takes. None if no
+        memory can be borrowed.
         """
         _, plain = self._split(numbers, parts)
         groups = self._group(plain)
-        groups = {key: group for key, group in groups.items() if passing.issuperset(group)}
+        groups = {key: group for key, group in groups.items() if transient.issuperset(group)}
         counts = [
             spans_bytes(self._spans(storage, group)) for (storage, _), group in groups.items()
         ]
         held_bytes = self.checkpoint.held_bytes
-        # What others saved, too, is no reason to keep more memory than saves need.
+        # Reading other ranks' shards is no reason to keep more memory than saves need.
         if self._lend is None or not 0 < sum(counts) <= held_bytes:
             return None
         memory = self._lend(needed_bytes(counts), held_bytes)
@@ -161,11 +161,15 @@ class Reader:
     ) -> dict[int, Any]:
         """Read tensors, by number, into fresh memory, or into live ones.
 
-        ``devices`` gives torch devices for some of them, where they are wanted elsewhere than the
-        reader's. ``parts`` gives live sharded tensors that take some of them: of those this rank's
-        part is read. Others of which ranks saved parts are read whole. ``into`` gives live tensors
-        that lie as the saved ones do: they are filled, and are what is given back. ``scratch`` is
-        memory for what it was lent for.
+        Args:
+            numbers: The tensors.
+            devices: Torch devices of those that do not go to the reader's device.
+            parts: Live sharded tensors that take some of them: only this rank's part of these is
+                read. Other sharded tensors are read whole.
+            into: Live tensors with the same memory layout as the saved ones: they are filled, and
+                returned.
+            scratch: Memory for the tensors that it was lent for.
+
         """
         boxes, plain = self._split(numbers, parts or {})
         made = self._boxes(boxes, devices or {})
@@ -175,7 +179,7 @@ class Reader:
     def _split(
         self, numbers: Iterable[int], parts: Mapping[int, LivePart]
     ) -> tuple[dict[int, Box], list[int]]:
-        """Tell tensors of which a box is put together from the others."""
+        """Separate tensors of which a box is assembled from the others."""
         boxes: dict[int, Box] = {}
         plain = []
         for number in dict.fromkeys(numbers):
@@ -189,7 +193,7 @@ class Reader:
         return boxes, plain
 
     def _boxes(self, boxes: Mapping[int, Box], devices: Mapping[int, Any]) -> dict[int, Any]:
-        """Put boxes of tensors together in fresh memory."""
+        """Assemble boxes of tensors in fresh memory."""
         if not boxes:
             return {}
         assembly = Assembly()
@@ -197,7 +201,7 @@ class Reader:
         memories = []
         for number, box in boxes.items():
             record, device = self.records[number], devices.get(number)
-            # Views of the same memory that ask for the same of it share it, as when saved.
+            # Tensors that shared memory when saved, and of which the same box is read, share it.
             view = (record._replace(kind=0, requires_grad=False), box, device)
             holder = holders.get(view)
             if holder is None:
@@ -224,7 +228,7 @@ class Reader:
     ) -> dict[int, Any]:
         groups = self._group(number for number in numbers if number not in into)
         live = {number: into[number] for number in numbers if number in into}
-        # Tied ones once.
+        # Tied tensors are read once.
         targets = [*dict.fromkeys(self._target(number, tensor) for number, tensor in live.items())]
         ordinals = {tensor.device.index for tensor in live.values() if tensor.is_cuda}
         made: dict[int, Any] = {**live}
@@ -255,14 +259,14 @@ class Reader:
         return made
 
     def _target(self, number: int, live: Any) -> Any:
-        """Give a live tensor as the place of a saved one, both contiguous."""
+        """Return the read target that fills a live tensor with a saved one, both contiguous."""
         record = self.records[number]
-        place = (live.device.index,) if live.is_cuda else ()
         start = record.offset * record.item_bytes
-        return (record.storage, start, (*place, live.data_ptr(), live.nbytes))
+        memory = gpus.memory_at(live.device, live.data_ptr(), live.nbytes)
+        return (record.storage, start, memory)
 
     def _group(self, numbers: Iterable[int]) -> dict[tuple[int, bool], list[int]]:
-        """Sort tensors by the memory they will view: a storage, for torch or for numpy."""
+        """Group tensors by the memory they will view: a storage, for torch or for numpy."""
         groups: dict[tuple[int, bool], list[int]] = {}
         for number in dict.fromkeys(numbers):
             record = self.records[number]
@@ -274,7 +278,7 @@ class Reader:
         return lay_spans((h for h in hulls if h is not None), self._storage_bytes[storage])
 
     def _map(self, groups: dict[tuple[int, bool], list[int]]) -> dict[tuple[int, bool], _Memory]:
-        """Map the storages that are stored raw and in one piece."""
+        """Map the storages that are stored raw and contiguously."""
         wanted = sorted({storage for storage, _ in groups if self._storage_bytes[storage]})
         if not wanted:
             return {}
@@ -292,7 +296,7 @@ class Reader:
         return mapped
 
     def _allocate(self, count: int, device: Any, *, is_numpy: bool) -> Any:
-        """Make memory on ``device``, the reader's if that is None; the host's where it has none."""
+        """Allocate on ``device``, by default the reader's; in host memory if the GPU is full."""
         if is_numpy:
             return np.empty(count, np.uint8)
         torch = import_torch("loading a tensor")
@@ -301,9 +305,9 @@ class Reader:
             try:
                 return torch.UntypedStorage(count, device=device)
             except torch.OutOfMemoryError as error:
-                if self._device is not None:  # there it is wanted, and nowhere else
+                if self._device is not None:  # the caller asked for that device
                     raise _no_room(device, count) from error
-                _logger.warning("%s has no memory for a copy, the host has: %s", device, error)
+                _logger.warning("%s has no memory for a copy, using the host's: %s", device, error)
         return torch.UntypedStorage(count)
 
     def _views(self, is_numpy: bool, memory: _Memory) -> dict[int, Any]:
@@ -323,8 +327,10 @@ def _targets(storage: int, spans: Iterable[Span], holder: Any, *, is_numpy: bool
     if is_numpy:
         return [(storage, start, holder[at : at + end - start]) for start, end, at in spans]
     address, device = holder.data_ptr(), holder.device
-    place = (device.index,) if device.type == "cuda" else ()
-    return [(storage, start, (*place, address + at, end - start)) for start, end, at in spans]
+    return [
+        (storage, start, gpus.memory_at(device, address + at, end - start))
+        for start, end, at in spans
+    ]
 
 
 def _moved(storage: Any, device: Any) -> Any:
@@ -338,8 +344,8 @@ def _moved(storage: Any, device: Any) -> Any:
 def _no_room(device: Any, count: int) -> AcceleratorError:
     return AcceleratorError(
         f"loading with `map_location` = {str(device)!r}",
-        f"it has no memory for {count} bytes more",
-        "free memory of the device, name fewer `keys`, or load to the host's memory",
+        f"it has no memory for {count} more bytes",
+        "free memory of the device, request fewer `keys`, or load to host memory",
     )
 
 
@@ -361,7 +367,7 @@ def _array(memory: np.ndarray[Any, Any], record: TensorRecord) -> np.ndarray[Any
 
 
 def device_of(map_location: Any) -> Any:
-    """Give the torch device to load to; None for the host's memory."""
+    """Return the torch device to load to; None for host memory."""
     if map_location is None:
         return None
     torch = import_torch("loading with `map_location`")
@@ -371,27 +377,27 @@ def device_of(map_location: Any) -> Any:
         raise InvalidArgument(
             f"`map_location` = {map_location!r}",
             "a device is expected, as a str or a `torch.device`",
-            'pass for example "cpu" or "cuda:0"; move single tensors after loading',
+            'pass for example "cpu" or "cuda:0"; move individual tensors after loading',
         ) from error
     if device.type == "cpu":
         return None
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch without it asserts
+    except (AssertionError, RuntimeError) as error:  # a torch built without it asserts
         raise InvalidArgument(
             f"`map_location` = {map_location!r}",
             f"torch cannot use that device: {str(error).splitlines()[0]}",
-            "leave it out to load to the host's memory; `torch.cuda.device_count()` says how many "
-            "GPUs there are",
+            "leave it out to load to host memory; `torch.cuda.device_count()` gives the number of "
+            "GPUs",
         ) from error
     return device
 
 
 def select(tree: Tree, paths: Sequence[str], globs: Sequence[str]) -> tuple[list[bool], list[str]]:
-    """Give which nodes the globs ask for, and the globs that match nothing.
+    """Return for each node whether the globs select it, and the globs that match nothing.
 
-    A node is kept if its path, or that of a container around it, matches; and so are the
-    containers around it, with a dict's ``_metadata``.
+    A node is kept if its path, or that of an enclosing container, matches; and so are its enclosing
+    containers, with a dict's ``_metadata``.
     """
     patterns = compiled(globs)
     keep = [False] * len(tree.nodes)

@@ -1,10 +1,10 @@
-"""Memory of the engine's staging arena, lent to what is read only to be copied on.
+"""Memory of the engine's staging arena, lent for data that is only copied from.
 
-A restore holds a whole checkpoint for a moment, to check it before anything is changed. Fresh
-memory for that would cost more than the reading: page by page the kernel finds and clears it, and
-then it is given back. The arena is there already, or the next save needs it anyway.
+A restore briefly holds a whole checkpoint, to check it before anything is changed. Fresh memory for
+that would cost more than reading: the kernel allocates and clears it page by page, only to have it
+freed again. The arena exists already, or the next save needs it anyway.
 
-Always holds: each byte is given out once; the arena goes back when nothing views it any more.
+Always holds: each byte is allocated once; the arena is returned when nothing views it any more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class Scratch:
-    """Lent memory, given out piece by piece.
+    """Lent memory, allocated piece by piece.
 
     Attributes:
         numbers: The tensors that it was lent for.
@@ -36,7 +36,7 @@ class Scratch:
         self._taken = 0
 
     def take(self, count: int) -> Any:
-        """Give a torch storage of so many bytes; None where there are not so many left."""
+        """Return a torch storage of ``count`` bytes; None if there are not that many left."""
         start, self._taken = self._taken, self._taken + _aligned(count)
         if not count or start + count > len(self._memory):
             return None
@@ -45,7 +45,7 @@ class Scratch:
 
 
 def needed_bytes(counts: Sequence[int]) -> int:
-    """Give the memory that takes pieces of so many bytes each."""
+    """Return the bytes of memory that pieces of these sizes need, with their alignment."""
     return sum(map(_aligned, counts))
 
 

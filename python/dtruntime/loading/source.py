@@ -1,7 +1,7 @@
-"""What a manager reads from: which checkpoint, whose shards, and what is noted of it.
+"""What a manager reads from: which checkpoint, whose shards, and what is recorded about the load.
 
-Always holds: what was read is kept from retention, and known to the lineage of the training; of
-several ranks that write, all read the same step.
+Always holds: what was read is protected from retention, and known to the training's lineage; if
+several ranks write, all of them read the same step.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _T = TypeVar("_T")
 _RANK_MAX = 2**32 - 1
 
 
-class Habits(NamedTuple):
+class ReadOptions(NamedTuple):
     """How a manager reads.
 
     Attributes:
         verify: Whether chunks are checked against their checksums.
-        agreement_timeout: How long to wait for the other ranks, in seconds; None if this one
-            agrees with nobody.
-        has_uploads: Whether checkpoints are brought to a remote store.
+        agreement_timeout: How long to wait for the other ranks, in seconds; None if this rank
+            loads alone.
+        has_uploads: Whether checkpoints are uploaded to a remote store.
 
     """
 
@@ -42,32 +42,32 @@ class Habits(NamedTuple):
 
 
 class Source:
-    """The checkpoints of one store, to be read."""
+    """The checkpoints of one store, for reading."""
 
     def __init__(
         self,
         native: _native.Manager,
         path: str | os.PathLike[str],
         lineage: Lineage,
-        habits: Habits,
+        options: ReadOptions,
     ) -> None:
         self._native = native
         self._path = path
         self._lineage = lineage
-        self._habits = habits
+        self._options = options
         self.last_load: LoadReport | None = None
 
     def reader(self, checkpoint: _native.Checkpoint, **how: Any) -> Reader:
-        """Read a checkpoint that was opened."""
+        """Return a reader of an open checkpoint."""
         return Reader(
             checkpoint,
-            verify=self._habits.verify,
+            verify=self._options.verify,
             open_rank=lambda rank: self.open_beside(checkpoint, rank),
             **how,
         )
 
     def open_beside(self, own: _native.Checkpoint, rank: int) -> _native.Checkpoint:
-        """Open what a rank saved of the same checkpoint, once it has arrived."""
+        """Open another rank's shard of the same checkpoint, once it has arrived."""
         return self._shards(rank).open_beside(own, rank)
 
     def read(
@@ -76,18 +76,18 @@ class Source:
         from_rank: int | None,
         read: Callable[[_native.Checkpoint], _T],
     ) -> tuple[_T, LoadReport]:
-        """Read the named checkpoint, or the newest that verifies, and keep it from retention."""
-        # The format's ranks have 32 bits: a larger one is none of any checkpoint's.
+        """Read the given step, or the newest that verifies, and protect it from retention."""
+        # Ranks have 32 bits in the format: a larger one does not exist in any checkpoint.
         rank = None if from_rank is None else settings.integer("from_rank", from_rank)
         shards = self._shards(None if rank is None else min(rank, _RANK_MAX))
-        timeout = self._habits.agreement_timeout
+        timeout = self._options.agreement_timeout
         if step is not None:
             number = settings.step_of(step, "load(step=...)")
             checkpoint, result = fallback.read_step(shards, number, read)
             failed: dict[int, str] = {}
         elif timeout is not None:
             checkpoint, result, failed = fallback.read_agreed(
-                shards, self._path, read, timeout, has_own_store=self._habits.has_uploads
+                shards, self._path, read, timeout, has_own_store=self._options.has_uploads
             )
         else:
             checkpoint, result, failed = fallback.read_newest(shards, self._path, read)
@@ -97,14 +97,14 @@ class Source:
             checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
         )
         self._native.protect(checkpoint.step)
-        # Of several ranks, another one may have been the one that could not load the later ones.
+        # With several ranks, it may be another one that could not load the later steps.
         fell_back = step is None and (bool(failed) or timeout is not None)
         self._lineage.note_loaded(checkpoint.step, later_are_unsound=fell_back)
         self.last_load = report
         return result, report
 
     def _shards(self, rank: int | None) -> fallback.Shards:
-        agrees = self._habits.agreement_timeout is not None
+        agrees = self._options.agreement_timeout is not None
         return fallback.Shards(
-            self._native, rank, awaits_upload=self._habits.has_uploads and agrees
+            self._native, rank, awaits_upload=self._options.has_uploads and agrees
         )

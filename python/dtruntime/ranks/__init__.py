@@ -1,4 +1,4 @@
-"""How the ranks of a job meet: through what, as which worker, and what they are told.
+"""How the ranks of a job find each other, register as workers, and get the job's settings.
 
-Always holds: a process is one worker for a job and rank, whoever asks.
+Always holds: a process has one worker per job and rank, shared by all of its users.
 """

@@ -1,7 +1,7 @@
 """How to reach the coordinator: arguments first, then the environment.
 
-Always holds: a token is never shown; a wrong argument is an ``InvalidArgument`` that says what is
-accepted.
+Always holds: a token is never shown in messages; a wrong argument is an ``InvalidArgument`` that
+says what is accepted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://localhost:50051"
 DEFAULT_JOB = "default"
 PATIENCE_SECONDS = 30.0
-"""How long a coordinator that does not answer is looked for."""
+"""How long to retry while the coordinator does not answer."""
 
 
 class Security(NamedTuple):
-    """What the coordinator may ask for.
+    """Credentials for the coordinator.
 
     Attributes:
         token: The bearer token. Default: the environment's ``COORDINATOR_TOKEN``.
-        ca_file: PEM file of what signed the coordinator's certificate. Default: the system's.
+        ca_file: PEM file of the CA that signed the coordinator's certificate. Default: the
+            system's CAs.
         cert_file: PEM file of this worker's own certificate, for mutual TLS.
         key_file: PEM file of its key.
 
@@ -39,12 +40,12 @@ class Security(NamedTuple):
 
 
 def url_of(url: str | None, environment: Mapping[str, str] = os.environ) -> str:
-    """Give the coordinator's URL: the argument, ``COORDINATOR_URL``, or this machine's."""
+    """Return the coordinator's URL: the argument, ``COORDINATOR_URL``, or this machine's."""
     return url or environment.get("COORDINATOR_URL") or DEFAULT_URL
 
 
 def job_of(job: str | None, environment: Mapping[str, str] = os.environ) -> str:
-    """Give the job's name: the argument, ``DTRUNTIME_JOB``, or ``default``."""
+    """Return the job's name: the argument, ``DTRUNTIME_JOB``, or ``default``."""
     return job or environment.get("DTRUNTIME_JOB") or DEFAULT_JOB
 
 
@@ -54,7 +55,7 @@ def connect(
     patience_seconds: float,
     environment: Mapping[str, str] = os.environ,
 ) -> _native.Coordinator:
-    """Make a connection with its native thread; the coordinator is not asked anything yet."""
+    """Create a connection with its native thread; nothing is sent to the coordinator yet."""
     if (security.cert_file is None) != (security.key_file is None):
         raise InvalidArgument(
             "the worker's certificate",

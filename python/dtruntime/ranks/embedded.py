@@ -1,14 +1,13 @@
 """A coordinator that rank 0 hosts in its own process, for runs that are given none.
 
-The ranks find each other through a store that is there already: that of ``torchrun``'s agent, else
-that of the script's process group. Rank 0 starts the coordinator on a free port and leaves there
-where it listens and what token it asks for, with an agent under the run's id. What a rank 0 of
-before has left there stays until the next one comes, since agents neither agree on the number of a
-restart nor empty the store: a coordinator that nobody reaches is passed over until another one is
-named.
+The ranks rendezvous through an existing key-value store: that of ``torchrun``'s agent, else that of
+the script's process group. Rank 0 starts the coordinator on a free port and publishes its URL and
+token there, with an agent under the run's id. The entry of an earlier rank 0 stays until the next
+one replaces it, since agents neither agree on a restart number nor clear the store: the other ranks
+skip a coordinator that cannot be reached, and wait until another one is published.
 
-Always holds: one coordinator a process and run; it ends with the process; where all ranks are on
-one machine it does not listen beyond it; a wait for rank 0 hears signals.
+Always holds: one coordinator per process and run; it ends with the process; if all ranks are on one
+machine, it listens on loopback only; a wait for rank 0 can be interrupted by signals.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _CONNECT_SECONDS = 60.0
-"""How long the agent's store, which is there before the ranks are, may take to answer."""
-_LOOK_SECONDS = 0.1
-"""How often a rank looks whether rank 0 has come."""
+"""How long the agent's store, which exists before the ranks do, may take to answer."""
+_POLL_SECONDS = 0.1
+"""How often a rank checks whether rank 0 has published its coordinator."""
 _PROBE_SECONDS = 2.0
-"""How long a machine may take to say whether somebody listens there."""
+"""How long a TCP connection to the coordinator may take."""
 _LOOPBACK = "127.0.0.1"
 _EVERYWHERE = {
-    socket.AF_INET: "0.0.0.0",  # noqa: S104  (a token is asked for)
+    socket.AF_INET: "0.0.0.0",  # noqa: S104  (a token is required)
     socket.AF_INET6: "[::]",
 }
 
@@ -50,44 +49,45 @@ _lock = threading.Lock()
 
 
 class NotOpened(Exception):  # noqa: N818
-    """Rank 0 has not said in time where its coordinator listens."""
+    """Rank 0 has not published its coordinator in time."""
 
 
-def _nobody_at(url: str) -> CoordinatorUnavailable:
+def _not_answering(url: str) -> CoordinatorUnavailable:
     return CoordinatorUnavailable(
         "looking for the coordinator that rank 0 hosts",
-        f"nobody answers at `{url}`, which rank 0, or one of before, has named",
-        "open the manager on rank 0, and let its machine's ports be reached; or start a "
-        "coordinator, and name it: `coordinator_url=`",
+        f"nothing answers at `{url}`, which rank 0 of this run, or of an earlier one, published",
+        "open the manager on rank 0, and make its machine's ports reachable; or start a "
+        "coordinator, and pass `coordinator_url=`",
     )
 
 
 def find(
     rank: int, timeout: float, environment: Mapping[str, str] = os.environ
 ) -> tuple[str, Security] | None:
-    """Give URL and token of the coordinator that rank 0 hosts; None if ranks cannot meet.
+    """Return URL and token of the coordinator that rank 0 hosts; None without a shared store.
 
     Raises:
-        NotOpened: Rank 0 did not come to host it within ``timeout`` seconds.
-        CoordinatorUnavailable: The agent's store, where it would say so, does not answer.
+        NotOpened: Rank 0 did not publish it within ``timeout`` seconds.
+        CoordinatorUnavailable: The store that it is published in, or the coordinator itself, does
+            not answer.
 
     """
-    meeting = _meeting(environment)
-    if meeting is None:
+    rendezvous = _rendezvous(environment)
+    if rendezvous is None:
         return None
     if rank == 0:
-        url, token = _announce(meeting)
+        url, token = _announce(rendezvous)
     else:
-        url, token = _await(meeting, timeout)
+        url, token = _await(rendezvous, timeout)
     return url, Security(token=token)
 
 
-class _Meeting(NamedTuple):
-    """Where ranks leave word for each other.
+class _Rendezvous(NamedTuple):
+    """The store through which ranks find each other.
 
     Attributes:
-        store: What they share.
-        key: The entry that names the coordinator.
+        store: The shared key-value store.
+        key: The key under which the coordinator is published.
         master: The machine that serves the store.
         is_one_machine: Whether all ranks are known to be on this machine.
 
@@ -99,23 +99,23 @@ class _Meeting(NamedTuple):
     is_one_machine: bool
 
 
-def _meeting(environment: Mapping[str, str]) -> _Meeting | None:
+def _rendezvous(environment: Mapping[str, str]) -> _Rendezvous | None:
     key = "dtruntime/coordinator"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         master = environment["MASTER_ADDR"]
         store = _store_of_agent(master, int(environment["MASTER_PORT"]))
         is_one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
         key = f"{key}/{environment.get('TORCHELASTIC_RUN_ID', '')}"
-        return _Meeting(store, key, master, is_one_machine)
+        return _Rendezvous(store, key, master, is_one_machine)
     group = launch.process_group(environment)
     if group is None or group.store is None or not group.master:
         return None
-    return _Meeting(group.store, key, group.master, launch.is_loopback(group.master))
+    return _Rendezvous(group.store, key, group.master, launch.is_loopback(group.master))
 
 
 @contextlib.contextmanager
 def _asking_store(master: str) -> Iterator[None]:
-    """Turn the end of the store that ranks meet by into an error that says so."""
+    """Turn errors of the shared store into a ``CoordinatorUnavailable``."""
     from torch.distributed import DistError  # noqa: PLC0415
 
     try:
@@ -123,28 +123,28 @@ def _asking_store(master: str) -> Iterator[None]:
     except DistError as error:
         raise CoordinatorUnavailable(
             "looking for the coordinator that rank 0 hosts",
-            f"the store of the ranks at `{master}` does not answer any more: {error}",
-            "look at the log of rank 0; or start a coordinator, and name it: `coordinator_url=`",
+            f"the store of the ranks at `{master}` no longer answers: {error}",
+            "check the log of rank 0; or start a coordinator, and pass `coordinator_url=`",
         ) from error
 
 
-def _announce(meeting: _Meeting) -> tuple[str, str]:
-    """Host the coordinator, and leave word of it."""
-    if meeting.is_one_machine:
+def _announce(rendezvous: _Rendezvous) -> tuple[str, str]:
+    """Host the coordinator, and publish its URL and token."""
+    if rendezvous.is_one_machine:
         family, host = socket.AF_INET, _LOOPBACK
     else:
-        family, host = _own_address(meeting.master)
-    ip = _LOOPBACK if meeting.is_one_machine else _EVERYWHERE[family]
-    coordinator = _host(meeting.key, ip)
+        family, host = _own_address(rendezvous.master)
+    ip = _LOOPBACK if rendezvous.is_one_machine else _EVERYWHERE[family]
+    coordinator = _host(rendezvous.key, ip)
     named = f"[{host}]" if ":" in host else host
     url, token = f"http://{named}:{coordinator.port}", coordinator.token
-    with _asking_store(meeting.master):
-        meeting.store.set(meeting.key, f"{url} {token}")
+    with _asking_store(rendezvous.master):
+        rendezvous.store.set(rendezvous.key, f"{url} {token}")
     return url, token
 
 
 def _store_of_agent(master: str, port: int) -> Store:
-    # Here, because a process that does not run under torchrun needs no torch.
+    # Imported here: a process that does not run under torchrun needs no torch.
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # noqa: PLC0415
 
     limit = dt.timedelta(seconds=_CONNECT_SECONDS)
@@ -154,28 +154,28 @@ def _store_of_agent(master: str, port: int) -> Store:
         raise CoordinatorUnavailable(
             "looking for the coordinator that rank 0 hosts",
             f"the store of torchrun's agent at `{master}:{port}` does not answer: {error}",
-            "look at the agent's log; or start a coordinator, and name it: `coordinator_url=`",
+            "check the agent's log; or start a coordinator, and pass `coordinator_url=`",
         ) from error
 
 
-def _await(meeting: _Meeting, timeout: float) -> tuple[str, str]:
-    """Give URL and token once somebody listens there.
+def _await(rendezvous: _Rendezvous, timeout: float) -> tuple[str, str]:
+    """Return URL and token once the coordinator listens.
 
-    Looks again and again: torch's own wait hears no signal, and logs a lot.
+    Polls: torch's own wait cannot be interrupted by signals, and logs a lot.
     """
     deadline = time.monotonic() + timeout
     url = ""
     while True:
-        with _asking_store(meeting.master):
-            is_named = meeting.store.check([meeting.key])
-            named = meeting.store.get(meeting.key).decode() if is_named else ""
+        with _asking_store(rendezvous.master):
+            is_named = rendezvous.store.check([rendezvous.key])
+            named = rendezvous.store.get(rendezvous.key).decode() if is_named else ""
         if named:
             url, token = named.split()
             if _is_listening(url):
                 return url, token
         if time.monotonic() >= deadline:
-            raise _nobody_at(url) if url else NotOpened
-        time.sleep(_LOOK_SECONDS)
+            raise _not_answering(url) if url else NotOpened
+        time.sleep(_POLL_SECONDS)
 
 
 def _is_listening(url: str) -> bool:
@@ -188,25 +188,25 @@ def _is_listening(url: str) -> bool:
 
 
 def _own_address(master: str) -> tuple[socket.AddressFamily, str]:
-    """Give the address by which this machine reaches, and is reached from, the run's master."""
+    """Return this machine's address on the network that connects it to the run's master."""
     try:
         found = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)
     except OSError as error:
-        raise _no_way(master, str(error)) from error
-    # A name with addresses of both kinds is reached by the older one everywhere. What is
-    # link-local, with a scope, is another machine's from there.
+        raise _unreachable(master, str(error)) from error
+    # A name with addresses of both families is reachable by IPv4 everywhere. A link-local address,
+    # which has a scope, would mean another machine elsewhere.
     usable = [place for place in found if not (len(place[4]) > 3 and place[4][3])]  # noqa: PLR2004
     usable.sort(key=lambda place: place[0] != socket.AF_INET)
     for family, kind, protocol, _, address in usable:
         own = _reached_from((family, kind, protocol), address)
         if own is not None:
-            # A name may mean this machine's loopback here, and its address elsewhere.
+            # A name may resolve to loopback here, and to this machine's address elsewhere.
             return family, master if ipaddress.ip_address(own).is_loopback else own
-    raise _no_way(master, "none of its addresses can be reached")
+    raise _unreachable(master, "none of its addresses can be reached")
 
 
 def _reached_from(kind: tuple[int, int, int], address: tuple[Any, ...]) -> str | None:
-    """Give this machine's address on the way to another one."""
+    """Return the local address of a route to another machine; None if there is none."""
     try:
         with socket.socket(*kind) as probe:
             probe.connect(address)  # nothing is sent
@@ -215,11 +215,11 @@ def _reached_from(kind: tuple[int, int, int], address: tuple[Any, ...]) -> str |
         return None
 
 
-def _no_way(master: str, why: str) -> CoordinatorUnavailable:
+def _unreachable(master: str, why: str) -> CoordinatorUnavailable:
     return CoordinatorUnavailable(
         "hosting the coordinator for all ranks",
-        f"this machine has no way to `{master}`, where the ranks' store is: {why}",
-        "look at `MASTER_ADDR`; or start a coordinator, and name it: `coordinator_url=`",
+        f"this machine has no route to `{master}`, which serves the ranks' store: {why}",
+        "check `MASTER_ADDR`; or start a coordinator, and pass `coordinator_url=`",
     )
 
 

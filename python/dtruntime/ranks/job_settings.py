@@ -1,6 +1,6 @@
-"""What the coordinator was configured to tell workers, as settings of a manager.
+"""The settings that the coordinator provides to workers, as settings of a manager.
 
-Always holds: it only fills in what neither an argument nor the environment says.
+Always holds: they only apply to what neither an argument nor the environment sets.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class JobSettings(NamedTuple):
     """The sections ``[checkpoint]`` and ``[storage]`` of ``coordinator.toml``.
 
     Attributes:
-        keep_last_n: As the manager takes it; None if it is not said.
-        compression: The same.
-        async_write: The same; True if it is not said.
-        save_interval_steps: The same; None if it is not said.
+        keep_last_n: As for the manager; None if not set.
+        compression: As for the manager; None if not set.
+        async_write: As for the manager; True if not set.
+        save_interval_steps: As for the manager; None if not set.
         path: The store: a directory, or ``s3://bucket/prefix``.
-        s3: How the store at ``path`` is reached, less what the environment says.
+        s3: How the store at ``path`` is accessed, without what the environment sets.
 
     """
 
@@ -55,7 +55,7 @@ class JobSettings(NamedTuple):
 def job_settings_from(
     values: Mapping[str, str], environment: Mapping[str, str] = os.environ
 ) -> JobSettings:
-    """Read what a worker was told when it registered: TOML values by ``section.key``.
+    """Parse the settings that a worker got when it registered: TOML values by ``section.key``.
 
     >>> job_settings_from({"checkpoint.keep_last_n": "5", "storage.bucket": '"b"'}, {})
     JobSettings(keep_last_n=5, compression=None, async_write=True, save_interval_steps=None, \
@@ -84,10 +84,10 @@ path='s3://b', s3={})
 
 
 def _plain(name: str, text: str) -> Any:
-    """Give a number, a truth value or a text that is written as in TOML.
+    """Return a number, a bool or a string that is written as in TOML.
 
     Raises:
-        InvalidArgument: It is a text of several lines.
+        InvalidArgument: It is a multi-line string.
 
     """
     if text.startswith("'") and not text.startswith("'''"):  # JSON has no literal strings
@@ -97,6 +97,6 @@ def _plain(name: str, text: str) -> Any:
     except ValueError as error:
         raise InvalidArgument(
             f"setting `{name}` of the coordinator",
-            f"it is not understood: {text}",
-            "write it as text of one line in the coordinator's configuration",
+            f"it cannot be parsed: {text}",
+            "write it as a single-line string in the coordinator's configuration",
         ) from error

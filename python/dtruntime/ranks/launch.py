@@ -1,7 +1,7 @@
-"""How this process was started: which rank it is, of how many, and through what they can meet.
+"""How this process was launched: its rank, the world size, and the store shared by the ranks.
 
-Always holds: arguments win over the default process group of ``torch.distributed``, that over the
-environment; torch is asked only if the script has imported it.
+Always holds: arguments take precedence over the default process group of ``torch.distributed``, and
+that over the environment; torch is used only if the script has imported it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ProcessGroup(NamedTuple):
     Attributes:
         rank: This process's rank in it.
         world_size: How many ranks it has.
-        store: Where its ranks found each other; None if torch does not say.
-        master: The machine that serves the store; empty if none does, as with a file.
+        store: The store through which its ranks found each other; None if torch does not expose it.
+        master: The machine that serves the store; empty if none does, as for a file store.
 
     """
 
@@ -41,7 +41,7 @@ class ProcessGroup(NamedTuple):
 
 
 def process_group(environment: Mapping[str, str] = os.environ) -> ProcessGroup | None:
-    """Give the default process group; None if the script has initialised none."""
+    """Return the default process group; None if the script has initialised none."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
@@ -64,7 +64,7 @@ def rank_and_world_size(
     world_size: int | str | None,
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[int, int]:
-    """Give both: the arguments, else the process group's, else ``RANK`` and ``WORLD_SIZE``.
+    """Return both: the arguments, else those of the process group, else of the environment.
 
     >>> rank_and_world_size(None, None, {"RANK": "worker-3", "WORLD_SIZE": "8"})
     (3, 8)
@@ -78,7 +78,7 @@ def rank_and_world_size(
 
 
 def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Give how many of the ranks that save are on this machine, as the launcher says.
+    """Return how many of the saving ranks are on this machine, according to the launcher.
 
     >>> local_world_size(16, {"LOCAL_WORLD_SIZE": "8"}), local_world_size(1, {})
     (8, 1)
@@ -91,7 +91,7 @@ def local_world_size(world_size: int, environment: Mapping[str, str] = os.enviro
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can have meant itself by it: a name may mean another there."""
+    """Return whether a host is certainly this machine: a name may mean another one elsewhere."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -105,7 +105,7 @@ def _ordinal(name: str, value: int | str) -> int:
     if match is None:
         raise InvalidArgument(
             f"setting `{name}` = {value!r}",
-            "a whole number is expected, or a name that ends in one",
+            "expected a whole number, or a name that ends in one",
             f"pass `{name}=`, or set {name.upper()} to a number or a pod name such as `worker-3`",
         )
     return int(match[1])

@@ -1,12 +1,12 @@
-"""The workers that this process is: one for a job and rank, shared by whoever needs it.
+"""The workers of this process: one per job and rank, shared by its users.
 
-An orchestrator and the checkpoint manager of one rank are one worker to the coordinator: whoever
-comes first registers it, whoever goes last leaves.
+An orchestrator and the checkpoint manager of one rank are one worker to the coordinator: the first
+to need it registers it, and the last to finish makes it leave.
 
-Always holds: a registered worker stays one until its last user has gone or the process ends; a
-process that ends leaves by itself, and says so if an exception ended it; a forked child is no
-worker; a worker has one store open at a time, because the coordinator tells the saves of a job
-apart by their step alone.
+Always holds: a registered worker stays registered until its last user has finished or the process
+ends; a process that ends leaves automatically, as failed if an exception ended it; a forked child
+is not a worker; a worker has one store open at a time, because the coordinator distinguishes the
+saves of a job only by their step.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dtruntime")
 
-_MEETING = _native.OPENING_BARRIER
-_REMINDER_SECONDS = 10.0
-_AGAIN_SECONDS = 1.0
-"""Between two looks for a coordinator, if the one that was found did not do."""
+_OPENING_BARRIER = _native.OPENING_BARRIER
+_WARNING_SECONDS = 10.0
+_RETRY_SECONDS = 1.0
+"""Delay before looking for another coordinator, if the one found was not usable."""
 
 
-class Place(NamedTuple):
-    """Who a worker is.
+class WorkerIdentity(NamedTuple):
+    """What identifies a worker.
 
     Attributes:
         url: The coordinator's address.
         job: The training run.
-        worker_id: The worker's name; None for whichever this process has, else the environment's
+        worker_id: The worker's name; None for any that this process has, else the environment's
             ``WORKER_ID``, else ``worker-<rank>``.
         rank: Its rank.
-        world_size: How many there are.
+        world_size: The number of ranks.
 
     """
 
@@ -75,28 +75,27 @@ class Place(NamedTuple):
 
     @property
     def others(self) -> str:
-        """Whom it meets, for people."""
+        """The ranks it works with, for messages."""
         return f"the {self.world_size} ranks of job `{self.job}`"
 
-    def is_served_by(self, other: Place) -> bool:
-        """Whether the worker at ``other`` will do."""
-        anybody = other._replace(worker_id=None)
-        return self in (other, anybody)
+    def can_share(self, other: WorkerIdentity) -> bool:
+        """Return whether the worker ``other`` can be shared."""
+        return self in (other, other._replace(worker_id=None))
 
 
 class Membership:
-    """A registered worker and how many use it."""
+    """A registered worker and the number of its users."""
 
-    def __init__(self, place: Place, worker: _native.Worker) -> None:
-        self.place = place
+    def __init__(self, identity: WorkerIdentity, worker: _native.Worker) -> None:
+        self.identity = identity
         self.worker = worker
-        self.seats: list[Seat] = []
-        """Of managers that are open."""
+        self.stores: list[StoreMembership] = []
+        """Those of open managers."""
         self._users = 1
         self._pid = os.getpid()
 
     def leave(self, failure: str = "") -> None:
-        """Give the worker up; with a failure, or as the last user, the process leaves the job."""
+        """Release the worker; with a failure, or as the last user, the process leaves the job."""
         with _lock:
             self._users -= 1
             if self._users > 0 and not failure:
@@ -111,8 +110,8 @@ class Membership:
             _logger.warning("%s", error)
 
 
-class Seat:
-    """A manager's part in a membership, for as long as its store is open."""
+class StoreMembership:
+    """A manager's use of a membership, for as long as its store is open."""
 
     def __init__(self, membership: Membership, store_of: StoreOf) -> None:
         try:
@@ -124,161 +123,170 @@ class Seat:
         self._membership = membership
         self.store = store
         with _lock:
-            other = next((seat for seat in membership.seats if seat.store != store), None)
+            other = next((member for member in membership.stores if member.store != store), None)
             if other is None:
-                membership.seats.append(self)
+                membership.stores.append(self)
         if other is not None:
             membership.leave()
             raise InvalidArgument(
-                f"opening `{store.path}` with {membership.place.others}",
+                f"opening `{store.path}` with {membership.identity.others}",
                 f"this process has `{other.store.path}` open in the same job, and the coordinator "
-                "tells the saves of a job apart by their step",
-                'give one of the two a job of its own, on every rank: `job="ema"`; or close the '
-                "other one first",
+                "distinguishes the saves of a job by their step",
+                'open one of the two with a different job, on every rank: `job="ema"`; or close '
+                "the other one first",
             )
 
     def leave(self, failure: str = "") -> None:
-        """Give the store and the membership up, once."""
+        """Release the store and the membership, once."""
         with _lock:
-            is_taken = self in self._membership.seats
+            is_taken = self in self._membership.stores
             if is_taken:
-                self._membership.seats.remove(self)
+                self._membership.stores.remove(self)
         if is_taken:
             self._membership.leave(failure)
 
 
 StoreOf = Callable[[Mapping[str, str]], "Store"]
-"""Gives the store that a rank opens, from what the coordinator told it."""
+"""Returns the store that a rank opens, from the settings that the coordinator provides."""
 
 _live: list[Membership] = []
 _lock = threading.Lock()
 _registering = threading.Lock()
-"""Held while a worker registers: two users at once must not push each other out."""
+"""Held while a worker registers: concurrent registrations would fence each other."""
 
 
-def join(
-    place: Place, coordinator: _native.Coordinator, address: tuple[str, int, str]
+def register(
+    identity: WorkerIdentity, coordinator: _native.Coordinator, address: tuple[str, int, str]
 ) -> Membership:
-    """Register a worker, or share the one that this process is there already.
+    """Register a worker, or share the one that this process already has in the job.
 
-    Who shares one that a manager registered has no address of its own there: an orchestrator that
-    others should reach registers first.
+    Sharing keeps the address that it was registered with, and a manager registers none: an
+    orchestrator that others should reach registers first.
     """
     with _registering:
         with _lock:
             for membership in _live:
-                if place.is_served_by(membership.place) and not membership.worker.is_ended:
+                if identity.can_share(membership.identity) and not membership.worker.is_ended:
                     membership._users += 1  # noqa: SLF001
                     return membership
-        ranks = (place.rank, place.world_size)
-        worker = coordinator.register_worker(place.job, place.name, ranks, address)
-        membership = Membership(place._replace(worker_id=place.name), worker)
+        ranks = (identity.rank, identity.world_size)
+        worker = coordinator.register_worker(identity.job, identity.name, ranks, address)
+        membership = Membership(identity._replace(worker_id=identity.name), worker)
         with _lock:
             _live.append(membership)
         return membership
 
 
-def enter(
+def join(
     store_of: StoreOf,
     job: str,
     ranks: tuple[int, int],
-    way: tuple[str | None, Security | None],
+    connection: tuple[str | None, Security | None],
     timeout: float,
-) -> Seat | None:
-    """Become a worker of a job of several ranks, and wait until all of them open the store.
+) -> StoreMembership | None:
+    """Join a job of several ranks, and wait until all of them open the store.
 
     Args:
-        store_of: Gives what this rank opens.
+        store_of: Returns the store that this rank opens.
         job: The training run.
-        ranks: This process's rank, and how many there are.
-        way: The coordinator's URL and how to get in. Default: the environment's
-            ``COORDINATOR_URL``, else the one that rank 0 hosts, where ranks can meet: under
-            ``torchrun``, or in a process group of theirs.
+        ranks: This process's rank, and the world size.
+        connection: The coordinator's URL and credentials. Default: the environment's
+            ``COORDINATOR_URL``, else the one that rank 0 hosts, under ``torchrun`` or with a
+            process group.
         timeout: How long to wait for the other ranks, in seconds.
 
     Returns:
         None if no coordinator is known.
 
     """
-    url, security = way
+    url, security = connection
     rank, world_size = ranks
-    place = Place(url or os.environ.get("COORDINATOR_URL") or "", job, None, rank, world_size)
+    identity = WorkerIdentity(
+        url or os.environ.get("COORDINATOR_URL") or "", job, None, rank, world_size
+    )
     deadline = time.monotonic() + timeout
-    with _reminding(place):
-        if place.url:
-            return _take_seat(place, store_of, security or Security(), deadline)
+    with _warning_if_slow(identity):
+        if identity.url:
+            return _join_at(identity, store_of, security or Security(), deadline)
         refused: tuple[str, CheckpointError] | None = None
         while True:
             left = max(deadline - time.monotonic(), 0.0)
-            found = _hosted_by_rank_0(place, left, timeout)
+            found = _hosted_by_rank_0(identity, left, timeout)
             if found is None:
                 return None
             url, security = found
             if refused is not None and refused[0] == url:
                 raise refused[1]
             try:
-                return _take_seat(place._replace(url=url), store_of, security, deadline)
-            except _OF_A_RUN_BEFORE as error:
-                # Of a rank 0 that ends just now, if torchrun restarts its processes one by one.
+                return _join_at(identity._replace(url=url), store_of, security, deadline)
+            except _STALE_COORDINATOR as error:
+                # It may belong to a rank 0 that is just ending, if torchrun restarts processes one
+                # by one.
                 if rank == 0 or time.monotonic() >= deadline:
                     raise
                 if not isinstance(error, (CoordinatorUnavailable, Unauthenticated)):
-                    refused = (url, error)  # meant, unless another coordinator is named by then
+                    refused = (url, error)  # final, unless another coordinator is published by then
                 _logger.info("looking for the coordinator again: %s", error)
-                time.sleep(_AGAIN_SECONDS)
+                time.sleep(_RETRY_SECONDS)
 
 
-def _take_seat(place: Place, store_of: StoreOf, security: Security, deadline: float) -> Seat:
-    """Register, and meet the others."""
-    coordinator = connecting.connect(place.url, security, connecting.PATIENCE_SECONDS)
-    place = place._replace(url=coordinator.url)
-    seat = Seat(join(place, coordinator, ("", 0, "")), store_of)
+def _join_at(
+    identity: WorkerIdentity, store_of: StoreOf, security: Security, deadline: float
+) -> StoreMembership:
+    """Register, and wait for the other ranks."""
+    coordinator = connecting.connect(identity.url, security, connecting.PATIENCE_SECONDS)
+    identity = identity._replace(url=coordinator.url)
+    member = StoreMembership(register(identity, coordinator, ("", 0, "")), store_of)
     try:
-        _meet(seat, place, seat.store.common, deadline)
+        _await_ranks(member, identity, member.store.common, deadline)
     except BaseException:
-        seat.leave()
+        member.leave()
         raise
-    return seat
+    return member
 
 
-_OF_A_RUN_BEFORE = (CoordinatorUnavailable, Unauthenticated, Conflict, JobAborted, WorkerFenced)
-"""What a rank may hear from the coordinator of processes that are just being ended."""
+_STALE_COORDINATOR = (CoordinatorUnavailable, Unauthenticated, Conflict, JobAborted, WorkerFenced)
+"""Errors that the coordinator of a run that is just ending may cause."""
 _HINT = "open the manager on every rank; where one rank saves, pass `rank=0, world_size=1`"
 
 
 @contextlib.contextmanager
-def _reminding(place: Place) -> Iterator[None]:
-    """Say what is waited for if it takes long."""
-    text = f"waiting for {place.others} to open their manager; {_HINT}"
-    reminder = threading.Timer(_REMINDER_SECONDS, _logger.warning, (text,))
-    reminder.daemon = True
-    reminder.start()
+def _warning_if_slow(identity: WorkerIdentity) -> Iterator[None]:
+    """Log what is waited for if it takes long."""
+    text = f"waiting for {identity.others} to open their manager; {_HINT}"
+    timer = threading.Timer(_WARNING_SECONDS, _logger.warning, (text,))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        reminder.cancel()
+        timer.cancel()
 
 
-def _hosted_by_rank_0(place: Place, left: float, timeout: float) -> tuple[str, Security] | None:
+def _hosted_by_rank_0(
+    identity: WorkerIdentity, left: float, timeout: float
+) -> tuple[str, Security] | None:
     try:
-        return embedded.find(place.rank, left)
+        return embedded.find(identity.rank, left)
     except embedded.NotOpened:
-        what = f"opening a store with {place.others}"
+        what = f"opening a store with {identity.others}"
         why = f"rank 0, which hosts the coordinator, has not opened its manager within {timeout} s"
         raise BarrierTimeout(what, why, _HINT) from None
 
 
-def _meet(seat: Seat, place: Place, common: str, deadline: float) -> None:
-    """Wait until every rank has come to open its checkpoint manager, on the same store.
+def _await_ranks(
+    member: StoreMembership, identity: WorkerIdentity, common: str, deadline: float
+) -> None:
+    """Wait until every rank opens its checkpoint manager, on the same store.
 
-    Without it, a rank that saves alone would find out at the first save, by waiting.
+    Otherwise a rank whose peers do not save would only find out at the first save, by a timeout.
     """
-    what = f"opening a store with {place.others}"
+    what = f"opening a store with {identity.others}"
     while True:
         left = max(deadline - time.monotonic(), 0.001)
         try:
-            seat.worker.arrive(_MEETING, left, common).join()
-        except MembershipChanged:  # somebody of an earlier run is being cleared away
+            member.worker.arrive(_OPENING_BARRIER, left, common).join()
+        except MembershipChanged:  # a worker of an earlier run is being removed
             if time.monotonic() >= deadline:
                 raise
         except BarrierTimeout as error:
@@ -289,35 +297,35 @@ def _meet(seat: Seat, place: Place, common: str, deadline: float) -> None:
             return
 
 
-def told_in(job: str) -> Mapping[str, str]:
-    """Give what this process's worker in the job was told; nothing if it has none."""
+def settings_of_job(job: str) -> Mapping[str, str]:
+    """Return the settings of this process's worker in the job; none if it has no worker."""
     with _lock:
-        found = [membership for membership in _live if membership.place.job == job]
+        found = [membership for membership in _live if membership.identity.job == job]
     return next((m.worker.settings for m in found if not m.worker.is_ended), {})
 
 
 def membership_at(url: str, job: str) -> Membership | None:
-    """Give this process's membership in the job, if it has a worker registered there."""
+    """Return this process's membership in the job, if it has a worker registered there."""
     with _lock:
-        found = [m for m in _live if (m.place.url, m.place.job) == (url, job)]
+        found = [m for m in _live if (m.identity.url, m.identity.job) == (url, job)]
     return next((membership for membership in found if not membership.worker.is_ended), None)
 
 
 def worker_at(url: str, job: str) -> _native.Worker | None:
-    """Give a registered worker of this process in the job, if there is one."""
+    """Return a registered worker of this process in the job, if there is one."""
     found = membership_at(url, job)
     return None if found is None else found.worker
 
 
 def failure_of(error: BaseException | None) -> str:
-    """Say what an exception means for a worker; leaving on purpose is no failure."""
+    """Return the failure that an exception means for a worker; empty if it left on purpose."""
     if not isinstance(error, Exception) or isinstance(error, JobAborted):
         return ""
     return f"{type(error).__name__}: {error}"
 
 
 def _leave_all() -> None:
-    """Run when the process ends: by the script's last line, or by an exception."""
+    """Leave all jobs when the process ends, normally or by an exception."""
     failure = failure_of(getattr(sys, "last_value", None))
     with _lock:
         left = list(_live)

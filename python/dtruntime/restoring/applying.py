@@ -1,8 +1,8 @@
-"""Carrying a restore plan out: reads what it needs and changes the live state.
+"""Executing a restore plan: reads what it needs and changes the live state.
 
-Always holds: where memory allows, everything is read and checked before anything is changed;
-elsewhere one top-level entry is read and changed after the other, and where it was asked for, live
-tensors are read into. A state that was changed in part is known to be a mixture.
+Always holds: if memory allows, everything is read and checked before anything is changed; otherwise
+top-level entries are read and changed one after the other. On request, tensors are read straight
+into live ones. A state that was changed in part is known to be a mixture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtruntime.errors import CheckpointError, RestoreIncomplete
+from dtruntime.messages import listed
 from dtruntime.state import gpus
 
 if TYPE_CHECKING:
@@ -31,15 +32,15 @@ _CGROUP_MEMORY = (
         Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ),
 )
-"""Limit and use of this process's control group, by version 2 and version 1 of the interface."""
+"""Limit and usage of this process's control group, by version 2 and version 1 of the interface."""
 _NAMED_MAX = 10
 """Entries that an error names."""
 _MEMORY_SHARE = 0.8
-"""Share of the available memory that may be filled to check everything first."""
+"""Share of the available memory that may be used to check everything first."""
 
 
 class Attempts:
-    """What one call of ``restore`` did to the live state, until a checkpoint was whole.
+    """What one call of ``restore`` did to the live state, over all checkpoints that it tried.
 
     Attributes:
         incomplete: Why the live state is a mixture, if it is one.
@@ -50,13 +51,13 @@ class Attempts:
         self.incomplete: RestoreIncomplete | None = None
         self._applied: RestorePlan | None = None
         self._touched: dict[Any, str] = {}
-        """What was changed on behalf of a checkpoint, by ``RestorePlan.targets``."""
-        self._kept: list[Any] = []  # what is touched by ``id``
+        """What was changed so far, by ``RestorePlan.targets``."""
+        self._kept: list[Any] = []  # keeps the ids in ``_touched`` valid
 
     def carry_out(
         self, plan: RestorePlan, reader: Reader, before_change: Callable[[], object]
     ) -> RestorePlan:
-        """Change the live state by one more plan, as ``Application.run`` does, and give it."""
+        """Execute one more plan with ``Application.run``, and return it."""
         application = Application(plan, reader)
         try:
             application.run(before_change)
@@ -68,43 +69,42 @@ class Attempts:
         self._touched |= plan.targets()
         return plan
 
-    def check_made_up(self, plan: RestorePlan) -> None:
-        """Refuse a last plan that leaves something as a checkpoint before it made it.
+    def check_nothing_left(self, plan: RestorePlan) -> None:
+        """Check that the last plan replaced everything that earlier attempts changed.
 
         Raises:
-            RestoreIncomplete: It does.
+            RestoreIncomplete: It did not.
 
         """
         left = sorted(self._touched.keys() - plan.targets().keys(), key=self._touched.__getitem__)
         self.incomplete = None
         if left:
-            names = ", ".join(self._touched[target] for target in left[:_NAMED_MAX])
+            names = listed([self._touched[target] for target in left], _NAMED_MAX)
             self.incomplete = RestoreIncomplete(
                 f"restoring step {plan.step}",
                 "a newer step had changed the live state before it turned out that it cannot be "
-                f"loaded, and this one has nothing for {names}"
-                + (f" and {len(left) - _NAMED_MAX} more" if len(left) > _NAMED_MAX else ""),
-                "restore a step that has all of it, or begin anew with what this one has not",
+                f"loaded, and this one has nothing for {names}",
+                "restore a step that has all of it, or initialize again what this one lacks",
             )
             raise self.incomplete
 
     def mixture(self, error: BaseException) -> RestoreIncomplete | None:
-        """Say why the live state is a mixture, now that the restore ended with ``error``."""
+        """Return why the live state is a mixture after ``error``; None if it is not."""
         if self.incomplete is None and self._applied is not None:
             self.incomplete = RestoreIncomplete(
                 f"restoring step {self._applied.step}",
-                f"it was restored here, and then not on every rank: {_told(error)}",
+                f"it was restored here, but not on every rank: {_described(error)}",
                 "restore again, on all ranks, before using or saving the state",
             )
         return self.incomplete
 
 
 class Application:
-    """One plan being carried out.
+    """The execution of one plan.
 
     Attributes:
         incomplete: Why the live state is a mixture, once it is one.
-        read_into: Live tensors that were read into, whatever came of it.
+        read_into: Live tensors that were read into, successfully or not.
 
     """
 
@@ -118,9 +118,9 @@ class Application:
         """Change the live state; ``before_change`` is called once, before the first change.
 
         Raises:
-            RestoreIncomplete: It failed half-way.
-            CheckpointError: It failed before, and nothing was changed; or while live tensors were
-                read into, of which ``incomplete`` tells: another checkpoint may make up for it.
+            RestoreIncomplete: It failed part-way.
+            CheckpointError: It failed before anything was changed; or while reading into live
+                tensors, which sets ``incomplete``: another checkpoint may be restored instead.
 
         """
         scratch, groups = self._find_memory()
@@ -135,7 +135,7 @@ class Application:
                     before_change()
                     has_begun = True
                 self.read_into += into.values()
-                _note_changed(into.values())  # first: reading may end half-way
+                _note_changed(into.values())  # before reading, which may fail part-way
                 tensors = self._read(actions, into, scratch)
                 is_reading = False
                 if not has_begun:
@@ -144,18 +144,20 @@ class Application:
                     has_begun = True
                     doing = f"entry {action.where}"
                     action.act(tensors)
-                del tensors  # before the next are read: there may be no memory for both
+                del tensors  # before the next group is read: there may be no memory for both
         except BaseException as error:
             if not has_begun:
                 raise
             self.incomplete = RestoreIncomplete(
                 f"restoring step {self._plan.step}",
-                f"the live state was changed in part when this failed: {doing}: {_told(error)}",
+                "the live state was changed in part when this failed: "
+                f"{doing}: {_described(error)}",
                 "restore again, from this step or another, before using or saving the state",
             )
-            # Ctrl-C and the like stay what they are, and so does what an older checkpoint mends.
-            is_mendable = is_reading and isinstance(error, CheckpointError)
-            if not isinstance(error, Exception) or is_mendable:
+            # Ctrl-C and the like propagate as they are, and so do errors after which an older
+            # checkpoint may be restored.
+            is_recoverable = is_reading and isinstance(error, CheckpointError)
+            if not isinstance(error, Exception) or is_recoverable:
                 raise
             raise self.incomplete from error
 
@@ -169,13 +171,13 @@ class Application:
     def _find_memory(self) -> tuple[Scratch | None, Iterable[Sequence[Action]]]:
         """Find memory to read everything into at once; else the actions come in groups."""
         actions = self._plan.actions
-        # An arena that is there counts as new: its pages may never have been used.
+        # An existing arena counts as new memory: its pages may never have been used.
         if not self._fits():
             return None, self._plan.items()
-        return self._reader.borrow(*_wanted(actions), self._plan.passing()), [actions]
+        return self._reader.borrow(*_wanted(actions), self._plan.transient()), [actions]
 
     def _fits(self) -> bool:
-        """Tell whether there is memory for everything at once, in the host and in GPUs."""
+        """Return whether there is memory for everything at once, in the host and on GPUs."""
         have_memory = self._plan.fillable.keys() if self._plan.is_direct else frozenset()
         by_place: dict[Any, list[int]] = {}
         parts: dict[int, LivePart] = {}
@@ -191,26 +193,26 @@ class Application:
 
 
 def _wanted(actions: Sequence[Action]) -> tuple[list[int], dict[int, LivePart]]:
-    """Give the tensors that actions need, by number, and the parts that are taken of some."""
+    """Return the numbers of the tensors that actions need, and the parts to read of some."""
     numbers = [number for action in actions for number in action.tensors]
     return numbers, {n: part for action in actions for n, part in action.parts.items()}
 
 
 def _note_changed(tensors: Iterable[Any]) -> None:
-    """Tell autograd of tensors that change behind its back: a graph may have saved them."""
+    """Tell autograd about tensors changed outside of torch: a graph may have saved them."""
     tensors = [tensor for tensor in tensors if not tensor.is_inference()]
     if tensors:
         sys.modules["torch"].autograd.graph.increment_version(tensors)
 
 
-def _told(error: BaseException) -> str:
-    """Say what an error is, on one line if it is one of ours, and without its hint."""
-    why = f"{error.what}: {error.why}" if isinstance(error, CheckpointError) else str(error)
+def _described(error: BaseException) -> str:
+    """Describe an error by its type and message, without the hint of one of ours."""
+    why = error.summary if isinstance(error, CheckpointError) else str(error)
     return f"{type(error).__name__}: {why}" if why else type(error).__name__
 
 
 def available_memory_bytes() -> int:
-    """Give the memory that can be had without swapping; everything, where it is not told."""
+    """Return the memory that is available without swapping; unlimited if that is unknown."""
     available = 1 << 62
     with contextlib.suppress(OSError, ValueError):
         for line in _MEMINFO.read_text("ascii").splitlines():

@@ -1,6 +1,6 @@
-"""Whether one saved tensor or array fits the live one that it is for.
+"""Whether a saved tensor or array fits the live one that takes it.
 
-Always holds: nothing is read and nothing changed to tell.
+Always holds: nothing is read and nothing is changed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime.loading.assembling import whole_shape
 from dtruntime.state import gpus
-from dtruntime.state.sharded_tensors import box_of, contiguous_strides, is_sharded, local_of
+from dtruntime.state.sharded_tensors import box_of, is_contiguous, is_sharded, local_of
 from dtruntime.state.tensors import NUMPY, numpy_dtype, torch_dtype
 from dtruntime.state.tree import TAG_DICT, TAG_TENSOR
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from dtruntime.state.tensors import TensorRecord
     from dtruntime.state.tree import Tree
 
-_CAST = "pass `cast=True` to convert what was saved to the live dtypes"
+_CAST = "pass `cast=True` to convert saved values to the live dtypes"
 _TO_EMPTY = (
-    "give the live ones memory, `module.to_empty(device=...)`, tie weights and set what is not "
-    "saved, such as buffers that are not persistent, then restore"
+    "allocate memory for the live ones, `module.to_empty(device=...)`, tie weights and set what is "
+    "not saved, such as non-persistent buffers, then restore"
 )
-_GATHER = "give it memory again, or gather the full parameters, before restoring"
+_GATHER = "allocate its memory again, or gather the full parameters, before restoring"
 _IN_INFERENCE = (
-    "restore under `torch.inference_mode()`, or make the module outside of it: `torch.no_grad()` "
-    "does for evaluation"
+    "restore under `torch.inference_mode()`, or create the module outside of it: `torch.no_grad()` "
+    "is sufficient for evaluation"
 )
 
 
 class Misfit(NamedTuple):
-    """Why something saved is not for something live, and what to do about it if that is known."""
+    """Why a saved entry does not fit a live one, and how to fix it, if known."""
 
     why: str
     hint: str | None = None
 
 
 def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfit | None:
-    """Tell in what the node ``index`` differs from a live tensor that takes it."""
+    """Return why the node ``index`` does not fit a live tensor; None if it does."""
     misfit = _place_misfit(live)
     if misfit is not None:
         return misfit
@@ -58,13 +58,13 @@ def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfi
 
 
 def _place_misfit(live: Any) -> Misfit | None:
-    """Tell why a live tensor takes nothing, whatever it is."""
+    """Return why nothing can be restored into a live tensor; None if something can."""
     torch = sys.modules["torch"]
     if live.is_nested or live.layout is not torch.strided:
         kind = "nested" if live.is_nested else str(live.layout).removeprefix("torch.")
         return Misfit(f"the live one is a {kind} tensor, which cannot be restored in place")
     if is_sharded(live) and box_of(live) is None:
-        return Misfit("what this rank holds of the live tensor is not one piece of it")
+        return Misfit("this rank's part of the live tensor is not contiguous in it")
     if live.is_meta:
         return Misfit("the live one is on `meta`, without values", _TO_EMPTY)
     if has_no_memory(local_of(live)):
@@ -73,15 +73,15 @@ def _place_misfit(live: Any) -> Misfit | None:
 
 
 def inference_misfit(live: Any) -> Misfit | None:
-    """Tell whether a module's tensor may not be changed here: torch finds out half-way."""
+    """Return why a module's tensor cannot be changed here: torch only notices part-way."""
     torch = sys.modules["torch"]
     if not live.is_inference() or torch.is_inference_mode_enabled():
         return None
-    return Misfit("the live one was made in inference mode and is loaded outside", _IN_INFERENCE)
+    return Misfit("the live one was created in inference mode and is loaded outside", _IN_INFERENCE)
 
 
 def dtype_misfit(live: Any, record: TensorRecord, *, cast: bool) -> Misfit | None:
-    """Tell whether a saved tensor is of another dtype than a live one, and cannot be converted."""
+    """Return why a saved tensor does not fit a live dtype; None if it does or can be converted."""
     saved = torch_dtype(record.dtype, record.item_bytes)
     if live == saved:
         return None
@@ -95,7 +95,7 @@ def dtype_misfit(live: Any, record: TensorRecord, *, cast: bool) -> Misfit | Non
 def array_misfit(
     live: np.ndarray[Any, Any], index: int, reader: Reader, *, cast: bool
 ) -> Misfit | None:
-    """Tell in what the node ``index`` differs from a live array that takes it."""
+    """Return why the node ``index`` does not fit a live array; None if it does."""
     record = _record_at(index, reader)
     if record is None or record.kind != NUMPY:
         return Misfit("an array is live, and the checkpoint has another kind of value")
@@ -114,24 +114,27 @@ def array_misfit(
 
 
 def can_be_filled(live: Any, record: TensorRecord) -> bool:
-    """Tell whether the bytes that were saved, one after the other, are those that a tensor has."""
-    if record.kind == NUMPY or record.slice is not None:
+    """Return whether a saved tensor can be read straight into a live one, both contiguous."""
+    if record.kind == NUMPY or record.slice is not None or not is_writable(live):
         return False
+    if not live.numel() or not live.is_contiguous():
+        return False
+    is_same_dtype = bool(live.dtype == torch_dtype(record.dtype, record.item_bytes))
+    return is_same_dtype and is_contiguous(record.shape, record.strides)
+
+
+def is_writable(live: Any) -> bool:
+    """Return whether the engine can write a tensor's values to its memory, as they are."""
     torch = sys.modules["torch"]
     if type(live) not in (torch.Tensor, torch.nn.Parameter) or live.layout is not torch.strided:
         return False
-    if live.is_conj() or live.is_neg() or live.is_quantized or not live.numel():
+    if live.is_conj() or live.is_neg() or live.is_quantized:
         return False
-    is_reachable = live.is_cpu or (live.is_cuda and gpus.are_usable())
-    if not (is_reachable and live.is_contiguous()):
-        return False
-    pairs = zip(record.strides, contiguous_strides(record.shape), record.shape, strict=True)
-    lies_in_order = all(stride == expected for stride, expected, size in pairs if size > 1)
-    return lies_in_order and live.dtype == torch_dtype(record.dtype, record.item_bytes)
+    return bool(live.is_cpu or (live.is_cuda and gpus.are_usable()))
 
 
 def entries(tree: Tree, index: int | None) -> Iterable[tuple[Any, int]]:
-    """Give keys and nodes of a dict; nothing where there is none."""
+    """Return keys and nodes of a dict; nothing if the node is not a dict."""
     if index is None or tree.nodes[index][0] != TAG_DICT:
         return ()
     return tree.children(index)
@@ -143,7 +146,7 @@ def _record_at(index: int, reader: Reader) -> TensorRecord | None:
 
 
 def has_no_memory(local: Any) -> bool:
-    """Tell whether a tensor's items lie outside its storage, as when that was freed."""
+    """Return whether a tensor's items are outside its storage, for example because it was freed."""
     if not local.numel():
         return False
     reach = sum(
@@ -155,13 +158,13 @@ def has_no_memory(local: Any) -> bool:
 
 @functools.cache
 def _can_convert(saved: Any, live: Any) -> bool:
-    """Tell whether values survive but for their precision, and torch knows how."""
+    """Return whether conversion only loses precision, and torch supports it."""
     torch = sys.modules["torch"]
     are_floating = saved.is_floating_point and live.is_floating_point
     if not are_floating and not (saved.is_complex and live.is_complex):
         return False
     try:
         torch.empty(1, dtype=saved).to(live)
-    except (RuntimeError, NotImplementedError):  # packed formats, say
+    except (RuntimeError, NotImplementedError):  # for example packed formats
         return False
     return True

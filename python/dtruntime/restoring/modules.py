@@ -1,6 +1,6 @@
-"""Which stateful objects load in torch's own way, and which run code of the user's.
+"""Which stateful objects load like torch's own, and which run user code.
 
-Always holds: nothing is called and nothing changed to tell.
+Always holds: nothing is called and nothing is changed.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _LOADERS = ("load_state_dict", "_load_from_state_dict", "__setstate__")
 
 
 def loads_as_one(module: Any) -> bool:
-    """Tell whether a module's own methods take what torch's do: then it is looked into."""
+    """Return whether a module's methods take torch's arguments: then its entries are compared."""
     return _takes(module.state_dict, "keep_vars") and _takes(module.load_state_dict, "strict")
 
 
-def is_foreign(live: Any) -> bool:
-    """Tell whether loading runs code that is neither torch's nor ours, or may."""
+def runs_user_code(live: Any) -> bool:
+    """Return whether loading runs, or may run, code that is neither torch's nor ours."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(live, torch.nn.Module):
-        return any(_is_foreign_part(part) for part in live.modules())
+        return any(_part_runs_user_code(part) for part in live.modules())
     if torch is not None and isinstance(live, torch.optim.Optimizer):
-        return _is_foreign_part(live)
+        return _part_runs_user_code(live)
     return not _is_ours(type(live))
 
 
-def _is_foreign_part(part: Any) -> bool:
+def _part_runs_user_code(part: Any) -> bool:
     if any(getattr(part, hooks, None) for hooks in _HOOKS):
         return True
     return any(name in vars(part) or not _is_ours(_owner(part, name)) for name in _LOADERS)
 
 
 def _owner(part: Any, name: str) -> type:
-    """Give the class that a method comes from; that of the object where none has it."""
+    """Return the class that defines a method; ``object`` if none does."""
     return next((kind for kind in type(part).__mro__ if name in vars(kind)), object)
 
 
@@ -54,7 +54,7 @@ def _is_ours(kind: type) -> bool:
 def _takes(method: Any, keyword: str) -> bool:
     try:
         parameters = inspect.signature(method).parameters
-    except (TypeError, ValueError):  # a builtin, say, that does not tell
+    except (TypeError, ValueError):  # for example a builtin without a signature
         return True
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return takes_any or keyword in parameters

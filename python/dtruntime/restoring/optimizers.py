@@ -1,11 +1,11 @@
-"""Whether a saved optimizer can become the state of a live one.
+"""Whether a saved optimizer state fits a live optimizer.
 
-torch finds out when it has changed some of it, or at the next step; of optimizers that load in a
-way of their own, only they know.
+torch only notices after changing part of it, or at the next step; optimizers with their own way of
+loading are not checked here.
 
-Always holds: nothing is read and nothing changed to tell; keys that the live class fills in, or
-does without, are not asked for, nor are more keys than it knows in the way: learning rate
-schedulers and newer versions of torch add some.
+Always holds: nothing is read and nothing is changed; keys that the live class fills in, or does not
+need, are not required, and unknown keys are accepted: learning rate schedulers and newer versions
+of torch add some.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime.loading.assembling import whole_shape
+from dtruntime.messages import quoted
 from dtruntime.restoring.fitting import Misfit, dtype_misfit, entries
 from dtruntime.state.tree import TAG_LIST, TAG_TENSOR
 
@@ -29,9 +30,9 @@ _MOMENTS = frozenset(
         *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "step_size", "ax", "variance"),
     }
 )
-"""What torch's optimizers keep of a parameter in the parameter's own shape and dtype."""
+"""State of torch's optimizers that has the parameter's own shape and dtype."""
 _OPTIONAL = frozenset({"capturable", "differentiable", "foreach", "fused", "maximize"})
-"""What no class of torch needs in a group: where it is not filled in, it has a default."""
+"""Keys that no class of torch needs in a group: each has a default."""
 _NEEDED = {
     "ASGD": ("step", "eta", "mu", "ax"),
     "Adadelta": ("step", "square_avg", "acc_delta"),
@@ -45,19 +46,19 @@ _NEEDED = {
     "Rprop": ("step", "prev", "step_size"),
     "SparseAdam": ("step", "exp_avg", "exp_avg_sq"),
 }
-"""What torch's classes read of a parameter's state if there is any; AdamW is an Adam."""
+"""The state that torch's classes read for a parameter if there is any; AdamW is an Adam."""
 _OTHER_CLASS = "restore into an optimizer of the class that was saved"
 
 
 class _Saved(NamedTuple):
-    """What a checkpoint has of an optimizer: nodes."""
+    """The nodes of a saved optimizer."""
 
     groups: list[dict[Any, int]]
     states: list[tuple[Any, dict[Any, int]]]
 
 
 def optimizer_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfit | None:
-    """Tell in what a saved optimizer cannot be that of the live one's parameters."""
+    """Return why a saved optimizer does not fit a live one; None if it does."""
     is_torchs = type(live).__module__.startswith("torch.optim")
     if not is_torchs and not _loads_as_torch_does(live):
         return None
@@ -77,11 +78,11 @@ def optimizer_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Mi
 
 
 def _loads_as_torch_does(live: Any) -> bool:
-    """Tell whether what is loaded is what was saved, with the keys that torch's classes add."""
+    """Return whether an optimizer loads what was saved, adding only the keys of torch's classes."""
     torch = sys.modules["torch"]
     return (
         type(live).load_state_dict is torch.optim.Optimizer.load_state_dict
-        and not live._optimizer_load_state_dict_pre_hooks  # noqa: SLF001  (they may add keys)
+        and not live._optimizer_load_state_dict_pre_hooks  # noqa: SLF001  (these may add keys)
         and _filler_of(type(live)).__module__.startswith("torch.optim")
     )
 
@@ -99,31 +100,31 @@ def _saved_at(index: int, reader: Reader) -> _Saved | None:
 
 
 def _lacks(live: Any, saved: _Saved) -> Iterator[str]:
-    """Say what the live class reads and the saved groups and states do not have."""
+    """Yield descriptions of keys that the live class needs and the saved state lacks."""
     name = type(live).__name__
     unneeded = _OPTIONAL | _filled_in(_filler_of(type(live)))
     for position, (group, has) in enumerate(zip(live.param_groups, saved.groups, strict=True)):
-        # Of the defaults, too: loading adds some that no group has.
+        # Only those that are defaults, too: loading adds others to groups.
         missing = (live.defaults.keys() & group.keys()) - has.keys() - unneeded
         if missing:
-            keys = ", ".join(f"`{key}`" for key in sorted(missing))
+            keys = ", ".join(quoted(sorted(missing)))
             yield f"the live `{name}` needs {keys}, and the saved group {position} has no such key"
     needed = next((_NEEDED[c.__name__] for c in type(live).__mro__ if _is_known(c)), ())
     count = sum(len(group["params"]) for group in live.param_groups)
     for position, state in saved.states:
         missing = set(needed) - state.keys()
         if state and missing and type(position) is int and position in range(count):
-            keys = ", ".join(f"`{key}`" for key in sorted(missing))
+            keys = ", ".join(quoted(sorted(missing)))
             yield (
-                f"the live `{name}` needs {keys} of each parameter, and the saved state of "
-                f"parameter {position} has {', '.join(f'`{key}`' for key in state)}"
+                f"the live `{name}` needs {keys} for each parameter, and the saved state of "
+                f"parameter {position} has {', '.join(quoted(state))}"
             )
 
 
 def _other_moments(live: Any, saved: _Saved, reader: Reader, *, cast: bool) -> Iterator[Misfit]:
-    """Say which moments have not the shape of their parameter, or would be converted to its dtype.
+    """Yield misfits of moments with another shape than their parameter, or another dtype.
 
-    torch converts them without a word.
+    torch would convert the dtype silently.
     """
     parameters = [p for group in live.param_groups for p in group["params"]]
     for position, state in saved.states:
@@ -150,16 +151,16 @@ def _is_known(kind: type) -> bool:
 
 
 def _filler_of(kind: type) -> type:
-    """Give the class whose ``__setstate__`` an optimizer has."""
+    """Return the class that defines an optimizer's ``__setstate__``."""
     return next(owner for owner in kind.__mro__ if "__setstate__" in vars(owner))
 
 
 @functools.cache
 def _filled_in(owner: type) -> frozenset[str]:
-    """Give the keys that a class of torch adds to loaded groups that lack them: it is asked."""
-    asked: Any = object.__new__(owner)
-    asked.defaults = {}
-    asked._patch_step_function = lambda: None  # that would change the class  # noqa: SLF001
+    """Return the keys that a class of torch adds to loaded groups, found by loading a dummy."""
+    dummy: Any = object.__new__(owner)
+    dummy.defaults = {}
+    dummy._patch_step_function = lambda: None  # it would change the class  # noqa: SLF001
     group: dict[str, Any] = {"params": []}
-    asked.__setstate__({"state": {}, "param_groups": [group]})
+    dummy.__setstate__({"state": {}, "param_groups": [group]})
     return frozenset(group)

@@ -1,6 +1,6 @@
-"""What a restore will do, once it was decided: actions in their order, and what does not fit.
+"""What a restore will do: ordered actions, and what does not fit.
 
-Always holds: a plan is data; nothing is read and nothing changed by it.
+Always holds: a plan is data; nothing is read and nothing is changed by it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dtruntime.errors import InvalidArgument
+from dtruntime.messages import listed, quoted
 from dtruntime.reports import RestoreReport
 from dtruntime.state import wrappers
 
@@ -31,10 +32,10 @@ class Action:
         tensors: Numbers of the tensors it needs.
         act: Makes the change, given those tensors by number.
         where: Names the live object in errors.
-        has_effect: Whether anything that was saved comes to be in it.
-        is_foreign: Whether it runs code of the user's, which may read and change anything.
-        devices: By number: the GPU of the live tensor that takes the tensor, if it is on one.
-        parts: By number: the live sharded tensor that takes its part of the tensor.
+        has_effect: Whether it restores anything that was saved.
+        runs_user_code: Whether it runs user code, which may read and change anything.
+        devices: By number: the GPU of the live tensor that takes the saved one, if it is on one.
+        parts: By number: the live sharded tensor that takes its part of the saved one.
 
     """
 
@@ -44,26 +45,25 @@ class Action:
     act: Callable[[Mapping[int, Any]], None]
     where: str
     has_effect: bool = True
-    is_foreign: bool = False
+    runs_user_code: bool = False
     devices: Mapping[int, Any] = field(default_factory=dict)
     parts: Mapping[int, LivePart] = field(default_factory=dict)
 
 
 @dataclass
 class RestorePlan:
-    """Everything a restore will do, and what it found that does not fit.
+    """Everything a restore will do, and what does not fit.
 
     Attributes:
         step: The checkpoint's step.
         top: Its top-level entries.
-        misfits: By path: why what was saved is not for what is live.
-        hints: What to do about them, each once, in order.
-        untouched: What of the live state a restore of what fits leaves as it is: objects, and
-            top-level entries.
-        is_top_amiss: Whether top-level entries are not called what they were when saved.
-        fillable: By number: a live tensor that the saved one is copied into and nothing else, and
-            that lies as it does: it could be read into as well.
-        is_direct: Whether it is.
+        misfits: By path: why a saved entry does not fit the live one.
+        hints: How to fix them, each once, in order.
+        untouched: Live objects and top-level entries that a partial restore leaves unchanged.
+        has_top_mismatch: Whether top-level keys differ from the saved ones.
+        fillable: By number: the live tensor that only the saved one is copied into, with the same
+            memory layout: it could be read into directly.
+        is_direct: Whether such tensors are read into directly.
         written: Paths of live tensors that are written to, by their ``id``.
 
     """
@@ -76,7 +76,7 @@ class RestorePlan:
     misfits: dict[str, str] = field(default_factory=dict)
     hints: dict[str, None] = field(default_factory=dict)
     untouched: list[str] = field(default_factory=list)
-    is_top_amiss: bool = False
+    has_top_mismatch: bool = False
     not_asked_for: list[str] = field(default_factory=list)
     fillable: dict[int, Any] = field(default_factory=dict)
     is_direct: bool = False
@@ -90,16 +90,15 @@ class RestorePlan:
             InvalidArgument: Something is missing, unexpected, or of another shape or type.
 
         """
-        found = [
-            *(f"missing in the checkpoint: `{path}`" for path in self.missing[:_LISTED_MAX]),
-            *(f"unexpected in the checkpoint: `{path}`" for path in self.unexpected[:_LISTED_MAX]),
-            *(f"`{path}`: {why}" for path, why in list(self.misfits.items())[:_LISTED_MAX]),
-        ]
-        count = len(self.missing) + len(self.unexpected) + len(self.misfits)
-        if not count:
+        found = []
+        for kind, paths in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if paths:
+                found.append(f"{kind} in the checkpoint: {listed(quoted(paths), _LISTED_MAX)}")
+        if self.misfits:
+            misfits = [f"`{path}`: {why}" for path, why in self.misfits.items()]
+            found.append(listed(misfits, _LISTED_MAX, "; "))
+        if not found:
             return
-        if count > len(found):
-            found.append(f"and {count - len(found)} more")
         raise InvalidArgument(
             f"restoring step {self.step}",
             "the live state does not fit the checkpoint: " + "; ".join(found),
@@ -110,43 +109,42 @@ class RestorePlan:
         wrapped = wrappers.hint_of(self.missing, self.unexpected)
         if wrapped is not None:
             return wrapped
-        top = [f"{self.told_top()}: live objects go under these"] if self.is_top_amiss else []
-        lenient = "pass `strict=False` to restore what fits and leave the rest as it is"
+        note = f"{self.top_level_note()}: live objects must be under these keys"
+        top = [note] if self.has_top_mismatch else []
+        lenient = "pass `strict=False` to restore what fits and leave the rest unchanged"
         return "; ".join([*top, *self.hints, lenient])
 
-    def told_top(self) -> str:
-        """Say what the live state's keys have to be."""
-        named = [f"`{path}`" for path in self.top[:_LISTED_MAX]]
-        if len(self.top) > len(named):
-            named.append(f"and {len(self.top) - len(named)} more")
-        return f"the checkpoint's top-level entries are {', '.join(named) or '(none)'}"
+    def top_level_note(self) -> str:
+        """Return a note of the keys that the live state has to have."""
+        named = listed(quoted(self.top), _LISTED_MAX)
+        return f"the checkpoint's top-level entries are {named or '(none)'}"
 
     def targets(self) -> dict[Any, str]:
-        """Give everything that is written to, with its name: tensors by ``id``, and entries."""
+        """Return names of everything that is written to: of tensors by ``id``, and of entries."""
         return self.written | {action.where: action.where for action in self.actions}
 
     def read_into(self, actions: Iterable[Action]) -> dict[int, Any]:
-        """Give the live tensors that are read into for these actions, by number."""
+        """Return the live tensors that these actions read into directly, by number."""
         if not self.is_direct:
             return {}
         numbers = (number for action in actions for number in action.tensors)
         return {number: self.fillable[number] for number in numbers if number in self.fillable}
 
-    def passing(self) -> set[int]:
-        """Give numbers of tensors that nobody keeps once they are copied on, within the host."""
+    def transient(self) -> set[int]:
+        """Return the numbers of tensors that are only copied from, in host memory."""
         if self.is_direct:
             return set()
         return {number for number, live in self.fillable.items() if live.is_cpu}
 
     def items(self) -> Iterable[list[Action]]:
-        """Give the actions, one list per top-level item."""
+        """Return the actions, one list per top-level item."""
         groups: dict[Any, list[Action]] = {}
         for action in self.actions:
             groups.setdefault(action.item, []).append(action)
         return groups.values()
 
     def report(self, fell_back_from: tuple[tuple[int, str], ...]) -> RestoreReport:
-        """Give what the caller is told once every action is done."""
+        """Return the report to the caller, once every action is done."""
         skipped = self.misfits | dict.fromkeys(self.not_asked_for, "not asked for")
         return RestoreReport(
             self.step,

@@ -1,13 +1,13 @@
 """Restoring in place: which live object takes which part of a checkpoint.
 
-Deciding is apart from acting: ``plan_restore`` compares the live state with the checkpoint's tree
-and changes nothing; ``applying.Attempts`` then carries the plan's actions out.
+Planning is separate from execution: ``plan_restore`` compares the live state with the checkpoint's
+tree and changes nothing; ``applying.Attempts`` then executes the plan's actions.
 
-The rules. Tensors and arrays are copied into. Objects with ``load_state_dict`` get their part;
-those with ``check_state_dict``, too, are shown it before, where it holds no tensors.
-A dict, list or tuple that holds any of these is walked; one that holds plain data only becomes
-exactly what was saved. A plain value is replaced in its dict or list; a tuple that holds both is
-replaced by one with the same live things in it, in the dict or list around it.
+Rules: tensors and arrays are filled in place. Objects with ``load_state_dict`` get their part; if
+it has no tensors, those that also have ``check_state_dict`` get it for checking first. A dict, list
+or tuple that contains any of these is walked; one with only plain data becomes exactly what was
+saved. A plain value is replaced in its dict or list; a tuple that contains both is replaced, in its
+enclosing dict or list, by one with the same live objects.
 
 Always holds: what does not fit is found before anything is changed.
 """
@@ -46,26 +46,26 @@ if TYPE_CHECKING:
 
 _SEQUENCES = (TAG_LIST, TAG_TUPLE)
 _NOTHING = (0, 0, False)
-"""What the tree says of an empty dict."""
+"""The payload of an empty dict's node."""
 _NOT_PLACED = Misfit(
-    "it was sharded when it was saved, and nothing live in its place says how to shard it now: "
-    "take a step, or set the optimizer's state up, before restoring"
+    "it was sharded when it was saved, and there is no live tensor in its place that determines "
+    "how to shard it now: take a step, or initialize the optimizer's state, before restoring"
 )
 _NOT_TIED = (
-    "tie live tensors where those that were saved are tied, and nowhere else, or give each memory "
-    "of its own: `tensor.clone()`"
+    "tie live tensors exactly where the saved ones are tied, or give each its own memory: "
+    "`tensor.clone()`"
 )
 
 
 @dataclass(frozen=True)
-class _Takers:
-    """Live tensors that values of a checkpoint's tensors are for, by the tensors' numbers."""
+class _LiveTargets:
+    """Where the live tensors are that take a checkpoint's tensors, by the tensors' numbers."""
 
     devices: dict[int, Any] = field(default_factory=dict)
     parts: dict[int, LivePart] = field(default_factory=dict)
 
     def add(self, number: int, live: Any) -> None:
-        """Note where a live tensor lies: its GPU, and its part if it is sharded."""
+        """Record a live tensor's GPU, and its part if it is sharded."""
         part = LivePart.of(live) if is_sharded(live) else None
         if part is not None:
             self.parts[number] = part
@@ -76,19 +76,19 @@ class _Takers:
 
 @dataclass
 class _ModuleFit:
-    """What of a module's saved state will be restored.
+    """Which entries of a module's saved state will be restored.
 
     Attributes:
-        drop: Keys of what will not.
-        takers: Which of the module's tensors take what.
-        expanded: Tensors of which all items along a dimension are one, by their keys.
-        has_effect: Whether any of it will be.
+        drop: Keys of those that will not.
+        targets: The module's tensors that take them.
+        expanded: Expanded tensors, by their keys.
+        has_effect: Whether any will be restored.
 
     """
 
     has_effect: bool
     drop: list[str] = field(default_factory=list)
-    takers: _Takers = field(default_factory=_Takers)
+    targets: _LiveTargets = field(default_factory=_LiveTargets)
     expanded: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,8 +102,8 @@ def plan_restore(
     except RecursionError:
         raise InvalidArgument(
             "restoring into a live state",
-            "a container in it contains itself, or they are nested too deeply to be walked",
-            "pass a state without that cycle",
+            "a container in it contains itself, or containers are nested too deeply",
+            "pass a state without that cycle, or a flatter one",
         ) from None
     planner.plan.is_direct = direct
     return planner.plan
@@ -161,7 +161,7 @@ class _Planner:
             self._plain(live, index, slot)
 
     def settle(self, live: Any) -> None:
-        """Finish the plan: leave out what live tensors in one memory cannot all be."""
+        """Finish the plan: leave out tensors that conflict with others in the same live memory."""
         for claim, why in [*sharing.conflicts(self._claims, self._reader)]:
             self._misfit(claim.node, why, _NOT_TIED)
             claim.give_up()
@@ -175,22 +175,23 @@ class _Planner:
                     told.append(str(key))
 
     def find_fillable(self) -> None:
-        """Find live tensors that can be read into: whoever takes the saved one copies from it.
+        """Find live tensors that can be read into directly: the saved ones are only copied to them.
 
-        All are read before the first action. So none is taken from where code of the user's runs
-        on: that may change what is saved, or write to live tensors that are copied to after it.
+        All are read before the first action. So those from the first action that runs user code on
+        are excluded: that code may change what is loaded, or write to live tensors that are filled
+        after it.
         """
         nodes, ends = self._tree.nodes, self._tree.ends
         taken: Counter[int] = Counter()
-        foreign = itertools.dropwhile(lambda action: not action.is_foreign, self.plan.actions)
-        out_of_order = {number for action in foreign for number in action.tensors}
+        user_code = itertools.dropwhile(lambda action: not action.runs_user_code, self.plan.actions)
+        out_of_order = {number for action in user_code for number in action.tensors}
         for action in self.plan.actions:
             below = range(action.node, ends[action.node])
             taken.update(nodes[node][1] for node in below if nodes[node][0] == TAG_TENSOR)
         claimed = Counter(claim.number for claim in self._claims)
         memories: dict[Any, tuple[int, int]] = {}
         for number, live in ((claim.number, claim.live) for claim in self._claims):
-            # What keeps a tensor that it is given would share its memory with the live one.
+            # An object that keeps the tensor it loads would share its memory with the live one.
             if taken[number] != claimed[number] or number in self.plan.fillable:
                 continue
             if number in out_of_order:
@@ -214,18 +215,19 @@ class _Planner:
         live: Any,
         index: int,
         act: Callable[[Any], None],
-        takers: _Takers | None = None,
+        targets: _LiveTargets | None = None,
         *,
         has_effect: bool = True,
-        is_foreign: bool = False,
+        runs_user_code: bool = False,
     ) -> Action | None:
-        """Plan ``act(value)`` with the value at ``index``, whose tensors ``takers`` take."""
+        """Plan ``act(value)`` with the value at ``index``, whose tensors go to ``targets``."""
         tree = self._tree
-        takers = takers or _Takers()
+        targets = targets or _LiveTargets()
         for number in tree.tensors_below(index):
-            box = takers.parts[number].box if number in takers.parts else None
+            box = targets.parts[number].box if number in targets.parts else None
             if self._boxes.setdefault(number, box) != box:
-                self._misfit(index, "it is one tensor with another entry, and sharded otherwise")
+                why = "it is the same saved tensor as another entry, but is sharded differently"
+                self._misfit(index, why)
                 return None
         action = Action(
             self._item,
@@ -234,9 +236,9 @@ class _Planner:
             lambda tensors: act(tree.build(index, tensors.__getitem__)),
             f"`{self._paths[index] or 'the root'}` ({type(live).__name__})",
             has_effect,
-            is_foreign,
-            takers.devices,
-            takers.parts,
+            runs_user_code,
+            targets.devices,
+            targets.parts,
         )
         self.plan.actions.append(action)
         return action
@@ -246,7 +248,7 @@ class _Planner:
         self._claims.append(sharing.Claim(self._paths[index], index, number, live, give_up))
 
     def _claim_for(self, live: Any, index: int, action: Action | None) -> None:
-        """Note that ``action`` is all that a live tensor takes."""
+        """Record that a live tensor is only filled by ``action``."""
 
         def give_up() -> None:
             actions = self.plan.actions
@@ -261,9 +263,9 @@ class _Planner:
         if type(live) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(live):
             why = Misfit(f"a `{type(live).__name__}` cannot be restored in place")
         if why is None:
-            takers = _Takers()
-            takers.add(self._tree.nodes[index][1], live)
-            action = self._do(live, index, lambda value: _copy_tensor(live, value), takers)
+            targets = _LiveTargets()
+            targets.add(self._tree.nodes[index][1], live)
+            action = self._do(live, index, lambda value: _copy_tensor(live, value), targets)
             self._claim_for(live, index, action)
         else:
             self._misfit(index, why)
@@ -287,21 +289,21 @@ class _Planner:
         else:
             planned = self._object(live, index)
         if index == 0:
-            plan.is_top_amiss = len(plan.missing) > known or not (planned or plan.hints)
+            plan.has_top_mismatch = len(plan.missing) > known or not (planned or plan.hints)
         if not planned:
             plan.untouched.append(self._paths[index] or f"the {type(live).__name__}")
 
     def _object(self, live: Any, index: int) -> bool:
-        """Plan for what loads in a way of its own; tell whether anything will be restored."""
+        """Plan for an object with its own way of loading; return whether anything is restored."""
         torch = sys.modules.get("torch")
-        takers = _Takers()
+        targets = _LiveTargets()
         why: Misfit | None = None
         if torch is not None and isinstance(live, torch.optim.Optimizer):
             why = optimizer_misfit(live, index, self._reader, cast=self._cast)
-            why = self._find_in_optimizer(live, index, takers) or why
+            why = self._find_in_optimizer(live, index, targets) or why
         elif sharded_type() is not None:
             placed: set[int] = set()
-            self._find_sharded(live.state_dict(), index, takers, placed)
+            self._find_sharded(live.state_dict(), index, targets, placed)
             below = self._tree.tensors_below(index)
             if any(self._reader.records[n].slice and n not in placed for n in below):
                 why = _NOT_PLACED
@@ -312,12 +314,12 @@ class _Planner:
             return False
         if not self._ask(live, index):
             return False
-        foreign = modules.is_foreign(live)
-        action = self._do(live, index, live.load_state_dict, takers, is_foreign=foreign)
+        user_code = modules.runs_user_code(live)
+        action = self._do(live, index, live.load_state_dict, targets, runs_user_code=user_code)
         return action is not None
 
     def _module(self, live: Any, index: int) -> bool:
-        """Plan for a module; tell whether anything of it will be restored."""
+        """Plan for a module; return whether anything of it will be restored."""
         if self._tree.nodes[index][0] != TAG_DICT:
             self._misfit(index, "a module is live, and the checkpoint has no dict")
             return False
@@ -327,19 +329,19 @@ class _Planner:
             for key in fit.drop:
                 del value[key]
             for key, tensor in fit.expanded.items():
-                if key in value:  # torch would refuse to; it is told of what is there by then
+                if key in value:  # torch refuses to copy into it, but accepts it as the value
                     _copy_tensor(tensor, value[key])
                     value[key] = tensor
             live.load_state_dict(value, strict=self._strict)
 
-        foreign = modules.is_foreign(live)
+        user_code = modules.runs_user_code(live)
         action = self._do(
-            live, index, act, fit.takers, has_effect=fit.has_effect, is_foreign=foreign
+            live, index, act, fit.targets, has_effect=fit.has_effect, runs_user_code=user_code
         )
         return action is not None and fit.has_effect
 
     def _ask(self, live: Any, index: int) -> bool:
-        """Let an object that can tell without tensors refuse its part before anything changes."""
+        """Let an object with a check and no tensors refuse its part before anything changes."""
         check = getattr(live, "check_state_dict", None)
         if not callable(check) or self._tree.tensors_below(index):
             return True
@@ -353,12 +355,12 @@ class _Planner:
             return False
         return True
 
-    def _find_in_optimizer(self, live: Any, index: int, takers: _Takers) -> Misfit | None:
-        """Find where an optimizer's tensors belong, or tell why that cannot be known.
+    def _find_in_optimizer(self, live: Any, index: int, targets: _LiveTargets) -> Misfit | None:
+        """Find where an optimizer's tensors go; return why if that cannot be determined.
 
-        They are where their parameters are, but for counts of steps, which optimizers keep in the
-        host's memory, and are sharded as those are, unless there are live ones that say otherwise.
-        A wrong guess costs a copy: the optimizer moves what it is given.
+        They are on the devices of their parameters, except step counts, which optimizers keep in
+        host memory, and are sharded like those, unless live ones are placed differently. A wrong
+        guess costs a copy: the optimizer moves what it loads.
         """
         parameters = [p for group in live.param_groups for p in group["params"]]
         saved = dict(entries(self._tree, index))
@@ -372,40 +374,40 @@ class _Planner:
                 if tag != TAG_TENSOR:
                     continue
                 if is_sharded(now.get(name)) and self._tensor_misfit(now[name], child) is None:
-                    takers.add(number, now[name])
+                    targets.add(number, now[name])
                 elif name != "step" and self._shape_of(number) == tuple(parameter.shape):
-                    takers.add(number, parameter)
+                    targets.add(number, parameter)
                 elif is_sharded(parameter) and self._reader.records[number].slice is not None:
                     return _NOT_PLACED
                 elif parameter.is_cuda and name != "step":
-                    takers.devices[number] = parameter.device
+                    targets.devices[number] = parameter.device
         return None
 
     def _shape_of(self, number: int) -> tuple[int, ...]:
         return whole_shape(self._reader.records[number])
 
-    def _find_sharded(self, live: Any, index: int, takers: _Takers, placed: set[int]) -> None:
-        """Find the sharded tensors in a live ``state_dict()`` beside the saved one.
+    def _find_sharded(self, live: Any, index: int, targets: _LiveTargets, placed: set[int]) -> None:
+        """Find the sharded tensors of a live ``state_dict()`` that correspond to saved ones.
 
-        ``placed`` takes the numbers of saved tensors that have live ones in their place.
+        Adds to ``placed`` the numbers of saved tensors with a live counterpart.
         """
         if _is_tensor(live):
             if self._tensor_misfit(live, index) is None:
                 number = self._tree.nodes[index][1]
                 placed.add(number)
                 if is_sharded(live):
-                    takers.add(number, live)
+                    targets.add(number, live)
         elif isinstance(live, dict):
             for key, child in entries(self._tree, index):
                 if key in live:
-                    self._find_sharded(live[key], child, takers, placed)
+                    self._find_sharded(live[key], child, targets, placed)
         elif isinstance(live, (list, tuple)) and self._tree.nodes[index][0] in _SEQUENCES:
             for position, child in self._tree.children(index):
                 if position < len(live):
-                    self._find_sharded(live[position], child, takers, placed)
+                    self._find_sharded(live[position], child, targets, placed)
 
     def _compare_module(self, live: Any, index: int) -> _ModuleFit:
-        """Note what differs between a module and its saved state."""
+        """Record the differences between a module and its saved state."""
         expected = live.state_dict(keep_vars=True)
         saved = dict(self._tree.children(index))
         prefix = self._prefix(index)
@@ -424,8 +426,8 @@ class _Planner:
                     self._misfit(child, why)
                     fit.drop.append(key)
                     continue
-                fit.takers.add(self._tree.nodes[child][1], tensor)
-                if id(tensor) in own:  # not what a hook made for its state alone
+                fit.targets.add(self._tree.nodes[child][1], tensor)
+                if id(tensor) in own:  # not what a hook created only for the state dict
                     self._claim(tensor, child, functools.partial(fit.drop.append, key))
                     if not is_sharded(tensor) and sharing.is_expanded(tensor):
                         fit.expanded[key] = tensor
@@ -438,7 +440,7 @@ class _Planner:
                 index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict"
             )
             return
-        # Typed: True and 1 are equal in Python, and not the same key here.
+        # Keyed by type, too: True and 1 are equal in Python, but different keys here.
         saved = {(type(key), key): child for key, child in self._tree.children(index)}
         prefix = self._prefix(index)
         for key, value in live.items():
@@ -447,7 +449,7 @@ class _Planner:
             child = saved.pop((type(key), key), None)
             if child is None:
                 self.plan.missing.append(f"{prefix}{key}")
-                self.plan.is_top_amiss |= index == 0
+                self.plan.has_top_mismatch |= index == 0
                 if index and _holds_stateful(value):
                     self.plan.untouched.append(f"{prefix}{key}")
             else:
@@ -463,7 +465,7 @@ class _Planner:
         elif count != len(live):
             self._misfit(index, f"the live length is {len(live)}, the saved one {count}")
         else:
-            # A tuple keeps what is live in it, and takes the place of the old one for the rest.
+            # A new tuple with the same live objects replaces the old one for the plain values.
             items = live if type(live) is list or slot is None else list(live)
             for position, child in self._tree.children(index):
                 if index == 0:
@@ -478,7 +480,7 @@ class _Planner:
                 )
 
     def _replace_contents(self, live: dict[Any, Any] | list[Any], index: int) -> None:
-        """Plain data becomes exactly what was saved; the container stays the same object."""
+        """Plan to make plain data exactly what was saved; the container stays the same object."""
         expected = TAG_LIST if type(live) is list else TAG_DICT
         if self._tree.nodes[index][0] != expected:
             name = type(live).__name__
@@ -504,7 +506,7 @@ class _Planner:
             return
 
         if slot is None and not self._is_there(live, index):
-            self._misfit(index, "a plain value that nothing mutable holds cannot be replaced")
+            self._misfit(index, "a plain value outside of any mutable container cannot be replaced")
             return
 
         def act(value: Any) -> None:
@@ -515,7 +517,7 @@ class _Planner:
         self._do(live, index, act)
 
     def _is_there(self, live: Any, index: int) -> bool:
-        """Tell whether a plain value is what was saved already."""
+        """Return whether a plain value already equals the saved one."""
         tree = self._tree
         none: dict[int, Any] = {}
         return not tree.tensors_below(index) and _is_same(live, tree.build(index, none.__getitem__))
@@ -532,7 +534,7 @@ def _slot_of(container: Any, key: Any) -> _Slot:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Tell whether two plain values are the same, a NaN too."""
+    """Return whether two plain values are the same, including NaNs."""
     return type(one) is type(other) and (one == other or repr(one) == repr(other))
 
 
@@ -563,7 +565,7 @@ def _holds_stateful(value: Any) -> bool:
 
 
 def _holds_live(value: Any) -> bool:
-    """Tell whether there is anything in ``value`` that keeps its identity when restored."""
+    """Return whether ``value`` contains anything that keeps its identity when restored."""
     if type(value) in (dict, OrderedDict):
         return any(_holds_live(child) for child in value.values())
     if type(value) in (list, tuple):
@@ -578,7 +580,7 @@ def _copy_array(live: np.ndarray[Any, Any], value: np.ndarray[Any, Any]) -> None
 
 
 def _copy_tensor(live: Any, value: Any) -> None:
-    """Copy bits, whatever the dtype: some one-byte dtypes have no copy kernel. Or convert."""
+    """Copy a tensor, converting the dtype if it differs; some dtypes are copied as bytes."""
     torch = sys.modules["torch"]
     if value is live:
         return
@@ -587,9 +589,10 @@ def _copy_tensor(live: Any, value: Any) -> None:
         for dimension, (size, stride) in enumerate(
             zip(destination.shape, destination.stride(), strict=True)
         ):
-            if stride == 0 and size > 1:  # expanded: one item stands for all
+            if stride == 0 and size > 1:  # expanded: one item is shared by all
                 destination = destination.narrow(dimension, 0, 1)
                 source = source.narrow(dimension, 0, 1)
+        # Some one-byte dtypes have no copy kernel.
         if destination.dtype == source.dtype and destination.dtype.itemsize == 1:
             destination, source = destination.view(torch.uint8), source.view(torch.uint8)
         destination.copy_(source)

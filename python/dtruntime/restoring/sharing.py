@@ -1,15 +1,15 @@
-"""Live tensors that share memory: whether what was saved for them can all come to be there.
+"""Live tensors that share memory: whether all of what was saved for them can be restored.
 
     live                          saved
     emb.weight  ----+             one tensor, or two that view the same memory: fits
-                    | memory      two that are the same bit by bit:             fits
+                    | memory      two that are bitwise identical:               fits
     head.weight ----+             two that differ:                              does not
 
-One tensor whose own items share memory, expanded say, is the same question.
+The same applies to one tensor whose own items share memory, for example an expanded one.
 
-Always holds: tensors are read only where live ones share memory and the saved ones do not share it
-in the same way, into the host's memory; nothing live is changed. Of those that cannot all come to
-be, the first one is taken.
+Always holds: tensors are read only if live ones share memory and the saved ones do not share it in
+the same way, and into host memory; nothing live is changed. Of tensors that conflict, the first one
+is restored.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Claim(NamedTuple):
     """A live tensor or array that takes a saved one.
 
     Attributes:
-        path: Where it is.
+        path: The path of both.
         node: The node that it takes.
         number: The number of the saved tensor.
-        live: The tensor; keeps its memory from being another one's meanwhile.
-        give_up: Leaves it as it is.
+        live: The live tensor; the reference keeps its memory from being reused in the meantime.
+        give_up: Removes it from the plan, so that it stays unchanged.
 
     """
 
@@ -49,7 +49,7 @@ class Claim(NamedTuple):
 
 
 class _View(NamedTuple):
-    """Where the items of a tensor lie. Strides count bytes; dimensions of one item are left out."""
+    """The memory layout of a tensor. Strides are in bytes; dimensions of size 1 are left out."""
 
     device: Any
     address: int
@@ -72,7 +72,7 @@ class _View(NamedTuple):
 
     @property
     def may_overlap(self) -> bool:
-        """Whether items of it may share memory; False is certain."""
+        """Whether its items may share memory; False is certain."""
         reach = self.item_bytes
         for stride, size in sorted(zip(map(abs, self.strides), self.shape, strict=True)):
             if stride < reach:
@@ -81,7 +81,7 @@ class _View(NamedTuple):
         return False
 
     def within(self, memory: np.ndarray[Any, Any], first: int) -> np.ndarray[Any, Any]:
-        """View its items, as bytes, in memory that stands for that from address ``first`` on."""
+        """View its items, as bytes, in a copy of the memory that starts at address ``first``."""
         shape, strides = (*self.shape, self.item_bytes), (*self.strides, 1)
         offset = self.address - first
         return np.ndarray(shape, np.uint8, memory, offset, strides)
@@ -91,7 +91,7 @@ _Placed = tuple[Claim, _View]
 
 
 def is_expanded(live: Any) -> bool:
-    """Tell whether a tensor has a dimension along which all items are one: torch copies to none."""
+    """Return whether a tensor is expanded along a dimension: torch refuses to copy into it."""
     if live.layout is not sys.modules["torch"].strided:
         return False
     pairs = zip(live.shape, live.stride(), strict=True)
@@ -99,7 +99,7 @@ def is_expanded(live: Any) -> bool:
 
 
 def conflicts(claims: Iterable[Claim], reader: Reader) -> Iterator[tuple[Claim, str]]:
-    """Give the claims that cannot be met beside those before them, each with the reason."""
+    """Yield the claims that conflict with earlier ones, each with the reason."""
     for group in _groups(claims):
         if _lie_as_saved(group, reader.records):
             continue
@@ -109,7 +109,7 @@ def conflicts(claims: Iterable[Claim], reader: Reader) -> Iterator[tuple[Claim, 
 
 
 def _groups(claims: Iterable[Claim]) -> Iterator[list[_Placed]]:
-    """Give the claims that may share memory, in groups, each in the order that they came in."""
+    """Yield groups of claims that may share memory, each in the original order."""
     placed = [
         (view, order, claim)
         for order, claim in enumerate(claims)
@@ -134,7 +134,7 @@ def _if_shared(group: list[tuple[_View, int, Claim]]) -> Iterator[list[_Placed]]
 
 
 def _view_of(live: Any) -> _View | None:
-    """Tell where a tensor lies; None if it has no items, or is of a kind that does not say."""
+    """Return a tensor's memory layout; None if it has no items, or is of a kind without one."""
     if isinstance(live, np.ndarray):
         if not live.size:
             return None
@@ -157,7 +157,7 @@ def _view_of(live: Any) -> _View | None:
 
 
 def _lie_as_saved(group: Sequence[_Placed], records: Sequence[TensorRecord]) -> bool:
-    """Tell whether saved tensors share memory in the way that the live ones do."""
+    """Return whether saved tensors share memory in the same way as the live ones."""
     first = _distance(*group[0], records)
     if len({_identity(claim, view, records) for claim, view in group}) == 1:
         return not group[0][1].may_overlap or first is not None
@@ -169,16 +169,16 @@ def _lie_as_saved(group: Sequence[_Placed], records: Sequence[TensorRecord]) -> 
 def _identity(
     claim: Claim, view: _View, records: Sequence[TensorRecord]
 ) -> tuple[_View, Any, int | TensorRecord]:
-    """Tell apart what live tensors are, and take. What has no items may be a part of anything."""
+    """Return a key that is equal for claims with the same live tensor and the same saved one."""
     record = records[claim.number]._replace(kind=0, requires_grad=False)
     kind = (claim.live.dtype, *_flips(claim.live))
     return view, kind, claim.number if hull_of(record) is None else record
 
 
 def _distance(claim: Claim, view: _View, records: Sequence[TensorRecord]) -> tuple[int, int] | None:
-    """Give from which storage, how far away, a live tensor takes its bytes; None if not as it is.
+    """Return the saved storage and its address distance to a live tensor; None if layouts differ.
 
-    Tensors with one distance share as much memory here as there.
+    Tensors with equal distances share memory in the same way, live and saved.
     """
     record = records[claim.number]
     pairs = zip(record.shape, record.strides, strict=True)
@@ -192,7 +192,7 @@ def _distance(claim: Claim, view: _View, records: Sequence[TensorRecord]) -> tup
 
 
 def _compare_alike(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, str]]:
-    """Compare what is saved for one piece of memory under several names."""
+    """Yield claims that differ from the first, all of them for the same memory."""
     kept = group[0][0]
     first = _bytes_for(kept, reader)
     for claim, _ in group[1:]:
@@ -204,7 +204,7 @@ def _compare_alike(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[C
 
 
 def _compare(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, str]]:
-    """Write what is saved to memory like the live one, and see whether all of it is there."""
+    """Write saved values to a copy of the live memory; yield claims that would be overwritten."""
     start, end = min(v.low for _, v in group), max(v.high for _, v in group)
     memory, is_taken = np.zeros(end - start, np.uint8), np.zeros(end - start, np.uint8)
     kept: list[_Placed] = []
@@ -224,7 +224,7 @@ def _compare(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, 
 
 
 def _flips(live: Any) -> tuple[bool, bool]:
-    """Tell whether what a tensor is lies in memory as its conjugate, and as its negative."""
+    """Return whether a tensor is a lazy conjugate, and whether it is a lazy negative."""
     if isinstance(live, np.ndarray):
         return False, False
     local = local_of(live)
@@ -232,7 +232,7 @@ def _flips(live: Any) -> tuple[bool, bool]:
 
 
 def _bytes_for(claim: Claim, reader: Reader) -> np.ndarray[Any, Any]:
-    """Read what comes to lie where a live tensor does, in its dtype and row-major order."""
+    """Read the bytes that a live tensor will hold, in its dtype and row-major order."""
     live = claim.live
     part = LivePart.of(live) if is_sharded(live) else None
     parts = {} if part is None else {claim.number: part}

@@ -1,4 +1,4 @@
-"""One save at a time: from the call to the handle that stands for it.
+"""One save at a time: from the call to the end of its handle.
 
-Always holds: what a handle has not resolved is not a checkpoint.
+Always holds: until its handle has succeeded, a save is not a checkpoint.
 """

@@ -1,8 +1,7 @@
-"""What all ranks save alike: which entries of a state, and which memory this rank need not give.
+"""Replicated entries: what is identical on all ranks, and the memory this rank writes of it.
 
-Always holds: the entries are told by paths alone, so that ranks that were given the same globs and
-the same state come to the same result; what they hold is compared by the engine before a
-checkpoint comes to be.
+Always holds: the entries are selected by paths alone, so ranks with the same globs and the same
+state get the same result; the engine compares their contents before a checkpoint is created.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dtruntime import _native
 from dtruntime.errors import InvalidArgument
+from dtruntime.messages import listed, quoted
 from dtruntime.state.globs import compiled
 from dtruntime.state.tree import TAG_DICT, TAG_TENSOR, Tree
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _NAMED_MAX = 3
 """Entries that an error names."""
 _NOT = "!"
-"""Before a glob of what is not replicated."""
+"""Prefix of a glob that excludes."""
 _GENERATOR_BYTES = 5056
 """The size of ``torch.get_rng_state()``."""
 
@@ -44,19 +44,19 @@ class Replicated(NamedTuple):
     parts: dict[int, tuple[int, int]]
 
     def part(self, storage: int) -> tuple[int, int] | None:
-        """Give this rank's part of a storage; None for one that is this rank's alone."""
+        """Return this rank's part of a storage; None for one that is not replicated."""
         return self.parts.get(storage)
 
 
 class Replication:
-    """Globs over the paths of a state, and how its memory is dealt among the ranks.
+    """Globs over the paths of a state, and how its memory is divided among the ranks.
 
     Args:
-        globs: As ``load(keys=...)`` takes them; with ``!`` before it one takes away again.
-        share: Gives this rank's part of each of so many bytes.
+        globs: As for ``load(keys=...)``; one that is prefixed with ``!`` excludes.
+        share: Takes the sizes of storages, and returns this rank's part of each.
 
     Raises:
-        InvalidArgument: All of them take away.
+        InvalidArgument: All of them exclude.
 
     """
 
@@ -72,8 +72,8 @@ class Replication:
         if not self._named:
             raise InvalidArgument(
                 f"setting `replicated` = {list(globs)!r}",
-                "it only says what is not replicated",
-                f"name what is: `replicated={['*', *globs]!r}`",
+                "it only excludes entries",
+                f"also name what is replicated: `replicated={['*', *globs]!r}`",
             )
 
     def of(
@@ -83,14 +83,14 @@ class Replication:
         sizes: Sequence[int],
         is_slice: Sequence[bool],
     ) -> Replicated:
-        """Find the entries in a state.
+        """Find the replicated entries of a state.
 
         Args:
             nodes: The state.
             storage_of: By tensor: its storage.
             sizes: By storage: its bytes.
-            is_slice: By tensor: whether it is this rank's part of a larger one, which all ranks
-                have alike as a whole.
+            is_slice: By tensor: whether it is this rank's part of a sharded tensor, which is
+                replicated as a whole.
 
         Raises:
             InvalidArgument: A glob matches nothing.
@@ -108,9 +108,9 @@ class Replication:
         return Replicated(tops, dict(zip(storages, parts, strict=True)))
 
     def _tops(self, tree: Tree, paths: list[str]) -> list[int]:
-        """Give the topmost nodes that match.
+        """Return the topmost nodes that match.
 
-        A container is none for all of its children's sake: on another rank it may have one more.
+        A container does not match because all of its children do: another rank's may have more.
         """
         tops: list[int] = []
         exempt = self._exempted(paths)
@@ -128,12 +128,12 @@ class Replication:
             unmatched.difference_update(hits)
             if not hits and index >= within:
                 continue
-            if next_exempt < tree.ends[index]:  # not as a whole, but what is in it
+            if next_exempt < tree.ends[index]:  # not as a whole: something in it is excluded
                 within = max(within, tree.ends[index])
                 continue
             tops.append(index)
             end = tree.ends[index]
-        # A glob may match only below what another one has taken.
+        # A glob may only match inside an entry that another one matched.
         for pattern in list(unmatched):
             if any(map(pattern.match, paths[1:])):
                 unmatched.discard(pattern)
@@ -142,13 +142,13 @@ class Replication:
         if not tops and exempt:
             raise InvalidArgument(
                 f"saving with `replicated` = {list(self._globs)!r}",
-                "what it names it takes away again, so nothing is left",
+                "its globs exclude everything that they include",
                 "leave out a glob that begins with `!`",
             )
         return tops
 
     def _exempted(self, paths: list[str]) -> list[int]:
-        """Give the nodes that are taken away, ascending."""
+        """Return the excluded nodes, ascending."""
         if not self._exempt:
             return []
         return [
@@ -164,20 +164,20 @@ class Replication:
         raise InvalidArgument(
             f"saving with `replicated` = {list(self._globs)!r}",
             f"nothing matches {', '.join(missed)}",
-            f"the state's top-level entries are {', '.join(top) or '(none)'}; globs are over paths "
-            "written with dots, such as `model.*`",
+            f"the state's top-level entries are {', '.join(top) or '(none)'}; globs match dotted "
+            "paths, such as `model.*`",
         )
 
 
 def advice(flat: FlatState) -> Iterator[str]:
-    """Say what of a state that several ranks save will not come back as one may expect."""
+    """Yield warnings about entries of a state that several ranks may not restore as expected."""
     if not flat.replicated:
         if any(tensor.slice is not None for tensor in flat.tensors):
             yield (
                 "the state has sharded tensors, and `replicated` is not set: another number of "
-                "ranks can restore it only with `from_rank=`, which says whose settings and step "
-                'it takes; with `replicated="*"`, or a list of what is alike on all ranks, it need '
-                "not say so"
+                "ranks can restore it only with `from_rank=`, which selects the rank whose other "
+                'entries are used; with `replicated="*"`, or a list of what is identical on all '
+                "ranks, this is not needed"
             )
         return
     if not any(map(_is_generator_state, flat.tensors)):  # no walk over a large state
@@ -188,9 +188,9 @@ def advice(flat: FlatState) -> Iterator[str]:
         if tag == TAG_TENSOR and _is_generator_state(flat.tensors[payload]):
             name = _native.paths_of(flat.nodes)[node]
             yield (
-                f"`{name}` looks like the state of a random generator, which differs from rank to "
-                f"rank, and `replicated` makes one of them all: take it away, with `!{name}` "
-                "behind the other globs"
+                f"`{name}` looks like the state of a random number generator, which differs "
+                "between ranks, but `replicated` keeps only one: exclude it, with "
+                f"`!{name}` after the other globs"
             )
 
 
@@ -199,22 +199,22 @@ def _is_generator_state(tensor: TensorRecord) -> bool:
 
 
 def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[int]) -> None:
-    """Refuse what is not replicated, where another number of ranks saved the checkpoint.
+    """Refuse entries that are not replicated, if another number of ranks saved the checkpoint.
 
     Args:
-        checkpoint: What is read.
+        checkpoint: The checkpoint that is read.
         tree: Its tree.
-        asked: The nodes that are asked for.
+        asked: The requested nodes.
 
     Raises:
-        InvalidArgument: Some are the own state of a rank.
+        InvalidArgument: Some of them are rank-specific.
 
     """
     if not checkpoint.is_replicated_only:
         return
     tops = checkpoint.replicated()
     shared = {node for top in tops for node in range(top, tree.ends[top])}
-    # What surrounds replicated entries, a module's versions in its `_metadata` too, is of no rank.
+    # What surrounds replicated entries, such as a module's `_metadata`, is not rank-specific.
     around = _metadata_around(tree, tops)
     own = [
         index
@@ -224,21 +224,19 @@ def check_loadable(checkpoint: _native.Checkpoint, tree: Tree, asked: Iterable[i
     if not own:
         return
     names = checkpoint.paths()
-    named = ", ".join(f"`{names[index] or 'the root'}`" for index in own[:_NAMED_MAX])
-    more = f" and {len(own) - _NAMED_MAX} more" if len(own) > _NAMED_MAX else ""
-    alike = ", ".join(f"`{names[top] or 'everything'}`" for top in tops[:_NAMED_MAX])
+    named = listed(quoted(names[index] or "the root" for index in own), _NAMED_MAX)
+    shared_names = listed(quoted(names[top] or "everything" for top in tops), _NAMED_MAX)
     ranks = checkpoint.manifest()["world_size"]
     raise InvalidArgument(
         f"loading step {checkpoint.step}, which {ranks} ranks saved",
-        f"{named}{more} {'is' if len(own) == 1 else 'are'} what each of them saved for itself",
-        f"ask only for what they saved alike ({alike}), or say whose it is to be, as in "
-        "`from_rank=0` (sharded tensors come from all ranks all the same), or load with as many "
-        "ranks",
+        f"{named} {'is' if len(own) == 1 else 'are'} rank-specific: each rank saved its own",
+        f"request only what is replicated ({shared_names}), or choose a rank, as in `from_rank=0` "
+        "(sharded tensors are still assembled from all ranks), or load with as many ranks",
     )
 
 
 def _metadata_around(tree: Tree, tops: Sequence[int]) -> set[int]:
-    """Give the nodes of `_metadata` of the dicts that have a replicated entry in them."""
+    """Return the nodes of `_metadata` of the dicts that contain a replicated entry."""
     around: set[int] = set()
     for index, (tag, payload, *_) in enumerate(tree.nodes):
         if tag != TAG_DICT or not payload[2]:

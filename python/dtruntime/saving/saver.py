@@ -1,11 +1,11 @@
-"""How a manager saves: one save at a time, from the call to the handle that stands for it.
+"""How a manager saves: one save at a time, from the call to its handle.
 
-    declining   what fails before the snapshot is told to the other ranks
-    turns       one thread begins a save at a time, and a signal handler never in another one's
-    snapshot    the state taken apart, its memory made ready, the native half told to copy it
+    declining   the other ranks are told of a failure before the snapshot
+    locking     one thread starts a save at a time, and a signal handler never inside another save
+    snapshot    the state is flattened, its memory prepared, and the native half copies it
 
-Always holds: a call that raises has begun no save, and one that was begun all the same is given up;
-while a save is being begun, SIGTERM waits until there is a handle to finish or to drop.
+Always holds: a call that raises leaves no save running: one that was already started is abandoned;
+while a save is being started, SIGTERM waits until there is a handle to finish or to drop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import lifecycle, settings
 from dtruntime.errors import AcceleratorError, CheckpointError, InvalidArgument, SaveInFlight
-from dtruntime.saving.handle import Copied, SaveHandle
+from dtruntime.saving.handle import BackgroundCopy, SaveHandle
 from dtruntime.saving.replication import advice
 from dtruntime.state import gpus
 from dtruntime.state.state_tree import FlatState, flatten
@@ -35,13 +35,13 @@ _logger = logging.getLogger("dtruntime")
 
 
 class Rules(NamedTuple):
-    """What holds for every save of a manager.
+    """What applies to every save of a manager.
 
     Attributes:
         world_size: How many ranks save.
-        declines: Whether the other ranks are told when this one does not come to save.
-        replication: What all of them hold alike; None if nothing is.
-        best_metric: Key of the number in the metadata that checkpoints are compared by.
+        declines: Whether the other ranks are told if this one fails before it saves.
+        replication: What is identical on all ranks; None if nothing is.
+        best_metric: Key of the number in the metadata that checkpoints are ranked by.
 
     """
 
@@ -52,13 +52,13 @@ class Rules(NamedTuple):
 
 
 class Saver:
-    """Begins the saves of one manager.
+    """Starts the saves of one manager.
 
     Attributes:
-        last: The handle of the save that was begun last; None before the first.
-        is_capturing: Whether a save is being begun.
-        is_closing: Whether the manager is being closed: nobody is told of a save that fails now.
-        is_advised: Whether it was said what a restore by other ranks would find missing.
+        last: The handle of the save that was started last; None before the first.
+        is_capturing: Whether a save is being started.
+        is_closing: Whether the manager is being closed: other ranks are not told of a failure then.
+        has_advised: Whether warnings about restoring on other ranks were logged.
 
     """
 
@@ -73,14 +73,15 @@ class Saver:
         self._lineage = lineage
         self._watcher, self._uploads = watchers
         self.rules = rules
-        # Threads take turns; the second lock is held in a turn, to know one in another.
-        self._turns = threading.RLock()
-        self._in_turn = threading.Lock()
-        self._told_of_metric = False
+        # Threads take turns. The second lock is held during a save, to detect a nested one: the
+        # first is reentrant.
+        self._save_lock = threading.RLock()
+        self._in_save = threading.Lock()
+        self._has_warned_of_metric = False
         self.last: SaveHandle | None = None
         self.is_capturing = False
         self.is_closing = False
-        self.is_advised = False
+        self.has_advised = False
 
     def save(
         self,
@@ -89,28 +90,28 @@ class Saver:
         annotations: tuple[str, str],
         chosen: gpus.Consistency,
     ) -> SaveHandle:
-        """Wait for the save before, take a snapshot, and write it in the background.
+        """Wait for the previous save, take a snapshot, and write it in the background.
 
         Args:
-            state: What is saved.
-            call: The step, and whether the training went back to before it.
-            annotations: The metadata and the positions in datasets, as they are stored.
-            chosen: What keeps tensors on GPUs from changing before they were copied.
+            state: The state to save.
+            call: The step, and whether it is a rewind.
+            annotations: The metadata and the dataset positions, as they are stored.
+            chosen: What keeps tensors on GPUs from changing before they have been copied.
 
         """
-        with self._turns:
-            self._check_turn(call[0])
-            with self._in_turn:
+        with self._save_lock:
+            self._check_not_nested(call[0])
+            with self._in_save:
                 return self._begin(state, call, annotations, chosen)
 
     def in_flight(self) -> SaveHandle | None:
-        """Give the save that goes on, if one does."""
+        """Return the save in flight, if there is one."""
         last = self.last
         return None if last is None or last.done() else last
 
     @contextlib.contextmanager
     def declining(self, step: int) -> Iterator[None]:
-        """Tell the other ranks if this one does not come to save ``step``."""
+        """Tell the other ranks if this one fails before it saves ``step``."""
         try:
             yield
         except BaseException as error:
@@ -120,63 +121,63 @@ class Saver:
             raise
 
     def annotated(self, step: int, metadata: Mapping[str, Any] | None) -> str:
-        """Give the metadata as it is stored, and say once if ``best_metric`` is not in it."""
+        """Return the metadata as it is stored, and warn once if ``best_metric`` is not in it."""
         text = settings.json_object("metadata", metadata)
         name = self.rules.best_metric
         value = None if name is None else (metadata or {}).get(name)
         if name is not None and not settings.is_comparable(value):
-            if not self._told_of_metric:
+            if not self._has_warned_of_metric:
                 _logger.warning(
-                    "step %d is not compared with others: its `metadata` has no number `%s`, which "
-                    "`best_metric` names (said once)",
+                    "step %d is never among the best: its `metadata` has no number `%s`, which "
+                    "`best_metric` names (logged once)",
                     step,
                     name,
                 )
-            self._told_of_metric = True
+            self._has_warned_of_metric = True
         return text
 
     def check_busy(self, step: int, if_busy: str) -> None:
-        """Refuse to wait for a save in flight, or that another thread begins, if it says so."""
+        """Raise if ``if_busy`` is ``raise`` and a save is in flight, or is being started."""
         if settings.choice("if_busy", if_busy, ("wait", "raise")) == "wait":
             return
         if self.rules.world_size > 1:
             raise InvalidArgument(
                 f"saving with `if_busy` = {if_busy!r} on {self.rules.world_size} ranks",
-                "a save may still be in flight on one rank, and be over on another",
-                "decide on one rank, by `handle.done()`, and tell the others, before any of them "
-                "saves",
+                "a save may still be in flight on one rank, and have ended on another",
+                "decide on one rank, by `handle.done()`, and broadcast the decision before any "
+                "rank saves",
             )
-        is_free = self._turns.acquire(blocking=False)
+        is_free = self._save_lock.acquire(blocking=False)
         if is_free:
-            self._turns.release()
+            self._save_lock.release()
         if is_free and self._native.wait_until_finished(0):
             return
         before = "another one" if self.last is None else f"step {self.last.step}"
         raise SaveInFlight(
             f"saving step {step}",
             f"{before} is not durable yet",
-            'go on, and save a later step; or let it wait: `if_busy="wait"`',
+            'continue, and save a later step; or wait: `if_busy="wait"`',
         )
 
     def _decline(self, step: int, error: BaseException) -> None:
         last = self.last
         try:
-            # Who speaks of a later step gives up the one that is in flight.
+            # Declining a later step would give up the save in flight.
             if isinstance(error, Exception) and last is not None:
                 last._native.wait()  # noqa: SLF001
         finally:
             self._native.decline(step, f"{type(error).__name__}: {error}")
 
-    def _check_turn(self, step: int) -> None:
-        """Refuse a save in the middle of another one of the same thread, which could never end."""
-        if not self._in_turn.locked():
+    def _check_not_nested(self, step: int) -> None:
+        """Refuse a save inside another one of the same thread, which would deadlock."""
+        if not self._in_save.locked():
             return
         raise InvalidArgument(
             f"saving step {step}",
-            "this thread is in the middle of a save: a signal handler has interrupted it, or code "
-            "that it runs, such as a `state_dict()`, saves",
-            "save when that call has returned: set a flag in a handler; or let "
-            '`sigterm="finish"` finish what is being saved',
+            "this thread is already saving: this call comes from a signal handler, or from code "
+            "that the save runs, such as a `state_dict()`",
+            "save after that call has returned: set a flag in the handler; or use "
+            '`sigterm="finish"` to finish the save in progress',
         )
 
     def _begin(
@@ -187,7 +188,8 @@ class Saver:
         chosen: gpus.Consistency,
     ) -> SaveHandle:
         step, rewind = call
-        # First, so that copies of tensors outside the host's memory are not made beside it.
+        # Wait before the state is prepared: its copies of tensors outside host memory would add
+        # to those of the previous save.
         with self.declining(step):
             called = time.monotonic()
             self._native.wait_until_finished()
@@ -205,11 +207,11 @@ class Saver:
             self._lineage.note_begun(native, is_rewind=rewind)
             return self._hand_out(native, flat, chosen)
         except BaseException:
-            # It may have been begun although it did not return: a signal can be in between.
-            # Nobody would keep the tensors as they are, so what is saved of them is not to be.
+            # It may have started although it did not return: a signal can interrupt in between.
+            # Nothing keeps the tensors unchanged then, so that save must not be committed.
             self.last = last
             if sources.begun is not None:
-                sources.begun.abandon("the call that began it was interrupted")
+                sources.begun.abandon("the call that started it was interrupted")
                 sources.begun.wait_captured()
             chosen.disarm()
             raise
@@ -220,32 +222,34 @@ class Saver:
     def _prepare(
         self, state: Any, chosen: gpus.Consistency
     ) -> tuple[FlatState, _native.Sources, gpus.Consistency]:
-        """Take a state apart and make its memory ready, strictly if a GPU refuses more."""
+        """Flatten a state and prepare its memory, with ``strict`` if a GPU cannot do more."""
         while True:
             flat = flatten(state, self.rules.replication, chosen, self.rules.world_size)
             streams = list(chosen.streams.items())
             try:
-                sources = self._native.prepare(flat.storages, streams, chosen.goes_on_behind)
+                sources = self._native.prepare(flat.storages, streams, chosen.copies_in_background)
             except AcceleratorError as error:
                 chosen = gpus.fall_back(chosen, error)
             else:
                 return flat, sources, chosen
 
     def _advise(self, flat: FlatState) -> None:
-        """Say once, at the first save, what would be found out at a restore by other ranks."""
-        if self.rules.world_size > 1 and not self.is_advised:
+        """Warn at the first save about what other ranks would not restore as expected."""
+        if self.rules.world_size > 1 and not self.has_advised:
             for text in advice(flat):
-                _logger.warning("%s (said once)", text)
-        self.is_advised = True
+                _logger.warning("%s (logged once)", text)
+        self.has_advised = True
 
     def _hand_out(
         self, native: _native.SaveHandle, flat: FlatState, chosen: gpus.Consistency
     ) -> SaveHandle:
-        """Give the handle of a save, with whatever waits for its copies told of it."""
+        """Return the handle of a save, and connect it to what waits for its copies."""
         assert self._watcher is not None  # noqa: S101  (a manager that can save has one)
-        behind = Copied([*chosen.streams], flat.table) if chosen.goes_on_behind else None
+        background = (
+            BackgroundCopy([*chosen.streams], flat.table) if chosen.copies_in_background else None
+        )
         chosen.guard(native)
-        handle = self.last = SaveHandle(native, self._watcher, behind)
+        handle = self.last = SaveHandle(native, self._watcher, background)
         self._watcher.watch(handle, self._native)
         handle._watch_upload(self._uploads, self._native)  # noqa: SLF001
         return handle

@@ -1,8 +1,7 @@
-"""The one Python thread of a manager: it waits for the ends of saves, and tells of them.
+"""The Python thread that waits for the end of a manager's saves, and announces it.
 
-Always holds: the engine's threads never call Python; saves are announced in their order; whatever a
-callback, or a stream that a bar is written to, raises there, the thread goes on, and every save is
-announced.
+Always holds: the engine's threads never call Python; saves are announced in order; whatever a
+callback, or writing the progress bar, raises, the thread continues and announces every save.
 """
 
 from __future__ import annotations
@@ -31,43 +30,43 @@ def log_error(error: BaseException, message: str, *arguments: object) -> None:
 
 
 def _do(work: Callable[[], object]) -> None:
-    """Do one piece of work; whatever it raises, later ones are done all the same."""
+    """Run one task; whatever it raises, later ones still run."""
     try:
         work()
-    except BaseException as error:  # noqa: BLE001  (an exit, too)
+    except BaseException as error:  # noqa: BLE001  (even an exit)
         log_error(error, "following a save failed")
 
 
 class Watcher:
-    """The one Python thread of a manager that waits for the ends of saves.
+    """The thread that waits for the end of saves.
 
-    It keeps what it watches alive, so a save ends well even if manager and handle were dropped.
+    It keeps what it watches alive, so a save is finished even if manager and handle were dropped.
     """
 
     def __init__(self, *, shows_progress: bool) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a signal handler may close the manager in between
+        self._lock = threading.RLock()  # a signal handler may close the manager at any point
         self._is_stopping = False
         self._bar = ProgressBar() if shows_progress else None
         self._thread = threading.Thread(target=self._work, name="dtruntime-watcher", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, with its manager: a Python that is shutting down starts none."""
+        """Start the thread, when the manager is opened: during shutdown Python starts none."""
         self._thread.start()
 
     def watch(self, handle: SaveHandle, manager: _native.Manager) -> None:
-        """Announce the end of ``handle`` when it comes. ``manager`` is kept alive until then."""
+        """Announce the end of ``handle`` once it has ended. Keeps ``manager`` alive until then."""
         self._queue.put(lambda: self._follow(handle, manager))
 
     def submit(self, work: Callable[[], object]) -> bool:
-        """Run ``work`` on the thread; tell whether the thread is there to do so."""
+        """Run ``work`` on the thread; return whether the thread accepts it."""
         with self._lock:
             if not self._is_stopping:
                 self._queue.put(work)
             return not self._is_stopping
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End the thread after everything submitted; tell whether it has ended in time."""
+        """End the thread after all submitted work; return whether it has ended in time."""
         self.request_stop()
         is_another = threading.current_thread() is not self._thread
         if is_another and self._thread.ident is not None:
@@ -75,7 +74,7 @@ class Watcher:
         return not self._thread.is_alive()
 
     def request_stop(self) -> None:
-        """End the thread after everything submitted, without waiting."""
+        """End the thread after all submitted work, without waiting."""
         with self._lock:
             self._is_stopping = True
             self._queue.put(None)
@@ -95,7 +94,7 @@ class Watcher:
             handle._announce()  # noqa: SLF001
 
     def _draw(self, bar: ProgressBar, handle: SaveHandle) -> None:
-        """Show a bar until the save has ended; without one where it cannot be written."""
+        """Show a bar until the save has ended; give up if it cannot be written."""
         with contextlib.suppress(Exception):
             while not handle._native.wait(0.1):  # noqa: SLF001
                 bar.show(handle.step, handle.progress())

@@ -1,4 +1,4 @@
-"""A training state, taken apart and put together: its tree, and the memory of its tensors.
+"""Flattening and rebuilding a training state: its tree, and the memory of its tensors.
 
 Always holds: nothing here reads or writes a store.
 """

@@ -1,6 +1,8 @@
-"""Globs over the paths of a state: ``*`` is any text, ``?`` one character, all else is itself.
+"""Globs over the paths of a state: ``*`` matches any text, ``?`` one character.
 
-As `ckpt-tool` has them. Square brackets mean nothing: keys and paths of list items have them.
+The same as in `ckpt-tool`. Square brackets are literal: keys and paths of list items contain them.
+
+Always holds: a pattern matches whole paths only.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ _WILD = {"*": ".*", "?": "."}
 
 
 def globs_of(name: str, given: Any) -> list[str]:
-    """Check an argument: a glob or several.
+    """Return an argument, a glob or several, as a list.
 
     Raises:
-        InvalidArgument: It is something else, or one is empty.
+        InvalidArgument: It is something else, or a glob is empty.
 
     """
     several = isinstance(given, (list, tuple, set, frozenset))
@@ -28,13 +30,13 @@ def globs_of(name: str, given: Any) -> list[str]:
     for wrong in (glob for glob in globs if not isinstance(glob, str) or not glob):
         raise InvalidArgument(
             f"`{name}` = {given!r}",
-            f"a glob is text that is not empty, got {wrong!r}",
+            f"a glob is a non-empty string, got {wrong!r}",
             f'pass for example `{name}=["model.*", "optimizer.*"]`',
         )
     return globs
 
 
 def compiled(globs: Sequence[str]) -> list[re.Pattern[str]]:
-    """Give a pattern for each, which matches whole paths."""
+    """Return a pattern for each glob, which matches whole paths."""
     texts = ("".join(_WILD.get(char) or re.escape(char) for char in glob) for glob in globs)
     return [re.compile(rf"(?s:{text})\Z") for text in texts]

@@ -1,16 +1,16 @@
 """Tensors on GPUs: when they are copied, and what keeps the training from changing them before.
 
-Three ways to be consistent (``consistency=``), of which each save takes one:
+Each save uses one of three modes (``consistency=``):
 
-``strict``           returns when everything was copied.
-``overlap``          returns at once; copies run beside forward and backward, and the optimizers'
+``strict``           returns once everything has been copied.
+``overlap``          returns at once; copies run during forward and backward, and the optimizers'
                      next step waits for them, on the GPU. What the optimizers do not update
                      (buffers, averages, frozen parameters) is cloned on the GPU first.
 ``device-snapshot``  clones everything on the GPU, returns, and copies from the clones.
 
-Always holds: a tensor in the host's memory is copied before a save returns, whatever the mode; a
-tensor whose memory is copied later is kept alive until then. Where a mode cannot be had, the save
-is strict, which is said once.
+Always holds: a tensor in host memory is copied before a save returns, whatever the mode; a tensor
+whose memory is copied later is kept alive until then. If a mode is not available, the save is
+strict, which is logged once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dtruntime import _native
+from dtruntime import _native, settings
 from dtruntime.errors import AcceleratorError, InvalidArgument
 from dtruntime.state import sharded_tensors
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 MODES = ("strict", "overlap", "device-snapshot")
-"""How a save of tensors on GPUs can be consistent."""
+"""The consistency modes of saves."""
 
 _logger = logging.getLogger("dtruntime")
 
 
-class Place(NamedTuple):
-    """Where a storage lies on a GPU, and whether it is cloned there first."""
+class GpuPlacement(NamedTuple):
+    """The GPU of a storage, and whether it is cloned there first."""
 
     ordinal: int
     is_cloned: bool
@@ -55,40 +55,40 @@ class Consistency:
         self.mode = mode
         self.optimizers = optimizers
         self.streams: dict[int, int] = {}
-        """By device: the current stream, of every device that the state lies on."""
+        """By device: the current stream, of every device that the state is on."""
         self._updated = _storages_of(optimizers) if mode == "overlap" else frozenset()
         self._hold: Hold | None = None
 
     @property
-    def goes_on_behind(self) -> bool:
-        """Whether copies go on after the save has returned."""
+    def copies_in_background(self) -> bool:
+        """Whether copies continue after the save has returned."""
         return bool(self.streams) and self.mode != "strict"
 
-    def place(self, storage: Any) -> Place | None:
-        """Take in a torch storage; None for one that is copied to the host's memory by torch."""
+    def place(self, storage: Any) -> GpuPlacement | None:
+        """Return how a torch storage is copied; None if torch copies it to host memory."""
         device = storage.device
         if device.type != "cuda" or not are_usable():
             return None
         if device.index not in self.streams:
             self.streams[device.index] = current_stream(device.index)
         if self.mode == "overlap":
-            return Place(device.index, storage._cdata not in self._updated)  # noqa: SLF001
-        return Place(device.index, self.mode == "device-snapshot")
+            return GpuPlacement(device.index, storage._cdata not in self._updated)  # noqa: SLF001
+        return GpuPlacement(device.index, self.mode == "device-snapshot")
 
     def arm(self) -> None:
-        """Let the optimizers' next steps wait for the copies, before the first one is begun."""
+        """Make the optimizers' next steps wait for the copies, before the first one starts."""
         if self.mode == "overlap" and self.streams:
             self._hold = Hold([*self.streams])
             for optimizer in self.optimizers:
                 _gate_of(optimizer).add(self._hold)
 
     def guard(self, native: _native.SaveHandle) -> None:
-        """Name the save whose copies the next steps wait for."""
+        """Set the save whose copies the next steps wait for."""
         if self._hold is not None:
             self._hold.native = native
 
     def disarm(self) -> None:
-        """Let the next steps go: there is nothing to wait for."""
+        """Release the next steps: there is nothing to wait for."""
         if self._hold is not None:
             self._hold.native = None
 
@@ -101,14 +101,14 @@ class Hold:
         self._ordinals = ordinals
 
     def is_over(self) -> bool:
-        """Tell whether the save has ended: nothing of it is copied any more."""
+        """Return whether the save has ended and none of its copies are in progress."""
         return self.native is not None and self.native.done() and self.native.wait_captured(0)
 
     def hold_streams(self) -> None:
-        """Let what the current streams are given from now on wait for the copies.
+        """Make later work of the current streams wait for the copies.
 
-        A stream that is being captured into a CUDA graph cannot be made to: this thread waits then,
-        so that a replay finds everything copied.
+        A stream that is being captured into a CUDA graph cannot wait: this thread waits instead, so
+        that everything has been copied before a replay.
         """
         if self.native is None:
             return
@@ -119,24 +119,24 @@ class Hold:
 
 
 class _Gate:
-    """What an optimizer's next step waits for. Its hook stays: torch iterates over them."""
+    """What an optimizer's next step waits for. Never unregistered: torch iterates over hooks."""
 
     def __init__(self) -> None:
         self.pending: list[Hold] = []
 
     def add(self, hold: Hold) -> None:
-        """Take one more in; of those that are over nothing is left to wait for."""
+        """Add a hold, and drop those that are over."""
         self.pending = [*(earlier for earlier in self.pending if not earlier.is_over()), hold]
 
     def __call__(self, *_: object) -> None:
         while self.pending:
-            self.pending[0].hold_streams()  # one that fails holds the step that is tried again, too
+            self.pending[0].hold_streams()  # if it raises, it also holds the retried step
             del self.pending[0]
 
 
 _gates: weakref.WeakKeyDictionary[Any, _Gate] = weakref.WeakKeyDictionary()
 _captured: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Optimizers of which a step was captured into a CUDA graph: its replays run no hooks."""
+"""Optimizers with a step that was captured into a CUDA graph: replays run no hooks."""
 
 
 def _gate_of(optimizer: Any) -> _Gate:
@@ -156,7 +156,7 @@ def _gate_of(optimizer: Any) -> _Gate:
 
 
 def watch_captures() -> None:
-    """Note, from now on, the optimizers of which a step is captured into a CUDA graph."""
+    """Record, from now on, the optimizers with a step that is captured into a CUDA graph."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.backends.cuda.is_built():
         _watch_steps()
@@ -164,30 +164,30 @@ def watch_captures() -> None:
 
 @functools.cache
 def _watch_steps() -> None:
-    """Have every step of every optimizer looked at, once in a process."""
-    # By its name: torch takes it off `torch.optim` again.
+    """Register a hook for every step of every optimizer, once per process."""
+    # By its module name: torch removes it from the namespace of `torch.optim`.
     optimizers = importlib.import_module("torch.optim.optimizer")
     optimizers.register_optimizer_step_pre_hook(_note_capture)
 
 
 def _note_capture(optimizer: Any, *_: object) -> None:
-    # A compiler traces hooks, and has nothing to do with what these are for.
+    # A compiler traces hooks; this one must stay out of the traced graph.
     if not sys.modules["torch"].compiler.is_compiling() and is_capturing():
         _captured.add(optimizer)
 
 
 def is_capturing() -> bool:
-    """Tell whether the calling thread's current stream is captured into a CUDA graph."""
+    """Return whether the calling thread's current stream is captured into a CUDA graph."""
     cuda = sys.modules["torch"].cuda
-    # Asked first: without a driver the other question is an error.
+    # Checked first: without a driver the other call raises.
     return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
 
 
 def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
-    """Give the storages that only steps of these optimizers change, all of their bytes.
+    """Return the storages that only steps of these optimizers change, in all of their bytes.
 
-    A parameter without ``requires_grad`` is none of theirs, though it is listed: no step changes
-    it, so whatever does asks no optimizer, as an average does that forward keeps.
+    A listed parameter without ``requires_grad`` does not count: no step changes it, so other code
+    may, without waiting for a step; for example an average that is updated in forward.
     """
     covered: dict[int, set[tuple[int, int]]] = {}
     storages = {}
@@ -204,7 +204,7 @@ def _storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
 
 
 def _updated_by(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Give the tensors that steps of these optimizers change."""
+    """Return the tensors that steps of these optimizers change."""
     torch = sys.modules["torch"]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -215,18 +215,14 @@ def _updated_by(optimizers: Iterable[Any]) -> Iterator[Any]:
 
 
 def _is_dense(tensor: Any) -> bool:
-    """Tell whether items lie side by side, each once, in whichever order of the dimensions."""
-    count = 1
-    strides = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(pair for pair in strides if pair[1] != 1):
-        if stride != count:
-            return False
-        count *= size
-    return True
+    """Return whether a tensor is contiguous, in any order of its dimensions."""
+    dimensions = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
+    strides, sizes = zip(*dimensions, strict=True) if dimensions else ((), ())
+    return sharded_tensors.is_contiguous(sizes, strides)
 
 
 def _cover(parts: Iterable[tuple[int, int]], count: int) -> bool:
-    """Tell whether parts cover all bytes up to ``count``.
+    """Return whether parts cover all bytes up to ``count``.
 
     >>> _cover({(0, 4), (4, 9)}, 9), _cover({(0, 4), (5, 9)}, 9)
     (True, False)
@@ -240,7 +236,7 @@ def _cover(parts: Iterable[tuple[int, int]], count: int) -> bool:
 
 
 def have_room(needed: Mapping[Any, int]) -> bool:
-    """Tell whether GPUs have memory for so many bytes each, what torch keeps of it included."""
+    """Return whether GPUs have this many bytes each available, including torch's cache."""
     for device, count in needed.items():
         cuda = sys.modules["torch"].cuda
         free, _ = cuda.mem_get_info(device)
@@ -250,49 +246,49 @@ def have_room(needed: Mapping[Any, int]) -> bool:
     return True
 
 
+def memory_at(device: Any, address: int, count: int) -> tuple[int, ...]:
+    """Return memory as the engine reads into it: address and bytes, after a GPU's number."""
+    return (device.index, address, count) if device.type == "cuda" else (address, count)
+
+
 def current_stream(ordinal: int) -> int:
-    """Give the handle of the calling thread's current stream on a GPU."""
+    """Return the handle of the calling thread's current stream on a GPU."""
     stream: int = sys.modules["torch"].cuda.current_stream(ordinal).cuda_stream
     return stream
 
 
 def current_streams(ordinals: Iterable[int]) -> list[tuple[int, int]]:
-    """Give device and handle of the calling thread's current streams on GPUs."""
+    """Return device and stream handle, of the calling thread's current streams on GPUs."""
     return [(ordinal, current_stream(ordinal)) for ordinal in ordinals]
 
 
 @functools.cache
 def are_usable() -> bool:
-    """Tell whether GPUs can be copied from without torch; if not, say so once."""
+    """Return whether GPUs can be copied from without torch; if not, warn once."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.version.hip is not None:
-        # NVIDIA's driver may be there besides; torch's addresses and streams are none of its.
-        _say_slow("PyTorch was built for AMD's GPUs, and only NVIDIA's can be copied from")
+        # NVIDIA's driver may be installed as well, but torch's addresses and streams are not its.
+        _warn_slow("PyTorch was built for AMD's GPUs, and only NVIDIA's can be copied from")
         return False
     try:
         return _native.cuda_devices() > 0
     except AcceleratorError as error:
-        _say_slow(error)
+        _warn_slow(error)
         return False
 
 
-def _say_slow(why: object) -> None:
+def _warn_slow(why: object) -> None:
     _logger.warning("tensors on GPUs are copied by torch, which is slower: %s", why)
 
 
 def choose(consistency: str, optimizer: Any) -> Consistency:
-    """Give how a save treats the GPUs, from what the caller asked for.
+    """Return how a save treats the GPUs, from the caller's arguments.
 
     Raises:
         InvalidArgument: There is no such mode, or ``overlap`` lacks the optimizers.
 
     """
-    if consistency not in MODES:
-        raise InvalidArgument(
-            f"`consistency` = {consistency!r}",
-            f"expected one of {', '.join(map(repr, MODES))}",
-            "`strict` serves always; the others cost the training less on GPUs",
-        )
+    settings.choice("consistency", consistency, MODES)
     if consistency != "overlap":
         return Consistency(consistency)
     watch_captures()
@@ -305,16 +301,16 @@ def choose(consistency: str, optimizer: Any) -> Consistency:
         )
     captured = any(group.get("capturable") for one in optimizers for group in one.param_groups)
     if captured:
-        _say_once("steps of a `capturable` optimizer may be replayed without hooks")
+        _warn_once("steps of a `capturable` optimizer may be replayed without hooks")
         return Consistency("strict")
     if any(one in _captured for one in optimizers):
-        _say_once("a step of the optimizer was captured into a CUDA graph: replays run no hooks")
+        _warn_once("a step of the optimizer was captured into a CUDA graph: replays run no hooks")
         return Consistency("strict")
     return Consistency("overlap", optimizers)
 
 
 def fall_back(consistency: Consistency, error: AcceleratorError) -> Consistency:
-    """Give the strict way after a GPU refused a clone.
+    """Return the strict mode, after a GPU refused a clone.
 
     Raises:
         AcceleratorError: There is nothing to fall back to.
@@ -322,10 +318,10 @@ def fall_back(consistency: Consistency, error: AcceleratorError) -> Consistency:
     """
     if consistency.mode == "strict":
         raise error
-    _say_once(f"{error.what}: {error.why}")
+    _warn_once(error.summary)
     return Consistency("strict")
 
 
 @functools.cache
-def _say_once(why: str) -> None:
+def _warn_once(why: str) -> None:
     _logger.warning("saves are strict: %s", why)

@@ -1,10 +1,10 @@
-"""Tensors of which each rank holds a part: torch's ``DTensor``, as FSDP2 and tensor parallelism do.
+"""Tensors of which each rank holds a part: torch's ``DTensor``, as in FSDP2 and tensor parallelism.
 
-A part is a box: how far from the whole tensor's first item it begins, and how many items it has,
-per dimension.
+A part is a box: its offset from the whole tensor's first item, and its number of items, per
+dimension.
 
-Always holds: of parts that several ranks hold alike, one rank gives the bytes; a tensor whose
-memory does not say what it holds is refused, not guessed at. ``torch`` is looked up in
+Always holds: if several ranks hold the same part, one of them writes its bytes; a tensor whose
+memory does not determine its values is refused, not guessed at. ``torch`` is looked up in
 ``sys.modules`` and never imported.
 """
 
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 
 class Slice(NamedTuple):
-    """Where a part stands in the whole tensor: its shape, and the part's first item."""
+    """The position of a part in the whole tensor: the whole shape, and the part's offsets."""
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """A part of a tensor that others cut up: a plain tensor of its own, and where it stands."""
+    """A part of a tensor that a planner split: a plain tensor, and its position."""
 
     tensor: Any
     place: Slice
 
 
 class Box(NamedTuple):
-    """Items of a tensor: from ``offsets`` on, ``sizes`` of them, per dimension."""
+    """A box of a tensor's items: per dimension, ``sizes`` items starting at ``offsets``."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def items(self) -> int:
-        """How many items it has."""
+        """The number of items."""
         return math.prod(self.sizes)
 
     def intersect(self, other: Box) -> Box | None:
-        """Give what both have; None if that is nothing.
+        """Return the intersection; None if it is empty.
 
         >>> Box((0, 0), (4, 8)).intersect(Box((3, 2), (4, 2)))
         Box(offsets=(3, 2), sizes=(1, 2))
@@ -62,12 +62,12 @@ class Box(NamedTuple):
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """Give the box of a whole tensor."""
+    """Return the box of a whole tensor."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Give the strides, in items, of a tensor without gaps in row-major order.
+    """Return the strides, in items, of a contiguous row-major tensor.
 
     >>> contiguous_strides((2, 3, 4))
     (12, 4, 1)
@@ -79,29 +79,35 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether items are in row-major order without gaps; strides count items."""
+    pairs = zip(shape, strides, contiguous_strides(shape), strict=True)
+    return all(size == 1 or stride == expected for size, stride, expected in pairs)
+
+
 def sharded_type() -> type | None:
-    """Give torch's class of sharded tensors; None where nothing has made one."""
+    """Return torch's class of sharded tensors; None if it was not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
 
 def is_sharded(value: Any) -> bool:
-    """Tell whether each rank holds a part of this value, or could."""
+    """Return whether a value is a ``DTensor``."""
     kind = sharded_type()
     return kind is not None and isinstance(value, kind)
 
 
 def local_of(tensor: Any) -> Any:
-    """Give what this rank holds of a tensor: of a plain one, itself. Shares its memory."""
+    """Return this rank's part of a tensor, sharing its memory; a plain tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     local = tensor._local_tensor  # noqa: SLF001  (`to_local` would take part in autograd)
-    wait = getattr(local, "wait", None)  # a collective may still be on its way to it
+    wait = getattr(local, "wait", None)  # a collective may still be writing it
     return local if wait is None else wait()
 
 
 def part_of(tensor: Any, world_size: int, where: Callable[[], str]) -> tuple[Any, Slice | None]:
-    """Give what this rank saves of a sharded tensor, and where that stands.
+    """Return what this rank saves of a sharded tensor, and its position.
 
     Args:
         tensor: The ``DTensor``.
@@ -109,12 +115,12 @@ def part_of(tensor: Any, world_size: int, where: Callable[[], str]) -> tuple[Any
         where: Names it in errors.
 
     Returns:
-        A plain tensor that shares the memory, without items where another rank saves the same
-        part; and its place, or None if it is the whole, as on every rank.
+        A plain tensor that shares the memory, empty if another rank saves the same part; and its
+        position, or None if it is the whole tensor, as on every rank.
 
     Raises:
-        UnsupportedValue: It is a partial sum, in memory of a kind that is not plain, no box, or of
-            ranks that do not all save.
+        UnsupportedValue: It is a partial sum, not a plain tensor locally, not a box, or its mesh
+            has ranks that do not save.
 
     """
     torch = sys.modules["torch"]
@@ -124,15 +130,15 @@ def part_of(tensor: Any, world_size: int, where: Callable[[], str]) -> tuple[Any
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return _nothing(local, shape, where)
-    is_alike = all(placement.is_replicate() for placement in tensor.placements)
-    if is_alike and world_size in (1, mesh.size()):
+    is_replicated = all(placement.is_replicate() for placement in tensor.placements)
+    if is_replicated and world_size in (1, mesh.size()):
         return local, None
     if mesh.size() > world_size:
         raise UnsupportedValue(
             f"saving `{where()}`",
             f"{mesh.size()} ranks hold parts of it, and this manager saves for {world_size}",
-            "open the manager on all of them, on one store: `world_size` is their number; or save "
-            "the whole, `tensor.full_tensor()`",
+            "open the manager on all of them, with one store and `world_size` set to their number; "
+            "or save the whole tensor, `tensor.full_tensor()`",
         )
     if mesh.size() == world_size == 1:
         return local, None
@@ -140,13 +146,13 @@ def part_of(tensor: Any, world_size: int, where: Callable[[], str]) -> tuple[Any
     if box is None or tuple(local.shape) != box.sizes:
         raise UnsupportedValue(
             f"saving `{where()}`",
-            f"what this rank holds of it, of shape {tuple(local.shape)}, is not what its "
-            f"placements {tensor.placements} cut out in one piece",
+            f"this rank's part, of shape {tuple(local.shape)}, is not the contiguous box that its "
+            f"placements {tensor.placements} describe",
             "redistribute it evenly first: `tensor.redistribute(placements=[...])`",
         )
-    dealt = zip(coordinate, tensor.placements, strict=True)
-    is_owner = not any(at for at, placement in dealt if placement.is_replicate())
-    # Only where all ranks are in one mesh do equal parts of one name have to be the same.
+    along_mesh = zip(coordinate, tensor.placements, strict=True)
+    is_owner = not any(at for at, placement in along_mesh if placement.is_replicate())
+    # Only if all ranks are in one mesh are equal parts of one name certain to be the same.
     if shape and not is_owner and mesh.size() == world_size:
         local = local.narrow(0, 0, 0)
     return local, Slice(shape, box.offsets)
@@ -157,30 +163,30 @@ def _check(torch: Any, tensor: Any, where: Callable[[], str]) -> None:
         raise UnsupportedValue(
             f"saving `{where()}`",
             "each rank holds a summand of it, not a part",
-            "sum it up first: `tensor.redistribute(placements=[Replicate()])`",
+            "reduce it first: `tensor.redistribute(placements=[Replicate()])`",
         )
     local = local_of(tensor)
     if type(local) is not torch.Tensor:
         raise UnsupportedValue(
             f"saving `{where()}`",
             f"its part on this rank is a `{type(local).__name__}`, not a plain tensor",
-            "save it as plain tensors, for example dequantized",
+            "save it as a plain tensor, for example dequantized",
         )
 
 
 def _nothing(local: Any, shape: tuple[int, ...], where: Callable[[], str]) -> tuple[Any, Slice]:
-    """Give the part of a rank that is outside the tensor's mesh."""
+    """Return the part of a rank that is outside the tensor's mesh."""
     if not shape:
         raise UnsupportedValue(
             f"saving `{where()}`",
-            "this rank is not in the mesh of this tensor, which has no dimension",
+            "this rank is not in the mesh of this tensor, which has no dimensions",
             "save it on the ranks of its mesh only, or its value: `tensor.full_tensor()`",
         )
     return local.new_empty((0, *shape[1:])), Slice(shape, (0,) * len(shape))
 
 
 def box_of(tensor: Any) -> Box | None:
-    """Give what this rank holds of a tensor, of a plain one all of it; None if it is no box."""
+    """Return this rank's box of a tensor, all of a plain one; None if its part is not a box."""
     if not is_sharded(tensor):
         return whole(tensor.shape)
     coordinate = tensor.device_mesh.get_coordinate()
@@ -192,9 +198,9 @@ def box_of(tensor: Any) -> Box | None:
 
 
 def _is_box(tensor: Any, coordinate: Sequence[int], box: Box) -> bool:
-    """Tell whether strided placements, which deal items in turn, come to one piece after all.
+    """Return whether strided placements, which interleave items, result in one box after all.
 
-    FSDP2 over tensor parallelism does; torch's own list of chunks tells no difference.
+    With FSDP2 over tensor parallelism they do; torch's own list of chunks does not distinguish.
     """
     strided = {p.dim for p in tensor.placements if type(p).__name__ == "_StridedShard"}
     for dim in strided:
@@ -202,7 +208,7 @@ def _is_box(tensor: Any, coordinate: Sequence[int], box: Box) -> bool:
         mesh = tensor.device_mesh
         for along, (at, placement) in enumerate(zip(coordinate, tensor.placements, strict=True)):
             if not placement.is_replicate() and placement.dim == dim:
-                parts, _ = placement._split_tensor(  # noqa: SLF001  (how torch itself deals them)
+                parts, _ = placement._split_tensor(  # noqa: SLF001  (how torch itself splits them)
                     held, mesh.size(along), with_padding=False, contiguous=True
                 )
                 held = parts[at]
@@ -213,11 +219,11 @@ def _is_box(tensor: Any, coordinate: Sequence[int], box: Box) -> bool:
 
 
 class LivePart(NamedTuple):
-    """What a live sharded tensor takes from a checkpoint: its part, on its device.
+    """The part that a live sharded tensor takes from a checkpoint.
 
     Attributes:
         like: The live tensor.
-        box: What this rank holds of it.
+        box: This rank's box of it.
 
     """
 
@@ -226,17 +232,17 @@ class LivePart(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Any) -> LivePart | None:
-        """Describe what ``tensor`` takes; None if that is no box."""
+        """Return the part that ``tensor`` takes; None if it is not a box."""
         box = box_of(tensor)
         return None if box is None else cls(tensor, box)
 
     @property
     def device(self) -> Any:
-        """Give the device of this rank's part."""
+        """The device of this rank's part."""
         return local_of(self.like).device
 
     def filled(self, local: Any) -> Any:
-        """Give a sharded tensor like the live one, of which this rank holds ``local``."""
+        """Return a sharded tensor like the live one, with ``local`` as this rank's part."""
         kind: Any = sharded_type()
-        # `from_local` would move what is offloaded to the mesh's device.
+        # `from_local` would move an offloaded part to the mesh's device.
         return kind(local.detach(), self.like._spec, requires_grad=False)  # noqa: SLF001

@@ -1,14 +1,14 @@
-"""A training state, taken apart into a flat list of nodes; ``tree`` puts it together.
+"""Flattening a training state into a list of nodes; ``tree`` rebuilds it.
 
-Always holds: what comes back equals what went in, by type and by bits; nothing is converted
-silently, and a value that cannot be kept so is an error that names its key path. No code is stored
-and none is run on loading, beyond the constructors of the types below.
+Always holds: what is loaded equals what was saved, by type and by bits; nothing is converted
+silently, and a value for which this is impossible is an error that names its key path. No code is
+stored, and none is run on loading except the constructors of the types below.
 
-Kept: dict, OrderedDict (with a module's ``_metadata``), Counter, list, tuple, None, bool, int of
-any size, float, complex, str, bytes, numpy scalars, arrays and dtypes, torch tensors, parameters,
-dtypes, devices and sizes. An object with ``state_dict()`` stands for what that returns. Of a
-``DTensor``, this rank's part is kept, with where it stands. A tensor or an array that stands at
-several places comes back as one object; containers come back one per place.
+Supported: dict, OrderedDict (with a module's ``_metadata``), Counter, list, tuple, None, bool, int
+of any size, float, complex, str, bytes, numpy scalars, arrays and dtypes, torch tensors,
+parameters, dtypes, devices and sizes. An object with ``state_dict()`` is saved as what that
+returns. Of a ``DTensor``, this rank's part is saved, with its position. A tensor or array that
+occurs several times is loaded as one object; containers are loaded once per occurrence.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ _KEY_TYPES = (str, int, bool, float, bytes, type(None))
 
 
 class FlatState(NamedTuple):
-    """A state, taken apart. ``table`` keeps every tensor's memory alive.
+    """A flattened state. ``table`` keeps every tensor's memory alive.
 
-    ``replicated`` are the topmost nodes of what all ranks save alike.
+    ``replicated`` are the topmost nodes of the replicated entries.
     """
 
     nodes: list[Node]
@@ -83,17 +83,17 @@ def flatten(
     consistency: Consistency | None = None,
     world_size: int = 1,
 ) -> FlatState:
-    """Take a state apart.
+    """Flatten a state.
 
     Args:
         state: The state.
-        replication: Finds what all ranks save alike, of which only this rank's part is read.
+        replication: Finds the replicated entries, of which only this rank's part is read.
         consistency: How tensors on GPUs are treated. Default: torch copies them to the host.
-        world_size: Ranks that save together, of which each gives its parts of sharded tensors.
+        world_size: Ranks that save together, each its parts of sharded tensors.
 
     Raises:
-        UnsupportedValue: A value cannot be kept; the message names its key path.
-        InvalidArgument: Nothing is there that all ranks should save alike.
+        UnsupportedValue: A value cannot be stored; the message names its key path.
+        InvalidArgument: A glob of ``replication`` matches nothing.
 
     >>> flatten({"epoch": 3, "lr": [0.1]}).nodes
     [(13, (2, 0, False)), (2, 3, 'epoch'), (14, 1, 'lr'), (3, 0.1)]
@@ -115,7 +115,7 @@ def flatten(
 def needs_of(
     state: Any, replication: Replication | None = None, world_size: int = 1
 ) -> tuple[int, list[int]]:
-    """Give what saving ``state`` needs; copies nothing.
+    """Return what saving ``state`` needs, without copying anything.
 
     Returns:
         The bytes of tensor memory that it would write, and the GPUs that it would copy from.
@@ -135,9 +135,9 @@ def needs_of(
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keep the cyclic collector out of a burst of records that all stay alive.
+    """Pause the cyclic garbage collector while many records that all stay alive are created.
 
-    Each burst would make it search torch's whole heap, for more than the walk itself costs.
+    It would traverse torch's whole heap, at a higher cost than the walk itself.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -184,7 +184,7 @@ class _Flattener:
             self._handlers[sharded] = self._sharded
 
     def add(self, value: Any, key: Any, *, is_keyed: bool) -> None:
-        """Append the nodes of ``value``, which stands under ``key`` of a dict if ``is_keyed``."""
+        """Append the nodes of ``value``, which is under ``key`` of a dict if ``is_keyed``."""
         kind = type(value)
         handler = self._handlers.get(kind)
         if handler is not None:
@@ -206,7 +206,7 @@ class _Flattener:
             self._stateful(value, key, is_keyed=is_keyed)
 
     def _numpy_scalar(self, value: Any) -> tuple[str, bytes]:
-        if value.dtype.str[1:] in ("U0", "S0"):  # of which numpy would give one byte
+        if value.dtype.str[1:] in ("U0", "S0"):  # numpy would return a nonempty `tobytes()`
             return value.dtype.str, b""
         return numpy_dtype_name(value.dtype, self._where), value.tobytes()
 
@@ -270,7 +270,7 @@ class _Flattener:
         kind = type(key)
         if kind is str:
             if not key.isascii() and not is_unicode(key):
-                raise self._unsupported_key(key, "a string with lone surrogates is not text")
+                raise self._unsupported_key(key, "a string with lone surrogates is not valid text")
         elif kind not in _KEY_TYPES:
             raise self._unsupported_key(key, f"a key of type `{name_of(kind)}` cannot be stored")
 
@@ -278,7 +278,7 @@ class _Flattener:
         if not value.isascii() and not is_unicode(value):
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
-                "a string with lone surrogates is not text",
+                "a string with lone surrogates is not valid text",
                 'save bytes: `value.encode("utf-8", "surrogatepass")`',
             )
         return TAG_STR, value

@@ -1,9 +1,9 @@
 """Tensors and the memory they view: what is written of it, and how views of it are described.
 
-Always holds: a storage is written once, however many tensors view it, and of it only the byte
-spans that saved tensors touch; tensors that shared memory when saved share memory when loaded. The
-same span arithmetic serves saving and partial loading. ``torch`` is looked up in ``sys.modules``
-and never imported to save: a state without tensors needs none.
+Always holds: a storage is written once, however many tensors view it, and only the byte spans that
+saved tensors touch; tensors that shared memory when saved share memory when loaded. The same span
+arithmetic is used for saving and for partial loading. ``torch`` is looked up in ``sys.modules`` and
+never imported to save: a state without tensors does not need it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _TORCH_ELEMENTS = {
 _NUMPY_ELEMENTS = {"<f2": 1, "<f4": 3, "<c8": 3, "<f8": 4, "<c16": 4}
 
 SPAN_ALIGNMENT = 64
-"""Spans of a storage start on multiples of this many bytes, so every item stays aligned."""
+"""Spans of a storage start at multiples of this many bytes, so every item stays aligned."""
 
 _LONE_HULL_FACTOR = 2
-"""A lone tensor whose hull exceeds its own bytes by more than this factor is packed first."""
+"""A tensor that alone views its storage is packed if its hull is larger by more than this."""
 
 _NUMPY_KINDS = "biufcSUMmV"
 
@@ -75,7 +75,7 @@ class Span(NamedTuple):
 class TensorRecord(NamedTuple):
     """A view of a storage, as the index describes it. Strides and offset count items.
 
-    Of a tensor of which each rank holds a part, it is this rank's; ``slice`` says where it stands.
+    For a sharded tensor, it describes this rank's part, and ``slice`` is its position.
     """
 
     storage: int
@@ -90,18 +90,18 @@ class TensorRecord(NamedTuple):
 
 
 Piece = tuple[int, int, int]
-"""Contiguous memory: its address, its length, and the byte of the storage that it stands at."""
+"""Contiguous memory: its address, its length, and its byte offset in the storage."""
 
 Memory = list[Piece] | tuple[int, list[Piece], bool]
-"""A storage's memory: the host's, or a GPU's number, its memory, and whether that is cloned."""
+"""A storage's memory: in the host, or a GPU's number, memory there, and whether it is cloned."""
 
 
 class StorageRecord(NamedTuple):
     """Memory to save.
 
-    ``memory`` is a contiguous numpy array, or pieces ``(address, length, at)`` that make up the
-    storage's ``bytes`` together, or None where this rank writes none of them. Of a GPU's memory it
-    is the device's number, the pieces, and whether they are cloned there first.
+    ``memory`` is a contiguous numpy array, or pieces ``(address, length, at)`` that together make
+    up the storage's ``bytes``, or None if this rank writes none of them. For a GPU it is the
+    device's number, the pieces, and whether they are cloned there first.
     """
 
     element: int
@@ -110,7 +110,7 @@ class StorageRecord(NamedTuple):
 
 
 def hull_of(record: TensorRecord) -> Hull | None:
-    """Give the bytes that a tensor touches; None for one without items."""
+    """Return the bytes that a tensor touches; None for one without items."""
     last = 0
     for size, stride in zip(record.shape, record.strides, strict=True):
         if size == 0:
@@ -142,7 +142,7 @@ def lay_spans(hulls: Iterable[Hull], storage_bytes: int) -> list[Span]:
 
 
 def spans_bytes(spans: Sequence[Span]) -> int:
-    """Give the length of spans laid end to end."""
+    """Return the length of spans laid end to end."""
     return spans[-1].at + spans[-1].end - spans[-1].start if spans else 0
 
 
@@ -168,14 +168,14 @@ class _TorchStorage:
     is_cpu: bool
     element: int
     tensors: list[int] = field(default_factory=list)
-    spans: list[Span] | None = None  # what is saved of it, once that is known
+    spans: list[Span] | None = None  # what is saved of it, once known
 
 
 class TensorTable:
     """Collects the tensors and arrays of a state, each object once.
 
-    ``add_torch`` and ``add_numpy`` return a tensor's number; ``finish`` gives the records. Every
-    object added is kept alive until then: its address is its identity.
+    ``add_torch`` and ``add_numpy`` return a tensor's number; ``finish`` returns the records. Every
+    added object is kept alive until then: its address is its identity.
     """
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ class TensorTable:
         self._dtypes: dict[Any, tuple[str, int, int]] = {}
 
     def add_torch(self, tensor: Any, kind: int, where: Callable[[], str]) -> int:
-        """Take in a ``torch.Tensor`` or ``Parameter``; ``where`` names it in errors."""
+        """Add a ``torch.Tensor`` or ``Parameter``; ``where`` names it in errors."""
         number = self._numbers.get(id(tensor))
         if number is not None:
             return number
@@ -199,14 +199,14 @@ class TensorTable:
         name, item_bytes, element = self._dtype(strided.dtype)
         try:
             storage = strided.untyped_storage()
-            storage.data_ptr()  # not of what only stands for zeros
+            storage.data_ptr()  # raises for a tensor that only represents zeros
             identity = storage._cdata  # noqa: SLF001  (the address of the memory's owner; torch.save uses it too)
             storage_bytes = storage.nbytes()
         except (NotImplementedError, RuntimeError) as error:
             raise UnsupportedValue(
                 f"saving `{where()}`",
                 f"this tensor has no memory of its own ({_first_line(error)})",
-                "save a plain tensor: take it out of the transformation that made it",
+                "save a plain tensor: take it out of the transformation that created it",
             ) from error
         record = TensorRecord(
             0,
@@ -232,7 +232,7 @@ class TensorTable:
         return number
 
     def add_sharded(self, tensor: Any, kind: int, world_size: int, where: Callable[[], str]) -> int:
-        """Take in what this rank of ``world_size`` saves of a ``DTensor``."""
+        """Add what this rank of ``world_size`` saves of a ``DTensor``."""
         number = self._numbers.get(id(tensor))
         if number is not None:
             return number
@@ -245,13 +245,13 @@ class TensorTable:
         return number
 
     def add_piece(self, piece: sharded_tensors.Piece, where: Callable[[], str]) -> int:
-        """Take in a part of a tensor that others cut up."""
+        """Add a part of a tensor that a planner split."""
         number = self.add_torch(piece.tensor, TORCH, where)
         self._records[number] = self._records[number]._replace(slice=piece.place)
         return number
 
     def add_numpy(self, array: np.ndarray[Any, Any], where: Callable[[], str]) -> int:
-        """Take in a ``numpy.ndarray``; ``where`` names it in errors."""
+        """Add a ``numpy.ndarray``; ``where`` names it in errors."""
         number = self._numbers.get(id(array))
         if number is not None:
             return number
@@ -260,7 +260,7 @@ class TensorTable:
         flags = array.flags
         packed = array if flags.c_contiguous or flags.f_contiguous else np.ascontiguousarray(array)
         item_bytes = packed.itemsize
-        # numpy calls an array contiguous whatever the strides of dimensions with one item are.
+        # numpy ignores the strides of dimensions with one item when it calls an array contiguous.
         strides = tuple(max(stride // item_bytes, 0) for stride in packed.strides)
         record = TensorRecord(0, NUMPY, name, item_bytes, packed.shape, strides, 0, False)
         number = self._append(array, packed, record, None)
@@ -268,11 +268,11 @@ class TensorTable:
         return number
 
     def slices(self) -> list[bool]:
-        """Tell for each tensor whether it is a part of one that other ranks hold more of."""
+        """Return for each tensor whether it is this rank's part of a sharded one."""
         return [record.slice is not None for record in self._records]
 
     def storages(self) -> list[int]:
-        """Give for each tensor the number of the storage that it views."""
+        """Return for each tensor the number of the storage that it views."""
         numbers = [0] * len(self._records)
         for storage, owner in enumerate(self._torch_storages.values()):
             for number in owner.tensors:
@@ -282,13 +282,13 @@ class TensorTable:
         return numbers
 
     def gpus(self) -> list[int]:
-        """Give the numbers of the CUDA devices that tensors lie on."""
+        """Return the numbers of the CUDA devices that tensors are on."""
         owners = self._torch_storages.values()
         devices = {owner.storage.device for owner in owners if not owner.is_cpu}
         return sorted(device.index for device in devices if device.type == "cuda")
 
     def sizes(self) -> list[int]:
-        """Give the bytes of each storage that ``finish`` would describe, at most."""
+        """Return an upper bound of the bytes of each storage that ``finish`` would describe."""
         sizes = [
             spans_bytes(lay_spans(self._hulls_of(owner), owner.bytes))
             if owner.spans is None
@@ -298,7 +298,7 @@ class TensorTable:
         return sizes + [array.nbytes for _, array in self._numpy_storages]
 
     def lay_out(self) -> None:
-        """Find what is saved of each storage; ``sizes`` is exact from then on."""
+        """Determine what is saved of each storage; ``sizes`` is exact from then on."""
         for owner in self._torch_storages.values():
             self._lay_out(owner)
 
@@ -307,10 +307,10 @@ class TensorTable:
         is_unread: Callable[[int], bool] = lambda _: False,
         consistency: Consistency | None = None,
     ) -> tuple[list[TensorRecord], list[StorageRecord]]:
-        """Give the records of all tensors and of the storages that they view.
+        """Return the records of all tensors and of the storages that they view.
 
-        Storages that are neither in host memory nor where ``consistency`` has a place for them are
-        copied to the host now, but for those that are not read.
+        Storages that are neither in host memory nor on a GPU that ``consistency`` handles are
+        copied to the host now, except those that are not read.
         """
         storages: list[StorageRecord] = []
         for owner in self._torch_storages.values():
@@ -398,7 +398,7 @@ class TensorTable:
 
 
 def _pack(tensor: Any) -> Any:
-    """Copy a tensor into memory of its own, without gaps, whatever its dtype."""
+    """Return a contiguous copy of a tensor, whatever its dtype."""
     torch = sys.modules["torch"]
     if tensor.dtype.itemsize == 1:  # some one-byte dtypes have no copy kernel
         return tensor.view(torch.uint8).contiguous()
@@ -406,7 +406,7 @@ def _pack(tensor: Any) -> Any:
 
 
 def _as_strided(tensor: Any, where: Callable[[], str]) -> Any:
-    """Give a tensor whose raw bytes are its values; refuse one that has none."""
+    """Return a tensor whose raw bytes are its values; refuse one without such bytes."""
     torch = sys.modules["torch"]
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -426,10 +426,10 @@ def _as_strided(tensor: Any, where: Callable[[], str]) -> Any:
         raise UnsupportedValue(
             f"saving `{where()}`",
             "a tensor on the `meta` device has a shape but no values",
-            "materialise it first, for example with `module.to_empty(device=...)`",
+            "materialize it first, for example with `module.to_empty(device=...)`",
         )
     if tensor.is_conj() or tensor.is_neg():
-        # The bits say "conjugate me on reading": the raw bytes alone would lie.
+        # A lazy conjugate or negative: the raw bytes alone are not its values.
         return tensor.detach().resolve_conj().resolve_neg()
     return tensor
 
@@ -444,7 +444,7 @@ def _outside(hull: Hull, storage_bytes: int, where: Callable[[], str]) -> Unsupp
 
 
 def numpy_dtype_name(dtype: np.dtype[Any], where: Callable[[], str]) -> str:
-    """Give the name a numpy dtype is stored by; refuse one that raw bytes do not describe."""
+    """Return the name that a numpy dtype is stored under; refuse one without plain raw bytes."""
     name = dtype.str
     if (
         dtype.kind in _NUMPY_KINDS
@@ -464,7 +464,7 @@ def numpy_dtype_name(dtype: np.dtype[Any], where: Callable[[], str]) -> str:
 
 
 def numpy_dtype(name: str, item_bytes: int | None = None) -> np.dtype[Any]:
-    """Give the numpy dtype of a stored name; refuse what the writer would not have written."""
+    """Return the numpy dtype of a stored name; refuse names that a writer would not write."""
     try:
         dtype = np.dtype(name)
         known = numpy_dtype_name(dtype, lambda: name) == name
@@ -480,7 +480,7 @@ def numpy_dtype(name: str, item_bytes: int | None = None) -> np.dtype[Any]:
 
 
 def torch_dtype(name: str, item_bytes: int | None = None) -> Any:
-    """Give the torch dtype of a stored name; name the torch that has it where this one has not."""
+    """Return the torch dtype of a stored name; if it is missing, the error names its version."""
     torch = import_torch(f"loading a value of dtype `torch.{name}`")
     dtype = getattr(torch, name, None) if name.isidentifier() else None
     if not isinstance(dtype, torch.dtype) or (
@@ -496,7 +496,7 @@ def torch_dtype(name: str, item_bytes: int | None = None) -> Any:
 
 
 def import_torch(what: str) -> Any:
-    """Give torch, for values that cannot exist without it."""
+    """Return torch, for values that need it; ``what`` names the operation in the error."""
     try:
         import torch  # noqa: PLC0415  (users of numpy alone need no torch)
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""A state as a flat list of nodes: what they mean, and how values are made of them.
+"""A state as a flat list of nodes: their meaning, and how values are built from them.
 
-Always holds: a container stands before what is in it; no code is run but the constructors of the
-types below.
+Always holds: a container precedes its contents; no code is run except the constructors of the types
+below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DICTS = (dict, OrderedDict, Counter)
 """Types of dicts, as the tree numbers them."""
 
-# Tags of nodes; python/src/tree.rs numbers them alike.
+# Tags of nodes; python/src/tree.rs has the same numbers.
 TAG_NONE = 0
 TAG_BOOL = 1
 TAG_INT = 2
@@ -43,14 +43,14 @@ Node = tuple[int, Any] | tuple[int, Any, Any]
 
 
 class Tree:
-    """Nodes of a loaded checkpoint with their extents, ready to be built in whole or in part."""
+    """Nodes of a loaded checkpoint with their extents; can be built in whole or in part."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
         self.ends = _ends_of(nodes)
 
     def children(self, index: int) -> Iterator[tuple[Any, int]]:
-        """Give ``(key or position, node)`` of a container's children, without its metadata."""
+        """Yield ``(key or position, node)`` of a container's children, without its metadata."""
         tag, payload = self.nodes[index][:2]
         child = index + 1
         if tag == TAG_DICT:
@@ -65,11 +65,11 @@ class Tree:
             child = self.ends[child]
 
     def is_container(self, index: int) -> bool:
-        """Tell a dict, list or tuple from a leaf."""
+        """Return whether a node is a dict, list or tuple."""
         return self.nodes[index][0] >= TAG_CONTAINERS
 
     def tensors_below(self, index: int, keep: Sequence[bool] | None = None) -> list[int]:
-        """Give the numbers of the tensors at and below a node, of kept nodes only."""
+        """Return the numbers of the tensors at and below a node, only of kept nodes."""
         return [
             self.nodes[position][1]
             for position in range(index, self.ends[index])
@@ -82,10 +82,10 @@ class Tree:
         tensor_at: Callable[[int], Any],
         keep: Sequence[bool] | None = None,
     ) -> Any:
-        """Make the value at a node.
+        """Build the value at a node.
 
-        Of a dict only kept entries are made; lists and tuples keep their length, with None in
-        the places that are not kept.
+        A dict has only its kept entries; lists and tuples keep their length, with None for items
+        that are not kept.
         """
         tag, payload = self.nodes[index][:2]
         if tag == TAG_DICT:
@@ -114,7 +114,7 @@ class Tree:
 
 
 def _ends_of(nodes: Sequence[Node]) -> list[int]:
-    """Give for each node the index after its last descendant."""
+    """Return for each node the index one past its last descendant."""
     ends = [0] * len(nodes)
     open_containers: list[list[int]] = []  # [index, children still to come]
     for index, node in enumerate(nodes):

@@ -1,6 +1,7 @@
-"""Why a value cannot be stored, in words, and how it could be.
+"""Messages for values that cannot be stored, and how to convert them.
 
-Always holds: nothing here decides what can be stored; a hint names code that can be run as it is.
+Always holds: nothing here decides what can be stored; a hint contains code that can be run as it
+is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PATH_SHOWN_MAX = 16
 
 
 def display(path: Sequence[Any]) -> str:
-    """Write a key path as the expression that reaches it from ``state``.
+    """Return a key path as the Python expression that reaches it from ``state``.
 
     >>> display(["model", "layers", 3])
     'state["model"]["layers"][3]'
@@ -37,7 +38,7 @@ def display(path: Sequence[Any]) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell text from what holds half a surrogate pair."""
+    """Return whether a string has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -46,7 +47,7 @@ def is_unicode(text: str) -> bool:
 
 
 def name_of(kind: type) -> str:
-    """Give a type's name, with its module if that is not the builtin one."""
+    """Return a type's name, with its module unless it is a builtin."""
     module = kind.__module__
     return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
@@ -58,7 +59,7 @@ _PLAIN_TYPES = (bool, int, float, complex, str, bytes, list, dict, tuple)
 
 
 def why_unsupported(value: Any) -> tuple[str, str]:
-    """Say why a value cannot be stored, and how to convert it."""
+    """Return why a value cannot be stored, and how to convert it."""
     name = name_of(type(value))
     if isinstance(value, type) or callable(value):
         what = "a class" if isinstance(value, type) else f"a `{name}`"
@@ -83,7 +84,7 @@ def _tensor_subclass_hint(torch: Any, tensor: Any) -> str:
     if name == "ShardedTensor":
         return "save DTensors: give FSDP a `device_mesh`, or shard with `fully_shard`"
     if name == "FakeTensor":
-        return "it has a shape but no values: leave `FakeTensorMode` before making the state"
+        return "it has a shape but no values: leave `FakeTensorMode` before creating the state"
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         return "it has no values yet: run the lazy module once, then save"
     if name == "NestedTensor":

@@ -1,12 +1,14 @@
-"""What wrapping a model does to the names of its parameters, and how to undo it.
+"""How wrapping a model changes the names of its parameters, and how to undo that.
 
-Always holds: a wrapper is named only if its prefix, taken away or added, makes all names fit.
+Always holds: a wrapper is suggested only if removing or adding its prefix makes all names match.
 """
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
+
+from dtruntime.messages import listed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +23,11 @@ _WRAPPERS = {
     "module": "`DistributedDataParallel` or `AveragedModel`",
 }
 _OWN = ("n_averaged",)
-"""What wrappers have of their own, beside what they wrap."""
+"""Entries that wrappers add to those of what they wrap."""
 
 
 def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """Say how to restore where only a wrapper stands between a live model and what was saved.
+    """Return how to restore if a live model and the saved one differ only by a wrapper.
 
     Args:
         missing: Paths of the live state that the checkpoint does not have.
@@ -40,8 +42,7 @@ def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
         if owner is not None:
             return (
                 f"what was saved was wrapped by {wrapper}: restore into the wrapped `{owner}`, or, "
-                f'without wrapping it, into `torch.nn.ModuleDict({{"{attribute}": ...}})` in its '
-                "place"
+                f'without wrapping it, into `torch.nn.ModuleDict({{"{attribute}": ...}})` instead'
             )
         owner = _owner_without(attribute, missing, unexpected)
         if owner is not None:
@@ -50,23 +51,20 @@ def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
 
 
 def warn_of_untouched(plan: RestorePlan) -> None:
-    """Log which objects and top-level entries a restore of what fits left as they are."""
+    """Log the objects and top-level entries that a partial restore left unchanged."""
     if not plan.untouched:
         return
-    named = [f"`{path}`" for path in plan.untouched[:_LISTED_MAX]]
-    if len(plan.untouched) > len(named):
-        named.append(f"and {len(plan.untouched) - len(named)} more")
-    advice = hint_of(plan.missing, plan.unexpected) or plan.told_top()
+    advice = hint_of(plan.missing, plan.unexpected) or plan.top_level_note()
     _logger.warning(
         "restoring step %d: nothing was restored into %s; %s",
         plan.step,
-        ", ".join(named),
+        listed(quoted(plan.untouched), _LISTED_MAX),
         "; ".join([advice, *plan.hints]),
     )
 
 
 def _owner_without(attribute: str, wrapped: Sequence[str], plain: Sequence[str]) -> str | None:
-    """Give whose paths are ``plain`` if each of ``wrapped`` lacks this part of it."""
+    """Return the owner of ``wrapped`` if removing the attribute from each yields ``plain``."""
     wrapped = [path for path in wrapped if path.rpartition(".")[2] not in _OWN]
     owners = {path.split(f".{attribute}.", 1)[0] for path in wrapped if f".{attribute}." in path}
     bare = [path.replace(f".{attribute}.", ".", 1) for path in wrapped]
