@@ -8,6 +8,7 @@ refused, and an interrupted opening is undone; an interrupted ``close`` resumes 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -144,7 +145,7 @@ class CheckpointManager:
         s3: How a store in S3 is accessed, any of: ``region``, ``endpoint_url``, ``profile``,
             ``path_style`` (default: true with an endpoint), ``ca_bundle`` (a PEM file, trusted in
             addition to the system's), ``connect_timeout_ms`` (5,000), ``request_timeout_ms`` of one
-            attempt (60,000), ``attempts`` per request (6), ``part_bytes`` of an upload
+            attempt (60,000), ``attempts`` per request (10), ``part_bytes`` of an upload
             (``"16MiB"``), ``in_flight_bytes`` of parts (``"128MiB"``). Default: as for the AWS
             tools. Credentials come from environment, profile, web identity, container or instance.
 
@@ -215,7 +216,6 @@ class CheckpointManager:
             compression=compression,
             direct_io=direct_io,
             io_backend=io_backend,
-            verify_on_load=verify_on_load,
             sizes={
                 "staging_bytes": staging_bytes,
                 "chunk_bytes": chunk_bytes,
@@ -722,6 +722,18 @@ class CheckpointManager:
         except CheckpointError as unseen:
             # The block's own exception propagates; this one must neither replace it nor be lost.
             _logger.error("closing `%s`: %s", self._path, unseen)  # noqa: TRY400
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close in another thread: the event loop goes on."""
+        await asyncio.to_thread(self.__exit__, kind, error, traceback)
 
     def __repr__(self) -> str:
         mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"

@@ -14,6 +14,8 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dtruntime import _native
 
 _logger = logging.getLogger("dtruntime")
@@ -25,8 +27,9 @@ class Lineage:
     def __init__(self, native: _native.Manager, *, is_read_only: bool) -> None:
         self._native = native
         self._is_read_only = is_read_only
-        self._unsound: frozenset[tuple[int, str | None]] = frozenset()
-        """Steps after the loaded one that do not verify, each with its attempt."""
+        self._unsound: dict[tuple[int, str | None], str | None] = {}
+        """Steps after the loaded one that do not verify, each with its attempt, and why they do
+        not; None if another rank could not load it."""
         self._rewound_to: int | None = None
         """The step that training went back to; later ones may exist."""
         self._rewinding_save: _native.SaveHandle | None = None
@@ -34,14 +37,26 @@ class Lineage:
         self.rewinds_implicitly = False
         """Whether the caller passes ``rewind=True`` by itself where a save needs it."""
 
-    def note_loaded(self, step: int, *, later_are_unsound: bool) -> None:
-        """Note which step was read, and whether the later ones could not be read."""
+    def note_loaded(self, step: int, failed: Mapping[int, str], *, later_are_unsound: bool) -> None:
+        """Note which step was read as the newest, and whether the later ones could not be."""
         later = self._later_than(step) if later_are_unsound else ()
-        self._unsound = frozenset((number, attempt) for number, _, attempt in later)
+        self._unsound = {(number, attempt): failed.get(number) for number, _, attempt in later}
+
+    def passed_over(self) -> dict[int, str]:
+        """Return the steps that this process could not read before, with the reasons.
+
+        They are not tried again: what is read in several calls must be of one checkpoint.
+        """
+        if not self._unsound:
+            return {}
+        found = ((n, self._unsound.get((n, attempt))) for n, _, attempt in self._later_than(-1))
+        return {number: why for number, why in found if why is not None}
 
     def note_restored(self, step: int, *, is_named: bool) -> None:
         """Note where training continues, and warn about later steps, if there are any."""
         self._rewound_to = self._rewinding_save = None
+        if is_named:
+            self._unsound = {}
         later = [number for number, why, _ in self._later_than(step) if why is None]
         if not is_named or not later or self._is_read_only:
             return

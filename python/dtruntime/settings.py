@@ -13,6 +13,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dtruntime.errors import InvalidArgument
 from dtruntime.messages import quoted, suggestion
 
@@ -137,7 +139,6 @@ def engine_settings(
     compression: Any,
     direct_io: bool | str,
     io_backend: Any,
-    verify_on_load: bool,
     sizes: Mapping[str, int | str | None],
     counts: Mapping[str, Any],
     best: tuple[str | None, str],
@@ -150,7 +151,6 @@ def engine_settings(
         compression: As for the manager.
         direct_io: As for the manager.
         io_backend: As for the manager.
-        verify_on_load: As for the manager.
         sizes: Numbers of bytes, by name; None where one is not set.
         counts: Whole numbers, by name; None where one is not set.
         best: ``best_metric`` and ``best_mode``.
@@ -165,7 +165,6 @@ def engine_settings(
     given = {
         "direct_io": _direct_io(direct_io),
         "io_backend": choice("io_backend", io_backend, IO_BACKENDS),
-        "verify_on_load": bool(verify_on_load),
         "s3": _s3_settings(s3),
     } | _remote_settings(address, bytes_per_second, remove_before_upload=remove_before_upload)
     if compression is not None:
@@ -265,26 +264,37 @@ _DEPTH_MAX = 64
 """Nesting of containers in each entry of the metadata: the engine's ``METADATA_DEPTH_MAX``."""
 
 
-def _as_json(value: Any, depth: int = 0) -> Any:
-    """Return a value with ``nan``, ``inf`` and ``-inf`` as text: JSON has no such numbers.
+def _as_json(value: Any, where: str, depth: int = 0) -> Any:
+    """Return a value as JSON can hold it.
+
+    ``nan``, ``inf`` and ``-inf`` become text, because JSON has no such numbers; NumPy scalars
+    become Python's.
 
     Raises:
-        TypeError: It would not load as the same value.
+        TypeError: It would not load as the same value; ``where`` it is, for the message.
 
     """
-    if depth > _DEPTH_MAX and isinstance(value, (dict, list, tuple)):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (dict, list, tuple)) and depth > _DEPTH_MAX:
         raise TypeError(f"containers in it are nested deeper than {_DEPTH_MAX}")
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
-        raise TypeError("a whole number of more than 64 bits would lose digits")
+        raise TypeError(f"{where} is a whole number of more than 64 bits, which would lose digits")
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError("a key in it is not a str, and would load as one")
-        return {key: _as_json(item, depth + 1) for key, item in value.items()}
+            raise TypeError(f"a key of {where} is not a str, and would load as one")
+        return {
+            key: _as_json(item, f"`{key}`" if depth == 0 else where, depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_as_json(item, depth + 1) for item in value]
-    return value
+        return [_as_json(item, where, depth + 1) for item in value]
+    if value is None or isinstance(value, (str, int)):
+        return value
+    within = "" if depth == 1 else " holds a value that"
+    raise TypeError(f"{where}{within} is of type `{type(value).__name__}`")
 
 
 def json_object(name: str, value: Mapping[str, Any] | None) -> str:
@@ -297,7 +307,7 @@ def json_object(name: str, value: Mapping[str, Any] | None) -> str:
     try:
         if not isinstance(value, dict):
             raise TypeError(f"a dict with str keys is expected, got `{type(value).__name__}`")  # noqa: TRY301
-        text = json.dumps(_as_json(value), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(_as_json(value, "it"), allow_nan=False, ensure_ascii=False)
         text.encode()  # refuses lone surrogates
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(

@@ -246,7 +246,7 @@ def test_damage_is_told_and_an_older_checkpoint_can_be_named(manager, store):
         load(manager, live)
     (error,) = failures_of(raised)
     assert isinstance(error, Corrupt)
-    assert "tensors hit: w" in str(error)
+    assert "affected tensors: w" in str(error)
     load(manager, live, 1)
     assert (live["w"] == 1).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import contextlib
 import errno
@@ -658,3 +659,36 @@ def test_every_class_is_exported_and_has_a_docstring():
     assert issubclass(dtruntime.InvalidArgument, ValueError)
     assert issubclass(dtruntime.UnsupportedValue, TypeError)
     assert not issubclass(dtruntime.CheckpointError, builtins.OSError)
+
+
+def test_what_is_read_in_several_calls_is_of_one_checkpoint(open_manager, store, caplog):
+    def state_of(step: float) -> dict[str, torch.Tensor]:
+        return {"model": torch.full((200_000,), step), "random": torch.full((200_000,), step)}
+
+    with open_manager(compression="none", chunk_bytes=65536) as manager:
+        for step in (1, 2):
+            manager.save(state_of(step), step=step)
+    flip_byte(shard_of(store, 2), 200_000)
+    manager = open_manager(compression="none", chunk_bytes=65536)
+    live = state_of(0)
+    assert manager.restore(live).step == 1
+    for key in live:
+        assert manager.load(keys=key)[key][0] == 1
+        assert manager.last_load.step == 1
+        assert [step for step, _ in manager.last_load.fell_back_from] == [2]
+    assert "fell back to step 1 from 2" in caplog.text
+    assert manager.should_save(2)
+    manager.save(state_of(2), step=2)
+    assert manager.load(keys="random")["random"][0] == 2, "another attempt has taken its place"
+
+
+def test_async_with(open_manager):
+    async def main() -> CheckpointManager:
+        async with open_manager() as manager:
+            manager.save_async({"x": 1}, step=1)
+        return manager
+
+    manager = asyncio.run(main())
+    with pytest.raises(Closed):
+        manager.latest_step()
+    assert open_manager().load() == {"x": 1}

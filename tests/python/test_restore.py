@@ -428,3 +428,34 @@ def test_a_wrapper_that_is_all_the_difference_is_named(manager, caplog, saved, l
     assert hint in warning
     manager.restore({"model": saved(models[1])}, strict=False)
     assert len(caplog.messages) == 1
+
+
+def test_a_copy_of_an_optimizers_state_is_not_the_optimizer(manager, caplog):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    state = {"model": model, "optimizer": optimizer.state_dict(), "lr": scheduler.state_dict()}
+    manager.save(state, step=1)
+    manager.restore(state)
+    assert "`optimizer`, `lr` is a copy that `state_dict()` made" in caplog.text
+    caplog.clear()
+    manager.save({"optimizer": optimizer, "lr": scheduler}, step=2)
+    manager.restore({"optimizer": optimizer, "lr": scheduler})
+    assert "copy" not in caplog.text
+
+
+def test_who_converts_old_entries_is_told_how_to_load_them(manager):
+    model = torch.nn.Linear(2, 2)
+    manager.save({"model": {"old": model.weight, "bias": model.bias}}, step=1)
+
+    def convert(_module: object, entries: dict[str, object], *_: object) -> None:
+        entries["weight"] = entries.pop("old")
+
+    with pytest.raises(InvalidArgument) as caught:
+        manager.restore({"model": model})
+    assert "load_state_dict(" not in caught.value.hint
+    model.register_load_state_dict_pre_hook(convert)
+    with pytest.raises(InvalidArgument) as caught:
+        manager.restore({"model": model})
+    assert "module.load_state_dict(manager.load(keys=" in caught.value.hint
+    model.load_state_dict(manager.load(keys="model")["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import run_script
@@ -29,11 +30,11 @@ WRONG = {
     "remote directory": ({"remote": "other/run"}, "a store in S3 is expected"),
     "remote of s3": (
         {"path": "s3://bucket/a", "remote": "s3://bucket/b"},
-        "checkpoints are brought to `remote` from a directory",
+        "only checkpoints in a directory are uploaded to `remote`",
     ),
     "remote rate": (
         {"remote": "s3://bucket/b", "remote_bytes_per_second": 0},
-        "nothing would ever arrive",
+        "no upload would ever finish",
     ),
     "bytes path": ({"path": b"abc"}, "a str or a path is expected"),
     "number path": ({"path": 5}, "a str or a path is expected"),
@@ -45,11 +46,11 @@ WRONG = {
     "keep bool": ({"keep_last_n": True}, "a whole number from 0"),
     "keep every": ({"keep_every": 0}, "steps cannot be multiples of 0"),
     "keep float": ({"keep_every": 1.5}, "got `float`"),
-    "keep best alone": ({"keep_best_n": 2}, "nothing says which checkpoints are best"),
+    "keep best alone": ({"keep_best_n": 2}, "there is no metric to rank checkpoints by"),
     "keep no best": ({"keep_best_n": 0, "best_metric": "loss"}, "none would be kept"),
     "keep best of all": ({"keep_best_n": 2, "best_metric": "loss"}, "without `keep_last_n` all"),
     "metric": ({"best_metric": 1}, "a str is expected, got `int`"),
-    "metric without name": ({"best_metric": ""}, "a metric has a name"),
+    "metric without name": ({"best_metric": ""}, "a metric needs a name"),
     "mode": ({"best_mode": "minimum"}, "did you mean `min`?"),
     "staging text": ({"staging_bytes": "2 GiBi"}, 'such as "512MiB" or "2GiB"'),
     "staging huge": (
@@ -271,3 +272,16 @@ def test_what_a_killed_save_left_goes_with_the_next_save(open_manager, settings,
     manager.save({"n": 2}, step=2)
     assert left.exists() == stays
     assert manager.load(step=1) == {"n": 1}
+
+
+def test_metadata_takes_numpy_scalars_and_names_what_it_does_not_take(manager):
+    metadata = {"n": np.int64(3), "acc": np.float32(0.5), "ok": np.True_, "many": [np.int8(1)]}
+    manager.save({}, step=1, metadata=metadata)
+    assert manager.metadata(1) == {"n": 3, "acc": 0.5, "ok": True, "many": [1]}
+    for value, text in [
+        ({"loss": torch.ones(1)}, "`loss` is of type `Tensor`"),
+        ({"a": {"b": [1, {2}]}}, "`a` holds a value that is of type `set`"),
+        ({"big": 1 << 70}, "`big` is a whole number"),
+    ]:
+        with pytest.raises(InvalidArgument, match=text):
+            manager.save({}, step=2, metadata=value)

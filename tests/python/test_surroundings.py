@@ -156,7 +156,7 @@ def test_a_file_in_the_stores_place_or_above_it_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for read_only in (False, True):
-        with pytest.raises(InvalidArgument, match="it is a file, and a store is a directory"):
+        with pytest.raises(InvalidArgument, match="it is a file, but a store is a directory"):
             CheckpointManager(file, read_only=read_only)
         with pytest.raises(CheckpointError, match="a parent of the path is a file"):
             CheckpointManager(file / "below", read_only=read_only)

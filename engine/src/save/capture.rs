@@ -27,6 +27,7 @@ use crate::error::IoContext;
 use crate::format::layout::Piece;
 use crate::io::buffer::{Buffer, BufferPool};
 use crate::io::lent::lend;
+use crate::threads::{cores, thread_count};
 use crate::{EngineError, Result};
 
 /// Most threads that copy: two saturate the memory of a small machine, four that of a socket.
@@ -111,7 +112,7 @@ fn capture_here(
     chunks: Range<usize>,
 ) -> Result<()> {
     let streamed = !fits(job, &devices.arena);
-    let threads = thread_count(chunks.len());
+    let threads = thread_count(None, cores(), CAPTURE_THREADS_MAX, chunks.len());
     let next_chunk = AtomicUsize::new(chunks.start);
     let capture = Capture { job, storages, devices, next_chunk, end: chunks.end };
     let captured = std::thread::scope(|scope| {
@@ -132,11 +133,6 @@ fn capture_here(
     }
     tasks.sort_unstable_by_key(|task| task.index);
     tasks.into_iter().try_for_each(|task| devices.send(task))
-}
-
-fn thread_count(chunks: usize) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    cores.min(CAPTURE_THREADS_MAX).min(chunks).max(1)
 }
 
 struct Capture<'a> {

@@ -81,6 +81,8 @@ class Source:
         rank = None if from_rank is None else settings.integer("from_rank", from_rank)
         shards = self._shards(None if rank is None else min(rank, _RANK_MAX))
         timeout = self._options.agreement_timeout
+        if step is None:
+            shards.failed.update(self._lineage.passed_over())
         if step is not None:
             number = settings.step_of(step, "load(step=...)")
             checkpoint, result = fallback.read_step(shards, number, read)
@@ -97,9 +99,10 @@ class Source:
             checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
         )
         self._native.protect(checkpoint.step)
-        # With several ranks, it may be another one that could not load the later steps.
-        fell_back = step is None and (bool(failed) or timeout is not None)
-        self._lineage.note_loaded(checkpoint.step, later_are_unsound=fell_back)
+        if step is None:
+            # With several ranks, it may be another one that could not load the later steps.
+            fell_back = bool(failed) or timeout is not None
+            self._lineage.note_loaded(checkpoint.step, failed, later_are_unsound=fell_back)
         self.last_load = report
         return result, report
 

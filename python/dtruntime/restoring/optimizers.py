@@ -164,3 +164,9 @@ def _filled_in(owner: type) -> frozenset[str]:
     group: dict[str, Any] = {"params": []}
     dummy.__setstate__({"state": {}, "param_groups": [group]})
     return frozenset(group)
+
+
+def is_state_copy(live: dict[Any, Any]) -> bool:
+    """Return whether a dict is what ``state_dict()`` of an optimizer or a scheduler returned."""
+    keys = live.keys()
+    return keys == {"state", "param_groups"} or keys >= {"last_epoch", "_step_count"}

@@ -60,6 +60,7 @@ class RestorePlan:
         misfits: By path: why a saved entry does not fit the live one.
         hints: How to fix them, each once, in order.
         untouched: Live objects and top-level entries that a partial restore leaves unchanged.
+        copies: Live dicts that an optimizer or scheduler gave, and does not read again.
         has_top_mismatch: Whether top-level keys differ from the saved ones.
         fillable: By number: the live tensor that only the saved one is copied into, with the same
             memory layout: it could be read into directly.
@@ -76,6 +77,7 @@ class RestorePlan:
     misfits: dict[str, str] = field(default_factory=dict)
     hints: dict[str, None] = field(default_factory=dict)
     untouched: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
     has_top_mismatch: bool = False
     not_asked_for: list[str] = field(default_factory=list)
     fillable: dict[int, Any] = field(default_factory=dict)

@@ -35,7 +35,7 @@ from dtruntime.restoring.fitting import (
     inference_misfit,
     tensor_misfit,
 )
-from dtruntime.restoring.optimizers import optimizer_misfit
+from dtruntime.restoring.optimizers import is_state_copy, optimizer_misfit
 from dtruntime.restoring.plan import Action, RestorePlan
 from dtruntime.state.sharded_tensors import LivePart, is_sharded, local_of, sharded_type
 from dtruntime.state.tree import DICTS, TAG_DICT, TAG_LIST, TAG_TENSOR, TAG_TUPLE
@@ -72,6 +72,12 @@ class _LiveTargets:
         local = local_of(live)
         if local.is_cuda:
             self.devices[number] = local.device
+
+
+_MIGRATES = (
+    "if the module's own loading code converts old entries, use that: "
+    '`module.load_state_dict(manager.load(keys="model")["model"])`'
+)
 
 
 @dataclass
@@ -323,7 +329,11 @@ class _Planner:
         if self._tree.nodes[index][0] != TAG_DICT:
             self._misfit(index, "a module is live, and the checkpoint has no dict")
             return False
+        known = len(self.plan.missing) + len(self.plan.unexpected)
         fit = self._compare_module(live, index)
+        is_other = len(self.plan.missing) + len(self.plan.unexpected) > known
+        if is_other and modules.runs_user_code(live):
+            self.plan.hints[_MIGRATES] = None
 
         def act(value: dict[str, Any]) -> None:
             for key in fit.drop:
@@ -440,6 +450,8 @@ class _Planner:
                 index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict"
             )
             return
+        if is_state_copy(live):
+            self.plan.copies.append(self._paths[index] or "the root")
         # Keyed by type, too: True and 1 are equal in Python, but different keys here.
         saved = {(type(key), key): child for key, child in self._tree.children(index)}
         prefix = self._prefix(index)

@@ -51,7 +51,15 @@ def hint_of(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
 
 
 def warn_of_untouched(plan: RestorePlan) -> None:
-    """Log the objects and top-level entries that a partial restore left unchanged."""
+    """Log what a restore left unchanged: objects and top-level entries, and owners of copies."""
+    if plan.copies:
+        _logger.warning(
+            "restoring step %d: %s is a copy that `state_dict()` made: the dict is filled, the "
+            "object that made it is unchanged; restore into the object itself, or pass the dict "
+            "to its `load_state_dict()` afterwards",
+            plan.step,
+            listed(quoted(plan.copies), _LISTED_MAX),
+        )
     if not plan.untouched:
         return
     advice = hint_of(plan.missing, plan.unexpected) or plan.top_level_note()

@@ -123,11 +123,7 @@ impl S3Store {
         if self.access != Access::Read {
             return Ok(());
         }
-        Err(EngineError::invalid(
-            format!("{what} in store `{}`", self.location()),
-            "it was opened read-only",
-            "open it for writing, without `read_only=True`",
-        ))
+        Err(EngineError::read_only(what, self.location()))
     }
 }
 

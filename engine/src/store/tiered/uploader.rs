@@ -10,7 +10,6 @@
 //! - A panic ends what it happened in, and nobody waits for a thread that has ended.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,7 +18,7 @@ use super::pacer::Pacer;
 use super::queue::{Queue, UploadTask};
 use super::work::Work;
 use crate::clock::elapsed;
-use crate::error::IoContext;
+use crate::error::{self, IoContext};
 use crate::store::Uploads;
 use crate::store_copy::{
     Between, Brought, Copied, Overwrite, Transferred, publish_whole, transfer, transfer_share,
@@ -204,9 +203,7 @@ pub(super) fn caught<T, E: From<EngineError>>(
     what: &str,
     act: impl FnOnce() -> std::result::Result<T, E>,
 ) -> std::result::Result<T, E> {
-    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|_panic| {
-        Err(EngineError::internal(what, "the thread that uploads panicked").into())
-    })
+    error::caught(act, || EngineError::internal(what, "the thread that uploads panicked").into())
 }
 
 fn warn_of(step: u64, error: &dyn fmt::Display) {
