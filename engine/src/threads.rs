@@ -1,8 +1,8 @@
 //! On how many threads a stage runs: pure figures, one probe.
 //!
-//! Always holds: a number that was set is kept; without one, the ranks of a machine together take no
-//! more threads than it has cores. A stage runs on one thread at least, and on no more than it has
-//! tasks.
+//! Always holds: a number that was set is kept; without one, the ranks of a machine together take
+//! no more threads than it has cores. A stage runs on one thread at least, and on no more than it
+//! has tasks.
 
 use std::fs;
 use std::num::NonZero;

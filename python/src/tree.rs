@@ -1,8 +1,8 @@
 //! The state tree and the tensor records, between Python's tuples and the engine's types.
 //!
-//! A node is `(tag, payload)`, or `(tag, payload, key)` for an entry of a dict; the tags are
-//! numbered alike in `dtruntime/state/state_tree.py`. Always holds: what goes one way comes back the
-//! other equal.
+//! A node is `(tag, payload)`, or `(tag, payload, key)` for an entry of a dict; the tags have the
+//! same numbers in `dtruntime/state/state_tree.py`. Always holds: what goes one way comes back
+//! equal the other way.
 
 use dtr_engine::format::index::{GlobalSlice, TensorKind, TensorRecord};
 use dtr_engine::format::tree::{DictKind, Key, Node, Value, Walk};

@@ -117,7 +117,7 @@ fn shards_in(world: &World, step: u64) -> usize {
     survey.step(step).map_or(0, |step| step.orphans.len())
 }
 
-/// Holds a rank's first report back: `meet` is met when it is about to go, and again before it goes.
+/// Holds a rank's first report back: `meet` is met when it is about to go, and before it goes.
 #[derive(Debug)]
 struct Held {
     is_armed: AtomicBool,
@@ -157,11 +157,11 @@ fn a_save_that_is_cancelled_on_one_rank_fails_on_all() {
         outcome
     });
     let refusals = refusals(outcomes);
-    assert!(refusals[0].contains("the test wants it"), "{refusals:?}");
-    assert!(
-        refusals[1].contains("rank 0 (`worker-0`) failed: the save was cancelled"),
-        "{refusals:?}"
-    );
+    let told = "rank 0 (`worker-0`) failed: the save was cancelled";
+    assert!(refusals[1].contains(told), "{refusals:?}");
+    // The rank itself may hear it from the coordinator first.
+    let own = ["the test wants it", told];
+    assert!(own.iter().any(|own| refusals[0].contains(own)), "{refusals:?}");
     assert_eq!(world.reader(0).steps().unwrap(), [0; 0]);
     save_all(&ranks, 6);
 }

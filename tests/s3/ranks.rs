@@ -475,7 +475,7 @@ fn ranks_that_measure_differently_say_what_rank_0_says() {
         finish(&rank.engine.save(SaveRequest { metadata, ..state.request(2) })?)
     });
     let told = too_much[0].as_ref().unwrap_err().to_string();
-    assert!(told.contains("attach less as `metadata`"), "{told}");
+    assert!(told.contains("attach less `metadata`"), "{told}");
     assert!(too_much.iter().all(Result::is_err));
     assert!(ranks.iter().all(|rank| rank.engine.steps().unwrap() == [1]));
 }

@@ -239,9 +239,9 @@ impl Engine {
     }
 
     /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
-    /// checked on its way. Of one that is there already, what is missing is brought. Of a copy that
-    /// was interrupted, parts of an upload are not sent again. A save to the destination that another
-    /// thread begins waits.
+    /// checked on its way. If it is there already, only what is missing is copied. Parts of an
+    /// upload that was interrupted are not sent again. A save to the destination that another
+    /// thread begins in the meantime waits.
     ///
     /// What was discarded there when training went back cannot be copied there.
     ///

@@ -1,3 +1,5 @@
+//! Tests of what a listing means, and of what may be saved or copied by it.
+
 use std::time::Duration;
 
 use proptest::prelude::*;

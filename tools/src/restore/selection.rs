@@ -113,7 +113,7 @@ fn path_below<'p>(path: &'p str, below: &str) -> Result<&'p str> {
         let shown = text::one_line(container);
         EngineError::invalid(
             format!("naming tensor `{}` without `{shown}`", text::one_line(path)),
-            "it does not lie there",
+            "it is not in there",
             format!("choose what does with `--tensors '{shown}.*'`, or name a path above it"),
         )
     })

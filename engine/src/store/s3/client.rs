@@ -46,7 +46,7 @@ const IDLE_CONNECTION: Duration = Duration::from_secs(15);
 /// ten attempts they add up to 13 s on average: a service that fails over, or throttles, for some
 /// seconds ends no save.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
-/// Attempts at a request that may stand still until they time out: more are for answers that say no.
+/// Attempts at a request that may stand still until they time out; more are for refusals.
 const SILENT_ATTEMPTS_MAX: u32 = 4;
 /// What names a service that is not AWS.
 const ENDPOINT_VARIABLES: [&str; 2] = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"];

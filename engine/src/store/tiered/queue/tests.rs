@@ -1,3 +1,5 @@
+//! Tests of the queue: what is done first, again, and not any more.
+
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
