@@ -1,4 +1,4 @@
-//! Writes `src/gen` anew: `cargo run -p dtr-proto --example gen`.
+//! Writes `src/gen` again: `cargo run -p dtr-proto --example gen`.
 
 use std::path::Path;
 

@@ -517,6 +517,9 @@ class CheckpointManager:
             attempts.check_nothing_left(plan)
         except BaseException as error:
             self._incomplete = attempts.mixture(error) or self._incomplete
+            if self._incomplete is not None:
+                # What was changed is known only to attempts at the same steps: none is left out.
+                self._lineage.forget_unsound()
             if isinstance(error, CheckpointError) and attempts.incomplete not in (None, error):
                 raise attempts.incomplete from error  # no other checkpoint was restored instead
             raise

@@ -42,6 +42,10 @@ class Lineage:
         later = self._later_than(step) if later_are_unsound else ()
         self._unsound = {(number, attempt): failed.get(number) for number, _, attempt in later}
 
+    def forget_unsound(self) -> None:
+        """Have every step tried again."""
+        self._unsound = {}
+
     def passed_over(self) -> dict[int, str]:
         """Return the steps that this process could not read before, with the reasons.
 

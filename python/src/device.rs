@@ -39,7 +39,7 @@ pub(crate) fn cuda_devices(py: Python<'_>) -> PyResult<u32> {
 pub(crate) fn follow(direction: Direction, streams: &Streams) -> Result<()> {
     for &(ordinal, stream) in streams {
         let device = shared_device(ordinal)?;
-        // SAFETY: torch's current stream of this device; torch keeps its streams for ever.
+        // SAFETY: torch's current stream of this device; torch keeps its streams forever.
         let followed = unsafe { device.follow(direction, stream) };
         followed.map_err(|error| engine_error("waiting for the current stream", &error))?;
     }
@@ -50,7 +50,7 @@ pub(crate) fn follow(direction: Direction, streams: &Streams) -> Result<()> {
 pub(crate) fn precede(streams: &Streams) -> Result<()> {
     for &(ordinal, stream) in streams {
         let device = shared_device(ordinal)?;
-        // SAFETY: torch's current stream of this device; torch keeps its streams for ever.
+        // SAFETY: torch's current stream of this device; torch keeps its streams forever.
         let preceded = unsafe { device.precede(Direction::Down, stream) };
         preceded.map_err(|error| engine_error("holding the current stream back", &error))?;
     }

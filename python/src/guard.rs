@@ -131,13 +131,13 @@ impl Guard {
     }
 }
 
-/// A number of seconds from Python; None waits for ever, a negative number not at all.
+/// A number of seconds from Python; None waits forever, a negative number not at all.
 pub(crate) fn timeout_of(seconds: Option<f64>) -> Option<Duration> {
     let seconds = seconds?;
     if seconds <= 0.0 {
         return Some(Duration::ZERO);
     }
-    // Not finite, or centuries: that is for ever.
+    // Not finite, or centuries: that is forever.
     Duration::try_from_secs_f64(seconds).ok()
 }
 

@@ -2,7 +2,7 @@
 //! ran out.
 //!
 //! Always holds: a save that met a failed sync fails; the file that could not be synced is never
-//! synced again; the checkpoint before loads, also when the device is mounted anew.
+//! synced again; the checkpoint before loads, also when the device is mounted again.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! What was acknowledged survives `kill -9`, and nothing torn is visible.
 //!
 //! ```text
-//! parent                                    child: saves, rewinds, deletes, for ever
+//! parent                                    child: saves, rewinds, deletes, forever
 //!   reads  <----- "begin save 4" -----------  before each call
 //!   notes  <----- "done" -------------------  once it has returned: acknowledged
 //!   kills  <----- "at publishing, before" --  stands still there; or at a random time

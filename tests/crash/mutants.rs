@@ -41,7 +41,7 @@ fn every_mutant_still_applies() {
         check.args(["apply", "--check"]).arg(&path).current_dir(root());
         let checked = check.output().unwrap();
         let errors = String::from_utf8_lossy(&checked.stderr);
-        assert!(checked.status.success(), "mend `{}`: {errors}", path.display());
+        assert!(checked.status.success(), "repair `{}`: {errors}", path.display());
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Always holds: operations are numbered from 0 as they begin, on whatever thread; `before` runs on
 //! the caller's thread before anything is done, `after` once the outcome is known and before anyone
-//! else knows it. A watcher may keep a thread from going on for ever.
+//! else knows it. A watcher may keep a thread from going on forever.
 
 use std::fmt;
 use std::io;

@@ -1,4 +1,4 @@
-//! Every single operation of a save, or of a load, fails: once and for ever, in several ways, on
+//! Every single operation of a save, or of a load, fails: once and forever, in several ways, on
 //! every backend. The previous checkpoint stays, the error is typed, nothing half-made is visible,
 //! and the next save on a healthy device succeeds.
 

@@ -164,7 +164,7 @@ impl StorageSource for Broken {
             return Ok(());
         }
         assert!(!self.panics, "a source that panics");
-        Err(EngineError::invalid("reading a broken source", "it is broken", "mend it"))
+        Err(EngineError::invalid("reading a broken source", "it is broken", "repair it"))
     }
 }
 

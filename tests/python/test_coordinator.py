@@ -209,7 +209,7 @@ def test_shards_by_epoch(coordinator, tmp_path):
     files = [str(file) for file in data.iterdir()]
     assert sorted(file for share in shares for file in share) == sorted(files)
     assert registry.get_shard("d", 0, epoch=1, world_size=3) != shares[0]
-    with pytest.raises(InvalidArgument, match="below 3 is allowed"):
+    with pytest.raises(InvalidArgument, match="only ranks below 3 exist"):
         registry.get_shard("d", 3, world_size=3)
 
 

@@ -213,7 +213,7 @@ def test_ranks_that_see_different_checkpoints_in_one_store_are_told_so(coordinat
         store,
         coordinator.url,
     )
-    few = "the ranks see different ones: this one has {}, and 2 ranks have some True\n"
+    few = "the ranks see different ones: this rank has {}, and 2 ranks have some True\n"
     assert outputs == [few.format("none"), *[few.format("steps 1")] * 2]
 
 

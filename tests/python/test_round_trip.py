@@ -406,7 +406,7 @@ def test_a_device_that_is_not_there(manager):
     manager.save({"a": torch.ones(2)}, step=1)
     with pytest.raises(InvalidArgument, match="torch cannot use that device") as caught:
         manager.load(map_location="cuda:99")
-    assert "host's memory" in caught.value.hint
+    assert "host memory" in caught.value.hint
 
 
 def test_a_single_value_that_is_not_asked_for(manager):

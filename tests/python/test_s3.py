@@ -479,7 +479,7 @@ for seconds in (0.3, 2):
 def test_an_address_whose_slashes_a_path_swallowed_is_no_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for backend in (None, "s3"):
-        with pytest.raises(InvalidArgument, match='pass `str`: "s3://checkpoints/runs/gpt"'):
+        with pytest.raises(InvalidArgument, match='pass a `str`: "s3://checkpoints/runs/gpt"'):
             CheckpointManager(Path(STORE), backend=backend)
     assert not (tmp_path / "s3:").exists()
     with CheckpointManager("./s3:/run") as manager:

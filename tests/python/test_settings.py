@@ -48,7 +48,7 @@ WRONG = {
     "keep float": ({"keep_every": 1.5}, "got `float`"),
     "keep best alone": ({"keep_best_n": 2}, "there is no metric to rank checkpoints by"),
     "keep no best": ({"keep_best_n": 0, "best_metric": "loss"}, "no checkpoint would be kept"),
-    "keep best of all": ({"keep_best_n": 2, "best_metric": "loss"}, "without `keep_last_n` all"),
+    "keep best of all": ({"keep_best_n": 2, "best_metric": "loss"}, "without `keep_last_n`, all"),
     "metric": ({"best_metric": 1}, "a str is expected, got `int`"),
     "metric without name": ({"best_metric": ""}, "a metric needs a name"),
     "mode": ({"best_mode": "minimum"}, "did you mean `min`?"),

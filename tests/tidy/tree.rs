@@ -31,7 +31,7 @@ pub(crate) struct Member {
     pub(crate) dependencies: Vec<String>,
 }
 
-/// A place where a rule is broken, and how to mend it.
+/// A place where a rule is broken, and how to repair it.
 pub(crate) struct Finding {
     pub(crate) file: String,
     /// Counted from 1.

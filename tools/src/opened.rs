@@ -53,7 +53,7 @@ pub(crate) struct OtherS3Arguments {
 }
 
 impl OtherS3Arguments {
-    /// That they are not given in vain: a bucket without its scheme is the name of a directory.
+    /// That they are not given to no avail: a bucket without its scheme is the name of a directory.
     fn check(&self, path: &Path) -> Result<()> {
         let given = [&self.endpoint_url, &self.region, &self.profile];
         if is_in_s3(path) || given.iter().all(|value| value.is_none()) {

@@ -381,7 +381,7 @@ impl Job {
     }
 
     pub(super) fn restore_member(&mut self, worker_id: String, record: WorkerRecord) {
-        // The machine's time begins anew with it: everybody was heard of at 0.
+        // The machine's time begins again with it: everybody was heard of at 0.
         let member = Member { record, ..Member::default() };
         if member.is_alive() {
             self.holders.insert(member.record.rank, worker_id.clone());

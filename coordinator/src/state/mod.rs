@@ -8,7 +8,7 @@
 //!   most, a step back for nothing;
 //! - everything that must outlive the process is in [`Effects::changes`] of the event that decided
 //!   it, and [`State::recover`] gives back the same decisions from them;
-//! - a limit on what is kept turns nobody away for ever: the oldest that nobody uses goes, but no
+//! - a limit on what is kept turns nobody away forever: the oldest that nobody uses goes, but no
 //!   job that has a living worker or an open attempt;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
 

@@ -13,7 +13,7 @@ fn a_rank_that_is_lost_while_it_waits_is_told_so() {
     let attempt = table.attempt(&world[0], 10);
     table.report(&world[1], 10, &attempt);
     table.pass(4_000, &[&world[0]]);
-    // Else its call would wait for ever: it may come back, and ask again.
+    // Else its call would wait forever: it may come back, and ask again.
     let [Reply::Refused(refusal)] = &table.take_late()[..] else { panic!() };
     assert_eq!(refusal.kind, RefusalKind::Fenced);
     let Reply::Register(back) = table.rejoin("w1", 1, 50, 11) else { panic!() };

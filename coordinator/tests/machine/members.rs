@@ -140,7 +140,7 @@ fn the_budget_aborts_and_a_commit_refills_it() {
     let Reply::Heartbeat(reply) = table.heartbeat(&keeper) else { panic!() };
     assert_eq!(reply.abort_reason, reason);
     assert_eq!(refused(table.try_register(1, 2, 5)).0, RefusalKind::JobAborted);
-    // Once nobody lives, the job begins anew.
+    // Once nobody lives, the job begins again.
     table.leave(&keeper, "");
     table.register(0, 2, 6);
     assert_eq!((table.job().failures, table.job().abort_reason), (0, String::new()));

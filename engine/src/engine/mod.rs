@@ -361,7 +361,7 @@ impl Engine {
         // Nothing keeps the engine from being closed by whoever waits no more.
         drop(inner);
         let agreed = ranks.agree(&offered, hindrance, timeout)?;
-        // Without a common step, what a rank has may yet come to be whole: it is on its way, or its
+        // Without a common step, what a rank has may yet become whole: it is on its way, or its
         // machine comes back.
         let step = if let Agreed::Step(step) = agreed { Some(step) } else { None };
         self.inner(what)?.core.note_agreed(step);

@@ -1,7 +1,7 @@
 //! The verbs that read: what is there, and opening and verifying it.
 //!
 //! Always holds: a step that was retired or never committed is not opened, whatever files are left
-//! of it; what a writer replaced or removed meanwhile is looked up anew before it is called
+//! of it; what a writer replaced or removed meanwhile is looked up again before it is called
 //! damaged.
 
 use std::collections::BTreeMap;

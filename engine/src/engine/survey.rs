@@ -2,7 +2,7 @@
 //!
 //! Always holds: the known survey is that of the store as this engine last changed it; since the
 //! writer's lock is ours, nobody else changes it meanwhile. Where several ranks write, each looks
-//! anew before it saves. A manifest is read again only where its file's listing has changed, or a
+//! again before it saves. A manifest is read again only where its file's listing has changed, or a
 //! save of ours may have replaced it.
 
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! Buffers and the inbox in every order of their threads' steps: see [`crate::sync`].
 //!
-//! Always holds here: a thread that waits for ever ends the test, as does a callback that runs
+//! Always holds here: a thread that waits forever ends the test, as does a callback that runs
 //! twice or never.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -200,7 +200,7 @@ fn a_ring_that_sleeps_is_woken_for_what_arrives() {
         let pusher = thread::spawn(push(0));
         push(1)();
         pusher.join().unwrap();
-        // Before the close, which wakes the ring as well; a sleep for ever exceeds loom's bound.
+        // Before the close, which wakes the ring as well; a sleep forever exceeds loom's bound.
         while counted.done.iter().any(|done| done.load(Ordering::Relaxed) == 0) {
             thread::yield_now();
         }

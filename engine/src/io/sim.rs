@@ -64,7 +64,7 @@ pub struct Fault {
 
 /// Whom a [`Fault`] strikes.
 pub enum Trigger {
-    /// The operation with this number or, for ever, all from it on.
+    /// The operation with this number or, forever, all from it on.
     Number(u64),
     /// Operations for which this holds.
     Matching(Box<dyn Fn(&LoggedOp) -> bool + Send + Sync>),

@@ -98,7 +98,7 @@ impl Drop for Threads {
     fn drop(&mut self) {
         let workers = std::mem::take(&mut self.workers);
         if !self.inbox.is_owner() {
-            // The threads are the parent's, and a lock may be held by one of them for ever.
+            // The threads are the parent's, and a lock may be held by one of them forever.
             std::mem::forget(workers);
             std::mem::forget(Arc::clone(&self.inbox));
             return;

@@ -244,7 +244,7 @@ impl Ring {
         if self.wake_is_armed {
             return Ok(());
         }
-        // Before the inbox is looked at: a push after that look must signal anew.
+        // Before the inbox is looked at: a push after that look must signal again.
         let _ = rustix::io::read(&self.shared.wake, &mut [0; 8]);
         let entry = opcode::PollAdd::new(Fd(self.shared.wake.as_raw_fd()), POLL_IN).build();
         // SAFETY: the entry refers to a descriptor only, which `shared` keeps open.

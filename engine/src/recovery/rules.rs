@@ -26,7 +26,7 @@ pub(super) const UNSEEN_MAX: usize = 4096;
 
 /// Decides whether `step` may be saved and what its manifest must say. Without `rewind`, a step is
 /// saved only after the newest that can be loaded; with it, every later checkpoint is retired at
-/// the commit. Later ones that are damaged are retired either way: mended, they would be newest.
+/// the commit. Later ones that are damaged are retired either way: repaired, they would be newest.
 ///
 /// What ceased to exist before is said again, though nothing is seen of it: a copy may lie where
 /// this store does not look now, and the manifest that said so may go.

@@ -1,7 +1,7 @@
 //! What the stages of one save share.
 //!
 //! Always holds: the first failure wins and stays; once failed, every stage drops what it is given,
-//! so that buffers flow back and nobody waits for ever.
+//! so that buffers flow back and nobody waits forever.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,7 +1,7 @@
 //! What the threads of one save tell each other, in every order of their steps: see
 //! [`crate::sync`].
 //!
-//! Always holds here: a thread that waits for ever ends the test.
+//! Always holds here: a thread that waits forever ends the test.
 
 use std::sync::Arc;
 

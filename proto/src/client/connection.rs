@@ -253,7 +253,7 @@ impl Inner {
         self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Makes the connection anew, its host name resolved anew.
+    /// Makes the connection again, its host name resolved again.
     pub(crate) fn renew(&self) {
         let fresh = self.endpoint.connect_lazy();
         *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = fresh;

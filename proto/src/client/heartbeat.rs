@@ -21,7 +21,7 @@ use crate::v1::membership_client::MembershipClient;
 const CONFLICT: Duration = Duration::from_mins(1);
 /// How long a caller that was refused is held up to learn of the membership.
 const CATCH_UP: Duration = Duration::from_secs(2);
-/// Heartbeats in a row without an answer before the connection is made anew.
+/// Heartbeats in a row without an answer before the connection is made again.
 const MISSES_MAX: u32 = 2;
 
 /// Registers, and starts the heartbeats that keep the worker a member.

@@ -7,7 +7,7 @@
 //!
 //! Always holds:
 //! - a coordinator that does not answer is asked again, at a new connection with its name resolved
-//!   anew, until the call's own deadline; training goes on meanwhile;
+//!   again, until the call's own deadline; training goes on meanwhile;
 //! - the same call sent again is the same call: what was drawn at random is drawn once;
 //! - a worker that was fenced off changes nothing of the job until it is registered again, which
 //!   its heartbeat sees to, unless somebody else has its place.

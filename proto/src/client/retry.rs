@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::connection::KEEPALIVE;
 use super::error::ErrorKind;
 
-/// Calls in a row that run out of time before the connection is made anew.
+/// Calls in a row that run out of time before the connection is made again.
 const MISSES_MAX: u32 = 2;
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(5);
@@ -39,7 +39,7 @@ pub(crate) enum Next {
         failures: u32,
         /// The coordinator was there meanwhile: it is away only since now.
         was_there: bool,
-        /// The connection is made anew before.
+        /// The connection is made again before.
         renews: bool,
     },
 }

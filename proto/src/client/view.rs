@@ -272,7 +272,7 @@ mod tests {
         let shared = shared_at(5);
         shared.take_in(reply(5, &[]));
         assert_eq!(told(&shared), [0; 0]);
-        // The coordinator began anew, and does not know what made the membership this one.
+        // The coordinator began again, and does not know what made the membership this one.
         shared.take_in(reply(7, &[]));
         assert_eq!(told(&shared), [-7]);
         // There were more than it remembers.

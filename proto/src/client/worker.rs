@@ -44,7 +44,7 @@ pub struct Registration {
 pub enum Notice {
     /// The membership changed.
     Changed(v1::MembershipChange),
-    /// The membership changed, up to this number, and how is not known: the coordinator began anew
+    /// The membership changed, up to this number, and how is not known: the coordinator began again
     /// meanwhile, or there were more changes than it remembers.
     Missed(u64),
     /// The job is aborted, for this reason.

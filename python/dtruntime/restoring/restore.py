@@ -151,6 +151,8 @@ class _Planner:
 
     def visit(self, live: Any, index: int, slot: _Slot | None) -> None:
         """Plan for ``live``, which takes the node ``index``; ``slot`` replaces it in its parent."""
+        if isinstance(live, dict) and is_state_copy(live):
+            self.plan.copies.append(self._paths[index] or "the root")
         if _is_tensor(live):
             self._tensor(live, index)
         elif isinstance(live, np.ndarray):
@@ -450,8 +452,6 @@ class _Planner:
                 index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict"
             )
             return
-        if is_state_copy(live):
-            self.plan.copies.append(self._paths[index] or "the root")
         # Keyed by type, too: True and 1 are equal in Python, but different keys here.
         saved = {(type(key), key): child for key, child in self._tree.children(index)}
         prefix = self._prefix(index)

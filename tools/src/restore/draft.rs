@@ -46,7 +46,7 @@ struct Draft<'a> {
 }
 
 impl<'a> Drafts<'a> {
-    /// None yet: takes the name, in a directory that is there, and mends what was left of it. The
+    /// None yet: takes the name, in a directory that is there, and repairs what was left of it. The
     /// files will take so many bytes in all.
     pub(super) fn create(export: &'a Export, bytes_in_all: u64) -> Result<Self> {
         let lead = Lead::create(export.lead()).map_err(|error| no_room(error, bytes_in_all))?;
@@ -54,7 +54,7 @@ impl<'a> Drafts<'a> {
         for found in left.iter().filter(|found| found.role == Role::Draft) {
             remove_left(found)?;
         }
-        publish::mend(export, &left)?;
+        publish::repair(export, &left)?;
         Ok(Self { export, _lead: lead, bytes_in_all, all: Vec::new(), open: Vec::new() })
     }
 

@@ -273,7 +273,7 @@ mod tests {
             assert_eq!(role(aside.clone()), Some(Role::Aside));
             assert_eq!(export.before_aside(&aside), path);
         }
-        // Whoever writes locks it, and makes it anew.
+        // Whoever writes locks it, and makes it again.
         assert_eq!(role(export.lead()), None);
     }
 

@@ -186,7 +186,7 @@ fn new_is_there(error: EngineError) -> EngineError {
 
 /// Ends what a process did not which was killed: puts back what it had set aside, or removes that,
 /// if the index has its name, be it the new one.
-pub(super) fn mend(export: &Export, found: &[Found]) -> Result<()> {
+pub(super) fn repair(export: &Export, found: &[Found]) -> Result<()> {
     let index = export.index();
     let mut left: Vec<&Found> = found.iter().filter(|found| found.role == Role::Aside).collect();
     if left.is_empty() {
@@ -324,7 +324,7 @@ mod tests {
         });
     }
 
-    /// What a process leaves that is killed then, and the next one mends.
+    /// What a process leaves that is killed then, and the next one repairs.
     #[track_caller]
     fn check_moment(moment: &Directory, old: Option<&String>, new: &String, may_be_none: bool) {
         for found in read(moment) {
@@ -334,9 +334,9 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         fill(scratch.path(), moment);
         drop(Drafts::create(&Export::within(scratch.path()), 0).unwrap());
-        let mended = look(scratch.path());
-        assert!(mended.keys().all(|name| !name.starts_with('.')), "{mended:?}");
-        for (found, before) in read(&mended).into_iter().zip(read(moment)) {
+        let repaired = look(scratch.path());
+        assert!(repaired.keys().all(|name| !name.starts_with('.')), "{repaired:?}");
+        for (found, before) in read(&repaired).into_iter().zip(read(moment)) {
             assert_eq!(found, before.or(old.cloned()), "{moment:?}");
         }
     }
@@ -424,10 +424,10 @@ mod tests {
             let scratch = tempfile::tempdir().unwrap();
             fill(scratch.path(), &moment);
             drop(Drafts::create(&Export::within(scratch.path()), 0).unwrap());
-            let mended = look(scratch.path());
-            let index = mended.get("model.safetensors.index.json").cloned();
-            let second = mended.get("model-00002-of-00002.safetensors").cloned();
-            assert!(index.is_none() || second.is_none() || index == second, "{mended:?}");
+            let repaired = look(scratch.path());
+            let index = repaired.get("model.safetensors.index.json").cloned();
+            let second = repaired.get("model-00002-of-00002.safetensors").cloned();
+            assert!(index.is_none() || second.is_none() || index == second, "{repaired:?}");
         }
     }
 }

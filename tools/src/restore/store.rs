@@ -1,4 +1,4 @@
-//! A checkpoint to a store, written anew.
+//! A checkpoint to a store, written again.
 //!
 //! Always holds: tree, tensors, storages, metadata and dataset positions come out as they were; the
 //! attempt and its time are new; nothing at the destination goes, be it damaged. The copy is cut
@@ -84,8 +84,8 @@ pub(super) fn restore(checkpoint: &Checkpoint, output: &Path, s3: S3Settings) ->
     })
 }
 
-/// A save retires later checkpoints that are damaged, for mended they would be the newest. A copy
-/// is no training that goes on: they may be about to be mended.
+/// A save retires later checkpoints that are damaged, for repaired they would be the newest. A copy
+/// is no training that goes on: they may be about to be repaired.
 fn check_later(survey: &Survey, step: u64, output: &Path) -> Result<()> {
     let is_in_danger =
         |later: &&StepSurvey| later.step > step && matches!(later.state, StepState::Damaged { .. });

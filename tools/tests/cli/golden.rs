@@ -1,7 +1,7 @@
 //! Files that hold what is expected to be printed.
 //!
 //! Always holds: what differs from run to run (paths, times, speeds, versions) is replaced before
-//! it is compared. `UPDATE_GOLDEN=1` writes the files anew; the difference is for people to read.
+//! it is compared. `UPDATE_GOLDEN=1` writes the files again; the difference is for people to read.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -283,7 +283,7 @@ fn allowed_seconds(scene: Scene) -> f64 {
     1.05 * none.min(fixed_seconds(scene, Policy::Float)) + 0.010
 }
 
-/// What finding out costs a first save: a few chunks passed on raw, and one encoded in vain.
+/// What finding out costs a first save: a few chunks passed on raw, and one encoded to no avail.
 fn learning_seconds(scene: Scene) -> f64 {
     4.0 * CHUNK_BYTES as f64 / scene.device_rate + CHUNK_BYTES as f64 / scene.encode_rate
 }

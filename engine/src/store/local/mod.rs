@@ -200,7 +200,7 @@ impl Store for LocalStore {
         flow: &Arc<Flow>,
     ) -> Result<Box<dyn ShardSink>> {
         self.writer("creating a shard")?;
-        // Nothing tells how much of it is right: it is written anew.
+        // Nothing tells how much of it is right: it is written again.
         remove::remove_begun(&self.shared, shard)?;
         self.create_shard(shard, size, flow)
     }

@@ -1,7 +1,7 @@
 //! What is in flight, and the early sync, in every order of their threads' steps: see
 //! [`crate::sync`].
 //!
-//! Always holds here: a thread that waits for ever ends the test.
+//! Always holds here: a thread that waits forever ends the test.
 
 use std::io;
 use std::path::{Path, PathBuf};

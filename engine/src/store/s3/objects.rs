@@ -270,7 +270,7 @@ pub(super) async fn within<T>(
 }
 
 /// Where a listing that was cut short goes on after the page that began at `this`. One that cannot
-/// go on, or gives the same page for ever, is not the whole: what it lacks would count as gone.
+/// go on, or gives the same page forever, is not the whole: what it lacks would count as gone.
 pub(super) fn next_page<T: PartialEq>(this: Option<&T>, next: Option<T>) -> Asked<T> {
     match next {
         Some(next) if this != Some(&next) => Ok(next),

@@ -158,7 +158,7 @@ impl S3ShardSink {
         Ok(upload)
     }
 
-    /// The upload that an earlier process began. One that cannot be looked for is begun anew.
+    /// The upload that an earlier process began. One that cannot be looked for is begun again.
     fn find_upload(&mut self) -> Option<Arc<Upload>> {
         if !self.resumes {
             return None;

@@ -60,7 +60,7 @@ impl FarView {
         match store.list_step(step) {
             Ok(Some(listing)) => drop(self.lock().insert(step, listing.files)),
             Ok(None) => self.forget(step),
-            // What is known may be old, which the next opening mends.
+            // What is known may be old, which the next opening repairs.
             Err(_) => {}
         }
     }

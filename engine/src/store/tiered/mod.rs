@@ -123,7 +123,7 @@ impl TieredStore {
         self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Steps whose manifests the far store was asked for in vain, because it was away.
+    /// Steps whose manifests the far store was asked for to no avail, because it was away.
     fn unanswered(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         // Every critical section is one call of a set's.
         self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
@@ -135,7 +135,7 @@ impl TieredStore {
     /// # Errors
     ///
     /// [`EngineError::Unavailable`]: the far store may have it, and cannot be asked.
-    fn mended(&self, step: u64) -> Result<Option<Vec<u8>>> {
+    fn repaired(&self, step: u64) -> Result<Option<Vec<u8>>> {
         let far = match self.far.read_manifest(step) {
             Ok(Some(far)) => far,
             Err(EngineError::Unavailable { what, why, hint }) => {
@@ -221,8 +221,8 @@ impl Store for TieredStore {
         }
         match self.near.read_manifest(step) {
             Ok(None) => self.far.read_manifest(step),
-            Ok(Some(near)) if is_damaged(&near) => Ok(Some(self.mended(step)?.unwrap_or(near))),
-            Err(error @ EngineError::Io { .. }) => self.mended(step)?.map(Some).ok_or(error),
+            Ok(Some(near)) if is_damaged(&near) => Ok(Some(self.repaired(step)?.unwrap_or(near))),
+            Err(error @ EngineError::Io { .. }) => self.repaired(step)?.map(Some).ok_or(error),
             near => near,
         }
     }
@@ -242,7 +242,7 @@ impl Store for TieredStore {
                 Ok(near) => near.as_deref().is_some_and(is_damaged),
                 Err(error) => matches!(error, EngineError::Io { .. }),
             } && !self.unanswered().contains(&steps[place]);
-            match is_unusable.then(|| self.mended(steps[place])) {
+            match is_unusable.then(|| self.repaired(steps[place])) {
                 Some(Ok(Some(far))) => read[place] = Ok(Some(far)),
                 // It hides no other step, and a far store that is away holds up no listing twice:
                 // whoever loads the step asks again.

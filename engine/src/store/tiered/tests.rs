@@ -217,7 +217,7 @@ fn what_comes_back_damaged_is_read_once_more_and_damage_there_is_not_for_good() 
         });
         let tier = tier(Ruled::sound(near.path()), far);
         uploaded(&tier, 1).unwrap();
-        // Sent anew only if it is damaged there.
+        // Sent again only if it is damaged there.
         assert_eq!(counts[0].load(Ordering::Relaxed), damaged_answers);
     }
 }

@@ -147,7 +147,7 @@ impl Queue {
         UploadState { waits: self.is_waiting(step), is_unsure: self.unsure.contains(&step) }
     }
 
-    /// The step is as it was before it was cancelled, unless it was committed anew meanwhile.
+    /// The step is as it was before it was cancelled, unless it was committed again meanwhile.
     pub(super) fn put_back(&mut self, step: u64, state: UploadState) {
         let is_queued = self.waiting.contains_key(&step) || self.brought.contains_key(&step);
         let current = self.current.as_ref().filter(|current| current.step == step);
@@ -472,7 +472,7 @@ impl Queue {
     }
 
     /// A removal failed: it and the rest are gone on with later; in a drain, once that is over, so
-    /// that closing does not wait for each of many in vain. Gives how many are left.
+    /// that closing does not wait for each of many to no avail. Gives how many are left.
     pub(super) fn put_removals_off(&mut self, now: Duration) -> usize {
         if self.draining.is_some() {
             self.set_aside.append(&mut self.removals);
