@@ -157,11 +157,11 @@ fn a_save_that_is_cancelled_on_one_rank_fails_on_all() {
         outcome
     });
     let refusals = refusals(outcomes);
-    let told = "rank 0 (`worker-0`) failed: the save was cancelled";
-    assert!(refusals[1].contains(told), "{refusals:?}");
-    // The rank itself may hear it from the coordinator first.
-    let own = ["the test wants it", told];
-    assert!(own.iter().any(|own| refusals[0].contains(own)), "{refusals:?}");
+    assert!(refusals[1].contains("rank 0 (`worker-0`) failed: "), "{refusals:?}");
+    // It depends on how far the save was by then.
+    let told = ["the test wants it", "the save was cancelled"];
+    let is_told = |refusal: &String| told.iter().any(|told| refusal.contains(told));
+    assert!(refusals.iter().all(is_told), "{refusals:?}");
     assert_eq!(world.reader(0).steps().unwrap(), [0; 0]);
     save_all(&ranks, 6);
 }
