@@ -138,25 +138,36 @@ fn without_faults_everything_succeeds() {
     assert!((20..100).contains(&requests), "{requests}");
 }
 
-#[test]
-fn what_is_damaged_on_its_way_is_read_once_more() {
-    let place = Place::new();
-    let store = place.config();
+/// Saves step 2 by a writer that no fault reaches.
+fn save_apart(store: &Config) -> State {
     let state = state_of(2);
     let writer = open(Config { compression: Compression::None, ..store.clone() });
     state.save(&writer, 2).unwrap();
     writer.close().unwrap();
+    state
+}
+
+/// A reader through a proxy. Nothing comes late to it, but from a service that is busy itself.
+fn reader_through(place: &Place, store: &Config, plan: Plan, attempts: u32) -> (Proxy, Engine) {
+    let proxy = Proxy::start(place.address(), plan);
+    let mut settings = Config { read_only: true, ..through(&proxy, store) };
+    settings.s3.request_timeout_ms = 60_000;
+    settings.s3.attempts = attempts;
+    (proxy, open(settings))
+}
+
+#[test]
+fn what_is_damaged_on_its_way_is_read_once_more() {
+    let place = Place::new();
+    let store = place.config();
+    let state = save_apart(&store);
     let hit = Arc::new(AtomicU64::new(u64::MAX));
     let plan = Arc::clone(&hit);
     let plan = move |request| {
         let is_hit = request == plan.load(Ordering::SeqCst);
         if is_hit { Fault::Corrupted } else { Fault::None }
     };
-    let proxy = Proxy::start(place.address(), Arc::new(plan));
-    let mut settings = Config { read_only: true, ..through(&proxy, &store) };
-    // Nothing comes late here, but from a service that is busy itself.
-    settings.s3.request_timeout_ms = 60_000;
-    let engine = open(settings);
+    let (proxy, engine) = reader_through(&place, &store, Arc::new(plan), 3);
     // The survey knows from then on what does not change.
     engine.checkpoint(2).unwrap();
     let before = proxy.requests();
@@ -179,21 +190,14 @@ fn what_is_damaged_on_its_way_is_read_once_more() {
 fn a_body_that_breaks_off_is_asked_for_from_there_and_costs_no_attempt() {
     let place = Place::new();
     let store = place.config();
-    let state = state_of(2);
-    let writer = open(Config { compression: Compression::None, ..store.clone() });
-    state.save(&writer, 2).unwrap();
-    writer.close().unwrap();
+    let state = save_apart(&store);
     let breaks_off = Arc::new(AtomicU64::new(0));
     let plan = Arc::clone(&breaks_off);
     let plan = move |request| {
         let breaks_off = request < plan.load(Ordering::SeqCst);
         if breaks_off { Fault::Truncated } else { Fault::None }
     };
-    let proxy = Proxy::start(place.address(), Arc::new(plan));
-    let mut settings = Config { read_only: true, ..through(&proxy, &store) };
-    settings.s3.request_timeout_ms = 60_000;
-    settings.s3.attempts = 1;
-    let engine = open(settings);
+    let (proxy, engine) = reader_through(&place, &store, Arc::new(plan), 1);
     let checkpoint = engine.checkpoint(2).unwrap();
     let before = proxy.requests();
     state.assert_equals(&checkpoint);

@@ -27,8 +27,9 @@ use crate::store::flow::Flow;
 use crate::store::{Piece, ShardId, ShardSink, ShardSize, TransferFigures};
 use crate::{EngineError, Result};
 
-/// Parts that may be in flight however large they are, where the line takes them.
-const PARTS_AT_ONCE_MIN: u64 = 4;
+/// Parts that may be in flight if they had to be larger than the setting says, where the line takes
+/// them.
+const RAISED_PARTS_AT_ONCE: u64 = 4;
 
 /// A shard that is being written.
 #[derive(Debug)]
@@ -76,7 +77,9 @@ impl S3ShardSink {
         let settings = &shared.client.settings;
         let part_bytes = part_bytes(settings.part_bytes, size.most_bytes);
         // Of a shard whose parts are large because 10,000 have to do, several go at once, too.
-        let in_flight_bytes = settings.in_flight_bytes.max(PARTS_AT_ONCE_MIN * part_bytes);
+        let least_bytes =
+            if part_bytes > settings.part_bytes { RAISED_PARTS_AT_ONCE * part_bytes } else { 0 };
+        let in_flight_bytes = settings.in_flight_bytes.max(least_bytes);
         Self {
             shared: Arc::clone(shared),
             id,
