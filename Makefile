@@ -8,7 +8,7 @@ env := .ci/env
 cargo := $(env) cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare compare-auto compare-s3 fleet test test-gpu test-s3 torture check bench bench-gpu profile wheel docs clean native everything fmt
+.PHONY: help setup demo compare compare-auto compare-ranks compare-s3 fleet test test-gpu test-s3 torture check bench bench-gpu profile wheel docs clean native everything fmt
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -23,6 +23,9 @@ compare: native ## measure beside torch.save, safetensors, DCP and torch_checkpo
 
 compare-auto: native ## measure compression="auto" on a slowed device (as root)
 	@$(env) python benches/compare/auto.py $(ARGS)
+
+compare-ranks: native ## measure saves and restores by several ranks beside DCP and torch.save (ten minutes)
+	@$(env) python benches/compare/multi_rank.py $(ARGS)
 
 compare-s3: everything ## measure uploads to S3 and restores beside aws s3 cp and s3torchconnector (four minutes)
 	@$(env) python benches/compare/s3.py $(ARGS)

@@ -207,12 +207,14 @@ class DcpSave(Engine):
     """`torch.distributed.checkpoint`, waiting."""
 
     threads = 1
+    no_dist = True
+    """One process saves alone; `multi_rank.py` has all of them save together."""
 
     def save(self, step: int, state: State) -> None:
         """Write and sync in the call."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        save(state, storage_writer=self.writer(step), no_dist=True)
+        save(state, storage_writer=self.writer(step), no_dist=self.no_dist)
         self.sync(step)
 
     def finish(self) -> None:
@@ -240,7 +242,7 @@ class DcpSave(Engine):
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        load(live, storage_reader=FileSystemReader(self.path(step)), no_dist=True)
+        load(live, storage_reader=FileSystemReader(self.path(step)), no_dist=self.no_dist)
 
 
 class DcpAsync(DcpSave):
@@ -259,7 +261,10 @@ class DcpAsync(DcpSave):
 
         self.step = step
         self.future = async_save(
-            state, storage_writer=self.writer(step), async_stager=self.stager, no_dist=True
+            state,
+            storage_writer=self.writer(step),
+            async_stager=self.stager,
+            no_dist=self.no_dist,
         )
 
     def is_durable(self) -> bool:
@@ -319,7 +324,7 @@ class DcpOnDtruntime(DcpSave):
 
         from dtruntime.dcp import StorageReader
 
-        load(live, storage_reader=StorageReader(self.manager, step), no_dist=True)
+        load(live, storage_reader=StorageReader(self.manager, step), no_dist=self.no_dist)
 
     def remove(self, step: int) -> None:
         """Delete through the manager, which keeps count."""

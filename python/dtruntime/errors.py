@@ -185,3 +185,12 @@ class UnreadableSample(CheckpointError, ValueError):  # noqa: N818
 
 class Internal(CheckpointError):  # noqa: N818
     """Report a bug: the engine violated one of its invariants and refuses further work."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's class and message, as part of another error or for another rank.
+
+    The hint is left out: what quotes this has one of its own.
+    """
+    text = error.summary if isinstance(error, CheckpointError) else str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -21,6 +21,7 @@ import chart  # noqa: E402
 import engines  # noqa: E402
 import limits  # noqa: E402
 import make_state  # noqa: E402
+import multi_rank  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import state  # noqa: E402
@@ -76,6 +77,18 @@ def test_every_engine_gives_every_figure(run, entrant):
     assert run["values"][entrant.key]["durable_seconds"][0] > 0
     assert f"| {entrant.title} |" in run["printed"]
     assert entrant.settings in run["said"]
+
+
+def test_ranks_save_and_restore_with_every_engine(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- ranks:begin -->\n<!-- ranks:end -->\n")
+    command = [sys.executable, str(COMPARE / "multi_rank.py"), "--size", "tiny", "--rounds", "1"]
+    command += ["--gentle", "--folder", str(tmp_path / "runs"), "--readme", str(readme)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "runs").iterdir()), "checkpoints were left behind"
+    for entrant in multi_rank.ENTRANTS:
+        assert readme.read_text().count(f"\n| {entrant.title} |") == len(entrant.layouts)
 
 
 def test_limits_are_measured_in_the_same_run(run):

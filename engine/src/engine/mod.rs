@@ -165,7 +165,7 @@ impl Engine {
     fn save_until(&self, request: SaveRequest<'_>, until: Until) -> Result<SaveHandle> {
         let what = format!("saving step {}", request.step);
         let inner = self.writer(&what)?;
-        let decline = |error: &EngineError| inner.core.decline(request.step, &error.to_string());
+        let decline = |error: &EngineError| inner.core.decline(request.step, &error.without_hint());
         inner.core.check_healthy(&what).inspect_err(decline)?;
         inner.save(request, until)
     }

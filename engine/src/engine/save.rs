@@ -71,7 +71,7 @@ impl Inner {
         let begun = self.begin(&mut saving, request, Clocked { called, started });
         // From here on the committer tells the other ranks of a failure.
         let Begun { job, handle, arena, storages } =
-            begun.inspect_err(|error| self.core.decline(step, &error.to_string()))?;
+            begun.inspect_err(|error| self.core.decline(step, &error.without_hint()))?;
         let capturing = Capturing { job: &job, handle: &handle, started, until };
         self.capture(&capturing, &storages, &arena)?;
         Ok(handle)

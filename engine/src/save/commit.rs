@@ -212,7 +212,7 @@ fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
         // They know, or the coordinator cannot be asked.
         return;
     }
-    if let Err(untold) = ranks.abort(attempt, &error.to_string(), false) {
+    if let Err(untold) = ranks.abort(attempt, &error.without_hint(), false) {
         tracing::warn!(step = attempt.step, %untold, "the other ranks could not be told that this \
                                                       save has failed");
     }

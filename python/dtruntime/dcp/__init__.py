@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from dtruntime import settings
 from dtruntime.dcp import planned
-from dtruntime.errors import InvalidArgument, RestoreIncomplete
+from dtruntime.errors import InvalidArgument, RestoreIncomplete, reason_of
 from dtruntime.saving.handle import order_after_copies
 from dtruntime.state.sharded_tensors import Box
 from dtruntime.state.state_tree import collector_paused
@@ -297,7 +297,7 @@ class StorageReader(storage.StorageReader):
                 planner.commit_tensor(item, target)
         except BaseException as error:
             manager._incomplete = RestoreIncomplete(  # noqa: SLF001
-                f"`dcp.load` of step {saved.step}", f"{type(error).__name__}: {error}", "load again"
+                f"`dcp.load` of step {saved.step}", reason_of(error), "load again"
             )
             raise
         manager._incomplete = None  # noqa: SLF001

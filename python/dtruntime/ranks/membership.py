@@ -32,6 +32,7 @@ from dtruntime.errors import (
     MembershipChanged,
     Unauthenticated,
     WorkerFenced,
+    reason_of,
 )
 from dtruntime.ranks import connecting, embedded
 from dtruntime.ranks.connecting import Security
@@ -321,7 +322,7 @@ def failure_of(error: BaseException | None) -> str:
     """Return the failure that an exception means for a worker; empty if it left on purpose."""
     if not isinstance(error, Exception) or isinstance(error, JobAborted):
         return ""
-    return f"{type(error).__name__}: {error}"
+    return reason_of(error)
 
 
 def _leave_all() -> None:

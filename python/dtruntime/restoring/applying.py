@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtruntime.errors import CheckpointError, RestoreIncomplete
+from dtruntime.errors import CheckpointError, RestoreIncomplete, reason_of
 from dtruntime.messages import listed
 from dtruntime.state import gpus
 
@@ -93,7 +93,7 @@ class Attempts:
         if self.incomplete is None and self._applied is not None:
             self.incomplete = RestoreIncomplete(
                 f"restoring step {self._applied.step}",
-                f"it was restored here, but not on every rank: {_described(error)}",
+                f"it was restored here, but not on every rank: {reason_of(error)}",
                 "restore again, on all ranks, before using or saving the state",
             )
         return self.incomplete
@@ -150,8 +150,7 @@ class Application:
                 raise
             self.incomplete = RestoreIncomplete(
                 f"restoring step {self._plan.step}",
-                "the live state was changed in part when this failed: "
-                f"{doing}: {_described(error)}",
+                f"the live state was changed in part when this failed: {doing}: {reason_of(error)}",
                 "restore again, from this step or another, before using or saving the state",
             )
             # Ctrl-C and the like propagate as they are, and so do errors after which an older
@@ -203,12 +202,6 @@ def _note_changed(tensors: Iterable[Any]) -> None:
     tensors = [tensor for tensor in tensors if not tensor.is_inference()]
     if tensors:
         sys.modules["torch"].autograd.graph.increment_version(tensors)
-
-
-def _described(error: BaseException) -> str:
-    """Describe an error by its type and message, without the hint of one of ours."""
-    why = error.summary if isinstance(error, CheckpointError) else str(error)
-    return f"{type(error).__name__}: {why}" if why else type(error).__name__
 
 
 def available_memory_bytes() -> int:

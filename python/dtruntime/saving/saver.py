@@ -17,7 +17,13 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import lifecycle, settings
-from dtruntime.errors import AcceleratorError, CheckpointError, InvalidArgument, SaveInFlight
+from dtruntime.errors import (
+    AcceleratorError,
+    CheckpointError,
+    InvalidArgument,
+    SaveInFlight,
+    reason_of,
+)
 from dtruntime.saving.handle import BackgroundCopy, SaveHandle
 from dtruntime.saving.replication import advice
 from dtruntime.state import gpus
@@ -166,7 +172,7 @@ class Saver:
             if isinstance(error, Exception) and last is not None:
                 last._native.wait()  # noqa: SLF001
         finally:
-            self._native.decline(step, f"{type(error).__name__}: {error}")
+            self._native.decline(step, reason_of(error))
 
     def _check_not_nested(self, step: int) -> None:
         """Refuse a save inside another one of the same thread, which would deadlock."""
