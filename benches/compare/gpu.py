@@ -46,9 +46,11 @@ from machine import drop_caches, is_root
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STEPS_AFTER = 20
+STEPS_AFTER = 10
 """Training steps that run beside what a save leaves to do."""
 WIDTHS = {"cuda": 4096, "cpu": 256}
+BATCH_SIZES = {"cuda": 4096, "cpu": 64}
+"""So large on a GPU that forward and backward take longer than the copy of the state."""
 BUS_BYTES = {"cuda": 1_000_000_000, "cpu": 10_000_000}
 READ_BYTES = 8 << 20
 STAGING_BYTES_MIN = 64 << 20
@@ -73,7 +75,7 @@ class Training:
         layers = [torch.nn.Linear(width, width, bias=False) for _ in range(count)]
         self.model = torch.nn.Sequential(*layers).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
-        self.batch = torch.randn(256, width, device=device)
+        self.batch = torch.randn(BATCH_SIZES[device.type], width, device=device)
         self.device = device
         self.step()
 

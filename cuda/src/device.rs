@@ -218,6 +218,17 @@ impl Device {
         self.context.enter()?.memory_info()
     }
 
+    /// The same, once all copies down are over: memory that was freed behind them is free then.
+    ///
+    /// # Errors
+    ///
+    /// What the driver refuses.
+    pub fn settled_memory_info(&self) -> Result<MemoryInfo, CudaError> {
+        let entered = self.context.enter()?;
+        self.come_to_rest(&entered)?;
+        entered.memory_info()
+    }
+
     /// An error once any call on the device, of this process, was told that it is lost.
     ///
     /// # Errors

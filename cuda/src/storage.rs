@@ -264,8 +264,19 @@ impl Pin for ArenaPin {
             let start = start.wrapping_add(first * buffer_bytes);
             // SAFETY: mapped until what is returned is dropped, when no copy is under way any more:
             // the contract of `Pin`.
-            let piece = unsafe { Pinned::register(&self.0, start, bytes) };
-            pieces.push(piece.map_err(|error| engine_error("pinning memory", &error))?);
+            match unsafe { Pinned::register(&self.0, start, bytes) } {
+                Ok(piece) => pieces.push(piece),
+                Err(error) if pieces.is_empty() => {
+                    return Err(engine_error("pinning memory", &error));
+                }
+                // No copy crosses a buffer: those in what is pinned are fast all the same.
+                Err(error) => {
+                    let pinned_bytes = first * buffer_bytes;
+                    tracing::warn!(pinned_bytes, bytes = buffers * buffer_bytes, %error, "only a \
+                        part of the memory is pinned: copies to and from the rest are slow");
+                    break;
+                }
+            }
         }
         Ok(Box::new(PinnedMemory { _pieces: pieces }))
     }

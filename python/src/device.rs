@@ -7,9 +7,13 @@
 //! Why `unsafe`: torch hands out addresses and handles of streams, not what they stand for.
 #![expect(unsafe_code, reason = "torch's streams and memory are reached by address")]
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use dtr_cuda::{ArenaPin, DeviceStorage, Direction, Piece, engine_error, probe, shared_device};
+use dtr_cuda::{
+    ArenaPin, CudaError, DeviceStorage, Direction, MemoryInfo, Piece, engine_error, probe,
+    shared_device,
+};
 use dtr_engine::engine::Engine;
 use dtr_engine::format::layout::ElementType;
 use dtr_engine::io::pin::Pin;
@@ -22,6 +26,9 @@ use pyo3::types::PyTuple;
 use crate::errors::to_python;
 use crate::handle::SaveHandle;
 use crate::tensor::{FreshMemory, HostSource, element_of};
+
+/// The part of a device's memory, one of so many, that clones leave to training.
+const RESERVED_SHARE: u64 = 32;
 
 /// The caller's current streams: number of the device, and handle.
 pub(crate) type Streams = Vec<(u32, u64)>;
@@ -90,14 +97,6 @@ impl Source {
         Ok(Self::Device(Described { element, bytes, ordinal, pieces, is_cloned }))
     }
 
-    /// The device on which it is cloned, if it is.
-    pub(crate) fn cloned_on(&self) -> Option<u32> {
-        match self {
-            Self::Device(Described { ordinal, is_cloned: true, .. }) => Some(*ordinal),
-            Self::Host(_) | Self::Device(_) => None,
-        }
-    }
-
     /// Ready to be captured, with its device opened.
     pub(crate) fn prepare(self) -> Result<Prepared> {
         match self {
@@ -121,6 +120,48 @@ impl Described {
         }
         if self.is_cloned { storage.clone_on_device() } else { Ok(storage) }
     }
+}
+
+/// By device, how many bytes are cloned there.
+pub(crate) fn bytes_to_clone(sources: &[Source]) -> BTreeMap<u32, u64> {
+    let mut cloned = BTreeMap::new();
+    for source in sources {
+        if let Source::Device(Described { ordinal, bytes, is_cloned: true, .. }) = source {
+            *cloned.entry(*ordinal).or_default() += bytes;
+        }
+    }
+    cloned
+}
+
+/// Refuses clones that would leave training less memory than a small part of the device: what it
+/// allocates next would fail, although it fits without the clones.
+pub(crate) fn check_room_for_clones(cloned: &BTreeMap<u32, u64>) -> Result<()> {
+    for (&ordinal, &bytes) in cloned {
+        let what = format!("cloning tensors on `cuda:{ordinal}`");
+        let device = shared_device(ordinal)?;
+        let of = |memory: std::result::Result<MemoryInfo, CudaError>| -> Result<(u64, u64)> {
+            let memory = memory.map_err(|error| engine_error(&what, &error))?;
+            let reserved = memory.total_bytes as u64 / RESERVED_SHARE;
+            Ok((memory.free_bytes as u64, reserved))
+        };
+        let has_room = |(free, reserved)| bytes.saturating_add(reserved) <= free;
+        let mut found = of(device.memory_info())?;
+        if !has_room(found) {
+            found = of(device.settled_memory_info())?;
+        }
+        let (free, reserved) = found;
+        if !has_room(found) {
+            return Err(EngineError::Accelerator {
+                what,
+                why: format!(
+                    "{bytes} bytes are needed, and of {free} free ones {reserved} are left for \
+                     training"
+                ),
+                hint: "use `strict`, or free memory on the GPU".into(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The storages of a state, ready to be captured.

@@ -1,6 +1,6 @@
 //! One store as Python holds it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -91,13 +91,15 @@ impl Manager {
             storages.iter().map(|item| Source::extract(&item)).collect::<PyResult<Vec<_>>>()?;
         self.guard.call(py, "preparing a save", || {
             device::pin_for(&self.engine, &streams)?;
+            let cloned = device::bytes_to_clone(&sources);
+            device::check_room_for_clones(&cloned)?;
             device::follow(Direction::Down, &streams)?;
-            let cloned: BTreeSet<u32> = sources.iter().filter_map(Source::cloned_on).collect();
             let sources = sources.into_iter().map(Source::prepare).collect::<Result<_>>()?;
             if behind {
                 // What was cloned may change as soon as the streams go on. Streams of devices
                 // without clones do not wait: other saves may have copies under way there.
-                let streams = streams.into_iter().filter(|(ordinal, _)| cloned.contains(ordinal));
+                let streams =
+                    streams.into_iter().filter(|(ordinal, _)| cloned.contains_key(ordinal));
                 device::precede(&streams.collect())?;
             }
             Ok(Sources::new(sources, behind))

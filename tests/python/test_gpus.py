@@ -356,6 +356,20 @@ def test_a_save_does_not_wait_for_the_copies_of_another_manager(device, manager,
     assert went_on, "nothing was cloned, so nothing is to be waited for"
 
 
+def test_clones_leave_memory_to_training(device, manager, caplog):
+    gpus._warn_once.cache_clear()
+    small, large = device.tensor(noise(1, 1_000)), device.tensor(torch.ones(125 << 20))
+    with caplog.at_level(logging.WARNING, "dtruntime"):
+        handle = manager.save_async({"w": small}, step=1, consistency="device-snapshot")
+        handle.result()
+        assert not caplog.text
+        # Another 500 of the 1,024 MiB would fit, and leave less than the 32 MiB that stay free.
+        handle = manager.save_async({"w": large}, step=2, consistency="device-snapshot")
+    assert "saves are strict: cloning tensors on `cuda:0`" in caplog.text
+    assert handle.staged.done()
+    handle.result()
+
+
 def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
     gpus._warn_once.cache_clear()
     before = noise(1, 100_000)

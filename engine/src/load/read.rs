@@ -123,15 +123,23 @@ impl Checkpoint {
         if let Some(staging) = self.staging.get() {
             return Ok(Some(Arc::clone(staging)));
         }
-        let shards = (0..).map_while(|number| match number {
-            0 => Some(&self.own),
-            number => self.parts.other(number),
-        });
-        let chunk_bytes = shards.map(|shard| shard.header.chunk_bytes).max().unwrap_or_default();
+        let shards = || {
+            (0..).map_while(|number| match number {
+                0 => Some(&self.own),
+                number => self.parts.other(number),
+            })
+        };
+        let chunk_bytes = shards().map(|shard| shard.header.chunk_bytes).max().unwrap_or_default();
+        let chunks: usize = shards().map(|shard| shard.index.chunks.len()).sum();
+        let workers = self.workers_for(options);
         // One being decoded into and one on its way, by each worker.
-        let count = 2 * self.workers_for(options) + 2;
+        let count = (2 * workers + 2).min(chunks.max(1));
         let staging = BufferPool::new(chunk_bytes as usize, count)
             .context("allocating buffers to read", self.shard_name())?;
+        // By all workers: the driver would fetch the memory page after page by one thread.
+        if let Err(error) = staging.prewarm(workers) {
+            tracing::warn!(%error, "memory was not populated before it is pinned");
+        }
         if let Err(error) = staging.pin(first.memory.pin()) {
             tracing::warn!(%error, "memory is not pinned: copies to devices are slow");
         }
