@@ -144,6 +144,7 @@ class LoadReport:
         fell_back_from: Newer steps that could not be read, each with the reason.
         metadata: What was attached to the checkpoint.
         dataset_positions: Dataset positions that were attached to it.
+        world_size: How many ranks saved it.
 
     """
 
@@ -151,6 +152,7 @@ class LoadReport:
     fell_back_from: tuple[tuple[int, str], ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dataset_positions: Mapping[str, Any] = field(default_factory=dict)
+    world_size: int = 1
 
 
 @dataclass(frozen=True)

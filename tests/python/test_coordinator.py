@@ -18,6 +18,7 @@ from support import script_environment, wait_until
 from dtruntime import (
     BarrierTimeout,
     Closed,
+    Conflict,
     CoordinatorUnavailable,
     DatasetNotFound,
     DatasetRegistry,
@@ -213,6 +214,39 @@ def test_shards_by_epoch(coordinator, tmp_path):
         registry.get_shard("d", 3, world_size=3)
 
 
+def test_shards_are_of_the_ranks_that_run_now_and_a_dataset_may_change_before_they_do(
+    coordinator, tmp_path, monkeypatch
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(8):
+        (data / f"{index:02}.bin").touch()
+    registry = DatasetRegistry(coordinator.url, job="smaller")
+    registry.register("d", data, "bin", 8, 1)
+
+    async def run_with(world_size):
+        for rank in range(world_size):
+            worker = TrainingOrchestrator(
+                f"w{rank}", coordinator.url, world_size, rank, job="smaller"
+            )
+            await worker.register_worker("127.0.0.1", 1)
+            workers.append(worker)
+
+    workers = []
+    asyncio.run(run_with(4))
+    assert len(registry.get_shard("d", 0)) == 2
+    for worker in workers:
+        worker.leave()
+    # The next run has two ranks, and asks before any of them is registered.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (data / "08.bin").touch()
+    registry.register("d", data, "bin", 9, 1)
+    assert sorted(len(registry.get_shard("d", rank)) for rank in range(2)) == [4, 5]
+    (data / "09.bin").touch()
+    with pytest.raises(Conflict, match="this run registered it"):
+        registry.register("d", data, "bin", 10, 1)
+
+
 def test_barriers_release_together(make):
     async def act():
         workers = [make(rank, 3) for rank in range(3)]
@@ -338,6 +372,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
             other = start_worker(STAYS, process.url, RANK=1, WORLD_SIZE=2)
             assert other.stdout.readline() == "registered\n"
             other.communicate("raise RuntimeError('broken')", timeout=30)
+            await asyncio.sleep(2.5)  # longer than a heartbeat timeout: the next is not part of it
         await until(lambda: reasons)
         assert "2 failures since the last checkpoint" in reasons[0]
         assert "RuntimeError: broken" in reasons[0]

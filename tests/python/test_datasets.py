@@ -28,6 +28,7 @@ from dtruntime import (
 )
 from dtruntime.datasets import positions
 from dtruntime.datasets.positions import Position
+from dtruntime.reports import LoadReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -438,6 +439,33 @@ def test_a_file_that_has_fewer_samples_than_were_taken(tmp_path):
         DatasetChanged, match="7 samples of it were consumed before, and now it has only 3"
     ):
         list(dataset)
+
+
+class TensorParallel:
+    """A manager whose checkpoint is of two ranks for each share of the data."""
+
+    def __init__(self, states):
+        self.states = states
+        self.last_load = LoadReport(step=1, world_size=len(states))
+        self.read = []
+
+    def load(self, step, keys, from_rank):
+        assert (step, keys) == (1, ["data.*"])
+        self.read.append(from_rank)
+        return {"data": self.states[from_rank]}
+
+
+def test_ranks_that_read_the_same_share_know_one_position(library):
+    readers = [open_dataset(library, place=(rank, 2)) for rank in range(2)]
+    taken = [take(iter(reader), 5) for reader in readers]
+    manager = TensorParallel([reader.state_dict() for reader in readers for _ in range(2)])
+    rest = []
+    for rank in range(3):
+        dataset = open_dataset(library, place=(rank, 3))
+        dataset.restore_from(manager, step=1)
+        rest += list(dataset)
+    assert manager.read == [0, 1, 2] * 3
+    assert Counter([*taken[0], *taken[1], *rest]) == expected(library)
 
 
 def test_other_ranks_positions_are_refused(library):

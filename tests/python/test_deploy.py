@@ -294,8 +294,13 @@ def test_workers_find_the_coordinator_and_each_other():
     # Longer than the save's deadline and torchrun's patience.
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 30
     [claim] = spec["volumeClaimTemplates"]
-    storage_class = yaml_of(DEPLOY / "aws" / "storage-class.yaml")
-    assert claim["spec"]["storageClassName"] == storage_class["metadata"]["name"]
+    classes = yaml_subset.documents((DEPLOY / "aws" / "storage-class.yaml").read_text())
+    default, fast = classes
+    assert claim["spec"]["storageClassName"] == fast["metadata"]["name"]
+    # The coordinator's claim names none.
+    assert "storageClassName" not in named("PersistentVolumeClaim", "coordinator-state")["spec"]
+    is_default = "storageclass.kubernetes.io/is-default-class"
+    assert default["metadata"]["annotations"] == {is_default: "true"}
     args = container_of("StatefulSet", "worker")["args"]
     mentioned = set(re.findall(r"\$\((\w+)\)", " ".join(args)))
     assert mentioned <= set(named("ConfigMap", "worker")["data"])

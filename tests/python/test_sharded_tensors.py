@@ -183,6 +183,44 @@ with CheckpointManager(store, replicated="*", compression="none") as manager:
     assert sum(second for _, second in written) == 400_000, "whole on every rank: dealt among all"
 
 
+def test_parts_that_are_empty_here_and_shared_memory_are_told_apart(coordinator, tmp_path):
+    store = tmp_path / "store"
+    run_ranks(
+        LAYOUTS
+        + """
+# Views of one tensor, of which the second replica writes nothing.
+experts = torch.arange(400.0).reshape(4, 10, 10)
+mesh = init_device_mesh("cpu", (2, 2))
+column = mesh.get_coordinate()[1]
+mine = experts[:, :, 5 * column : 5 * column + 5].clone()
+state = {
+    f"expert{number}": DTensor.from_local(
+        part, mesh, placements_of((None, 1)), run_check=False, shape=(10, 10), stride=(10, 1)
+    )
+    for number, part in enumerate(mine.unbind(0))
+}
+with CheckpointManager(store, replicated="*") as manager:
+    manager.save(state, step=1)
+    loaded = manager.load()
+    for number in range(4):
+        assert torch.equal(loaded[f"expert{number}"], experts[number]), number
+    live = {
+        name: DTensor.from_local(
+            torch.zeros(10, 5), mesh, placements_of((None, 1)), run_check=False, shape=(10, 10),
+            stride=(10, 1),
+        )
+        for name in state
+    }
+    manager.restore(live)
+    for name in state:
+        assert torch.equal(live[name].to_local(), state[name].to_local()), name
+""",
+        store,
+        coordinator.url,
+        world_size=4,
+    )
+
+
 def test_what_is_no_part_of_one_tensor_is_refused(coordinator, tmp_path):
     store = tmp_path / "store"
     outputs = run_ranks(

@@ -54,15 +54,16 @@ impl Job {
         }
         let spec = request.spec.ok_or_else(|| invalid("a dataset is missing"))?;
         check(&spec, &request.files)?;
-        let record =
-            v1::DatasetRecord { spec: Some(spec), files: request.files, run: self.record.run };
+        // Nobody is registered yet: it is for the run that begins with the first worker.
+        let run = self.record.run + u64::from(self.holders.is_empty());
+        let record = v1::DatasetRecord { spec: Some(spec), files: request.files, run };
         let reply = reply_of(&record);
         let name = record.spec.as_ref().map_or("", |spec| &spec.name).to_owned();
         if let Some(known) = self.datasets.get(&name) {
             if same(known, &record) {
                 return Ok(reply);
             }
-            if known.run == self.record.run {
+            if known.run == run {
                 return Err(differs(known, &record));
             }
         } else if self.datasets.len() >= NAMES_MAX {

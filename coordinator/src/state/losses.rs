@@ -1,10 +1,11 @@
-//! How a job loses workers: silence, failures, and which count once.
+//! How a job loses workers: silence, failures, and which of them are one incident.
 //!
 //! Always holds:
 //! - nobody dies before a whole timeout of silence on this clock, nor because this process stood
 //!   still;
-//! - a death is counted once, and not at all if its process comes back; while nobody of the job is
-//!   heard, all deaths are one, for the network is what failed; a worker that leaves is none;
+//! - a death is counted once, and not at all if its process comes back; what is lost within one
+//!   heartbeat timeout is one incident, for a machine, a network or an exception of one rank takes
+//!   several workers with it; a worker that leaves is none;
 //! - a loss ends every wait at a barrier, and every attempt that needs more of the lost rank.
 
 use dtr_proto::v1::{ChangeKind, WorkerState};
@@ -14,17 +15,19 @@ use super::{Context, Job, Level};
 
 /// A worker that missed this many heartbeats is suspect.
 const SUSPECT_AFTER_INTERVALS: u64 = 3;
-/// Who was silent for longer is not heard any more: of workers that fall silent together none is,
-/// when the first of them is dead, for their last heartbeats lie within one interval.
-const HEARD_INTERVALS: u64 = 2;
-
 /// How a job loses a worker.
 pub(super) struct Loss<'a> {
     pub(super) worker_id: &'a str,
     pub(super) kind: ChangeKind,
     pub(super) reason: String,
-    /// Nobody of the job is heard any more.
-    pub(super) in_silence: bool,
+}
+
+/// Losses that count as one failure.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Incident {
+    /// The epoch of the first of them; `None` for one that is no failure.
+    failure: Option<u64>,
+    began_ms: u64,
 }
 
 /// Who held a rank that nobody holds now.
@@ -87,29 +90,24 @@ impl Job {
         }
     }
 
-    /// Counts what is a failure. Workers that are started again together are replaced one by one:
-    /// that is one. So are the deaths of workers that fell silent together.
+    /// Counts what is a failure, once for each incident.
     fn count_failure(&mut self, context: &Context<'_>, loss: &Loss<'_>) {
-        let now_ms = context.at.now_ms;
+        let began_ms = context.at.now_ms;
         let window_ms = context.policy.heartbeat_timeout_ms;
-        let is_failure = match loss.kind {
-            ChangeKind::Failed | ChangeKind::Died => true,
-            ChangeKind::Replaced => {
-                self.failed_ms.is_none_or(|failed_ms| now_ms - failed_ms > window_ms)
-            }
-            _ => false,
+        let ongoing = self.incident.filter(|known| began_ms - known.began_ms <= window_ms);
+        let known = match loss.kind {
+            ChangeKind::Failed | ChangeKind::Died => ongoing.and_then(|known| known.failure),
+            // A new process is there already: nobody is missing.
+            ChangeKind::Replaced if ongoing.is_some() => return,
+            ChangeKind::Replaced => None,
+            _ => return,
         };
-        if !is_failure {
-            return;
-        }
-        let known = self.silence.filter(|_| loss.in_silence);
         // The loss was just given an epoch of its own.
         let failure = known.unwrap_or(self.record.epoch);
         if known.is_none() {
             self.record.failures += 1;
-            self.failed_ms = Some(now_ms);
+            self.incident = Some(Incident { failure: Some(failure), began_ms });
         }
-        self.silence = loss.in_silence.then_some(failure);
         *self.failures.entry(failure).or_insert(0) += 1;
         if let Some(member) = self.members.get_mut(loss.worker_id) {
             member.failure = failure;
@@ -124,22 +122,24 @@ impl Job {
         if *missing == 0 {
             self.failures.remove(&failure);
             self.record.failures = self.record.failures.saturating_sub(1);
+            self.incident = self.incident.filter(|known| known.failure != Some(failure));
         }
     }
 
     /// Counts failures from none again.
     pub(super) fn forgive(&mut self) {
         self.record.failures = 0;
-        self.failed_ms = None;
+        self.incident = None;
         self.failures.clear();
     }
 
     pub(super) fn lose_everybody(&mut self, context: &mut Context<'_>, reason: &str) {
-        self.failed_ms = Some(context.at.now_ms); // a take-over is no failure
+        // A take-over is no failure.
+        self.incident = Some(Incident { failure: None, began_ms: context.at.now_ms });
         for worker_id in std::mem::take(&mut self.holders).into_values() {
             let reason = reason.to_owned();
             let kind = ChangeKind::Replaced;
-            let loss = Loss { worker_id: &worker_id, kind, reason, in_silence: false };
+            let loss = Loss { worker_id: &worker_id, kind, reason };
             self.lose(context, &loss);
         }
     }
@@ -149,13 +149,10 @@ impl Job {
             return;
         }
         let timeout_ms = context.policy.heartbeat_timeout_ms;
-        let heard_ms = HEARD_INTERVALS * context.policy.heartbeat_interval_ms;
         let mut dead = Vec::new();
-        let mut in_silence = true;
         for worker_id in self.holders.values() {
             let member = &self.members[worker_id];
             let silent_ms = context.at.now_ms.saturating_sub(member.heard_ms);
-            in_silence &= silent_ms > heard_ms;
             if silent_ms > timeout_ms {
                 dead.push((worker_id.clone(), silent_ms));
             }
@@ -164,7 +161,7 @@ impl Job {
             let reason =
                 format!("it was silent for {silent_ms} ms, at most {timeout_ms} are allowed");
             let kind = ChangeKind::Died;
-            let loss = Loss { worker_id: &worker_id, kind, reason, in_silence };
+            let loss = Loss { worker_id: &worker_id, kind, reason };
             self.lose(context, &loss);
         }
         self.doubt(context);

@@ -115,7 +115,7 @@ impl Job {
             let worker_id = &request.worker_id;
             let reason = format!("a new process of `{worker_id}` took its place");
             let kind = ChangeKind::Replaced;
-            self.lose(context, &Loss { worker_id, kind, reason, in_silence: false });
+            self.lose(context, &Loss { worker_id, kind, reason });
             self.refuse_if_aborted()?;
         }
         Ok(())
@@ -196,7 +196,6 @@ impl Job {
         if request.rejoins != 0 {
             self.take_back(failure);
         }
-        self.silence = None;
         self.record.epoch += 1;
         let record = WorkerRecord {
             incarnation,
@@ -261,7 +260,6 @@ impl Job {
         let worker_id = self.member_of(request.identity.as_ref())?.0;
         let known_epoch = request.identity.as_ref().map_or(0, |identity| identity.epoch);
         self.heartbeat_count += 1;
-        self.silence = None;
         let member = self.members.get_mut(&worker_id).expect("it was just found");
         member.hear(context.at.now_ms, request.progress);
         let changes = if known_epoch == self.record.epoch {
@@ -291,7 +289,7 @@ impl Job {
                     (ChangeKind::Failed, request.failure.clone())
                 };
                 let worker_id = &worker_id;
-                self.lose(context, &Loss { worker_id, kind, reason, in_silence: false });
+                self.lose(context, &Loss { worker_id, kind, reason });
             }
             // It is gone already: by this call, sent twice, or by its death.
             Err(refusal) if refusal.kind == RefusalKind::Fenced => {}

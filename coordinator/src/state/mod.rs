@@ -39,6 +39,7 @@ pub use summary::{JobSummary, Summary};
 use attempt::Attempt;
 use barriers::Barrier;
 use given_up::AbortedAttempt;
+use losses::Incident;
 use members::Member;
 use record::Stored;
 
@@ -90,12 +91,10 @@ struct Job {
     /// No tick before this finds a member that was silent, or stood still, for too long.
     quiet_until_ms: u64,
     log: VecDeque<v1::MembershipChange>,
-    /// When a failure was counted last, for restarts of several workers together.
-    failed_ms: Option<u64>,
+    /// What was counted last, for what is lost together with it.
+    incident: Option<Incident>,
     /// Failures since this start that may prove to be none: how many of their workers are missing.
     failures: BTreeMap<u64, u32>,
-    /// The failure as which the present silence of the whole job was counted.
-    silence: Option<u64>,
     barriers: BTreeMap<String, Barrier>,
     /// Releases of barriers in this run, as far as they are known.
     releases: u64,

@@ -134,6 +134,8 @@ fn the_budget_aborts_and_a_commit_refills_it() {
     table.leave(&other, "second");
     assert_eq!(table.job().abort_reason, "");
     let again = table.register(1, 2, 4);
+    // More than a heartbeat timeout later: another incident.
+    table.pass(table.state.policy().heartbeat_timeout_ms + 1, &[&keeper, &again]);
     table.leave(&again, "third");
     let reason = table.job().abort_reason;
     assert!(reason.starts_with("2 failures since the last checkpoint, at most 1 are"), "{reason}");
@@ -178,11 +180,44 @@ fn workers_that_fall_silent_together_fail_once_and_who_comes_back_did_not_fail()
     }
     let job = table.job();
     assert_eq!((job.workers_alive, job.failures, job.abort_reason), (4, 0, String::new()));
-    // Beside one that is heard, each is a failure of its own, taken back if it comes back.
+    // A machine with three ranks is one, too.
     let keeper = v1::Identity { incarnation: 53, ..world[3].clone() };
     table.pass(4_000, &[&keeper]);
-    assert_eq!((table.job().workers_alive, table.job().failures), (1, 3));
+    assert_eq!((table.job().workers_alive, table.job().failures), (1, 1));
+    assert_eq!(table.job().abort_reason, "");
+}
+
+/// One rank raises, and so do the others, whose connections to it are gone.
+#[test]
+fn workers_that_fail_together_fail_once_and_one_by_one_each_counts() {
+    let mut table = Table::new();
+    let world = table.world(8);
+    let timeout_ms = table.state.policy().heartbeat_timeout_ms;
+    for identity in &world[..7] {
+        table.leave(identity, "connection closed by peer");
+    }
+    assert_eq!((table.job().workers_alive, table.job().failures), (1, 1));
+    for (rank, failures) in [(0, 2), (1, 3)] {
+        let again = table.register(rank, 8, 100 + u64::from(rank));
+        table.pass(timeout_ms + 1, &[&world[7], &again]);
+        table.leave(&again, "out of memory");
+        assert_eq!(table.job().failures, failures);
+    }
     assert!(table.job().abort_reason.starts_with("3 failures"), "{}", table.job().abort_reason);
+}
+
+#[test]
+fn an_incident_that_was_none_hides_no_later_one() {
+    let mut table = Table::new();
+    let world = table.world(2);
+    let timeout_ms = table.state.policy().heartbeat_timeout_ms;
+    table.pass(timeout_ms + 1_000, &[&world[1]]);
+    assert_eq!(table.job().failures, 1);
+    let back = table.rejoin("w0", 0, 50, 10);
+    assert!(matches!(back, Reply::Register(_)), "{back:?}");
+    assert_eq!(table.job().failures, 0);
+    table.leave(&world[1], "out of memory");
+    assert_eq!(table.job().failures, 1);
 }
 
 #[test]

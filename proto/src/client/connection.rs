@@ -21,7 +21,7 @@ use super::error::{ClientError, ErrorKind};
 use super::retry::{self, Failed, Next};
 
 /// How long making a connection may take.
-const CONNECT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT: Duration = Duration::from_secs(5);
 /// How often an idle connection is asked whether it is still there, and how long it may think.
 pub(super) const KEEPALIVE: (Duration, Duration) =
     (Duration::from_secs(10), Duration::from_secs(5));
@@ -223,6 +223,7 @@ impl Inner {
             let next = retry::next(Failed {
                 kind: error.kind,
                 is_only_try: matches!(wait, Wait::Once(_)),
+                is_long: matches!(wait, Wait::Long),
                 took: started.elapsed(),
                 failures,
                 away: away_since.elapsed(),
@@ -399,17 +400,32 @@ mod tests {
         }
     }
 
-    #[test]
-    fn nobody_listening_is_explained() {
-        let options = Options { url: "http://127.0.0.1:9".into(), ..Options::default() };
-        let connection = Connection::open(&options).expect("nothing is sent yet");
+    /// Asks a coordinator that does not answer.
+    fn ask_in_vain(options: &Options) -> ClientError {
+        let connection = Connection::open(options).expect("nothing is sent yet");
         let asked = connection.ask("listing", crate::v1::ListWorkersRequest::default(), {
             |channel, request| async move {
                 let mut client = crate::v1::membership_client::MembershipClient::new(channel);
                 client.list_workers(request).await
             }
         });
-        let error = asked.join().expect_err("port 9 discards");
+        asked.join().expect_err("nobody answers")
+    }
+
+    /// A coordinator that is stopped: its system takes connections for it.
+    #[test]
+    fn one_that_takes_connections_and_never_answers_is_not_asked_for_ever() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let patience = Duration::from_millis(1);
+        let error = ask_in_vain(&Options { url, patience, ..Options::default() });
+        assert_eq!(error.kind, ErrorKind::Unavailable, "{error}");
+    }
+
+    #[test]
+    fn nobody_listening_is_explained() {
+        let error =
+            ask_in_vain(&Options { url: "http://127.0.0.1:9".into(), ..Options::default() });
         assert_eq!(error.kind, ErrorKind::Unavailable);
         let text = error.to_string();
         assert!(text.contains("`http://127.0.0.1:9` does not answer: "), "{text}");

@@ -58,7 +58,7 @@ async fn insist(
             Err(error) => error,
         };
         let may_pass = matches!(error.kind, ErrorKind::Conflict | ErrorKind::JobAborted);
-        if !may_pass || started.elapsed() >= CONFLICT.min(inner.patience) {
+        if !may_pass || started.elapsed() >= CONFLICT.min(2 * inner.patience) {
             return Err(error);
         }
         if !warned {

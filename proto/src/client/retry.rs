@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::connection::KEEPALIVE;
+use super::connection::{CONNECT, KEEPALIVE};
 use super::error::ErrorKind;
 
 /// Calls in a row that run out of time before the connection is made again.
@@ -19,6 +19,8 @@ pub(crate) struct Failed {
     pub(crate) kind: ErrorKind,
     /// One try is all there is.
     pub(crate) is_only_try: bool,
+    /// It waited for other workers: an answer may take any time.
+    pub(crate) is_long: bool,
     /// How long this try took.
     pub(crate) took: Duration,
     /// Tries in a row that failed before it.
@@ -47,12 +49,13 @@ pub(crate) enum Next {
 /// Whether a call is sent again: the coordinator may be away for as long as patience lasts, each
 /// time that it goes away.
 pub(crate) fn next(failed: Failed) -> Next {
-    let Failed { kind, is_only_try, took, failures, away, patience } = failed;
+    let Failed { kind, is_only_try, is_long, took, failures, away, patience } = failed;
     if kind != ErrorKind::Unavailable || is_only_try {
         return Next::Fail;
     }
-    // A connection that is gone is noticed sooner.
-    let was_there = took > KEEPALIVE.0;
+    // A coordinator that does not answer is noticed sooner: while the connection is made, or by
+    // keep-alive. An answer that is due at once says nothing by being late.
+    let was_there = is_long && took > CONNECT + KEEPALIVE.0 + KEEPALIVE.1;
     let (failures, away) = if was_there { (0, Duration::ZERO) } else { (failures, away) };
     if away >= patience {
         return Next::Fail;
@@ -77,11 +80,14 @@ mod tests {
 
     #[test]
     fn only_one_that_is_away_is_asked_again_and_within_patience() {
-        let (quick, long) = (Duration::from_millis(1), KEEPALIVE.0 + Duration::from_millis(1));
+        let quick = Duration::from_millis(1);
+        let noticed = CONNECT + KEEPALIVE.0 + KEEPALIVE.1;
+        let long = noticed + quick;
         let patience = Duration::from_secs(30);
         let failed = Failed {
             kind: ErrorKind::Unavailable,
             is_only_try: false,
+            is_long: true,
             took: quick,
             failures: 0,
             away: quick,
@@ -100,6 +106,16 @@ mod tests {
                 "it was there meanwhile",
                 Failed { took: long, failures: 9, away: 2 * patience, ..failed },
                 again(1, true, false),
+            ),
+            (
+                "it took connections, and answered nothing",
+                Failed { took: noticed, failures: 9, away: 2 * patience, ..failed },
+                Next::Fail,
+            ),
+            (
+                "what is due at once is late",
+                Failed { is_long: false, took: long, failures: 2, ..failed },
+                again(3, false, true),
             ),
             ("no patience", Failed { patience: Duration::ZERO, ..failed }, Next::Fail),
             ("no patience", Failed { took: long, patience: Duration::ZERO, ..failed }, Next::Fail),

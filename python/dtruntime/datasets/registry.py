@@ -188,11 +188,15 @@ class DatasetRegistry:
             name: The dataset.
             worker_rank: Default: as for a ``CheckpointManager``.
             epoch: The epoch of the data, counted from 0; each has its own order.
-            world_size: The number of ranks. Default: the job's.
+            world_size: The number of ranks. Default: as for a ``CheckpointManager``; in a process
+                that nothing launched, the job's.
 
         """
-        rank, _ = launch.rank_and_world_size(worker_rank, None)
-        place = (rank, 0 if world_size is None else settings.integer("world_size", world_size))
+        rank, ranks, _ = self.place(worker_rank, world_size)
+        # The job's number is that of its last run until a worker of this one is registered.
+        is_known = world_size is not None or launch.is_launched()
+        is_known |= membership.membership_at(self._coordinator.url, self.job) is not None
+        place = (rank, ranks if is_known else 0)
         share = self.share(name, place, settings.integer("epoch", epoch))
         return [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118  (str)
 

@@ -263,10 +263,18 @@ class ShardedDataset(IterableDataset[Any]):
 
         first = saved_by(0, step)
         position, _ = positions.decode(self.name, first)
+        ranks = position.world_size
         if manager.last_load is not None:
-            step = manager.last_load.step
-        others = (saved_by(rank, step) for rank in range(1, position.world_size))
-        self.load_state_dicts([first, *others])
+            step, ranks = manager.last_load.step, manager.last_load.world_size
+        # With tensor or pipeline parallelism several ranks read the same share, and any of them
+        # knows its position.
+        found = {position.rank: first}
+        for rank in range(1, ranks):
+            if len(found) == position.world_size:
+                break
+            saved = saved_by(rank, step)
+            found.setdefault(positions.decode(self.name, saved)[0].rank, saved)
+        self.load_state_dicts([*found.values()])
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

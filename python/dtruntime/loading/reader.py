@@ -201,8 +201,10 @@ class Reader:
         memories = []
         for number, box in boxes.items():
             record, device = self.records[number], devices.get(number)
-            # Tensors that shared memory when saved, and of which the same box is read, share it.
-            view = (record._replace(kind=0, requires_grad=False), box, device)
+            # Tensors that shared memory when saved, and of which the same box is read, share it. Of
+            # one whose part here is empty that is not known: views of different memory look alike.
+            record_here = record._replace(kind=0, requires_grad=False)
+            view = (number if hull_of(record) is None else record_here, box, device)
             holder = holders.get(view)
             if holder is None:
                 count = box.items * record.item_bytes

@@ -96,7 +96,11 @@ class Source:
         manifest = checkpoint.manifest()
         fell_back_from = tuple(sorted(failed.items(), reverse=True))
         report = LoadReport(
-            checkpoint.step, fell_back_from, manifest["metadata"], manifest["dataset_positions"]
+            checkpoint.step,
+            fell_back_from,
+            manifest["metadata"],
+            manifest["dataset_positions"],
+            manifest["world_size"],
         )
         self._native.protect(checkpoint.step)
         if step is None:

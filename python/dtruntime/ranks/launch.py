@@ -77,6 +77,15 @@ def rank_and_world_size(
     return _ordinal("rank", rank), _ordinal("world_size", world_size)
 
 
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher or a process group says how many ranks there are.
+
+    >>> is_launched({"WORLD_SIZE": "1"}), is_launched({})
+    (True, False)
+    """
+    return "WORLD_SIZE" in environment or process_group(environment) is not None
+
+
 def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
     """Return how many of the saving ranks are on this machine, according to the launcher.
 
