@@ -15,6 +15,8 @@
 //! - Told `Ok` means: the copy's own call succeeded, the event behind it passed without an error,
 //!   and the device was not lost by then.
 //! - Every traveller is told exactly once, by the completion thread, in order, with no lock held.
+//! - Who gives the stream work holds `order`, and not `state`: a driver whose queue is full makes its
+//!   caller wait, and nobody is kept from being told by that.
 //! - An end of the lane is an end of all its batches first.
 
 use std::collections::VecDeque;
@@ -46,6 +48,8 @@ pub(crate) struct Lane {
 /// What callers and the completion thread share.
 struct Shared {
     stream: Arc<Stream>,
+    /// Held while the stream is given anything; always before `state`.
+    order: Mutex<()>,
     state: Mutex<State>,
     /// A batch was closed, or the lane has ended.
     closed: Condvar,
@@ -85,6 +89,7 @@ impl Lane {
     pub(crate) fn start(entered: &Entered<'_>, direction: Direction) -> Result<Self, CudaError> {
         let shared = Arc::new(Shared {
             stream: Arc::new(Stream::new(entered)?),
+            order: Mutex::default(),
             state: Mutex::default(),
             closed: Condvar::new(),
             told: Condvar::new(),
@@ -110,15 +115,18 @@ impl Lane {
         copy: impl FnOnce(&Entered<'_>, &Stream) -> Result<(), CudaError>,
     ) {
         let shared = &self.shared;
-        let mut state = shared.lock();
+        let ordered = shared.order();
         // A copy of nothing needs no device, and some drivers refuse it.
-        let outcome = if bytes == 0 { Ok(()) } else { shared.give(&mut state, copy) };
+        let outcome = if bytes == 0 { Ok(()) } else { shared.give(&ordered, copy) };
+        let mut state = shared.lock();
         state.open.travellers.push((traveller, outcome));
         state.open.bytes = state.open.bytes.saturating_add(bytes);
         state.open.has_work = true;
         state.begun += 1;
-        if state.open.bytes >= BATCH_BYTES {
-            shared.close(&mut state);
+        let is_full = state.open.bytes >= BATCH_BYTES;
+        drop(state);
+        if is_full {
+            shared.close(&ordered);
         }
     }
 
@@ -127,19 +135,20 @@ impl Lane {
         &self,
         work: impl FnOnce(&Entered<'_>, &Stream) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
-        self.shared.give(&mut self.shared.lock(), work)
+        self.shared.give(&self.shared.order(), work)
     }
 
     /// Closes the open batch.
     pub(crate) fn flush(&self) {
-        self.shared.close(&mut self.shared.lock());
+        self.shared.close(&self.shared.order());
     }
 
     /// The event behind everything that was given to the stream so far, or `None` where the stream
     /// has passed it all.
     pub(crate) fn newest(&self) -> Result<Option<Arc<Event>>, CudaError> {
-        let mut state = self.shared.lock();
-        self.shared.close(&mut state);
+        let ordered = self.shared.order();
+        self.shared.close(&ordered);
+        let state = self.shared.lock();
         state.closed.back().map(|newest| newest.event.clone()).transpose()
     }
 
@@ -149,8 +158,8 @@ impl Lane {
             let what = format!("waiting for the copies {}", self.direction);
             return Err(CudaError::invalid(what, "called by one of those that are waited for"));
         }
+        self.flush();
         let mut state = self.shared.lock();
-        self.shared.close(&mut state);
         let target = state.begun;
         while state.told < target {
             state = self.shared.told.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -185,10 +194,8 @@ impl Drop for Lane {
             return;
         }
         let own = completion.thread().id() == thread::current().id();
-        let mut state = self.shared.lock();
-        self.shared.close(&mut state);
-        state.is_ended = true;
-        drop(state);
+        self.flush();
+        self.shared.lock().is_ended = true;
         self.shared.closed.notify_one();
         // Whoever is told may hold the last reference to the device: the thread then ends alone.
         if !own && completion.join().is_err() {
@@ -202,20 +209,21 @@ impl Shared {
     /// failed may have begun something.
     fn give(
         &self,
-        state: &mut State,
+        _ordered: &MutexGuard<'_, ()>,
         work: impl FnOnce(&Entered<'_>, &Stream) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
         let entered = self.context().enter()?;
-        state.open.has_work = true;
+        self.lock().open.has_work = true;
         work(&entered, &self.stream)
     }
 
-    fn close(&self, state: &mut State) {
-        if !state.open.has_work {
+    fn close(&self, _ordered: &MutexGuard<'_, ()>) {
+        if !self.lock().open.has_work {
             return;
         }
         let entered = self.context().enter();
         let event = entered.and_then(|entered| self.stream.handle().record(&entered));
+        let mut state = self.lock();
         let batch = mem::take(&mut state.open);
         state.closed.push_back(ClosedBatch { batch, event: event.map(Arc::new) });
         self.closed.notify_one();
@@ -278,6 +286,11 @@ impl Shared {
 
     fn context(&self) -> &Arc<Context> {
         self.stream.context()
+    }
+
+    fn order(&self) -> MutexGuard<'_, ()> {
+        // It guards no data.
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
