@@ -86,7 +86,7 @@ def test_an_overlapped_save_returns_before_the_copies_and_the_step_waits(device,
     device.hold_copies(True)
     handle = manager.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
     assert not handle.staged.done()
-    assert manager._native.wait_until_finished(0.05) is False
+    assert manager._opened.native.wait_until_finished(0.05) is False
     # What the optimizer does not update was cloned, in the order of the stream.
     device.write(average, torch.zeros(100_000))
     # On a GPU the step's kernels would wait; on the host the step itself has to.
@@ -146,7 +146,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
             held.append(list(ordinals))
             device.hold_copies(False)
             for store in (manager, best):
-                assert store._saver.last._native.wait_captured(30)
+                assert store._opened.saver.last._native.wait_captured(30)
             return [(0, 0)]
 
         with pytest.MonkeyPatch.context() as patch:
@@ -212,9 +212,9 @@ def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatc
 
     with monkeypatch.context() as patch:
         if where == "watch":
-            patch.setattr(manager._watcher, "watch", interrupted)
+            patch.setattr(manager._opened.watcher, "watch", interrupted)
         else:
-            patch.setattr(manager._saver, "_native", Interrupted(manager._native))
+            patch.setattr(manager._opened.saver, "_native", Interrupted(manager._opened.native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
     # Its caller knows: nothing is left to tell, and the step can be saved.
@@ -345,7 +345,7 @@ def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
 def test_prewarmed_memory_is_pinned(device, manager):
     state = {"w": device.tensor(noise(1, 1_000_000))}
     registered, fetched = device.calls("cuMemHostRegister_v2"), device.pages_fetched()
-    manager._native.prewarm(4_000_000, [(0, 0)])
+    manager._opened.native.prewarm(4_000_000, [(0, 0)])
     assert device.calls("cuMemHostRegister_v2") == registered + 1
     assert device.pages_fetched() == fetched, "all workers had fetched them before"
     manager.save(state, step=1)
@@ -355,7 +355,7 @@ def test_prewarmed_memory_is_pinned(device, manager):
 def test_memory_of_a_gpu_is_filled(device, manager):
     values = noise(3, 400_000)
     manager.save({"w": values, "v": values[:7]}, step=1)
-    checkpoint = manager._native.checkpoint(1)
+    checkpoint = manager._opened.native.checkpoint(1)
     target = device.tensor(torch.zeros(400_000))
     place = (0, target.data_ptr(), 1_600_000)
     device.write(target, torch.ones(400_000))  # what the stream still has to do comes first
@@ -390,7 +390,7 @@ def test_an_optimizer_s_tensors_are_read_to_where_its_parameters_are(manager):
     optimizer.step()
     manager.save({"optimizer": optimizer}, step=1)
     live = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 8)), OnGpu(torch.ones(4))])
-    reader = Reader(manager._native.checkpoint(1))
+    reader = Reader(manager._opened.native.checkpoint(1))
     (action,) = plan_restore({"optimizer": live}, reader, strict=True).actions
     paths = reader.checkpoint.paths()
     named = {paths[n]: reader.tree.nodes[n][1] for n in range(len(paths)) if "exp_avg" in paths[n]}
@@ -403,14 +403,14 @@ def test_a_record_of_a_gpu_is_checked(manager):
     for pieces in ([(1, 5, 0)], [(1, 5, 0), (6, 5, 4)]):
         storages = [StorageRecord(0, 10, (0, pieces, False))]
         with pytest.raises(Exception, match="its pieces"):
-            manager._native.prepare(storages, [(0, 0)], False)
+            manager._opened.native.prepare(storages, [(0, 0)], False)
 
 
 @pytest.mark.usefixtures("device")
 def test_a_gpu_that_is_not_there_is_named(manager):
     storages = [StorageRecord(0, 10, (5, [(1, 10, 0)], False))]
     with pytest.raises(AcceleratorError, match="opening `cuda:5`") as caught:
-        manager._native.prepare(storages, [], False)
+        manager._opened.native.prepare(storages, [], False)
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
 
 
@@ -539,7 +539,7 @@ def test_a_load_to_a_gpu_without_room_is_refused(manager, monkeypatch, is_usable
     full, place = FullGpu(), torch.device("cuda:0")
     monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: is_usable)
-    reader = Reader(manager._native.checkpoint(1), device=place)
+    reader = Reader(manager._opened.native.checkpoint(1), device=place)
     with pytest.raises(AcceleratorError, match=r"cuda:0.*no memory for 4000 more bytes") as caught:
         reader.load()
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
@@ -551,7 +551,7 @@ def test_a_restore_for_a_gpu_without_room_goes_through_the_host(manager, monkeyp
     full, place = FullGpu(), torch.device("cuda:0")
     monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: True)
-    loaded = Reader(manager._native.checkpoint(1)).tensors([0], {0: place})
+    loaded = Reader(manager._opened.native.checkpoint(1)).tensors([0], {0: place})
     assert full.asked == [place, None]
     assert torch.equal(loaded[0], noise(1, 1_000))
 

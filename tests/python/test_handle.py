@@ -156,7 +156,7 @@ def test_an_upload_whose_end_is_unknown_is_announced(manager):
 
     handle.result()
     handle.uploaded = concurrent.futures.Future()
-    handle._follow_upload(manager._watcher, Native())
+    handle._follow_upload(manager._opened.watcher, Native())
     with pytest.raises(RuntimeError, match="unheard of"):
         handle.uploaded.result(timeout=60)
 

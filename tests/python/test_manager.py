@@ -517,7 +517,7 @@ def test_seen_error_is_not_raised_again(open_manager):
 def test_unseen_error_of_a_dropped_manager_is_logged(store, caplog):
     manager = CheckpointManager(store, compression="zstd", chunk_bytes="64KiB")
     save_one_that_fails(manager)
-    watcher = manager._watcher
+    watcher = manager._opened.watcher
     del manager
     assert watcher.stop(30)
     assert "its error was not retrieved" in caplog.text

@@ -206,7 +206,7 @@ class Native:  # the signal arrives while the native half takes the snapshot
         os.kill(os.getpid(), signal.SIGTERM)
         return self.native.save(*arguments)
 
-manager._saver._native = Native(manager._native)
+manager._opened.saver._native = Native(manager._opened.native)
 handle = manager.save_async""",
     )
     done = run_script(PREAMBLE + script, store, "finish", 60)
@@ -286,7 +286,7 @@ class Native:  # the signal arrives while the native half takes the snapshot
         return self.native.save(*arguments)
 
 signal.signal(signal.SIGUSR1, save)
-manager._saver._native = Native(manager._native)
+manager._opened.saver._native = Native(manager._opened.native)
 handle = manager.save_async({"small": 1}, step=1)
 print(handle.result().step)
 signal.raise_signal(signal.SIGUSR1)
@@ -319,7 +319,7 @@ def test_the_last_save_after_ctrl_c_is_a_save(open_manager, store):
     manager = open_manager(compression="gzip")  # slow enough to be given up
     state = {"weights": torch.randn(1_000_000)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager._saver, "_native", Interrupted(manager._native))
+        patch.setattr(manager._opened.saver, "_native", Interrupted(manager._opened.native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async(state, step=1)
     assert manager.save(state, step=2).step == 2
@@ -337,7 +337,7 @@ def test_closing_goes_on_after_ctrl_c(open_manager, store, where):
     manager.save_async({"small": 1}, step=1)
     with pytest.MonkeyPatch.context() as patch:
         if where in ("wait", "stop"):  # Ctrl-C, and once more while the first one is heeded
-            patch.setattr(manager._watcher, "stop", interrupt)
+            patch.setattr(manager._opened.watcher, "stop", interrupt)
         if where == "close":
             patch.setattr(lifecycle, "unregister", interrupt)
         with pytest.raises(KeyboardInterrupt):

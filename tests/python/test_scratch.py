@@ -51,7 +51,7 @@ def values_of(state: dict[str, Any]) -> dict[str, Any]:
 
 def has_it_back(manager: CheckpointManager) -> bool:
     """Tell whether nothing views the arena: it is lent whole, or not at all."""
-    return manager._native.lend_staging(1) is not None
+    return manager._opened.native.lend_staging(1) is not None
 
 
 def test_a_restore_reads_into_the_arena_and_nothing_keeps_of_it(tmp_path, staged):
@@ -131,7 +131,7 @@ def test_an_arena_that_is_lent_already_is_left_alone(tmp_path, staged):
     saved = {"w": torch.randn(3_000_000)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
-        borrowed = manager._native.lend_staging(1)
+        borrowed = manager._opened.native.lend_staging(1)
         borrowed[:] = 7
         live = {"w": torch.zeros(3_000_000)}
         manager.restore(live, step=1)
