@@ -20,6 +20,17 @@ rank, store = int(os.environ["RANK"]), sys.argv[1]
 """
 
 
+STATES = """
+def state_of(step):
+    generator = torch.Generator().manual_seed(step * 100 + rank)
+    return {"w": torch.randn(50_000, generator=generator), "rank": rank, "step": step}
+
+def same(one, other):
+    return torch.equal(one["w"], other["w"]) and one["rank"] == other["rank"]
+"""
+"""States that differ by rank and step, for sources that ``start`` and ``run`` run."""
+
+
 def place_of(rank: int, world_size: int, url: str) -> dict[str, str]:
     """Give the environment of one rank."""
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
@@ -40,6 +51,16 @@ def run_ranks(source: str, store: Path, url: str, world_size: int = 3) -> list[s
     for process, (_, error) in zip(processes, ended, strict=True):
         assert process.returncode == 0, error
     return [out for out, _ in ended]
+
+
+def start(source: str, store: Path, rank: int, world_size: int, url: str) -> subprocess.Popen[str]:
+    """Start one rank of a source that uses ``STATES``."""
+    return start_rank(STATES + textwrap.dedent(source), store, rank, world_size, url)
+
+
+def run(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:
+    """Run all ranks of a source that uses ``STATES`` to their end; return what each printed."""
+    return run_ranks(STATES + textwrap.dedent(source), store, url, world_size)
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from coordinators import CoordinatorProcess
+from ranks import run
 from support import run_script
-from test_ranks import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
