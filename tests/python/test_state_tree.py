@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import gc
@@ -10,6 +11,7 @@ import itertools
 import pathlib
 import random
 import sys
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -241,6 +243,49 @@ def test_every_message_names_path_type_and_remedy(messages):
         assert message.startswith('saving `state["model"]["layers"][1]'), (name, message)
         assert "\nhint: " in message, (name, message)
         assert message[0].islower(), (name, message)
+
+
+def test_all_unsupported_values_are_found_at_once():
+    state = {"a": [{1}, 2, len], (1, 2): b"", "good": torch.ones(2), "b": {"c": object(), "d": {3}}}
+    with pytest.raises(UnsupportedValue) as caught:
+        flatten(state)
+    assert caught.value.what == 'saving `state["a"][0]`'
+    first, *others = caught.value.why.split("; ")
+    assert first == "a value of type `set` cannot be stored"
+    assert others == [
+        'also `state["a"][2]`: a `builtin_function_or_method` is code, not data',
+        "`state`, key `(1, 2)`: a key of type `tuple` cannot be stored",
+        '`state["b"]["c"]`: a value of type `object` cannot be stored',
+        '`state["b"]["d"]`: a value of type `set` cannot be stored',
+    ]
+    assert caught.value.hint == "save `sorted(value)` or `list(value)`"
+    with pytest.raises(UnsupportedValue, match=r"`state\[4\]`.*stored; and 96 more\n"):
+        flatten([{1} for _ in range(101)])
+
+
+def test_what_an_error_names_keeps_no_memory_alive():
+    class Sized(torch.Tensor):
+        pass
+
+    state = {"good": torch.ones(2), "bad": [torch.ones(2).as_subclass(Sized), {1}]}
+    alive = weakref.ref(state["good"])
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(UnsupportedValue):
+            flatten(state)
+        del state
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_of_cycles_is_refused_quickly():
+    nodes = [{} for _ in range(30)]
+    for node in nodes:
+        node.update(enumerate(nodes))
+    with pytest.raises(UnsupportedValue, match="contains itself"):
+        flatten(nodes)
 
 
 def test_cycles_are_named():
