@@ -78,7 +78,7 @@ def throttle(folder: Path) -> Iterator[Throttle]:
 
 @contextlib.contextmanager
 def blkio_mounted() -> Iterator[Path]:
-    """Give the folder of the blkio controller, mounting it if nobody has."""
+    """Return the folder of the blkio controller, mounting it if nobody has."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ", 1)
         kind, _, options = right.split(maxsplit=2)
@@ -101,7 +101,7 @@ def blkio_mounted() -> Iterator[Path]:
 
 
 def whole_device(folder: Path) -> str:
-    """Give the number of the disk that a folder lies on; a partition cannot be slowed."""
+    """Return the number of the disk that a folder lies on; a partition cannot be slowed."""
     number = folder.stat().st_dev
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     if not entry.exists():
@@ -166,7 +166,7 @@ class Run:
 
 
 def rate_row(results: Results, rate: str) -> str:
-    """Give the row of one rate, with the verdict."""
+    """Return the row of one rate, with the verdict."""
     raw = results.median(rate, "raw_bytes")
     none, floats, auto = (results.median(rate, codec) for codec in CODECS)
     ratio = auto / min(none, floats)

@@ -325,7 +325,7 @@ def parse() -> argparse.Namespace:
 
 
 def competitors() -> list[Entrant]:
-    """Give the entrants whose packages are here, and name the others."""
+    """Return the entrants whose packages are here, and name the others."""
     present = []
     for entrant in engines.ENTRANTS:
         if missing := entrant.missing():

@@ -48,7 +48,7 @@ Figures = dict[str, tuple[int, float, float, float]]
 
 
 def free_port() -> int:
-    """Give a port that nobody listens on now."""
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -74,13 +74,13 @@ def running(command: list[str | Path], port: int, log: Path) -> Iterator[subproc
 
 
 def memory_mb(pid: int) -> float:
-    """Give the most memory that a process had resident."""
+    """Return the most memory that a process had resident."""
     match = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(match[1]) * 1024 / 1e6 if match else 0.0
 
 
 def cpu_seconds(pid: int) -> float:
-    """Give the processor time that a process used."""
+    """Return the processor time that a process used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -101,7 +101,7 @@ def fleet(url: str, options: argparse.Namespace, *more: str) -> Figures:
 
 
 def measure_coordinator(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Give the coordinator's figures, its memory, and its processor time."""
+    """Return the coordinator's figures, its memory, and its processor time."""
     port = free_port()
     program = shutil.which("coordinator")
     if program is None:
@@ -121,7 +121,7 @@ def measure_coordinator(scratch: Path, options: argparse.Namespace) -> dict[str,
 
 
 def measure_etcd(scratch: Path, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Give the same of etcd, as far as it does the same; None where it is not installed."""
+    """Return the same of etcd, as far as it does the same; None where it is not installed."""
     program = shutil.which("etcd")
     if program is None:
         say("etcd is not installed: its row is left out (Debian: apt install etcd-server)")
@@ -148,7 +148,7 @@ def measure_etcd(scratch: Path, options: argparse.Namespace) -> dict[str, Any] |
 
 
 def measure_store(options: argparse.Namespace) -> list[float]:
-    """Give the milliseconds of each barrier in torch's store."""
+    """Return the milliseconds of each barrier in torch's store."""
     command = [sys.executable, HERE / "store_barrier.py", options.ranks, options.rounds]
     run = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE)
     return [float(line) for line in run.stdout.split()]

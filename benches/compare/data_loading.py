@@ -54,7 +54,7 @@ def bare(paths: Iterable[str]) -> Iterable[Any]:
 
 
 def measure(read: Callable[[], Iterable[Any]]) -> tuple[float, int, int]:
-    """Give samples a second of CPU time, how many there were, and their checksum."""
+    """Return samples a second of CPU time, how many there were, and their checksum."""
     begun, count, checksum = time.process_time(), 0, 0
     for sample in read():
         count += 1

@@ -78,7 +78,7 @@ class Training:
         self.step()
 
     def state(self) -> dict[str, Any]:
-        """Give what is saved."""
+        """Return what is saved."""
         return {"model": self.model, "optimizer": self.optimizer}
 
     def tensors(self) -> int:
@@ -86,7 +86,7 @@ class Training:
         return 4 * len(self.model)
 
     def state_bytes(self) -> int:
-        """Give the bytes of the state."""
+        """Return the bytes of the state."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return 3 * weights
 
@@ -157,7 +157,7 @@ def settle(device: torch.device) -> None:
 
 
 def bus_rate(device: torch.device, *, up: bool) -> float:
-    """Give bytes a second between the GPU and pinned memory."""
+    """Return bytes a second between the GPU and pinned memory."""
     count, has_gpu = BUS_BYTES[device.type], device.type == "cuda"
     on_gpu = torch.empty(count, dtype=torch.uint8, device=device)
     in_host = torch.empty(count, dtype=torch.uint8, pin_memory=has_gpu)
@@ -173,7 +173,7 @@ def bus_rate(device: torch.device, *, up: bool) -> float:
 
 
 def disk_rate(path: Path) -> float:
-    """Give bytes a second of reading a file around the page cache, by several threads."""
+    """Return bytes a second of reading a file around the page cache, by several threads."""
     size = path.stat().st_size
     try:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -271,7 +271,7 @@ def measure_mode(
 def measure_reads(
     training: Training, rounds: int, store: Path, read: Callable[[], object]
 ) -> float:
-    """Give the seconds of a load or a restore, with no file in the page cache."""
+    """Return the seconds of a load or a restore, with no file in the page cache."""
     seconds = []
     for _ in range(rounds + 1):
         forget(store)

@@ -59,7 +59,7 @@ class BareCopy:
         return time.perf_counter() - began
 
     def copied(self) -> bytes:
-        """Give what the last copy left."""
+        """Return what the last copy left."""
         return self._target[: self.bytes].tobytes()
 
     def _copy(self, pieces: list[Piece]) -> None:
@@ -146,7 +146,7 @@ class Fio:
 def fio_command(
     kind: str, path: Path, size_bytes: int, memory: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Give the command, for whole blocks, and its environment.
+    """Return the command, for whole blocks, and its environment.
 
     Its buffers are in the memory that is named:
     `plain` is 4 KiB pages, `reserved` is huge pages that root set aside, and `transparent` has the

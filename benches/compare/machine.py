@@ -66,13 +66,13 @@ def describe(folder: Path) -> Machine:
 
 
 def available_bytes() -> int:
-    """Give the memory that can be had without swapping; 0 where it is not told."""
+    """Return the memory that can be had without swapping; 0 where it is not told."""
     match = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
     return int(match[1]) * 1024 if match else 0
 
 
 def mount_of(folder: Path) -> tuple[str, str]:
-    """Give type and device of the filesystem that a folder lies on."""
+    """Return type and device of the filesystem that a folder lies on."""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -84,7 +84,7 @@ def mount_of(folder: Path) -> tuple[str, str]:
 
 
 def is_root() -> bool:
-    """Tell whether this process may change the machine."""
+    """Return whether this process may change the machine."""
     return os.geteuid() == 0
 
 

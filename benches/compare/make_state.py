@@ -105,7 +105,7 @@ def read_corpus() -> torch.Tensor:
 
 
 def batches(size: Size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Give text at random places, and the byte that follows each of its bytes."""
+    """Return text at random places, and the byte that follows each of its bytes."""
     corpus = read_corpus()
     generator = torch.Generator().manual_seed(size.steps)
     for _ in range(size.steps):

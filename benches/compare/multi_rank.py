@@ -112,7 +112,7 @@ def part_of(value: Any, mesh: DeviceMesh) -> Any:
 
 
 def local(of: State) -> State:
-    """Give what this rank has in memory."""
+    """Return what this rank has in memory."""
     flat = flatten(of).items()
     return unflatten({p: v.to_local() if isinstance(v, DTensor) else v for p, v in flat})
 
@@ -210,7 +210,7 @@ def one_turn(
 
 
 def table(layout: str, found: dict[str, list[dict[str, float]]], raw_bytes: int) -> list[str]:
-    """Give the medians of one layout, one row for each engine."""
+    """Return the medians of one layout, one row for each engine."""
     rows = [
         f"| {TITLES[layout]} | stall | durable | restore | on disk | CPU of the save |",
         "|---|--:|--:|--:|--:|--:|",

@@ -19,7 +19,7 @@ SAMPLE_SECONDS = 0.005
 
 
 def descendants(pid: int) -> list[int]:
-    """Give the processes that a process started, and theirs."""
+    """Return the processes that a process started, and theirs."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -29,7 +29,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds_of_descendants(pid: int) -> float:
-    """Give the processor time that living descendants, and their ended children, have used."""
+    """Return the processor time that living descendants, and their ended children, have used."""
     ticks = 0
     for child in descendants(pid):
         with contextlib.suppress(OSError):

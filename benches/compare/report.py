@@ -39,7 +39,7 @@ GROWTH_BYTES_MAX = 4 * MIB
 
 
 def versions(fio: str) -> dict[str, str]:
-    """Give the versions of everything that took part."""
+    """Return the versions of everything that took part."""
     names = ("torch", "safetensors", "torch_checkpointing")
     found = {name: peers.version_of(name) for name in names}
     known = {name: version for name, version in found.items() if version is not None}
@@ -59,7 +59,7 @@ def our_version() -> str:
 
 
 def results_of(record: dict[str, Any]) -> Results:
-    """Give a record's values."""
+    """Return a record's values."""
     return Results(record["raw_bytes"], record["values"])
 
 
@@ -82,7 +82,7 @@ def text(record: dict[str, Any]) -> str:
 
 
 def table(results: Results) -> list[str]:
-    """Give one row for each engine, and one for each limit."""
+    """Return one row for each engine, and one for each limit."""
     rows = [
         "| | stall | durable | load | restore | on disk | CPU | extra memory | training slowdown |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -94,7 +94,7 @@ def table(results: Results) -> list[str]:
 
 
 def cells(results: Results, key: str) -> list[str]:
-    """Give the cells of a subject; what was not measured is left empty."""
+    """Return the cells of a subject; what was not measured is left empty."""
     writers = {
         "stall_seconds": milliseconds,
         "durable_seconds": seconds,

@@ -18,18 +18,18 @@ class Results:
         self.values.setdefault(subject, {}).setdefault(figure, []).append(value)
 
     def all(self, subject: str, figure: str) -> list[float]:
-        """Give every value of a figure."""
+        """Return every value of a figure."""
         return self.values[subject][figure]
 
     def median(self, subject: str, figure: str) -> float:
-        """Give the middle value of a figure."""
+        """Return the middle value of a figure."""
         return statistics.median(self.all(subject, figure))
 
     def has(self, subject: str, figure: str) -> bool:
-        """Tell whether a figure was measured."""
+        """Return whether a figure was measured."""
         return bool(self.values.get(subject, {}).get(figure))
 
     def ratio(self, over: tuple[str, str], under: tuple[str, str]) -> float:
-        """Give the median of the quotients of two figures that were measured in pairs."""
+        """Return the median of the quotients of two figures that were measured in pairs."""
         pairs = zip(self.all(*over), self.all(*under), strict=True)
         return statistics.median(a / b for a, b in pairs)

@@ -58,13 +58,13 @@ def state_of(size: int) -> dict[str, torch.Tensor]:
 
 
 def processor_seconds() -> float:
-    """Give the processor time of this process and of those that it waited for."""
+    """Return the processor time of this process and of those that it waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def timed(act: Callable[[], Any]) -> dict[str, float]:
-    """Give the seconds that something takes, of the clock and of the processor."""
+    """Return the seconds that something takes, of the clock and of the processor."""
     cpu, start = processor_seconds(), time.monotonic()
     act()
     return {"seconds": time.monotonic() - start, "cpu": processor_seconds() - cpu}
@@ -165,7 +165,7 @@ CLIENTS: dict[str, Callable[[str, dict[str, torch.Tensor]], dict[str, Any]]] = {
 
 
 def can_serve(port: int) -> bool:
-    """Tell whether this process may listen there."""
+    """Return whether this process may listen there."""
     with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
         return True
     return False
@@ -212,7 +212,7 @@ def one_turn(client: str, size: int, root: Path) -> dict[str, Any]:
 
 
 def local_stall(size: int) -> float:
-    """Give the stall of a warm save into a directory."""
+    """Return the stall of a warm save into a directory."""
     from dtruntime import CheckpointManager
 
     state = state_of(size)
@@ -228,7 +228,7 @@ def local_stall(size: int) -> float:
 
 
 def median(turns: list[dict[str, Any]], what: str, figure: str) -> float:
-    """Give the median of one figure."""
+    """Return the median of one figure."""
     return float(statistics.median(turn[what][figure] for turn in turns))
 
 
@@ -239,7 +239,7 @@ def table(found: dict[str, list[dict[str, Any]]], size: int, stall: float) -> st
 
 
 def figures(found: dict[str, list[dict[str, Any]]], size: int) -> list[str]:
-    """Give what was measured, one row for each client."""
+    """Return what was measured, one row for each client."""
     rows = [
         "| | upload | restore | CPU of the upload | CPU of the restore |",
         "|---|--:|--:|--:|--:|",

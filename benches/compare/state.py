@@ -30,7 +30,7 @@ OFFSET_IN_PAGE = 64
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, Any]:
-    """Give the leaves by their path, with `/` between the keys."""
+    """Return the leaves by their path, with `/` between the keys."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):
@@ -91,7 +91,7 @@ class Index:
 
 
 def ensure(cache: Path, size_name: str) -> Path:
-    """Give the folder of the state of this size, training first if it is not there."""
+    """Return the folder of the state of this size, training first if it is not there."""
     size = SIZES[size_name]
     key = hashlib.sha256(Path(make_state.__file__).read_bytes() + repr(size).encode()).hexdigest()[
         :16

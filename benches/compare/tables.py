@@ -24,14 +24,14 @@ class Verdict:
 
 
 def verdict_table(found: list[Verdict], of: str = "figure") -> list[str]:
-    """Give the verdicts as a table; its first column is headed `of`."""
+    """Return the verdicts as a table; its first column is headed `of`."""
     rows = [f"| {of} | target | measured | |", "|---|---|---|---|"]
     rows += [f"| {v.figure} | {v.must} | {v.was} | {cell(v.is_met)} |" for v in found]
     return rows
 
 
 def cell(is_met: bool | None) -> str:
-    """Say whether a figure is what it must be."""
+    """Return whether a figure is what it must be."""
     return "" if is_met is None else "met" if is_met else "**not met**"
 
 

@@ -178,7 +178,7 @@ def give_memory_back() -> None:
 
 
 def cpu_seconds() -> float:
-    """Give the processor time that this process and those it started have used."""
+    """Return the processor time that this process and those it started have used."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
@@ -207,7 +207,7 @@ def holdings() -> dict[str, int]:
 
 
 def is_giving_back() -> bool:
-    """Tell whether a file that has no name any more is open."""
+    """Return whether a file that has no name any more is open."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that lists them
             target = str(descriptor.readlink())

@@ -43,7 +43,7 @@ def make_model(device: str) -> nn.Module:
 
 
 def batch(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give this rank's share of the data of one step: all shares together are always the same."""
+    """Return this rank's share of the data of one step: all shares together are always the same."""
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randn(GLOBAL_BATCH, WIDTH, generator=generator)
     share = inputs.chunk(dist.get_world_size())[dist.get_rank()].to(device)

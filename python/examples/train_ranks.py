@@ -50,7 +50,7 @@ def join(device: torch.device) -> None:
 
 
 def batch(step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the data of one step and this rank: the same after a restart."""
+    """Return the data of one step and this rank: the same after a restart."""
     generator = torch.Generator().manual_seed(step * 1000 + dist.get_rank())
     inputs = torch.randn(64, WIDTH, generator=generator).to(device)
     return inputs, inputs.roll(1, dims=1)

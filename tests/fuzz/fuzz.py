@@ -25,7 +25,7 @@ CACHE = Path(
 
 
 def is_installed() -> bool:
-    """Say whether there is a fuzzer."""
+    """Return whether there is a fuzzer."""
     words = ("cargo", "+nightly", "fuzz", "--version")
     return subprocess.run(words, check=False, capture_output=True).returncode == 0
 

@@ -91,7 +91,7 @@ class Checks:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors are the same bit by bit, wherever they are."""
+    """Return whether two tensors are the same bit by bit, wherever they are."""
     first, second = (
         tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in (one, other)
     )
@@ -109,7 +109,7 @@ def spoilt_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def chosen_for(mode: str, optimizer: object) -> dict[str, Any]:
-    """Give what `save_async` takes for a mode."""
+    """Return what `save_async` takes for a mode."""
     return {"consistency": mode} | ({"optimizer": optimizer} if mode == "overlap" else {})
 
 
@@ -293,7 +293,7 @@ def two_gpus_are_saved(checks: Checks) -> str:
 def train(
     checks: Checks, steps: int, save: Callable[[int, dict[str, Any], Any], object]
 ) -> list[float]:
-    """Train a small net; give the losses."""
+    """Train a small net; return the losses."""
     torch.manual_seed(1)
     width = 512 // min(checks.scale, 4)
     layers = [torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU()]

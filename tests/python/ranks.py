@@ -32,7 +32,7 @@ def same(one, other):
 
 
 def place_of(rank: int, world_size: int, url: str) -> dict[str, str]:
-    """Give the environment of one rank."""
+    """Return the environment of one rank."""
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "COORDINATOR_URL": url}
 
 
@@ -45,7 +45,7 @@ def start_rank(
 
 
 def run_ranks(source: str, store: Path, url: str, world_size: int = 3) -> list[str]:
-    """Run all ranks to their end; give what each printed."""
+    """Run all ranks to their end; return what each printed."""
     processes = [start_rank(source, store, rank, world_size, url) for rank in range(world_size)]
     ended = [process.communicate(timeout=300) for process in processes]
     for process, (_, error) in zip(processes, ended, strict=True):

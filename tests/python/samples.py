@@ -89,7 +89,7 @@ def expected(library, file_count=40) -> Counter[str]:
 
 
 def take(iterator, count):
-    """Give the next items, at most so many."""
+    """Return the next items, at most so many."""
     return [item for _, item in zip(range(count), iterator, strict=False)]
 
 

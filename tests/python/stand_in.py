@@ -39,7 +39,7 @@ class StandIn:
         self.owned: dict[int, Any] = {}
 
     def tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """Give a copy of `values` in the device's memory."""
+        """Return a copy of `values` in the device's memory."""
         count = values.numel() * values.itemsize
         address = self.driver.stand_in_allocate(0, ctypes.c_size_t(max(count, 1)))
         memory = (ctypes.c_uint8 * count).from_address(address)
@@ -82,13 +82,13 @@ class StandIn:
         return int(self.driver.stand_in_pages_fetched())
 
     def owns(self, storage: Any) -> bool:
-        """Tell whether a storage lies in the device's memory."""
+        """Return whether a storage lies in the device's memory."""
         return storage.data_ptr() in self.owned
 
 
 @functools.cache
 def _name(text: str) -> ctypes.c_char_p:
-    """Give a name that lives as long as the driver, which keeps the pointer."""
+    """Return a name that lives as long as the driver, which keeps the pointer."""
     return ctypes.c_char_p(text.encode())
 
 
@@ -104,7 +104,7 @@ def _load() -> StandIn:
 
 @pytest.fixture
 def device(monkeypatch):
-    """Give the stand-in, with its tensors taken for those of `cuda:0`."""
+    """Return the stand-in, with its tensors taken for those of `cuda:0`."""
     if shutil.which("cc") is None:
         pytest.skip("the stand-in for the CUDA driver needs a C compiler")
     stand_in = _load()

@@ -22,7 +22,7 @@ PACKAGE_ROOT = Path(__file__).parents[2] / "python"
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:
-    """Give a tensor's items as bytes, in order of their indices, whatever the dtype and strides."""
+    """Return a tensor's items as bytes, in order of their indices, whatever the dtype and strides."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     size = plain.dtype.itemsize
     storage = plain.untyped_storage()
@@ -72,12 +72,12 @@ def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
 
 
 def vars_of(value: Any) -> dict[str, Any]:
-    """Give the attributes of an OrderedDict; a dict has none."""
+    """Return the attributes of an OrderedDict; a dict has none."""
     return vars(value) if isinstance(value, OrderedDict) else {}
 
 
 def script_environment() -> dict[str, str]:
-    """Give the environment in which a script finds the package under test."""
+    """Return the environment in which a script finds the package under test."""
     return os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1"}
 
 
@@ -118,7 +118,7 @@ def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
 
 
 def shard_of(store: Path, step: int) -> Path:
-    """Give the one shard of a step."""
+    """Return the one shard of a step."""
     (shard,) = (store / f"step-{step:012}").glob("*.shard")
     return shard
 

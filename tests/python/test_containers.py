@@ -20,7 +20,7 @@ from support import script_environment
 
 
 def context() -> list[str]:
-    """Give the files that `docker build` gets, by the rules of `.dockerignore`."""
+    """Return the files that `docker build` gets, by the rules of `.dockerignore`."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     written = [line for line in lines if line and not line.startswith("#")]
     rules = [(line.startswith("!"), line.lstrip("!")) for line in written]
@@ -117,7 +117,7 @@ def test_the_health_check_of_the_image_answers(coordinator):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Give an environment whose torchrun only says what it was told."""
+    """Return an environment whose torchrun only says what it was told."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "torchrun").write_text('#!/bin/sh\necho "$@"\necho "${RANK-unset}"\n')

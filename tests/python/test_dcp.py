@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def a_state() -> dict:
-    """Give a state with everything that torch's planner flattens in a way of its own."""
+    """Return a state with everything that torch's planner flattens in a way of its own."""
     shared = torch.arange(200_000, dtype=torch.float32)
     return {
         "model": OrderedDict(weight=torch.randn(300, 400), bias=torch.zeros(7).bfloat16()),
@@ -53,7 +53,7 @@ def a_state() -> dict:
 
 
 def zeroed(value):
-    """Give a state of the same shape that holds nothing of it."""
+    """Return a state of the same shape that holds nothing of it."""
     if isinstance(value, dict):
         return {key: zeroed(child) for key, child in value.items()}
     if isinstance(value, list) and any(isinstance(v, (torch.Tensor, dict)) for v in value):
@@ -62,7 +62,7 @@ def zeroed(value):
 
 
 def failures_of(raised: pytest.ExceptionInfo) -> list[BaseException]:
-    """Give what torch says that each rank raised."""
+    """Return what torch says that each rank raised."""
     return [error for error, _ in raised.value.failures.values()]
 
 

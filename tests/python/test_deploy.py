@@ -41,7 +41,7 @@ def json_of(path: Path) -> Any:
 
 
 def walk(value: Any) -> Any:
-    """Give every dict and list within, and itself."""
+    """Return every dict and list within, and itself."""
     yield value
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
@@ -102,7 +102,7 @@ def check_config(text: str, folder: Path) -> None:
 
 
 def printed_config(file: Path) -> dict[str, str]:
-    """Give what is set, by section and key."""
+    """Return what is set, by section and key."""
     text = run("coordinator", "--config", file, "--print-config").stdout
     found, section = {}, ""
     for line in text.splitlines():
@@ -381,7 +381,7 @@ def test_seccomp_lets_io_uring_through_and_little_else():
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """Give the metrics of a coordinator that has a job with a checkpoint, each with its labels."""
+    """Return the metrics of a coordinator that has a job with a checkpoint, each with its labels."""
     process = CoordinatorProcess(tmp_path_factory.mktemp("coordinator"))
     process.start()
     store = tmp_path_factory.mktemp("store")
@@ -501,7 +501,7 @@ def ec2() -> dict[str, Any]:
 
 
 def resources_of_ec2() -> dict[str, Any]:
-    """Give all resources, those of one rank once."""
+    """Return all resources, those of one rank once."""
     resources = dict(ec2()["Resources"])
     _, _, of_a_rank = resources.pop("Fn::ForEach::Workers")
     return resources | of_a_rank

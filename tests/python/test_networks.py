@@ -53,7 +53,7 @@ class Network:
         self.machines = (f"dtr-{number}-a", f"dtr-{number}-b")
 
     def on(self, machine: int, *command: object) -> list[str]:
-        """Give the command that runs this one on a machine."""
+        """Return the command that runs this one on a machine."""
         return ["ip", "netns", "exec", self.machines[machine], *map(str, command)]
 
     def ip(self, machine: int, *arguments: str) -> None:

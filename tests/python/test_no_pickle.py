@@ -101,7 +101,7 @@ for codec in ("none", "float", "zstd", "gzip"):
 
 
 def is_pickle(content: bytes) -> bool:
-    """Tell whether a file begins as pickles and torch's archives of them do."""
+    """Return whether a file begins as pickles and torch's archives of them do."""
     return content[:1] == b"\x80" or content[:2] == b"PK"
 
 

@@ -108,7 +108,7 @@ def test_webdataset(tmp_path):
 
 
 def pack(counts: dict[str, int]) -> bytes:
-    """Give a tar of files of so many bytes."""
+    """Return a tar of files of so many bytes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, size in counts.items():

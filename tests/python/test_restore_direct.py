@@ -124,7 +124,7 @@ def many(value: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def damaged(open_manager, store):
-    """Give a manager of two steps, the newer one with a bit flipped past the first chunks."""
+    """Return a manager of two steps, the newer one with a bit flipped past the first chunks."""
     with CheckpointManager(store, compression="none", chunk_bytes="64KiB") as manager:
         for step in (1, 2):
             manager.save(many(float(step)), step=step)

@@ -259,7 +259,7 @@ manager.close()
 
 @contextlib.contextmanager
 def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, str]]]]:
-    """Give what runs a rank on each of two machines: their exit statuses and outputs."""
+    """Return what runs a rank on each of two machines: their exit statuses and outputs."""
     coordinator = CoordinatorProcess(folder)
     coordinator.start()
 

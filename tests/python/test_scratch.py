@@ -41,7 +41,7 @@ def state_of(seed: int) -> dict[str, Any]:
 
 
 def values_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Give all that is restored, without the objects around it."""
+    """Return all that is restored, without the objects around it."""
     return {
         "model": dict(state["model"].state_dict()),
         "optimizer": state["optimizer"].state_dict(),
@@ -50,7 +50,7 @@ def values_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_it_back(manager: CheckpointManager) -> bool:
-    """Tell whether nothing views the arena: it is lent whole, or not at all."""
+    """Return whether nothing views the arena: it is lent whole, or not at all."""
     return manager._opened.native.lend_staging(1) is not None
 
 

@@ -103,7 +103,7 @@ EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
 def written_to_a_file(store, step):
-    """Give the cases that ``ckpt-tool restore`` writes, which knows no torch."""
+    """Return the cases that ``ckpt-tool restore`` writes, which knows no torch."""
     file = store.parent / f"{step}.safetensors"
     asked = ["--step", str(step), "--tensors", "model.*", "--strip-prefix", "model"]
     command = [sys.executable, "-m", "dtruntime.tool", "restore", store, "-o", file, *asked]
@@ -155,7 +155,7 @@ with CheckpointManager(store) as manager:
 
 
 def whole_cases():
-    """Give the cases of `LAYOUTS` as plain tensors."""
+    """Return the cases of `LAYOUTS` as plain tensors."""
     names = {"os": __import__("os"), "math": math, "itertools": itertools, "torch": torch}
     source = LAYOUTS[LAYOUTS.index("def full_of") : LAYOUTS.index("def layouts")]
     exec(source, names)  # noqa: S102  (what the ranks run, too)
@@ -451,7 +451,7 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
 
 
 def written_to_files(directory: Path) -> dict[str, torch.Tensor]:
-    """Give what an export holds, read as loaders do that know of several files."""
+    """Return what an export holds, read as loaders do that know of several files."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     assert whole.exists() != index.exists()
     if whole.exists():

@@ -79,7 +79,7 @@ print(refused(lambda: CheckpointManager(store)))
 
 
 def reachable(tmp_path: Path) -> Path:
-    """Give a store that every user can reach."""
+    """Return a store that every user can reach."""
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     return tmp_path / "store"
@@ -164,7 +164,7 @@ def test_a_file_in_the_stores_place_or_above_it_is_named(tmp_path):
 
 
 def deep(start: Path, length: int) -> Path:
-    """Give a path of exactly this many bytes, in names of at most 200."""
+    """Return a path of exactly this many bytes, in names of at most 200."""
     path = str(start)
     while length - len(path) > 201:
         path += "/" + "d" * min(200, length - len(path) - 2)

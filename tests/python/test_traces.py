@@ -59,7 +59,7 @@ def parts(message: bytes, number: int) -> list[bytes]:
 
 
 def spans_of(request: bytes) -> Iterator[Span]:
-    """Give the spans of an OTLP request: resources hold scopes, which hold spans."""
+    """Return the spans of an OTLP request: resources hold scopes, which hold spans."""
     for resource in parts(request, 1):
         for scope in parts(resource, 2):
             for span in parts(scope, 2):

@@ -26,7 +26,7 @@ COMMAND = re.compile(r"^`(ckpt-tool [^`]*)`", re.MULTILINE)
 
 
 def blocks_of(document: str) -> list[str]:
-    """Give the Python code of a document, padded so that tracebacks say its lines."""
+    """Return the Python code of a document, padded so that tracebacks say its lines."""
     text = (ROOT / document).read_text()
     found = BLOCK.finditer(text)
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]

@@ -34,7 +34,7 @@ class _Lines:
         return NotYamlError(f"line {self.at + 1}: {why}: {self.lines[self.at]!r}")
 
     def peek(self) -> tuple[int, str] | None:
-        """Give indentation and text of the next line that says something."""
+        """Return indentation and text of the next line that says something."""
         while self.at < len(self.lines):
             line = _without_comment(self.lines[self.at])
             if "\t" in line:
@@ -49,14 +49,14 @@ class _Lines:
 
 
 def documents(text: str) -> list[Any]:
-    """Give every document of a file."""
+    """Return every document of a file."""
     parts = re.split(r"^---\s*$", text, flags=re.MULTILINE)
     # Line numbers of a later part are those of the part; the part is short.
     return [_document(part) for part in parts if _Lines(part).peek() is not None]
 
 
 def document(text: str) -> Any:
-    """Give the only document of a file."""
+    """Return the only document of a file."""
     [only] = documents(text)
     return only
 

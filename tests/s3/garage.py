@@ -83,7 +83,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def garage() -> Iterator[dict[str, str]]:
-    """Start one with an empty bucket; give the environment that names it."""
+    """Start one with an empty bucket; return the environment that names it."""
     program = binary()
     with tempfile.TemporaryDirectory(prefix="garage-") as directory:
         rpc, s3, admin = free_ports(3)

@@ -40,7 +40,7 @@ MIRI_TESTS = ("io::buffer::", "io::lent::", "codec::planes::", "format::checksum
 
 
 def command(checker: str) -> tuple[list[str], dict[str, str]]:
-    """Give what to run, and in which environment."""
+    """Return what to run, and in which environment."""
     target = {"CARGO_TARGET_DIR": str(CACHE / "checked" / checker)}
     if checker == "loom":
         words = ["cargo", "test", "--locked", "-p", "dtr-engine", "--lib", "--", "models::"]
@@ -72,7 +72,7 @@ def command(checker: str) -> tuple[list[str], dict[str, str]]:
 
 
 def has_nightly(*, with_source: bool) -> bool:
-    """Say whether there is a toolchain, and one that can build std anew."""
+    """Return whether there is a toolchain, and one that can build std anew."""
     sysroot = subprocess.run(
         ("rustc", "+nightly", "--print", "sysroot"), check=False, capture_output=True, text=True
     )

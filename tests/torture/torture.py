@@ -64,11 +64,11 @@ class Progress:
     skipped: str = ""
 
     def is_complete(self, row: Row) -> bool:
-        """Say whether nothing is left to try."""
+        """Return whether nothing is left to try."""
         return self.ended or self.tried >= row.full
 
     def states_in(self, row: Row, seconds: float) -> int:
-        """Say how many states fit into `seconds`."""
+        """Return how many states fit into `seconds`."""
         rate = self.tried / self.seconds if self.tried and self.seconds else None
         states = row.batch if rate is None else int(rate * seconds)
         return max(1, min(states, row.full - self.tried))
@@ -198,7 +198,7 @@ def work(rows: list[Row], record: Record, budget_seconds: float) -> None:
 
 
 def is_worth_another_turn(row: Row, progress: Progress) -> bool:
-    """Say whether another turn can move a row forward."""
+    """Return whether another turn can move a row forward."""
     return not (progress.is_complete(row) or progress.violations or progress.skipped)
 
 
