@@ -63,7 +63,7 @@ class Throttle:
 
 @contextlib.contextmanager
 def throttle(folder: Path) -> Iterator[Throttle]:
-    """Make a group for the device that a folder lies on, for as long as the block runs."""
+    """Make a group for the device of a folder while the block runs."""
     with blkio_mounted() as root:
         group = root / f"dtruntime-compare-{os.getpid()}"
         group.mkdir()
@@ -78,7 +78,7 @@ def throttle(folder: Path) -> Iterator[Throttle]:
 
 @contextlib.contextmanager
 def blkio_mounted() -> Iterator[Path]:
-    """Return the folder of the blkio controller, mounting it if nobody has."""
+    """Return the folder of the blkio controller, mounting it if needed."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ", 1)
         kind, _, options = right.split(maxsplit=2)
@@ -101,7 +101,7 @@ def blkio_mounted() -> Iterator[Path]:
 
 
 def whole_device(folder: Path) -> str:
-    """Return the number of the disk that a folder lies on; a partition cannot be slowed."""
+    """Return the number of a folder's disk; a partition cannot be slowed."""
     number = folder.stat().st_dev
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     if not entry.exists():

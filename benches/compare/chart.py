@@ -22,7 +22,7 @@ WIDTH = 960
 LABELS_WIDTH = 176
 PANEL_WIDTH = 184
 PANEL_GAP = 16
-VALUE_WIDTH = 58  # what a number beside the longest bar takes
+VALUE_WIDTH = 58  # the width of a number beside the longest bar
 HEAD_HEIGHT = 64
 ROW_HEIGHT = 25
 BAR_HEIGHT = 15
@@ -56,7 +56,7 @@ class Panel:
     title: str
     figure: str
     limit: tuple[str, str]
-    """Of whom, and which of its figures."""
+    """The subject, and the name of the figure."""
     limit_title: str
 
 
@@ -70,7 +70,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Whose figures stand side by side."""
+    """An engine whose figures are drawn side by side."""
 
     key: str
     title: str

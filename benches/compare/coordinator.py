@@ -1,4 +1,4 @@
-"""Put the coordinator under the load of ten thousand workers, and others beside it, in one run.
+"""Measure the coordinator under the load of ten thousand workers, and others, in one run.
 
     make fleet    about four minutes
 
@@ -41,14 +41,14 @@ MUST = {
     "commit": "within 100 ms",
     "memory": "under 300 MB",
 }
-"""What the coordinator is held to."""
+"""The limits that the coordinator has to meet."""
 
 Figures = dict[str, tuple[int, float, float, float]]
 """By name: how many, and their median, p99 and maximum, in milliseconds."""
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -86,7 +86,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def fleet(url: str, options: argparse.Namespace, *more: str) -> Figures:
-    """Put the load on a service."""
+    """Run the load against a service."""
     program = Path(os.environ["CARGO_TARGET_DIR"]) / "release" / "examples" / "fleet"
     numbers = [f"--{name}={getattr(options, name)}" for name in ("workers", "connections", "ranks")]
     numbers += [f"--seconds={options.seconds}", f"--rounds={options.rounds}"]
@@ -111,7 +111,7 @@ def measure_coordinator(scratch: Path, options: argparse.Namespace) -> dict[str,
         f"127.0.0.1:{port}",
         "--metrics-address=off",
         f"--state-path={scratch / 'journal.redb'}",
-        # The jobs that meet and save send no heartbeats.
+        # The jobs that use barriers and save send no heartbeats.
         "--set=coordinator.heartbeat_timeout_ms=600000",
     ]
     with running(command, port, scratch / "coordinator.log") as process:

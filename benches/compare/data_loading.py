@@ -46,7 +46,7 @@ def write_files(folder: Path, samples: int) -> list[Path]:
 
 
 def bare(paths: Iterable[str]) -> Iterable[Any]:
-    """Read as a loop without anything would."""
+    """Read with a bare loop."""
     for path in paths:
         with open(path, "rb") as file:  # noqa: PTH123
             for line in file:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEPS_AFTER = 20
-"""Training steps that run beside what a save leaves to do."""
+"""Training steps that run while a save continues in the background."""
 WIDTHS = {"cuda": 4096, "cpu": 256}
 BUS_BYTES = {"cuda": 1_000_000_000, "cpu": 10_000_000}
 READ_BYTES = 8 << 20
@@ -100,7 +100,7 @@ class Training:
         self.optimizer.step()
 
     def seconds_of_steps(self, before_update: Callable[[], object] | None = None) -> float:
-        """Train, and wait for the GPU at the end, and not before: copies go on beside it."""
+        """Train, and wait for the GPU only at the end: copies continue meanwhile."""
         start = time.perf_counter()
         self.step(before_update)
         for _ in range(STEPS_AFTER - 1):
@@ -214,7 +214,7 @@ def measure(training: Training, rounds: int, begin: Callable[[int], Begun]) -> T
 
 
 def measure_dcp(training: Training, rounds: int, folder: Path) -> Timings:
-    """Measure PyTorch's own, with memory that is pinned once."""
+    """Measure PyTorch's own saves, with memory that is pinned once."""
     state = {name: value.state_dict() for name, value in training.state().items()}
     writer = filesystem.FileSystemWriter(folder, thread_count=min(8, os.cpu_count() or 1))
     stager = make_stager(training)
@@ -236,7 +236,7 @@ def measure_dcp(training: Training, rounds: int, folder: Path) -> Timings:
 
 
 def make_stager(training: Training) -> Any:
-    """Make the stager that pins its memory and copies behind the training."""
+    """Create the stager that pins its memory and copies in the background."""
     if training.device.type != "cuda":
         return staging.DefaultStager(staging.StagingOptions(*[False] * 4))
     shared = "/dev/shm"  # noqa: S108  (where torch puts it)
@@ -287,11 +287,11 @@ def measure_reads(
 
 
 def forget(store: Path) -> str:
-    """Have nothing of the store in the page cache; say how."""
+    """Drop the store from the page cache; return how."""
     if is_root():
         try:
             drop_caches(store, as_root=True)
-        except OSError:  # a container's root may not
+        except OSError:  # root in a container may not be allowed to
             pass
         else:
             return "page cache dropped before each read"
@@ -300,7 +300,7 @@ def forget(store: Path) -> str:
 
 
 def say(text: str) -> None:
-    """Print at once: a run that is cut short has said what it knew."""
+    """Print immediately: a run that is cut short has printed its results so far."""
     print(text, flush=True)
 
 
@@ -310,12 +310,12 @@ def judge(name: str, figure: str, *, is_met: bool) -> None:
 
 
 def judge_at_most(name: str, value: float, bound: float) -> None:
-    """Judge a ratio that must not be larger."""
+    """Check that a ratio is not larger than its bound."""
     judge(name, f"at most {bound:.2f}, was {value:.2f}", is_met=value <= bound)
 
 
 def judge_at_least(name: str, value: float, bound: float) -> None:
-    """Judge a ratio that must not be smaller."""
+    """Check that a ratio is not smaller than its bound."""
     judge(name, f"at least {bound:.2f}, was {value:.2f}", is_met=value >= bound)
 
 
@@ -342,7 +342,7 @@ def judge_saves(
     name = f"slowdown by `overlap` of the next {STEPS_AFTER} steps"
     judge(name, slowdown, is_met=overlap.slowdown <= SLOWDOWN_MAX)
     judge_at_most("stall of `overlap` over dcp's", overlap.stall / dcp.stall, DCP_SHARE_MAX)
-    # What noise makes of a peer that loses nothing is no bound.
+    # Noise in the figure of a peer that loses nothing is no bound.
     if dcp.lost <= 0:
         say("dcp slowed the next steps by nothing that could be measured: no ratio to it")
     else:
@@ -400,7 +400,7 @@ def run(device: torch.device, gigabytes: float, rounds: int, folder: Path) -> No
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Refuse a state of which two do not fit on the disk."""
+    """Refuse a state so large that two do not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if free < 2.1 * size:
         sys.exit(
@@ -411,7 +411,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """Name what is measured on, or refuse it."""
+    """Print the name of the device, or refuse it."""
     cores = len(os.sched_getaffinity(0))
     if device.type != "cuda":
         return f"on no GPU: the figures mean nothing; torch {torch.__version__}, {cores} CPUs"

@@ -1,4 +1,4 @@
-"""The machine: what a report names it by, and what a run asks of it.
+"""The machine: its description in reports, and what a run needs from it.
 
 Dropping the page cache and reserving huge pages need root, and touch what else runs. Without them
 the cache is dropped file by file, which a report says, and fio's buffers are made huge by the
@@ -32,7 +32,7 @@ mmap.mmap(-1, int(sys.argv[1]), flags)
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reader needs to know to judge the numbers."""
+    """What a reader needs to know about the machine to judge the numbers."""
 
     cpu: str
     cores: int
@@ -50,7 +50,7 @@ class Machine:
 
 
 def describe(folder: Path) -> Machine:
-    """Describe this machine, with the filesystem that a folder lies on."""
+    """Describe this machine, with the filesystem of a folder."""
     match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     meminfo = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     filesystem, device = mount_of(folder)
@@ -66,13 +66,13 @@ def describe(folder: Path) -> Machine:
 
 
 def available_bytes() -> int:
-    """Return the memory that can be had without swapping; 0 where it is not told."""
+    """Return the memory that is available without swapping; 0 if that is unknown."""
     match = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
     return int(match[1]) * 1024 if match else 0
 
 
 def mount_of(folder: Path) -> tuple[str, str]:
-    """Return type and device of the filesystem that a folder lies on."""
+    """Return type and device of the filesystem of a folder."""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -89,7 +89,7 @@ def is_root() -> bool:
 
 
 def drop_caches(folder: Path, *, as_root: bool) -> None:
-    """Have nothing of a folder's files in the page cache."""
+    """Drop a folder's files from the page cache."""
     os.sync()
     if as_root:
         DROP_CACHES.write_text("3")
@@ -112,7 +112,7 @@ def have_free_memory(count: int) -> None:
 
 @contextlib.contextmanager
 def huge_pages(count: int, *, as_root: bool) -> Iterator[bool]:
-    """Reserve huge pages while the block runs; tells whether they could be had."""
+    """Reserve huge pages while the block runs; yields whether that succeeded."""
     if not as_root:
         yield False
         return

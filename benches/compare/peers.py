@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def folder(file: Path = REQUIREMENTS) -> Path:
-    """Return the folder of the peers, which may not be there yet."""
+    """Return the folder of the peers, which may not exist yet."""
     key = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()[:16]
     return cache_folder() / f"peers-{key}"
 

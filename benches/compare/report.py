@@ -1,4 +1,4 @@
-"""A run's numbers as people read them: the table and the verdicts of `benches/README.md`."""
+"""A run's numbers for readers: the table and the verdicts of `benches/README.md`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_ROWS = {
     "first_prewarmed": "dtruntime, first save after `prewarm`",
     "small": "dtruntime, `staging_bytes` an eighth of the state",
 }
-"""What is no engine, and what the engine does in other cases."""
+"""Subjects that are no engines, and the engine in other cases."""
 
 STALL_TO_COPY_MAX = 1.15
 STALL_TO_DCP_MAX = 0.6
@@ -64,7 +64,7 @@ def results_of(record: dict[str, Any]) -> Results:
 
 
 def text(record: dict[str, Any]) -> str:
-    """Write everything that the document shows."""
+    """Return everything that the document shows."""
     results = results_of(record)
     lines = [
         (
@@ -122,7 +122,7 @@ def seconds(value: float) -> str:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Judge every figure."""
+    """Return the verdicts of all figures."""
     return [
         stall_verdict(results),
         none_verdict(results),
@@ -149,7 +149,7 @@ def stall_verdict(results: Results) -> Verdict:
 
 
 def none_verdict(results: Results) -> Verdict:
-    """Judge how near to fio the engine writes."""
+    """Judge how close to fio the engine writes."""
     ratio = results.ratio(("pair", "fio_seconds"), ("pair", "none_seconds"))
     pairs = len(results.all("pair", "fio_seconds"))
     return Verdict(
@@ -161,7 +161,7 @@ def none_verdict(results: Results) -> Verdict:
 
 
 def float_verdicts(results: Results) -> list[Verdict]:
-    """Judge what compression costs and gives."""
+    """Judge the cost and the gain of compression."""
     ratio = results.ratio(
         ("dtruntime_float", "durable_seconds"), ("dtruntime_none", "durable_seconds")
     )
@@ -228,7 +228,7 @@ def memory_verdicts(results: Results) -> list[Verdict]:
 
 
 def endurance_verdicts(results: Results) -> list[Verdict]:
-    """Judge what stays behind."""
+    """Judge what is left behind."""
 
     def held(moment: str, what: str) -> int:
         return int(results.median("endurance", f"{moment}_{what}"))

@@ -1,4 +1,4 @@
-"""What a run has measured: for each subject, each figure's values, one for every time."""
+"""What a run has measured: for each subject and figure, the values, one per repetition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Results:
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, subject: str, figure: str, value: float) -> None:
-        """Keep a value."""
+        """Record a value."""
         self.values.setdefault(subject, {}).setdefault(figure, []).append(value)
 
     def all(self, subject: str, figure: str) -> list[float]:

@@ -42,7 +42,7 @@ PART_BYTES = 16 << 20
 TENSOR_BYTES = 32 << 20
 REGION = "us-east-1"
 CPU_MOST, RESTORE_LEAST, STALL_MOST = 0.5, 1.3, 1.15
-"""What is held to be good enough, beside s3torchconnector and a save into a directory."""
+"""What is considered good enough, beside s3torchconnector and a save into a directory."""
 
 
 def state_of(size: int) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def state_of(size: int) -> dict[str, torch.Tensor]:
 
 
 def processor_seconds() -> float:
-    """Return the processor time of this process and of those that it waited for."""
+    """Return the processor time of this process and its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -165,7 +165,7 @@ CLIENTS: dict[str, Callable[[str, dict[str, torch.Tensor]], dict[str, Any]]] = {
 
 
 def can_serve(port: int) -> bool:
-    """Return whether this process may listen there."""
+    """Return whether this process may listen on the port."""
     with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
         return True
     return False
@@ -233,7 +233,7 @@ def median(turns: list[dict[str, Any]], what: str, figure: str) -> float:
 
 
 def table(found: dict[str, list[dict[str, Any]]], size: int, stall: float) -> str:
-    """Make the tables: what was measured, and what it must be."""
+    """Return the tables: what was measured, and what it must be."""
     judged = tables.verdict_table(verdicts(found, stall), "figure of `none`, the same bytes")
     return "\n".join([*figures(found, size), "", *judged])
 
@@ -325,7 +325,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare, or be one of the clients."""
+    """Compare, or run as one of the clients."""
     parser = argparse.ArgumentParser(description="Uploads to one S3 service, and restores from it")
     parser.add_argument("--mib", type=int, default=896, help="the size of the state")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""Train a model that is sharded over all ranks (FSDP2), and go on with another number of them.
+"""Train a model that is sharded over all ranks (FSDP2), and continue with another number of them.
 
     torchrun --nproc-per-node 4 python/examples/train_fsdp.py runs/fsdp --steps 20
     torchrun --nproc-per-node 2 python/examples/train_fsdp.py runs/fsdp --steps 40
@@ -31,7 +31,7 @@ GLOBAL_BATCH = 64
 
 
 def make_model(device: str) -> nn.Module:
-    """Make the same model on every rank, and leave it each its part."""
+    """Make the same model on every rank, and shard it."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(LAYERS)]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH)).to(device)

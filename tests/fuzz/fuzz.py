@@ -62,7 +62,7 @@ def fuzz(target: str, seconds: int, seed: int) -> int:
 
 
 def main() -> None:
-    """Fuzz as the environment says."""
+    """Fuzz as the environment specifies."""
     (target,) = sys.argv[1:]
     seconds = int(os.environ.get("DTR_TORTURE_STATES", "10"))
     first = int(os.environ.get("DTR_TORTURE_FIRST", "0"))

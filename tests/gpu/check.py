@@ -54,16 +54,16 @@ class Checks:
         self.skipped: list[str] = []
 
     def manager(self, name: str, **settings: Any) -> CheckpointManager:
-        """Open a store of its own."""
+        """Open a separate store."""
         return CheckpointManager(self.folder / name, keep_last_n=2, **settings)
 
     def skip(self, what: str, why: str) -> None:
-        """Count something that cannot be tried."""
+        """Record something that cannot be tried."""
         self.skipped.append(what)
         print(f"skipped  {what}: {why}")
 
     def noise(self, seed: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Make bits of any kind, the same for the same seed."""
+        """Return random bits, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator)
         if dtype is torch.bool:
@@ -82,7 +82,7 @@ class Checks:
             torch.cuda.synchronize(self.device)
 
     def in_streams(self) -> Iterator[str]:
-        """Go through the default stream and another one, as the current one."""
+        """Yield the default stream and another one, each as the current one."""
         yield "the default stream"
         if self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
@@ -99,7 +99,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def spoilt_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Make a tensor of the same dtype and strides that holds nothing of what this one does."""
+    """Return a tensor of the same dtype and strides with other values."""
     made = torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )
@@ -177,7 +177,7 @@ def what_training_did_before_is_saved(checks: Checks) -> str:
         weight = torch.zeros(8_000_000 // checks.scale, device=checks.device, requires_grad=True)
         optimizer = torch.optim.SGD([weight], lr=1.0)
         with checks.manager(f"before-{mode}") as manager, torch.no_grad():
-            manager.save({"w": weight}, step=1)  # memory that is pinned now is waited for
+            manager.save({"w": weight}, step=1)  # pinning memory now would wait for the GPU
             for step, where in enumerate(checks.in_streams(), 2):
                 weight.zero_()
                 checks.settle()
@@ -331,7 +331,7 @@ def training_does_not_notice(checks: Checks) -> str:
 
 
 def a_training_is_taken_back(checks: Checks) -> str:
-    """Restore weights and optimizer in place; what follows is what followed the first time."""
+    """Restore weights and optimizer in place; training then continues as it did the first time."""
     weight = checks.noise(1, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     state = {"w": weight, "optimizer": optimizer}
@@ -376,7 +376,7 @@ def memory_stays_flat(checks: Checks) -> str:
 
 
 def graphs_are_refused(checks: Checks) -> str:
-    """Save while a CUDA graph is captured: refused, and the capture goes on."""
+    """Save while a CUDA graph is captured: refused, and the capture continues."""
     if checks.device.type != "cuda":
         checks.skip("graphs_are_refused", "there is no GPU")
         return ""
@@ -425,7 +425,7 @@ def a_captured_step_is_no_trap(checks: Checks) -> str:
 
 
 def bad_calls_are_explained(checks: Checks) -> str:
-    """Ask for what cannot be."""
+    """Request what is impossible."""
     weight = checks.noise(1, 10).requires_grad_()
     with checks.manager("calls") as manager:
         calls: list[dict[str, Any]] = [{"consistency": "lazy"}, {"consistency": "overlap"}]
@@ -448,7 +448,7 @@ def the_sanitizer_finds_nothing(checks: Checks) -> str:
         return ""
     only = "what_training_does_next_is_not_saved"
     script = [sys.executable, __file__, "--quick", "--device", str(checks.device), "--only", only]
-    # Calls that fail and are dealt with, as PyTorch makes them, are no finding. Without PyTorch's
+    # Calls of PyTorch that fail and are handled are no finding. Without PyTorch's
     # cache every tensor is an allocation that the tool knows the bounds of.
     ran = subprocess.run(
         [tool, "--error-exitcode", "9", "--report-api-errors", "no", *script],
@@ -482,7 +482,7 @@ CHECKS = [
 
 
 def main() -> None:
-    """Try everything, or what is named."""
+    """Run all checks, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer saves")

@@ -1,4 +1,4 @@
-"""Shared by all tests: a store of one's own, and comparison by bits."""
+"""Fixtures of all tests: a store for each, managers on it, and devices."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def place_of(rank: int, world_size: int, url: str) -> dict[str, str]:
 def start_rank(
     source: str, store: Path, rank: int, world_size: int, url: str
 ) -> subprocess.Popen[str]:
-    """Start one rank: `rank` and `store` are known to it, and all names of the package."""
+    """Start one rank: its source can use `rank`, `store`, and all names of the package."""
     place = place_of(rank, world_size, url)
     return start_script(PREAMBLE + textwrap.dedent(source), store, environment=place)
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests: equality by type and bits, scripts in own processes, waits that end."""
+"""Helpers of the tests: equality by type and bits, scripts in processes, waits that time out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGE_ROOT = Path(__file__).parents[2] / "python"
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:
-    """Return a tensor's items as bytes, in order of their indices, whatever the dtype and strides."""
+    """Return a tensor's items as bytes, in order of indices, for any dtype and strides."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     size = plain.dtype.itemsize
     storage = plain.untyped_storage()
@@ -84,7 +84,7 @@ def script_environment() -> dict[str, str]:
 def run_script(
     source: str, *arguments: object, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python source in a process of its own."""
+    """Run Python source in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
         env=script_environment(),
@@ -98,7 +98,7 @@ def run_script(
 def start_script(
     source: str, *arguments: object, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start Python source in a process of its own; its output is read through pipes."""
+    """Start Python source in a separate process; its output is read through pipes."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
         env=script_environment() | dict(environment or {}),
@@ -110,10 +110,10 @@ def start_script(
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until it holds; fail if it does not in time."""
+    """Wait until a condition holds; fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it did not come to be in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.01)
 
 

@@ -55,7 +55,7 @@ def test_a_cache_never_exceeds_its_limit(tmp_path_factory, sizes, limit, order):
             held.append((ready, source))
         else:
             ready.close()
-        for other, path in held:  # what is being read stays
+        for other, path in held:  # what is being read is not evicted
             assert Path(other.path).read_bytes() == path.read_bytes()
     for ready, _ in held:
         ready.close()
@@ -204,7 +204,7 @@ def test_what_a_crash_left_is_dropped_at_the_start_and_nothing_else(tmp_path):
 
 @contextlib.contextmanager
 def forked(does):
-    """Have a forked process do something, and then live on, with all files that it inherited."""
+    """Have a forked process do something, and keep it alive with all files that it inherited."""
     hears, told = os.pipe()
     waits, ends = os.pipe()
     child = os.fork()
@@ -233,7 +233,7 @@ def test_a_forked_process_keeps_no_lock_and_gives_none_up(tmp_path, monkeypatch)
     ready = cache.fetch(str(tmp_path / "s0"), always)
     name = Path(ready.path).name
     with forked(ready.close):
-        assert not cache._remove(name)  # it is read here
+        assert not cache._remove(name)  # it is read in place
         ready.close()
         assert cache._remove(name)
     with cache._locked(), forked(lambda: None):
@@ -267,7 +267,7 @@ def test_a_damaged_copy_is_made_anew(tmp_path, damage, caplog):
     data[5_000] ^= 1
     copy.write_bytes({"flipped": data, "cut": data[:9_999], "emptied": b""}[damage])
     cache = Cache(tmp_path, 100_000)
-    for _ in range(2):  # where the name of the broken copy is in the way, the file itself is read
+    for _ in range(2):  # if the broken copy cannot be replaced, the file itself is read
         ready = cache.fetch(str(source), always)
         assert Path(ready.path).read_bytes() == source.read_bytes()
         ready.close()

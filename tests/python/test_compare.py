@@ -42,7 +42,7 @@ README = "before\n<!-- compare:begin -->\nold numbers\n<!-- compare:end -->\naft
 
 @pytest.fixture(autouse=True)
 def _others_find_torch_as_it_was():
-    """Training a state sets torch up for itself; the tests after these want its defaults."""
+    """Training a state changes torch's settings; later tests need its defaults."""
     is_deterministic, threads = (
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
@@ -54,7 +54,7 @@ def _others_find_torch_as_it_was():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> dict:
-    """Run the harness once, with every peer that is here, and give its record."""
+    """Run the harness once, with every peer that is installed, and return its record."""
     if shutil.which("fio") is None:
         pytest.skip("fio is not on PATH; on Debian and Ubuntu: apt install fio")
     folder = tmp_path_factory.mktemp("compare")
@@ -132,7 +132,7 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
 
 
 def record(**changes: float) -> dict:
-    """Make a record in which every figure is met, but for the changes: `subject__figure=value`."""
+    """Make a record that meets every limit, except for the changes: `subject__figure=value`."""
     raw = 1_000_000_000.0
     values = {
         "copy": {"stall_seconds": 0.20},

@@ -1,4 +1,4 @@
-"""Images are built from what is there, and a container is a node of torchrun or says why not."""
+"""Images are built from existing files; a container is a node of torchrun, or says why not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_context_is_small_and_whole(tmp_path):
     for path in files:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, tmp_path / path)
-    # Says so if the file of some crate or target is missing.
+    # Fails if the file of some crate or target is missing.
     result = run("cargo", "metadata", "--offline", "--no-deps", "--format-version=1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for name in ("README.md", "LICENSE"):
@@ -117,7 +117,7 @@ def test_the_health_check_of_the_image_answers(coordinator):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Return an environment whose torchrun only says what it was told."""
+    """Return an environment whose torchrun only prints its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "torchrun").write_text('#!/bin/sh\necho "$@"\necho "${RANK-unset}"\n')

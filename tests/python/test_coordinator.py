@@ -76,7 +76,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 async def until(holds) -> None:
-    await asyncio.to_thread(wait_until, holds)  # the loop goes on meanwhile
+    await asyncio.to_thread(wait_until, holds)  # the loop continues meanwhile
 
 
 ONE_NODE = """
@@ -168,7 +168,7 @@ def test_the_documented_scripts_run_one_after_another(coordinator, tmp_path):
     assert counts == [2, 2, 3, 3]
     files = [file for text in lines for file in text[1:]]
     assert sorted(files) == sorted(str(data / name) for name in names)
-    # Everybody left by itself: nothing failed, nobody is there.
+    # Every worker left: nothing failed, none is registered.
     assert coordinator.metric('coordinator_workers_active{job="default"}') == 0
     assert coordinator.metric('coordinator_worker_failures{job="default"}') == 0
     # And once more, as after a restart of the whole job.
@@ -202,7 +202,7 @@ def test_shards_by_epoch(coordinator, tmp_path):
     for index in range(20):
         (data / f"{index:02}.bin").touch()
     registry = DatasetRegistry(coordinator.url, job="shards")
-    for _ in range(2):  # the same registration again is none
+    for _ in range(2):  # registering the same again is no change
         registry.register("d", data, "bin", 20, 1, seed=3)
     shares = [registry.get_shard("d", rank, epoch=0, world_size=3) for rank in range(3)]
     assert sorted(map(len, shares)) == [6, 7, 7]
@@ -299,7 +299,7 @@ def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, r
         assert reason in change.reason
         failures = coordinator.metric('coordinator_worker_failures{job="default"}')
         assert failures == (0 if kind == "left" else 1)
-        # A replacement takes the place at once, and both go on.
+        # A replacement takes the place at once, and both continue.
         new = make(1, 2)
         await new.register_worker("127.0.0.1", 1)
         assert len(await asyncio.gather(one.wait_barrier("b"), new.wait_barrier("b"))) == 2
@@ -345,7 +345,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
             one.check()
         with pytest.raises(JobAborted, match="2 failures"):
             await one.wait_barrier("b")
-        # Once everybody has left, the job begins anew.
+        # Once every worker has left, the job starts again.
         one.leave()
         fresh = TrainingOrchestrator("worker-0", process.url, 1, 0)
         await fresh.register_worker("127.0.0.1", 1)
@@ -431,7 +431,7 @@ def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
 
 def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
     class Worker:
-        """It ends after the wait for a notice ran out, and before anybody looks whether it has."""
+        """It ends after the wait for a notice timed out, but before the thread checks for it."""
 
         is_ended = False
         waits = 0
@@ -458,7 +458,7 @@ def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
         coordinator.end(signal.SIGKILL)
         await asyncio.sleep(0.3)
         coordinator.start()
-        # The arrival is sent again, the members are still members, the count goes on.
+        # The arrival is sent again, the members are still members, the count continues.
         assert await second.wait_barrier("b", timeout=60) == 1
         assert await waiting == 1
         assert second.epoch >= epoch
@@ -537,7 +537,7 @@ def test_a_forked_child_is_no_member(coordinator, make):
 
     one = asyncio.run(act())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is what is tested
+        warnings.simplefilter("ignore", DeprecationWarning)  # this is what is tested
         child = os.fork()
     if child == 0:
         code = 0

@@ -42,7 +42,7 @@ def test_a_store_of_which_all_is_damaged_is_not_an_empty_one(damage, open_manage
     with pytest.raises(Corrupt):
         manager.load(step=10)
     assert not manager.verify().ok
-    # What begins anew on purpose may.
+    # Starting over on purpose is allowed.
     manager.save(state_of(20), step=20)
     assert manager.latest_step() == 20
 
@@ -76,7 +76,7 @@ def test_every_checkpoint_damaged(manager, store):
 
 
 def test_verification_names_what_is_hit(open_manager, store):
-    manager = open_manager(compression="none")  # chunks lie in their order
+    manager = open_manager(compression="none")  # chunks are stored in their order
     manager.save({"a": torch.randn(40_000), "b": {"c": torch.randn(40_000)}}, step=1)
     shard = shard_of(store, 1)
     flip_byte(shard, 4096 + 10)

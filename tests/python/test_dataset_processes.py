@@ -1,6 +1,6 @@
-"""Processes that share a dataset, die, are resumed or become more, and end together.
+"""Processes that share a dataset are killed, resumed, change in number, and end together.
 
-What they are dealt comes from a real coordinator.
+A real coordinator assigns their files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
 def train(library, store, log, told):
-    """Train to the end, from the newest checkpoint on; log each step, and tell of it."""
+    """Train to the end, from the newest checkpoint on; log and print each step."""
     dataset = open_dataset(library)
     loader = ShardedLoader(dataset, batch_size=3, num_workers=2)
     with CheckpointManager(store, keep_last_n=3) as manager, log.open("a") as file:
@@ -56,7 +56,7 @@ def train(library, store, log, told):
 
 
 def train_in_child(library, store, log, steps):
-    """Train in a process that is killed after so many steps; tell whether it came to its end."""
+    """Train in a process that is killed after so many steps; return whether it finished."""
     hears, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -79,7 +79,7 @@ def train_in_child(library, store, log, steps):
 
 
 def test_killed_anywhere_and_resumed_every_sample_is_trained_on_once(library, tmp_path):
-    """What counts is what the restored checkpoint says; later steps are made again, alike."""
+    """Only what the restored checkpoint covers counts; later steps are repeated identically."""
     seed = random.SystemRandom().randrange(1 << 32)
     draw = random.Random(seed)
     log = tmp_path / "log"
@@ -189,7 +189,7 @@ def test_ranks_end_together(coordinator, tmp_path, end, workers):
         lines = [output[epoch] for output in outputs]
         assert len({line[0] for line in lines}) == 1, lines  # equal steps
         seen = Counter(sample for line in lines for sample in line[1:])
-        if end == "pad":  # everything is there, and what is there twice is a rank's own
+        if end == "pad":  # nothing is missing, and a rank repeats only its own samples
             assert seen.keys() == samples_of(names, counts).keys()
             shares = [{sample.split(":")[0] for sample in line[1:]} for line in lines]
             assert sum(map(len, shares)) == len(set.union(*shares))
@@ -210,7 +210,7 @@ def test_a_rank_that_has_nothing_to_repeat_ends_all(coordinator, tmp_path):
     make_files(tmp_path / "d", [9, 0, 0])
     outputs = run_together(coordinator, tmp_path / "d", tmp_path / "meeting", "pad", 0)
     kinds = sorted(output[-1][0] for output in outputs)
-    # The two without samples meet it at once: one of them may hear of the other's.
+    # The two without samples reach it at once: one of them may be told of the other's error.
     assert "InvalidArgument" in kinds
     assert {*kinds} <= {"Conflict", "InvalidArgument"}
 

@@ -1,6 +1,6 @@
-"""Samples of a registered dataset: none lost, none twice, whoever reads, stops or resumes.
+"""Samples of a registered dataset: none is lost or read twice when ranks stop, resume or change.
 
-Files are dealt out by the tests themselves, as a coordinator does it.
+The tests themselves assign files, as a coordinator does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dtruntime.datasets.positions import Position
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
-# What is dealt.
+# Assignment.
 
 
 @given(
@@ -68,7 +68,7 @@ def test_spans_are_sets(numbers, count):
 @given(data=st.data(), file_count=st.integers(0, 40), epoch=st.integers(0, 2))
 @settings(max_examples=60, deadline=None)
 def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file_count, epoch):
-    """Ranks read, stop together or not, and go on in another number, again and again."""
+    """Ranks read, stop together or not, and continue in another number, repeatedly."""
     seen: Counter[str] = Counter()
     states = None
     for _ in range(data.draw(st.integers(1, 4))):
@@ -94,7 +94,7 @@ def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file
 
 
 def simulate(dataset, workers, batch_size, stop):
-    """Read as a DataLoader's workers do, without processes: give the batches, and the position."""
+    """Read as a DataLoader's workers do, without processes: return the batches and the position."""
     start = dataset.take_start()
     cursor = positions.cursor_at(start.position, start.files.file_count, workers)
     other = positions.cursor_at(start.position, start.files.file_count, workers)
@@ -293,7 +293,7 @@ def test_epochs(library):
     dataset = open_dataset(library)
     assert dataset.epoch == 0
     first = take(iter(dataset), 5)
-    dataset.set_epoch(0)  # where it is already
+    dataset.set_epoch(0)  # where it already is
     assert dataset.state_dict()["samples"] == 5
     dataset.set_epoch(1)
     assert dataset.state_dict() == open_dataset(library, epoch=1).state_dict()
@@ -306,7 +306,7 @@ def test_epochs(library):
 def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next_one(
     library, open_manager, workers
 ):
-    """The usual loop: it saves a step after each epoch, and the same step never twice."""
+    """The usual loop: it saves a step after each epoch, and no step twice."""
     manager = open_manager()
     seen = []
     for number in range(3):
@@ -345,7 +345,7 @@ def test_the_end_of_an_epoch_is_what_all_ranks_say(library):
             assert [dataset.epoch for dataset in again] == [epoch] * world_size
             assert Counter(flat(again)) == expected(library, 2)
     again = open_dataset(library, 2, (2, 3))
-    again.load_state_dict(whole[2])  # alone, it may have to wait for the others
+    again.load_state_dict(whole[2])  # it may have to wait for the others
     assert (again.epoch, list(again)) == (0, [])
     old = {key: value for key, value in whole[2].items() if key != "ended"}
     again.load_state_dict(old)

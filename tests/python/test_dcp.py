@@ -1,4 +1,4 @@
-"""The door for `torch.distributed.checkpoint`: what goes through it, and what does not."""
+"""The adapter for `torch.distributed.checkpoint`: what it saves and loads, and what it refuses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def a_state() -> dict:
-    """Return a state with everything that torch's planner flattens in a way of its own."""
+    """Return a state with everything that torch's planner flattens in a special way."""
     shared = torch.arange(200_000, dtype=torch.float32)
     return {
         "model": OrderedDict(weight=torch.randn(300, 400), bias=torch.zeros(7).bfloat16()),
@@ -53,7 +53,7 @@ def a_state() -> dict:
 
 
 def zeroed(value):
-    """Return a state of the same shape that holds nothing of it."""
+    """Return a state of the same shape with other values."""
     if isinstance(value, dict):
         return {key: zeroed(child) for key, child in value.items()}
     if isinstance(value, list) and any(isinstance(v, (torch.Tensor, dict)) for v in value):
@@ -62,7 +62,7 @@ def zeroed(value):
 
 
 def failures_of(raised: pytest.ExceptionInfo) -> list[BaseException]:
-    """Return what torch says that each rank raised."""
+    """Return what each rank raised, according to torch."""
     return [error for error, _ in raised.value.failures.values()]
 
 
@@ -86,7 +86,7 @@ def test_a_state_comes_back(manager):
     loaded = manager.load()
     for name in ("model", "view", "number", "nothing", "plain", "list", "numpy"):
         assert_same(loaded[name], state[name], name)
-    # By position, and one value in a tuple: so they are told from dicts and tuples.
+    # By position, and one value in a tuple: this distinguishes them from dicts and tuples.
     assert_same(loaded["tied"], dict(enumerate(state["tied"])))
     assert_same(loaded["mixed"], dict(enumerate(state["mixed"])))
     assert_same(loaded["pair"], (state["pair"],))
@@ -301,7 +301,7 @@ def test_it_saves_behind_the_training(manager):
 
 
 class Halves(DefaultSavePlanner):
-    """Stores tensors in half the memory, and says of plain values that they were seen."""
+    """Stores tensors in half precision, and marks plain values as seen."""
 
     def create_local_plan(self):
         self.state_dict = {
@@ -324,7 +324,7 @@ def test_a_planner_that_changes_values_has_its_way(manager):
 
 
 class Odd(Halves):
-    """Makes a value of what no checkpoint keeps."""
+    """Turns a value into one that no checkpoint can hold."""
 
     def transform_object(self, write_item, _):
         return DefaultSavePlanner.transform_object(self, write_item, Odd)
@@ -352,7 +352,7 @@ def test_a_planner_that_does_not_flatten_finds_its_names_again(manager):
 
 
 class Giving(DefaultLoadPlanner):
-    """Gives another tensor to be filled than the plan says."""
+    """Provides another tensor to fill than the plan describes."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()

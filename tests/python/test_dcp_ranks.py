@@ -1,4 +1,4 @@
-"""The door for `torch.distributed.checkpoint` among several ranks: any number saves, any loads."""
+"""The adapter for `torch.distributed.checkpoint` on several ranks: any number saves, any loads."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ print("loaded")
 @pytest.mark.parametrize("others", [1, 2, 4])
 def test_any_number_of_ranks_loads_what_any_other_saved(coordinator, store, others):
     printed = run_ranks(GROUP + SAVE, store, coordinator.url, 3)
-    # Every rank has its parts; rank 0 knows of everything.
+    # Every rank has its parts; rank 0 lists all of them.
     everything = ["alike", "columns", "plain", "plain2", "rows"]
     assert json.loads(printed[0].replace("'", '"')) == everything
     manifest = json.loads((store / "step-000000000002" / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""What deploy/ says agrees with itself, with the defaults, and with what really runs."""
+"""deploy/ is consistent with itself, with the defaults, and with what really runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def json_of(path: Path) -> Any:
 
 
 def walk(value: Any) -> Any:
-    """Return every dict and list within, and itself."""
+    """Return a value with every dict and list in it."""
     yield value
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
@@ -291,7 +291,7 @@ def test_workers_find_the_coordinator_and_each_other():
     ranks = {"RANK": "worker-3", "WORLD_SIZE": environment["WORLD_SIZE"]}
     assert launch.rank_and_world_size(None, None, ranks) == (3, 4)
     named("ServiceAccount", spec["template"]["spec"]["serviceAccountName"])
-    # Longer than the save's deadline and torchrun's patience.
+    # Longer than the save's deadline and torchrun's timeout.
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 30
     [claim] = spec["volumeClaimTemplates"]
     storage_class = yaml_of(DEPLOY / "aws" / "storage-class.yaml")
@@ -381,7 +381,7 @@ def test_seccomp_lets_io_uring_through_and_little_else():
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """Return the metrics of a coordinator that has a job with a checkpoint, each with its labels."""
+    """Return a coordinator's metrics, each with its labels, while a job has a checkpoint."""
     process = CoordinatorProcess(tmp_path_factory.mktemp("coordinator"))
     process.start()
     store = tmp_path_factory.mktemp("store")
@@ -424,7 +424,7 @@ def test_alerts_and_dashboard_use_metrics_that_there_are(families):
     for expression in expressions():
         used |= set(METRIC.findall(expression))
         for name, labels in re.findall(METRIC.pattern + r"\{([^}]*)\}", expression):
-            # Prometheus's own label `job` sends the coordinator's there.
+            # Prometheus's own label `job` renames the coordinator's.
             asked = {
                 label.replace("exported_job", "job") for label in re.findall(r"(\w+)[=~!]", labels)
             }

@@ -1,4 +1,4 @@
-"""Tensors on GPUs, against a stand-in for the driver: what each way to be consistent keeps."""
+"""Tensors on GPUs, against a stand-in for the driver: what each consistency mode guarantees."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_caller_can_hold_updates_back_himself(device, manager):
     handle.result()
     device.settle()
     assert torch.equal(manager.load()["w"], before)
-    # Of a save that is over, nothing is left to wait for.
+    # A save that has ended leaves nothing to wait for.
     handle.before_update()
 
 
@@ -189,7 +189,7 @@ def test_an_optimizer_that_never_steps_keeps_no_saves(device, manager):
 
 
 class Interrupted:
-    """A native manager whose `save` does its work, and is not heard of: a signal comes first."""
+    """A native manager whose `save` succeeds, but a signal interrupts its return."""
 
     def __init__(self, native) -> None:
         self._native = native
@@ -217,7 +217,7 @@ def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatc
             patch.setattr(manager._opened.saver, "_native", Interrupted(manager._opened.native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
-    # Its caller knows: nothing is left to tell, and the step can be saved.
+    # Its caller knows: no error is left to report, and the step can be saved.
     assert manager.should_save(1)
     assert manager.wait_until_finished()
     assert manager.all_steps() == []
@@ -270,7 +270,7 @@ def test_memory_that_an_optimizer_fills_in_part_is_cloned(device, manager):
 
 
 def test_a_frozen_parameter_is_cloned_though_an_optimizer_lists_it(device, manager):
-    # As the key encoder of a momentum contrast: forward itself keeps it, as an average.
+    # Like the key encoder of a momentum contrast: forward itself updates it, as an average.
     before, after = noise(1, 100_000), noise(2, 100_000)
     query = device.tensor(noise(3, 1_000)).requires_grad_()
     key = device.tensor(before)
@@ -279,7 +279,7 @@ def test_a_frozen_parameter_is_cloned_though_an_optimizer_lists_it(device, manag
     state = {"query": query, "key": key}
     handle = manager.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
     device.write(key, after)
-    device.settle()  # what may run beside the copies has run
+    device.settle()  # what may run during the copies has run
     device.hold_copies(False)
     handle.result()
     device.settle()
@@ -358,7 +358,7 @@ def test_memory_of_a_gpu_is_filled(device, manager):
     checkpoint = manager._opened.native.checkpoint(1)
     target = device.tensor(torch.zeros(400_000))
     place = (0, target.data_ptr(), 1_600_000)
-    device.write(target, torch.ones(400_000))  # what the stream still has to do comes first
+    device.write(target, torch.ones(400_000))  # earlier work of the stream comes first
     checkpoint.read([(0, 0, place)], True, [(0, 0)])
     device.settle()
     assert torch.equal(target, values)
@@ -377,7 +377,7 @@ def test_an_optimizer_that_only_looks_like_one_is_refused(device, manager):
 
 
 class OnGpu(torch.nn.Parameter):
-    """A parameter that says it is on the second GPU."""
+    """A parameter that claims to be on the second GPU."""
 
     is_cuda = property(lambda _: True)
     device = property(lambda _: torch.device("cuda:1"))
@@ -476,11 +476,11 @@ def test_a_step_that_is_captured_waits_here_for_a_save_before_it(device, manager
         return handle._native.wait_captured()
 
     (hold,) = gpus._gate_of(optimizer).pending
-    hold.native = SimpleNamespace(wait_captured=wait)  # and nothing that a stream could be given
+    hold.native = SimpleNamespace(wait_captured=wait)  # and nothing that was scheduled on a stream
     monkeypatch.setattr(gpus, "is_capturing", lambda: True)
     optimizer.step()
     assert handle._native.wait_captured(0), "everything was copied when the step is captured"
-    device.write(weight, noise(2, 100_000))  # as a replay does, without a hook
+    device.write(weight, noise(2, 100_000))  # like a replay, without a hook
     handle.result()
     device.settle()
     assert torch.equal(manager.load()["w"], before)
@@ -518,7 +518,7 @@ def test_amd_s_gpus_are_none_of_nvidia_s_driver(device, monkeypatch, caplog):
 
 
 class FullGpu:
-    """What stands for torch: a GPU without memory, and the host."""
+    """A stand-in for torch: a GPU without memory, and the host."""
 
     def __init__(self) -> None:
         self.asked: list[object] = []

@@ -83,7 +83,7 @@ def test_callbacks_run_once_on_one_thread_in_order(manager):
 
     first = manager.save_async(state(), step=1)
     first.add_done_callback(callback("a"))
-    first.add_done_callback(lambda _: 1 / 0)  # is logged, and stops nothing
+    first.add_done_callback(lambda _: 1 / 0)  # is logged, and stops nothing else
     first.add_done_callback(callback("b"))
     second = manager.save_async(state(), step=2)
     second.result()
@@ -116,7 +116,7 @@ def test_a_callback_that_exits_silences_no_other_one(manager, caplog):
 
 
 class LineLogger:
-    """What some programs put in the place of standard error."""
+    """What some programs replace standard error with."""
 
     def write(self, text: str) -> None:
         """Take a line."""

@@ -1,4 +1,4 @@
-"""The door for PyTorch Lightning: what its trainer saves, removes and resumes from."""
+"""The adapter for PyTorch Lightning: what its trainer saves, removes and resumes from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dtruntime import (
 )
 from dtruntime.lightning import CheckpointIO
 
-# Lightning warns of much that is so on purpose here: no workers, few steps, no validation.
+# Lightning warns of much that is intended here: no workers, few steps, no validation.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 JOB = Path(lightning_job.__file__).read_text()
@@ -224,7 +224,7 @@ def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch, i
         pl.plugins.io.TorchCheckpointIO().save_checkpoint(a_checkpoint(), path)
     before = paths_in(tmp_path)
 
-    def interrupt(removed):  # as a kill would, where the old one has just made way
+    def interrupt(removed):  # as a kill would, just after the old one was removed
         assert Path(removed).name == ".last.ckpt.saving"
         raise KeyboardInterrupt
 

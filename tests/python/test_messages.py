@@ -1,4 +1,4 @@
-"""The exact text of every kind of error, so that a change of one is seen.
+"""The exact text of every kind of error, so that a change of one is noticed.
 
 Paths, attempt ids and versions are replaced by names. To accept new texts, run with
 `UPDATE_MESSAGES=1` and read the difference.

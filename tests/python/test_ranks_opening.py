@@ -227,5 +227,5 @@ def test_torchrun_needs_nothing_else_and_a_lost_rank_is_resumed(tmp_path):
                 states.append(manager.load())
         calm_state, lossy_state = states
         assert calm_state["step"] == lossy_state["step"] == 40
-        # DDP lays gradients out anew after its first step: sums may round in another order then.
+        # DDP rearranges gradients after its first step: sums may round in another order then.
         torch.testing.assert_close(lossy_state, calm_state, rtol=1e-4, atol=1e-6)

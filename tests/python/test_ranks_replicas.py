@@ -50,7 +50,7 @@ with CheckpointManager(store, replicated=ALIKE, compression="none") as manager:
     one_replica = 3 * 4 * (300 * 300 + 300 + 300 * 20 + 20)  # weights and two moments
     assert one_replica < sum(sizes) < 1.1 * one_replica
     assert max(sizes) < 1.3 * min(sizes)
-    # Five ranks go on, in the shards of three.
+    # Five ranks continue from the shards of three.
     outputs = run(
         REPLICAS
         + """

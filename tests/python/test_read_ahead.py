@@ -1,4 +1,4 @@
-"""Files are made ready ahead, in a thread that ends with whoever reads."""
+"""Files are prefetched by a thread that ends with its reader."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_no_more_than_the_next_files_are_made_ready():
         assert len(asked) <= number + 4
         ready.close()
     ahead.close()
-    assert sorted(given_up, key=int) == asked  # what was made ready for nothing was given up, too
+    assert sorted(given_up, key=int) == asked  # what was prefetched in vain was released, too
     assert threads_ahead() == []
 
 
@@ -85,7 +85,9 @@ def test_a_close_ends_a_copy_that_is_being_made():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_thread_is_left_behind(library, workers, tmp_path):
-    before = {*multiprocessing.active_children()}  # what a failed test's traceback holds, say
+    before = {
+        *multiprocessing.active_children()
+    }  # for example what a failed test's traceback holds
     for options in ({}, {"cache_dir": tmp_path, "cache_bytes": "1MB"}):
         dataset = open_dataset(library, **options)
         loader = ShardedLoader(dataset, num_workers=workers)
@@ -175,7 +177,7 @@ def test_ctrl_c_ends_the_waiting_for_a_file(library):
 
 
 def test_the_end_of_the_interpreter_waits_for_no_thread(monkeypatch):
-    """Threads stand still by then: here one that never gets its file."""
+    """Threads are frozen by then: here one that never gets its file."""
     goes_on, is_begun = threading.Event(), threading.Event()
 
     def fetch(path, _is_cancelled):

@@ -1,4 +1,4 @@
-"""What files of samples hold, format by format, and what is said of one that is damaged."""
+"""The samples of files, format by format, and the errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_webdataset(tmp_path):
 
 
 def pack(counts: dict[str, int]) -> bytes:
-    """Return a tar of files of so many bytes."""
+    """Return a tar of files of these sizes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, size in counts.items():

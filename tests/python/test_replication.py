@@ -1,4 +1,4 @@
-"""Which entries of a state all ranks save alike, and which memory is not touched for it."""
+"""Which entries of a state are replicated, and which memory is not touched for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that `torchrun` starts anew, as the environment that it gives them says it."""
+"""Ranks that `torchrun` restarts, simulated by the environment that it gives them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,10 @@ def test_a_rank_that_comes_before_the_old_rank_0_has_gone_meets_the_new_one(tmp_
 @pytest.mark.parametrize(
     ("addresses", "expected"),
     [
-        (["127.0.1.1"], (socket.AF_INET, "node0")),  # as some systems have their own name
+        (
+            ["127.0.1.1"],
+            (socket.AF_INET, "node0"),
+        ),  # as on systems whose own name resolves to loopback
         (["::1", "127.0.0.1"], (socket.AF_INET, "node0")),
     ],
 )
@@ -178,5 +181,5 @@ def test_agents_that_count_restarts_apart_meet_again(tmp_path):
         assert reader.all_steps() == [1, 2, 3, 4]
         assert reader.load() == {"step": 4, "rank": 1}
     # The agent of the lost process has counted; the other one has not, unless its own process ended
-    # by itself first.
+    # first.
     assert "1" in {(store / f"ended-{rank}").read_text() for rank in range(2)}

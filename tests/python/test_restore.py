@@ -211,7 +211,7 @@ def test_damage_is_found_before_anything_changes(manager, store):
 
 
 class Stubborn:
-    """Refuses what it is given."""
+    """Refuses every state."""
 
     def state_dict(self):
         return {"a": 1}

@@ -1,4 +1,4 @@
-"""Restores that read straight into live tensors: what is the same, and what damage leaves."""
+"""Restores that read straight into live tensors: results, and damage found part-way."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_an_older_checkpoint_makes_up_for_a_damaged_one(damaged):
 
 def test_a_state_that_damage_changed_in_part_is_a_mixture(damaged):
     live, manager = many(0.0), damaged
-    # As long as it is not direct, nothing is changed.
+    # Unless it is direct, nothing is changed.
     with pytest.raises(Corrupt):
         manager.restore(live, step=2)
     assert_same(live, many(0.0))

@@ -1,4 +1,4 @@
-"""What a restore refuses, converts or warns of, where it could seem to succeed and did not."""
+"""What a restore refuses, converts or warns of, where it could otherwise seem to succeed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtruntime import InvalidArgument, RestoreIncomplete
 
 
 class Halving(torch.optim.Optimizer):
-    """An optimizer that is not torch's, and loads as torch's do."""
+    """An optimizer that is not torch's, but loads like torch's."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1, "half_life": 3})
@@ -31,7 +31,7 @@ class Halving(torch.optim.Optimizer):
 
 
 class Filling(Halving):
-    """Fills in what it is not given."""
+    """Fills in missing keys."""
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -40,7 +40,7 @@ class Filling(Halving):
 
 
 class Adapting(Halving):
-    """Loads in a way of its own."""
+    """Has its own way of loading."""
 
     def load_state_dict(self, state_dict):
         groups = [{"half_life": 3} | group for group in state_dict["param_groups"]]
@@ -51,7 +51,7 @@ MAKERS = {
     name: getattr(torch.optim, name)
     for name in dir(torch.optim)
     if isinstance(getattr(torch.optim, name), type)
-    and name not in ("Optimizer", "SparseAdam")  # that takes sparse gradients only
+    and name not in ("Optimizer", "SparseAdam")  # it only accepts sparse gradients
 } | {
     "SGD with momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "RMSprop, centered": lambda params: torch.optim.RMSprop(params, momentum=0.9, centered=True),
@@ -196,11 +196,11 @@ def test_asking_torch_what_it_fills_in_leaves_its_classes_alone(manager):
     assert torch.optim.Optimizer.step is step
 
 
-# What a failure half-way says
+# Failures half-way
 
 
 class Failing:
-    """Fails when it is given its state."""
+    """Fails when its state is loaded."""
 
     def __init__(self, error):
         self.error = error
@@ -227,7 +227,7 @@ def test_a_failure_half_way_names_the_entry_and_the_error(manager, error, told):
     assert caught.value.why == f"the live state was changed in part when this failed: {told}"
 
 
-# Where what fits is nothing
+# Where nothing fits
 
 
 def trained(start=1.0):

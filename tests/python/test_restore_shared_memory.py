@@ -1,4 +1,4 @@
-"""Restores into live tensors that share memory: what differs is refused, the same is read once."""
+"""Restores into live tensors that share memory: different values are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tied(torch.nn.Module):
 
 
 def reads_of(monkeypatch):
-    """Note how many tensors each read is of."""
+    """Record how many tensors each read covers."""
     reads, tensors = [], Reader.tensors
 
     def note(reader, numbers, *arguments):
@@ -64,7 +64,7 @@ def test_tied_and_untied_models_that_are_the_same_restore(manager, monkeypatch, 
     target = Tied(live, 0)
     manager.restore({"m": target})
     assert_same(target.state_dict(), model.state_dict())
-    # What was saved apart is read to be compared, one tensor at a time; nothing else is.
+    # What was saved separately is read for comparison, one tensor at a time; nothing else is.
     assert reads == ([1, 1] if live and not saved else []) + [2]
 
 
@@ -181,7 +181,7 @@ def test_a_module_with_an_expanded_buffer(manager):
 
 
 def test_tensors_that_only_lie_beside_each_other_are_not_compared(manager, monkeypatch):
-    """As parameters of a flattened recurrent network do."""
+    """Like parameters of a flattened recurrent network."""
     memory = torch.zeros(1000)
     saved = {str(at): torch.full((10,), float(at)) for at in range(100)}
     manager.save(saved, step=1)
@@ -200,7 +200,7 @@ def test_a_conjugate_and_a_negative_that_share_memory_are_compared(manager):
         manager.restore({"a": live, "b": live.conj()}, step=1)
     manager.restore({"a": live, "b": live.conj()}, step=2)
     assert live.item() == 1 + 2j
-    negative = live.conj().imag  # minus what lies there
+    negative = live.conj().imag  # minus what is there
     assert negative.is_neg()
     manager.restore({"a": live.imag, "b": negative}, step=3)
     assert live.item() == 1 + 2j

@@ -1,4 +1,4 @@
-"""Stores in S3, against a server of the tests' own that runs as a process."""
+"""Stores in S3, against the tests' own server, which runs as a process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("server")
 
 @contextlib.contextmanager
 def serving(objects: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """Start a server with an empty bucket; give it, its URL and its owner's key."""
+    """Start a server with an empty bucket; yield it, its URL and its owner's key."""
     assert SERVER.exists(), "build it: make everything"
     with subprocess.Popen(
         [SERVER, objects], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -259,7 +259,7 @@ manager.close()
 
 @contextlib.contextmanager
 def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, str]]]]:
-    """Return what runs a rank on each of two machines: their exit statuses and outputs."""
+    """Return a function that runs a rank on each of two machines, and returns the outcomes."""
     coordinator = CoordinatorProcess(folder)
     coordinator.start()
 
@@ -291,13 +291,13 @@ def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_
             assert far.all_steps() == []
         found = run("load")
         assert [out for _, out, _ in found] == ["1\n", "1\n"], found
-        # A job of another size finds what all held alike.
+        # A job of another size finds what was replicated.
         with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
             assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
 
 
 class Relay:
-    """A way to a port of this machine, until it is cut."""
+    """A proxy to a port of this machine, until it is cut."""
 
     def __init__(self, port: int) -> None:
         self._far_port = port

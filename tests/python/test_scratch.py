@@ -1,4 +1,4 @@
-"""Restores that read into the staging arena: what is kept of it, and when it is left alone."""
+"""Restores that read into the staging arena: what is kept of it, and when it is not used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ITEMS = 400_000
 
 @pytest.fixture
 def staged(monkeypatch) -> list[set[int]]:
-    """Note the tensors of each read that were read into the arena."""
+    """Record the tensors of each read that were read into the arena."""
     noted: list[set[int]] = []
     tensors = reader.Reader.tensors
 
@@ -68,7 +68,7 @@ def test_a_restore_reads_into_the_arena_and_nothing_keeps_of_it(tmp_path, staged
         # otherwise.
         assert len(numbers) == len(saved["model"].state_dict()) + 2
         assert has_it_back(manager)
-        # Neither what is saved next changes what was restored, nor the other way round.
+        # The next save does not change what was restored, nor the other way round.
         manager.save(state_of(3), step=2)
         assert_same(values_of(live), values_of(saved))
         manager.restore(live, step=2)

@@ -1,4 +1,4 @@
-"""Arguments: what is accepted, and what a wrong one is told."""
+"""Arguments: what is accepted, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_the_largest_chunks_need_no_other_setting(open_manager):
 
 def test_as_many_threads_encode_as_are_asked_for(open_manager):
     tasks = Path("/proc/self/task")
-    before = set(tasks.iterdir())  # of managers before
+    before = set(tasks.iterdir())  # of earlier managers
     open_manager(workers=3).save({"weights": torch.zeros(1000)}, step=1)
     names = [(task / "comm").read_text() for task in set(tasks.iterdir()) - before]
     assert sum(name.startswith("dtr-encode") for name in names) == 3

@@ -1,4 +1,4 @@
-"""Sharded tensors: what each rank saves of them, and how any number of ranks gets them back."""
+"""Sharded tensors: what each rank saves of them, and how any number of ranks restores them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dtruntime.state.sharded_tensors import Box, Slice, contiguous_strides
 from dtruntime.state.tensors import TensorRecord
 from dtruntime.state.tree import TAG_DICT, TAG_TENSOR, Tree
 
-# A process of a job whose process group talks to nobody: meshes and placements are all it is for.
+# A process group without communication: it only provides meshes and placements.
 LAYOUTS = """
 import itertools, math
 import torch.distributed as dist
@@ -103,7 +103,7 @@ EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
 def written_to_a_file(store, step):
-    """Return the cases that ``ckpt-tool restore`` writes, which knows no torch."""
+    """Return the cases that ``ckpt-tool restore`` can write, without torch."""
     file = store.parent / f"{step}.safetensors"
     asked = ["--step", str(step), "--tensors", "model.*", "--strip-prefix", "model"]
     command = [sys.executable, "-m", "dtruntime.tool", "restore", store, "-o", file, *asked]
@@ -416,7 +416,7 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
     assert two.returncode == 0, two.stderr
     lines = two.stdout.splitlines()
     assert lines[0] == "2 ranks begin after step 20"
-    # Sums over four shares and over two are rounded otherwise.
+    # Sums over four shares and over two are rounded differently.
     expected = [float(line.rsplit(" ", 1)[1]) for line in calm.stdout.splitlines()[-2:]]
     actual = [float(line.rsplit(" ", 1)[1]) for line in lines[1:]]
     assert actual == pytest.approx(expected, rel=1e-3)
@@ -451,7 +451,7 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
 
 
 def written_to_files(directory: Path) -> dict[str, torch.Tensor]:
-    """Return what an export holds, read as loaders do that know of several files."""
+    """Return the tensors of an export, read like loaders that support several files."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     assert whole.exists() != index.exists()
     if whole.exists():
@@ -513,7 +513,7 @@ def test_strides_are_those_of_torch(shape):
 
 
 class Saved:
-    """A rank's checkpoint of one tensor under `w`, or a part of one, that lies in memory."""
+    """A rank's checkpoint of one tensor under `w`, or a part of one, in memory."""
 
     step, attempt, is_replicated_only = 1, "one", False
 
@@ -548,7 +548,7 @@ class Saved:
 
 
 def assembled(saved: list[Saved], rank: int, box: Box) -> torch.Tensor:
-    """Put a box together as a rank would."""
+    """Assemble a box as a rank would."""
     own = saved[rank]
     parts = Parts(own, Tree(own.nodes()), [own.record], lambda rank: saved[rank])
     storage = torch.UntypedStorage(box.items * own.record.item_bytes)
@@ -590,7 +590,7 @@ def cut_tensors(draw):
 def test_any_box_is_put_together_from_any_parts(drawn, random):
     full, parts, box = drawn
     saved = [Saved(part, Slice(tuple(full.shape), at), len(parts)) for part, at in parts]
-    # A rank may hold nothing, as one whose replica another rank writes.
+    # A rank may hold nothing, like one whose replica another rank writes.
     saved.append(Saved(parts[0][0].narrow(0, 0, 0), Slice(tuple(full.shape), parts[0][1]), 0))
     for one in saved:
         one.ranks = len(saved)

@@ -1,4 +1,4 @@
-"""Property tests of flattening and building, and of what cannot be kept."""
+"""Property tests of flattening and building, and what cannot be saved."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ STATES = st.recursive(
 
 
 class _MemoryCheckpoint:
-    """Stands for a native checkpoint whose storages lie in this process."""
+    """Stands for a native checkpoint whose storages are in this process."""
 
     step = 1
     is_replicated_only = False

@@ -114,7 +114,7 @@ def test_going_back_to_a_step_is_due_again_after_it(open_manager, caplog):
     assert [step for step in range(41) if manager.should_save(step)] == [30, 40]
     manager.save(live, step=30)
     assert [step for step in range(41) if manager.should_save(step)] == [40]
-    # To the newest: nothing is newer.
+    # Restoring the newest: nothing is newer.
     caplog.clear()
     manager.restore(live, step=30)
     assert not caplog.messages
@@ -174,5 +174,5 @@ def test_a_fallback_lets_nothing_be_replaced_that_verifies(open_manager, store):
     for shard in (store / "step-000000000030").glob("*.shard"):  # the replaced one is still there
         flip_byte(shard, 5000)
     assert manager.load(step=20)["step"] == 20
-    with pytest.raises(StepConflict):  # nobody fell back: step 20 was asked for
+    with pytest.raises(StepConflict):  # not fallen back to: step 20 was requested
         manager.save(state_of(25), step=25)

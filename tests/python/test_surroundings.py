@@ -49,7 +49,7 @@ def open_reader():
 
 
 def run_there(source: str, store: Path, mount: str | None = None) -> str:
-    """Run a script on a store, after a mount of its own if one is given; return what it printed."""
+    """Run a script on a store, after a private mount if one is given; return what it printed."""
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(source), str(store)]
     if mount is not None:
         command = ["unshare", "--mount", "sh", "-ec", f'{mount}\nexec "$@"', str(store), *command]

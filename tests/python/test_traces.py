@@ -1,4 +1,4 @@
-"""One trace for each attempt, told by the training processes and the coordinator alike."""
+"""One trace for each attempt, from the training processes and the coordinator together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Span(NamedTuple):
-    """A span as a collector gets it. Times are nanoseconds since 1970."""
+    """A span as a collector receives it. Times are nanoseconds since 1970."""
 
     trace: str
     id: bytes
@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 
 def fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Take a protobuf message apart: numbers of fields, and bytes or integers."""
+    """Decode a protobuf message: numbers of fields, and bytes or integers."""
     at = 0
 
     def varint() -> int:
@@ -77,7 +77,7 @@ def spans_of(request: bytes) -> Iterator[Span]:
 
 
 class Collector:
-    """An endpoint that takes OTLP by HTTP."""
+    """An endpoint that accepts OTLP over HTTP."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []

@@ -1,4 +1,4 @@
-"""The door for Hugging Face's trainer: what it saves and resumes from."""
+"""The adapter for Hugging Face's trainer: what it saves and resumes from."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def straight(tmp_path):
 
 
 def assert_went_on(job: Trainer, straight: transformers.Trainer) -> None:
-    """Check that a run came to the same end as one without a stop."""
+    """Check that a run ended like one without a stop."""
     assert_same(job.model.state_dict(), straight.model.state_dict())
     assert_same(job.lr_scheduler.state_dict(), straight.lr_scheduler.state_dict())
     losses = [
@@ -213,7 +213,7 @@ def test_what_is_not_there_or_not_of_a_trainer_is_not_resumed_from(open_manager,
 
 
 def test_the_best_model_is_loaded_at_the_end(open_manager, tmp_path):
-    # It learns, and then unlearns.
+    # It gets better, then worse.
     arguments = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     arguments |= {"learning_rate": 0.02, "lr_scheduler_type": "constant"}
     manager = open_manager(keep_last_n=1, keep_best_n=1, best_metric="eval_loss")
@@ -342,10 +342,10 @@ def test_arguments_that_the_manager_answers_are_refused(open_manager, tmp_path):
 
 def test_a_trainer_that_is_not_known_is_refused(manager):
     class Other:
-        """Lacks what the door goes by."""
+        """Lacks what the adapter depends on."""
 
     class Stored(StoredCheckpoints, Other):
-        """Of no use."""
+        """Not supported."""
 
     with pytest.raises(UnsupportedFormat, match="_load_best_model"):
         Stored(manager=manager)

@@ -73,7 +73,7 @@ def binary() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens at."""
+    """Find free ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in sockets]
     for listener in sockets:
@@ -142,7 +142,7 @@ def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def run(environment: dict[str, str], names: list[str]) -> int:
-    """Run the tests; say how many were skipped, and why."""
+    """Run the tests; print how many were skipped, and why."""
     command = ["cargo", "test", "--locked", "--release", "--workspace", "--test", "s3"]
     with subprocess.Popen(
         [*command, "--", "--show-output", *names],

@@ -17,7 +17,7 @@ class Row:
     """Short, unique: the key in the record, and what `--rows` takes."""
     promise: str
     test: str
-    """What a person looks for: the name of the test."""
+    """What readers search for: the name of the test."""
     command: tuple[str, ...]
     unit: str
     """What is counted, in the plural."""
