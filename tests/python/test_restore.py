@@ -113,26 +113,30 @@ def test_only_what_is_asked_for_is_touched(manager):
     assert_same(other.state_dict(), model.state_dict())
 
 
+def other_type(live: str, saved: str) -> str:
+    return f"the live value is of type `{live}`, the saved one of type `{saved}`"
+
+
 MISFITS = {
     "shape": ({"w": torch.zeros(3)}, r"`w`: the live shape is \(3,\), the saved one \(4, 2\)"),
     "dtype": (
         {"w": torch.zeros(4, 2).half()},
         "dtype is torch.float16, the saved one torch.float32",
     ),
-    "kind": ({"w": np.zeros((4, 2), np.float32)}, "an array is live"),
-    "plain": ({"w": 5}, "a int is live"),
-    "tensor for plain": ({"n": torch.zeros(1)}, "a tensor is live"),
+    "kind": ({"w": np.zeros((4, 2), np.float32)}, other_type("ndarray", "Tensor")),
+    "plain": ({"w": 5}, other_type("int", "Tensor")),
+    "tensor for plain": ({"n": torch.zeros(1)}, other_type("Tensor", "int")),
     "missing": (
         {"w": torch.zeros(4, 2), "new": torch.zeros(1)},
         "missing in the checkpoint: `first`, `new`",
     ),
     "list length": ({"l": [torch.zeros(1)]}, "the live length is 1, the saved one 2"),
-    "list kind": ({"l": (torch.zeros(1),)}, "a tuple is live"),
-    "dict kind": ({"w": {"x": torch.zeros(1)}}, "a `dict` is live"),
-    "contents": ({"w": []}, "a list is live"),
+    "list kind": ({"l": (torch.zeros(1),)}, other_type("tuple", "list")),
+    "dict kind": ({"w": {"x": torch.zeros(1)}}, other_type("dict", "Tensor")),
+    "contents": ({"w": []}, other_type("list", "Tensor")),
     "module": ({"m": torch.nn.Linear(5, 1)}, r"`m.weight`: the live shape is \(1, 5\)"),
     "module missing": ({"m": torch.nn.Linear(2, 1, bias=False)}, "unexpected.*`m.bias`"),
-    "no module": ({"w": torch.nn.Linear(2, 1)}, "a module is live"),
+    "no module": ({"w": torch.nn.Linear(2, 1)}, other_type("Linear", "Tensor")),
     "array shape": ({"a": np.zeros(4)}, r"`a`: the live shape is \(4,\)"),
     "array dtype": ({"a": np.zeros(3, np.int8)}, "live dtype is int8"),
     "meta": ({"w": torch.zeros(4, 2, device="meta")}, "without values"),

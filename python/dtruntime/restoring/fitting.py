@@ -53,7 +53,8 @@ def kind_misfit(live: Any, index: int, reader: Reader) -> Misfit:
         saved = _TENSOR_TYPES[reader.records[payload].kind]
     else:
         saved = DICTS[payload[1]].__name__ if tag == TAG_DICT else TAG_TYPES[tag]
-    return Misfit(f"the live value is a `{type(live).__name__}`, the saved one a `{saved}`")
+    live_type = type(live).__name__
+    return Misfit(f"the live value is of type `{live_type}`, the saved one of type `{saved}`")
 
 
 def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfit | None:
