@@ -41,7 +41,7 @@ def context() -> list[str]:
     return [path for path in tracked.splitlines() if is_sent(path) and (ROOT / path).exists()]
 
 
-def test_the_context_is_small_and_whole(tmp_path):
+def test_the_build_context_is_small_and_complete(tmp_path):
     files = context()
     sizes = sum((ROOT / path).stat().st_size for path in files)
     assert sizes < 8 << 20, f"{sizes} bytes"
@@ -57,7 +57,7 @@ def test_the_context_is_small_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_are_built_from_what_is_there(path):
+def test_images_are_built_from_existing_files(path):
     text = path.read_text().replace("\\\n", " ")
     files = context()
     copied = re.findall(r"^COPY (?!--from)(.*)$", text, flags=re.MULTILINE)
@@ -157,7 +157,7 @@ def test_a_container_is_a_node_of_torchrun(torchrun, environment, told):
         ({"PATH": "/nowhere"}, ["t.py"], "there is no torchrun"),
     ],
 )
-def test_a_container_that_cannot_be_one_says_why(torchrun, environment, arguments, said):
+def test_a_container_that_cannot_join_says_why(torchrun, environment, arguments, said):
     result = run("/bin/sh", DEPLOY / "dt-launch", *arguments, env=torchrun | environment)
     assert result.returncode == 2
     assert f"error: dt-launch: {said}" in result.stderr

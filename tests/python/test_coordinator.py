@@ -175,7 +175,7 @@ def test_the_documented_scripts_run_one_after_another(coordinator, tmp_path):
     assert finish(start_worker(ONE_NODE, coordinator.url)) == "Training started!\n"
 
 
-def test_an_empty_dataset_works_and_says_so(coordinator, tmp_path):
+def test_an_empty_dataset_works_and_is_reported(coordinator, tmp_path):
     (tmp_path / "data").mkdir()
     registry = DatasetRegistry(coordinator.url)
     with pytest.warns(UserWarning, match="has no parquet files"):
@@ -184,7 +184,7 @@ def test_an_empty_dataset_works_and_says_so(coordinator, tmp_path):
     assert registry.get_shard("empty", worker_rank=0, epoch=0) == []
 
 
-def test_datasets_that_are_not_there(coordinator, tmp_path):
+def test_missing_datasets(coordinator, tmp_path):
     registry = DatasetRegistry(coordinator.url)
     with pytest.raises(DatasetNotFound, match=r"does not exist on this worker\nhint: mount"):
         registry.register("nowhere", tmp_path / "nowhere", "parquet", 10, 1)
@@ -245,7 +245,7 @@ def test_a_barrier_names_who_is_missing(make):
     asyncio.run(act())
 
 
-def test_a_cancelled_wait_is_taken_back(make):
+def test_a_cancelled_wait_is_withdrawn(make):
     async def act():
         first, second = make(0, 2), make(1, 2)
         await first.register_worker("127.0.0.1", 1)
@@ -281,7 +281,7 @@ STAYS = """
         ("os.kill(os.getpid(), 9)", "died", "it was silent for"),
     ],
 )
-def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, reason):
+def test_the_others_are_told_how_a_worker_ended(coordinator, make, end, kind, reason):
     changes = []
 
     async def act():
@@ -307,7 +307,7 @@ def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, r
     asyncio.run(act())
 
 
-def test_a_callback_that_exits_silences_no_later_notice(make):
+def test_a_callback_that_exits_stops_no_later_notice(make):
     kinds = []
 
     def note(change):
@@ -376,7 +376,7 @@ async def stopped_until_dead(source: str, coordinator, make):
     return one, other, changes
 
 
-def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
+def test_a_stopped_worker_rejoins_by_itself(coordinator, make):
     source = STOPPED.replace(
         "exec(sys.stdin.read())",
         """
@@ -405,7 +405,7 @@ def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
     asyncio.run(act())
 
 
-def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
+def test_a_replaced_worker_stays_fenced(coordinator, make):
     source = STOPPED.replace(
         "exec(sys.stdin.read())",
         """
@@ -429,7 +429,7 @@ def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
     asyncio.run(act())
 
 
-def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
+def test_the_end_of_a_membership_is_noticed_between_two_checks():
     class Worker:
         """It ends after the wait for a notice timed out, but before the thread checks for it."""
 
@@ -446,7 +446,7 @@ def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
     assert [(change.kind, change.reason) for change in told] == [("fenced", "replaced")]
 
 
-def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
+def test_the_coordinator_is_killed_and_restarted(coordinator, make):
     async def act():
         first, second = make(0, 2), make(1, 2)
         await first.register_worker("127.0.0.1", 1)
@@ -467,7 +467,7 @@ def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
     asyncio.run(act())
 
 
-def test_ending_the_coordinator_is_quick_and_clean(coordinator, make):
+def test_the_coordinator_stops_quickly_and_cleanly(coordinator, make):
     async def act():
         first, second = make(0, 2), make(1, 2)
         await first.register_worker("127.0.0.1", 1)
@@ -497,7 +497,7 @@ def test_another_world_size_waits_for_the_old_run_to_end(coordinator, make):
     asyncio.run(act())
 
 
-def test_nobody_listens():
+def test_no_coordinator_listens():
     url = f"http://127.0.0.1:{free_port()}"
 
     async def act():
@@ -529,7 +529,7 @@ def test_wrong_arguments_are_explained(coordinator):
     asyncio.run(act())
 
 
-def test_a_forked_child_is_no_member(coordinator, make):
+def test_a_forked_child_is_not_a_member(coordinator, make):
     async def act():
         one = make(0, 1)
         await one.register_worker("127.0.0.1", 1)

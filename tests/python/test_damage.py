@@ -25,7 +25,7 @@ def manifest_of(store):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_store_of_which_all_is_damaged_is_not_an_empty_one(damage, open_manager, store):
+def test_a_store_with_only_damaged_checkpoints_is_not_empty(damage, open_manager, store):
     manager = open_manager()
     manager.save(state_of(10), step=10)
     manager.close()
@@ -47,7 +47,7 @@ def test_a_store_of_which_all_is_damaged_is_not_an_empty_one(damage, open_manage
     assert manager.latest_step() == 20
 
 
-def test_loading_falls_back_and_says_so(manager, store, caplog):
+def test_loading_falls_back_and_reports_it(manager, store, caplog):
     for step in (1, 2, 3):
         manager.save(state_of(step), step=step)
     flip_byte(shard_of(store, 3), 5000)
@@ -75,7 +75,7 @@ def test_every_checkpoint_damaged(manager, store):
         manager.load()
 
 
-def test_verification_names_what_is_hit(open_manager, store):
+def test_verification_names_what_is_damaged(open_manager, store):
     manager = open_manager(compression="none")  # chunks are stored in their order
     manager.save({"a": torch.randn(40_000), "b": {"c": torch.randn(40_000)}}, step=1)
     shard = shard_of(store, 1)
@@ -89,7 +89,7 @@ def test_verification_names_what_is_hit(open_manager, store):
     assert damage.tensors
 
 
-def test_damage_may_be_let_through_on_request(open_manager, store):
+def test_verification_can_be_disabled(open_manager, store):
     open_manager(compression="none").save({"a": torch.zeros(40_000)}, step=1)
     flip_byte(shard_of(store, 1), 4096)
     reader = open_manager(read_only=True, verify_on_load=False)
@@ -107,7 +107,7 @@ def test_any_flipped_byte_is_noticed(manager, store):
     assert manager.verify().ok
 
 
-def test_what_is_read_in_several_calls_is_of_one_checkpoint(open_manager, store, caplog):
+def test_several_loads_read_the_same_checkpoint(open_manager, store, caplog):
     def state_of(step: float) -> dict[str, torch.Tensor]:
         return {"model": torch.full((200_000,), step), "random": torch.full((200_000,), step)}
 

@@ -78,7 +78,7 @@ def train_in_child(library, store, log, steps):
     return code == 0
 
 
-def test_killed_anywhere_and_resumed_every_sample_is_trained_on_once(library, tmp_path):
+def test_a_killed_and_resumed_run_trains_on_every_sample_once(library, tmp_path):
     """Only what the restored checkpoint covers counts; later steps are repeated identically."""
     seed = random.SystemRandom().randrange(1 << 32)
     draw = random.Random(seed)
@@ -124,7 +124,7 @@ with CheckpointManager(store) as manager:
 """
 
 
-def test_ranks_that_become_more_and_fewer_share_what_is_left(library, coordinator, tmp_path):
+def test_a_changed_number_of_ranks_shares_what_is_left(library, coordinator, tmp_path):
     seen: Counter[str] = Counter()
     for turn, world_size in enumerate((2, 3, 1, 2, 2)):
         resume = "yes" if turn else "no"
@@ -198,7 +198,7 @@ def test_ranks_end_together(coordinator, tmp_path, end, workers):
         assert int(lines[0][0]) > 0
 
 
-def test_a_rank_that_cannot_read_ends_all(coordinator, tmp_path):
+def test_a_read_error_on_one_rank_ends_all(coordinator, tmp_path):
     names = make_files(tmp_path / "d", [9, 9, 9, 9, 9, 9])
     (tmp_path / "d" / names[0]).write_bytes(b"\xff" * 40)
     outputs = run_together(coordinator, tmp_path / "d", tmp_path / "meeting", "pad", 1)
@@ -206,7 +206,7 @@ def test_a_rank_that_cannot_read_ends_all(coordinator, tmp_path):
     assert kinds == ["Conflict", "Conflict", "UnreadableSample"]
 
 
-def test_a_rank_that_has_nothing_to_repeat_ends_all(coordinator, tmp_path):
+def test_a_rank_with_nothing_to_repeat_ends_all(coordinator, tmp_path):
     make_files(tmp_path / "d", [9, 0, 0])
     outputs = run_together(coordinator, tmp_path / "d", tmp_path / "meeting", "pad", 0)
     kinds = sorted(output[-1][0] for output in outputs)
@@ -215,7 +215,7 @@ def test_a_rank_that_has_nothing_to_repeat_ends_all(coordinator, tmp_path):
     assert {*kinds} <= {"Conflict", "InvalidArgument"}
 
 
-def test_ranks_that_should_end_together_and_cannot(library, tmp_path):
+def test_ranks_that_cannot_end_together(library, tmp_path):
     dataset = open_dataset(library, place=(0, 2))
     with pytest.raises(InvalidArgument, match=r"is not initialized\nhint: call `init_process_gr"):
         ShardedLoader(dataset)
@@ -231,7 +231,7 @@ def test_ranks_that_should_end_together_and_cannot(library, tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_registry_in_a_job_knows_its_place(coordinator, tmp_path):
+def test_a_registry_knows_its_rank_in_a_job(coordinator, tmp_path):
     names = make_files(tmp_path / "d", [2, 2, 2])
     orchestrator = TrainingOrchestrator("w", coordinator.url, 3, 1)
     asyncio.run(orchestrator.register_worker("127.0.0.1", 1))
@@ -255,7 +255,7 @@ def test_a_registry_in_a_job_knows_its_place(coordinator, tmp_path):
     orchestrator.leave()
 
 
-def test_the_package_needs_torch_for_this_only():
+def test_only_datasets_need_torch():
     done = run_script(
         """
         import sys
@@ -271,7 +271,7 @@ def test_the_package_needs_torch_for_this_only():
     assert done.stdout.startswith("using `ShardedDataset`: torch is not installed"), done.stderr
 
 
-def test_the_example_goes_on_with_what_was_left(tmp_path):
+def test_the_example_continues_with_what_was_left(tmp_path):
     results = []
     for name, more in (("calm", []), ("lossy", ["--lose", "1:13"])):
         several = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)

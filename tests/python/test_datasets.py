@@ -57,7 +57,7 @@ def test_ranks_and_workers_share_all_files(file_count, world_size, workers, epoc
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(0, 60))
-def test_spans_are_sets(numbers, count):
+def test_spans_represent_sets(numbers, count):
     spans = positions.spans_of(sorted(numbers))
     assert positions.numbers_in(spans) == numbers
     assert positions.outside(spans, count) == sorted(set(range(count)) - numbers)
@@ -67,7 +67,7 @@ def test_spans_are_sets(numbers, count):
 
 @given(data=st.data(), file_count=st.integers(0, 40), epoch=st.integers(0, 2))
 @settings(max_examples=60, deadline=None)
-def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file_count, epoch):
+def test_stops_and_resizes_lose_or_repeat_nothing(library, data, file_count, epoch):
     """Ranks read, stop together or not, and continue in another number, repeatedly."""
     seen: Counter[str] = Counter()
     states = None
@@ -123,7 +123,7 @@ def simulate(dataset, workers, batch_size, stop):
     stops=st.lists(st.integers(0, 30), max_size=4),
 )
 @settings(max_examples=100, deadline=None)
-def test_what_follows_a_resume_is_what_would_have_followed(library, place, counts, stops):
+def test_a_resumed_iteration_equals_an_uninterrupted_one(library, place, counts, stops):
     file_count, workers, batch_size = counts
     options = (library, file_count, place)
     whole, _ = simulate(open_dataset(*options), workers, batch_size, 1_000)
@@ -179,7 +179,7 @@ def test_a_loader_is_exact_at_every_batch(library, workers):
         assert list(loader) == whole  # the next iteration is the epoch's, from its beginning
 
 
-def test_batches_may_be_single_samples_pinned_or_dropped(library):
+def test_single_samples_pinned_and_dropped_batches(library):
     dataset = open_dataset(library)
     assert list(ShardedLoader(dataset, batch_size=None)) == list(dataset)
     whole = list(ShardedLoader(dataset, batch_size=16, num_workers=2, drop_last=True))
@@ -194,7 +194,7 @@ def test_batches_may_be_single_samples_pinned_or_dropped(library):
     again.load_state_dict(ShardedLoader(dataset, drop_last=True, batch_size=16).state_dict())
 
 
-def test_a_plain_dataloader_reads_all_and_does_not_guess_the_position(library):
+def test_a_plain_dataloader_reads_all_but_has_no_position(library):
     dataset = open_dataset(library)
     alone = DataLoader(dataset, batch_size=5)
     head = take(iter(alone), 3)
@@ -209,7 +209,7 @@ def test_a_plain_dataloader_reads_all_and_does_not_guess_the_position(library):
     assert dataset.state_dict()["samples"] == 0
 
 
-def test_workers_that_live_on_are_refused(library):
+def test_persistent_workers_are_refused(library):
     dataset = open_dataset(library)
     with pytest.raises(InvalidArgument, match="persistent workers do not see"):
         ShardedLoader(dataset, num_workers=1, persistent_workers=True)
@@ -220,7 +220,7 @@ def test_workers_that_live_on_are_refused(library):
         list(loader)
 
 
-def test_a_worker_asks_nobody(library):
+def test_a_worker_does_not_contact_the_coordinator(library):
     dealer = Dealer(library[0], library[1])
     dataset = ShardedDataset(dealer, "train")
     assert dealer.asked == 1
@@ -303,7 +303,7 @@ def test_epochs(library):
 
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
-def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next_one(
+def test_a_checkpoint_at_the_end_of_an_epoch_continues_with_the_next(
     library, open_manager, workers
 ):
     """The usual loop: it saves a step after each epoch, and no step twice."""
@@ -329,7 +329,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next_one(
     assert len({tuple(samples) for samples in seen}) == 3
 
 
-def test_the_end_of_an_epoch_is_what_all_ranks_say(library):
+def test_an_epoch_ends_when_it_has_on_all_ranks(library):
     """A rank that ends alone, or has no files, does not know of the others."""
     ranks = [open_dataset(library, 2, (rank, 3)) for rank in range(3)]
     assert list(ShardedLoader(ranks[2], end="exact")) == []
@@ -352,7 +352,7 @@ def test_the_end_of_an_epoch_is_what_all_ranks_say(library):
     assert again.epoch == 0
 
 
-def test_the_newest_iteration_has_the_position(library):
+def test_the_position_is_that_of_the_newest_iteration(library):
     dataset = open_dataset(library)
     old, new = iter(dataset), iter(dataset)
     take(old, 9)
@@ -361,7 +361,7 @@ def test_the_newest_iteration_has_the_position(library):
     assert dataset.state_dict()["samples"] == 2
 
 
-def test_a_position_is_an_entry_of_a_checkpoint(library, open_manager):
+def test_a_position_is_saved_in_a_checkpoint(library, open_manager):
     manager = open_manager()
     dataset = open_dataset(library)
     loader = ShardedLoader(dataset, batch_size=4, num_workers=2)
@@ -401,7 +401,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_changed_dataset_is_refused_and_named(case, tmp_path, open_manager):
+def test_a_changed_dataset_is_refused(case, tmp_path, open_manager):
     change, spec, text = CHANGES[case]
     folder = tmp_path / "d"
     names = make_files(folder, [3, 3, 3, 3])
@@ -425,7 +425,7 @@ def test_a_changed_dataset_is_refused_and_named(case, tmp_path, open_manager):
         other.load_state_dicts(saved)
 
 
-def test_a_file_that_has_fewer_samples_than_were_taken(tmp_path):
+def test_a_file_with_fewer_samples_than_were_consumed(tmp_path):
     names = make_files(tmp_path / "d", [9])
     dataset = ShardedDataset(Dealer(tmp_path / "d", names), "train")
     take(iter(dataset), 7)
@@ -459,7 +459,7 @@ def test_other_ranks_positions_are_refused(library):
         dataset.load_state_dicts([])
 
 
-def test_what_is_no_position_is_refused(library):
+def test_invalid_positions_are_refused(library):
     dataset = open_dataset(library)
     state = dataset.state_dict()
     for wrong in (None, [], {}, {"version": 1}, state | {"read": 5}, state | {"lanes": "x"}):
@@ -473,7 +473,7 @@ def test_what_is_no_position_is_refused(library):
         dataset.load_state_dict(state | {"dataset": state["dataset"] | {"name": "other"}})
 
 
-def test_a_position_with_workers_of_a_stateful_loader(library, monkeypatch):
+def test_positions_of_a_stateful_loaders_workers(library, monkeypatch):
     """As torchdata's StatefulDataLoader does: each worker's copy saves and loads its own state."""
 
     def in_worker(number, dataset):

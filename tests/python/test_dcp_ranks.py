@@ -97,7 +97,7 @@ print("loaded")
 
 
 @pytest.mark.parametrize("others", [1, 2, 4])
-def test_any_number_of_ranks_loads_what_any_other_saved(coordinator, store, others):
+def test_any_number_of_ranks_loads_what_any_number_saved(coordinator, store, others):
     printed = run_ranks(GROUP + SAVE, store, coordinator.url, 3)
     # Every rank has its parts; rank 0 lists all of them.
     everything = ["alike", "columns", "plain", "plain2", "rows"]
@@ -108,7 +108,7 @@ def test_any_number_of_ranks_loads_what_any_other_saved(coordinator, store, othe
     assert run_ranks(GROUP + LOAD, store, coordinator.url, others) == ["loaded\n"] * others
 
 
-def test_the_tool_puts_it_together(coordinator, store, tmp_path):
+def test_the_tool_assembles_it(coordinator, store, tmp_path):
     run_ranks(GROUP + SAVE, store, coordinator.url, 3)
     assert ckpt_tool("verify", store, "--all").returncode == 0
     file = tmp_path / "model.safetensors"
@@ -148,7 +148,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == [told] * 3
 
 
-def test_ranks_with_values_of_their_own_say_whose_are_meant(coordinator, store):
+def test_values_of_a_rank_are_read_with_from_rank(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -185,7 +185,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["['InvalidArgument', 'InvalidArgument', 'InvalidArgument']\n[1]\n"] * 3
 
 
-def test_stages_of_a_pipeline_are_put_together(coordinator, store):
+def test_pipeline_stages_are_assembled(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -207,7 +207,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["['layer0', 'layer1', 'scalar0']\n"] * 2
 
 
-def test_another_group_than_that_of_the_manager_is_refused(coordinator, store):
+def test_a_group_other_than_the_managers_is_refused(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -237,7 +237,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == [one + apart + one, *[one + apart + two + "[1]\n"] * 2]
 
 
-def test_lists_and_tensors_without_items_come_back_on_any_number_of_ranks(coordinator, store):
+def test_empty_lists_and_tensors_load_on_any_number_of_ranks(coordinator, store):
     state = """
 def state_of(make):
     return {
@@ -270,7 +270,7 @@ print("loaded")
     assert run_ranks(GROUP + state + load, store, coordinator.url, 2) == ["loaded\n"] * 2
 
 
-def test_a_planner_may_go_on_with_plans_of_an_earlier_save(coordinator, store):
+def test_a_planner_may_reuse_plans_of_an_earlier_save(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -301,7 +301,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["0.1 3.0 5.0 [1.0, 1.0]\n" * 2] * 2
 
 
-def test_a_planner_that_converts_tensors_has_its_way_on_several_ranks(coordinator, store):
+def test_a_planner_may_convert_tensors_on_several_ranks(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -327,7 +327,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["5\n"] * 2
 
 
-def test_meshes_of_two_dimensions_and_parts_that_only_look_alike(coordinator, store):
+def test_two_dimensional_meshes_and_parts_of_equal_shape(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -355,7 +355,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["{'Corrupt'}\n"] * 4
 
 
-def test_ranks_save_behind_the_training(coordinator, store):
+def test_ranks_save_in_the_background(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -379,7 +379,7 @@ with CheckpointManager(store, agreement_timeout=60, staging_bytes="16MiB") as ma
     assert printed == ["[1]\n"] * 2
 
 
-def test_what_a_rank_cannot_save_ends_no_save_in_flight(coordinator, store):
+def test_an_unsupported_value_does_not_end_the_save_in_flight(coordinator, store):
     printed = run_ranks(
         GROUP
         + """

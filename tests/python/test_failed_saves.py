@@ -104,7 +104,7 @@ def test_context_manager_does_not_mask_the_block_s_exception(store, caplog):
     assert "closed" in repr(manager)
 
 
-def test_a_rewind_that_failed_went_back_nowhere(open_manager):
+def test_a_failed_rewind_changes_nothing(open_manager):
     manager = open_manager(compression="zstd")
     for step in (10, 20):
         manager.save({"weights": torch.zeros(2_000_000)}, step=step)

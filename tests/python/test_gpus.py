@@ -36,7 +36,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 
 
 @pytest.mark.parametrize("mode", gpus.MODES[::2])
-def test_tensors_of_gpu_and_host_come_back_bit_by_bit(device, manager, mode):
+def test_tensors_of_gpu_and_host_are_saved_bit_by_bit(device, manager, mode):
     values = {str(dtype): noise(n, 300, 257, dtype=dtype) for n, dtype in enumerate(DTYPES)}
     state = {
         "gpu": {name: device.tensor(value) for name, value in values.items()},
@@ -115,7 +115,7 @@ def test_an_overlapped_save_returns_before_the_copies_and_the_step_waits(device,
     assert torch.equal(loaded["average"], expected[2])
 
 
-def test_a_caller_can_hold_updates_back_himself(device, manager):
+def test_before_update_holds_updates_back(device, manager):
     before, after = noise(1, 100_000), noise(2, 100_000)
     weight = device.tensor(before).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -158,7 +158,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
             assert torch.equal(store.load()["w"], before)
 
 
-def test_a_step_that_could_not_wait_waits_when_it_is_tried_again(device, manager):
+def test_a_step_that_could_not_wait_waits_when_retried(device, manager):
     weight = device.tensor(noise(1, 1_000)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
     weight.grad = torch.ones_like(weight)
@@ -203,7 +203,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("where", ["save", "watch"])
-def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatch, where):
+def test_an_interrupted_save_leaves_no_checkpoint(device, manager, monkeypatch, where):
     weight = device.tensor(noise(1, 100_000)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
 
@@ -310,7 +310,7 @@ def test_a_parameter_in_another_order_of_dimensions_is_not_cloned(device, manage
         ((3, 3), (1, 1), False),
     ],
 )
-def test_items_that_lie_side_by_side_are_told(shape, strides, is_dense):
+def test_contiguous_parts_are_recognized(shape, strides, is_dense):
     assert gpus._is_dense(torch.zeros(99).as_strided(shape, strides)) == is_dense
 
 
@@ -364,7 +364,7 @@ def test_memory_of_a_gpu_is_filled(device, manager):
     assert torch.equal(target, values)
 
 
-def test_an_optimizer_that_only_looks_like_one_is_refused(device, manager):
+def test_an_object_that_only_resembles_an_optimizer_is_refused(device, manager):
     class Wrapper(torch.optim.SGD):
         def __init__(self, inner):
             self.state, self.param_groups = inner.state, inner.param_groups
@@ -407,7 +407,7 @@ def test_a_record_of_a_gpu_is_checked(manager):
 
 
 @pytest.mark.usefixtures("device")
-def test_a_gpu_that_is_not_there_is_named(manager):
+def test_a_missing_gpu_is_named(manager):
     storages = [StorageRecord(0, 10, (5, [(1, 10, 0)], False))]
     with pytest.raises(AcceleratorError, match="opening `cuda:5`") as caught:
         manager._opened.native.prepare(storages, [], False)
@@ -422,7 +422,7 @@ def test_a_gpu_that_is_not_there_is_named(manager):
         ({"consistency": "overlap", "optimizer": []}, "the next step of every optimizer"),
     ],
 )
-def test_a_mode_that_cannot_be_is_refused(manager, arguments, why):
+def test_an_impossible_mode_is_refused(manager, arguments, why):
     with pytest.raises(InvalidArgument, match=why):
         manager.save_async({"epoch": 1}, step=1, **arguments)
     assert manager.all_steps() == []
@@ -437,7 +437,7 @@ def test_a_captured_optimizer_is_saved_strictly(manager, caplog):
 
 
 @pytest.mark.usefixtures("manager")
-def test_every_step_is_looked_at_from_the_first_manager_on(monkeypatch):
+def test_every_step_is_watched_from_the_first_manager_on(monkeypatch):
     optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True)], lr=0.1)
     optimizer.step()
     assert optimizer not in gpus._captured
@@ -507,7 +507,7 @@ print(gpus.are_usable())
     assert "looking for GPUs: starting the CUDA driver" in ran.stderr
 
 
-def test_amd_s_gpus_are_none_of_nvidia_s_driver(device, monkeypatch, caplog):
+def test_amd_gpus_are_not_of_nvidias_driver(device, monkeypatch, caplog):
     assert device.calls("cuInit") >= 0, "there is a driver"
     gpus.are_usable.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -559,9 +559,9 @@ def test_a_restore_for_a_gpu_without_room_goes_through_the_host(manager, monkeyp
 LOST = "DTR_TEST_LOSES_THE_GPU"
 
 
-def test_a_lost_gpu_fails_the_save_and_the_host_goes_on(device, manager):
+def test_a_lost_gpu_fails_the_save_and_the_host_continues(device, manager):
     if LOST not in os.environ:  # nothing on the device succeeds any more in a process that lost it
-        name = "test_a_lost_gpu_fails_the_save_and_the_host_goes_on"
+        name = "test_a_lost_gpu_fails_the_save_and_the_host_continues"
         ran = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-k", name, __file__],
             env=script_environment() | {LOST: "1"},

@@ -315,7 +315,7 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
-def test_the_last_save_after_ctrl_c_is_a_save(open_manager, store):
+def test_a_save_after_ctrl_c_works(open_manager, store):
     manager = open_manager(compression="gzip")  # slow enough to be abandoned
     state = {"weights": torch.randn(1_000_000)}
     with pytest.MonkeyPatch.context() as patch:
@@ -332,7 +332,7 @@ def interrupt(*_):
 
 
 @pytest.mark.parametrize("where", ["wait", "stop", "close"])
-def test_closing_goes_on_after_ctrl_c(open_manager, store, where):
+def test_closing_resumes_after_ctrl_c(open_manager, store, where):
     manager = open_manager()
     manager.save_async({"small": 1}, step=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -369,7 +369,7 @@ def test_an_opening_that_ctrl_c_ends_leaves_nothing_behind(open_manager, where):
 
 
 @pytest.mark.parametrize("made", ["error", "coordinator error"])
-def test_ctrl_c_while_an_error_is_made_is_ctrl_c(open_manager, monkeypatch, made):
+def test_ctrl_c_while_an_error_is_created_propagates(open_manager, monkeypatch, made):
     manager = open_manager()
     if made == "error":
         monkeypatch.setattr(errors, "CheckpointNotFound", Interrupting)

@@ -65,7 +65,7 @@ def test_damage_on_one_rank_moves_all_to_an_older_step(coordinator, tmp_path):
     assert outputs == ["1 []\n", "1 [2]\n", "1 []\n"]
 
 
-def test_a_rank_that_is_started_anew_alone_ends_the_saves_of_the_others(coordinator, tmp_path):
+def test_a_rank_that_restarts_alone_fails_the_saves_of_the_others(coordinator, tmp_path):
     store = tmp_path / "store"
     goes_on = start(
         """
@@ -106,7 +106,7 @@ def test_a_rank_that_is_started_anew_alone_ends_the_saves_of_the_others(coordina
     is_killed.communicate()
 
 
-def test_a_rank_that_restored_what_others_could_not_has_a_mixture(coordinator, tmp_path):
+def test_a_rank_that_restored_what_others_could_not_must_not_save(coordinator, tmp_path):
     store = tmp_path / "store"
     run(
         """
@@ -161,7 +161,7 @@ def test_a_rank_that_gives_up_is_named_on_all(coordinator, tmp_path):
     assert outputs == [others, "InvalidArgument False\n", others]
 
 
-def test_ranks_that_see_different_checkpoints_in_one_store_are_told_so(coordinator, tmp_path):
+def test_ranks_that_see_different_checkpoints_in_one_store_are_refused(coordinator, tmp_path):
     store = tmp_path / "store"
     outputs = run(
         """
@@ -181,7 +181,7 @@ def test_ranks_that_see_different_checkpoints_in_one_store_are_told_so(coordinat
     assert outputs == [few.format("none"), *[few.format("steps 1")] * 2]
 
 
-def test_all_ranks_go_on_over_what_one_of_them_could_not_load(coordinator, tmp_path):
+def test_all_ranks_replace_what_one_of_them_could_not_load(coordinator, tmp_path):
     store = tmp_path / "store"
     run(
         """
@@ -215,7 +215,7 @@ def test_all_ranks_go_on_over_what_one_of_them_could_not_load(coordinator, tmp_p
     assert outputs == ["[25, 30]\n[10, 20, 25, 30]\nconflict\n"] * 3
 
 
-def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_path):
+def test_another_world_size_continues_with_from_rank(coordinator, tmp_path):
     store = tmp_path / "store"
     run(
         """
@@ -264,7 +264,7 @@ def test_another_world_size_goes_on_from_a_rank_that_is_named(coordinator, tmp_p
             other.load()
 
 
-def test_a_state_that_one_rank_cannot_save_fails_on_all_and_training_goes_on(coordinator, tmp_path):
+def test_an_unsupported_state_on_one_rank_fails_the_save_on_all(coordinator, tmp_path):
     outputs = run(
         """
         with CheckpointManager(store) as manager:

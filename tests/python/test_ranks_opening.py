@@ -16,7 +16,7 @@ from dtruntime.ranks import embedded
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
-def test_another_store_needs_a_job_of_its_own(coordinator, tmp_path):
+def test_another_store_needs_another_job(coordinator, tmp_path):
     outputs = run(
         """
         model = CheckpointManager(store + "/model")
@@ -47,7 +47,7 @@ def test_another_store_needs_a_job_of_its_own(coordinator, tmp_path):
     assert outputs == ["True True\nmodel True True [1, 2, 3]\n"] * 2
 
 
-def test_ranks_that_open_different_stores_are_told_so(coordinator, tmp_path):
+def test_ranks_that_open_different_stores_are_refused(coordinator, tmp_path):
     outputs = run(
         """
         ways = [
@@ -99,7 +99,7 @@ def test_ranks_without_a_coordinator_are_told_what_is_missing(tmp_path, monkeypa
         CheckpointManager(tmp_path, rank=0, world_size=2, remote="s3://bucket/run")
 
 
-def test_managers_do_what_the_coordinator_was_configured_to_say(tmp_path):
+def test_managers_use_the_coordinators_settings(tmp_path):
     configured = CoordinatorProcess(
         tmp_path,
         **{
@@ -181,7 +181,7 @@ def test_ranks_find_each_other_by_their_process_group(tmp_path, monkeypatch):
 
 
 @needs_distributed
-def test_under_torchrun_a_rank_0_that_does_not_come_is_named_in_time(tmp_path, monkeypatch):
+def test_under_torchrun_a_missing_rank_0_is_named_in_time(tmp_path, monkeypatch):
     agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.delenv("COORDINATOR_URL", raising=False)
     for name, value in {

@@ -30,7 +30,7 @@ ALIKE = ["model.*", "optimizer.*", "step"]
 """
 
 
-def test_replicas_are_written_once_and_any_number_of_ranks_goes_on(coordinator, tmp_path):
+def test_replicas_are_written_once_and_load_on_any_number_of_ranks(coordinator, tmp_path):
     store = tmp_path / "store"
     run(
         REPLICAS
@@ -86,9 +86,7 @@ with CheckpointManager(store, replicated=ALIKE) as manager:
         assert torch.equal(named["rng"], generator.get_state())
 
 
-def test_a_shard_of_another_rank_that_is_gone_is_a_reason_to_fall_back_that_is_told(
-    coordinator, tmp_path
-):
+def test_a_missing_shard_of_another_rank_is_fallen_back_from_and_reported(coordinator, tmp_path):
     store = tmp_path / "store"
     run(
         REPLICAS
@@ -111,7 +109,7 @@ with CheckpointManager(store, replicated=ALIKE) as manager:
         assert "rank-00001" in why
 
 
-def test_replicas_that_are_none_are_refused_on_every_rank_and_named(coordinator, tmp_path):
+def test_entries_that_differ_are_refused_as_replicas_on_every_rank(coordinator, tmp_path):
     outputs = run(
         """
         with CheckpointManager(store, replicated=["w", "rank"]) as manager:

@@ -151,7 +151,7 @@ class Choosy:
         raise AssertionError
 
 
-def test_what_refuses_beforehand_is_skipped_if_that_is_asked_for(manager):
+def test_an_object_that_refuses_its_state_is_skipped_if_lenient(manager):
     manager.save({"c": Choosy(), "w": torch.ones(2)}, step=1)
     live = {"c": Choosy(), "w": torch.zeros(2)}
     with pytest.raises(InvalidArgument, match="it is another one"):

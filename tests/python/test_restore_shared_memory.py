@@ -37,7 +37,7 @@ def reads_of(monkeypatch):
     return reads
 
 
-def test_a_tied_model_does_not_take_an_untied_one(manager):
+def test_an_untied_checkpoint_does_not_fit_a_tied_model(manager):
     manager.save({"first": torch.ones(2), "m": Tied(False, 5)}, step=1)
     live = {"first": torch.zeros(2), "m": Tied(True, 0)}
     with pytest.raises(InvalidArgument) as caught:
@@ -68,7 +68,7 @@ def test_tied_and_untied_models_that_are_the_same_restore(manager, monkeypatch, 
     assert reads == ([1, 1] if live and not saved else []) + [2]
 
 
-def test_one_live_tensor_does_not_take_two(manager):
+def test_two_saved_tensors_do_not_fit_one_live_tensor(manager):
     one, other = torch.ones(3), torch.full((3,), 2.0)
     nan = torch.tensor([float("nan"), -0.0, 1.0])
     manager.save({"a": one, "b": other, "c": one.clone(), "d": nan, "e": nan.clone()}, step=1)
@@ -87,7 +87,7 @@ def test_one_live_tensor_does_not_take_two(manager):
     assert [*report.skipped][:1] == ["a"]
 
 
-def test_arrays_that_share_memory_do_not_take_different_ones(manager):
+def test_different_arrays_do_not_fit_arrays_that_share_memory(manager):
     manager.save({"a": np.arange(6.0), "b": np.arange(5.0, -1, -1), "c": np.ones(6)}, step=1)
     live = np.zeros(6)
     with pytest.raises(InvalidArgument, match="live `a` and `c` share memory"):
@@ -104,7 +104,7 @@ SELF_OVERLAPS = {
 
 
 @pytest.mark.parametrize("name", SELF_OVERLAPS)
-def test_a_tensor_whose_items_share_memory_takes_what_fits_there(manager, name):
+def test_a_tensor_whose_items_share_memory_restores_what_fits(manager, name):
     live = SELF_OVERLAPS[name](torch.zeros(4))
     alike = live + 3
     manager.save({"w": torch.arange(6.0).view(2, 3), "alike": alike, "first": alike}, step=1)
@@ -180,7 +180,7 @@ def test_a_module_with_an_expanded_buffer(manager):
         manager.restore({"m": live})
 
 
-def test_tensors_that_only_lie_beside_each_other_are_not_compared(manager, monkeypatch):
+def test_adjacent_tensors_are_not_compared(manager, monkeypatch):
     """Like parameters of a flattened recurrent network."""
     memory = torch.zeros(1000)
     saved = {str(at): torch.full((10,), float(at)) for at in range(100)}

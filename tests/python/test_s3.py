@@ -75,7 +75,7 @@ def state_of(seed: int) -> dict:
     return {"model": {"w": weights, "tied": weights}, "steps": [1, 2.5, None], "epoch": seed}
 
 
-def test_what_is_saved_comes_back():
+def test_what_is_saved_to_s3_is_loaded():
     with CheckpointManager(STORE, keep_last_n=2, chunk_bytes="64KiB") as manager:
         assert manager.io_backend == "s3"
         assert manager.path == STORE
@@ -109,7 +109,7 @@ def test_a_state_in_parts():
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # here it is one process
 @pytest.mark.parametrize("remote", [None, STORE])
-def test_what_torch_saves_and_loads_goes_there(tmp_path, remote):
+def test_dcp_uses_the_store(tmp_path, remote):
     place = {"path": STORE} if remote is None else {"path": tmp_path / "near", "remote": remote}
     state = {"w": torch.arange(5_000_000), "step": 1}
     with CheckpointManager(**place, s3={"part_bytes": "5MiB"}) as manager:
@@ -365,7 +365,7 @@ def test_a_rank_whose_network_fails_is_named_on_the_others(tmp_path):
         coordinator.end()
 
 
-def test_a_machine_that_is_lost_before_the_first_upload_is_told_on_all(tmp_path):
+def test_a_machine_lost_before_the_first_upload_is_reported_on_all(tmp_path):
     with two_machines(tmp_path) as run:
         assert [code for code, _, _ in run("save")] == [9, 9]
         shutil.rmtree(tmp_path / "machine-1")
@@ -417,7 +417,7 @@ def test_what_a_process_uploaded_that_was_killed_is_not_sent_again(tmp_path):
         assert manager.pending_uploads() == []
 
 
-def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path):
+def test_a_failed_upload_is_raised_and_the_checkpoint_remains(server, tmp_path):
     patience = {"attempts": 1, "connect_timeout_ms": 300, "request_timeout_ms": 300}
     manager = CheckpointManager(tmp_path / "near", remote=STORE, s3=patience)
     server.stdin.close()
@@ -434,7 +434,7 @@ def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path
         assert reader.load() == {"a": 1}
 
 
-def test_an_upload_that_is_tried_again_hides_no_later_one(tmp_path):
+def test_a_retried_upload_hides_no_later_one(tmp_path):
     obstacle = tmp_path / "objects/checkpoints/runs/gpt/step-000000000001"
     obstacle.parent.mkdir(parents=True)
     obstacle.touch()  # the service keeps objects in directories
@@ -476,7 +476,7 @@ for seconds in (0.3, 2):
         assert far.load() == {"a": 1}
 
 
-def test_an_address_whose_slashes_a_path_swallowed_is_no_directory(tmp_path, monkeypatch):
+def test_an_address_whose_slashes_pathlib_collapsed_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for backend in (None, "s3"):
         with pytest.raises(InvalidArgument, match='pass a `str`: "s3://checkpoints/runs/gpt"'):
@@ -507,7 +507,7 @@ def test_an_endpoint_of_the_environment_needs_no_region_and_shows_no_password(mo
     assert "hush" not in str(caught.value)
 
 
-def test_a_service_that_is_gone_is_no_damage(server):
+def test_an_unreachable_service_is_not_damage(server):
     patience = {"attempts": 2, "connect_timeout_ms": 500, "request_timeout_ms": 500}
     with CheckpointManager(STORE, s3=patience) as manager:
         manager.save({"a": 1}, step=1)
@@ -524,7 +524,7 @@ def test_a_service_that_is_gone_is_no_damage(server):
         CheckpointManager(STORE, s3=patience)
 
 
-def test_a_forked_child_is_refused_and_the_parent_goes_on():
+def test_a_forked_child_is_refused_and_the_parent_continues():
     done = run_script(
         """
 import os, sys, torch

@@ -54,7 +54,7 @@ def has_it_back(manager: CheckpointManager) -> bool:
     return manager._opened.native.lend_staging(1) is not None
 
 
-def test_a_restore_reads_into_the_arena_and_nothing_keeps_of_it(tmp_path, staged):
+def test_a_restore_reads_into_the_arena_and_keeps_none_of_it(tmp_path, staged):
     saved = state_of(1)
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
@@ -100,7 +100,7 @@ def test_damage_is_found_in_the_arena_and_changes_nothing(tmp_path, staged):
 @pytest.mark.parametrize(
     "settings", [{"read_only": True}, {"staging_bytes": "8MiB", "chunk_bytes": "1MiB"}]
 )
-def test_an_arena_that_is_too_small_is_left_alone(tmp_path, staged, settings):
+def test_an_arena_that_is_too_small_is_not_used(tmp_path, staged, settings):
     saved = {"w": torch.randn(3_000_000)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
@@ -112,7 +112,7 @@ def test_an_arena_that_is_too_small_is_left_alone(tmp_path, staged, settings):
         assert not has_it_back(manager)
 
 
-def test_memory_in_which_something_else_lies_is_not_of_the_arena(tmp_path, staged):
+def test_storages_with_other_contents_are_not_in_the_arena(tmp_path, staged):
     def state(scale: float) -> dict[str, Any]:
         base = torch.arange(2.0 * ITEMS) * scale
         return {"flat": base[:ITEMS], "turned": base[ITEMS:].view(-1, 2).t()}
@@ -127,7 +127,7 @@ def test_memory_in_which_something_else_lies_is_not_of_the_arena(tmp_path, stage
         assert not has_it_back(manager), "none was made"
 
 
-def test_an_arena_that_is_lent_already_is_left_alone(tmp_path, staged):
+def test_an_arena_that_is_already_lent_is_not_used(tmp_path, staged):
     saved = {"w": torch.randn(3_000_000)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
@@ -144,7 +144,7 @@ def test_an_arena_that_is_lent_already_is_left_alone(tmp_path, staged):
         assert staged[1] == {0}
 
 
-def test_code_of_the_users_may_keep_what_it_is_given(tmp_path, staged):
+def test_user_code_may_keep_what_it_loads(tmp_path, staged):
     class Keeping(torch.nn.Linear):
         def _load_from_state_dict(self, state: dict[str, Any], *rest: Any) -> None:
             self.kept = dict(state)

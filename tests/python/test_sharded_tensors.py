@@ -183,7 +183,7 @@ with CheckpointManager(store, replicated="*", compression="none") as manager:
     assert sum(second for _, second in written) == 400_000, "whole on every rank: dealt among all"
 
 
-def test_what_is_no_part_of_one_tensor_is_refused(coordinator, tmp_path):
+def test_parts_of_different_tensors_are_refused(coordinator, tmp_path):
     store = tmp_path / "store"
     outputs = run_ranks(
         LAYOUTS
@@ -210,7 +210,7 @@ with CheckpointManager(store) as manager:
     ]
 
 
-def test_stages_that_call_different_tensors_the_same_keep_theirs(coordinator, tmp_path):
+def test_pipeline_stages_with_equal_names_keep_their_tensors(coordinator, tmp_path):
     run_ranks(
         LAYOUTS
         + """
@@ -308,7 +308,7 @@ with CheckpointManager(store, replicated="*") as manager:
     )
 
 
-def test_parts_that_are_dealt_in_turns_are_no_box(coordinator, tmp_path):
+def test_interleaved_parts_are_not_a_box(coordinator, tmp_path):
     run_ranks(
         LAYOUTS
         + """
@@ -340,7 +340,7 @@ assert (box.offsets[0], box.sizes[0]) == (int(rows[0]), 4), box
     )
 
 
-def test_ranks_that_hold_different_tensors_under_one_name_are_told(coordinator, tmp_path):
+def test_ranks_with_different_tensors_under_one_name_are_refused(coordinator, tmp_path):
     store = tmp_path / "store"
     run_ranks(
         LAYOUTS
@@ -406,7 +406,7 @@ with CheckpointManager(store, replicated="*") as manager:
     assert torch.equal(live["wide"], full.t())
 
 
-def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
+def test_a_sharded_model_continues_on_another_number_of_ranks(tmp_path):
     example, store = EXAMPLES / "train_fsdp.py", tmp_path / "store"
     four = torchrun("--nproc-per-node", 4, example, store, "--steps", 20)
     assert four.returncode == 0, four.stderr
@@ -587,7 +587,7 @@ def cut_tensors(draw):
 
 @settings(deadline=None)  # the machine may be busy
 @given(cut_tensors(), st.randoms())
-def test_any_box_is_put_together_from_any_parts(drawn, random):
+def test_any_box_is_assembled_from_any_parts(drawn, random):
     full, parts, box = drawn
     saved = [Saved(part, Slice(tuple(full.shape), at), len(parts)) for part, at in parts]
     # A rank may hold nothing, like one whose replica another rank writes.
@@ -610,7 +610,7 @@ def test_any_box_is_put_together_from_any_parts(drawn, random):
                 assembled(left, rank, box)
 
 
-def test_a_part_that_is_there_opens_no_other_shard():
+def test_an_own_part_opens_no_other_shard():
     full = torch.arange(12.0).reshape(4, 3)
     own = Saved(full[2:], Slice((4, 3), (2, 0)), 2)
     parts = Parts(own, Tree(own.nodes()), [own.record], lambda _: pytest.fail("it was opened"))
@@ -619,7 +619,7 @@ def test_a_part_that_is_there_opens_no_other_shard():
     assert box == Box((3, 0), (1, 3))
 
 
-def test_what_several_ranks_have_alike_has_to_be_the_same():
+def test_replicas_of_a_part_have_to_be_identical():
     full = torch.arange(12.0).reshape(4, 3)
     halves = [(full[:2], (0, 0)), (full[2:], (2, 0)), (full[2:].clone(), (2, 0))]
     saved = [Saved(part, Slice((4, 3), at), 3) for part, at in halves]

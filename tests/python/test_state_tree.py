@@ -114,7 +114,7 @@ class _MemoryCheckpoint:
 
 @given(STATES)
 @settings(max_examples=200, deadline=None)
-def test_what_is_taken_apart_is_built_again(state):
+def test_what_is_flattened_is_rebuilt(state):
     assert_same(Reader(_MemoryCheckpoint(flatten(state))).load(), state)
 
 
@@ -263,7 +263,7 @@ def test_all_unsupported_values_are_found_at_once():
         flatten([{1} for _ in range(101)])
 
 
-def test_what_an_error_names_keeps_no_memory_alive():
+def test_a_refused_state_is_freed_at_once():
     class Sized(torch.Tensor):
         pass
 
@@ -312,13 +312,13 @@ def test_a_live_state_with_a_cycle_is_not_restored_into(manager):
         manager.restore(live, strict=False)
 
 
-def test_what_only_stands_for_zeros_is_named(manager):
+def test_tensors_that_only_represent_zeros_are_named(manager):
     state = {"x": [torch._efficientzerotensor((3,))]}
     with pytest.raises(UnsupportedValue, match=r'`state\["x"\]\[0\]`'):
         manager.save(state, step=1)
 
 
-def test_a_container_at_two_places_is_no_cycle():
+def test_a_container_at_two_places_is_not_a_cycle():
     shared = [1]
     nodes = flatten([shared, shared]).nodes
     assert_same(Tree(nodes).build(0, {}.__getitem__), [[1], [1]])
@@ -337,7 +337,7 @@ def test_quantized_tensors_are_refused():
         flatten([tensor])
 
 
-def test_nothing_is_written_for_a_state_that_cannot_be_kept(manager, store):
+def test_nothing_is_written_for_an_unsupported_state(manager, store):
     with pytest.raises(UnsupportedValue):
         manager.save_async({"good": torch.ones(5), "bad": {1}}, step=1)
     assert manager.all_steps() == []
@@ -350,7 +350,7 @@ def test_the_collector_runs_again_afterwards():
     assert gc.isenabled()
 
 
-def test_ten_thousand_tensors_are_taken_apart_quickly():
+def test_ten_thousand_tensors_are_flattened_quickly():
     state = {f"layer{number}": torch.nn.Parameter(torch.zeros(4)) for number in range(10_000)}
     import time
 

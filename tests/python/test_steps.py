@@ -51,7 +51,7 @@ def test_retention_keeps_the_best(open_manager, caplog):
         reader.best_step()
 
 
-def test_a_metric_that_is_no_number_ends_no_training(open_manager, caplog):
+def test_a_metric_that_is_not_a_number_does_not_end_training(open_manager, caplog):
     manager = open_manager(keep_last_n=9, keep_best_n=1, best_metric="loss")
     for step, loss in enumerate([2.0, float("nan"), float("-inf"), 1.0]):
         manager.save(state_of(step), step=step, metadata={"loss": loss, "all": [[loss], {"x": 1}]})
@@ -63,7 +63,7 @@ def test_a_metric_that_is_no_number_ends_no_training(open_manager, caplog):
         manager.save(state_of(9), step=9, metadata={"loss": float("nan"), "set": {1}})
 
 
-def test_what_is_damaged_is_not_the_best_and_that_is_said(manager, store, caplog):
+def test_a_damaged_checkpoint_is_not_the_best_and_is_logged(manager, store, caplog):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
         manager.save(state_of(step), step=step, metadata={"loss": loss})
     (store / "step-000000000003" / "manifest.json").write_text("{}")
@@ -121,7 +121,7 @@ def test_going_back_to_a_step_is_due_again_after_it(open_manager, caplog):
     assert not manager.should_save(30)
 
 
-def test_what_was_fallen_back_from_is_due_though_training_went_back_before(manager, store):
+def test_damaged_steps_are_due_again_after_a_rewind(manager, store):
     live = state_of(0)
     for step, rewinds in ((10, False), (20, False), (10, True), (20, False)):
         manager.save(state_of(step), step=step, rewind=rewinds)
@@ -135,7 +135,7 @@ def test_what_was_fallen_back_from_is_due_though_training_went_back_before(manag
     assert manager.verify(20).ok
 
 
-def test_training_goes_on_from_an_older_step_over_the_damaged_one(open_manager, store, caplog):
+def test_training_from_an_older_step_replaces_damaged_ones(open_manager, store, caplog):
     manager = open_manager(save_interval_steps=10)
     for step in (10, 20, 30, 40):
         manager.save(state_of(step), step=step)
@@ -159,7 +159,7 @@ def test_training_goes_on_from_an_older_step_over_the_damaged_one(open_manager, 
         manager.save(state_of(40), step=40)
 
 
-def test_a_fallback_lets_nothing_be_replaced_that_verifies(open_manager, store):
+def test_a_fallback_does_not_replace_what_verifies(open_manager, store):
     manager = open_manager()
     for step in (10, 20, 30):
         manager.save(state_of(step), step=step)

@@ -147,7 +147,7 @@ def test_an_attempt_of_several_ranks_is_one_trace(collector, tmp_path):
     assert len({span.id for span in collector.spans}) == len(collector.spans)
 
 
-def test_a_save_that_fails_is_told_with_its_reason(collector, tmp_path):
+def test_a_failed_save_has_its_reason_in_the_trace(collector, tmp_path):
     ended = run_script(
         """
         import sys, torch
@@ -169,7 +169,7 @@ def test_a_save_that_fails_is_told_with_its_reason(collector, tmp_path):
     assert [(save.parent, save.failed) for save in saves] == [(b"", False), (b"", True)]
 
 
-def test_a_collector_that_is_away_costs_nothing_but_spans(tmp_path, monkeypatch):
+def test_an_absent_collector_costs_only_spans(tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     ended = run_script(
         """
@@ -184,7 +184,7 @@ def test_a_collector_that_is_away_costs_nothing_but_spans(tmp_path, monkeypatch)
     assert (ended.returncode, ended.stdout) == (0, "[1]\n"), ended.stderr
 
 
-def test_the_variables_of_an_agent_are_taken_and_their_port_is_told(tmp_path, monkeypatch):
+def test_an_agents_variables_are_used_and_its_port_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("JAEGER_AGENT_HOST", "127.0.0.1")
     monkeypatch.setenv("JAEGER_AGENT_PORT", "6831")
     script = "import sys; from dtruntime import CheckpointManager; CheckpointManager(sys.argv[1])"
