@@ -4,10 +4,10 @@
     make compare ARGS="--quick"                     a smaller state, fewer rounds: about two minutes
     make compare ARGS="--readme benches/README.md"  also updates its table, and the chart
 
-Every engine has a process of its own that lives for the whole run; all of them map the same copy
-of one real training state. A round has each of them save, load and restore once, in an order that
-shifts from round to round, beside the bare copy and fio, so that the machine's moods hit all alike.
-The first round warms up; tables show the medians of the others.
+Every engine has its own process for the whole run; all of them map the same copy of one real
+training state. A round has each of them save, load and restore once, in an order that shifts from
+round to round, with the bare copy and fio, so that changes in the machine's speed affect all of
+them equally. The first round warms up; tables show the medians of the others.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Run:
     def first_save(self, entrant: Entrant) -> None:
         """Save for the first time, watching memory."""
         worker, step = self.workers[entrant.key], self.next_step()
-        answer = worker.ask_and_watch("save", step=step)
+        answer = worker.request_with_memory("save", step=step)
         self.results.add(entrant.key, "first_stall_seconds", answer["stall_seconds"])
         self.results.add(entrant.key, "extra_bytes", answer["extra_bytes"])
         self.remove(worker, step)
@@ -261,7 +261,7 @@ class Run:
         worker.ask("open", engine="", folder="small", settings=settings)
         for number in range(1 + self.plan.first_rounds):
             step = self.next_step()
-            answer = worker.ask_and_watch("save", step=step)
+            answer = worker.request_with_memory("save", step=step)
             if number == 0:
                 self.results.add("small", "extra_bytes", answer["extra_bytes"])
             else:

@@ -101,11 +101,11 @@ def drop_caches(folder: Path, *, as_root: bool) -> None:
 
 
 def have_free_memory(count: int) -> None:
-    """Have so many bytes of memory free that this machine holds already.
+    """Make sure that this much free memory is backed by this machine.
 
-    A virtual machine gives free memory back to its host, and pays when it fetches it anew. Whoever
-    reads into the page cache would not, for that was just dropped; whoever needs memory of its own
-    would. A process of its own takes and returns as much, whoever reads next.
+    A virtual machine returns free memory to its host, and getting it back takes time. Reads into
+    the page cache, which was just dropped, would not pay for that, but those into new memory would.
+    So a separate process allocates and releases as much before every read.
     """
     subprocess.run([sys.executable, "-c", _TOUCH, str(count)], check=True)
 

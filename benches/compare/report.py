@@ -191,8 +191,8 @@ def float_verdicts(results: Results) -> list[Verdict]:
 
 def load_verdict(results: Results) -> Verdict:
     """Judge the load."""
-    rivals = [e for e in engines.ENTRANTS if not e.is_ours and e.key in results.values]
-    fastest = min(rivals, key=lambda e: results.median(e.key, "load_seconds"))
+    peers_loaded = [e for e in engines.ENTRANTS if not e.is_ours and e.key in results.values]
+    fastest = min(peers_loaded, key=lambda e: results.median(e.key, "load_seconds"))
     peer = results.median(fastest.key, "load_seconds")
     fio = results.median("fio_huge", "load_seconds")
     limit = max(LOAD_TO_PEER_MAX * peer, LOAD_TO_FIO_MAX * fio)

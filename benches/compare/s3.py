@@ -41,7 +41,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108  (the service's objects belong in memory
 PART_BYTES = 16 << 20
 TENSOR_BYTES = 32 << 20
 REGION = "us-east-1"
-CPU_MOST, RESTORE_LEAST, STALL_MOST = 0.5, 1.3, 1.15
+CPU_MAX, RESTORE_MIN, STALL_MAX = 0.5, 1.3, 1.15
 """What is considered good enough, beside s3torchconnector and a save into a directory."""
 
 
@@ -269,21 +269,21 @@ def verdicts(found: dict[str, list[dict[str, Any]]], stall: float) -> list[Verdi
         ),
         Verdict(
             "CPU of the upload",
-            f"at most {CPU_MOST} of s3torchconnector's",
+            f"at most {CPU_MAX} of s3torchconnector's",
             f"{cpu:.2f}",
-            cpu <= CPU_MOST,
+            cpu <= CPU_MAX,
         ),
         Verdict(
             "restore",
-            f"at least {RESTORE_LEAST} of s3torchconnector's speed",
+            f"at least {RESTORE_MIN} of s3torchconnector's speed",
             f"{restore:.2f}",
-            restore >= RESTORE_LEAST,
+            restore >= RESTORE_MIN,
         ),
         Verdict(
             "stall",
-            f"at most {STALL_MOST} times that of a save into a directory, {1e3 * stall:.0f} ms",
+            f"at most {STALL_MAX} times that of a save into a directory, {1e3 * stall:.0f} ms",
             f"{1e3 * own_stall:.0f} ms",
-            own_stall <= STALL_MOST * stall,
+            own_stall <= STALL_MAX * stall,
         ),
     ]
 

@@ -135,7 +135,7 @@ class Worker:
         seconds = time.perf_counter() - began
         answer = {"load_seconds": seconds, "identical": is_same(loaded, self.state)}
         del loaded
-        give_memory_back()
+        release_memory()
         return answer
 
     def restore(self, step: int, verb: str = "restore") -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Worker:
         seconds = time.perf_counter() - began
         answer = {"restore_seconds": seconds, "identical": is_same(live, self.state)}
         del live
-        give_memory_back()
+        release_memory()
         return answer
 
     def remove(self, step: int) -> None:
@@ -171,7 +171,7 @@ class Worker:
         return {"holdings": [*counts, holdings()]}
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Return what a load allocated to the system: later saves must not find it warm."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -193,7 +193,7 @@ def holdings() -> dict[str, int]:
     """
     gc.collect()
     end = time.monotonic() + 30
-    while is_giving_back() and time.monotonic() < end:
+    while is_releasing() and time.monotonic() < end:
         time.sleep(0.01)
     names = []
     for task in Path("/proc/self/task").iterdir():
@@ -206,7 +206,7 @@ def holdings() -> dict[str, int]:
     }
 
 
-def is_giving_back() -> bool:
+def is_releasing() -> bool:
     """Return whether a file that has no name any more is open."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that lists them

@@ -53,7 +53,7 @@ class Worker:
             self._process.stdin.flush()
         return self._answer(do)
 
-    def ask_and_watch(self, do: str, **arguments: Any) -> Any:
+    def request_with_memory(self, do: str, **arguments: Any) -> Any:
         """Execute a command, and add to its answer how much memory it took."""
         with PeakMemory(self.pid) as peak:
             answer = self.ask(do, **arguments)

@@ -698,7 +698,7 @@ class CheckpointManager:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close in another thread: the event loop goes on."""
+        """Close in another thread: the event loop continues."""
         await asyncio.to_thread(self.__exit__, kind, error, traceback)
 
     def __repr__(self) -> str:

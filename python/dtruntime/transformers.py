@@ -332,12 +332,12 @@ class _Damaged(Exception):  # noqa: N818  (never seen outside)
 def _agree(error: CheckpointError | None) -> None:
     """Raise an error of one rank on all of them: all fall back to the same checkpoint, or end."""
     group = launch.process_group()
-    told: list[tuple[str, bool] | None] = [None]
+    errors: list[tuple[str, bool] | None] = [None]
     if group is not None and group.world_size > 1:
-        told *= group.world_size
+        errors *= group.world_size
         own = None if error is None else (str(error), isinstance(error, Corrupt))
-        torch.distributed.all_gather_object(told, own)
-    others = [(rank, *found) for rank, found in enumerate(told) if found is not None]
+        torch.distributed.all_gather_object(errors, own)
+    others = [(rank, *found) for rank, found in enumerate(errors) if found is not None]
     if error is None and others:
         rank, text, is_damage = min(others, key=lambda other: other[2])  # other errors come first
         kind = Corrupt if is_damage else LoadAborted
@@ -422,8 +422,8 @@ def _check_strategy(trainer: Any) -> None:
     _refuse("fsdp", "use FSDP2: `fsdp_config={'version': 2}`", _is_fsdp1(trainer))
 
 
-def _refuse(name: str, hint: str, is_asked: bool) -> None:
-    if is_asked:
+def _refuse(name: str, hint: str, is_set: bool) -> None:
+    if is_set:
         raise InvalidArgument(
             f"`TrainingArguments({name}=...)` with a manager",
             "the manager does not support it, or handles it differently",

@@ -81,8 +81,8 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
     model = nn.Linear(WIDTH, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    alike = ["model.*", "optimizer.*", "step"]
-    with CheckpointManager(folder / "store", keep_last_n=2, replicated=alike) as manager:
+    replicated = ["model.*", "optimizer.*", "step"]
+    with CheckpointManager(folder / "store", keep_last_n=2, replicated=replicated) as manager:
         registry = DatasetRegistry()
         if rank == 0:
             if is_first_run:

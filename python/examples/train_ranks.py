@@ -59,12 +59,12 @@ def batch(step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def open_manager(store: Path, remote: str | None) -> CheckpointManager:
     """Open the store; a save in flight is finished before SIGTERM ends the rank."""
     own = store if remote is None else store / f"rank-{dist.get_rank()}"
-    alike = ["model.*", "optimizer.*", "step"]
+    replicated = ["model.*", "optimizer.*", "step"]
     # torchrun kills a rank 30 s after it has sent SIGTERM.
     return CheckpointManager(
         own,
         keep_last_n=2,
-        replicated=alike,
+        replicated=replicated,
         remote=remote,
         sigterm="finish",
         sigterm_deadline_seconds=25,
@@ -114,7 +114,7 @@ def save(manager: CheckpointManager, state: dict[str, Any], rank: int) -> None:
     try:
         manager.save_async(state, step=state["step"])
     except CheckpointError as error:
-        print(f"rank {rank} goes on without a checkpoint: {error}", flush=True)
+        print(f"rank {rank} continues without a checkpoint: {error}", flush=True)
 
 
 def main() -> None:

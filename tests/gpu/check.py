@@ -98,7 +98,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(first, second)
 
 
-def spoilt_like(tensor: torch.Tensor) -> torch.Tensor:
+def scrambled_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of the same dtype and strides with other values."""
     made = torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
@@ -135,7 +135,7 @@ def every_dtype_comes_back(checks: Checks) -> str:
                 tied = {loaded[n].untyped_storage().data_ptr() for n in ("matrix", "transposed")}
                 assert len(tied) == 1, "tensors that shared memory share it"
             for direct in (False, True):
-                live = {name: spoilt_like(tensor) for name, tensor in state.items()}
+                live = {name: scrambled_like(tensor) for name, tensor in state.items()}
                 manager.restore(live, direct=direct)
                 for name, tensor in state.items():
                     assert same_bits(live[name], tensor), (mode, name, direct)

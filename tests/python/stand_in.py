@@ -78,7 +78,7 @@ class StandIn:
         return int(self.driver.stand_in_calls(_name(name)))
 
     def pages_fetched(self) -> int:
-        """Count pages that nobody had touched when they were pinned."""
+        """Count pages that were untouched when they were pinned."""
         return int(self.driver.stand_in_pages_fetched())
 
     def owns(self, storage: Any) -> bool:

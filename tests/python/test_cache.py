@@ -82,15 +82,15 @@ def test_only_our_own_files_are_removed(tmp_path):
     source = tmp_path / "s"
     source.write_bytes(os.urandom(1_000))
     cache = Cache(tmp_path / "cache", 1_500)
-    strangers = ["precious.txt", f"{'0' * 32}-12345678", f"{'0' * 31}-{'0' * 8}-x", "x.partial"]
-    for name in strangers:
+    other_files = ["precious.txt", f"{'0' * 32}-12345678", f"{'0' * 31}-{'0' * 8}-x", "x.partial"]
+    for name in other_files:
         (cache.folder / name).write_bytes(bytes(5_000))
     (cache.folder / f"{'1' * 32}-{'0' * 8}-link").symlink_to(source)
     (cache.folder / f"{'2' * 32}-{'0' * 8}-folder").mkdir()
     for number in range(5):
         source.write_bytes(os.urandom(1_000 + number))
         cache.fetch(str(source), always).close()
-    assert all((cache.folder / name).exists() for name in strangers)
+    assert all((cache.folder / name).exists() for name in other_files)
     assert (cache.folder / f"{'1' * 32}-{'0' * 8}-link").is_symlink()
     assert source.exists()
     assert used(cache) <= 1_500
@@ -205,24 +205,24 @@ def test_only_what_a_crash_left_is_removed_at_the_start(tmp_path):
 @contextlib.contextmanager
 def forked(does):
     """Have a forked process do something, and keep it alive with all files that it inherited."""
-    hears, told = os.pipe()
+    reader, writer = os.pipe()
     waits, ends = os.pipe()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             does()
-            os.write(told, b".")
+            os.write(writer, b".")
             os.close(ends)
             os.read(waits, 1)
         os._exit(0)
-    os.close(told)
+    os.close(writer)
     try:
-        assert os.read(hears, 1) == b"."
+        assert os.read(reader, 1) == b"."
         yield
     finally:
         os.close(ends)
         os.waitpid(child, 0)
-        os.close(hears)
+        os.close(reader)
         os.close(waits)
 
 

@@ -41,7 +41,7 @@ README = "before\n<!-- compare:begin -->\nold numbers\n<!-- compare:end -->\naft
 
 
 @pytest.fixture(autouse=True)
-def _others_find_torch_as_it_was():
+def _torch_settings_are_restored():
     """Training a state changes torch's settings; later tests need its defaults."""
     is_deterministic, threads = (
         torch.are_deterministic_algorithms_enabled(),

@@ -68,7 +68,7 @@ def test_images_are_built_from_existing_files(path):
     for image, _ in stages:
         assert image.strip("${}") in arguments
     assert set(re.findall(r"--from=(\S+)", text)) <= {stage for _, stage in stages}
-    # Runs as nobody, ends at SIGTERM, needs no BuildKit.
+    # Runs as the user nobody, ends at SIGTERM, needs no BuildKit.
     assert re.search(rf"^USER {USER}:{USER}$", text, flags=re.MULTILINE)
     assert "\nSTOPSIGNAL SIGTERM\n" in text
     assert not re.search(r"# syntax|--mount|<<|--link", text)

@@ -259,7 +259,7 @@ def test_a_cancelled_wait_is_withdrawn(make):
     asyncio.run(act())
 
 
-STAYS = """
+KEEPS_RUNNING = """
     import asyncio, os, sys, time
     from dtruntime import TrainingOrchestrator
 
@@ -287,7 +287,7 @@ def test_the_others_are_told_how_a_worker_ended(coordinator, make, end, kind, re
     async def act():
         one = make(0, 2, on_membership_change=changes.append)
         await one.register_worker("127.0.0.1", 1)
-        other = start_worker(STAYS, coordinator.url, RANK=1, WORLD_SIZE=2)
+        other = start_worker(KEEPS_RUNNING, coordinator.url, RANK=1, WORLD_SIZE=2)
         assert other.stdout.readline() == "registered\n"
         waiting = asyncio.create_task(one.wait_barrier("b", timeout=30))
         other.communicate(end, timeout=30)
@@ -335,7 +335,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
         one = TrainingOrchestrator("worker-0", process.url, 2, 0, on_abort=reasons.append)
         await one.register_worker("127.0.0.1", 1)
         for _ in range(2):
-            other = start_worker(STAYS, process.url, RANK=1, WORLD_SIZE=2)
+            other = start_worker(KEEPS_RUNNING, process.url, RANK=1, WORLD_SIZE=2)
             assert other.stdout.readline() == "registered\n"
             other.communicate("raise RuntimeError('broken')", timeout=30)
         await until(lambda: reasons)
@@ -358,7 +358,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
         process.end()
 
 
-STOPPED = STAYS.replace(
+STOPPED = KEEPS_RUNNING.replace(
     "TrainingOrchestrator()",
     "TrainingOrchestrator(on_membership_change=lambda change: kinds.append(change.kind))",
 ).replace("orch = ", "global orch, kinds; kinds = []; orch = ")

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
-def train(library, store, log, told):
+def train(library, store, log, writer):
     """Train to the end, from the newest checkpoint on; log and print each step."""
     dataset = open_dataset(library)
     loader = ShardedLoader(dataset, batch_size=3, num_workers=2)
@@ -50,30 +50,30 @@ def train(library, store, log, told):
                 step += 1
                 file.write(f"{step} {' '.join(batch)}\n")
                 file.flush()
-                os.write(told, b".")
+                os.write(writer, b".")
                 if step % 3 == 0:
                     manager.save_async(state | {"step": step}, step=step)
 
 
 def train_in_child(library, store, log, steps):
     """Train in a process that is killed after so many steps; return whether it finished."""
-    hears, told = os.pipe()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            os.close(hears)
-            train(library, store, log, told)
+            os.close(reader)
+            train(library, store, log, writer)
             code = 0
         finally:
             os._exit(code)
-    os.close(told)
+    os.close(writer)
     left = steps
-    while left and (heard := os.read(hears, left)):
+    while left and (heard := os.read(reader, left)):
         left -= len(heard)
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.close(hears)
+    os.close(reader)
     assert code in (0, -signal.SIGKILL)
     return code == 0
 

@@ -48,8 +48,8 @@ def test_ranks_and_workers_share_all_files(file_count, world_size, workers, epoc
         position = Position(epoch, rank, world_size)
         share = positions.share_of(position, file_count)
         cursor = positions.cursor_at(position, file_count, workers)
-        dealt = [number for stream in cursor.streams for number in stream.files]
-        assert sorted(dealt) == list(range(len(share)))
+        assigned = [number for stream in cursor.streams for number in stream.files]
+        assert sorted(assigned) == list(range(len(share)))
         counts = [len(stream.files) for stream in cursor.streams]
         assert max(counts) - min(counts) <= 1
         seen += share

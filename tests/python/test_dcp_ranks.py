@@ -30,11 +30,11 @@ def full(name):
     return torch.randn(1001, 12, generator=generator)
 
 def state_of(make):
-    "Sharded and replicated tensors and what all ranks have alike, of what `make` makes of each."
+    "Sharded and replicated tensors and plain values, each passed through `make`."
     shard = lambda name, dim: distribute_tensor(make(full(name)), mesh, [Shard(dim)])
     return {
         "model": {"rows": shard("rows", 0), "columns": shard("columns", 1),
-                  "alike": distribute_tensor(make(full("alike")), mesh, [Replicate()]),
+                  "all_ranks": distribute_tensor(make(full("all_ranks")), mesh, [Replicate()]),
                   "plain": make(full("plain")), "plain2": make(full("plain2"))},
         "optimizer": {"state": {"rows": {"step": make(torch.tensor(5.0)), "m": shard("m", 0)}},
                       "groups": [{"lr": 0.1, "names": ["rows", "columns"]}]},
@@ -100,7 +100,7 @@ print("loaded")
 def test_any_number_of_ranks_loads_what_any_number_saved(coordinator, store, others):
     printed = run_ranks(GROUP + SAVE, store, coordinator.url, 3)
     # Every rank has its parts; rank 0 lists all of them.
-    everything = ["alike", "columns", "plain", "plain2", "rows"]
+    everything = ["all_ranks", "columns", "plain", "plain2", "rows"]
     assert json.loads(printed[0].replace("'", '"')) == everything
     manifest = json.loads((store / "step-000000000002" / "manifest.json").read_text())
     stored = sum(shard["raw_bytes"] for shard in manifest["shards"])
@@ -116,7 +116,7 @@ def test_the_tool_assembles_it(coordinator, store, tmp_path):
     assert ran.returncode == 0, ran.stderr
     written = load_file(file)
     assert sorted(written) == [
-        f"model.{n}" for n in ("alike", "columns", "plain", "plain2", "rows")
+        f"model.{n}" for n in ("all_ranks", "columns", "plain", "plain2", "rows")
     ]
     for name in ("rows", "columns", "plain"):
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -152,11 +152,11 @@ def test_values_of_a_rank_are_read_with_from_rank(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
-with CheckpointManager(store, replicated=["alike"], agreement_timeout=60) as manager:
-    manager.save({"own": torch.tensor([rank]), "alike": torch.ones(3), "n": rank}, step=1)
-    live = {"own": torch.tensor([9]), "alike": torch.zeros(3), "n": 9}
+with CheckpointManager(store, replicated=["all_ranks"], agreement_timeout=60) as manager:
+    manager.save({"own": torch.tensor([rank]), "all_ranks": torch.ones(3), "n": rank}, step=1)
+    live = {"own": torch.tensor([9]), "all_ranks": torch.zeros(3), "n": 9}
     dcp.load(live, storage_reader=StorageReader(manager))
-    assert live["own"] == rank and live["alike"].sum() == 3 and live["n"] == rank
+    assert live["own"] == rank and live["all_ranks"].sum() == 3 and live["n"] == rank
     dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
     assert live["own"] == 1 and live["n"] == 1
 print("loaded")
@@ -170,11 +170,11 @@ print("loaded")
         GROUP
         + """
 with CheckpointManager(store, agreement_timeout=60) as manager:
-    live = {"own": torch.tensor([9]), "alike": torch.zeros(3)}
+    live = {"own": torch.tensor([9]), "all_ranks": torch.zeros(3)}
     print(sorted(failures(lambda: dcp.load(live, storage_reader=StorageReader(manager))).values()))
-    alike = {"alike": torch.zeros(3)}
-    dcp.load(alike, storage_reader=StorageReader(manager))
-    assert alike["alike"].sum() == 3
+    all_ranks = {"all_ranks": torch.zeros(3)}
+    dcp.load(all_ranks, storage_reader=StorageReader(manager))
+    assert all_ranks["all_ranks"].sum() == 3
     dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
     print(live["own"].tolist())
 """,
@@ -283,10 +283,10 @@ def load(step, state):
     return state
 
 with CheckpointManager(store, agreement_timeout=60) as manager:
-    alike = {"lr": 0.1, "scale": torch.tensor(3.0), "w": torch.ones(5)}
-    save(1, alike)
+    all_ranks = {"lr": 0.1, "scale": torch.tensor(3.0), "w": torch.ones(5)}
+    save(1, all_ranks)
     for step, owner in ((2, 0), (3, 1)):  # the plan of one rank changes, the other's does not
-        save(step, alike | ({f"only{owner}": torch.ones(2)} if rank == owner else {}))
+        save(step, all_ranks | ({f"only{owner}": torch.ones(2)} if rank == owner else {}))
         everything = manager.load(step, from_rank=0)
         assert sorted(everything) == ["lr", f"only{owner}", "scale", "w"], everything
         only = f"only{owner}"
@@ -335,7 +335,7 @@ two = init_device_mesh("cpu", (2, 2))
 half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("side", "rank"))["rank"]
 with CheckpointManager(store, agreement_timeout=60) as manager:
     hybrid = lambda t: {
-        "alike": distribute_tensor(t, two, [Replicate(), Shard(0)]),
+        "all_ranks": distribute_tensor(t, two, [Replicate(), Shard(0)]),
         "both": distribute_tensor(t, two, [Shard(0), Shard(1)]),
     }
     dcp.save(hybrid(full("x")), storage_writer=StorageWriter(manager, 1))

@@ -123,7 +123,7 @@ class LineLogger:
 
 
 class BrokenPipe:
-    """A standard error that nobody reads any more."""
+    """A standard error whose reader has closed the pipe."""
 
     def isatty(self) -> bool:
         return True

@@ -121,11 +121,11 @@ def failing_saves():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def one_that_grows(step: int) -> dict:
+def growing_state(step: int) -> dict:
     return {"global_step": step, "state_dict": {"weight": torch.randn(2_000_000)}}
 
 
-def one_that_shrinks(step: int) -> dict:
+def shrinking_state(step: int) -> dict:
     return {"global_step": step, "state_dict": {"weight": torch.zeros(2_000_000)}}
 
 
@@ -133,15 +133,15 @@ def test_nothing_is_removed_before_its_replacement_is_durable(tmp_path):
     plugin = CheckpointIO(compression="zstd")
     old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
     plugin.save_checkpoint(a_checkpoint(), old)
-    plugin.save_checkpoint(one_that_shrinks(2), new)
+    plugin.save_checkpoint(shrinking_state(2), new)
     plugin.teardown()
     with failing_saves():
-        plugin.save_checkpoint(one_that_grows(3), new)
+        plugin.save_checkpoint(growing_state(3), new)
         plugin.remove_checkpoint(old)  # as `ModelCheckpoint` does at once
         with pytest.raises(StorageError):
             plugin.teardown()
     assert_same(plugin.load_checkpoint(old), a_checkpoint())
-    assert_same(plugin.load_checkpoint(new), one_that_shrinks(2))  # all or not at all
+    assert_same(plugin.load_checkpoint(new), shrinking_state(2))  # all or not at all
     plugin.save_checkpoint(a_checkpoint(3), new)
     plugin.remove_checkpoint(old)
     plugin.teardown()
@@ -151,10 +151,10 @@ def test_nothing_is_removed_before_its_replacement_is_durable(tmp_path):
 def test_a_failed_save_is_raised_by_the_next_and_is_not_the_newest(tmp_path):
     plugin = CheckpointIO(compression="zstd")
     for name in ("a", "b"):
-        plugin.save_checkpoint(one_that_shrinks(1), tmp_path / name)
+        plugin.save_checkpoint(shrinking_state(1), tmp_path / name)
     plugin.teardown()
     with failing_saves():
-        plugin.save_checkpoint(one_that_grows(2), tmp_path / "b")
+        plugin.save_checkpoint(growing_state(2), tmp_path / "b")
         with pytest.raises(StorageError):
             plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
     plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
@@ -277,11 +277,11 @@ def test_saves_do_not_wait_for_what_is_being_removed(tmp_path, monkeypatch):
     plugin, may_go = CheckpointIO(), threading.Event()
     delete = CheckpointManager.delete
 
-    def held_up(manager, step):
+    def delayed(manager, step):
         assert may_go.wait(60)
         return delete(manager, step)
 
-    monkeypatch.setattr(CheckpointManager, "delete", held_up)
+    monkeypatch.setattr(CheckpointManager, "delete", delayed)
     plugin.save_checkpoint(a_checkpoint(1), tmp_path / "a")
     plugin.remove_checkpoint(tmp_path / "a")
     plugin.save_checkpoint(a_checkpoint(2), tmp_path / "b")

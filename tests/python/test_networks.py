@@ -84,7 +84,7 @@ class Network:
             self.ip(0, "link", "set", LINK, "up")
 
     @contextmanager
-    def deaf(self, machine: int) -> Iterator[None]:
+    def cut_off(self, machine: int) -> Iterator[None]:
         """Drop everything that is sent to a machine; what it sends arrives."""
         other = 1 - machine
         way = [ADDRESSES[machine], "dev", LINK]
@@ -100,7 +100,7 @@ class Network:
         if way == "unplugged":
             broken = self.unplugged()
         else:
-            broken = self.deaf(0 if way == "coordinator hears nothing" else 1)
+            broken = self.cut_off(0 if way == "coordinator hears nothing" else 1)
         with broken:
             yield
 
@@ -190,7 +190,7 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.heard: list[dict] = []
+        self.answers: list[dict] = []
         self.log = ""
         self.threads = [threading.Thread(target=self._listen), threading.Thread(target=self._log)]
         for thread in self.threads:
@@ -199,7 +199,7 @@ class Worker:
     def _listen(self) -> None:
         with self.process.stdout:
             for line in self.process.stdout:
-                self.heard.append(json.loads(line))
+                self.answers.append(json.loads(line))
 
     def _log(self) -> None:
         with self.process.stderr:
@@ -236,17 +236,17 @@ class Trial:
 
     def ask(self, what: object, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
         """Send all of them the same command, and wait for their answers."""
-        before = [len(worker.heard) for worker in self.workers]
+        before = [len(worker.answers) for worker in self.workers]
         for worker in self.workers:
             worker.tell(what)
         meanwhile()
         pairs = list(zip(self.workers, before, strict=True))
         try:
-            wait_until(lambda: all(len(worker.heard) > count for worker, count in pairs), 60)
+            wait_until(lambda: all(len(worker.answers) > count for worker, count in pairs), 60)
         except AssertionError:
-            said = [(worker.heard[count:], worker.log[-2_000:]) for worker, count in pairs]
+            said = [(worker.answers[count:], worker.log[-2_000:]) for worker, count in pairs]
             raise AssertionError(f"{what!r} has no end on every rank: {said}") from None
-        return [worker.heard[count] for worker, count in pairs]
+        return [worker.answers[count] for worker, count in pairs]
 
     def save(self, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
         """Have all save the next step; return the outcomes, by rank."""

@@ -97,12 +97,12 @@ def test_a_rank_that_restarts_alone_fails_the_saves_of_the_others(coordinator, t
         coordinator.url,
     )
     assert is_killed.wait(60) == -signal.SIGKILL
-    anew = start("CheckpointManager(store)", store, 1, 2, coordinator.url)
+    restarted = start("CheckpointManager(store)", store, 1, 2, coordinator.url)
     out, error = goes_on.communicate(timeout=60)
     assert goes_on.returncode == 0, error
     assert "rank 1 (`worker-1`) has no checkpoint manager open" in out
-    anew.kill()
-    anew.communicate()
+    restarted.kill()
+    restarted.communicate()
     is_killed.communicate()
 
 

@@ -26,7 +26,7 @@ def same_replica(one, other):
     return (all(torch.equal(a, b) for a, b in models) and torch.equal(*moments)
         and one["step"] == other["step"])
 
-ALIKE = ["model.*", "optimizer.*", "step"]
+REPLICATED = ["model.*", "optimizer.*", "step"]
 """
 
 
@@ -35,7 +35,7 @@ def test_replicas_are_written_once_and_load_on_any_number_of_ranks(coordinator, 
     run(
         REPLICAS
         + """
-with CheckpointManager(store, replicated=ALIKE, compression="none") as manager:
+with CheckpointManager(store, replicated=REPLICATED, compression="none") as manager:
     state = replica_of(1)
     manager.prewarm(state)
     manager.save(state, step=1)
@@ -54,7 +54,7 @@ with CheckpointManager(store, replicated=ALIKE, compression="none") as manager:
     outputs = run(
         REPLICAS
         + """
-with CheckpointManager(store, replicated=ALIKE) as manager:
+with CheckpointManager(store, replicated=REPLICATED) as manager:
     live = replica_of(2)
     try:
         manager.restore(live)
@@ -91,7 +91,7 @@ def test_a_missing_shard_of_another_rank_is_fallen_back_from_and_reported(coordi
     run(
         REPLICAS
         + """
-with CheckpointManager(store, replicated=ALIKE) as manager:
+with CheckpointManager(store, replicated=REPLICATED) as manager:
     for step in (1, 2):
         manager.save(replica_of(step) | ({"log": "of rank 0"} if rank == 0 else {}), step=step)
 """,

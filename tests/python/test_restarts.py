@@ -31,7 +31,7 @@ with CheckpointManager(store) as manager:
     assert manager.load()["rank"] == rank
     print("saved")
 """
-TELLS = """
+REPORTS = """
 from dtruntime.ranks import connecting
 from dtruntime.ranks import membership
 
@@ -94,7 +94,7 @@ def test_a_rank_that_starts_before_the_old_rank_0_ended_finds_the_new_one(tmp_pa
     assert [rank.stdout.readline() for rank in old] == ["open\n"] * 2
     left = agent.store.get(KEY)
     old[1].kill()
-    early = agent.start(TELLS + SAVES, tmp_path / "store", 1, restarts=1)
+    early = agent.start(REPORTS + SAVES, tmp_path / "store", 1, restarts=1)
     assert early.stdout.readline() == "meets\n"
     old[0].kill()
     for rank in old:

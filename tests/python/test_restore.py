@@ -214,7 +214,7 @@ def test_damage_is_found_before_anything_changes(manager, store):
     manager.save(live, step=2)
 
 
-class Stubborn:
+class Refusing:
     """Refuses every state."""
 
     def state_dict(self):
@@ -225,8 +225,8 @@ class Stubborn:
 
 
 def test_a_restore_that_fails_half_way_locks_saving(manager):
-    manager.save({"w": torch.ones(3), "s": Stubborn()}, step=1)
-    live = {"w": torch.zeros(3), "s": Stubborn()}
+    manager.save({"w": torch.ones(3), "s": Refusing()}, step=1)
+    live = {"w": torch.zeros(3), "s": Refusing()}
     with pytest.raises(RestoreIncomplete, match="I will not") as caught:
         manager.restore(live)
     assert isinstance(caught.value.__cause__, RuntimeError)

@@ -138,7 +138,7 @@ def test_extra_state_may_be_a_tensor_of_any_length(manager, direct):
     assert torch.equal(saved.weight, live.weight)
 
 
-class Choosy:
+class Checking:
     """An object that can refuse what was saved beforehand."""
 
     def state_dict(self) -> dict[str, int]:
@@ -152,8 +152,8 @@ class Choosy:
 
 
 def test_an_object_that_refuses_its_state_is_skipped_if_lenient(manager):
-    manager.save({"c": Choosy(), "w": torch.ones(2)}, step=1)
-    live = {"c": Choosy(), "w": torch.zeros(2)}
+    manager.save({"c": Checking(), "w": torch.ones(2)}, step=1)
+    live = {"c": Checking(), "w": torch.zeros(2)}
     with pytest.raises(InvalidArgument, match="it is another one"):
         manager.restore(live)
     assert live["w"].sum() == 0

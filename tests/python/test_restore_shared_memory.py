@@ -106,15 +106,15 @@ SELF_OVERLAPS = {
 @pytest.mark.parametrize("name", SELF_OVERLAPS)
 def test_a_tensor_whose_items_share_memory_restores_what_fits(manager, name):
     live = SELF_OVERLAPS[name](torch.zeros(4))
-    alike = live + 3
-    manager.save({"w": torch.arange(6.0).view(2, 3), "alike": alike, "first": alike}, step=1)
+    shifted = live + 3
+    manager.save({"w": torch.arange(6.0).view(2, 3), "shifted": shifted, "first": shifted}, step=1)
     first = torch.zeros(2, 3)
     with pytest.raises(InvalidArgument, match="`w`: items of the live one share memory"):
         manager.restore({"first": first, "w": live})
     assert not first.any()
     assert not live.any()
-    manager.restore({"alike": live})
-    assert torch.equal(live, alike)
+    manager.restore({"shifted": live})
+    assert torch.equal(live, shifted)
 
 
 @pytest.mark.parametrize("name", SELF_OVERLAPS)

@@ -221,7 +221,7 @@ def test_ranks_with_a_directory_each_and_one_store_in_s3(tmp_path):
         coordinator.end()
 
 
-ALIKE_SCRIPT = """
+REPLICATED_SCRIPT = """
 import os, sys
 import torch
 from dtruntime import *
@@ -234,7 +234,7 @@ def state_of(step):
 
 rate = 1 if action == "save" else None
 manager = CheckpointManager(
-    path, remote="s3://checkpoints/runs/alike", replicated=["model.*"], remote_bytes_per_second=rate
+    path, remote="s3://checkpoints/runs/shared", replicated=["model.*"], remote_bytes_per_second=rate
 )
 if action == "save":
     manager.save_async(state_of(1), step=1).result()
@@ -267,7 +267,7 @@ def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, 
         environment = script_environment() | {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-c", ALIKE_SCRIPT, folder / f"machine-{rank}", action],
+                [sys.executable, "-c", REPLICATED_SCRIPT, folder / f"machine-{rank}", action],
                 env=environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -287,12 +287,12 @@ def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, 
 def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_path):
     with two_machines(tmp_path) as run:
         assert [code for code, _, _ in run("save")] == [9, 9]
-        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/shared", read_only=True) as far:
             assert far.all_steps() == []
         found = run("load")
         assert [out for _, out, _ in found] == ["1\n", "1\n"], found
         # A job of another size finds what was replicated.
-        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/shared", read_only=True) as far:
             assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
 
 
@@ -328,7 +328,7 @@ class Relay:
             end.close()
 
 
-AWAY_SCRIPT = """
+UNREACHABLE_SCRIPT = """
 import sys
 from dtruntime import *
 patience = {"attempts": 1, "connect_timeout_ms": 1000}
@@ -349,7 +349,7 @@ def test_a_rank_whose_network_fails_is_named_on_the_others(tmp_path):
     relay = Relay(int(os.environ["AWS_ENDPOINT_URL_S3"].rsplit(":", 1)[1]))
     environment = {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
     ways = [{"RANK": "0"}, {"RANK": "1", "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{relay.port}"}]
-    ranks = [start_script(AWAY_SCRIPT, environment=environment | way) for way in ways]
+    ranks = [start_script(UNREACHABLE_SCRIPT, environment=environment | way) for way in ways]
     try:
         said = [rank.stdout.readline() for rank in ranks]
         assert said == ["saved\n"] * 2, "".join(rank.communicate()[1] for rank in ranks)
@@ -377,7 +377,7 @@ def test_a_machine_lost_before_the_first_upload_is_reported_on_all(tmp_path):
         shutil.rmtree(tmp_path / "machine-0")
         found = run("begin")
         assert [(code, out) for code, out, _ in found] == [(0, "begins\n1\n")] * 2, found
-        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/shared", read_only=True) as far:
             assert far.all_steps() == [1]
             assert far.verify().ok
 

@@ -49,7 +49,7 @@ def values_of(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def has_it_back(manager: CheckpointManager) -> bool:
+def has_whole_arena(manager: CheckpointManager) -> bool:
     """Return whether nothing views the arena: it is lent whole, or not at all."""
     return manager._opened.native.lend_staging(1) is not None
 
@@ -60,14 +60,14 @@ def test_a_restore_reads_into_the_arena_and_keeps_none_of_it(tmp_path, staged):
         manager.save(saved, step=1)
     live = state_of(2)
     with CheckpointManager(tmp_path) as manager:
-        assert not has_it_back(manager), "there is none before it is needed"
+        assert not has_whole_arena(manager), "there is none before it is needed"
         manager.restore(live)
         assert_same(values_of(live), values_of(saved))
         [numbers] = staged
         # Parameters, buffers, and "a" with "b" in it; not what an optimizer keeps, nor what lies
         # otherwise.
         assert len(numbers) == len(saved["model"].state_dict()) + 2
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)
         # The next save does not change what was restored, nor the other way round.
         manager.save(state_of(3), step=2)
         assert_same(values_of(live), values_of(saved))
@@ -75,7 +75,7 @@ def test_a_restore_reads_into_the_arena_and_keeps_none_of_it(tmp_path, staged):
         assert_same(values_of(live), values_of(state_of(3)))
         manager.restore(live, step=1)
         assert_same(values_of(live), values_of(saved))
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)
 
 
 def test_damage_is_found_in_the_arena_and_changes_nothing(tmp_path, staged):
@@ -90,11 +90,11 @@ def test_damage_is_found_in_the_arena_and_changes_nothing(tmp_path, staged):
             manager.restore(live, step=1)
         assert staged == [{0}]
         assert not live["w"].any()
-        assert not has_it_back(manager), "what failed still holds it"
+        assert not has_whole_arena(manager), "what failed still holds it"
         manager.save(live, step=2)
         del caught
         manager.restore(live, step=2)
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_arena_that_is_too_small_is_not_used(tmp_path, staged, settings):
         manager.restore(live)
         assert_same(live, saved)
         assert staged == [set()]
-        assert not has_it_back(manager)
+        assert not has_whole_arena(manager)
 
 
 def test_storages_with_other_contents_are_not_in_the_arena(tmp_path, staged):
@@ -124,7 +124,7 @@ def test_storages_with_other_contents_are_not_in_the_arena(tmp_path, staged):
         manager.restore(live)
         assert_same(live, state(1))
         assert staged == [set()]
-        assert not has_it_back(manager), "none was made"
+        assert not has_whole_arena(manager), "none was made"
 
 
 def test_an_arena_that_is_already_lent_is_not_used(tmp_path, staged):
@@ -160,4 +160,4 @@ def test_user_code_may_keep_what_it_loads(tmp_path, staged):
         kept = {key: value.clone() for key, value in live["model"].kept.items()}
         manager.save({"other": torch.randn(2 * ITEMS)}, step=2)
         assert_same(live["model"].kept, kept)
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)

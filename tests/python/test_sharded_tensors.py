@@ -171,8 +171,8 @@ full = torch.arange(100_000.0).reshape(100, 1000)
 with CheckpointManager(store, replicated="*", compression="none") as manager:
     halves = {"w": sharded(full, (2, 2), (None, 0))}
     print(manager.save(halves, step=1).raw_bytes)
-    alike = {"w": sharded(full, (4,), (None,))}
-    print(manager.save(alike, step=2).raw_bytes)
+    replicated = {"w": sharded(full, (4,), (None,))}
+    print(manager.save(replicated, step=2).raw_bytes)
 """,
         store,
         coordinator.url,

@@ -1,7 +1,7 @@
 """Stores in awkward places: read-only, forbidden, too deep, on filesystems with less, beside files.
 
 What needs another user or another mount runs in a process of its own, which gives up its rights, or
-gets a mount that nobody else sees, after it has imported all that it needs. The tests need root for
+gets a private mount, after it has imported all that it needs. The tests need root for
 that, and say so where they are skipped.
 """
 

@@ -44,7 +44,7 @@ def straight(tmp_path):
     return job
 
 
-def assert_went_on(job: Trainer, straight: transformers.Trainer) -> None:
+def assert_equals_uninterrupted(job: Trainer, straight: transformers.Trainer) -> None:
     """Check that a run ended like one without a stop."""
     assert_same(job.model.state_dict(), straight.model.state_dict())
     assert_same(job.lr_scheduler.state_dict(), straight.lr_scheduler.state_dict())
@@ -63,7 +63,7 @@ def test_a_resumed_training_equals_an_uninterrupted_run(open_manager, tmp_path, 
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=True)
     assert manager.last_load.step == step // 5 * 5
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     manager.wait_until_finished()
     assert manager.all_steps() == [5, 10, 15, 20, 24]
     assert not list((tmp_path / "a").glob("checkpoint-*")), "nothing is written beside it"
@@ -81,7 +81,7 @@ def test_a_training_that_goes_back_replaces_later_checkpoints(
     assert manager.all_steps() == [5, 10, 15]
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=15)
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     assert "rewind=True" not in caplog.text, "the trainer sees to it"
 
 
@@ -154,7 +154,7 @@ def test_a_step_may_be_saved_again(open_manager, tmp_path, straight):
 
     job = trainer(manager, tmp_path, AtEpochEnd(), save_steps=8)
     job.train()
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     manager.wait_until_finished()
     assert manager.all_steps() == [8, 16, 24]
 
@@ -198,7 +198,7 @@ def test_tensors_on_no_gpu_may_be_saved_with_overlap(open_manager, tmp_path, str
     run_until(12, manager, tmp_path)
     job = trainer(manager, tmp_path)
     job.train(resume_from_checkpoint=True)
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
 
 
 def test_missing_and_foreign_checkpoints_are_not_resumed_from(open_manager, tmp_path):
@@ -313,7 +313,7 @@ def test_frozen_parameters_can_be_left_out(open_manager, tmp_path):
         None, tmp_path, model=frozen(), kind=transformers.Trainer, save_strategy="no"
     )
     straight.train()
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
 
 
 def test_a_checkpoint_of_transformers_is_resumed_from(open_manager, tmp_path, straight):
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_transformers_is_resumed_from(open_manager, tmp_path, st
     manager = open_manager()
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=str(tmp_path / "own" / "checkpoint-10"))
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     manager.wait_until_finished()
     assert manager.all_steps() == [15, 20, 24]
 

@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     ),
     crash_test(
         "reorder-after-kill",
-        "... also after a process was killed and another one went on",
+        "... also after a process was killed and another one continued",
         "power_loss::a_power_loss_after_a_process_was_killed_recovers",
         "states",
         100_000,

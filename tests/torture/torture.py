@@ -194,10 +194,10 @@ def work(rows: list[Row], record: Record, budget_seconds: float) -> None:
             if left <= 0:
                 return
             turn(row, record, min(SLICE_SECONDS, left / (len(waiting) - position)))
-        waiting = [row for row in waiting if is_worth_another_turn(row, record.of(row))]
+        waiting = [row for row in waiting if can_progress(row, record.of(row))]
 
 
-def is_worth_another_turn(row: Row, progress: Progress) -> bool:
+def can_progress(row: Row, progress: Progress) -> bool:
     """Return whether another turn can move a row forward."""
     return not (progress.is_complete(row) or progress.violations or progress.skipped)
 

@@ -178,10 +178,10 @@ class _Planner:
         self.plan.written = {id(claim.live): claim.path for claim in self._claims}
         if type(live) in (dict, OrderedDict):
             changed = {action.item for action in self.plan.actions if action.has_effect}
-            told = self.plan.untouched
+            untouched = self.plan.untouched
             for key in live:
-                if key not in changed and not any(_is_at_or_below(path, key) for path in told):
-                    told.append(str(key))
+                if key not in changed and not any(_is_at_or_below(path, key) for path in untouched):
+                    untouched.append(str(key))
 
     def find_fillable(self) -> None:
         """Find live tensors that can be read into directly: the saved ones are only copied to them.
@@ -513,7 +513,7 @@ class _Planner:
             self._misfit(index, kind_misfit(live, index, self._reader))
             return
 
-        if slot is None and not self._is_there(live, index):
+        if slot is None and not self._is_equal(live, index):
             self._misfit(index, "a plain value outside of any mutable container cannot be replaced")
             return
 
@@ -524,7 +524,7 @@ class _Planner:
 
         self._do(live, index, act)
 
-    def _is_there(self, live: Any, index: int) -> bool:
+    def _is_equal(self, live: Any, index: int) -> bool:
         """Return whether a plain value already equals the saved one."""
         tree = self._tree
         none: dict[int, Any] = {}
