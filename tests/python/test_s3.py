@@ -234,7 +234,7 @@ def state_of(step):
 
 rate = 1 if action == "save" else None
 manager = CheckpointManager(
-    path, remote="s3://checkpoints/runs/shared", replicated=["model.*"], remote_bytes_per_second=rate
+    path, remote="s3://checkpoints/runs/both", replicated=["model.*"], remote_bytes_per_second=rate
 )
 if action == "save":
     manager.save_async(state_of(1), step=1).result()
@@ -287,12 +287,12 @@ def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, 
 def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_path):
     with two_machines(tmp_path) as run:
         assert [code for code, _, _ in run("save")] == [9, 9]
-        with CheckpointManager("s3://checkpoints/runs/shared", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/both", read_only=True) as far:
             assert far.all_steps() == []
         found = run("load")
         assert [out for _, out, _ in found] == ["1\n", "1\n"], found
         # A job of another size finds what was replicated.
-        with CheckpointManager("s3://checkpoints/runs/shared", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/both", read_only=True) as far:
             assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
 
 
@@ -377,7 +377,7 @@ def test_a_machine_lost_before_the_first_upload_is_reported_on_all(tmp_path):
         shutil.rmtree(tmp_path / "machine-0")
         found = run("begin")
         assert [(code, out) for code, out, _ in found] == [(0, "begins\n1\n")] * 2, found
-        with CheckpointManager("s3://checkpoints/runs/shared", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/both", read_only=True) as far:
             assert far.all_steps() == [1]
             assert far.verify().ok
 
