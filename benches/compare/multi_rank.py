@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from make_state import State
 
 DDP, FSDP = "ddp", "fsdp"
+REPLICATED = ("*", "!progress.random")  # a rank's random numbers are its own
 TITLES = {DDP: "The whole state on every rank (DDP)", FSDP: "A part of it on each (FSDP2)"}
 
 
@@ -84,7 +85,7 @@ class Entrant:
 
 
 ENTRANTS = (
-    Entrant("dtruntime", lambda folder: engines.Dtruntime(folder, replicated="*")),
+    Entrant("dtruntime", lambda folder: engines.Dtruntime(folder, replicated=REPLICATED)),
     Entrant("torch.save on rank 0", TorchSave, (DDP,)),
     Entrant("dcp.save", DcpSave),
     Entrant("dcp.async_save", DcpAsync),
@@ -94,9 +95,7 @@ ENTRANTS = (
 
 def sharded(whole: State, mesh: DeviceMesh) -> State:
     """Cut every tensor along its first dimension, as `fully_shard` does; each rank has its part."""
-    return unflatten(
-        {path: part_of(value, mesh) for path, value in flatten(whole).items()},
-    )
+    return unflatten({path: part_of(value, mesh) for path, value in flatten(whole).items()})
 
 
 def part_of(value: Any, mesh: DeviceMesh) -> Any:
@@ -105,9 +104,10 @@ def part_of(value: Any, mesh: DeviceMesh) -> Any:
         return value
     parts = value.chunk(mesh.size())
     rank = mesh.get_local_rank()
-    local = parts[rank] if rank < len(parts) else value[:0]
+    part = parts[rank] if rank < len(parts) else value[:0]
+    part = part.clone()  # an allocation of the rank's own, as it would have
     return DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride()
+        part, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride()
     )
 
 
@@ -194,7 +194,7 @@ def one_turn(
                 stdout=subprocess.PIPE if rank == 0 else None,
                 text=True,
                 pass_fds=[shared.descriptor],
-                env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
+                env=os.environ | {"MASTER_ADDR": "127.0.0.1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
             )
             for rank in range(options.ranks)
         ]

@@ -287,6 +287,33 @@ def test_a_frozen_parameter_is_cloned_though_an_optimizer_lists_it(device, manag
     assert torch.equal(manager.load()["key"], before)
 
 
+def test_an_embedding_that_forward_renormalizes_is_cloned(device, manager):
+    before, after = noise(1, 100, 100), noise(2, 100, 100)
+    model = torch.nn.ModuleDict(
+        {
+            name: torch.nn.Embedding(100, 100, max_norm=norm)
+            for name, norm in (("a", 1), ("b", None))
+        }
+    )
+    for part in model.values():
+        part.weight = torch.nn.Parameter(device.tensor(before))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clones = device.calls("cuMemAllocAsync")
+    device.hold_copies(True)
+    handle = manager.save_async(
+        {"model": model}, step=1, consistency="overlap", optimizer=optimizer
+    )
+    assert device.calls("cuMemAllocAsync") == clones + 1, "of the two, only that one"
+    device.write(model["a"].weight.data, after)
+    device.settle()  # what may run beside the copies has run
+    device.hold_copies(False)
+    handle.result()
+    device.settle()
+    loaded = manager.load()["model"]
+    assert torch.equal(loaded["a.weight"], before)
+    assert torch.equal(loaded["b.weight"], before)
+
+
 def test_a_parameter_in_another_order_of_dimensions_is_not_cloned(device, manager):
     memory = device.tensor(noise(1, 2, 5, 7, 3))
     weight = memory.permute(0, 3, 1, 2)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dtr_engine::config::Compression;
+use dtr_engine::config::{Compression, S3Settings};
 use dtr_engine::engine::GcOptions;
 use dtr_engine::format::manifest::Manifest;
 use dtr_engine::recovery::StepState;
@@ -148,6 +148,23 @@ fn what_is_damaged_in_both_is_never_returned_and_the_step_before_is_there() {
     }
 }
 
+/// A proxy before the service that refuses every request while the flag is set, and the settings of
+/// a client of it.
+fn proxy_that_can_be_away(
+    place: &Place,
+    far: &Config,
+    is_away: &Arc<AtomicBool>,
+) -> (Proxy, S3Settings) {
+    let is_away = Arc::clone(is_away);
+    let plan = move |_| {
+        let is_away = is_away.load(Ordering::SeqCst);
+        if is_away { Fault::Answer(503, "SlowDown") } else { Fault::None }
+    };
+    let proxy = Proxy::start(place.address(), Arc::new(plan));
+    let s3 = through(&proxy, far).s3;
+    (proxy, s3)
+}
+
 #[test]
 fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
     let place = Place::new();
@@ -158,13 +175,7 @@ fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
     engine.close().unwrap();
     damage(directory.path(), 9_000);
     let is_away = Arc::new(AtomicBool::new(false));
-    let away = Arc::clone(&is_away);
-    let plan = move |_| {
-        let is_away = away.load(Ordering::SeqCst);
-        if is_away { Fault::Answer(503, "SlowDown") } else { Fault::None }
-    };
-    let proxy = Proxy::start(place.address(), Arc::new(plan));
-    let s3 = through(&proxy, &far).s3;
+    let (_proxy, s3) = proxy_that_can_be_away(&place, &far, &is_away);
     let reader = open(Config { read_only: true, s3, ..near });
     let checkpoint = reader.checkpoint(5).unwrap();
     is_away.store(true, Ordering::SeqCst);
@@ -173,6 +184,36 @@ fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
     assert!(error.to_string().contains("chunk"), "says what was damaged: {error}");
     is_away.store(false, Ordering::SeqCst);
     state.assert_equals(&checkpoint);
+}
+
+#[test]
+fn a_rewind_waits_for_the_far_store_where_only_that_can_say_what_is_discarded() {
+    let place = Place::new();
+    let (directory, near, far) = tier(&place);
+    let is_away = Arc::new(AtomicBool::new(false));
+    let (proxy, s3) = proxy_that_can_be_away(&place, &far, &is_away);
+    let near = Config { s3, ..near };
+    let engine = open(near.clone());
+    for step in 1..=2 {
+        State::training(step, 0).save(&engine, step).unwrap();
+        engine.uploaded(step, None).unwrap().unwrap().unwrap();
+    }
+    let manifest = directory.path().join("step-000000000002/manifest.json");
+    std::fs::write(&manifest, b"not a manifest").unwrap();
+    is_away.store(true, Ordering::SeqCst);
+    let state = State::training(9, 0);
+    let mut request = state.request(1);
+    request.rewind = true;
+    // Step 2 is whole in the far store: unless the new step 1 retires it, it would come back.
+    let error = engine.save(request).unwrap_err();
+    assert!(matches!(error, EngineError::Unavailable { .. }), "{error:?}");
+    is_away.store(false, Ordering::SeqCst);
+    rewind(&engine, 9, 1);
+    assert_eq!(engine.steps().unwrap(), [1]);
+    engine.close().unwrap();
+    drop(proxy);
+    let near = Config { s3: far.s3.clone(), ..near };
+    assert_eq!(open(near).steps().unwrap(), [1]);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::save::capture::{Origin, Until, capture, fits};
 use crate::save::commit::CommitTask;
 use crate::save::job::{Job, Message};
 use crate::save::share::Share;
-use crate::save::write::{IndexDraft, chunks_offset};
+use crate::save::write::{chunks_offset, draft_index};
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
 use crate::sync::lock;
 use crate::{EngineError, Result};
@@ -98,7 +98,7 @@ impl Inner {
         let handle = SaveHandle::new(Arc::clone(&job));
         let manifest = self.draft_manifest(&mut request, plan.retired);
         check_manifest(&manifest, &share.names)?;
-        let index = IndexDraft::new(&job.layout, &share, request)?;
+        let index = draft_index(&job.layout, &share, request)?;
         self.submit(CommitTask {
             job: Arc::clone(&job),
             encoded,

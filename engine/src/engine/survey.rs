@@ -46,7 +46,29 @@ impl Core {
                 return Ok(survey);
             }
         }
+        let survey = self.survey_once(Unreadable::IsAnError)?;
+        let is_lost = |later: &&StepSurvey| {
+            later.step > step && later.is_damaged() && later.attempt.is_none()
+        };
+        let lost: Vec<u64> = survey.steps.iter().filter(is_lost).map(|later| later.step).collect();
+        if lost.is_empty() {
+            return Ok(survey);
+        }
+        for later in lost {
+            self.look_for_another_copy(later)?;
+        }
         self.survey_once(Unreadable::IsAnError)
+    }
+
+    /// Reads a damaged manifest again. A store may have a second copy that it could not ask for
+    /// while it was surveyed: now that is an error.
+    fn look_for_another_copy(&self, step: u64) -> Result<()> {
+        let read = self.store.read_manifest(step);
+        if let Err(error @ (EngineError::Io { .. } | EngineError::Unavailable { .. })) = read {
+            return Err(error);
+        }
+        self.known().manifests.remove(&step);
+        Ok(())
     }
 
     fn survey_once(&self, unreadable: Unreadable) -> Result<Survey> {

@@ -347,6 +347,16 @@ pub fn tensor_paths(nodes: &[Node]) -> impl Iterator<Item = (u32, TreePath<'_>)>
     })
 }
 
+/// Bytes of all strings and bytes, of which a value may have any number.
+pub(crate) fn value_bytes(nodes: &[Node]) -> u64 {
+    let bytes = |node: &Node| match &node.value {
+        Value::Str(text) => text.len(),
+        Value::Bytes(bytes) => bytes.len(),
+        _ => 0,
+    };
+    nodes.iter().map(|node| bytes(node) as u64).sum()
+}
+
 /// Checks that `nodes` are exactly one tree over `tensors` tensors, and that each value has its one
 /// right form.
 pub fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {

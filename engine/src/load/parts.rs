@@ -48,17 +48,18 @@ impl Parts {
         if own.index.storages.iter().all(|storage| storage.held() == (0..storage.bytes)) {
             return Ok(Self::default());
         }
-        let opened = open_others(store, manifest, own, OnDamage::ReadCopy)?;
+        let opened = open_others(store, manifest, own, OnDamage::ReadCopy, |other| other)?;
         let mut others = Vec::with_capacity(opened.len());
-        for (other, found) in opened {
-            if let Some(found) = found {
-                return Err(EngineError::corrupt(other.name(), disagreement(own, &other, &found)));
+        for (other, disagreement) in opened {
+            if let Some(why) = disagreement {
+                return Err(EngineError::corrupt(other.name(), why));
             }
             others.push(other);
         }
-        let of = find_parts(own, &others)?;
-        let whole = Some(whole_storages(&own.index, own.header.chunk_bytes)?);
-        Ok(Self { others, of, whole })
+        let of = find_parts(own, others.iter().map(|other| &other.index))?;
+        let whole = whole_storages(&own.index, own.header.chunk_bytes)
+            .map_err(|error| EngineError::corrupt(own.name(), error.without_hint()))?;
+        Ok(Self { others, of, whole: Some(whole) })
     }
 
     pub(super) fn storages<'a>(&'a self, own: &'a Shard) -> &'a [StorageRecord] {
@@ -76,13 +77,15 @@ impl Parts {
     }
 }
 
-/// Opens all shards but `own`, without their trees, which are compared with its own first.
-fn open_others(
+/// Opens all shards but `own`, without their trees, which are compared with its own first: the
+/// second value says where one differs. Of each shard only what `keep` takes stays.
+fn open_others<T: Send>(
     store: &dyn Store,
     manifest: &Manifest,
     own: &Shard,
     on_damage: OnDamage,
-) -> Result<Vec<(Shard, Option<Difference>)>> {
+    keep: impl Fn(Shard) -> T + Sync,
+) -> Result<Vec<(T, Option<String>)>> {
     let ranks: Vec<u32> =
         (0..manifest.world_size).filter(|rank| *rank != own.header.rank).collect();
     let next = AtomicUsize::new(0);
@@ -91,9 +94,10 @@ fn open_others(
         while let Some(rank) = ranks.get(next.fetch_add(1, Ordering::Relaxed)) {
             let shard = Shard::open(store, manifest, *rank, on_damage).map(|mut shard| {
                 let found = difference(&own.index, &shard.index);
+                let disagreement = found.map(|found| disagreement(own, &shard, &found));
                 let index = &mut shard.index;
                 (index.nodes, index.tensors) = (Vec::new(), Vec::new());
-                (shard, found)
+                (keep(shard), disagreement)
             });
             let has_failed = shard.is_err();
             lock(&opened).push((*rank, shard));
@@ -114,9 +118,12 @@ fn open_others(
 }
 
 /// By index of a storage in `own`: where its parts lie, in order. They tile it.
-fn find_parts(own: &Shard, others: &[Shard]) -> Result<BTreeMap<usize, Vec<Part>>> {
+fn find_parts<'a>(
+    own: &'a Shard,
+    others: impl Iterator<Item = &'a ShardIndex>,
+) -> Result<BTreeMap<usize, Vec<Part>>> {
     let mut by_number: BTreeMap<u32, Vec<Part>> = BTreeMap::new();
-    for (shard, index) in [own].into_iter().chain(others).map(|shard| &shard.index).enumerate() {
+    for (shard, index) in [&own.index].into_iter().chain(others).enumerate() {
         for (storage, record) in index.storages.iter().enumerate() {
             let held = record.held();
             if let Some(replica) = record.replica.filter(|_| !held.is_empty()) {
@@ -185,16 +192,18 @@ fn disagreement(own: &Shard, other: &Shard, found: &Difference) -> String {
 pub(crate) fn check_replicas(store: &dyn Store, manifest: &Manifest, rank: u32) -> Result<()> {
     let own = Shard::open(store, manifest, rank, OnDamage::Report)?;
     let mut others = Vec::new();
-    for (other, found) in open_others(store, manifest, &own, OnDamage::Report)? {
-        if let Some(found) = found {
+    // Their files are closed at once: there may be more ranks than a process may open files.
+    let index_of = |other: Shard| other.index;
+    for (other, disagreement) in open_others(store, manifest, &own, OnDamage::Report, index_of)? {
+        if let Some(why) = disagreement {
             return Err(EngineError::invalid(
                 format!("saving step {} with all ranks", manifest.step),
-                disagreement(&own, &other, &found),
+                why,
                 "what `replicated` names must be the same on every rank, in the same order: name \
                  less, or give every rank the same",
             ));
         }
         others.push(other);
     }
-    find_parts(&own, &others).map(drop)
+    find_parts(&own, others.iter()).map(drop)
 }

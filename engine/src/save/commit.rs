@@ -17,11 +17,12 @@ use dtr_proto::span;
 use super::handle::{SaveHandle, SaveInfo};
 use super::job::{Job, Message};
 use super::together::{Together, annotations_of};
-use super::write::{IndexDraft, WrittenShard, chunks_offset, write_shard};
+use super::write::{WrittenShard, chunks_offset, write_shard};
 use crate::clock::elapsed;
 use crate::engine::Core;
 use crate::error::{IoContext, caught};
 use crate::format::checksum::to_hex;
+use crate::format::index::ShardIndex;
 use crate::format::manifest::{Manifest, ShardEntry};
 use crate::format::names::{AttemptId, shard_file_name};
 use crate::format::shard::Header;
@@ -35,7 +36,8 @@ use crate::{EngineError, Result};
 pub(crate) struct CommitTask {
     pub(crate) job: Arc<Job>,
     pub(crate) encoded: Receiver<Message>,
-    pub(crate) index: IndexDraft,
+    /// Without its chunks.
+    pub(crate) index: ShardIndex,
     /// Complete but for the attempt, when it began, and the shards.
     pub(crate) manifest: Manifest,
     /// Names of the entries that all ranks save alike.
@@ -272,7 +274,7 @@ fn write(
     core: &Core,
     job: &Arc<Job>,
     (shard, size): (ShardId, ShardSize),
-    index: IndexDraft,
+    index: ShardIndex,
     encoded: Receiver<Message>,
 ) -> Result<(WrittenShard, Box<dyn ShardSink>)> {
     let mut sink = core.store.create_shard(shard, size, &job.flow)?;
@@ -287,7 +289,7 @@ fn write(
             job.layout.chunk_bytes(),
             job.compression.fixed_codec(),
         ),
-        replicated: index.has_replicated(),
+        replicated: !index.replicated.is_empty(),
     };
     let written = write_shard(job, index, &header, &encoded, sink.as_mut(), &core.control_pool);
     // Frees the buffers of whatever a failed save left in the queue.

@@ -285,7 +285,7 @@ impl Together<'_> {
             return Ok(None);
         }
         let Attempt { step, id } = self.attempt;
-        let bytes = self.core.store.read_manifest(step)?;
+        let bytes = self.core.store.read_local_manifest(step)?;
         let is_ours = |bytes: &Vec<u8>| {
             Manifest::decode(bytes).is_ok_and(|manifest| manifest.attempt == id.to_string())
         };

@@ -10,16 +10,14 @@ use super::SaveRequest;
 use super::job::{EncodedChunk, Job, Message};
 use super::share::Share;
 use crate::codec::Codec;
+use crate::format::FormatError;
 use crate::format::checksum::{combine, crc32c};
-use crate::format::index::{
-    ChunkRecord, ShardIndex, StorageRecord, TensorRecord, structure_crc32c,
-};
+use crate::format::index::{ChunkRecord, ShardIndex, StorageRecord, structure_crc32c};
 use crate::format::layout::Layout;
 use crate::format::names::AttemptId;
 use crate::format::shard::{
     BLOCK_BYTES, CHUNKS_OFFSET_MAX, CHUNKS_OFFSET_MIN, Footer, Header, block_crc32c,
 };
-use crate::format::tree::Node;
 use crate::io::ALIGNMENT;
 use crate::io::buffer::BufferPool;
 use crate::store::{Piece, ShardSink};
@@ -34,45 +32,43 @@ pub(crate) struct WrittenShard {
     pub(crate) replicated_crc32c: Option<u32>,
 }
 
-/// The part of a shard's index that is known before its chunks are.
-#[derive(Debug)]
-pub(crate) struct IndexDraft {
-    nodes: Vec<Node>,
-    tensors: Vec<TensorRecord>,
-    storages: Vec<StorageRecord>,
-    replicated: Vec<u32>,
+/// What is known of a shard's index before its chunks are: all but those. Storages of a request are
+/// in the caller's order; an index has them by raw offset. `layout` is of the parts in `share`.
+pub(crate) fn draft_index(
+    layout: &Layout,
+    share: &Share,
+    request: SaveRequest<'_>,
+) -> Result<ShardIndex> {
+    let SaveRequest { step, nodes, mut tensors, replicated, storages: inputs, .. } = request;
+    let mut storages: Vec<StorageRecord> = layout.records().collect();
+    for (storage, input) in inputs.iter().enumerate() {
+        let record = &mut storages[layout.record_index(storage)];
+        (record.bytes, record.replica) = (input.bytes, share.replicas[storage]);
+    }
+    for tensor in &mut tensors {
+        let named = tensor.storage as usize;
+        if named >= storages.len() {
+            return Err(EngineError::internal(
+                "planning a save",
+                format!("a tensor names storage {named} of {}", storages.len()),
+            ));
+        }
+        let position = layout.record_index(named);
+        tensor.storage = u32::try_from(position).expect("STORAGES_MAX fits 32 bits");
+    }
+    let index = ShardIndex { nodes, storages, tensors, chunks: Vec::new(), replicated };
+    // Before anything is written: with the chunks, all of it is checked once more.
+    index.check_size().map_err(|error| unstorable(step, &error))?;
+    Ok(index)
 }
 
-impl IndexDraft {
-    /// Storages of a request are in the caller's order; an index has them by raw offset. `layout`
-    /// is of the parts in `share`.
-    pub(crate) fn new(layout: &Layout, share: &Share, request: SaveRequest<'_>) -> Result<Self> {
-        let SaveRequest { nodes, mut tensors, replicated, storages: inputs, .. } = request;
-        let mut storages: Vec<StorageRecord> = layout.records().collect();
-        for (storage, input) in inputs.iter().enumerate() {
-            let record = &mut storages[layout.record_index(storage)];
-            (record.bytes, record.replica) = (input.bytes, share.replicas[storage]);
-        }
-        for tensor in &mut tensors {
-            let named = tensor.storage as usize;
-            if named >= storages.len() {
-                return Err(EngineError::internal(
-                    "planning a save",
-                    format!("a tensor names storage {named} of {}", storages.len()),
-                ));
-            }
-            let position = layout.record_index(named);
-            tensor.storage = u32::try_from(position).expect("STORAGES_MAX fits 32 bits");
-        }
-        Ok(Self { nodes, tensors, storages, replicated })
-    }
-}
-
-impl IndexDraft {
-    /// Whether it names entries that all ranks save alike.
-    pub(crate) fn has_replicated(&self) -> bool {
-        !self.replicated.is_empty()
-    }
+/// The error of an index that is too large for its file.
+fn unstorable(step: u64, error: &FormatError) -> EngineError {
+    EngineError::invalid(
+        format!("writing the index of step {step}"),
+        error.to_string(),
+        "save fewer or smaller plain values: large data belongs in tensors or arrays",
+    )
 }
 
 /// Where the first chunk goes. Chunks that are stored as they are start at multiples of it: storage
@@ -90,7 +86,7 @@ pub(crate) fn chunks_offset(raw_bytes: u64, chunk_bytes: u32, codec: Option<Code
 /// Writes the shard of `job` through `sink` and makes it durable.
 pub(crate) fn write_shard(
     job: &Arc<Job>,
-    draft: IndexDraft,
+    mut index: ShardIndex,
     header: &Header,
     encoded: &crossbeam_channel::Receiver<Message>,
     sink: &mut dyn ShardSink,
@@ -103,9 +99,7 @@ pub(crate) fn write_shard(
     let next_offset = chunks_offset.into();
     let mut writer = ShardWriter { job, attempt, sink, pool, chunks_offset, next_offset };
     writer.write_at(0, &start)?;
-    let chunks = writer.write_chunks(encoded)?;
-    let IndexDraft { nodes, tensors, storages, replicated } = draft;
-    let index = ShardIndex { nodes, storages, tensors, chunks, replicated };
+    index.chunks = writer.write_chunks(encoded)?;
     writer.close(&index, block_crc32c(&block))
 }
 
@@ -175,13 +169,7 @@ impl ShardWriter<'_> {
     /// Index, footer, durability.
     fn close(mut self, index: &ShardIndex, header_crc32c: u32) -> Result<WrittenShard> {
         let span = tracing::trace_span!("index").entered();
-        let encoded = index.encode().map_err(|error| {
-            EngineError::invalid(
-                format!("writing the index of step {}", self.job.step),
-                error.to_string(),
-                "save fewer or smaller plain values: large data belongs in tensors or arrays",
-            )
-        })?;
+        let encoded = index.encode().map_err(|error| unstorable(self.job.step, &error))?;
         let mut stored = encoded.stored;
         let index_stored_bytes = stored.len() as u64;
         stored.resize(stored.len().next_multiple_of(ALIGNMENT), 0);

@@ -39,6 +39,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The manifest's bytes, or `None` where the step has none. At most `MANIFEST_BYTES_MAX`.
     fn read_manifest(&self, step: u64) -> Result<Option<Vec<u8>>>;
 
+    /// The manifest that [`Store::publish`] would replace: of a store with a remote copy, the local
+    /// one. Never waits for a network that publishing does not need.
+    fn read_local_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        self.read_manifest(step)
+    }
+
     /// The manifests of several steps, in their order; as [`Store::read_manifest`] gives each.
     fn read_manifests(&self, steps: &[u64]) -> Vec<Result<Option<Vec<u8>>>> {
         steps.iter().map(|step| self.read_manifest(*step)).collect()

@@ -23,7 +23,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtruntime import _native
-from dtruntime.errors import CoordinatorUnavailable
+from dtruntime.errors import CoordinatorUnavailable, InvalidArgument
 from dtruntime.ranks import launch
 from dtruntime.ranks.connecting import Security
 
@@ -70,6 +70,7 @@ def find(
         NotOpened: Rank 0 did not publish it within ``timeout`` seconds.
         CoordinatorUnavailable: The store that it is published in, or the coordinator itself, does
             not answer.
+        InvalidArgument: The ranks met through a file, and MASTER_ADDR is not set.
 
     """
     rendezvous = _rendezvous(environment)
@@ -108,8 +109,16 @@ def _rendezvous(environment: Mapping[str, str]) -> _Rendezvous | None:
         key = f"{key}/{environment.get('TORCHELASTIC_RUN_ID', '')}"
         return _Rendezvous(store, key, master, is_one_machine)
     group = launch.process_group(environment)
-    if group is None or group.store is None or not group.master:
+    if group is None or group.store is None:
         return None
+    if not group.master and group.world_size > 1:
+        raise InvalidArgument(
+            "looking for the coordinator that rank 0 hosts",
+            "the process group was initialized through a file, which does not say on which machine "
+            "the other ranks can reach rank 0",
+            "set the environment's MASTER_ADDR to rank 0's machine (127.0.0.1 if all ranks are on "
+            "one), or start a coordinator and pass `coordinator_url=`",
+        )
     return _Rendezvous(group.store, key, group.master, launch.is_loopback(group.master))
 
 

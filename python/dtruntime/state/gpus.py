@@ -57,12 +57,26 @@ class Consistency:
         self.streams: dict[int, int] = {}
         """By device: the current stream, of every device that the state is on."""
         self._updated = _storages_of(optimizers) if mode == "overlap" else frozenset()
+        self._renormalized: set[int] = set()
         self._hold: Hold | None = None
 
     @property
     def copies_in_background(self) -> bool:
         """Whether copies continue after the save has returned."""
         return bool(self.streams) and self.mode != "strict"
+
+    def note_module(self, module: Any) -> None:
+        """Note the parameters that a module of the state changes in forward, not only in a step.
+
+        Embeddings with ``max_norm`` renormalize the rows that they look up.
+        """
+        nn = sys.modules["torch"].nn if self.mode == "overlap" else None
+        if nn is None or not isinstance(module, nn.Module):
+            return
+        for part in module.modules():
+            if getattr(part, "max_norm", None) is not None and hasattr(part, "weight"):
+                weight = sharded_tensors.local_of(part.weight)
+                self._renormalized.add(weight.untyped_storage()._cdata)  # noqa: SLF001
 
     def place(self, storage: Any) -> GpuPlacement | None:
         """Return how a torch storage is copied; None if torch copies it to host memory."""
@@ -72,7 +86,9 @@ class Consistency:
         if device.index not in self.streams:
             self.streams[device.index] = current_stream(device.index)
         if self.mode == "overlap":
-            return GpuPlacement(device.index, storage._cdata not in self._updated)  # noqa: SLF001
+            number = storage._cdata  # noqa: SLF001
+            is_held = number in self._updated and number not in self._renormalized
+            return GpuPlacement(device.index, is_cloned=not is_held)
         return GpuPlacement(device.index, self.mode == "device-snapshot")
 
     def arm(self) -> None:

@@ -105,7 +105,7 @@ def flatten(
     [(13, (2, 0, False)), (2, 3, 'epoch'), (14, 1, 'lr'), (3, 0.1)]
 
     """
-    flattener = _Flattener(world_size)
+    flattener = _Flattener(world_size, consistency)
     with collector_paused():
         flattener.walk(state)
         nodes, table = flattener.nodes, flattener.table
@@ -157,7 +157,8 @@ def collector_paused() -> Iterator[None]:
 class _Flattener:
     """One walk over one state."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, consistency: Consistency | None = None) -> None:
+        self._consistency = consistency
         self.nodes: list[Node] = []
         self.table = TensorTable()
         self._world_size = world_size
@@ -237,6 +238,8 @@ class _Flattener:
         method = None if isinstance(value, type) else getattr(value, "state_dict", None)
         if not callable(method):
             raise self._unsupported(value)
+        if self._consistency is not None:
+            self._consistency.note_module(value)
         with self._inside(value):
             self._add(method(), key, is_keyed=is_keyed)
 

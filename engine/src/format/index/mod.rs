@@ -265,6 +265,24 @@ impl ShardIndex {
         self.storages.last().map_or(0, StorageRecord::raw_end)
     }
 
+    /// Checks, from the numbers of records and the bytes of plain values alone, that this can be
+    /// stored and read back.
+    pub(crate) fn check_size(&self) -> Result<(), FormatError> {
+        for (what, count, most) in [
+            ("nodes", self.nodes.len(), tree::NODES_MAX),
+            ("storages", self.storages.len(), STORAGES_MAX),
+            ("tensors", self.tensors.len(), TENSORS_MAX),
+        ] {
+            ensure!(count <= most, "the index has {count} {what}, at most {most}");
+        }
+        let value_bytes = tree::value_bytes(&self.nodes);
+        ensure!(
+            value_bytes <= INDEX_BYTES_MAX,
+            "plain values take {value_bytes} bytes, at most {INDEX_BYTES_MAX}"
+        );
+        Ok(())
+    }
+
     /// Everything but chunks, which the length of the file bounds.
     fn record_count(&self) -> u64 {
         (self.nodes.len() + self.storages.len() + self.tensors.len()) as u64

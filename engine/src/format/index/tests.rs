@@ -663,3 +663,15 @@ fn decode_in_sample(wire: &[u8]) -> Result<ShardIndex, FormatError> {
     let context = context(&sample(), &encoded.stored);
     ShardIndex::decode(&encoded.stored, encoded.raw_bytes, &context)
 }
+
+#[test]
+fn what_is_too_large_to_be_stored_is_known_before_it_is_encoded() {
+    assert!(ShardIndex::default().check_size().is_ok());
+    // Memory that nobody touches, and so takes none.
+    let half = || vec![0; usize::try_from(INDEX_BYTES_MAX / 2).unwrap()];
+    let nodes = vec![node(None, Value::Bytes(half())), node(None, Value::Bytes(half()))];
+    let mut large = ShardIndex { nodes, ..ShardIndex::default() };
+    assert!(large.check_size().is_ok());
+    large.nodes.push(node(None, Value::Str("a".into())));
+    assert!(large.check_size().unwrap_err().to_string().contains("1073741825 bytes"));
+}

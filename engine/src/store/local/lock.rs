@@ -175,7 +175,12 @@ impl WriterLock {
         match locks.try_lock(&path, LockFile::Create) {
             Ok(Some(lock)) => {
                 let writer = Self { lock, path };
-                writer.sign().context("signing the writer lock", &writer.path)?;
+                if let Err(error) = writer.sign() {
+                    // It only names the holder in messages. On a full disk, a store must open, or
+                    // nothing could be deleted.
+                    tracing::debug!(path = %writer.path.display(), %error, "signing the writer \
+                        lock failed");
+                }
                 Ok(writer)
             }
             Ok(None) => Err(busy(store, &path)),
@@ -221,9 +226,11 @@ impl WriterLock {
             host: host_name(),
             since_unix_seconds: since.as_secs(),
         };
+        let text = holder.to_string();
         self.with_descriptor(|descriptor| {
-            rustix::fs::ftruncate(descriptor, 0)?;
-            rustix::io::pwrite(descriptor, holder.to_string().as_bytes(), 0)?;
+            // In this order: the block that is there is written again, which a full disk allows.
+            rustix::io::pwrite(descriptor, text.as_bytes(), 0)?;
+            rustix::fs::ftruncate(descriptor, text.len() as u64)?;
             Ok(())
         })
     }

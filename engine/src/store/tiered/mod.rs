@@ -64,9 +64,17 @@ pub struct TieredStore {
     far: Arc<dyn Store>,
     /// Of a writer.
     uploader: Option<Uploader>,
-    /// Steps whose near checkpoint another machine's writer has replaced.
-    outdated: Mutex<BTreeSet<u64>>,
+    outdated: Mutex<Outdated>,
     unanswered: Mutex<BTreeSet<u64>>,
+}
+
+/// Steps whose near checkpoint another machine's writer has replaced.
+#[derive(Debug, Default)]
+struct Outdated {
+    steps: BTreeSet<u64>,
+    /// Those that a save of this process has replaced in turn, until it is known whether the
+    /// replacement stays.
+    passed: BTreeSet<u64>,
 }
 
 impl TieredStore {
@@ -74,8 +82,26 @@ impl TieredStore {
     pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Result<Self> {
         let here = Contents::read(near.as_ref(), &near.list()?, None)?;
         let there = Contents::read(far.as_ref(), &far.list()?, None)?;
-        let outdated = Mutex::new(differences(&here, &there).outdated);
+        let steps = differences(&here, &there).outdated;
+        let outdated = Mutex::new(Outdated { steps, ..Outdated::default() });
         Ok(Self { near, far, uploader: None, outdated, unanswered: Mutex::default() })
+    }
+
+    /// Looks again, for a reader, which of the outdated steps still are: the near store's writer
+    /// may have saved them once more.
+    fn recheck_outdated(&self, near: &[StepListing], far: &[StepListing]) -> Result<()> {
+        let steps = self.outdated().steps.clone();
+        if self.uploader.is_some() || steps.is_empty() {
+            return Ok(());
+        }
+        let of = |listing: &[StepListing]| -> Vec<StepListing> {
+            listing.iter().filter(|step| steps.contains(&step.step)).cloned().collect()
+        };
+        let here = Contents::read(self.near.as_ref(), &of(near), None)?;
+        let there = Contents::read(self.far.as_ref(), &of(far), None)?;
+        let Differences { outdated, unsure, .. } = differences(&here, &there);
+        self.outdated().steps = &outdated | &(&steps & &unsure);
+        Ok(())
     }
 
     /// For writing: starts the uploader, with what earlier processes left to do. `share` is of a
@@ -109,17 +135,18 @@ impl TieredStore {
             waiting,
             unsure,
         }));
-        let (uploader, outdated) = (Some(Uploader::start(work)?), Mutex::new(outdated));
+        let outdated = Mutex::new(Outdated { steps: outdated, ..Outdated::default() });
+        let uploader = Some(Uploader::start(work)?);
         Ok(Self { near, far, uploader, outdated, unanswered: Mutex::default() })
     }
 
     /// Whether the far store's checkpoint of the step counts, though the near one has one, too.
     fn is_outdated(&self, step: u64) -> bool {
-        self.outdated().contains(&step)
+        self.outdated().steps.contains(&step)
     }
 
-    fn outdated(&self) -> MutexGuard<'_, BTreeSet<u64>> {
-        // Every critical section is one call of a set's.
+    fn outdated(&self) -> MutexGuard<'_, Outdated> {
+        // Every critical section is a call or two of a set's.
         self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -200,6 +227,7 @@ impl Store for TieredStore {
         // Of what is in both, the near one's counts.
         let far = self.work().map_or_else(|| self.far.list(), |work| Ok(work.view.list()))?;
         let mut near = self.near.list()?;
+        self.recheck_outdated(&near, &far)?;
         near.retain(|step| !self.is_outdated(step.step));
         for step in far.into_iter().chain(near) {
             let files = steps.entry(step.step).or_default();
@@ -225,6 +253,10 @@ impl Store for TieredStore {
             Err(error @ EngineError::Io { .. }) => self.repaired(step)?.map(Some).ok_or(error),
             near => near,
         }
+    }
+
+    fn read_local_manifest(&self, step: u64) -> Result<Option<Vec<u8>>> {
+        self.near.read_manifest(step)
     }
 
     fn read_manifests(&self, steps: &[u64]) -> Vec<Result<Option<Vec<u8>>>> {
@@ -278,12 +310,22 @@ impl Store for TieredStore {
             None => None,
         };
         self.near.publish(Publication { replaces, ..publication })?;
-        self.outdated().remove(&publication.step);
+        let mut outdated = self.outdated();
+        if outdated.steps.remove(&publication.step) {
+            outdated.passed.insert(publication.step);
+        } else {
+            outdated.passed.remove(&publication.step);
+        }
         Ok(())
     }
 
     fn unpublish(&self, step: u64, attempt: AttemptId, replaced: Option<&[u8]>) -> Result<()> {
-        self.near.unpublish(step, attempt, replaced)
+        self.near.unpublish(step, attempt, replaced)?;
+        let mut outdated = self.outdated();
+        if outdated.passed.remove(&step) {
+            outdated.steps.insert(step);
+        }
+        Ok(())
     }
 
     // A reader's near store refuses what follows, and says why.

@@ -313,6 +313,67 @@ fn a_manifest_that_only_the_far_store_has_whole_is_waited_for_and_not_passed_ove
     }
 }
 
+/// Two stores with an attempt of step 1 each, of which the far one began later.
+fn outdated_places() -> [TempDir; 2] {
+    let [near, far] = places(&[1]);
+    save(far.path(), 1);
+    let mut manifest = Manifest::decode(&manifest_of(&near)).unwrap();
+    manifest.created_unix_ms = 1;
+    let path = near.path().join(names::step_dir_name(1)).join(names::MANIFEST_FILE);
+    std::fs::write(path, manifest.encode().unwrap()).unwrap();
+    [near, far]
+}
+
+fn manifest_of(place: &TempDir) -> Vec<u8> {
+    let step = place.path().join(names::step_dir_name(1));
+    std::fs::read(step.join(names::MANIFEST_FILE)).unwrap()
+}
+
+#[test]
+fn a_reader_takes_a_step_from_here_again_once_it_is_saved_again() {
+    let [near, far] = outdated_places();
+    let open = |place: &TempDir| {
+        let io = open_backend(IoBackend::Threads, DirectIo::Auto).unwrap();
+        Arc::new(LocalStore::open(place.path(), Access::Read, io, 1 << 20).unwrap())
+    };
+    let reader = TieredStore::reader(open(&near), open(&far)).unwrap();
+    reader.list().unwrap();
+    assert_eq!(reader.read_manifest(1).unwrap(), Some(manifest_of(&far)));
+    std::fs::remove_dir_all(near.path().join(names::step_dir_name(1))).unwrap();
+    save(near.path(), 1);
+    reader.list().unwrap();
+    assert_eq!(reader.read_manifest(1).unwrap(), Some(manifest_of(&near)));
+}
+
+#[test]
+fn a_save_that_replaces_an_outdated_step_asks_nobody_far_and_leaves_it_outdated_if_it_fails() {
+    let [near, far] = outdated_places();
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = Arc::clone(&is_away);
+    let far_store = Ruled::open(far.path(), move |_| {
+        if away.load(Ordering::Relaxed) { Err(eio("the far store")) } else { Ok(()) }
+    });
+    let tier = tier(Ruled::sound(near.path()), far_store);
+    assert!(tier.is_outdated(1));
+    is_away.store(true, Ordering::Relaxed);
+    let replaced = tier.read_local_manifest(1).unwrap().unwrap();
+    assert_eq!(replaced, manifest_of(&near));
+    let attempt = AttemptId([7; 16]);
+    let mut manifest = Manifest::decode(&replaced).unwrap();
+    (manifest.attempt, manifest.shards) = (attempt.to_string(), Vec::new());
+    tier.publish(Publication {
+        step: 1,
+        attempt,
+        manifest: &manifest.encode().unwrap(),
+        replaces: Manifest::decode(&manifest_of(&far)).unwrap().attempt_id().ok(),
+        shards: &[],
+    })
+    .unwrap();
+    assert!(!tier.is_outdated(1));
+    tier.unpublish(1, attempt, Some(&replaced)).unwrap();
+    assert!(tier.is_outdated(1) && manifest_of(&near) == replaced);
+}
+
 #[test]
 fn what_another_rank_brought_is_still_seen_after_an_upload() {
     let [near, far] = places(&[1]);
