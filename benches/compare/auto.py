@@ -4,8 +4,8 @@
 
 The real device is slowed to several rates by `blkio.throttle.write_bps_device`, which counts direct
 writes to the group of the process that makes them; the engine writes with direct I/O. At each rate
-the three settings save in turns, each in a worker of its own. Then the same three save, on the
-device as it is, while a training loop wants every core.
+the three settings save in turns, each in its own worker. Then the same three save at the device's
+full speed, while a training loop uses every core.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     make fleet    about four minutes
 
-The load is `benches/fleet.rs`, on the same cores as what it is put on. Beside the coordinator's
-heartbeats stand the keep-alives of as many leases in etcd, beside its barrier that of torch's own
-store. Where etcd is not installed its rows are left out, and the run says so.
+The load is `benches/fleet.rs`, on the same cores as the service that it loads. The coordinator's
+heartbeats are compared with the keep-alives of as many leases in etcd, its barrier with that of
+torch's own store. If etcd is not installed, its rows are left out, and the run says so.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Samples a CPU second of a ``ShardedDataset`` beside a bare loop over the same files.
+"""Samples per CPU second of a ``ShardedDataset`` and of a bare loop over the same files.
 
     .ci/env python benches/compare/data_loading.py
 
 One process reads files of short JSON lines, the loaders in batches of 64: counting and reading
 ahead is then a larger part of the work than in any training. Files are in the page cache. CPU
-seconds count every thread of the process; other work moves them less than the clock.
+seconds count every thread of the process; other work on the machine affects them less than the
+clock.
 
 Always holds: each way reads the same samples, and their checksum is compared.
 """

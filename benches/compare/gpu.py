@@ -3,7 +3,7 @@
     make bench-gpu                                   # here, some minutes
     make bench-gpu ARGS="--gigabytes 2 --rounds 2"   # less
     python benches/compare/gpu.py                    # after `pip install dtruntime-...whl`
-    python benches/compare/gpu.py --device cpu --gigabytes 0.05   # tries the script, no more
+    python benches/compare/gpu.py --device cpu --gigabytes 0.05   # only tries the script
 
 What is measured, each as the median of several rounds after a warm-up:
 
@@ -16,8 +16,8 @@ What is measured, each as the median of several rounds after a warm-up:
 - the disk: the checkpoint's file, read by several threads around the page cache;
 - loads into fresh memory of the GPU, and restores in place, with no file in the page cache.
 
-Always holds: whatever was not done as it is said here is said in the output. Twice the state is on
-the disk at most.
+Always holds: the output says what was not done as described here. The disk holds at most twice the
+state.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The machine: its description in reports, and what a run needs from it.
 
-Dropping the page cache and reserving huge pages need root, and touch what else runs. Without them
-the cache is dropped file by file, which a report says, and fio's buffers are made huge by the
-allocator.
+Dropping the page cache and reserving huge pages need root, and affect other processes. Without
+them the cache is dropped file by file, which a report says, and the allocator provides huge pages
+for fio's buffers.
 """
 
 from __future__ import annotations

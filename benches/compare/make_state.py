@@ -90,7 +90,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """Return the scores of every next byte."""
+        """Score every next byte."""
         scores: torch.Tensor = self.output(
             self.norm(self.blocks(self.embedding(text) + self.position))
         )
@@ -98,14 +98,14 @@ class GPT(nn.Module):
 
 
 def read_corpus() -> torch.Tensor:
-    """Read the standard library's top-level modules, sorted by name, up to a limit."""
+    """Read the standard library's top-level modules, in order of name, up to a limit."""
     folder = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return torch.frombuffer(bytearray(text[:CORPUS_BYTES_MAX]), dtype=torch.uint8)
 
 
 def batches(size: Size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Return text at random places, and the byte that follows each of its bytes."""
+    """Give text at random places, and the byte that follows each of its bytes."""
     corpus = read_corpus()
     generator = torch.Generator().manual_seed(size.steps)
     for _ in range(size.steps):
@@ -116,7 +116,7 @@ def batches(size: Size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(size: Size) -> State:
-    """Train, and return the state as a training script would save it."""
+    """Train, and give the state as a training script would save it."""
     torch.manual_seed(1234)
     torch.use_deterministic_algorithms(mode=True)
     torch.set_num_threads(THREADS)
@@ -139,7 +139,7 @@ def train(size: Size) -> State:
 
 
 def round_weights(model: nn.Module, masters: dict[str, torch.Tensor]) -> None:
-    """Copy the master copy to the model, rounded to bf16."""
+    """Give the model what bf16 keeps of the master copy."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(masters[name].bfloat16())
@@ -164,5 +164,5 @@ def state_of(
 
 
 def say(text: str) -> None:
-    """Print progress."""
+    """Tell the person who waits."""
     print(text, file=sys.stderr, flush=True)

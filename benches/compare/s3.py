@@ -2,8 +2,8 @@
 
     make compare-s3    about four minutes; the row of `aws` needs root, for port 80
 
-The service is that of the tests, a process of its own that keeps its objects in memory, on the same
-cores as the clients. Everybody saves the same tensors, seeded; clients take turns, each in a new
+The service is that of the tests, a separate process that keeps its objects in memory, on the same
+cores as the clients. All clients save the same tensors, seeded; they take turns, each in a new
 process that saves once to warm up, then saves and restores once, timed. Every tensor that comes
 back is compared.
 """

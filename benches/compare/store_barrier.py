@@ -1,11 +1,11 @@
-"""A barrier of many ranks in torch's own store, which the fleet's figures are set beside.
+"""A barrier of many ranks in torch's own store, to compare the fleet's figures with.
 
     python store_barrier.py 1024 10
 
-The store's server is a process of its own, and so is every quarter of the ranks, each rank a thread
-with a connection. A barrier is what `torch.distributed` makes of a store: everybody adds one to a
-counter, who finds it complete sets a key, and everybody waits for that key. Prints, for each round,
-the milliseconds from the last arrival until the last rank has continued.
+The store's server is a separate process, and so is every quarter of the ranks, each rank a thread
+with a connection. A barrier works as in `torch.distributed`: every rank adds one to a counter, the
+one that completes it sets a key, and all wait for that key. Prints, for each round, the
+milliseconds from the last arrival until the last rank has continued.
 """
 
 from __future__ import annotations

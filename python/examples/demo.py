@@ -3,8 +3,8 @@
 Trains the small GPT of `train_gpt.py` three times: without interruption; until SIGKILL strikes
 while a save is in flight; and from there, resumed. Then compares the two loss curves bit by bit,
 looks at the store with `ckpt-tool`, and prints what the saves cost. Ends with exit status 1 when
-any claim fails. With `--remote s3://bucket/prefix` the checkpoints are brought there too, below a
-prefix of this run's own, and verified there.
+any claim fails. With `--remote s3://bucket/prefix` the checkpoints are also uploaded, below a
+prefix of this run, and verified there.
 """
 
 from __future__ import annotations

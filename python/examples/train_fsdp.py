@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 4 python/examples/train_fsdp.py runs/fsdp --steps 20
     torchrun --nproc-per-node 2 python/examples/train_fsdp.py runs/fsdp --steps 40
 
-Every rank saves its parts of the parameters and of the optimizer's moments; what is no sharded
-tensor (the optimizer's settings, the step) is the same on all ranks, and ``replicated="*"`` says
-so: any number of ranks puts its own parts together from that. It runs on GPUs where there are
-some, else on the processor.
+Every rank saves its parts of the parameters and of the optimizer's moments; everything
+else (the optimizer's settings, the step) is the same on all ranks, which ``replicated="*"``
+declares: any number of ranks can assemble its own parts from that. It runs on GPUs if there are
+any, else on the processor.
 """
 
 from __future__ import annotations

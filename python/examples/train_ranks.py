@@ -4,12 +4,12 @@
 
 Model and optimizer are the same on all ranks, so each writes a part of them under the same step,
 and any number of ranks can continue from there: the checkpoint exists when all parts are durable.
-Rank 0 hosts the coordinator, unless COORDINATOR_URL names one. It runs on GPUs where there are
-some, else on the processor. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step,
+Rank 0 hosts the coordinator, unless COORDINATOR_URL names one. It runs on GPUs if there are
+any, else on the processor. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step,
 once.
 
-Where ranks do not share a disk, ``--remote s3://bucket/run`` gives each a directory of its own
-below the store, and what all have saved goes to S3.
+Where ranks do not share a disk, ``--remote s3://bucket/run`` gives each its own directory
+below the store, and complete checkpoints are uploaded to S3.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     .ci/env python tests/fuzz/fuzz.py index
 
-`DTR_TORTURE_STATES` says for how many seconds, and `DTR_TORTURE_FIRST`, the seconds before, seeds
+`DTR_TORTURE_STATES` is the number of seconds, and `DTR_TORTURE_FIRST`, the seconds before, seeds
 the fuzzer. The corpus that it grows, and the programs, stay in the cache; the committed one comes
 with every run. An input takes at most 256 MiB and 5 s.
 """

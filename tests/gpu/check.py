@@ -8,8 +8,8 @@ Every check says what it tried and how often; the first one that fails ends the 
 cannot be tried says why, and is counted.
 
 Always holds: where order counts, the GPU is given work that keeps it busy for a tenth of a second
-first. So a copy that does not wait for what was asked before it, or an update that does not wait
-for a copy, shows as wrong bytes.
+first. So a copy that does not wait for earlier work, or an update that does not wait for a copy,
+shows as wrong bytes.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def every_dtype_comes_back(checks: Checks) -> str:
     return f"{count} tensors" + (f"; this PyTorch has no {lacking}" if lacking else "")
 
 
-def what_training_does_next_is_not_saved(checks: Checks) -> str:
+def later_changes_are_not_saved(checks: Checks) -> str:
     """Change every tensor right after the save has returned, in each mode."""
     count = 0
     for mode in gpus.MODES:
@@ -170,7 +170,7 @@ def what_training_does_next_is_not_saved(checks: Checks) -> str:
     return f"{count} saves"
 
 
-def what_training_did_before_is_saved(checks: Checks) -> str:
+def earlier_changes_are_saved(checks: Checks) -> str:
     """Save while the GPU has not yet done what it was given; change it again right after."""
     count = 0
     for mode in gpus.MODES:
@@ -313,7 +313,7 @@ def train(
     return [loss.item() for loss in losses]
 
 
-def training_does_not_notice(checks: Checks) -> str:
+def training_is_unaffected(checks: Checks) -> str:
     """Train with a save after each step, in each mode; the losses are those of a run without."""
     steps = 100 // min(checks.scale, 10)
     expected = train(checks, steps, lambda *_: None)
@@ -330,7 +330,7 @@ def training_does_not_notice(checks: Checks) -> str:
     return f"{steps} saves in each of {len(gpus.MODES)} modes"
 
 
-def a_training_is_taken_back(checks: Checks) -> str:
+def a_training_is_restored(checks: Checks) -> str:
     """Restore weights and optimizer in place; training then continues as it did the first time."""
     weight = checks.noise(1, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -398,10 +398,10 @@ def graphs_are_refused(checks: Checks) -> str:
     return "1 capture"
 
 
-def a_captured_step_is_no_trap(checks: Checks) -> str:
+def a_captured_step_is_handled(checks: Checks) -> str:
     """Capture a step while a save copies, and replay it: no hook runs then."""
     if checks.device.type != "cuda":
-        checks.skip("a_captured_step_is_no_trap", "there is no GPU")
+        checks.skip("a_captured_step_is_handled", "there is no GPU")
         return ""
     weight = checks.noise(1, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -439,14 +439,14 @@ def bad_calls_are_explained(checks: Checks) -> str:
     return "2 calls"
 
 
-def the_sanitizer_finds_nothing(checks: Checks) -> str:
+def the_sanitizer_finds_no_error(checks: Checks) -> str:
     """Run a small part of this again under NVIDIA's compute-sanitizer."""
     tool = shutil.which("compute-sanitizer")
     if checks.device.type != "cuda" or tool is None:
         why = "there is no GPU" if checks.device.type != "cuda" else "it is not installed"
-        checks.skip("the_sanitizer_finds_nothing", why)
+        checks.skip("the_sanitizer_finds_no_error", why)
         return ""
-    only = "what_training_does_next_is_not_saved"
+    only = "later_changes_are_not_saved"
     script = [sys.executable, __file__, "--quick", "--device", str(checks.device), "--only", only]
     # Calls of PyTorch that fail and are handled are no finding. Without PyTorch's
     # cache every tensor is an allocation that the tool knows the bounds of.
@@ -465,19 +465,19 @@ def the_sanitizer_finds_nothing(checks: Checks) -> str:
 
 CHECKS = [
     every_dtype_comes_back,
-    what_training_does_next_is_not_saved,
-    what_training_did_before_is_saved,
+    later_changes_are_not_saved,
+    earlier_changes_are_saved,
     every_optimizer_waits,
     a_frozen_average_may_change,
     a_state_larger_than_the_staging_memory_is_saved,
     two_gpus_are_saved,
-    training_does_not_notice,
-    a_training_is_taken_back,
+    training_is_unaffected,
+    a_training_is_restored,
     memory_stays_flat,
     graphs_are_refused,
-    a_captured_step_is_no_trap,
+    a_captured_step_is_handled,
     bad_calls_are_explained,
-    the_sanitizer_finds_nothing,
+    the_sanitizer_finds_no_error,
 ]
 
 

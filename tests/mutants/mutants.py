@@ -3,7 +3,7 @@
     .ci/env python tests/mutants/mutants.py                  all of them
     .ci/env python tests/mutants/mutants.py sync-retried     only this one
 
-A mutant is a patch beside this file. It takes one thing out that a promise rests on, and opens
+A mutant is a patch beside this file. It removes one thing that a promise depends on, and opens
 with what that is and with the test that must catch it, of the tests of a promise (`crash`,
 `readers`, `ranks`, `s3`, `stand_in` for GPUs, `machine` for the coordinator) or of the engine's own
 (`engine` beside the code, `engine_tests` in `tests/engine`). Each is applied by itself to a copy of

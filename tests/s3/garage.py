@@ -1,10 +1,10 @@
-"""Run the tests of S3 against Garage, a service that is not ours.
+"""Run the tests of S3 against Garage, an independent service.
 
     make test-s3                     Garage on this machine; the first time it is built, ten minutes
-    make test-s3 ARGS="round_trip"   only the tests whose names have this in them
+    make test-s3 ARGS="round_trip"   only the tests whose names contain this
 
-Any other service takes its place where the environment names one: see `place.rs`. Garage is one
-node with its metadata in SQLite, on loopback, in a directory that goes when the tests have ended.
+Another service is used if the environment names one: see `place.rs`. Garage is one
+node with its metadata in SQLite, on loopback, in a directory that is removed after the tests.
 It ignores conditions on writes, which the engine has to notice and guard against.
 """
 

@@ -6,13 +6,13 @@ loom      runs the tests named `models` in every order of their threads' steps: 
           what is in flight, the early sync, failing and ending of a save
 miri      interprets the unsafe code that it knows: buffers and their parts, byte planes in plain
           code and AVX2
-address   AddressSanitizer on the engine's own tests, on those from its front door, and on those of
+address   AddressSanitizer on the engine's own tests, on those of its public interface, and those of
           copies between GPUs and the host
 thread    ThreadSanitizer on the same
 
 All but loom need a nightly toolchain, thread and miri also its `rust-src`, and miri itself. What is
 built stays in the cache.
-Code in C, and std where address runs, is not instrumented: only what crosses its border is checked.
+Code in C, and std under address, is not instrumented: only what crosses its border is checked.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ After several lines `torture: tried` the last one counts. A command that prints 
 succeeds has not run what it should, and that counts as a violation, too.
 
 What was run is recorded in `${DTRUNTIME_CACHE:-~/.cache/dtruntime}/torture/`, one record for each
-state of the engine's sources: what an older engine survived says nothing of this one. After a
-violation the row stands still until its states pass; its output is kept beside the record.
+state of the engine's sources: results of an older engine say nothing about this one. After a
+violation the row does not continue until its states pass; its output is kept beside the record.
 """
 
 from __future__ import annotations
