@@ -4,8 +4,8 @@
 
 The real device is slowed to several rates by `blkio.throttle.write_bps_device`, which counts direct
 writes to the group of the process that makes them; the engine writes with direct I/O. At each rate
-the three settings save in turns, each in a worker of its own. Then the same three save, on the
-device as it is, while a training loop wants every core.
+the three settings save in turns, each in its own worker. Then the same three save at the device's
+full speed, while a training loop uses every core.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Throttle:
 
 @contextlib.contextmanager
 def throttle(folder: Path) -> Iterator[Throttle]:
-    """Make a group for the device that a folder lies on, for as long as the block runs."""
+    """Make a group for the device of a folder while the block runs."""
     with blkio_mounted() as root:
         group = root / f"dtruntime-compare-{os.getpid()}"
         group.mkdir()
@@ -78,7 +78,7 @@ def throttle(folder: Path) -> Iterator[Throttle]:
 
 @contextlib.contextmanager
 def blkio_mounted() -> Iterator[Path]:
-    """Give the folder of the blkio controller, mounting it if nobody has."""
+    """Return the folder of the blkio controller, mounting it if needed."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ", 1)
         kind, _, options = right.split(maxsplit=2)
@@ -101,7 +101,7 @@ def blkio_mounted() -> Iterator[Path]:
 
 
 def whole_device(folder: Path) -> str:
-    """Give the number of the disk that a folder lies on; a partition cannot be slowed."""
+    """Return the number of a folder's disk; a partition cannot be slowed."""
     number = folder.stat().st_dev
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     if not entry.exists():
@@ -166,7 +166,7 @@ class Run:
 
 
 def rate_row(results: Results, rate: str) -> str:
-    """Give the row of one rate, with the verdict."""
+    """Return the row of one rate, with the verdict."""
     raw = results.median(rate, "raw_bytes")
     none, floats, auto = (results.median(rate, codec) for codec in CODECS)
     ratio = auto / min(none, floats)

@@ -22,7 +22,7 @@ WIDTH = 960
 LABELS_WIDTH = 176
 PANEL_WIDTH = 184
 PANEL_GAP = 16
-VALUE_WIDTH = 58  # what a number beside the longest bar takes
+VALUE_WIDTH = 58  # the width of a number beside the longest bar
 HEAD_HEIGHT = 64
 ROW_HEIGHT = 25
 BAR_HEIGHT = 15
@@ -56,7 +56,7 @@ class Panel:
     title: str
     figure: str
     limit: tuple[str, str]
-    """Of whom, and which of its figures."""
+    """The subject, and the name of the figure."""
     limit_title: str
 
 
@@ -70,7 +70,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Whose figures stand side by side."""
+    """An engine whose figures are drawn side by side."""
 
     key: str
     title: str
@@ -82,7 +82,7 @@ DIRECT = Row("direct", "dtruntime, direct=True", is_ours=True)
 
 
 def rows_of(results: Results) -> list[Row]:
-    """Give the engines that were measured, ours first."""
+    """Return the engines that were measured, ours first."""
     entrants = [e for e in engines.ENTRANTS if e.key in results.values]
     rows = [Row(e.key, e.title.replace("`", ""), e.is_ours) for e in entrants]
     ours = [row for row in rows if row.is_ours]
@@ -96,7 +96,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def draw(results: Results, machine: str) -> str:
-    """Give the whole picture."""
+    """Return the whole picture."""
     rows = rows_of(results)
     height = HEAD_HEIGHT + ROW_HEIGHT * len(rows) + FOOT_HEIGHT
     raw = f"{results.raw_bytes / 1e9:.2f} GB"
@@ -152,7 +152,7 @@ def draw_panel(panel: Panel, results: Results, rows: list[Row], left: float) -> 
 
 
 def middle_of(row: int) -> float:
-    """Give the baseline of a row's text."""
+    """Return the baseline of a row's text."""
     return HEAD_HEIGHT + row * ROW_HEIGHT + ROW_HEIGHT / 2 + 3
 
 

@@ -1,13 +1,13 @@
-"""Measure this engine beside its peers and beside what the machine can do, in one run.
+"""Measure this engine, its peers, and what the machine can do, in one run.
 
     make compare                                    a quarter of an hour; needs fio, best as root
     make compare ARGS="--quick"                     a smaller state, fewer rounds: about two minutes
     make compare ARGS="--readme benches/README.md"  also updates its table, and the chart
 
-Every engine has a process of its own that lives for the whole run; all of them map the same copy
-of one real training state. A round has each of them save, load and restore once, in an order that
-shifts from round to round, beside the bare copy and fio, so that the machine's moods hit all alike.
-The first round warms up; tables show the medians of the others.
+Every engine has its own process for the whole run; all of them map the same copy of one real
+training state. A round has each of them save, load and restore once, in an order that shifts from
+round to round, with the bare copy and fio, so that changes in the machine's speed affect all of
+them equally. The first round warms up; tables show the medians of the others.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Run:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        """Have a worker for each entrant while the block runs."""
+        """Run a worker for each entrant while the block runs."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.shared.close)
             for entrant in (*self.entrants, FIO):
@@ -154,24 +154,24 @@ class Run:
         self.others()
 
     def next_step(self) -> int:
-        """Count up; no step is saved twice."""
+        """Return the next step: none is saved twice."""
         self.step += 1
         return self.step
 
     def drop_caches(self) -> None:
-        """Have nothing that was written in the page cache, and free memory to read it into."""
+        """Drop what was written from the page cache, and free memory to read it into."""
         drop_caches(self.root, as_root=self.as_root)
         have_free_memory(self.results.raw_bytes)
 
     def remove(self, worker: Worker, step: int) -> None:
-        """Delete a checkpoint, and wait until the device knows."""
+        """Delete a checkpoint, and wait until the device has discarded it."""
         worker.ask("remove", step=step)
         os.sync()
 
     def first_save(self, entrant: Entrant) -> None:
         """Save for the first time, watching memory."""
         worker, step = self.workers[entrant.key], self.next_step()
-        answer = worker.ask_and_watch("save", step=step)
+        answer = worker.request_with_memory("save", step=step)
         self.results.add(entrant.key, "first_stall_seconds", answer["stall_seconds"])
         self.results.add(entrant.key, "extra_bytes", answer["extra_bytes"])
         self.remove(worker, step)
@@ -200,7 +200,7 @@ class Run:
         self.remove(worker, step)
 
     def read_cold(self, entrant: Entrant, command: str, **arguments: object) -> dict[str, Any]:
-        """Have a checkpoint read that is nowhere in memory, and give what that took."""
+        """Read a checkpoint that is not in memory, and return what that took."""
         self.drop_caches()
         figures: dict[str, Any] = self.workers[entrant.key].ask(command, **arguments)
         if not figures.pop("identical"):
@@ -211,7 +211,7 @@ class Run:
         return figures
 
     def pair(self, fio: Fio) -> None:
-        """Have fio and this engine write the same bytes, one after the other."""
+        """Write the same bytes with fio and with this engine, one after the other."""
         worker, step = self.workers["dtruntime_none"], self.next_step()
         self.results.add("pair", "fio_seconds", fio.write_seconds(huge=True))
         fio.remove()
@@ -261,7 +261,7 @@ class Run:
         worker.ask("open", engine="", folder="small", settings=settings)
         for number in range(1 + self.plan.first_rounds):
             step = self.next_step()
-            answer = worker.ask_and_watch("save", step=step)
+            answer = worker.request_with_memory("save", step=step)
             if number == 0:
                 self.results.add("small", "extra_bytes", answer["extra_bytes"])
             else:
@@ -284,7 +284,7 @@ class Run:
                 worker.ask("close")
 
     def endurance(self, worker: Worker) -> None:
-        """Save many times, and see what stays behind."""
+        """Save many times, and measure what is left behind."""
         saves = self.plan.endurance_saves
         warm_saves = max(saves // 10, 1)
         worker.ask("use_part", part_bytes=ENDURANCE_PART_BYTES)
@@ -297,7 +297,7 @@ class Run:
 
 
 def shifted(entrants: list[Entrant], by: int) -> list[Entrant]:
-    """Begin with another one each time."""
+    """Start with another one each time."""
     by %= len(entrants)
     return entrants[by:] + entrants[:by]
 
@@ -325,7 +325,7 @@ def parse() -> argparse.Namespace:
 
 
 def competitors() -> list[Entrant]:
-    """Give the entrants whose packages are here, and name the others."""
+    """Return the entrants whose packages are here, and print the names of the others."""
     present = []
     for entrant in engines.ENTRANTS:
         if missing := entrant.missing():
@@ -336,7 +336,7 @@ def competitors() -> list[Entrant]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Run, and give everything that is known about the run."""
+    """Run, and return everything that is known about the run."""
     plan = PLANS[options.size]
     entrants = competitors()
     folder = state.ensure(peers.cache_folder(), plan.size)

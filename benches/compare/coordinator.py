@@ -1,10 +1,10 @@
-"""Put the coordinator under the load of ten thousand workers, and others beside it, in one run.
+"""Measure the coordinator under the load of ten thousand workers, and others, in one run.
 
     make fleet    about four minutes
 
-The load is `benches/fleet.rs`, on the same cores as what it is put on. Beside the coordinator's
-heartbeats stand the keep-alives of as many leases in etcd, beside its barrier that of torch's own
-store. Where etcd is not installed its rows are left out, and the run says so.
+The load is `benches/fleet.rs`, on the same cores as the service that it loads. The coordinator's
+heartbeats are compared with the keep-alives of as many leases in etcd, its barrier with that of
+torch's own store. If etcd is not installed, its rows are left out, and the run says so.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ MUST = {
     "commit": "within 100 ms",
     "memory": "under 300 MB",
 }
-"""What the coordinator is held to."""
+"""The limits that the coordinator has to meet."""
 
 Figures = dict[str, tuple[int, float, float, float]]
 """By name: how many, and their median, p99 and maximum, in milliseconds."""
 
 
 def free_port() -> int:
-    """Give a port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -74,19 +74,19 @@ def running(command: list[str | Path], port: int, log: Path) -> Iterator[subproc
 
 
 def memory_mb(pid: int) -> float:
-    """Give the most memory that a process had resident."""
+    """Return the most memory that a process had resident."""
     match = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(match[1]) * 1024 / 1e6 if match else 0.0
 
 
 def cpu_seconds(pid: int) -> float:
-    """Give the processor time that a process used."""
+    """Return the processor time that a process used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def fleet(url: str, options: argparse.Namespace, *more: str) -> Figures:
-    """Put the load on a service."""
+    """Run the load against a service."""
     program = Path(os.environ["CARGO_TARGET_DIR"]) / "release" / "examples" / "fleet"
     numbers = [f"--{name}={getattr(options, name)}" for name in ("workers", "connections", "ranks")]
     numbers += [f"--seconds={options.seconds}", f"--rounds={options.rounds}"]
@@ -101,7 +101,7 @@ def fleet(url: str, options: argparse.Namespace, *more: str) -> Figures:
 
 
 def measure_coordinator(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Give the coordinator's figures, its memory, and its processor time."""
+    """Return the coordinator's figures, its memory, and its processor time."""
     port = free_port()
     program = shutil.which("coordinator")
     if program is None:
@@ -111,7 +111,7 @@ def measure_coordinator(scratch: Path, options: argparse.Namespace) -> dict[str,
         f"127.0.0.1:{port}",
         "--metrics-address=off",
         f"--state-path={scratch / 'journal.redb'}",
-        # The jobs that meet and save send no heartbeats.
+        # The jobs that use barriers and save send no heartbeats.
         "--set=coordinator.heartbeat_timeout_ms=600000",
     ]
     with running(command, port, scratch / "coordinator.log") as process:
@@ -121,7 +121,7 @@ def measure_coordinator(scratch: Path, options: argparse.Namespace) -> dict[str,
 
 
 def measure_etcd(scratch: Path, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Give the same of etcd, as far as it does the same; None where it is not installed."""
+    """Return the same of etcd, as far as it does the same; None where it is not installed."""
     program = shutil.which("etcd")
     if program is None:
         say("etcd is not installed: its row is left out (Debian: apt install etcd-server)")
@@ -148,7 +148,7 @@ def measure_etcd(scratch: Path, options: argparse.Namespace) -> dict[str, Any] |
 
 
 def measure_store(options: argparse.Namespace) -> list[float]:
-    """Give the milliseconds of each barrier in torch's store."""
+    """Return the milliseconds of each barrier in torch's store."""
     command = [sys.executable, HERE / "store_barrier.py", options.ranks, options.rounds]
     run = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE)
     return [float(line) for line in run.stdout.split()]

@@ -1,10 +1,11 @@
-"""Samples a CPU second of a ``ShardedDataset`` beside a bare loop over the same files.
+"""Samples per CPU second of a ``ShardedDataset`` and of a bare loop over the same files.
 
     .ci/env python benches/compare/data_loading.py
 
 One process reads files of short JSON lines, the loaders in batches of 64: counting and reading
 ahead is then a larger part of the work than in any training. Files are in the page cache. CPU
-seconds count every thread of the process; other work moves them less than the clock.
+seconds count every thread of the process; other work on the machine affects them less than the
+clock.
 
 Always holds: each way reads the same samples, and their checksum is compared.
 """
@@ -46,7 +47,7 @@ def write_files(folder: Path, samples: int) -> list[Path]:
 
 
 def bare(paths: Iterable[str]) -> Iterable[Any]:
-    """Read as a loop without anything would."""
+    """Read with a bare loop."""
     for path in paths:
         with open(path, "rb") as file:  # noqa: PTH123
             for line in file:
@@ -54,7 +55,7 @@ def bare(paths: Iterable[str]) -> Iterable[Any]:
 
 
 def measure(read: Callable[[], Iterable[Any]]) -> tuple[float, int, int]:
-    """Give samples a second of CPU time, how many there were, and their checksum."""
+    """Return samples a second of CPU time, how many there were, and their checksum."""
     begun, count, checksum = time.process_time(), 0, 0
     for sample in read():
         count += 1

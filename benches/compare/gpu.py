@@ -3,7 +3,7 @@
     make bench-gpu                                   # here, some minutes
     make bench-gpu ARGS="--gigabytes 2 --rounds 2"   # less
     python benches/compare/gpu.py                    # after `pip install dtruntime-...whl`
-    python benches/compare/gpu.py --device cpu --gigabytes 0.05   # tries the script, no more
+    python benches/compare/gpu.py --device cpu --gigabytes 0.05   # only tries the script
 
 What is measured, each as the median of several rounds after a warm-up:
 
@@ -16,8 +16,8 @@ What is measured, each as the median of several rounds after a warm-up:
 - the disk: the checkpoint's file, read by several threads around the page cache;
 - loads into fresh memory of the GPU, and restores in place, with no file in the page cache.
 
-Always holds: whatever was not done as it is said here is said in the output. Twice the state is on
-the disk at most.
+Always holds: the output says what was not done as described here. The disk holds at most twice the
+state.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEPS_AFTER = 10
-"""Training steps that run beside what a save leaves to do."""
+"""Training steps that run while a save continues in the background."""
 WIDTHS = {"cuda": 4096, "cpu": 256}
 BATCH_SIZES = {"cuda": 4096, "cpu": 64}
 """So large on a GPU that forward and backward take longer than the copy of the state."""
@@ -80,7 +80,7 @@ class Training:
         self.step()
 
     def state(self) -> dict[str, Any]:
-        """Give what is saved."""
+        """Return what is saved."""
         return {"model": self.model, "optimizer": self.optimizer}
 
     def tensors(self) -> int:
@@ -88,7 +88,7 @@ class Training:
         return 4 * len(self.model)
 
     def state_bytes(self) -> int:
-        """Give the bytes of the state."""
+        """Return the bytes of the state."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return 3 * weights
 
@@ -102,7 +102,7 @@ class Training:
         self.optimizer.step()
 
     def seconds_of_steps(self, before_update: Callable[[], object] | None = None) -> float:
-        """Train, and wait for the GPU at the end, and not before: copies go on beside it."""
+        """Train, and wait for the GPU only at the end: copies continue meanwhile."""
         start = time.perf_counter()
         self.step(before_update)
         for _ in range(STEPS_AFTER - 1):
@@ -159,7 +159,7 @@ def settle(device: torch.device) -> None:
 
 
 def bus_rate(device: torch.device, *, up: bool) -> float:
-    """Give bytes a second between the GPU and pinned memory."""
+    """Return bytes a second between the GPU and pinned memory."""
     count, has_gpu = BUS_BYTES[device.type], device.type == "cuda"
     on_gpu = torch.empty(count, dtype=torch.uint8, device=device)
     in_host = torch.empty(count, dtype=torch.uint8, pin_memory=has_gpu)
@@ -175,7 +175,7 @@ def bus_rate(device: torch.device, *, up: bool) -> float:
 
 
 def disk_rate(path: Path) -> float:
-    """Give bytes a second of reading a file around the page cache, by several threads."""
+    """Return bytes a second of reading a file around the page cache, by several threads."""
     size = path.stat().st_size
     try:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -216,7 +216,7 @@ def measure(training: Training, rounds: int, begin: Callable[[int], Begun]) -> T
 
 
 def measure_dcp(training: Training, rounds: int, folder: Path) -> Timings:
-    """Measure PyTorch's own, with memory that is pinned once."""
+    """Measure PyTorch's own saves, with memory that is pinned once."""
     state = {name: value.state_dict() for name, value in training.state().items()}
     writer = filesystem.FileSystemWriter(folder, thread_count=min(8, os.cpu_count() or 1))
     stager = make_stager(training)
@@ -238,7 +238,7 @@ def measure_dcp(training: Training, rounds: int, folder: Path) -> Timings:
 
 
 def make_stager(training: Training) -> Any:
-    """Make the stager that pins its memory and copies behind the training."""
+    """Create the stager that pins its memory and copies in the background."""
     if training.device.type != "cuda":
         return staging.DefaultStager(staging.StagingOptions(*[False] * 4))
     shared = "/dev/shm"  # noqa: S108  (where torch puts it)
@@ -273,7 +273,7 @@ def measure_mode(
 def measure_reads(
     training: Training, rounds: int, store: Path, read: Callable[[], object]
 ) -> float:
-    """Give the seconds of a load or a restore, with no file in the page cache."""
+    """Return the seconds of a load or a restore, with no file in the page cache."""
     seconds = []
     for _ in range(rounds + 1):
         forget(store)
@@ -289,11 +289,11 @@ def measure_reads(
 
 
 def forget(store: Path) -> str:
-    """Have nothing of the store in the page cache; say how."""
+    """Drop the store from the page cache; return how."""
     if is_root():
         try:
             drop_caches(store, as_root=True)
-        except OSError:  # a container's root may not
+        except OSError:  # root in a container may not be allowed to
             pass
         else:
             return "page cache dropped before each read"
@@ -302,7 +302,7 @@ def forget(store: Path) -> str:
 
 
 def say(text: str) -> None:
-    """Print at once: a run that is cut short has said what it knew."""
+    """Print immediately: a run that is cut short has printed its results so far."""
     print(text, flush=True)
 
 
@@ -312,12 +312,12 @@ def judge(name: str, figure: str, *, is_met: bool) -> None:
 
 
 def judge_at_most(name: str, value: float, bound: float) -> None:
-    """Judge a ratio that must not be larger."""
+    """Check that a ratio is not larger than its bound."""
     judge(name, f"at most {bound:.2f}, was {value:.2f}", is_met=value <= bound)
 
 
 def judge_at_least(name: str, value: float, bound: float) -> None:
-    """Judge a ratio that must not be smaller."""
+    """Check that a ratio is not smaller than its bound."""
     judge(name, f"at least {bound:.2f}, was {value:.2f}", is_met=value >= bound)
 
 
@@ -344,7 +344,7 @@ def judge_saves(
     name = f"slowdown by `overlap` of the next {STEPS_AFTER} steps"
     judge(name, slowdown, is_met=overlap.slowdown <= SLOWDOWN_MAX)
     judge_at_most("stall of `overlap` over dcp's", overlap.stall / dcp.stall, DCP_SHARE_MAX)
-    # What noise makes of a peer that loses nothing is no bound.
+    # Noise in the figure of a peer that loses nothing is no bound.
     if dcp.lost <= 0:
         say("dcp slowed the next steps by nothing that could be measured: no ratio to it")
     else:
@@ -402,7 +402,7 @@ def run(device: torch.device, gigabytes: float, rounds: int, folder: Path) -> No
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Refuse a state of which two do not fit on the disk."""
+    """Refuse a state so large that two do not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if free < 2.1 * size:
         sys.exit(
@@ -413,7 +413,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """Name what is measured on, or refuse it."""
+    """Print the name of the device, or refuse it."""
     cores = len(os.sched_getaffinity(0))
     if device.type != "cuda":
         return f"on no GPU: the figures mean nothing; torch {torch.__version__}, {cores} CPUs"

@@ -1,4 +1,4 @@
-"""What the machine itself can do: the lines that no engine can cross.
+"""What the machine itself can do: the limits of every engine.
 
 Stall: two threads that do nothing but copy the state's bytes into warm huge pages. Durable and
 load: fio, with direct I/O through io_uring, writing a new file of the state's size and syncing it,
@@ -59,7 +59,7 @@ class BareCopy:
         return time.perf_counter() - began
 
     def copied(self) -> bytes:
-        """Give what the last copy left."""
+        """Return the last copy."""
         return self._target[: self.bytes].tobytes()
 
     def _copy(self, pieces: list[Piece]) -> None:
@@ -68,7 +68,7 @@ class BareCopy:
 
 
 def halves(sources: list[torch.Tensor], total: int) -> tuple[list[Piece], list[Piece]]:
-    """Deal the bytes into two equal halves, each with the offsets to copy them to."""
+    """Divide the bytes into two equal halves, each with the offsets to copy them to."""
     first: list[Piece] = []
     second: list[Piece] = []
     offset = 0
@@ -106,7 +106,7 @@ class Fio:
         self._has_huge_pages = has_huge_pages
 
     def version(self) -> str:
-        """Name fio."""
+        """Return the version of fio."""
         return subprocess.run(
             ["fio", "--version"], check=True, capture_output=True, text=True
         ).stdout.strip()
@@ -122,7 +122,7 @@ class Fio:
         return self._run("read", huge=huge)
 
     def remove(self) -> None:
-        """Delete the file, and wait until the device knows."""
+        """Delete the file, and wait until the device has discarded it."""
         self._path.unlink(missing_ok=True)
         os.sync()
 
@@ -146,7 +146,7 @@ class Fio:
 def fio_command(
     kind: str, path: Path, size_bytes: int, memory: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Give the command, for whole blocks, and its environment.
+    """Return the command, for whole blocks, and its environment.
 
     Its buffers are in the memory that is named:
     `plain` is 4 KiB pages, `reserved` is huge pages that root set aside, and `transparent` has the

@@ -1,8 +1,8 @@
-"""The machine: what a report names it by, and what a run asks of it.
+"""The machine: its description in reports, and what a run needs from it.
 
-Dropping the page cache and reserving huge pages need root, and touch what else runs. Without them
-the cache is dropped file by file, which a report says, and fio's buffers are made huge by the
-allocator.
+Dropping the page cache and reserving huge pages need root, and affect other processes. Without
+them the cache is dropped file by file, which a report says, and the allocator provides huge pages
+for fio's buffers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ mmap.mmap(-1, int(sys.argv[1]), flags)
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reader needs to know to judge the numbers."""
+    """What a reader needs to know about the machine to judge the numbers."""
 
     cpu: str
     cores: int
@@ -50,7 +50,7 @@ class Machine:
 
 
 def describe(folder: Path) -> Machine:
-    """Describe this machine, with the filesystem that a folder lies on."""
+    """Describe this machine, with the filesystem of a folder."""
     match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     meminfo = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     filesystem, device = mount_of(folder)
@@ -66,13 +66,13 @@ def describe(folder: Path) -> Machine:
 
 
 def available_bytes() -> int:
-    """Give the memory that can be had without swapping; 0 where it is not told."""
+    """Return the memory that is available without swapping; 0 if that is unknown."""
     match = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
     return int(match[1]) * 1024 if match else 0
 
 
 def mount_of(folder: Path) -> tuple[str, str]:
-    """Give type and device of the filesystem that a folder lies on."""
+    """Return type and device of the filesystem of a folder."""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -84,12 +84,12 @@ def mount_of(folder: Path) -> tuple[str, str]:
 
 
 def is_root() -> bool:
-    """Tell whether this process may change the machine."""
+    """Return whether this process may change the machine."""
     return os.geteuid() == 0
 
 
 def drop_caches(folder: Path, *, as_root: bool) -> None:
-    """Have nothing of a folder's files in the page cache."""
+    """Drop a folder's files from the page cache."""
     os.sync()
     if as_root:
         DROP_CACHES.write_text("3")
@@ -101,18 +101,18 @@ def drop_caches(folder: Path, *, as_root: bool) -> None:
 
 
 def have_free_memory(count: int) -> None:
-    """Have so many bytes of memory free that this machine holds already.
+    """Make sure that this much free memory is backed by this machine.
 
-    A virtual machine gives free memory back to its host, and pays when it fetches it anew. Whoever
-    reads into the page cache would not, for that was just dropped; whoever needs memory of its own
-    would. A process of its own takes and returns as much, whoever reads next.
+    A virtual machine returns free memory to its host, and getting it back takes time. Reads into
+    the page cache, which was just dropped, would not pay for that, but those into new memory would.
+    So a separate process allocates and releases as much before every read.
     """
     subprocess.run([sys.executable, "-c", _TOUCH, str(count)], check=True)
 
 
 @contextlib.contextmanager
 def huge_pages(count: int, *, as_root: bool) -> Iterator[bool]:
-    """Reserve huge pages while the block runs; tells whether they could be had."""
+    """Reserve huge pages while the block runs; yields whether that succeeded."""
     if not as_root:
         yield False
         return

@@ -48,7 +48,7 @@ TITLES = {DDP: "The whole state on every rank (DDP)", FSDP: "A part of it on eac
 
 
 class TorchSave(engines.TorchSave):
-    """One rank writes, the others wait, as scripts do it by hand."""
+    """One rank writes and the others wait, as scripts often do."""
 
     def save(self, step: int, state: State) -> None:
         """Write and sync in the call."""
@@ -99,7 +99,7 @@ def sharded(whole: State, mesh: DeviceMesh) -> State:
 
 
 def part_of(value: Any, mesh: DeviceMesh) -> Any:
-    """Make a sharded tensor of a whole one; numbers and scalars stay what they are."""
+    """Make a sharded tensor of a whole one; numbers and scalars stay as they are."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     parts = value.chunk(mesh.size())
@@ -112,7 +112,7 @@ def part_of(value: Any, mesh: DeviceMesh) -> Any:
 
 
 def local(of: State) -> State:
-    """Give what this rank has in memory."""
+    """Return this rank's state in memory."""
     flat = flatten(of).items()
     return unflatten({p: v.to_local() if isinstance(v, DTensor) else v for p, v in flat})
 
@@ -125,7 +125,7 @@ def over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
 
 
 def save(engine: engines.Engine, step: int, of: State) -> dict[str, float]:
-    """Save once, and tell what it took."""
+    """Save once, and return what it took."""
     dist.barrier()
     cpu_before, began = cpu_seconds(), time.perf_counter()
     engine.save(step, of)
@@ -157,7 +157,7 @@ def restore(engine: engines.Engine, step: int, of: State, *, as_root: bool) -> d
 
 
 def run_rank(options: argparse.Namespace) -> None:
-    """Be one rank: save twice and restore; the first rank prints what it took."""
+    """Run as one rank: save twice and restore; the first rank prints what it took."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{options.folder}/rendezvous",
@@ -204,13 +204,13 @@ def one_turn(
                 f"error: a rank of `{entrant.title}` failed\nhint: its own message is above, and "
                 "no figure of this run counts"
             )
-    os.sync()  # the device is told of what was deleted before the next one's turn
+    os.sync()  # the device discards what was deleted before the next engine's turn
     found: dict[str, float] = json.loads(printed.splitlines()[-1])
     return found
 
 
 def table(layout: str, found: dict[str, list[dict[str, float]]], raw_bytes: int) -> list[str]:
-    """Give the medians of one layout, one row for each engine."""
+    """Return the medians of one layout, one row for each engine."""
     rows = [
         f"| {TITLES[layout]} | stall | durable | restore | on disk | CPU of the save |",
         "|---|--:|--:|--:|--:|--:|",
@@ -248,7 +248,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare, or be one of the ranks."""
+    """Compare, or run as one of the ranks."""
     parser = argparse.ArgumentParser(description="Saves and restores by several ranks")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -20,20 +20,20 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def cache_folder() -> Path:
-    """Give the folder outside the clone where this project keeps what it made."""
+    """Return the folder outside the clone where this project keeps what it made."""
     given = os.environ.get("DTRUNTIME_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return (Path(given) if given else Path(home) / "dtruntime") / "compare"
 
 
 def folder(file: Path = REQUIREMENTS) -> Path:
-    """Give the folder of the peers, which may not be there yet."""
+    """Return the folder of the peers, which may not exist yet."""
     key = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()[:16]
     return cache_folder() / f"peers-{key}"
 
 
 def ensure(file: Path = REQUIREMENTS) -> Path:
-    """Give the folder of the peers, installing them first if need be."""
+    """Return the folder of the peers, installing them first if need be."""
     target = folder(file)
     if target.exists():
         return target
@@ -57,13 +57,13 @@ def requirements(file: Path = REQUIREMENTS) -> list[tuple[str, Requirement]]:
 
 
 def is_here(requirement: Requirement) -> bool:
-    """Tell whether this environment has a package at the pinned version."""
+    """Return whether this environment has a package at the pinned version."""
     version = version_of(requirement.name)
     return version is not None and requirement.specifier.contains(version)
 
 
 def version_of(name: str) -> str | None:
-    """Give the installed version of a package, without its local part."""
+    """Return the installed version of a package, without its local part."""
     try:
         return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What the kernel tells about processes: their descendants, processor time and memory."""
+"""The kernel's records of processes: their descendants, processor time and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_SECONDS = 0.005
 
 
 def descendants(pid: int) -> list[int]:
-    """Give the processes that a process started, and theirs."""
+    """Return the descendants of a process."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -29,7 +29,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds_of_descendants(pid: int) -> float:
-    """Give the processor time that living descendants, and their ended children, have used."""
+    """Return the processor time that living descendants, and their ended children, have used."""
     ticks = 0
     for child in descendants(pid):
         with contextlib.suppress(OSError):
@@ -50,12 +50,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The total."""
         return self.own + self.shared
 
     @classmethod
     def of(cls, pid: int) -> Memory:
-        """Read it now."""
+        """Read the current values."""
         own, shared = 0, 0
         for process in [pid, *descendants(pid)]:
             with contextlib.suppress(OSError):

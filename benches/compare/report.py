@@ -1,4 +1,4 @@
-"""A run's numbers as people read them: the table and the verdicts of `benches/README.md`."""
+"""A run's numbers for readers: the table and the verdicts of `benches/README.md`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_ROWS = {
     "first_prewarmed": "dtruntime, first save after `prewarm`",
     "small": "dtruntime, `staging_bytes` an eighth of the state",
 }
-"""What is no engine, and what the engine does in other cases."""
+"""Subjects that are no engines, and the engine in other cases."""
 
 STALL_TO_COPY_MAX = 1.15
 STALL_TO_DCP_MAX = 0.6
@@ -39,7 +39,7 @@ GROWTH_BYTES_MAX = 4 * MIB
 
 
 def versions(fio: str) -> dict[str, str]:
-    """Give the versions of everything that took part."""
+    """Return the versions of everything that took part."""
     names = ("torch", "safetensors", "torch_checkpointing")
     found = {name: peers.version_of(name) for name in names}
     known = {name: version for name, version in found.items() if version is not None}
@@ -59,12 +59,12 @@ def our_version() -> str:
 
 
 def results_of(record: dict[str, Any]) -> Results:
-    """Give a record's values."""
+    """Return a record's values."""
     return Results(record["raw_bytes"], record["values"])
 
 
 def text(record: dict[str, Any]) -> str:
-    """Write everything that the document shows."""
+    """Return everything that the document shows."""
     results = results_of(record)
     lines = [
         (
@@ -82,7 +82,7 @@ def text(record: dict[str, Any]) -> str:
 
 
 def table(results: Results) -> list[str]:
-    """Give one row for each engine, and one for each limit."""
+    """Return one row for each engine, and one for each limit."""
     rows = [
         "| | stall | durable | load | restore | on disk | CPU | extra memory | training slowdown |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -94,7 +94,7 @@ def table(results: Results) -> list[str]:
 
 
 def cells(results: Results, key: str) -> list[str]:
-    """Give the cells of a subject; what was not measured is left empty."""
+    """Return the cells of a subject; what was not measured is left empty."""
     writers = {
         "stall_seconds": milliseconds,
         "durable_seconds": seconds,
@@ -122,7 +122,7 @@ def seconds(value: float) -> str:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Judge every figure."""
+    """Return the verdicts of all figures."""
     return [
         stall_verdict(results),
         none_verdict(results),
@@ -149,7 +149,7 @@ def stall_verdict(results: Results) -> Verdict:
 
 
 def none_verdict(results: Results) -> Verdict:
-    """Judge how near to fio the engine writes."""
+    """Judge how close to fio the engine writes."""
     ratio = results.ratio(("pair", "fio_seconds"), ("pair", "none_seconds"))
     pairs = len(results.all("pair", "fio_seconds"))
     return Verdict(
@@ -161,7 +161,7 @@ def none_verdict(results: Results) -> Verdict:
 
 
 def float_verdicts(results: Results) -> list[Verdict]:
-    """Judge what compression costs and gives."""
+    """Judge the cost and the gain of compression."""
     ratio = results.ratio(
         ("dtruntime_float", "durable_seconds"), ("dtruntime_none", "durable_seconds")
     )
@@ -191,8 +191,8 @@ def float_verdicts(results: Results) -> list[Verdict]:
 
 def load_verdict(results: Results) -> Verdict:
     """Judge the load."""
-    rivals = [e for e in engines.ENTRANTS if not e.is_ours and e.key in results.values]
-    fastest = min(rivals, key=lambda e: results.median(e.key, "load_seconds"))
+    peers_loaded = [e for e in engines.ENTRANTS if not e.is_ours and e.key in results.values]
+    fastest = min(peers_loaded, key=lambda e: results.median(e.key, "load_seconds"))
     peer = results.median(fastest.key, "load_seconds")
     fio = results.median("fio_huge", "load_seconds")
     limit = max(LOAD_TO_PEER_MAX * peer, LOAD_TO_FIO_MAX * fio)
@@ -228,7 +228,7 @@ def memory_verdicts(results: Results) -> list[Verdict]:
 
 
 def endurance_verdicts(results: Results) -> list[Verdict]:
-    """Judge what stays behind."""
+    """Judge what is left behind."""
 
     def held(moment: str, what: str) -> int:
         return int(results.median("endurance", f"{moment}_{what}"))

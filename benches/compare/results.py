@@ -1,4 +1,4 @@
-"""What a run has measured: for each subject, each figure's values, one for every time."""
+"""What a run has measured: for each subject and figure, the values, one per repetition."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ class Results:
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, subject: str, figure: str, value: float) -> None:
-        """Keep a value."""
+        """Record a value."""
         self.values.setdefault(subject, {}).setdefault(figure, []).append(value)
 
     def all(self, subject: str, figure: str) -> list[float]:
-        """Give every value of a figure."""
+        """Return every value of a figure."""
         return self.values[subject][figure]
 
     def median(self, subject: str, figure: str) -> float:
-        """Give the middle value of a figure."""
+        """Return the middle value of a figure."""
         return statistics.median(self.all(subject, figure))
 
     def has(self, subject: str, figure: str) -> bool:
-        """Tell whether a figure was measured."""
+        """Return whether a figure was measured."""
         return bool(self.values.get(subject, {}).get(figure))
 
     def ratio(self, over: tuple[str, str], under: tuple[str, str]) -> float:
-        """Give the median of the quotients of two figures that were measured in pairs."""
+        """Return the median of the quotients of two figures that were measured in pairs."""
         pairs = zip(self.all(*over), self.all(*under), strict=True)
         return statistics.median(a / b for a, b in pairs)

@@ -2,8 +2,8 @@
 
     make compare-s3    about four minutes; the row of `aws` needs root, for port 80
 
-The service is that of the tests, a process of its own that keeps its objects in memory, on the same
-cores as the clients. Everybody saves the same tensors, seeded; clients take turns, each in a new
+The service is that of the tests, a separate process that keeps its objects in memory, on the same
+cores as the clients. All clients save the same tensors, seeded; they take turns, each in a new
 process that saves once to warm up, then saves and restores once, timed. Every tensor that comes
 back is compared.
 """
@@ -41,8 +41,8 @@ MEMORY = Path("/dev/shm")  # noqa: S108  (the service's objects belong in memory
 PART_BYTES = 16 << 20
 TENSOR_BYTES = 32 << 20
 REGION = "us-east-1"
-CPU_MOST, RESTORE_LEAST, STALL_MOST = 0.5, 1.3, 1.15
-"""What is held to be good enough, beside s3torchconnector and a save into a directory."""
+CPU_MAX, RESTORE_MIN, STALL_MAX = 0.5, 1.3, 1.15
+"""What is considered good enough, beside s3torchconnector and a save into a directory."""
 
 
 def state_of(size: int) -> dict[str, torch.Tensor]:
@@ -58,13 +58,13 @@ def state_of(size: int) -> dict[str, torch.Tensor]:
 
 
 def processor_seconds() -> float:
-    """Give the processor time of this process and of those that it waited for."""
+    """Return the processor time of this process and its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def timed(act: Callable[[], Any]) -> dict[str, float]:
-    """Give the seconds that something takes, of the clock and of the processor."""
+    """Return the seconds that something takes, of the clock and of the processor."""
     cpu, start = processor_seconds(), time.monotonic()
     act()
     return {"seconds": time.monotonic() - start, "cpu": processor_seconds() - cpu}
@@ -165,7 +165,7 @@ CLIENTS: dict[str, Callable[[str, dict[str, torch.Tensor]], dict[str, Any]]] = {
 
 
 def can_serve(port: int) -> bool:
-    """Tell whether this process may listen there."""
+    """Return whether this process may listen on the port."""
     with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
         return True
     return False
@@ -212,7 +212,7 @@ def one_turn(client: str, size: int, root: Path) -> dict[str, Any]:
 
 
 def local_stall(size: int) -> float:
-    """Give the stall of a warm save into a directory."""
+    """Return the stall of a warm save into a directory."""
     from dtruntime import CheckpointManager
 
     state = state_of(size)
@@ -228,18 +228,18 @@ def local_stall(size: int) -> float:
 
 
 def median(turns: list[dict[str, Any]], what: str, figure: str) -> float:
-    """Give the median of one figure."""
+    """Return the median of one figure."""
     return float(statistics.median(turn[what][figure] for turn in turns))
 
 
 def table(found: dict[str, list[dict[str, Any]]], size: int, stall: float) -> str:
-    """Make the tables: what was measured, and what it must be."""
+    """Return the tables: what was measured, and what it must be."""
     judged = tables.verdict_table(verdicts(found, stall), "figure of `none`, the same bytes")
     return "\n".join([*figures(found, size), "", *judged])
 
 
 def figures(found: dict[str, list[dict[str, Any]]], size: int) -> list[str]:
-    """Give what was measured, one row for each client."""
+    """Return what was measured, one row for each client."""
     rows = [
         "| | upload | restore | CPU of the upload | CPU of the restore |",
         "|---|--:|--:|--:|--:|",
@@ -269,21 +269,21 @@ def verdicts(found: dict[str, list[dict[str, Any]]], stall: float) -> list[Verdi
         ),
         Verdict(
             "CPU of the upload",
-            f"at most {CPU_MOST} of s3torchconnector's",
+            f"at most {CPU_MAX} of s3torchconnector's",
             f"{cpu:.2f}",
-            cpu <= CPU_MOST,
+            cpu <= CPU_MAX,
         ),
         Verdict(
             "restore",
-            f"at least {RESTORE_LEAST} of s3torchconnector's speed",
+            f"at least {RESTORE_MIN} of s3torchconnector's speed",
             f"{restore:.2f}",
-            restore >= RESTORE_LEAST,
+            restore >= RESTORE_MIN,
         ),
         Verdict(
             "stall",
-            f"at most {STALL_MOST} times that of a save into a directory, {1e3 * stall:.0f} ms",
+            f"at most {STALL_MAX} times that of a save into a directory, {1e3 * stall:.0f} ms",
             f"{1e3 * own_stall:.0f} ms",
-            own_stall <= STALL_MOST * stall,
+            own_stall <= STALL_MAX * stall,
         ),
     ]
 
@@ -325,7 +325,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare, or be one of the clients."""
+    """Compare, or run as one of the clients."""
     parser = argparse.ArgumentParser(description="Uploads to one S3 service, and restores from it")
     parser.add_argument("--mib", type=int, default=896, help="the size of the state")
     parser.add_argument("--rounds", type=int, default=5)

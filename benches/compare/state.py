@@ -30,7 +30,7 @@ OFFSET_IN_PAGE = 64
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, Any]:
-    """Give the leaves by their path, with `/` between the keys."""
+    """Return the leaves by their path, with `/` between the keys."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):
@@ -59,7 +59,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in `state.bin`."""
+    """The position of a tensor in `state.bin`."""
 
     path: str
     dtype: str
@@ -91,7 +91,7 @@ class Index:
 
 
 def ensure(cache: Path, size_name: str) -> Path:
-    """Give the folder of the state of this size, training first if it is not there."""
+    """Return the folder of the state of this size, training first if it does not exist."""
     size = SIZES[size_name]
     key = hashlib.sha256(Path(make_state.__file__).read_bytes() + repr(size).encode()).hexdigest()[
         :16
@@ -105,7 +105,7 @@ def ensure(cache: Path, size_name: str) -> Path:
 
 
 def write(folder: Path, state: State) -> None:
-    """Write both files; the index last, so that one that is there stands for a whole state."""
+    """Write both files; the index last, so that its existence means that the state is complete."""
     entries: list[Entry] = []
     values: dict[str, Any] = {}
     sha256 = hashlib.sha256()
@@ -152,7 +152,7 @@ class Shared:
                 sys.exit(f"error: `{folder}` is cut short\nhint: remove it; it is made again")
 
     def close(self) -> None:
-        """Give the memory back, once the last process that maps it ends."""
+        """Release the memory, once the last process that maps it ends."""
         os.close(self.descriptor)
 
 

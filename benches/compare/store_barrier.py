@@ -1,11 +1,11 @@
-"""A barrier of many ranks in torch's own store, which the fleet's figures are set beside.
+"""A barrier of many ranks in torch's own store, to compare the fleet's figures with.
 
     python store_barrier.py 1024 10
 
-The store's server is a process of its own, and so is every quarter of the ranks, each rank a thread
-with a connection. A barrier is what `torch.distributed` makes of a store: everybody adds one to a
-counter, who finds it complete sets a key, and everybody waits for that key. Prints, for each round,
-the milliseconds from the last arrival until the last rank has gone on.
+The store's server is a separate process, and so is every quarter of the ranks, each rank a thread
+with a connection. A barrier works as in `torch.distributed`: every rank adds one to a counter, the
+one that completes it sets a key, and all wait for that key. Prints, for each round, the
+milliseconds from the last arrival until the last rank has continued.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 PROCESSES = 4
 SETTLE_SECONDS = 2.0
-"""How long the last one waits until all others surely have come."""
+"""How long the last one waits, so that all others have certainly arrived."""
 TIMEOUT = timedelta(seconds=120)
 
 
 def client(port: int) -> TCPStore:
-    """Connect once more."""
+    """Open another connection."""
     return TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
 
 
@@ -49,7 +49,7 @@ def serve(pipe: Connection) -> None:
 
 
 def run_ranks(pipe: Connection, port: int, own: int, ranks: int, rounds: int) -> None:
-    """Run some of the ranks; tell of each round when the last of them went on."""
+    """Run some of the ranks; report for each round when the last of them continued."""
     stores = [client(port) for _ in range(own)]
     for number in range(rounds):
         went_on = [0.0] * own
@@ -69,7 +69,7 @@ def run_ranks(pipe: Connection, port: int, own: int, ranks: int, rounds: int) ->
 
 
 def main(ranks: int, rounds: int) -> None:
-    """Meet so many times."""
+    """Pass so many barriers."""
     context = multiprocessing.get_context("spawn")
     server, server_side = context.Pipe()
     processes = [context.Process(target=serve, args=(server_side,))]

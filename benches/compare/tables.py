@@ -1,4 +1,4 @@
-"""What comparisons write alike: verdicts as a table, and tables at their place in a document.
+"""What all comparisons write: verdicts as a table, and tables at their place in a document.
 
 Always holds: a document without such a place stays as it is, and the run says what is missing.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One figure that the engine is held to."""
+    """One figure, and the limit that the engine has to meet."""
 
     figure: str
     must: str
@@ -24,19 +24,19 @@ class Verdict:
 
 
 def verdict_table(found: list[Verdict], of: str = "figure") -> list[str]:
-    """Give the verdicts as a table; its first column is headed `of`."""
+    """Return the verdicts as a table; its first column is headed `of`."""
     rows = [f"| {of} | target | measured | |", "|---|---|---|---|"]
     rows += [f"| {v.figure} | {v.must} | {v.was} | {cell(v.is_met)} |" for v in found]
     return rows
 
 
 def cell(is_met: bool | None) -> str:
-    """Say whether a figure is what it must be."""
+    """Return whether a figure is what it must be."""
     return "" if is_met is None else "met" if is_met else "**not met**"
 
 
 def rewrite(path: Path, name: str, text: str) -> None:
-    """Put text between the marks of a name in a document."""
+    """Write text between the marks of a name in a document."""
     begin, end = (f"<!-- {name}:{side} -->" for side in ("begin", "end"))
     before, _, rest = path.read_text().partition(begin)
     _, found, after = rest.partition(end)

@@ -1,7 +1,7 @@
 """A training loop that runs beside a save: a small GPT on the processor, at a fixed thread count.
 
-Its tensors are its own: the state that is being saved stays as it is, so that what is loaded can
-be compared with it.
+It has its own tensors: the state that is being saved stays as it is, so that what is loaded can be
+compared with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process in which one engine at a time saves and loads the shared state, as it is told.
+"""A process in which one engine at a time saves and loads the shared state, on command.
 
 Commands come as lines of JSON on standard input, answers go as lines of JSON to the descriptor
 that standard output was; what libraries print goes to standard error. Nothing but the engine and
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """Obeys; every method but `run` is a command, its keywords are the command's."""
+    """Executes commands: every method but `run` is one, with its keywords as arguments."""
 
     def __init__(self, descriptor: int, index: Index, root: Path) -> None:
         self.descriptor = descriptor
@@ -51,13 +51,13 @@ class Worker:
             print(json.dumps(answer), file=answers, flush=True)
 
     def use_part(self, part_bytes: int | None) -> dict[str, int]:
-        """Save only so much of the state from now on."""
+        """Limit what is saved from now on to this much of the state."""
         self.state = map_state(self.descriptor, self.index, part_bytes)
         tensors = (v for v in flatten(self.state).values() if isinstance(v, torch.Tensor))
         return {"raw_bytes": sum(tensor.nbytes for tensor in tensors)}
 
     def open(self, engine: str, folder: str, settings: dict[str, Any] | None = None) -> None:
-        """Make an engine on a folder."""
+        """Create an engine on a folder."""
         path = self.root / folder
         if settings is None:
             entrant = engines.entrant(engine)
@@ -80,14 +80,14 @@ class Worker:
         return self.engine
 
     def prewarm(self) -> None:
-        """Do what the first save would do."""
+        """Prewarm: do what the first save would do."""
         self.the_engine.prewarm(self.state)
 
     def save(self, step: int, keys: list[str] | None = None) -> dict[str, float]:
-        """Save, and tell what it took."""
+        """Save, and return what it took."""
         engine = self.the_engine
         state = self.state if keys is None else {key: self.state[key] for key in keys}
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
         cpu_before = cpu_seconds()
         began = time.perf_counter()
         engine.save(step, state)
@@ -105,7 +105,7 @@ class Worker:
         }
 
     def save_beside_training(self, step: int, threads: int, steps: int) -> dict[str, float]:
-        """Train, save in between, and tell how much longer the steps took for it."""
+        """Train, save meanwhile, and return how much longer the steps took."""
         engine = self.the_engine
         if self.training is None:
             self.training = Training(threads)
@@ -135,7 +135,7 @@ class Worker:
         seconds = time.perf_counter() - began
         answer = {"load_seconds": seconds, "identical": is_same(loaded, self.state)}
         del loaded
-        give_memory_back()
+        release_memory()
         return answer
 
     def restore(self, step: int, verb: str = "restore") -> dict[str, Any]:
@@ -143,14 +143,14 @@ class Worker:
         live = engines.emptied(self.state)
         for value in flatten(live).values():
             if isinstance(value, torch.Tensor):
-                bits_of(value).zero_()  # its memory is there, as that of a model is
+                bits_of(value).zero_()  # its memory is resident, like a model's
         restore = getattr(self.the_engine, verb)
         began = time.perf_counter()
         restore(step, live)
         seconds = time.perf_counter() - began
         answer = {"restore_seconds": seconds, "identical": is_same(live, self.state)}
         del live
-        give_memory_back()
+        release_memory()
         return answer
 
     def remove(self, step: int) -> None:
@@ -158,7 +158,7 @@ class Worker:
         self.the_engine.remove(step)
 
     def endure(self, folder: str, saves: int, warm_saves: int) -> dict[str, Any]:
-        """Save many times, and tell what is held before, after some, after all, and closed."""
+        """Save many times; return what is held before, after some, after all, and when closed."""
         before = holdings()
         self.open("", folder, {"keep_last_n": 2})
         counts = [before]
@@ -171,14 +171,14 @@ class Worker:
         return {"holdings": [*counts, holdings()]}
 
 
-def give_memory_back() -> None:
-    """Return what a load allocated to the system: later saves shall not find it warm."""
+def release_memory() -> None:
+    """Return what a load allocated to the system: later saves must not find it warm."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def cpu_seconds() -> float:
-    """Give the processor time that this process and those it started have used."""
+    """Return the processor time that this process and those it started have used."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
@@ -193,7 +193,7 @@ def holdings() -> dict[str, int]:
     """
     gc.collect()
     end = time.monotonic() + 30
-    while is_giving_back() and time.monotonic() < end:
+    while is_releasing() and time.monotonic() < end:
         time.sleep(0.01)
     names = []
     for task in Path("/proc/self/task").iterdir():
@@ -206,8 +206,8 @@ def holdings() -> dict[str, int]:
     }
 
 
-def is_giving_back() -> bool:
-    """Tell whether a file that has no name any more is open."""
+def is_releasing() -> bool:
+    """Return whether a file that has no name any more is open."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that lists them
             target = str(descriptor.readlink())
@@ -243,7 +243,7 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """Map the state and obey."""
+    """Map the state and execute commands."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--state", type=Path, required=True, help="folder of its index")
     parser.add_argument("--descriptor", type=int, required=True, help="the bytes in memory")

@@ -46,15 +46,15 @@ class Worker:
         self._answer("starting")
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Have a command carried out."""
+        """Execute a command."""
         assert self._process.stdin is not None  # noqa: S101  (opened as a pipe)
-        with contextlib.suppress(BrokenPipeError):  # the missing answer tells of its end
+        with contextlib.suppress(BrokenPipeError):  # the missing answer means that it has ended
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         return self._answer(do)
 
-    def ask_and_watch(self, do: str, **arguments: Any) -> Any:
-        """Have a command carried out, and add to its answer how much memory it took."""
+    def request_with_memory(self, do: str, **arguments: Any) -> Any:
+        """Execute a command, and add to its answer how much memory it took."""
         with PeakMemory(self.pid) as peak:
             answer = self.ask(do, **arguments)
         return {**answer, "extra_bytes": peak.extra_bytes}

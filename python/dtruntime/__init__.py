@@ -9,7 +9,8 @@
 
 The packages:
 
-- ``checkpoint``: the manager, which opens a store and delegates each call to the packages below
+- ``checkpoint``: the manager, which checks arguments and delegates each call to the packages below
+- ``opened``: what it opens, and how that is closed; ``lifecycle``: fork, exit and SIGTERM
 - ``state``: flattening a training state into nodes and memory, and rebuilding it
 - ``saving``: one save at a time, from the call to the end of its handle
 - ``loading``: which checkpoint is read, whose shards, and into which memory

@@ -1,5 +1,7 @@
 """The checkpoint manager: one store as a training loop sees it.
 
+``opened`` opens and closes the store; this checks arguments and delegates each call.
+
 Always holds: a checkpoint exists exactly if its save reported success; loaded data was verified;
 nothing is written unless the whole state can be stored. A signal may arrive at any moment: a save
 that its handler interrupts leaves no checkpoint, a save that the handler starts inside another is
@@ -9,26 +11,17 @@ refused, and an interrupted opening is undone; an interrupted ``close`` resumes 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from dtruntime import _native, lifecycle, settings
-from dtruntime.errors import (
-    CheckpointError,
-    Closed,
-    InvalidArgument,
-    RestoreIncomplete,
-)
-from dtruntime.lineage import Lineage
+from dtruntime import lifecycle, settings
+from dtruntime.errors import CheckpointError
 from dtruntime.loading import fallback
 from dtruntime.loading.reader import device_of
-from dtruntime.loading.source import ReadOptions, Source
 from dtruntime.location import StoreArguments
+from dtruntime.opened import OpenedStore, Options
 from dtruntime.ranks import connecting, launch, membership
-from dtruntime.ranks.job_settings import JobSettings, job_settings_from
 from dtruntime.reports import (
     Damage,
     LoadReport,
@@ -40,9 +33,6 @@ from dtruntime.reports import (
 from dtruntime.restoring.applying import Attempts
 from dtruntime.restoring.restore import plan_restore
 from dtruntime.saving.handle import SaveHandle, order_after_copies
-from dtruntime.saving.replication import Replication
-from dtruntime.saving.saver import Rules, Saver
-from dtruntime.saving.watcher import Watcher
 from dtruntime.state import gpus, wrappers
 from dtruntime.state.globs import globs_of
 from dtruntime.state.state_tree import needs_of
@@ -53,6 +43,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from dtruntime import _native
     from dtruntime.ranks.connecting import Security
     from dtruntime.restoring.plan import RestorePlan
 
@@ -232,67 +223,48 @@ class CheckpointManager:
             remote=(remote, remote_bytes_per_second, remove_before_upload),
             s3=s3,
         )
-        interval = settings.interval("save_interval_steps", save_interval_steps)
-        self._best = (best_metric, best_mode)
-        self._keeps = (keep_last_n, keep_best_n)
-        self._consistency = settings.choice("consistency", consistency, gpus.MODES)
-        gpus.watch_captures()  # before the first save: graphs are captured early
-        self._rank, self._world_size = rank_number, ranks
         deadline = settings.seconds("sigterm_deadline_seconds", sigterm_deadline_seconds)
         if sigterm is not None:
             settings.choice("sigterm", sigterm, ("finish", "drop"), has_default=False)
             lifecycle.check_can_handle_termination(sigterm)
-        self._verify_on_load = bool(verify_on_load)
-        self._read_only = bool(read_only)
-        self._pid = os.getpid()
-        self._incomplete: RestoreIncomplete | None = None
-        self._is_shut = False
-        self._leaves_uploads = False
-        self._is_closed = False
-        self._failure = ""
-        self._agreement_timeout = settings.seconds("agreement_timeout", agreement_timeout)
-
-        store = StoreArguments(path, storage_path, backend, remote)
-        store.check()  # errors in it are raised before the coordinator is contacted
-        self._ranks: membership.StoreMembership | None = None
-        if ranks > 1 and not self._read_only:
-            self._ranks = membership.join(
-                lambda values: store.resolve(job_settings_from(values).path),
-                job_name,
-                (rank_number, ranks),
-                (coordinator_url, security),
-                self._agreement_timeout,
+        self._opened = OpenedStore(
+            Options(
+                store=StoreArguments(path, storage_path, backend, remote),
+                engine=engine_settings,
+                job=job_name,
+                rank=rank_number,
+                world_size=ranks,
+                read_only=bool(read_only),
+                coordinator=(coordinator_url, security),
+                agreement_timeout=settings.seconds("agreement_timeout", agreement_timeout),
+                replicated=globs,
+                keep_last_n=keep_last_n,
+                keep_best_n=keep_best_n,
+                best_metric=best_metric,
+                best_mode=best_mode,
+                consistency=settings.choice("consistency", consistency, gpus.MODES),
+                verify_on_load=bool(verify_on_load),
+                save_interval_steps=settings.interval("save_interval_steps", save_interval_steps),
+                async_write=async_write,
+                shows_progress=progress,
+                termination=None if sigterm is None else (sigterm, deadline),
             )
-        self._watcher = None if self._read_only else Watcher(shows_progress=progress)
-        self._has_uploads = remote is not None and not self._read_only
-        self._uploads = Watcher(shows_progress=False) if self._has_uploads else None
-        try:
-            job_settings = self._job_settings(job_name, store, keep_last_n)
-            self._path = store.resolve(job_settings.path).path
-            self._interval = interval or job_settings.save_interval_steps or 1
-            is_async = job_settings.async_write if async_write is None else async_write
-            self._async_write = bool(is_async)
-            self._open(json.dumps(settings.completed(engine_settings, job_settings)), globs)
-            if sigterm is not None:
-                lifecycle.handle_termination(self, sigterm, deadline)
-        except BaseException:
-            self._undo_open()
-            raise
+        )
 
     @property
     def path(self) -> str | os.PathLike[str]:
         """The store: its directory, or ``s3://bucket/prefix``."""
-        return self._path
+        return self._opened.path
 
     @property
     def io_backend(self) -> str:
         """The I/O backend in use: ``uring``, ``threads``, or ``s3``."""
-        return self._native.io_backend
+        return self._opened.native.io_backend
 
     @property
     def last_load(self) -> LoadReport | None:
         """What the last ``load`` or ``restore`` read; None before the first."""
-        return self._source.last_load
+        return self._opened.source.last_load
 
     def save_async(
         self,
@@ -355,17 +327,18 @@ class CheckpointManager:
         1000
 
         """
+        opened = self._opened
         number = settings.step_of(step, "save_async(state, step=...)")
-        with self._saver.declining(number):
+        with opened.saver.declining(number):
             annotations = (
-                self._saver.annotated(number, metadata),
+                opened.saver.annotated(number, metadata),
                 settings.json_object("dataset_positions", dataset_positions),
             )
-            self._check_can_save(number)
-            chosen = gpus.choose(consistency or self._consistency, optimizer)
-            self._saver.check_busy(number, if_busy)
-        handle = self._saver.save(state, (number, bool(rewind)), annotations, chosen)
-        if not self._async_write:
+            opened.check_can_save(number)
+            chosen = gpus.choose(consistency or opened.options.consistency, optimizer)
+            opened.saver.check_busy(number, if_busy)
+        handle = opened.saver.save(state, (number, bool(rewind)), annotations, chosen)
+        if not opened.async_write:
             handle.result()
         return handle
 
@@ -444,12 +417,14 @@ class CheckpointManager:
         device = device_of(map_location)
         globs = None if keys is None else globs_of("keys", keys)
 
+        source = self._opened.source
+
         def read(checkpoint: _native.Checkpoint) -> Any:
-            reader = self._source.reader(checkpoint, mmap=mmap, device=device)
+            reader = source.reader(checkpoint, mmap=mmap, device=device)
             keep = None if globs is None else reader.select(globs, strict=strict)
             return reader.load(keep)
 
-        state, _ = self._source.read(step, from_rank, read)
+        state, _ = source.read(step, from_rank, read)
         return state
 
     def restore(
@@ -503,29 +478,30 @@ class CheckpointManager:
         1000
 
         """
+        opened = self._opened
         attempts = Attempts()
 
         def read(checkpoint: _native.Checkpoint) -> RestorePlan:
-            reader = self._source.reader(checkpoint, lend=self._native.lend_staging)
+            reader = opened.source.reader(checkpoint, lend=opened.native.lend_staging)
             plan = plan_restore(state, reader, strict=strict, cast=cast, direct=direct)
             if strict:
                 plan.check()
             return attempts.carry_out(plan, reader, order_after_copies)
 
         try:
-            plan, report = self._source.read(step, from_rank, read)
+            plan, report = opened.source.read(step, from_rank, read)
             attempts.check_nothing_left(plan)
         except BaseException as error:
-            self._incomplete = attempts.mixture(error) or self._incomplete
-            if self._incomplete is not None:
+            opened.incomplete = attempts.mixture(error) or opened.incomplete
+            if opened.incomplete is not None:
                 # What was changed is known only to attempts at the same steps: none is left out.
-                self._lineage.forget_unsound()
+                opened.lineage.forget_unsound()
             if isinstance(error, CheckpointError) and attempts.incomplete not in (None, error):
                 raise attempts.incomplete from error  # no other checkpoint was restored instead
             raise
         wrappers.warn_of_untouched(plan)
-        self._incomplete = None
-        self._lineage.note_restored(report.step, is_named=step is not None)
+        opened.incomplete = None
+        opened.lineage.note_restored(report.step, is_named=step is not None)
         return plan.report(report.fell_back_from)
 
     def latest_step(self) -> int | None:
@@ -539,11 +515,11 @@ class CheckpointManager:
         2000
 
         """
-        known = self._native.candidates()
+        known = self._opened.native.candidates()
         sound = [step for step, why, _ in known if why is None]
         if known and not sound:
             damaged = {step: why for step, why, _ in known if why is not None}
-            raise fallback.nothing_readable(self._path, damaged)
+            raise fallback.nothing_readable(self.path, damaged)
         return max(sound, default=None)
 
     def all_steps(self) -> list[int]:
@@ -552,7 +528,7 @@ class CheckpointManager:
         >>> manager.all_steps()
         [1000, 2000]
         """
-        return self._native.steps()
+        return self._opened.native.steps()
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Return the ``metadata`` attached to a checkpoint, without reading its state.
@@ -564,7 +540,7 @@ class CheckpointManager:
         {'val_loss': 3.21}
 
         """
-        return self._native.metadata(settings.step_of(step, "metadata(step)"))
+        return self._opened.native.metadata(settings.step_of(step, "metadata(step)"))
 
     def best_step(self, metric: str | None = None, mode: str | None = None) -> int:
         """Return the step of the best checkpoint; of equal ones, the newest.
@@ -583,19 +559,21 @@ class CheckpointManager:
         >>> weights = manager.load(step=manager.best_step(), keys=["model"])["model"]
 
         """
-        known_metric, known_mode = self._best
-        name = settings.metric("metric", known_metric if metric is None else metric)
-        mode = settings.choice("mode", known_mode if mode is None else mode, settings.BEST_MODES)
-        best = self._native.best_steps(name, mode == "max")
-        damaged = {step: why for step, why, _ in self._native.candidates() if why is not None}
+        native, options = self._opened.native, self._opened.options
+        name = settings.metric("metric", options.best_metric if metric is None else metric)
+        mode = options.best_mode if mode is None else mode
+        is_max = settings.choice("mode", mode, settings.BEST_MODES) == "max"
+        best = native.best_steps(name, is_max)
+        known = native.candidates()
+        damaged = {step: why for step, why, _ in known if why is not None}
         if damaged:
             steps = ", ".join(map(str, damaged))
             _logger.warning("left out of the search for the best, since damaged: step %s", steps)
         if not best:
-            sound = self.all_steps()
+            sound = [step for step, why, _ in known if why is None]
             if damaged and not sound:
-                raise fallback.nothing_readable(self._path, damaged)
-            raise fallback.no_metric(self._path, name, sound)
+                raise fallback.nothing_readable(self.path, damaged)
+            raise fallback.no_metric(self.path, name, sound)
         return best[0]
 
     def should_save(self, step: int) -> bool:
@@ -608,10 +586,11 @@ class CheckpointManager:
         False
         """
         number = settings.step_of(step, "should_save(step)")
-        if self._read_only or number % self._interval:
+        opened = self._opened
+        if opened.options.read_only or number % opened.save_interval_steps:
             return False
-        saving = self._saver.in_flight()
-        return self._lineage.is_ahead(number, -1 if saving is None else saving.step)
+        saving = opened.saver.in_flight()
+        return opened.lineage.is_ahead(number, -1 if saving is None else saving.step)
 
     def verify(self, step: int | None = None) -> VerifyReport:
         """Read and check every byte of a checkpoint. Damage is reported, not raised.
@@ -627,7 +606,7 @@ class CheckpointManager:
 
         """
         number = self._newest() if step is None else settings.step_of(step, "verify(step=...)")
-        report = self._native.verify(number)
+        report = self._opened.native.verify(number)
         damage = [Damage(**d | {"tensors": tuple(d["tensors"])}) for d in report.pop("damage")]
         return VerifyReport(**report, damage=tuple(damage))
 
@@ -641,16 +620,17 @@ class CheckpointManager:
         True
 
         """
-        return self._native.delete(settings.step_of(step, "delete(step)"))
+        return self._opened.native.delete(settings.step_of(step, "delete(step)"))
 
     def prewarm(self, state: Any) -> None:
         """Allocate the staging memory that saving ``state`` needs, ahead of the first save.
 
         >>> manager.prewarm({"model": model, "optimizer": optimizer})
         """
-        raw_bytes, ordinals = needs_of(state, self._saver.rules.replication, self._world_size)
+        rules = self._opened.saver.rules
+        raw_bytes, ordinals = needs_of(state, rules.replication, rules.world_size)
         usable = ordinals if ordinals and gpus.are_usable() else []
-        self._native.prewarm(raw_bytes, gpus.current_streams(usable))
+        self._opened.native.prewarm(raw_bytes, gpus.current_streams(usable))
 
     def pending_uploads(self) -> list[PendingUpload]:
         """Return the checkpoints that are not in the remote store yet, by ascending step.
@@ -660,7 +640,7 @@ class CheckpointManager:
         >>> manager.pending_uploads()
         [PendingUpload(step=2000, uploaded_bytes=25165824, total_bytes=104861696)]
         """
-        return [PendingUpload(*upload) for upload in self._native.pending_uploads()]
+        return [PendingUpload(*upload) for upload in self._opened.native.pending_uploads()]
 
     def wait_until_finished(self, timeout: float | None = None) -> bool:
         """Wait for the save in flight, at most ``timeout`` seconds; return whether none is left.
@@ -672,7 +652,7 @@ class CheckpointManager:
         True
 
         """
-        return self._native.wait_until_finished(timeout)
+        return self._opened.native.wait_until_finished(timeout)
 
     def close(self) -> None:
         """Finish the save in flight, then release threads, memory and the store's lock.
@@ -688,24 +668,7 @@ class CheckpointManager:
         >>> manager.close()
 
         """
-        if self._is_closed:
-            return
-        if os.getpid() != self._pid:
-            self._is_closed = True
-            return
-        try:
-            if not self._is_shut:
-                self._native.wait_until_finished()
-        except BaseException:
-            self._saver.is_closing = True
-            try:
-                self._shut()
-            except CheckpointError as later:
-                # The first error propagates; this one must neither replace it nor be lost.
-                _logger.error("closing `%s`: %s", self._path, later)  # noqa: TRY400
-            raise
-        self._saver.is_closing = True
-        self._shut()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -719,12 +682,12 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
-        self._failure = membership.failure_of(error)
+        self._opened.failure = membership.failure_of(error)
         try:
             self.close()
         except CheckpointError as unseen:
             # The block's own exception propagates; this one must neither replace it nor be lost.
-            _logger.error("closing `%s`: %s", self._path, unseen)  # noqa: TRY400
+            _logger.error("closing `%s`: %s", self.path, unseen)  # noqa: TRY400
 
     async def __aenter__(self) -> Self:
         return self
@@ -735,102 +698,17 @@ class CheckpointManager:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close in another thread: the event loop goes on."""
+        """Close in another thread: the event loop continues."""
         await asyncio.to_thread(self.__exit__, kind, error, traceback)
 
     def __repr__(self) -> str:
-        mode = "closed" if self._is_closed else "read-only" if self._read_only else "writing"
-        return f"<CheckpointManager {os.fspath(self._path)!r} {mode}>"
-
-    def _job_settings(
-        self, job: str, store: StoreArguments, keep_last_n: int | None
-    ) -> JobSettings:
-        """Return the coordinator's values for what is not set here, and log them."""
-        values = (
-            membership.settings_of_job(job) if self._ranks is None else self._ranks.worker.settings
-        )
-        found = job_settings_from(values)
-        if store.is_given():  # region and endpoint belong to the coordinator's own store
-            found = found._replace(path=None, s3={})
-        if found.keep_last_n is not None and keep_last_n is None and not self._read_only:
-            _logger.warning(
-                "the coordinator's `checkpoint.keep_last_n` is %d: older checkpoints are removed",
-                found.keep_last_n,
-            )
-        if found != JobSettings():
-            _logger.info("the coordinator's values for what is not set here: %s", found)
-        return found
-
-    def _open(self, engine_settings: str, replicated: list[str]) -> None:
-        """Open the store, start the threads, and register with ``lifecycle``."""
-        worker = None if self._ranks is None else self._ranks.worker
-        self._native = _native.Manager(self._path, engine_settings, worker)
-        self._lineage = Lineage(self._native, is_read_only=self._read_only)
-        timeout = None if self._ranks is None else self._agreement_timeout
-        options = ReadOptions(self._verify_on_load, timeout, self._has_uploads)
-        self._source = Source(self._native, self._path, self._lineage, options)
-        replication = Replication(replicated, self._native.share) if replicated else None
-        rules = Rules(self._world_size, self._ranks is not None, replication, self._best[0])
-        watchers = (self._watcher, self._uploads)
-        self._saver = Saver(self._native, self._lineage, watchers, rules)
-        for watcher in watchers:
-            if watcher is not None:
-                watcher.start()
-        lifecycle.register(self, self._native, self._watcher, self._uploads, self._ranks)
-
-    def _shut(self) -> None:
-        """Release everything. If a signal interrupts this, the next ``close`` resumes it."""
-        if not self._is_shut:
-            if self._watcher is not None:
-                self._watcher.stop()
-            if self._uploads is not None:
-                try:
-                    lifecycle.wait_for_uploads(self._native)
-                except BaseException:
-                    self._leaves_uploads = True
-                    raise
-                self._uploads.stop()
-            self._is_shut = True  # from here on nothing is waited for
-        try:
-            self._native.close()
-        finally:
-            lifecycle.unregister(self, self._watcher)
-            if self._ranks is not None:
-                self._ranks.leave(self._failure)
-            self._is_closed = True
-
-    def _undo_open(self) -> None:
-        """Undo an opening that failed, or that a signal interrupted."""
-        self._is_closed = True
-        lifecycle.unregister(self, self._watcher)
-        for watcher in (self._watcher, self._uploads):
-            if watcher is not None:
-                watcher.request_stop()
-        if hasattr(self, "_native"):
-            with contextlib.suppress(CheckpointError):
-                self._native.close()
-        if self._ranks is not None:
-            self._ranks.leave()
-
-    def _check_can_save(self, step: int) -> None:
-        what = f"saving step {step}"
-        if self._saver.is_closing:
-            raise Closed(what, "the manager was closed", "create a new CheckpointManager")
-        if self._read_only:
-            raise InvalidArgument(
-                f"{what} in `{self._path}`",
-                "the store was opened read-only",
-                "open it without `read_only=True`",
-            )
-        if self._incomplete is not None:
-            raise RestoreIncomplete(
-                what,
-                f"the live state is a mixture, since {self._incomplete.what} failed",
-                "restore again, from this step or another, before saving",
-            ) from self._incomplete
+        opened = self._opened
+        mode = "read-only" if opened.options.read_only else "writing"
+        state = "closed" if opened.is_closed else mode
+        return f"<CheckpointManager {os.fspath(opened.path)!r} {state}>"
 
     def _newest(self) -> int:
-        known = self._native.candidates()
+        known = self._opened.native.candidates()
         if not known:
-            raise fallback.no_checkpoint(self._path)
+            raise fallback.no_checkpoint(self.path)
         return known[-1][0]

@@ -42,7 +42,7 @@ class InvalidArgument(CheckpointError, ValueError):  # noqa: N818  (named as the
 
 
 class UnsupportedValue(CheckpointError, TypeError):  # noqa: N818
-    """Fix the state: a value in it cannot be saved. The message names its key path."""
+    """Fix the state: values in it cannot be saved. The message names the first few key paths."""
 
 
 class CheckpointNotFound(CheckpointError, LookupError):  # noqa: N818

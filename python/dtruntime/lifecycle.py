@@ -1,8 +1,8 @@
-"""Fork, interpreter exit and SIGTERM, for all managers of the process.
+"""Fork, interpreter exit and SIGTERM, for all open stores of the process.
 
 Always holds: a forked child keeps none of the parent's locks alive; the interpreter does not exit
-before a save in flight has ended, and logs what it waits for; SIGTERM is handled only for managers
-that asked for it, and the previously installed handler still runs.
+before a save in flight has ended, and logs what it waits for; SIGTERM is handled only for stores
+whose manager asked for it, and the previously installed handler still runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from dtruntime import _native
-    from dtruntime.checkpoint import CheckpointManager
+    from dtruntime.opened import OpenedStore
     from dtruntime.ranks.membership import StoreMembership
     from dtruntime.saving.handle import SaveHandle
     from dtruntime.saving.watcher import Watcher
@@ -34,29 +34,25 @@ _logger = logging.getLogger("dtruntime")
 _QUIET_SECONDS = 1.0
 """A wait at exit that takes longer logs what it waits for."""
 
-_managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
+_stores: weakref.WeakSet[OpenedStore] = weakref.WeakSet()
 _watchers: set[Watcher] = set()
 
 
-def register(
-    manager: CheckpointManager,
-    native: _native.Manager,
-    watcher: Watcher | None,
-    uploads: Watcher | None,
-    ranks: StoreMembership | None,
-) -> None:
-    """Track a manager until it is closed or dropped."""
-    _managers.add(manager)
-    if watcher is not None:
-        _watchers.add(watcher)
-        weakref.finalize(manager, _close_dropped, native, watcher, uploads, ranks).atexit = False
+def register(store: OpenedStore) -> None:
+    """Track a store until it is closed or dropped."""
+    _stores.add(store)
+    if store.watcher is not None:
+        _watchers.add(store.watcher)
+        left = (store.native, store.watcher, store.uploads, store.ranks)
+        weakref.finalize(store, _close_dropped, *left).atexit = False
 
 
-def unregister(manager: CheckpointManager, watcher: Watcher | None) -> None:
-    """Stop tracking a manager that was closed."""
-    _managers.discard(manager)
-    _watchers.discard(watcher)
-    _terminations.forget(manager)
+def unregister(store: OpenedStore) -> None:
+    """Stop tracking a store that was closed."""
+    _stores.discard(store)
+    if store.watcher is not None:
+        _watchers.discard(store.watcher)
+    _terminations.forget(store)
 
 
 def _close_dropped(
@@ -65,7 +61,7 @@ def _close_dropped(
     uploads: Watcher | None,
     ranks: StoreMembership | None,
 ) -> None:
-    """Close what a dropped manager left, on its own thread and once its saves have ended."""
+    """Close what a dropped store left, on its own thread and once its saves have ended."""
 
     def close() -> None:
         try:
@@ -106,8 +102,8 @@ def _log_unseen(error: CheckpointError) -> None:
 
 
 def _close_locks_in_child() -> None:
-    for manager in list(_managers):
-        manager._native.close_after_fork()  # noqa: SLF001
+    for store in list(_stores):
+        store.native.close_after_fork()
     _watchers.clear()  # their threads stayed in the parent
 
 
@@ -121,24 +117,24 @@ def _finish_saves() -> None:
     _watchers.clear()
 
 
-def _close_managers() -> None:
+def _close_stores() -> None:
     """Finish what exit handlers started, and log errors not retrieved. Runs last."""
-    for manager in list(_managers):
+    for store in list(_stores):
         with contextlib.suppress(Exception):  # each is closed, even if another fails
-            _close(manager)
+            _close(store)
 
 
-def _close(manager: CheckpointManager) -> None:
+def _close(store: OpenedStore) -> None:
     try:
-        if manager._leaves_uploads:  # noqa: SLF001  (an interrupt already ended the wait for them)
-            manager._native.leave_uploads()  # noqa: SLF001
-        manager.close()
+        if store.leaves_uploads:  # an interrupt already ended the wait for them
+            store.native.leave_uploads()
+        store.close()
     except CheckpointError as error:
         _log_unseen(error)
 
 
 def _in_flight() -> list[SaveHandle]:
-    handles = [manager._saver.in_flight() for manager in list(_managers)]  # noqa: SLF001
+    handles = [store.saver.in_flight() for store in list(_stores)]
     return [handle for handle in handles if handle is not None]
 
 
@@ -148,10 +144,10 @@ class _Policy(NamedTuple):
 
 
 class _Terminations:
-    """The process's SIGTERM handler and the managers that asked for it."""
+    """The process's SIGTERM handler and the stores whose managers asked for it."""
 
     def __init__(self) -> None:
-        self._policies: weakref.WeakKeyDictionary[CheckpointManager, _Policy] = (
+        self._policies: weakref.WeakKeyDictionary[OpenedStore, _Policy] = (
             weakref.WeakKeyDictionary()
         )
         self._previous: Callable[[int, FrameType | None], Any] | int | None = None
@@ -168,15 +164,15 @@ class _Terminations:
                 "create the manager in the main thread, or leave `sigterm` unset",
             )
 
-    def add(self, manager: CheckpointManager, policy: _Policy) -> None:
+    def add(self, store: OpenedStore, policy: _Policy) -> None:
         self.check("finish" if policy.finishes else "drop")
         if not self._is_installed:
             self._previous = signal.signal(signal.SIGTERM, self._handle)
             self._is_installed = True
-        self._policies[manager] = policy
+        self._policies[store] = policy
 
-    def forget(self, manager: CheckpointManager) -> None:
-        self._policies.pop(manager, None)
+    def forget(self, store: OpenedStore) -> None:
+        self._policies.pop(store, None)
         is_ours = self._is_installed and signal.getsignal(signal.SIGTERM) == self._handle
         if not self._policies and is_ours and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
@@ -187,14 +183,14 @@ class _Terminations:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if any(manager._saver.is_capturing for manager in list(self._policies)):  # noqa: SLF001
+        if any(store.saver.is_capturing for store in list(self._policies)):
             self._is_deferred = True
             return
         self._is_handling = True
         try:
-            for manager, policy in list(self._policies.items()):
-                handle = manager._saver.in_flight()  # noqa: SLF001
-                if manager._pid == os.getpid() and handle is not None:  # noqa: SLF001
+            for store, policy in list(self._policies.items()):
+                handle = store.saver.in_flight()
+                if store.pid == os.getpid() and handle is not None:
                     _end(handle, policy)
         finally:
             self._is_handling = False
@@ -251,9 +247,9 @@ def check_can_handle_termination(mode: str) -> None:
     _terminations.check(mode)
 
 
-def handle_termination(manager: CheckpointManager, mode: str, deadline_seconds: float) -> None:
-    """Finish or drop this manager's save in flight when the process receives SIGTERM."""
-    _terminations.add(manager, _Policy(mode == "finish", deadline_seconds))
+def handle_termination(store: OpenedStore, mode: str, deadline_seconds: float) -> None:
+    """Finish or drop this store's save in flight when the process receives SIGTERM."""
+    _terminations.add(store, _Policy(mode == "finish", deadline_seconds))
 
 
 def resume_termination() -> None:
@@ -264,4 +260,4 @@ def resume_termination() -> None:
 os.register_at_fork(after_in_child=_close_locks_in_child)
 # Before Python joins its threads; `atexit` alone runs after that, when nothing can be started.
 threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]  # noqa: SLF001
-atexit.register(_close_managers)
+atexit.register(_close_stores)

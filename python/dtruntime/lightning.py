@@ -31,6 +31,7 @@ from torch import distributed
 from dtruntime import _native, settings
 from dtruntime.checkpoint import CheckpointManager
 from dtruntime.errors import CheckpointNotFound, InvalidArgument, UnsupportedValue
+from dtruntime.opened import opened_by
 from dtruntime.ranks import launch
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ class CheckpointIO:
         self._manager = CheckpointManager(place, **self._settings, keep_last_n=1)
         if former is not None:
             with former:
-                self._manager._native.take_staging_of(former._native)  # noqa: SLF001
+                opened_by(self._manager).native.take_staging_of(opened_by(former).native)
 
     def _replace(self, checkpoint: dict[str, Any], place: str) -> None:
         """Replace a link or a file, which stays until the checkpoint is durable."""

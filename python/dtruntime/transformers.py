@@ -44,6 +44,7 @@ from dtruntime.errors import (
     StepConflict,
     UnsupportedFormat,
 )
+from dtruntime.opened import opened_by
 from dtruntime.ranks import launch
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         _check_strategy(self)
         self._manager = manager
-        manager._lineage.rewinds_implicitly = True  # noqa: SLF001  (see `rewind` below)
+        opened_by(manager).lineage.rewinds_implicitly = True  # see `rewind` below
         self._trainable_only = bool(trainable_only)
         self._resumed: tuple[str, int] | None = None  # the stand-in for a directory, and the step
         self._random: dict[str, Any] | None = None  # of the checkpoint that is resumed from
@@ -217,6 +218,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
         step = self.state.global_step
         self._note_best(step)
         live = self._live()
+        consistency = opened_by(self._manager).options.consistency
         callbacks = [*self.callback_handler.callbacks, self.control]
         trainer_state = {"state": _text_of(self.state, callbacks), "best": self._best}
         self._manager.save_async(
@@ -226,7 +228,7 @@ class StoredCheckpoints(_Base):  # type: ignore[misc]
             # the same step once more.
             rewind=self._newest is not None and step <= self._newest,
             metadata=_metrics_of(self.state),
-            optimizer=live["optimizer"] if self._manager._consistency == "overlap" else None,  # noqa: SLF001  (of the same package)
+            optimizer=live["optimizer"] if consistency == "overlap" else None,
         )
         self._newest = max(step, self._newest or 0)
 
@@ -330,12 +332,12 @@ class _Damaged(Exception):  # noqa: N818  (never seen outside)
 def _agree(error: CheckpointError | None) -> None:
     """Raise an error of one rank on all of them: all fall back to the same checkpoint, or end."""
     group = launch.process_group()
-    told: list[tuple[str, bool] | None] = [None]
+    errors: list[tuple[str, bool] | None] = [None]
     if group is not None and group.world_size > 1:
-        told *= group.world_size
+        errors *= group.world_size
         own = None if error is None else (str(error), isinstance(error, Corrupt))
-        torch.distributed.all_gather_object(told, own)
-    others = [(rank, *found) for rank, found in enumerate(told) if found is not None]
+        torch.distributed.all_gather_object(errors, own)
+    others = [(rank, *found) for rank, found in enumerate(errors) if found is not None]
     if error is None and others:
         rank, text, is_damage = min(others, key=lambda other: other[2])  # other errors come first
         kind = Corrupt if is_damage else LoadAborted
@@ -375,19 +377,19 @@ def _check_manager(manager: Any) -> None:
         raise InvalidArgument(
             what, f"it is a `{type(manager).__name__}`", "pass a `dtruntime.CheckpointManager`"
         )
-    if manager._read_only:  # noqa: SLF001  (of the same package)
+    if opened_by(manager).options.read_only:
         raise InvalidArgument(what, "it is read-only", "open it without `read_only=True`")
 
 
 def _check_retention(args: Any, manager: CheckpointManager) -> None:
     """Refuse retention that could remove the best checkpoint before the end of the training."""
-    keep_last_n, keep_best_n = manager._keeps  # noqa: SLF001
-    if not args.load_best_model_at_end or keep_last_n is None:
+    options = opened_by(manager).options
+    if not args.load_best_model_at_end or options.keep_last_n is None:
         return
     metric, mode = _best_of(args)
-    if not keep_best_n or manager._best != (metric, mode):  # noqa: SLF001
+    if not options.keep_best_n or (options.best_metric, options.best_mode) != (metric, mode):
         raise InvalidArgument(
-            f"`load_best_model_at_end` with `keep_last_n={keep_last_n}`",
+            f"`load_best_model_at_end` with `keep_last_n={options.keep_last_n}`",
             "the best checkpoint may be removed before the end",
             f'open the manager with `keep_best_n=1, best_metric="{metric}", best_mode="{mode}"`',
         )
@@ -420,8 +422,8 @@ def _check_strategy(trainer: Any) -> None:
     _refuse("fsdp", "use FSDP2: `fsdp_config={'version': 2}`", _is_fsdp1(trainer))
 
 
-def _refuse(name: str, hint: str, is_asked: bool) -> None:
-    if is_asked:
+def _refuse(name: str, hint: str, is_set: bool) -> None:
+    if is_set:
         raise InvalidArgument(
             f"`TrainingArguments({name}=...)` with a manager",
             "the manager does not support it, or handles it differently",

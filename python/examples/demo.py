@@ -3,8 +3,8 @@
 Trains the small GPT of `train_gpt.py` three times: without interruption; until SIGKILL strikes
 while a save is in flight; and from there, resumed. Then compares the two loss curves bit by bit,
 looks at the store with `ckpt-tool`, and prints what the saves cost. Ends with exit status 1 when
-any claim fails. With `--remote s3://bucket/prefix` the checkpoints are brought there too, below a
-prefix of this run's own, and verified there.
+any claim fails. With `--remote s3://bucket/prefix` the checkpoints are also uploaded, below a
+prefix of this run, and verified there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class Claims:
-    """What this demonstration says, each with whether it turned out true."""
+    """The claims of this demonstration, each with whether it turned out true."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -109,7 +109,7 @@ def run_trainer(store: Path, remote: str | None, *arguments: str) -> tuple[int, 
 
 
 def compare(claims: Claims, expected: dict[str, Any], resumed: dict[str, Any]) -> None:
-    """Draw both loss curves and hold them against each other."""
+    """Draw both loss curves and compare them."""
     resumed_at = resumed["resumed_at"]
     print(f"    uninterrupted  {sparkline(expected['losses'])}")
     print(f"    resumed        {sparkline(resumed['losses'])}")
@@ -140,7 +140,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def tool(verb: str, store: Path | str, *arguments: object) -> bool:
-    """Run `ckpt-tool` for the reader to see; returns whether it was content."""
+    """Run `ckpt-tool` with its output shown; return whether it succeeded."""
     words = [verb, str(store), *map(str, arguments)]
     shown = store.name if isinstance(store, Path) else store
     print(f"\n  $ ckpt-tool {' '.join([verb, shown, *words[2:]])}", flush=True)

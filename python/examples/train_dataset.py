@@ -1,4 +1,4 @@
-"""Train on a dataset that the ranks share, lose one, and go on with exactly what was left of it.
+"""Train on a dataset that the ranks share, lose one, and continue with exactly what was left of it.
 
     torchrun --nproc-per-node 2 --max-restarts 1 python/examples/train_dataset.py runs/dataset
 
@@ -38,7 +38,7 @@ FILES = 9
 
 
 def join() -> None:
-    """Make the process group, apart from that of the processes which a restart replaced."""
+    """Create the process group, separate from that of the processes that a restart replaced."""
     environment = os.environ
     store = dist.TCPStore(  # type: ignore[attr-defined]
         environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False
@@ -50,7 +50,7 @@ def join() -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Write files of JSON lines, unlike in length: numbers, and what is to be learned of them."""
+    """Write files of JSON lines, of different lengths: numbers, and what to learn from them."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)  # noqa: S311  (nothing here is secret)
     for number in range(FILES):
@@ -81,8 +81,8 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
     model = nn.Linear(WIDTH, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    alike = ["model.*", "optimizer.*", "step"]
-    with CheckpointManager(folder / "store", keep_last_n=2, replicated=alike) as manager:
+    replicated = ["model.*", "optimizer.*", "step"]
+    with CheckpointManager(folder / "store", keep_last_n=2, replicated=replicated) as manager:
         registry = DatasetRegistry()
         if rank == 0:
             if is_first_run:
@@ -118,7 +118,7 @@ def train(folder: Path, lose: tuple[int, int] | None) -> None:
                 if is_first_run and lose == (rank, step):
                     manager.wait_until_finished()
                     os.kill(os.getpid(), signal.SIGKILL)
-            if step % SAVE_EVERY:  # else it is saved; a restore of this goes on with the next epoch
+            if step % SAVE_EVERY:  # else it is saved; restoring this continues with the next epoch
                 manager.save_async(state | {"step": step}, step=step)
         manager.wait_until_finished()
     say(f"done: {step} steps, sum of weights {model.weight.sum().item():.9f}")

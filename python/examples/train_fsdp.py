@@ -1,12 +1,12 @@
-"""Train a model that is sharded over all ranks (FSDP2), and go on with another number of them.
+"""Train a model that is sharded over all ranks (FSDP2), and continue with another number of them.
 
     torchrun --nproc-per-node 4 python/examples/train_fsdp.py runs/fsdp --steps 20
     torchrun --nproc-per-node 2 python/examples/train_fsdp.py runs/fsdp --steps 40
 
-Every rank saves its parts of the parameters and of the optimizer's moments; what is no sharded
-tensor (the optimizer's settings, the step) is the same on all ranks, and ``replicated="*"`` says
-so: any number of ranks puts its own parts together from that. It runs on GPUs where there are
-some, else on the processor.
+Every rank saves its parts of the parameters and of the optimizer's moments; everything
+else (the optimizer's settings, the step) is the same on all ranks, which ``replicated="*"``
+declares: any number of ranks can assemble its own parts from that. It runs on GPUs if there are
+any, else on the processor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GLOBAL_BATCH = 64
 
 
 def make_model(device: str) -> nn.Module:
-    """Make the same model on every rank, and leave it each its part."""
+    """Make the same model on every rank, and shard it."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(LAYERS)]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH)).to(device)
@@ -43,7 +43,7 @@ def make_model(device: str) -> nn.Module:
 
 
 def batch(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give this rank's share of the data of one step: all shares together are always the same."""
+    """Return this rank's share of the data of one step: all shares together are always the same."""
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randn(GLOBAL_BATCH, WIDTH, generator=generator)
     share = inputs.chunk(dist.get_world_size())[dist.get_rank()].to(device)

@@ -1,4 +1,4 @@
-"""Train a small GPT on the text of Python's standard library, saving as it goes.
+"""Train a small GPT on the text of Python's standard library, saving meanwhile.
 
 An ordinary training script: the lines that concern checkpoints are the import, the manager,
 `manager.save_async(...)` in the loop and `manager.restore(...)` before it.
@@ -92,7 +92,7 @@ class GPT(nn.Module):
 
 
 class Progress:
-    """Where the run stands: what no module or optimizer knows."""
+    """The progress of the run: what no module or optimizer knows."""
 
     def __init__(self, corpus: torch.Tensor) -> None:
         self.corpus = corpus
@@ -106,7 +106,7 @@ class Progress:
         return len(self.losses)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the next bytes at places spread over the text, and the byte after each."""
+        """Return the next bytes at places spread over the text, and the byte after each."""
         spread = (len(self.corpus) - CONTEXT - 1) // BATCH
         starts = self.offset % spread + spread * torch.arange(BATCH)
         windows = self.corpus[starts[:, None] + torch.arange(CONTEXT + 1)].long()
@@ -191,7 +191,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def kill_in_mid_save(handle: SaveHandle) -> None:
-    """End this process as a power cut would: no handler, no flush, no goodbye."""
+    """End this process as a power cut would: no handler and no flush."""
     while not handle.done():
         if handle.progress().written_bytes > 0:
             os.kill(os.getpid(), signal.SIGKILL)

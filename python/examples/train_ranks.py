@@ -1,15 +1,15 @@
-"""Train on several ranks (DDP), lose one, and go on from the checkpoint that all of them have.
+"""Train on several ranks (DDP), lose one, and continue from the checkpoint that all of them have.
 
     torchrun --nproc-per-node 4 --max-restarts 1 python/examples/train_ranks.py runs/ranks
 
 Model and optimizer are the same on all ranks, so each writes a part of them under the same step,
-and any number of ranks can go on from there: the checkpoint exists when all parts are durable.
-Rank 0 hosts the coordinator, unless COORDINATOR_URL names one. It runs on GPUs where there are
-some, else on the processor. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step,
+and any number of ranks can continue from there: the checkpoint exists when all parts are durable.
+Rank 0 hosts the coordinator, unless COORDINATOR_URL names one. It runs on GPUs if there are
+any, else on the processor. ``--lose RANK:STEP`` makes a rank kill itself while it saves that step,
 once.
 
-Where ranks do not share a disk, ``--remote s3://bucket/run`` gives each a directory of its own
-below the store, and what all have saved goes to S3.
+Where ranks do not share a disk, ``--remote s3://bucket/run`` gives each its own directory
+below the store, and complete checkpoints are uploaded to S3.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WIDTH = 256
 
 
 def join(device: torch.device) -> None:
-    """Make the process group, in a corner of torchrun's store that a restart does not share.
+    """Create the process group, under a prefix of torchrun's store that a restart does not share.
 
     Without it, gloo finds the addresses of the processes that the restart replaced.
     """
@@ -50,7 +50,7 @@ def join(device: torch.device) -> None:
 
 
 def batch(step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the data of one step and this rank: the same after a restart."""
+    """Return the data of one step and this rank: the same after a restart."""
     generator = torch.Generator().manual_seed(step * 1000 + dist.get_rank())
     inputs = torch.randn(64, WIDTH, generator=generator).to(device)
     return inputs, inputs.roll(1, dims=1)
@@ -59,12 +59,12 @@ def batch(step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def open_manager(store: Path, remote: str | None) -> CheckpointManager:
     """Open the store; a save in flight is finished before SIGTERM ends the rank."""
     own = store if remote is None else store / f"rank-{dist.get_rank()}"
-    alike = ["model.*", "optimizer.*", "step"]
+    replicated = ["model.*", "optimizer.*", "step"]
     # torchrun kills a rank 30 s after it has sent SIGTERM.
     return CheckpointManager(
         own,
         keep_last_n=2,
-        replicated=alike,
+        replicated=replicated,
         remote=remote,
         sigterm="finish",
         sigterm_deadline_seconds=25,
@@ -85,7 +85,7 @@ def train(store: Path, remote: str | None, lose: tuple[int, int] | None) -> None
     averaging = DistributedDataParallel(model)
     is_first_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with open_manager(store, remote) as manager:
-        # The model without its wrapper: so an evaluation needs none.
+        # The model without its wrapper, so that an evaluation needs none.
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
         with contextlib.suppress(CheckpointNotFound):
             manager.restore(state)
@@ -110,11 +110,11 @@ def train(store: Path, remote: str | None, lose: tuple[int, int] | None) -> None
 
 
 def save(manager: CheckpointManager, state: dict[str, Any], rank: int) -> None:
-    """Save behind the training; a save that fails does not end it."""
+    """Save in the background; a save that fails does not end the training."""
     try:
         manager.save_async(state, step=state["step"])
     except CheckpointError as error:
-        print(f"rank {rank} goes on without a checkpoint: {error}", flush=True)
+        print(f"rank {rank} continues without a checkpoint: {error}", flush=True)
 
 
 def main() -> None:

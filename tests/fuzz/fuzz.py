@@ -2,7 +2,7 @@
 
     .ci/env python tests/fuzz/fuzz.py index
 
-`DTR_TORTURE_STATES` says for how many seconds, and `DTR_TORTURE_FIRST`, the seconds before, seeds
+`DTR_TORTURE_STATES` is the number of seconds, and `DTR_TORTURE_FIRST`, the seconds before, seeds
 the fuzzer. The corpus that it grows, and the programs, stay in the cache; the committed one comes
 with every run. An input takes at most 256 MiB and 5 s.
 """
@@ -25,7 +25,7 @@ CACHE = Path(
 
 
 def is_installed() -> bool:
-    """Say whether there is a fuzzer."""
+    """Return whether there is a fuzzer."""
     words = ("cargo", "+nightly", "fuzz", "--version")
     return subprocess.run(words, check=False, capture_output=True).returncode == 0
 
@@ -62,7 +62,7 @@ def fuzz(target: str, seconds: int, seed: int) -> int:
 
 
 def main() -> None:
-    """Fuzz as the environment says."""
+    """Fuzz as the environment specifies."""
     (target,) = sys.argv[1:]
     seconds = int(os.environ.get("DTR_TORTURE_STATES", "10"))
     first = int(os.environ.get("DTR_TORTURE_FIRST", "0"))

@@ -8,9 +8,9 @@ Every check says what it tried and how often; the first one that fails ends the 
 cannot be tried says why, and is counted.
 
 Always holds: where order counts, the GPU is given work that keeps it busy for a tenth of a second
-first. So a copy that does not wait for what was asked before it, or an update that does not wait
-for a copy, shows as wrong bytes. A check in which the package fell back to less (strict saves,
-memory that is not pinned) fails: it has not tried what it says.
+first. So a copy that does not wait for earlier work, or an update that does not wait for a copy,
+shows as wrong bytes. A check in which the package fell back to less (strict saves, memory that is
+not pinned) fails: it has not tried what it says.
 """
 
 from __future__ import annotations
@@ -94,16 +94,16 @@ class Checks:
         return self.device.type == "cuda" and UNCACHED not in os.environ
 
     def manager(self, name: str, **settings: Any) -> CheckpointManager:
-        """Open a store of its own."""
+        """Open a separate store."""
         return CheckpointManager(self.folder / name, keep_last_n=2, **settings)
 
     def skip(self, what: str, why: str) -> None:
-        """Count something that cannot be tried."""
+        """Record something that cannot be tried."""
         self.skipped.append(what)
         print(f"skipped  {what}: {why}")
 
     def noise(self, seed: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Make bits of any kind, the same for the same seed."""
+        """Return random bits, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator)
         if dtype is torch.bool:
@@ -122,7 +122,7 @@ class Checks:
             torch.cuda.synchronize(self.device)
 
     def in_streams(self) -> Iterator[str]:
-        """Go through the default stream and another one, as the current one."""
+        """Yield the default stream and another one, each as the current one."""
         yield "the default stream"
         if self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
@@ -131,15 +131,15 @@ class Checks:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors are the same bit by bit, wherever they are."""
+    """Return whether two tensors are the same bit by bit, wherever they are."""
     first, second = (
         tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in (one, other)
     )
     return one.dtype == other.dtype and torch.equal(first, second)
 
 
-def spoilt_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Make a tensor of the same dtype and strides that holds nothing of what this one does."""
+def scrambled_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same dtype and strides with other values."""
     made = torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )
@@ -149,7 +149,7 @@ def spoilt_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def chosen_for(mode: str, optimizer: object) -> dict[str, Any]:
-    """Give what `save_async` takes for a mode."""
+    """Return what `save_async` takes for a mode."""
     return {"consistency": mode} | ({"optimizer": optimizer} if mode == "overlap" else {})
 
 
@@ -175,7 +175,7 @@ def every_dtype_comes_back(checks: Checks) -> str:
                 tied = {loaded[n].untyped_storage().data_ptr() for n in ("matrix", "transposed")}
                 assert len(tied) == 1, "tensors that shared memory share it"
             for direct in (False, True):
-                live = {name: spoilt_like(tensor) for name, tensor in state.items()}
+                live = {name: scrambled_like(tensor) for name, tensor in state.items()}
                 manager.restore(live, direct=direct)
                 for name, tensor in state.items():
                     assert same_bits(live[name], tensor), (mode, name, direct)
@@ -184,7 +184,7 @@ def every_dtype_comes_back(checks: Checks) -> str:
     return f"{count} tensors" + (f"; this PyTorch has no {lacking}" if lacking else "")
 
 
-def what_training_does_next_is_not_saved(checks: Checks) -> str:
+def later_changes_are_not_saved(checks: Checks) -> str:
     """Change every tensor right after the save has returned, in each mode."""
     count = 0
     for mode in gpus.MODES:
@@ -213,7 +213,7 @@ def what_training_does_next_is_not_saved(checks: Checks) -> str:
     return f"{count} saves"
 
 
-def what_training_did_before_is_saved(checks: Checks) -> str:
+def earlier_changes_are_saved(checks: Checks) -> str:
     """Save while the GPU has not yet done what it was given; change it again right after."""
     count = 0
     for mode in gpus.MODES:
@@ -221,7 +221,7 @@ def what_training_did_before_is_saved(checks: Checks) -> str:
         optimizer = torch.optim.SGD([weight], lr=1.0)
         with checks.manager(f"before-{mode}") as manager, torch.no_grad():
             weight.add_(1).zero_()  # a kernel's first launch may wait for everything before it
-            manager.save({"w": weight}, step=1)  # memory that is pinned now is waited for
+            manager.save({"w": weight}, step=1)  # pinning memory now would wait for the GPU
             for step, where in enumerate(checks.in_streams(), 2):
                 weight.zero_()
                 checks.settle()
@@ -337,7 +337,7 @@ def two_gpus_are_saved(checks: Checks) -> str:
 def train(
     checks: Checks, steps: int, save: Callable[[int, dict[str, Any], Any], object]
 ) -> list[float]:
-    """Train a small net; give the losses."""
+    """Train a small net; return the losses."""
     torch.manual_seed(1)
     width = 512 // min(checks.scale, 4)
     layers = [torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU()]
@@ -357,7 +357,7 @@ def train(
     return [loss.item() for loss in losses]
 
 
-def training_does_not_notice(checks: Checks) -> str:
+def training_is_unaffected(checks: Checks) -> str:
     """Train with a save after each step, in each mode; the losses are those of a run without."""
     steps = 100 // min(checks.scale, 10)
     expected = train(checks, steps, lambda *_: None)
@@ -374,8 +374,8 @@ def training_does_not_notice(checks: Checks) -> str:
     return f"{steps} saves in each of {len(gpus.MODES)} modes"
 
 
-def a_training_is_taken_back(checks: Checks) -> str:
-    """Restore weights and optimizer in place; what follows is what followed the first time."""
+def a_training_is_restored(checks: Checks) -> str:
+    """Restore weights and optimizer in place; training then continues as it did the first time."""
     weight = checks.noise(1, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     state = {"w": weight, "optimizer": optimizer}
@@ -422,7 +422,7 @@ def memory_stays_flat(checks: Checks) -> str:
 
 
 def graphs_are_refused(checks: Checks) -> str:
-    """Save while a CUDA graph is captured: refused, and the capture goes on."""
+    """Save while a CUDA graph is captured: refused, and the capture continues."""
     if checks.device.type != "cuda":
         checks.skip("graphs_are_refused", "there is no GPU")
         return ""
@@ -444,10 +444,10 @@ def graphs_are_refused(checks: Checks) -> str:
     return "1 capture"
 
 
-def a_captured_step_is_no_trap(checks: Checks) -> str:
+def a_captured_step_is_handled(checks: Checks) -> str:
     """Capture a step while a save copies, and replay it: no hook runs then."""
     if checks.device.type != "cuda":
-        checks.skip("a_captured_step_is_no_trap", "there is no GPU")
+        checks.skip("a_captured_step_is_handled", "there is no GPU")
         return ""
     weight = checks.noise(1, 8_000_000 // checks.scale).nan_to_num(0).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -471,7 +471,7 @@ def a_captured_step_is_no_trap(checks: Checks) -> str:
 
 
 def bad_calls_are_explained(checks: Checks) -> str:
-    """Ask for what cannot be."""
+    """Request what is impossible."""
     weight = checks.noise(1, 10).requires_grad_()
     with checks.manager("calls") as manager:
         calls: list[dict[str, Any]] = [{"consistency": "lazy"}, {"consistency": "overlap"}]
@@ -485,16 +485,16 @@ def bad_calls_are_explained(checks: Checks) -> str:
     return "2 calls"
 
 
-def the_sanitizer_finds_nothing(checks: Checks) -> str:
+def the_sanitizer_finds_no_error(checks: Checks) -> str:
     """Run a small part of this again under NVIDIA's compute-sanitizer."""
     tool = shutil.which("compute-sanitizer")
     if checks.device.type != "cuda" or tool is None:
         why = "there is no GPU" if checks.device.type != "cuda" else "it is not installed"
-        checks.skip("the_sanitizer_finds_nothing", why)
+        checks.skip("the_sanitizer_finds_no_error", why)
         return ""
-    only = "what_training_does_next_is_not_saved"
+    only = "later_changes_are_not_saved"
     script = [sys.executable, __file__, "--quick", "--device", str(checks.device), "--only", only]
-    # Calls that fail and are dealt with, as PyTorch makes them, are no finding. Without PyTorch's
+    # Calls of PyTorch that fail and are handled are no finding. Without PyTorch's
     # cache every tensor is an allocation that the tool knows the bounds of.
     try:
         ran = subprocess.run(
@@ -507,7 +507,7 @@ def the_sanitizer_finds_nothing(checks: Checks) -> str:
         )
     except subprocess.TimeoutExpired as late:
         why = f"it took longer than {SANITIZER_SECONDS} s, and printed {late.stdout!r}"
-        checks.skip("the_sanitizer_finds_nothing", why)
+        checks.skip("the_sanitizer_finds_no_error", why)
         return ""
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert f"passed   {only}" in ran.stdout, ran.stdout
@@ -516,23 +516,23 @@ def the_sanitizer_finds_nothing(checks: Checks) -> str:
 
 CHECKS = [
     every_dtype_comes_back,
-    what_training_does_next_is_not_saved,
-    what_training_did_before_is_saved,
+    later_changes_are_not_saved,
+    earlier_changes_are_saved,
     every_optimizer_waits,
     a_frozen_average_may_change,
     a_state_larger_than_the_staging_memory_is_saved,
     two_gpus_are_saved,
-    training_does_not_notice,
-    a_training_is_taken_back,
+    training_is_unaffected,
+    a_training_is_restored,
     memory_stays_flat,
     graphs_are_refused,
-    a_captured_step_is_no_trap,
+    a_captured_step_is_handled,
     bad_calls_are_explained,
-    the_sanitizer_finds_nothing,
+    the_sanitizer_finds_no_error,
 ]
 
 EXPECTED_WARNINGS: dict[Callable[[Checks], str], str] = {
-    a_captured_step_is_no_trap: "saves are strict"
+    a_captured_step_is_handled: "saves are strict"
 }
 """What a check provokes; any other warning means that it tried something else than it says."""
 
@@ -548,7 +548,7 @@ def run(check: Callable[[Checks], str], checks: Checks, seen: Warnings) -> None:
 
 
 def main() -> None:
-    """Try everything, or what is named."""
+    """Run all checks, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer saves")

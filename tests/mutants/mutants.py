@@ -3,7 +3,7 @@
     .ci/env python tests/mutants/mutants.py                  all of them
     .ci/env python tests/mutants/mutants.py sync-retried     only this one
 
-A mutant is a patch beside this file. It takes one thing out that a promise rests on, and opens
+A mutant is a patch beside this file. It removes one thing that a promise depends on, and opens
 with what that is and with the test that must catch it, of the tests of a promise (`crash`,
 `readers`, `ranks`, `s3`, `stand_in` for GPUs, `machine` for the coordinator) or of the engine's own
 (`engine` beside the code, `engine_tests` in `tests/engine`). Each is applied by itself to a copy of
@@ -71,11 +71,11 @@ class Copy:
         dropped = ("DTR_TORTURE_FIRST", "DTR_TORTURE_STATES", "GIT_DIR", "GIT_WORK_TREE")
         self.environment = {k: v for k, v in os.environ.items() if k not in dropped}
         self.environment["CARGO_TARGET_DIR"] = str(directory / "target")
-        # A cache that happens to lie in a repository is none of that repository.
+        # A cache that happens to be inside a repository does not belong to it.
         self.environment["GIT_CEILING_DIRECTORIES"] = str(directory)
 
     def renew(self) -> None:
-        """Make the copy equal to the tree, and touch nothing that is."""
+        """Make the copy equal to the tree, without touching files that are."""
         words = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
         names = {name for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
@@ -90,7 +90,7 @@ class Copy:
                 path.unlink()
 
     def apply(self, patch: Path) -> None:
-        """Apply a patch, whole or not at all."""
+        """Apply a patch, in whole or not at all."""
         self.call(("git", "apply", str(patch)), f"`{patch.name}` does not apply")
 
     def build(self, mutant: Mutant) -> None:
@@ -99,7 +99,7 @@ class Copy:
         self.call(command, f"with `{mutant.patch.name}` the tests do not build")
 
     def test(self, mutant: Mutant) -> tuple[bool, str]:
-        """Run the test of a mutant; say whether it passed, and what it printed."""
+        """Run the test of a mutant; return whether it passed, and what it printed."""
         command = (*CARGO, *TARGETS[mutant.binary])
         command = (*command, "--", mutant.test, "--exact", "--nocapture")
         done = self.run(command)

@@ -1,4 +1,4 @@
-"""Shared by all tests: a store of one's own, and comparison by bits."""
+"""Fixtures of all tests: a store for each, managers on it, and devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Give the path of a store that does not exist yet."""
+    """Return the path of a store that does not exist yet."""
     return tmp_path / "store"
 
 
@@ -40,5 +40,5 @@ def open_manager(store: Path) -> Iterator[Callable[..., CheckpointManager]]:
 
 @pytest.fixture
 def manager(open_manager: Callable[..., CheckpointManager]) -> CheckpointManager:
-    """Give a writing manager on ``store``."""
+    """Return a writing manager on ``store``."""
     return open_manager()

@@ -21,7 +21,7 @@ START_SECONDS = 30
 
 
 def free_port() -> int:
-    """Give a port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -90,7 +90,7 @@ class CoordinatorProcess:
             return reply.read().decode()
 
     def metric(self, line: str) -> float:
-        """Give the value of the metric whose line begins so."""
+        """Return the value of the metric whose line starts with this."""
         for text in self.page("metrics").splitlines():
             if text.startswith(line + " "):
                 return float(text.rsplit(" ", 1)[1])
@@ -106,7 +106,7 @@ class CoordinatorProcess:
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[CoordinatorProcess]:
-    """Give a coordinator with its defaults, which ends with the test."""
+    """Return a coordinator with its defaults, which ends with the test."""
     process = CoordinatorProcess(tmp_path)
     process.start()
     yield process

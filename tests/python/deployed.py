@@ -1,4 +1,4 @@
-"""What tests of deploy/ go by: where its files are, its ports and user, and how programs run."""
+"""What tests of deploy/ share: where its files are, its ports and user, and how programs run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILES = (DEPLOY / "Dockerfile.coordinator", DEPLOY / "Dockerfile.worker")
 GRPC_PORT, METRICS_PORT, RENDEZVOUS_PORT = 50051, 9090, 29500
 USER = 10001
-"""Of both images: volumes and pods go by it."""
+"""Of both images; volumes and pods depend on it."""
 
 
 def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ class Net(pl.LightningModule):
 
 
 def batches() -> DataLoader:
-    """Give eight batches, always the same."""
+    """Return eight batches, always the same."""
     samples = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(samples, samples.sum(1, keepdim=True)), batch_size=8)
 

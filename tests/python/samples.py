@@ -1,4 +1,4 @@
-"""Files of samples for tests of datasets, and who deals them out.
+"""Files of samples for tests of datasets, and how they are assigned.
 
 A sample here is ``name:number``, so a list of samples says which file each came from.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Dealer:
-    """Deals out the files of a folder, as a coordinator would."""
+    """Assigns the files of a folder, as a coordinator would."""
 
     def __init__(self, folder, files, place=(0, 1), told=(), **changes):
         self.folder, self.files, self.own = folder, sorted(files), place
@@ -57,7 +57,7 @@ def lines_of(name: str, count: int) -> list[str]:
 
 
 def make_files(folder: Path, counts: list[int]) -> list[str]:
-    """Write a text file for each count, of so many samples."""
+    """Write a text file for each count, with that many samples."""
     folder.mkdir(exist_ok=True)
     names = [f"f{index:02}.txt" for index in range(len(counts))]
     for name, count in zip(names, counts, strict=True):
@@ -89,7 +89,7 @@ def expected(library, file_count=40) -> Counter[str]:
 
 
 def take(iterator, count):
-    """Give the next items, at most so many."""
+    """Return the next items, at most ``count``."""
     return [item for _, item in zip(range(count), iterator, strict=False)]
 
 

@@ -1,6 +1,6 @@
 """A CUDA driver without a device, in this process: `cuda/stand_in/cuda.c`, built and loaded here.
 
-Its devices' memory is memory of the host, so torch's CPU tensors can lie in it: to the package
+Its devices' memory is memory of the host, so torch's CPU tensors can be in it: to the package
 they are on `cuda:0` then, while torch sees tensors that it can compute with.
 """
 
@@ -26,7 +26,7 @@ LEGACY_STREAM = 0
 
 
 class StandIn:
-    """The driver, and the tensors that lie in its first device's memory."""
+    """The driver, and the tensors in its first device's memory."""
 
     def __init__(self, library: Path) -> None:
         self.driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -39,7 +39,7 @@ class StandIn:
         self.owned: dict[int, Any] = {}
 
     def tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """Give a copy of `values` in the device's memory."""
+        """Return a copy of `values` in the device's memory."""
         count = values.numel() * values.itemsize
         address = self.driver.stand_in_allocate(0, ctypes.c_size_t(max(count, 1)))
         memory = (ctypes.c_uint8 * count).from_address(address)
@@ -50,18 +50,18 @@ class StandIn:
         return made
 
     def write(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
-        """Change a tensor as training does: when the current stream comes to it."""
+        """Change a tensor as training does: when the current stream gets to it."""
         stream = ctypes.c_void_p(self.driver.stand_in_legacy_stream(0))
         count = ctypes.c_size_t(values.numel() * values.itemsize)
         to, source = ctypes.c_uint64(tensor.data_ptr()), ctypes.c_void_p(values.data_ptr())
         self.driver.stand_in_write(stream, to, source, count)
 
     def hold_copies(self, are_held: bool) -> None:
-        """Let no copy of any stream run, or let them go on."""
+        """Hold the copies of all streams, or let them continue."""
         self.driver.stand_in_hold_copies(ctypes.c_bool(are_held))
 
     def settle(self) -> None:
-        """Wait until nothing happens any more."""
+        """Wait until all streams are idle."""
         self.driver.stand_in_settle()
 
     def fail(self, name: str, times: int, code: int) -> None:
@@ -78,17 +78,17 @@ class StandIn:
         return int(self.driver.stand_in_calls(_name(name)))
 
     def pages_fetched(self) -> int:
-        """Count pages that nobody had touched when they were pinned."""
+        """Count pages that were untouched when they were pinned."""
         return int(self.driver.stand_in_pages_fetched())
 
     def owns(self, storage: Any) -> bool:
-        """Tell whether a storage lies in the device's memory."""
+        """Return whether a storage is in the device's memory."""
         return storage.data_ptr() in self.owned
 
 
 @functools.cache
 def _name(text: str) -> ctypes.c_char_p:
-    """Give a name that lives as long as the driver, which keeps the pointer."""
+    """Return a name that lives as long as the driver, which keeps the pointer."""
     return ctypes.c_char_p(text.encode())
 
 
@@ -104,7 +104,7 @@ def _load() -> StandIn:
 
 @pytest.fixture
 def device(monkeypatch):
-    """Give the stand-in, with its tensors taken for those of `cuda:0`."""
+    """Return the stand-in, with its tensors taken for those of `cuda:0`."""
     if shutil.which("cc") is None:
         pytest.skip("the stand-in for the CUDA driver needs a C compiler")
     stand_in = _load()

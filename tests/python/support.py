@@ -1,4 +1,4 @@
-"""Helpers of the tests: equality by type and bits, scripts in own processes, waits that end."""
+"""Helpers of the tests: equality by type and bits, scripts in processes, waits that time out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGE_ROOT = Path(__file__).parents[2] / "python"
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:
-    """Give a tensor's items as bytes, in order of their indices, whatever the dtype and strides."""
+    """Return a tensor's items as bytes, in order of indices, for any dtype and strides."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     size = plain.dtype.itemsize
     storage = plain.untyped_storage()
@@ -72,19 +72,19 @@ def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
 
 
 def vars_of(value: Any) -> dict[str, Any]:
-    """Give the attributes of an OrderedDict; a dict has none."""
+    """Return the attributes of an OrderedDict; a dict has none."""
     return vars(value) if isinstance(value, OrderedDict) else {}
 
 
 def script_environment() -> dict[str, str]:
-    """Give the environment in which a script finds the package under test."""
+    """Return the environment in which a script finds the package under test."""
     return os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1"}
 
 
 def run_script(
     source: str, *arguments: object, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python source in a process of its own."""
+    """Run Python source in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
         env=script_environment(),
@@ -98,7 +98,7 @@ def run_script(
 def start_script(
     source: str, *arguments: object, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start Python source in a process of its own; its output is read through pipes."""
+    """Start Python source in a separate process; its output is read through pipes."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
         env=script_environment() | dict(environment or {}),
@@ -110,15 +110,15 @@ def start_script(
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until it holds; fail if it does not in time."""
+    """Wait until a condition holds; fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it did not come to be in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.01)
 
 
 def shard_of(store: Path, step: int) -> Path:
-    """Give the one shard of a step."""
+    """Return the one shard of a step."""
     (shard,) = (store / f"step-{step:012}").glob("*.shard")
     return shard
 
@@ -130,3 +130,8 @@ def flip_byte(path: Path, offset: int) -> None:
         (byte,) = file.read(1)
         file.seek(offset)
         file.write(bytes([byte ^ 0x55]))
+
+
+def state_of(step: int) -> dict[str, object]:
+    """Return a small state that differs from step to step."""
+    return {"weights": torch.full((30_000,), float(step)), "step": step}

@@ -55,13 +55,13 @@ def test_a_cache_never_exceeds_its_limit(tmp_path_factory, sizes, limit, order):
             held.append((ready, source))
         else:
             ready.close()
-        for other, path in held:  # what is being read stays
+        for other, path in held:  # what is being read is not evicted
             assert Path(other.path).read_bytes() == path.read_bytes()
     for ready, _ in held:
         ready.close()
 
 
-def test_copies_are_used_again_and_the_longest_unused_goes(tmp_path):
+def test_copies_are_reused_and_the_least_recently_used_is_evicted(tmp_path):
     sources = []
     for number in range(4):
         sources.append(tmp_path / f"s{number}.txt.gz")
@@ -82,21 +82,21 @@ def test_only_our_own_files_are_removed(tmp_path):
     source = tmp_path / "s"
     source.write_bytes(os.urandom(1_000))
     cache = Cache(tmp_path / "cache", 1_500)
-    strangers = ["precious.txt", f"{'0' * 32}-12345678", f"{'0' * 31}-{'0' * 8}-x", "x.partial"]
-    for name in strangers:
+    other_files = ["precious.txt", f"{'0' * 32}-12345678", f"{'0' * 31}-{'0' * 8}-x", "x.partial"]
+    for name in other_files:
         (cache.folder / name).write_bytes(bytes(5_000))
     (cache.folder / f"{'1' * 32}-{'0' * 8}-link").symlink_to(source)
     (cache.folder / f"{'2' * 32}-{'0' * 8}-folder").mkdir()
     for number in range(5):
         source.write_bytes(os.urandom(1_000 + number))
         cache.fetch(str(source), always).close()
-    assert all((cache.folder / name).exists() for name in strangers)
+    assert all((cache.folder / name).exists() for name in other_files)
     assert (cache.folder / f"{'1' * 32}-{'0' * 8}-link").is_symlink()
     assert source.exists()
     assert used(cache) <= 1_500
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "dtruntime-datasets").mkdir()
     (tmp_path / "dtruntime-datasets" / "thesis.tex").write_text("years of work")
     with pytest.raises(InvalidArgument, match=r"contains `thesis\.tex` and not our tag"):
@@ -106,7 +106,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
         Cache(tmp_path, 100)
 
 
-def test_processes_that_make_a_cache_at_once_all_get_it(tmp_path, caplog):
+def test_processes_that_create_a_cache_concurrently_share_it(tmp_path, caplog):
     meeting = threading.Barrier(4)
     failed = []
 
@@ -131,7 +131,7 @@ def test_processes_that_make_a_cache_at_once_all_get_it(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("left", [{}, {"CACHEDIR.TAG": ""}, {"CACHEDIR.TAG.new": "Sig"}])
-def test_a_folder_that_was_left_half_made_is_made(tmp_path, left):
+def test_a_folder_whose_creation_was_interrupted_is_completed(tmp_path, left):
     folder = tmp_path / "dtruntime-datasets"
     folder.mkdir()
     (folder / "lock").touch()
@@ -143,7 +143,7 @@ def test_a_folder_that_was_left_half_made_is_made(tmp_path, left):
     Cache(tmp_path, 100)
 
 
-def test_a_tag_that_appears_meanwhile_is_no_stranger(tmp_path, monkeypatch):
+def test_a_tag_that_another_process_writes_meanwhile_is_accepted(tmp_path, monkeypatch):
     Cache(tmp_path / "other", 100)
     tag = (tmp_path / "other" / "dtruntime-datasets" / "CACHEDIR.TAG").read_text()
 
@@ -155,7 +155,7 @@ def test_a_tag_that_appears_meanwhile_is_no_stranger(tmp_path, monkeypatch):
     Cache(tmp_path, 100)
 
 
-def test_a_copy_that_goes_meanwhile_does_not_end_the_cache(tmp_path, monkeypatch, caplog):
+def test_a_copy_that_disappears_meanwhile_does_not_break_the_cache(tmp_path, monkeypatch, caplog):
     source = tmp_path / "s"
     source.write_bytes(os.urandom(1_000))
     cache = Cache(tmp_path, 10_000)
@@ -190,7 +190,7 @@ def test_a_copy_that_goes_meanwhile_does_not_end_the_cache(tmp_path, monkeypatch
     assert caplog.text == ""
 
 
-def test_what_a_crash_left_is_dropped_at_the_start_and_nothing_else(tmp_path):
+def test_only_what_a_crash_left_is_removed_at_the_start(tmp_path):
     cache = Cache(tmp_path, 10_000)
     left, being_made = (cache.folder / f"{digit * 32}.{'0' * 16}.partial" for digit in "ab")
     left.write_bytes(bytes(500))
@@ -204,36 +204,36 @@ def test_what_a_crash_left_is_dropped_at_the_start_and_nothing_else(tmp_path):
 
 @contextlib.contextmanager
 def forked(does):
-    """Have a forked process do something, and then live on, with all files that it inherited."""
-    hears, told = os.pipe()
+    """Have a forked process do something, and keep it alive with all files that it inherited."""
+    reader, writer = os.pipe()
     waits, ends = os.pipe()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             does()
-            os.write(told, b".")
+            os.write(writer, b".")
             os.close(ends)
             os.read(waits, 1)
         os._exit(0)
-    os.close(told)
+    os.close(writer)
     try:
-        assert os.read(hears, 1) == b"."
+        assert os.read(reader, 1) == b"."
         yield
     finally:
         os.close(ends)
         os.waitpid(child, 0)
-        os.close(hears)
+        os.close(reader)
         os.close(waits)
 
 
-def test_a_forked_process_keeps_no_lock_and_gives_none_up(tmp_path, monkeypatch):
+def test_a_forked_process_keeps_no_lock_and_releases_none(tmp_path, monkeypatch):
     for number in range(2):
         (tmp_path / f"s{number}").write_bytes(os.urandom(1_000))
     cache = Cache(tmp_path, 1_500)
     ready = cache.fetch(str(tmp_path / "s0"), always)
     name = Path(ready.path).name
     with forked(ready.close):
-        assert not cache._remove(name)  # it is read here
+        assert not cache._remove(name)  # it is read in place
         ready.close()
         assert cache._remove(name)
     with cache._locked(), forked(lambda: None):
@@ -257,7 +257,7 @@ def test_a_forked_process_keeps_no_lock_and_gives_none_up(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
-def test_a_damaged_copy_is_made_anew(tmp_path, damage, caplog):
+def test_a_damaged_copy_is_replaced(tmp_path, damage, caplog):
     source = tmp_path / "s"
     source.write_bytes(os.urandom(10_000))
     ready = Cache(tmp_path, 100_000).fetch(str(source), always)
@@ -267,14 +267,14 @@ def test_a_damaged_copy_is_made_anew(tmp_path, damage, caplog):
     data[5_000] ^= 1
     copy.write_bytes({"flipped": data, "cut": data[:9_999], "emptied": b""}[damage])
     cache = Cache(tmp_path, 100_000)
-    for _ in range(2):  # where the name of the broken copy is in the way, the file itself is read
+    for _ in range(2):  # if the broken copy cannot be replaced, the file itself is read
         ready = cache.fetch(str(source), always)
         assert Path(ready.path).read_bytes() == source.read_bytes()
         ready.close()
     assert ("is damaged; it is made again" in caplog.text) == (damage == "flipped")
 
 
-def test_a_source_that_changed_is_copied_anew(tmp_path):
+def test_a_changed_source_is_copied_again(tmp_path):
     source = tmp_path / "s"
     source.write_bytes(b"old")
     cache = Cache(tmp_path, 100)
@@ -287,7 +287,7 @@ def test_a_source_that_changed_is_copied_anew(tmp_path):
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "rename"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_a_cache_that_cannot_be_written_is_said_once(request, call, number):
+def test_a_cache_that_cannot_be_written_is_logged_once(request, call, number):
     names = ("library", "tmp_path", "monkeypatch", "caplog")
     library, tmp_path, monkeypatch, caplog = map(request.getfixturevalue, names)
 
@@ -333,7 +333,7 @@ for turn in range(150):
 """
 
 
-def test_processes_that_share_a_cache_keep_its_limit_together(tmp_path):
+def test_processes_that_share_a_cache_respect_its_limit(tmp_path):
     for number in range(12):
         (tmp_path / f"s{number}").write_bytes(os.urandom(9_000 + number))
     crowd = [start_script(CROWD, tmp_path, number) for number in range(3)]

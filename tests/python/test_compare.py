@@ -41,8 +41,8 @@ README = "before\n<!-- compare:begin -->\nold numbers\n<!-- compare:end -->\naft
 
 
 @pytest.fixture(autouse=True)
-def _others_find_torch_as_it_was():
-    """Training a state sets torch up for itself; the tests after these want its defaults."""
+def _torch_settings_are_restored():
+    """Training a state changes torch's settings; later tests need its defaults."""
     is_deterministic, threads = (
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
@@ -54,7 +54,7 @@ def _others_find_torch_as_it_was():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> dict:
-    """Run the harness once, with every peer that is here, and give its record."""
+    """Run the harness once, with every peer that is installed, and return its record."""
     if shutil.which("fio") is None:
         pytest.skip("fio is not on PATH; on Debian and Ubuntu: apt install fio")
     folder = tmp_path_factory.mktemp("compare")
@@ -68,7 +68,7 @@ def run(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("entrant", engines.ENTRANTS, ids=lambda entrant: entrant.key)
-def test_every_engine_gives_every_figure(run, entrant):
+def test_every_engine_reports_every_figure(run, entrant):
     if entrant.key not in run["values"]:
         assert f"left out: {entrant.title}" in run["said"]
         pytest.skip(f"{entrant.title} is not installed; `make compare` installs it")
@@ -103,7 +103,7 @@ def test_limits_are_measured_in_the_same_run(run):
     assert run["values"]["copy"]["stall_seconds"][0] > 0
 
 
-def test_a_run_becomes_a_section_and_a_picture(run, tmp_path):
+def test_a_run_is_written_as_a_section_and_a_chart(run, tmp_path):
     readme, picture = tmp_path / "README.md", tmp_path / "results.svg"
     readme.write_text(README)
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_a_run_becomes_a_section_and_a_picture(run, tmp_path):
     assert run["machine_text"] in shown
 
 
-def test_a_document_without_marks_is_left_alone(tmp_path):
+def test_a_document_without_marks_is_unchanged(tmp_path):
     readme = tmp_path / "README.md"
     for text in ("no marks", "<!-- s3:begin -->", "<!-- s3:end -->", README):
         readme.write_text(text)
@@ -132,7 +132,7 @@ def test_a_document_without_marks_is_left_alone(tmp_path):
 
 
 def record(**changes: float) -> dict:
-    """Make a record in which every figure is met, but for the changes: `subject__figure=value`."""
+    """Make a record that meets every limit, except for the changes: `subject__figure=value`."""
     raw = 1_000_000_000.0
     values = {
         "copy": {"stall_seconds": 0.20},
@@ -177,13 +177,13 @@ def record(**changes: float) -> dict:
         ({"endurance__end_descriptors": 8.0}, "descriptors and threads left behind"),
     ],
 )
-def test_each_verdict_can_fail_and_alone(changes, figure):
+def test_each_verdict_can_fail_by_itself(changes, figure):
     assert all(verdict.is_met for verdict in report.verdicts(report.results_of(record())))
     found = report.verdicts(report.results_of(record(**changes)))
     assert [verdict.figure for verdict in found if not verdict.is_met] == [figure]
 
 
-def test_the_state_is_mapped_as_it_was_made(tmp_path):
+def test_the_mapped_state_equals_the_trained_one(tmp_path):
     made = make_state.train(make_state.SIZES["tiny"])
     state.write(tmp_path, made)
     shared = state.Shared(tmp_path)

@@ -1,4 +1,4 @@
-"""Images are built from what is there, and a container is a node of torchrun or says why not."""
+"""Images are built from existing files; a container is a node of torchrun, or says why not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support import script_environment
 
 
 def context() -> list[str]:
-    """Give the files that `docker build` gets, by the rules of `.dockerignore`."""
+    """Return the files that `docker build` gets, by the rules of `.dockerignore`."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     written = [line for line in lines if line and not line.startswith("#")]
     rules = [(line.startswith("!"), line.lstrip("!")) for line in written]
@@ -41,7 +41,7 @@ def context() -> list[str]:
     return [path for path in tracked.splitlines() if is_sent(path) and (ROOT / path).exists()]
 
 
-def test_the_context_is_small_and_whole(tmp_path):
+def test_the_build_context_is_small_and_complete(tmp_path):
     files = context()
     sizes = sum((ROOT / path).stat().st_size for path in files)
     assert sizes < 8 << 20, f"{sizes} bytes"
@@ -49,7 +49,7 @@ def test_the_context_is_small_and_whole(tmp_path):
     for path in files:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, tmp_path / path)
-    # Says so if the file of some crate or target is missing.
+    # Fails if the file of some crate or target is missing.
     result = run("cargo", "metadata", "--offline", "--no-deps", "--format-version=1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for name in ("README.md", "LICENSE"):
@@ -57,7 +57,7 @@ def test_the_context_is_small_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_are_built_from_what_is_there(path):
+def test_images_are_built_from_existing_files(path):
     text = path.read_text().replace("\\\n", " ")
     files = context()
     copied = re.findall(r"^COPY (?!--from)(.*)$", text, flags=re.MULTILINE)
@@ -68,7 +68,7 @@ def test_images_are_built_from_what_is_there(path):
     for image, _ in stages:
         assert image.strip("${}") in arguments
     assert set(re.findall(r"--from=(\S+)", text)) <= {stage for _, stage in stages}
-    # Runs as nobody, ends at SIGTERM, needs no BuildKit.
+    # Runs as the user nobody, ends at SIGTERM, needs no BuildKit.
     assert re.search(rf"^USER {USER}:{USER}$", text, flags=re.MULTILINE)
     assert "\nSTOPSIGNAL SIGTERM\n" in text
     assert not re.search(r"# syntax|--mount|<<|--link", text)
@@ -117,7 +117,7 @@ def test_the_health_check_of_the_image_answers(coordinator):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Give an environment whose torchrun only says what it was told."""
+    """Return an environment whose torchrun only prints its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "torchrun").write_text('#!/bin/sh\necho "$@"\necho "${RANK-unset}"\n')
@@ -157,7 +157,7 @@ def test_a_container_is_a_node_of_torchrun(torchrun, environment, told):
         ({"PATH": "/nowhere"}, ["t.py"], "there is no torchrun"),
     ],
 )
-def test_a_container_that_cannot_be_one_says_why(torchrun, environment, arguments, said):
+def test_a_container_that_cannot_join_says_why(torchrun, environment, arguments, said):
     result = run("/bin/sh", DEPLOY / "dt-launch", *arguments, env=torchrun | environment)
     assert result.returncode == 2
     assert f"error: dt-launch: {said}" in result.stderr

@@ -77,7 +77,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 async def until(holds) -> None:
-    await asyncio.to_thread(wait_until, holds)  # the loop goes on meanwhile
+    await asyncio.to_thread(wait_until, holds)  # the loop continues meanwhile
 
 
 ONE_NODE = """
@@ -169,14 +169,14 @@ def test_the_documented_scripts_run_one_after_another(coordinator, tmp_path):
     assert counts == [2, 2, 3, 3]
     files = [file for text in lines for file in text[1:]]
     assert sorted(files) == sorted(str(data / name) for name in names)
-    # Everybody left by itself: nothing failed, nobody is there.
+    # Every worker left: nothing failed, none is registered.
     assert coordinator.metric('coordinator_workers_active{job="default"}') == 0
     assert coordinator.metric('coordinator_worker_failures{job="default"}') == 0
     # And once more, as after a restart of the whole job.
     assert finish(start_worker(ONE_NODE, coordinator.url)) == "Training started!\n"
 
 
-def test_an_empty_dataset_works_and_says_so(coordinator, tmp_path):
+def test_an_empty_dataset_works_and_is_reported(coordinator, tmp_path):
     (tmp_path / "data").mkdir()
     registry = DatasetRegistry(coordinator.url)
     with pytest.warns(UserWarning, match="has no parquet files"):
@@ -185,7 +185,7 @@ def test_an_empty_dataset_works_and_says_so(coordinator, tmp_path):
     assert registry.get_shard("empty", worker_rank=0, epoch=0) == []
 
 
-def test_datasets_that_are_not_there(coordinator, tmp_path):
+def test_missing_datasets(coordinator, tmp_path):
     registry = DatasetRegistry(coordinator.url)
     with pytest.raises(DatasetNotFound, match=r"does not exist on this worker\nhint: mount"):
         registry.register("nowhere", tmp_path / "nowhere", "parquet", 10, 1)
@@ -203,7 +203,7 @@ def test_shards_by_epoch(coordinator, tmp_path):
     for index in range(20):
         (data / f"{index:02}.bin").touch()
     registry = DatasetRegistry(coordinator.url, job="shards")
-    for _ in range(2):  # the same registration again is none
+    for _ in range(2):  # registering the same again is no change
         registry.register("d", data, "bin", 20, 1, seed=3)
     shares = [registry.get_shard("d", rank, epoch=0, world_size=3) for rank in range(3)]
     assert sorted(map(len, shares)) == [6, 7, 7]
@@ -279,7 +279,7 @@ def test_a_barrier_names_who_is_missing(make):
     asyncio.run(act())
 
 
-def test_a_cancelled_wait_is_taken_back(make):
+def test_a_cancelled_wait_is_withdrawn(make):
     async def act():
         first, second = make(0, 2), make(1, 2)
         await first.register_worker("127.0.0.1", 1)
@@ -293,7 +293,7 @@ def test_a_cancelled_wait_is_taken_back(make):
     asyncio.run(act())
 
 
-STAYS = """
+KEEPS_RUNNING = """
     import asyncio, os, sys, time
     from dtruntime import TrainingOrchestrator
 
@@ -315,13 +315,13 @@ STAYS = """
         ("os.kill(os.getpid(), 9)", "died", "it was silent for"),
     ],
 )
-def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, reason):
+def test_the_others_are_told_how_a_worker_ended(coordinator, make, end, kind, reason):
     changes = []
 
     async def act():
         one = make(0, 2, on_membership_change=changes.append)
         await one.register_worker("127.0.0.1", 1)
-        other = start_worker(STAYS, coordinator.url, RANK=1, WORLD_SIZE=2)
+        other = start_worker(KEEPS_RUNNING, coordinator.url, RANK=1, WORLD_SIZE=2)
         assert other.stdout.readline() == "registered\n"
         waiting = asyncio.create_task(one.wait_barrier("b", timeout=30))
         other.communicate(end, timeout=30)
@@ -333,7 +333,7 @@ def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, r
         assert reason in change.reason
         failures = coordinator.metric('coordinator_worker_failures{job="default"}')
         assert failures == (0 if kind == "left" else 1)
-        # A replacement takes the place at once, and both go on.
+        # A replacement takes the place at once, and both continue.
         new = make(1, 2)
         await new.register_worker("127.0.0.1", 1)
         assert len(await asyncio.gather(one.wait_barrier("b"), new.wait_barrier("b"))) == 2
@@ -341,7 +341,7 @@ def test_how_a_worker_ends_is_told_to_the_others(coordinator, make, end, kind, r
     asyncio.run(act())
 
 
-def test_a_callback_that_exits_silences_no_later_notice(make):
+def test_a_callback_that_exits_stops_no_later_notice(make):
     kinds = []
 
     def note(change):
@@ -369,7 +369,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
         one = TrainingOrchestrator("worker-0", process.url, 2, 0, on_abort=reasons.append)
         await one.register_worker("127.0.0.1", 1)
         for _ in range(2):
-            other = start_worker(STAYS, process.url, RANK=1, WORLD_SIZE=2)
+            other = start_worker(KEEPS_RUNNING, process.url, RANK=1, WORLD_SIZE=2)
             assert other.stdout.readline() == "registered\n"
             other.communicate("raise RuntimeError('broken')", timeout=30)
             await asyncio.sleep(2.5)  # longer than a heartbeat timeout: the next is not part of it
@@ -380,7 +380,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
             one.check()
         with pytest.raises(JobAborted, match="2 failures"):
             await one.wait_barrier("b")
-        # Once everybody has left, the job begins anew.
+        # Once every worker has left, the job starts again.
         one.leave()
         fresh = TrainingOrchestrator("worker-0", process.url, 1, 0)
         await fresh.register_worker("127.0.0.1", 1)
@@ -393,7 +393,7 @@ def test_the_failure_budget_aborts_the_job(tmp_path):
         process.end()
 
 
-STOPPED = STAYS.replace(
+STOPPED = KEEPS_RUNNING.replace(
     "TrainingOrchestrator()",
     "TrainingOrchestrator(on_membership_change=lambda change: kinds.append(change.kind))",
 ).replace("orch = ", "global orch, kinds; kinds = []; orch = ")
@@ -411,7 +411,7 @@ async def stopped_until_dead(source: str, coordinator, make):
     return one, other, changes
 
 
-def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
+def test_a_stopped_worker_rejoins_by_itself(coordinator, make):
     source = STOPPED.replace(
         "exec(sys.stdin.read())",
         """
@@ -440,7 +440,7 @@ def test_a_worker_that_was_stopped_comes_back_by_itself(coordinator, make):
     asyncio.run(act())
 
 
-def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
+def test_a_replaced_worker_stays_fenced(coordinator, make):
     source = STOPPED.replace(
         "exec(sys.stdin.read())",
         """
@@ -464,9 +464,9 @@ def test_a_worker_whose_place_was_taken_stays_fenced(coordinator, make):
     asyncio.run(act())
 
 
-def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
+def test_the_end_of_a_membership_is_noticed_between_two_checks():
     class Worker:
-        """It ends after the wait for a notice ran out, and before anybody looks whether it has."""
+        """It ends after the wait for a notice timed out, but before the thread checks for it."""
 
         is_ended = False
         waits = 0
@@ -481,7 +481,7 @@ def test_the_end_of_a_membership_is_told_when_it_comes_between_two_looks():
     assert [(change.kind, change.reason) for change in told] == [("fenced", "replaced")]
 
 
-def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
+def test_the_coordinator_is_killed_and_restarted(coordinator, make):
     async def act():
         first, second = make(0, 2), make(1, 2)
         await first.register_worker("127.0.0.1", 1)
@@ -493,7 +493,7 @@ def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
         coordinator.end(signal.SIGKILL)
         await asyncio.sleep(0.3)
         coordinator.start()
-        # The arrival is sent again, the members are still members, the count goes on.
+        # The arrival is sent again, the members are still members, the count continues.
         assert await second.wait_barrier("b", timeout=60) == 1
         assert await waiting == 1
         assert second.epoch >= epoch
@@ -502,7 +502,7 @@ def test_the_coordinator_is_killed_and_comes_back(coordinator, make):
     asyncio.run(act())
 
 
-def test_ending_the_coordinator_is_quick_and_clean(coordinator, make):
+def test_the_coordinator_stops_quickly_and_cleanly(coordinator, make):
     async def act():
         first, second = make(0, 2), make(1, 2)
         await first.register_worker("127.0.0.1", 1)
@@ -532,7 +532,7 @@ def test_another_world_size_waits_for_the_old_run_to_end(coordinator, make):
     asyncio.run(act())
 
 
-def test_nobody_listens():
+def test_no_coordinator_listens():
     url = f"http://127.0.0.1:{free_port()}"
 
     async def act():
@@ -564,7 +564,7 @@ def test_wrong_arguments_are_explained(coordinator):
     asyncio.run(act())
 
 
-def test_a_forked_child_is_no_member(coordinator, make):
+def test_a_forked_child_is_not_a_member(coordinator, make):
     async def act():
         one = make(0, 1)
         await one.register_worker("127.0.0.1", 1)
@@ -572,7 +572,7 @@ def test_a_forked_child_is_no_member(coordinator, make):
 
     one = asyncio.run(act())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is what is tested
+        warnings.simplefilter("ignore", DeprecationWarning)  # this is what is tested
         child = os.fork()
     if child == 0:
         code = 0

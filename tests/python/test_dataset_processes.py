@@ -1,6 +1,6 @@
-"""Processes that share a dataset, die, are resumed or become more, and end together.
+"""Processes that share a dataset are killed, resumed, change in number, and end together.
 
-What they are dealt comes from a real coordinator.
+A real coordinator assigns their files.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
-def train(library, store, log, told):
-    """Train to the end, from the newest checkpoint on; log each step, and tell of it."""
+def train(library, store, log, writer):
+    """Train to the end, from the newest checkpoint on; log and print each step."""
     dataset = open_dataset(library)
     loader = ShardedLoader(dataset, batch_size=3, num_workers=2)
     with CheckpointManager(store, keep_last_n=3) as manager, log.open("a") as file:
@@ -50,36 +50,36 @@ def train(library, store, log, told):
                 step += 1
                 file.write(f"{step} {' '.join(batch)}\n")
                 file.flush()
-                os.write(told, b".")
+                os.write(writer, b".")
                 if step % 3 == 0:
                     manager.save_async(state | {"step": step}, step=step)
 
 
 def train_in_child(library, store, log, steps):
-    """Train in a process that is killed after so many steps; tell whether it came to its end."""
-    hears, told = os.pipe()
+    """Train in a process that is killed after so many steps; return whether it finished."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            os.close(hears)
-            train(library, store, log, told)
+            os.close(reader)
+            train(library, store, log, writer)
             code = 0
         finally:
             os._exit(code)
-    os.close(told)
+    os.close(writer)
     left = steps
-    while left and (heard := os.read(hears, left)):
+    while left and (heard := os.read(reader, left)):
         left -= len(heard)
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.close(hears)
+    os.close(reader)
     assert code in (0, -signal.SIGKILL)
     return code == 0
 
 
-def test_killed_anywhere_and_resumed_every_sample_is_trained_on_once(library, tmp_path):
-    """What counts is what the restored checkpoint says; later steps are made again, alike."""
+def test_a_killed_and_resumed_run_trains_on_every_sample_once(library, tmp_path):
+    """Only what the restored checkpoint covers counts; later steps are repeated identically."""
     seed = random.SystemRandom().randrange(1 << 32)
     draw = random.Random(seed)
     log = tmp_path / "log"
@@ -124,7 +124,7 @@ with CheckpointManager(store) as manager:
 """
 
 
-def test_ranks_that_become_more_and_fewer_share_what_is_left(library, coordinator, tmp_path):
+def test_a_changed_number_of_ranks_shares_what_is_left(library, coordinator, tmp_path):
     seen: Counter[str] = Counter()
     for turn, world_size in enumerate((2, 3, 1, 2, 2)):
         resume = "yes" if turn else "no"
@@ -189,7 +189,7 @@ def test_ranks_end_together(coordinator, tmp_path, end, workers):
         lines = [output[epoch] for output in outputs]
         assert len({line[0] for line in lines}) == 1, lines  # equal steps
         seen = Counter(sample for line in lines for sample in line[1:])
-        if end == "pad":  # everything is there, and what is there twice is a rank's own
+        if end == "pad":  # nothing is missing, and a rank repeats only its own samples
             assert seen.keys() == samples_of(names, counts).keys()
             shares = [{sample.split(":")[0] for sample in line[1:]} for line in lines]
             assert sum(map(len, shares)) == len(set.union(*shares))
@@ -198,7 +198,7 @@ def test_ranks_end_together(coordinator, tmp_path, end, workers):
         assert int(lines[0][0]) > 0
 
 
-def test_a_rank_that_cannot_read_ends_all(coordinator, tmp_path):
+def test_a_read_error_on_one_rank_ends_all(coordinator, tmp_path):
     names = make_files(tmp_path / "d", [9, 9, 9, 9, 9, 9])
     (tmp_path / "d" / names[0]).write_bytes(b"\xff" * 40)
     outputs = run_together(coordinator, tmp_path / "d", tmp_path / "meeting", "pad", 1)
@@ -206,16 +206,16 @@ def test_a_rank_that_cannot_read_ends_all(coordinator, tmp_path):
     assert kinds == ["Conflict", "Conflict", "UnreadableSample"]
 
 
-def test_a_rank_that_has_nothing_to_repeat_ends_all(coordinator, tmp_path):
+def test_a_rank_with_nothing_to_repeat_ends_all(coordinator, tmp_path):
     make_files(tmp_path / "d", [9, 0, 0])
     outputs = run_together(coordinator, tmp_path / "d", tmp_path / "meeting", "pad", 0)
     kinds = sorted(output[-1][0] for output in outputs)
-    # The two without samples meet it at once: one of them may hear of the other's.
+    # The two without samples reach it at once: one of them may be told of the other's error.
     assert "InvalidArgument" in kinds
     assert {*kinds} <= {"Conflict", "InvalidArgument"}
 
 
-def test_ranks_that_should_end_together_and_cannot(library, tmp_path):
+def test_ranks_that_cannot_end_together(library, tmp_path):
     dataset = open_dataset(library, place=(0, 2))
     with pytest.raises(InvalidArgument, match=r"is not initialized\nhint: call `init_process_gr"):
         ShardedLoader(dataset)
@@ -231,7 +231,7 @@ def test_ranks_that_should_end_together_and_cannot(library, tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_registry_in_a_job_knows_its_place(coordinator, tmp_path):
+def test_a_registry_knows_its_rank_in_a_job(coordinator, tmp_path):
     names = make_files(tmp_path / "d", [2, 2, 2])
     orchestrator = TrainingOrchestrator("w", coordinator.url, 3, 1)
     asyncio.run(orchestrator.register_worker("127.0.0.1", 1))
@@ -255,7 +255,7 @@ def test_a_registry_in_a_job_knows_its_place(coordinator, tmp_path):
     orchestrator.leave()
 
 
-def test_the_package_needs_torch_for_this_only():
+def test_only_datasets_need_torch():
     done = run_script(
         """
         import sys
@@ -271,7 +271,7 @@ def test_the_package_needs_torch_for_this_only():
     assert done.stdout.startswith("using `ShardedDataset`: torch is not installed"), done.stderr
 
 
-def test_the_example_goes_on_with_what_was_left(tmp_path):
+def test_the_example_continues_with_what_was_left(tmp_path):
     results = []
     for name, more in (("calm", []), ("lossy", ["--lose", "1:13"])):
         several = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)

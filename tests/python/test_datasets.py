@@ -1,6 +1,6 @@
-"""Samples of a registered dataset: none lost, none twice, whoever reads, stops or resumes.
+"""Samples of a registered dataset: none is lost or read twice when ranks stop, resume or change.
 
-Files are dealt out by the tests themselves, as a coordinator does it.
+The tests themselves assign files, as a coordinator does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dtruntime.reports import LoadReport
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
-# What is dealt.
+# Assignment.
 
 
 @given(
@@ -49,8 +49,8 @@ def test_ranks_and_workers_share_all_files(file_count, world_size, workers, epoc
         position = Position(epoch, rank, world_size)
         share = positions.share_of(position, file_count)
         cursor = positions.cursor_at(position, file_count, workers)
-        dealt = [number for stream in cursor.streams for number in stream.files]
-        assert sorted(dealt) == list(range(len(share)))
+        assigned = [number for stream in cursor.streams for number in stream.files]
+        assert sorted(assigned) == list(range(len(share)))
         counts = [len(stream.files) for stream in cursor.streams]
         assert max(counts) - min(counts) <= 1
         seen += share
@@ -58,7 +58,7 @@ def test_ranks_and_workers_share_all_files(file_count, world_size, workers, epoc
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(0, 60))
-def test_spans_are_sets(numbers, count):
+def test_spans_represent_sets(numbers, count):
     spans = positions.spans_of(sorted(numbers))
     assert positions.numbers_in(spans) == numbers
     assert positions.outside(spans, count) == sorted(set(range(count)) - numbers)
@@ -68,8 +68,8 @@ def test_spans_are_sets(numbers, count):
 
 @given(data=st.data(), file_count=st.integers(0, 40), epoch=st.integers(0, 2))
 @settings(max_examples=60, deadline=None)
-def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file_count, epoch):
-    """Ranks read, stop together or not, and go on in another number, again and again."""
+def test_stops_and_resizes_lose_or_repeat_nothing(library, data, file_count, epoch):
+    """Ranks read, stop together or not, and continue in another number, repeatedly."""
     seen: Counter[str] = Counter()
     states = None
     for _ in range(data.draw(st.integers(1, 4))):
@@ -95,7 +95,7 @@ def test_whatever_stops_and_resizes_nothing_is_lost_or_twice(library, data, file
 
 
 def simulate(dataset, workers, batch_size, stop):
-    """Read as a DataLoader's workers do, without processes: give the batches, and the position."""
+    """Read as a DataLoader's workers do, without processes: return the batches and the position."""
     start = dataset.take_start()
     cursor = positions.cursor_at(start.position, start.files.file_count, workers)
     other = positions.cursor_at(start.position, start.files.file_count, workers)
@@ -124,7 +124,7 @@ def simulate(dataset, workers, batch_size, stop):
     stops=st.lists(st.integers(0, 30), max_size=4),
 )
 @settings(max_examples=100, deadline=None)
-def test_what_follows_a_resume_is_what_would_have_followed(library, place, counts, stops):
+def test_a_resumed_iteration_equals_an_uninterrupted_one(library, place, counts, stops):
     file_count, workers, batch_size = counts
     options = (library, file_count, place)
     whole, _ = simulate(open_dataset(*options), workers, batch_size, 1_000)
@@ -180,7 +180,7 @@ def test_a_loader_is_exact_at_every_batch(library, workers):
         assert list(loader) == whole  # the next iteration is the epoch's, from its beginning
 
 
-def test_batches_may_be_single_samples_pinned_or_dropped(library):
+def test_single_samples_pinned_and_dropped_batches(library):
     dataset = open_dataset(library)
     assert list(ShardedLoader(dataset, batch_size=None)) == list(dataset)
     whole = list(ShardedLoader(dataset, batch_size=16, num_workers=2, drop_last=True))
@@ -195,7 +195,7 @@ def test_batches_may_be_single_samples_pinned_or_dropped(library):
     again.load_state_dict(ShardedLoader(dataset, drop_last=True, batch_size=16).state_dict())
 
 
-def test_a_plain_dataloader_reads_all_and_does_not_guess_the_position(library):
+def test_a_plain_dataloader_reads_all_but_has_no_position(library):
     dataset = open_dataset(library)
     alone = DataLoader(dataset, batch_size=5)
     head = take(iter(alone), 3)
@@ -210,7 +210,7 @@ def test_a_plain_dataloader_reads_all_and_does_not_guess_the_position(library):
     assert dataset.state_dict()["samples"] == 0
 
 
-def test_workers_that_live_on_are_refused(library):
+def test_persistent_workers_are_refused(library):
     dataset = open_dataset(library)
     with pytest.raises(InvalidArgument, match="persistent workers do not see"):
         ShardedLoader(dataset, num_workers=1, persistent_workers=True)
@@ -221,7 +221,7 @@ def test_workers_that_live_on_are_refused(library):
         list(loader)
 
 
-def test_a_worker_asks_nobody(library):
+def test_a_worker_does_not_contact_the_coordinator(library):
     dealer = Dealer(library[0], library[1])
     dataset = ShardedDataset(dealer, "train")
     assert dealer.asked == 1
@@ -294,7 +294,7 @@ def test_epochs(library):
     dataset = open_dataset(library)
     assert dataset.epoch == 0
     first = take(iter(dataset), 5)
-    dataset.set_epoch(0)  # where it is already
+    dataset.set_epoch(0)  # where it already is
     assert dataset.state_dict()["samples"] == 5
     dataset.set_epoch(1)
     assert dataset.state_dict() == open_dataset(library, epoch=1).state_dict()
@@ -304,10 +304,10 @@ def test_epochs(library):
 
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
-def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next_one(
+def test_a_checkpoint_at_the_end_of_an_epoch_continues_with_the_next(
     library, open_manager, workers
 ):
-    """The usual loop: it saves a step after each epoch, and the same step never twice."""
+    """The usual loop: it saves a step after each epoch, and no step twice."""
     manager = open_manager()
     seen = []
     for number in range(3):
@@ -330,7 +330,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next_one(
     assert len({tuple(samples) for samples in seen}) == 3
 
 
-def test_the_end_of_an_epoch_is_what_all_ranks_say(library):
+def test_an_epoch_ends_when_it_has_on_all_ranks(library):
     """A rank that ends alone, or has no files, does not know of the others."""
     ranks = [open_dataset(library, 2, (rank, 3)) for rank in range(3)]
     assert list(ShardedLoader(ranks[2], end="exact")) == []
@@ -346,14 +346,14 @@ def test_the_end_of_an_epoch_is_what_all_ranks_say(library):
             assert [dataset.epoch for dataset in again] == [epoch] * world_size
             assert Counter(flat(again)) == expected(library, 2)
     again = open_dataset(library, 2, (2, 3))
-    again.load_state_dict(whole[2])  # alone, it may have to wait for the others
+    again.load_state_dict(whole[2])  # it may have to wait for the others
     assert (again.epoch, list(again)) == (0, [])
     old = {key: value for key, value in whole[2].items() if key != "ended"}
     again.load_state_dict(old)
     assert again.epoch == 0
 
 
-def test_the_newest_iteration_has_the_position(library):
+def test_the_position_is_that_of_the_newest_iteration(library):
     dataset = open_dataset(library)
     old, new = iter(dataset), iter(dataset)
     take(old, 9)
@@ -362,7 +362,7 @@ def test_the_newest_iteration_has_the_position(library):
     assert dataset.state_dict()["samples"] == 2
 
 
-def test_a_position_is_an_entry_of_a_checkpoint(library, open_manager):
+def test_a_position_is_saved_in_a_checkpoint(library, open_manager):
     manager = open_manager()
     dataset = open_dataset(library)
     loader = ShardedLoader(dataset, batch_size=4, num_workers=2)
@@ -402,7 +402,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_changed_dataset_is_refused_and_named(case, tmp_path, open_manager):
+def test_a_changed_dataset_is_refused(case, tmp_path, open_manager):
     change, spec, text = CHANGES[case]
     folder = tmp_path / "d"
     names = make_files(folder, [3, 3, 3, 3])
@@ -426,7 +426,7 @@ def test_a_changed_dataset_is_refused_and_named(case, tmp_path, open_manager):
         other.load_state_dicts(saved)
 
 
-def test_a_file_that_has_fewer_samples_than_were_taken(tmp_path):
+def test_a_file_with_fewer_samples_than_were_consumed(tmp_path):
     names = make_files(tmp_path / "d", [9])
     dataset = ShardedDataset(Dealer(tmp_path / "d", names), "train")
     take(iter(dataset), 7)
@@ -487,7 +487,7 @@ def test_other_ranks_positions_are_refused(library):
         dataset.load_state_dicts([])
 
 
-def test_what_is_no_position_is_refused(library):
+def test_invalid_positions_are_refused(library):
     dataset = open_dataset(library)
     state = dataset.state_dict()
     for wrong in (None, [], {}, {"version": 1}, state | {"read": 5}, state | {"lanes": "x"}):
@@ -501,7 +501,7 @@ def test_what_is_no_position_is_refused(library):
         dataset.load_state_dict(state | {"dataset": state["dataset"] | {"name": "other"}})
 
 
-def test_a_position_with_workers_of_a_stateful_loader(library, monkeypatch):
+def test_positions_of_a_stateful_loaders_workers(library, monkeypatch):
     """As torchdata's StatefulDataLoader does: each worker's copy saves and loads its own state."""
 
     def in_worker(number, dataset):

@@ -1,4 +1,4 @@
-"""The door for `torch.distributed.checkpoint`: what goes through it, and what does not."""
+"""The adapter for `torch.distributed.checkpoint`: what it saves and loads, and what it refuses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def a_state() -> dict:
-    """Give a state with everything that torch's planner flattens in a way of its own."""
+    """Return a state with everything that torch's planner flattens in a special way."""
     shared = torch.arange(200_000, dtype=torch.float32)
     return {
         "model": OrderedDict(weight=torch.randn(300, 400), bias=torch.zeros(7).bfloat16()),
@@ -53,7 +53,7 @@ def a_state() -> dict:
 
 
 def zeroed(value):
-    """Give a state of the same shape that holds nothing of it."""
+    """Return a state of the same shape with other values."""
     if isinstance(value, dict):
         return {key: zeroed(child) for key, child in value.items()}
     if isinstance(value, list) and any(isinstance(v, (torch.Tensor, dict)) for v in value):
@@ -62,7 +62,7 @@ def zeroed(value):
 
 
 def failures_of(raised: pytest.ExceptionInfo) -> list[BaseException]:
-    """Give what torch says that each rank raised."""
+    """Return what each rank raised, according to torch."""
     return [error for error, _ in raised.value.failures.values()]
 
 
@@ -74,7 +74,7 @@ def load(manager, state, step=None, **options) -> None:
     dcp.load(state, storage_reader=StorageReader(manager, step, **options))
 
 
-def test_a_state_comes_back(manager):
+def test_a_state_is_saved_and_loaded(manager):
     state = a_state()
     save(manager, state, metadata={"loss": 0.5})
     live = zeroed(state)
@@ -86,7 +86,7 @@ def test_a_state_comes_back(manager):
     loaded = manager.load()
     for name in ("model", "view", "number", "nothing", "plain", "list", "numpy"):
         assert_same(loaded[name], state[name], name)
-    # By position, and one value in a tuple: so they are told from dicts and tuples.
+    # By position, and one value in a tuple: this distinguishes them from dicts and tuples.
     assert_same(loaded["tied"], dict(enumerate(state["tied"])))
     assert_same(loaded["mixed"], dict(enumerate(state["mixed"])))
     assert_same(loaded["pair"], (state["pair"],))
@@ -105,7 +105,7 @@ def test_what_a_manager_saved_is_loaded(manager):
     assert_same(live["model"], dict(state["model"]))
 
 
-def test_training_goes_on_as_it_would_have(manager):
+def test_training_continues_as_if_uninterrupted(manager):
     def make():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1))
@@ -144,7 +144,7 @@ def test_an_object_with_a_state_is_restored(manager):
     assert torch.equal(model.weight, other.weight)
 
 
-def test_it_is_loaded_without_anything_to_load_into(manager):
+def test_a_state_is_loaded_without_a_live_one(manager):
     state = {"model": {"w": torch.randn(50, 3)}, "step": 3, "list": [torch.ones(1), torch.ones(2)]}
     save(manager, state)
     found: dict = {}
@@ -157,7 +157,7 @@ def test_it_is_loaded_without_anything_to_load_into(manager):
     assert_same(found, state)
 
 
-def test_what_is_asked_for_is_read_and_converted(manager):
+def test_what_is_requested_is_read_and_converted(manager):
     weight = torch.randn(64, 48)
     save(manager, {"w": weight, "v": torch.arange(10), "unasked": torch.ones(9)})
     strided = torch.zeros(48, 64).t()
@@ -173,7 +173,7 @@ def test_what_is_asked_for_is_read_and_converted(manager):
     assert part.count_nonzero() == 9
 
 
-def test_a_missing_name_and_another_shape_are_told(manager):
+def test_missing_names_and_other_shapes_are_reported(manager):
     save(manager, {"w": torch.ones(3)})
     for live in ({"w": torch.ones(4)}, {"v": torch.ones(3)}):
         with pytest.raises(CheckpointException) as raised:
@@ -210,7 +210,7 @@ def test_a_name_without_a_step_is_refused(manager, name):
         StorageReader(manager).reset(name)
 
 
-def test_what_cannot_be_meant_is_refused(manager, open_manager, tmp_path):
+def test_wrong_arguments_are_refused(manager, open_manager, tmp_path):
     with pytest.raises(CheckpointException) as raised:
         dcp.save({"x": 1}, storage_writer=StorageWriter(manager))
     assert "without a step" in str(failures_of(raised)[0])
@@ -237,7 +237,7 @@ def test_what_cannot_be_meant_is_refused(manager, open_manager, tmp_path):
     assert "1 ranks saved it" in str(failures_of(raised)[0])
 
 
-def test_damage_is_told_and_an_older_checkpoint_can_be_named(manager, store):
+def test_damage_is_reported_and_an_older_step_can_be_loaded(manager, store):
     for step in (1, 2):
         save(manager, {"w": torch.full((1000, 1000), float(step))}, step)
     flip_byte(shard_of(store, 2), 5000)
@@ -251,7 +251,7 @@ def test_damage_is_told_and_an_older_checkpoint_can_be_named(manager, store):
     assert (live["w"] == 1).all()
 
 
-def test_a_checkpoint_whose_index_is_damaged_is_fallen_back_from(manager, store):
+def test_a_load_falls_back_from_a_damaged_index(manager, store):
     for step in (1, 2):
         save(manager, {"w": torch.full((10,), float(step))}, step)
     shard = shard_of(store, 2)
@@ -262,13 +262,13 @@ def test_a_checkpoint_whose_index_is_damaged_is_fallen_back_from(manager, store)
     assert manager.last_load.step == 1
 
 
-def test_an_empty_store_says_so(manager):
+def test_an_empty_store_is_reported(manager):
     with pytest.raises(CheckpointException) as raised:
         load(manager, {"w": torch.zeros(10)})
     assert "there is none" in str(failures_of(raised)[0])
 
 
-def test_a_value_that_cannot_be_kept_is_named_and_nothing_is_saved(manager):
+def test_an_unsupported_value_is_named_and_nothing_is_saved(manager):
     with pytest.raises(CheckpointException) as raised:
         save(manager, {"w": torch.ones(3), "odd": {"deep": object()}})
     (error,) = failures_of(raised)
@@ -279,7 +279,7 @@ def test_a_value_that_cannot_be_kept_is_named_and_nothing_is_saved(manager):
     assert manager.all_steps() == [1]
 
 
-def test_steps_go_up_unless_training_went_back(manager):
+def test_steps_only_grow_unless_rewound_by_the_writer(manager):
     save(manager, {"x": 1}, 5)
     with pytest.raises(CheckpointException) as raised:
         save(manager, {"x": 2}, 4)
@@ -288,7 +288,7 @@ def test_steps_go_up_unless_training_went_back(manager):
     assert manager.all_steps() == [4]
 
 
-def test_it_saves_behind_the_training(manager):
+def test_async_save_runs_in_the_background(manager):
     state = {"w": torch.ones(100_000), "step": 1}
     saving = dcp.async_save(state, storage_writer=StorageWriter(manager, 1))
     state["w"].zero_()  # torch has staged it
@@ -301,7 +301,7 @@ def test_it_saves_behind_the_training(manager):
 
 
 class Halves(DefaultSavePlanner):
-    """Stores tensors in half the memory, and says of plain values that they were seen."""
+    """Stores tensors in half precision, and marks plain values as seen."""
 
     def create_local_plan(self):
         self.state_dict = {
@@ -316,7 +316,7 @@ class Halves(DefaultSavePlanner):
         return super().transform_object(write_item, object)
 
 
-def test_a_planner_that_changes_values_has_its_way(manager):
+def test_a_planner_may_change_values(manager):
     state = {"w": torch.randn(5, 5), "n": {"step": 4}}
     dcp.save(state, storage_writer=StorageWriter(manager, 1), planner=Halves())
     loaded = dict(manager.load())
@@ -324,19 +324,19 @@ def test_a_planner_that_changes_values_has_its_way(manager):
 
 
 class Odd(Halves):
-    """Makes a value of what no checkpoint keeps."""
+    """Turns a value into one that no checkpoint can hold."""
 
     def transform_object(self, write_item, _):
         return DefaultSavePlanner.transform_object(self, write_item, Odd)
 
 
-def test_what_a_planner_makes_of_a_value_is_plain_or_refused(manager):
+def test_values_changed_by_a_planner_are_plain_or_refused(manager):
     with pytest.raises(CheckpointException) as raised:
         dcp.save({"n": 1}, storage_writer=StorageWriter(manager, 1), planner=Odd())
     assert isinstance(failures_of(raised)[0], UnsupportedValue)
 
 
-def test_a_planner_that_does_not_flatten_finds_its_names_again(manager):
+def test_names_of_a_planner_that_does_not_flatten_are_kept(manager):
     state = {"a.b": torch.ones(3), "nested": {"x": 1, "y": [1, 2]}, "tensors": {"t": torch.ones(2)}}
     writer = StorageWriter(manager, 1)
     dcp.save(state, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
@@ -352,7 +352,7 @@ def test_a_planner_that_does_not_flatten_finds_its_names_again(manager):
 
 
 class Giving(DefaultLoadPlanner):
-    """Gives another tensor to be filled than the plan says."""
+    """Provides another tensor to fill than the plan describes."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -369,7 +369,7 @@ def into(manager, target: torch.Tensor) -> torch.Tensor:
     return target
 
 
-def test_a_tensor_that_cannot_be_filled_as_it_lies_is_filled_all_the_same(manager):
+def test_a_tensor_in_another_layout_is_filled_through_a_copy(manager):
     weight = torch.randn(40, dtype=torch.complex64)
     manager.save({"w": weight}, step=1)
     conjugate = torch.zeros(40, dtype=torch.complex64).conj()
@@ -395,21 +395,21 @@ def test_a_tensor_without_the_memory_is_refused(manager):
         assert why in str(failures_of(raised)[0])
 
 
-def test_what_would_come_back_as_something_else_is_refused(manager):
+def test_values_that_would_load_differently_are_refused(manager):
     with pytest.raises(CheckpointException) as raised:
         save(manager, {"app": {"model": nn.Linear(2, 2)}})
     assert "would replace it by a dict" in str(failures_of(raised)[0])
     assert manager.all_steps() == []
 
 
-def test_keys_that_are_alike_as_text_are_refused(manager):
+def test_keys_that_are_equal_as_text_are_refused(manager):
     with pytest.raises(CheckpointException) as raised:
         save(manager, {"a": {"1": torch.ones(2), 1: {"x": torch.ones(3)}}})
     assert "equal as strings" in str(failures_of(raised)[0])
     assert manager.all_steps() == []
 
 
-def test_metadata_of_a_planned_checkpoint_makes_no_other_one(manager):
+def test_user_metadata_does_not_look_like_a_planned_checkpoint(manager):
     save(manager, {"pair": (1,)}, 1, metadata={"loss": 1})
     manager.save({"pair": (torch.ones(2),)}, step=2, metadata=manager.metadata(1))
     live = {"pair": None}
@@ -419,7 +419,7 @@ def test_metadata_of_a_planned_checkpoint_makes_no_other_one(manager):
         StorageWriter(manager, 1, metadata=[1])
 
 
-def test_a_load_is_a_restore_to_the_manager(manager, store, caplog):
+def test_the_manager_treats_a_load_as_a_restore(manager, store, caplog):
     for step in (5, 10):
         save(manager, {"w": torch.full((1000, 1000), float(step))}, step)
     live = {"w": torch.zeros(1000, 1000)}
@@ -467,7 +467,7 @@ def test_one_writer_and_one_reader_serve_many_steps(manager):
         assert manager.load(step)["n"] == step
 
 
-def test_ranks_that_would_read_different_checkpoints_are_told(manager):
+def test_ranks_that_would_read_different_checkpoints_are_refused(manager):
     reader = StorageReader(manager)
     plans = [dcp.planner.LoadPlan([], storage_data=(step, "attempt")) for step in (1, 1, 2)]
     assert reader.prepare_global_plan(plans[:2]) == plans[:2]

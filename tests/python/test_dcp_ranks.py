@@ -1,4 +1,4 @@
-"""The door for `torch.distributed.checkpoint` among several ranks: any number saves, any loads."""
+"""The adapter for `torch.distributed.checkpoint` on several ranks: any number saves, any loads."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def full(name):
     return torch.randn(1001, 12, generator=generator)
 
 def state_of(make):
-    "Sharded and replicated tensors and what all ranks have alike, of what `make` makes of each."
+    "Sharded and replicated tensors and plain values, each passed through `make`."
     shard = lambda name, dim: distribute_tensor(make(full(name)), mesh, [Shard(dim)])
     return {
         "model": {"rows": shard("rows", 0), "columns": shard("columns", 1),
-                  "alike": distribute_tensor(make(full("alike")), mesh, [Replicate()]),
+                  "all_ranks": distribute_tensor(make(full("all_ranks")), mesh, [Replicate()]),
                   "plain": make(full("plain")), "plain2": make(full("plain2"))},
         "optimizer": {"state": {"rows": {"step": make(torch.tensor(5.0)), "m": shard("m", 0)}},
                       "groups": [{"lr": 0.1, "names": ["rows", "columns"]}]},
@@ -97,10 +97,10 @@ print("loaded")
 
 
 @pytest.mark.parametrize("others", [1, 2, 4])
-def test_any_number_of_ranks_loads_what_any_other_saved(coordinator, store, others):
+def test_any_number_of_ranks_loads_what_any_number_saved(coordinator, store, others):
     printed = run_ranks(GROUP + SAVE, store, coordinator.url, 3)
-    # Every rank has its parts; rank 0 knows of everything.
-    everything = ["alike", "columns", "plain", "plain2", "rows"]
+    # Every rank has its parts; rank 0 lists all of them.
+    everything = ["all_ranks", "columns", "plain", "plain2", "rows"]
     assert json.loads(printed[0].replace("'", '"')) == everything
     manifest = json.loads((store / "step-000000000002" / "manifest.json").read_text())
     stored = sum(shard["raw_bytes"] for shard in manifest["shards"])
@@ -108,7 +108,7 @@ def test_any_number_of_ranks_loads_what_any_other_saved(coordinator, store, othe
     assert run_ranks(GROUP + LOAD, store, coordinator.url, others) == ["loaded\n"] * others
 
 
-def test_the_tool_puts_it_together(coordinator, store, tmp_path):
+def test_the_tool_assembles_it(coordinator, store, tmp_path):
     run_ranks(GROUP + SAVE, store, coordinator.url, 3)
     assert ckpt_tool("verify", store, "--all").returncode == 0
     file = tmp_path / "model.safetensors"
@@ -116,7 +116,7 @@ def test_the_tool_puts_it_together(coordinator, store, tmp_path):
     assert ran.returncode == 0, ran.stderr
     written = load_file(file)
     assert sorted(written) == [
-        f"model.{n}" for n in ("alike", "columns", "plain", "plain2", "rows")
+        f"model.{n}" for n in ("all_ranks", "columns", "plain", "plain2", "rows")
     ]
     for name in ("rows", "columns", "plain"):
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -148,15 +148,15 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == [told] * 3
 
 
-def test_ranks_with_values_of_their_own_say_whose_are_meant(coordinator, store):
+def test_values_of_a_rank_are_read_with_from_rank(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
-with CheckpointManager(store, replicated=["alike"], agreement_timeout=60) as manager:
-    manager.save({"own": torch.tensor([rank]), "alike": torch.ones(3), "n": rank}, step=1)
-    live = {"own": torch.tensor([9]), "alike": torch.zeros(3), "n": 9}
+with CheckpointManager(store, replicated=["all_ranks"], agreement_timeout=60) as manager:
+    manager.save({"own": torch.tensor([rank]), "all_ranks": torch.ones(3), "n": rank}, step=1)
+    live = {"own": torch.tensor([9]), "all_ranks": torch.zeros(3), "n": 9}
     dcp.load(live, storage_reader=StorageReader(manager))
-    assert live["own"] == rank and live["alike"].sum() == 3 and live["n"] == rank
+    assert live["own"] == rank and live["all_ranks"].sum() == 3 and live["n"] == rank
     dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
     assert live["own"] == 1 and live["n"] == 1
 print("loaded")
@@ -170,11 +170,11 @@ print("loaded")
         GROUP
         + """
 with CheckpointManager(store, agreement_timeout=60) as manager:
-    live = {"own": torch.tensor([9]), "alike": torch.zeros(3)}
+    live = {"own": torch.tensor([9]), "all_ranks": torch.zeros(3)}
     print(sorted(failures(lambda: dcp.load(live, storage_reader=StorageReader(manager))).values()))
-    alike = {"alike": torch.zeros(3)}
-    dcp.load(alike, storage_reader=StorageReader(manager))
-    assert alike["alike"].sum() == 3
+    all_ranks = {"all_ranks": torch.zeros(3)}
+    dcp.load(all_ranks, storage_reader=StorageReader(manager))
+    assert all_ranks["all_ranks"].sum() == 3
     dcp.load(live, storage_reader=StorageReader(manager, from_rank=1))
     print(live["own"].tolist())
 """,
@@ -185,7 +185,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["['InvalidArgument', 'InvalidArgument', 'InvalidArgument']\n[1]\n"] * 3
 
 
-def test_stages_of_a_pipeline_are_put_together(coordinator, store):
+def test_pipeline_stages_are_assembled(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -207,7 +207,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["['layer0', 'layer1', 'scalar0']\n"] * 2
 
 
-def test_another_group_than_that_of_the_manager_is_refused(coordinator, store):
+def test_a_group_other_than_the_managers_is_refused(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -237,7 +237,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == [one + apart + one, *[one + apart + two + "[1]\n"] * 2]
 
 
-def test_lists_and_tensors_without_items_come_back_on_any_number_of_ranks(coordinator, store):
+def test_empty_lists_and_tensors_load_on_any_number_of_ranks(coordinator, store):
     state = """
 def state_of(make):
     return {
@@ -270,7 +270,7 @@ print("loaded")
     assert run_ranks(GROUP + state + load, store, coordinator.url, 2) == ["loaded\n"] * 2
 
 
-def test_a_planner_may_go_on_with_plans_of_an_earlier_save(coordinator, store):
+def test_a_planner_may_reuse_plans_of_an_earlier_save(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -283,10 +283,10 @@ def load(step, state):
     return state
 
 with CheckpointManager(store, agreement_timeout=60) as manager:
-    alike = {"lr": 0.1, "scale": torch.tensor(3.0), "w": torch.ones(5)}
-    save(1, alike)
+    all_ranks = {"lr": 0.1, "scale": torch.tensor(3.0), "w": torch.ones(5)}
+    save(1, all_ranks)
     for step, owner in ((2, 0), (3, 1)):  # the plan of one rank changes, the other's does not
-        save(step, alike | ({f"only{owner}": torch.ones(2)} if rank == owner else {}))
+        save(step, all_ranks | ({f"only{owner}": torch.ones(2)} if rank == owner else {}))
         everything = manager.load(step, from_rank=0)
         assert sorted(everything) == ["lr", f"only{owner}", "scale", "w"], everything
         only = f"only{owner}"
@@ -301,7 +301,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["0.1 3.0 5.0 [1.0, 1.0]\n" * 2] * 2
 
 
-def test_a_planner_that_converts_tensors_has_its_way_on_several_ranks(coordinator, store):
+def test_a_planner_may_convert_tensors_on_several_ranks(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -327,7 +327,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["5\n"] * 2
 
 
-def test_meshes_of_two_dimensions_and_parts_that_only_look_alike(coordinator, store):
+def test_two_dimensional_meshes_and_parts_of_equal_shape(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -335,7 +335,7 @@ two = init_device_mesh("cpu", (2, 2))
 half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("side", "rank"))["rank"]
 with CheckpointManager(store, agreement_timeout=60) as manager:
     hybrid = lambda t: {
-        "alike": distribute_tensor(t, two, [Replicate(), Shard(0)]),
+        "all_ranks": distribute_tensor(t, two, [Replicate(), Shard(0)]),
         "both": distribute_tensor(t, two, [Shard(0), Shard(1)]),
     }
     dcp.save(hybrid(full("x")), storage_writer=StorageWriter(manager, 1))
@@ -355,7 +355,7 @@ with CheckpointManager(store, agreement_timeout=60) as manager:
     assert printed == ["{'Corrupt'}\n"] * 4
 
 
-def test_ranks_save_behind_the_training(coordinator, store):
+def test_ranks_save_in_the_background(coordinator, store):
     printed = run_ranks(
         GROUP
         + """
@@ -379,7 +379,7 @@ with CheckpointManager(store, agreement_timeout=60, staging_bytes="16MiB") as ma
     assert printed == ["[1]\n"] * 2
 
 
-def test_what_a_rank_cannot_save_ends_no_save_in_flight(coordinator, store):
+def test_an_unsupported_value_does_not_end_the_save_in_flight(coordinator, store):
     printed = run_ranks(
         GROUP
         + """

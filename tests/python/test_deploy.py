@@ -1,4 +1,4 @@
-"""What deploy/ says agrees with itself, with the defaults, and with what really runs."""
+"""deploy/ is consistent with itself, with the defaults, and with what really runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def json_of(path: Path) -> Any:
 
 
 def walk(value: Any) -> Any:
-    """Give every dict and list within, and itself."""
+    """Return a value with every dict and list in it."""
     yield value
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
@@ -84,7 +84,7 @@ def test_every_file_parses(path):
         ("a:\t1\n", None),
     ],
 )
-def test_the_reader_of_yaml_takes_what_it_knows_and_refuses_the_rest(text, value):
+def test_the_yaml_reader_refuses_what_it_does_not_support(text, value):
     if value is None:
         with pytest.raises(yaml_subset.NotYamlError):
             yaml_subset.document(text)
@@ -102,7 +102,7 @@ def check_config(text: str, folder: Path) -> None:
 
 
 def printed_config(file: Path) -> dict[str, str]:
-    """Give what is set, by section and key."""
+    """Return what is set, by section and key."""
     text = run("coordinator", "--config", file, "--print-config").stdout
     found, section = {}, ""
     for line in text.splitlines():
@@ -114,7 +114,7 @@ def printed_config(file: Path) -> dict[str, str]:
     return found
 
 
-def test_the_sample_configuration_is_right_with_and_without_what_it_leaves_out(tmp_path):
+def test_the_sample_configuration_is_valid_with_and_without_its_comments(tmp_path):
     text = (DEPLOY / "coordinator.toml").read_text()
     check_config(text, tmp_path)
     storage = re.sub(r'^# (?=(backend|bucket|region|path) = ")', "", text, flags=re.MULTILINE)
@@ -220,7 +220,7 @@ def test_selectors_match_labels(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), WORKLOADS)
-def test_pods_are_not_root_and_what_they_name_is_there(kind, name):
+def test_pods_are_not_root_and_refer_to_existing_objects(kind, name):
     pod, container = pod_of(kind, name)["spec"], container_of(kind, name)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == USER
@@ -245,7 +245,7 @@ def test_pods_are_not_root_and_what_they_name_is_there(kind, name):
     )
 
 
-def test_the_coordinator_is_one_and_keeps_its_state():
+def test_there_is_one_coordinator_with_persistent_state():
     spec = named("Deployment", "coordinator")["spec"]
     assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate")
     container = container_of("Deployment", "coordinator")
@@ -291,7 +291,7 @@ def test_workers_find_the_coordinator_and_each_other():
     ranks = {"RANK": "worker-3", "WORLD_SIZE": environment["WORLD_SIZE"]}
     assert launch.rank_and_world_size(None, None, ranks) == (3, 4)
     named("ServiceAccount", spec["template"]["spec"]["serviceAccountName"])
-    # Longer than the save's deadline and torchrun's patience.
+    # Longer than the save's deadline and torchrun's timeout.
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 30
     [claim] = spec["volumeClaimTemplates"]
     classes = yaml_subset.documents((DEPLOY / "aws" / "storage-class.yaml").read_text())
@@ -316,7 +316,7 @@ def test_the_network_policy_lets_in_workers_and_prometheus_only():
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
-def test_kubectl_puts_it_together():
+def test_kubectl_renders_the_kustomization():
     result = run("kubectl", "kustomize", KUBERNETES)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\nkind: ") == len(manifests())
@@ -329,7 +329,7 @@ def compose() -> dict[str, Any]:
     return yaml_of(DEPLOY / "compose.yaml")
 
 
-def test_compose_names_only_what_it_has():
+def test_compose_refers_only_to_what_it_defines():
     file = compose()
     services = file["services"]
     workers = [name for name in services if name.startswith("worker-")]
@@ -386,7 +386,7 @@ def test_seccomp_lets_io_uring_through_and_little_else():
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """Give the metrics of a coordinator that has a job with a checkpoint, each with its labels."""
+    """Return a coordinator's metrics, each with its labels, while a job has a checkpoint."""
     process = CoordinatorProcess(tmp_path_factory.mktemp("coordinator"))
     process.start()
     store = tmp_path_factory.mktemp("store")
@@ -424,12 +424,12 @@ def expressions() -> list[str]:
     return found
 
 
-def test_alerts_and_dashboard_use_metrics_that_there_are(families):
+def test_alerts_and_dashboard_use_existing_metrics(families):
     used = set()
     for expression in expressions():
         used |= set(METRIC.findall(expression))
         for name, labels in re.findall(METRIC.pattern + r"\{([^}]*)\}", expression):
-            # Prometheus's own label `job` sends the coordinator's there.
+            # Prometheus's own label `job` renames the coordinator's.
             asked = {
                 label.replace("exported_job", "job") for label in re.findall(r"(\w+)[=~!]", labels)
             }
@@ -457,7 +457,7 @@ def test_every_alert_says_what_to_do_and_is_tested():
         assert rule["alert"] in tested
 
 
-def test_prometheus_and_grafana_ask_where_services_are():
+def test_prometheus_and_grafana_use_the_services_addresses():
     services = compose()["services"]
     prometheus = yaml_of(MONITORING / "prometheus.yml")
     [scrape] = prometheus["scrape_configs"]
@@ -489,7 +489,7 @@ def blocks_of_s3() -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
 
 
-def test_rights_and_lifecycle_are_those_that_the_engine_needs():
+def test_permissions_and_lifecycle_are_what_the_engine_needs():
     policy, lifecycle = blocks_of_s3()
     assert json_of(DEPLOY / "aws" / "iam-policy.json") == policy
     assert json_of(DEPLOY / "aws" / "lifecycle.json") == lifecycle
@@ -506,13 +506,13 @@ def ec2() -> dict[str, Any]:
 
 
 def resources_of_ec2() -> dict[str, Any]:
-    """Give all resources, those of one rank once."""
+    """Return all resources, those of one rank once."""
     resources = dict(ec2()["Resources"])
     _, _, of_a_rank = resources.pop("Fn::ForEach::Workers")
     return resources | of_a_rank
 
 
-def test_the_role_on_ec2_has_these_rights():
+def test_the_role_on_ec2_has_these_permissions():
     policy, lifecycle = blocks_of_s3()
     role = resources_of_ec2()["WorkerRole"]["Properties"]
     [own] = [p["PolicyDocument"] for p in role["Policies"] if p["PolicyName"] == "checkpoints"]
@@ -539,7 +539,7 @@ def test_nothing_on_ec2_is_open_to_the_world():
     assert "SourceSecurityGroupId" in rule
 
 
-def test_what_the_template_refers_to_is_there():
+def test_the_template_refers_to_existing_resources():
     known = set(ec2()["Parameters"]) | set(resources_of_ec2()) | {"Rank"}
     used = set()
     for value in walk(ec2()):
@@ -560,7 +560,7 @@ def test_what_the_template_refers_to_is_there():
 
 
 @pytest.mark.parametrize("name", ["CoordinatorTemplate", "WorkerTemplate${Rank}"])
-def test_the_scripts_of_machines_are_shell(name):
+def test_the_machines_scripts_are_valid_shell(name):
     data = resources_of_ec2()[name]["Properties"]["LaunchTemplateData"]
     script = re.sub(r"\$\{[^}]+\}", "x", data["UserData"]["Fn::Base64"]["Fn::Sub"])
     result = run("bash", "-n", input=script)
@@ -575,7 +575,7 @@ def shell_blocks() -> list[str]:
     return re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_page_names_files_and_options_that_there_are():
+def test_the_page_names_existing_files_and_options():
     blocks = shell_blocks()
     assert len(blocks) >= 8
     text = (DEPLOY / "README.md").read_text()
@@ -594,7 +594,7 @@ def test_the_page_names_files_and_options_that_there_are():
         assert parameter in ec2()["Parameters"]
 
 
-def test_the_page_has_a_row_for_what_the_tools_say():
+def test_the_page_has_a_row_for_each_message_of_the_tools():
     text = (DEPLOY / "README.md").read_text()
     launch = (DEPLOY / "dt-launch").read_text()
     assert "RANK=4 is not below WORLD_SIZE=4" in text

@@ -1,4 +1,4 @@
-"""Tensors on GPUs, against a stand-in for the driver: what each way to be consistent keeps."""
+"""Tensors on GPUs, against a stand-in for the driver: what each consistency mode guarantees."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 
 
 @pytest.mark.parametrize("mode", gpus.MODES[::2])
-def test_tensors_of_gpu_and_host_come_back_bit_by_bit(device, manager, mode):
+def test_tensors_of_gpu_and_host_are_saved_bit_by_bit(device, manager, mode):
     values = {str(dtype): noise(n, 300, 257, dtype=dtype) for n, dtype in enumerate(DTYPES)}
     state = {
         "gpu": {name: device.tensor(value) for name, value in values.items()},
@@ -86,7 +86,7 @@ def test_an_overlapped_save_returns_before_the_copies_and_the_step_waits(device,
     device.hold_copies(True)
     handle = manager.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
     assert not handle.staged.done()
-    assert manager._native.wait_until_finished(0.05) is False
+    assert manager._opened.native.wait_until_finished(0.05) is False
     # What the optimizer does not update was cloned, in the order of the stream.
     device.write(average, torch.zeros(100_000))
     # On a GPU the step's kernels would wait; on the host the step itself has to.
@@ -115,7 +115,7 @@ def test_an_overlapped_save_returns_before_the_copies_and_the_step_waits(device,
     assert torch.equal(loaded["average"], expected[2])
 
 
-def test_a_caller_can_hold_updates_back_himself(device, manager):
+def test_before_update_holds_updates_back(device, manager):
     before, after = noise(1, 100_000), noise(2, 100_000)
     weight = device.tensor(before).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -125,7 +125,7 @@ def test_a_caller_can_hold_updates_back_himself(device, manager):
     handle.result()
     device.settle()
     assert torch.equal(manager.load()["w"], before)
-    # Of a save that is over, nothing is left to wait for.
+    # A save that has ended leaves nothing to wait for.
     handle.before_update()
 
 
@@ -146,7 +146,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
             held.append(list(ordinals))
             device.hold_copies(False)
             for store in (manager, best):
-                assert store._saver.last._native.wait_captured(30)
+                assert store._opened.saver.last._native.wait_captured(30)
             return [(0, 0)]
 
         with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +158,7 @@ def test_two_saves_before_one_step_both_hold_it(device, manager, tmp_path):
             assert torch.equal(store.load()["w"], before)
 
 
-def test_a_step_that_could_not_wait_waits_when_it_is_tried_again(device, manager):
+def test_a_step_that_could_not_wait_waits_when_retried(device, manager):
     weight = device.tensor(noise(1, 1_000)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
     weight.grad = torch.ones_like(weight)
@@ -189,7 +189,7 @@ def test_an_optimizer_that_never_steps_keeps_no_saves(device, manager):
 
 
 class Interrupted:
-    """A native manager whose `save` does its work, and is not heard of: a signal comes first."""
+    """A native manager whose `save` succeeds, but a signal interrupts its return."""
 
     def __init__(self, native) -> None:
         self._native = native
@@ -203,7 +203,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("where", ["save", "watch"])
-def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatch, where):
+def test_an_interrupted_save_leaves_no_checkpoint(device, manager, monkeypatch, where):
     weight = device.tensor(noise(1, 100_000)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1)
 
@@ -212,12 +212,12 @@ def test_a_save_whose_caller_was_interrupted_is_none(device, manager, monkeypatc
 
     with monkeypatch.context() as patch:
         if where == "watch":
-            patch.setattr(manager._watcher, "watch", interrupted)
+            patch.setattr(manager._opened.watcher, "watch", interrupted)
         else:
-            patch.setattr(manager._saver, "_native", Interrupted(manager._native))
+            patch.setattr(manager._opened.saver, "_native", Interrupted(manager._opened.native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async({"w": weight}, step=1, consistency="overlap", optimizer=optimizer)
-    # Its caller knows: nothing is left to tell, and the step can be saved.
+    # Its caller knows: no error is left to report, and the step can be saved.
     assert manager.should_save(1)
     assert manager.wait_until_finished()
     assert manager.all_steps() == []
@@ -270,7 +270,7 @@ def test_memory_that_an_optimizer_fills_in_part_is_cloned(device, manager):
 
 
 def test_a_frozen_parameter_is_cloned_though_an_optimizer_lists_it(device, manager):
-    # As the key encoder of a momentum contrast: forward itself keeps it, as an average.
+    # Like the key encoder of a momentum contrast: forward itself updates it, as an average.
     before, after = noise(1, 100_000), noise(2, 100_000)
     query = device.tensor(noise(3, 1_000)).requires_grad_()
     key = device.tensor(before)
@@ -279,7 +279,7 @@ def test_a_frozen_parameter_is_cloned_though_an_optimizer_lists_it(device, manag
     state = {"query": query, "key": key}
     handle = manager.save_async(state, step=1, consistency="overlap", optimizer=optimizer)
     device.write(key, after)
-    device.settle()  # what may run beside the copies has run
+    device.settle()  # what may run during the copies has run
     device.hold_copies(False)
     handle.result()
     device.settle()
@@ -337,7 +337,7 @@ def test_a_parameter_in_another_order_of_dimensions_is_not_cloned(device, manage
         ((3, 3), (1, 1), False),
     ],
 )
-def test_items_that_lie_side_by_side_are_told(shape, strides, is_dense):
+def test_contiguous_parts_are_recognized(shape, strides, is_dense):
     assert gpus._is_dense(torch.zeros(99).as_strided(shape, strides)) == is_dense
 
 
@@ -386,7 +386,7 @@ def test_a_gpu_without_room_for_clones_saves_strictly(device, manager, caplog):
 def test_prewarmed_memory_is_pinned(device, manager):
     state = {"w": device.tensor(noise(1, 1_000_000))}
     registered, fetched = device.calls("cuMemHostRegister_v2"), device.pages_fetched()
-    manager._native.prewarm(4_000_000, [(0, 0)])
+    manager._opened.native.prewarm(4_000_000, [(0, 0)])
     assert device.calls("cuMemHostRegister_v2") == registered + 1
     assert device.pages_fetched() == fetched, "all workers had fetched them before"
     manager.save(state, step=1)
@@ -396,16 +396,16 @@ def test_prewarmed_memory_is_pinned(device, manager):
 def test_memory_of_a_gpu_is_filled(device, manager):
     values = noise(3, 400_000)
     manager.save({"w": values, "v": values[:7]}, step=1)
-    checkpoint = manager._native.checkpoint(1)
+    checkpoint = manager._opened.native.checkpoint(1)
     target = device.tensor(torch.zeros(400_000))
     place = (0, target.data_ptr(), 1_600_000)
-    device.write(target, torch.ones(400_000))  # what the stream still has to do comes first
+    device.write(target, torch.ones(400_000))  # earlier work of the stream comes first
     checkpoint.read([(0, 0, place)], True, [(0, 0)])
     device.settle()
     assert torch.equal(target, values)
 
 
-def test_an_optimizer_that_only_looks_like_one_is_refused(device, manager):
+def test_an_object_that_only_resembles_an_optimizer_is_refused(device, manager):
     class Wrapper(torch.optim.SGD):
         def __init__(self, inner):
             self.state, self.param_groups = inner.state, inner.param_groups
@@ -418,7 +418,7 @@ def test_an_optimizer_that_only_looks_like_one_is_refused(device, manager):
 
 
 class OnGpu(torch.nn.Parameter):
-    """A parameter that says it is on the second GPU."""
+    """A parameter that claims to be on the second GPU."""
 
     is_cuda = property(lambda _: True)
     device = property(lambda _: torch.device("cuda:1"))
@@ -431,7 +431,7 @@ def test_an_optimizer_s_tensors_are_read_to_where_its_parameters_are(manager):
     optimizer.step()
     manager.save({"optimizer": optimizer}, step=1)
     live = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 8)), OnGpu(torch.ones(4))])
-    reader = Reader(manager._native.checkpoint(1))
+    reader = Reader(manager._opened.native.checkpoint(1))
     (action,) = plan_restore({"optimizer": live}, reader, strict=True).actions
     paths = reader.checkpoint.paths()
     named = {paths[n]: reader.tree.nodes[n][1] for n in range(len(paths)) if "exp_avg" in paths[n]}
@@ -444,14 +444,14 @@ def test_a_record_of_a_gpu_is_checked(manager):
     for pieces in ([(1, 5, 0)], [(1, 5, 0), (6, 5, 4)]):
         storages = [StorageRecord(0, 10, (0, pieces, False))]
         with pytest.raises(Exception, match="its pieces"):
-            manager._native.prepare(storages, [(0, 0)], False)
+            manager._opened.native.prepare(storages, [(0, 0)], False)
 
 
 @pytest.mark.usefixtures("device")
-def test_a_gpu_that_is_not_there_is_named(manager):
+def test_a_missing_gpu_is_named(manager):
     storages = [StorageRecord(0, 10, (5, [(1, 10, 0)], False))]
     with pytest.raises(AcceleratorError, match="opening `cuda:5`") as caught:
-        manager._native.prepare(storages, [], False)
+        manager._opened.native.prepare(storages, [], False)
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
 
 
@@ -463,7 +463,7 @@ def test_a_gpu_that_is_not_there_is_named(manager):
         ({"consistency": "overlap", "optimizer": []}, "the next step of every optimizer"),
     ],
 )
-def test_a_mode_that_cannot_be_is_refused(manager, arguments, why):
+def test_an_impossible_mode_is_refused(manager, arguments, why):
     with pytest.raises(InvalidArgument, match=why):
         manager.save_async({"epoch": 1}, step=1, **arguments)
     assert manager.all_steps() == []
@@ -478,7 +478,7 @@ def test_a_captured_optimizer_is_saved_strictly(manager, caplog):
 
 
 @pytest.mark.usefixtures("manager")
-def test_every_step_is_looked_at_from_the_first_manager_on(monkeypatch):
+def test_every_step_is_watched_from_the_first_manager_on(monkeypatch):
     optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True)], lr=0.1)
     optimizer.step()
     assert optimizer not in gpus._captured
@@ -517,11 +517,11 @@ def test_a_step_that_is_captured_waits_here_for_a_save_before_it(device, manager
         return handle._native.wait_captured()
 
     (hold,) = gpus._gate_of(optimizer).pending
-    hold.native = SimpleNamespace(wait_captured=wait)  # and nothing that a stream could be given
+    hold.native = SimpleNamespace(wait_captured=wait)  # and nothing that was scheduled on a stream
     monkeypatch.setattr(gpus, "is_capturing", lambda: True)
     optimizer.step()
     assert handle._native.wait_captured(0), "everything was copied when the step is captured"
-    device.write(weight, noise(2, 100_000))  # as a replay does, without a hook
+    device.write(weight, noise(2, 100_000))  # like a replay, without a hook
     handle.result()
     device.settle()
     assert torch.equal(manager.load()["w"], before)
@@ -548,7 +548,7 @@ print(gpus.are_usable())
     assert "looking for GPUs: starting the CUDA driver" in ran.stderr
 
 
-def test_amd_s_gpus_are_none_of_nvidia_s_driver(device, monkeypatch, caplog):
+def test_amd_gpus_are_not_of_nvidias_driver(device, monkeypatch, caplog):
     assert device.calls("cuInit") >= 0, "there is a driver"
     gpus.are_usable.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -559,7 +559,7 @@ def test_amd_s_gpus_are_none_of_nvidia_s_driver(device, monkeypatch, caplog):
 
 
 class FullGpu:
-    """What stands for torch: a GPU without memory, and the host."""
+    """A stand-in for torch: a GPU without memory, and the host."""
 
     def __init__(self) -> None:
         self.asked: list[object] = []
@@ -580,7 +580,7 @@ def test_a_load_to_a_gpu_without_room_is_refused(manager, monkeypatch, is_usable
     full, place = FullGpu(), torch.device("cuda:0")
     monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: is_usable)
-    reader = Reader(manager._native.checkpoint(1), device=place)
+    reader = Reader(manager._opened.native.checkpoint(1), device=place)
     with pytest.raises(AcceleratorError, match=r"cuda:0.*no memory for 4000 more bytes") as caught:
         reader.load()
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
@@ -592,7 +592,7 @@ def test_a_restore_for_a_gpu_without_room_goes_through_the_host(manager, monkeyp
     full, place = FullGpu(), torch.device("cuda:0")
     monkeypatch.setattr("dtruntime.loading.reader.import_torch", lambda _: full)
     monkeypatch.setattr(gpus, "are_usable", lambda: True)
-    loaded = Reader(manager._native.checkpoint(1)).tensors([0], {0: place})
+    loaded = Reader(manager._opened.native.checkpoint(1)).tensors([0], {0: place})
     assert full.asked == [place, None]
     assert torch.equal(loaded[0], noise(1, 1_000))
 
@@ -600,9 +600,9 @@ def test_a_restore_for_a_gpu_without_room_goes_through_the_host(manager, monkeyp
 LOST = "DTR_TEST_LOSES_THE_GPU"
 
 
-def test_a_lost_gpu_fails_the_save_and_the_host_goes_on(device, manager):
+def test_a_lost_gpu_fails_the_save_and_the_host_continues(device, manager):
     if LOST not in os.environ:  # nothing on the device succeeds any more in a process that lost it
-        name = "test_a_lost_gpu_fails_the_save_and_the_host_goes_on"
+        name = "test_a_lost_gpu_fails_the_save_and_the_host_continues"
         ran = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-k", name, __file__],
             env=script_environment() | {LOST: "1"},

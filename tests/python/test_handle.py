@@ -83,7 +83,7 @@ def test_callbacks_run_once_on_one_thread_in_order(manager):
 
     first = manager.save_async(state(), step=1)
     first.add_done_callback(callback("a"))
-    first.add_done_callback(lambda _: 1 / 0)  # is logged, and stops nothing
+    first.add_done_callback(lambda _: 1 / 0)  # is logged, and stops nothing else
     first.add_done_callback(callback("b"))
     second = manager.save_async(state(), step=2)
     second.result()
@@ -103,7 +103,7 @@ def test_a_failing_callback_is_logged(manager, caplog):
     assert "done callback of the save of step 1 failed" in caplog.text
 
 
-def test_a_callback_that_exits_silences_no_other_one(manager, caplog):
+def test_a_callback_that_exits_stops_no_other_callback(manager, caplog):
     done = threading.Event()
     handle = manager.save_async(state(), step=1)
     handle.add_done_callback(lambda _: sys.exit(3))
@@ -116,14 +116,14 @@ def test_a_callback_that_exits_silences_no_other_one(manager, caplog):
 
 
 class LineLogger:
-    """What some programs put in the place of standard error."""
+    """What some programs replace standard error with."""
 
     def write(self, text: str) -> None:
         """Take a line."""
 
 
 class BrokenPipe:
-    """A standard error that nobody reads any more."""
+    """A standard error whose reader has closed the pipe."""
 
     def isatty(self) -> bool:
         return True
@@ -136,7 +136,7 @@ class BrokenPipe:
 
 
 @pytest.mark.parametrize("stream", [LineLogger, BrokenPipe])
-def test_a_bar_that_cannot_be_written_costs_no_announcement(open_manager, monkeypatch, stream):
+def test_an_unwritable_progress_bar_stops_no_announcement(open_manager, monkeypatch, stream):
     manager = open_manager(progress=True)
     monkeypatch.setattr(sys, "stderr", stream())
     done = threading.Event()
@@ -147,7 +147,7 @@ def test_a_bar_that_cannot_be_written_costs_no_announcement(open_manager, monkey
     assert done.wait(60)
 
 
-def test_an_upload_whose_end_is_unknown_is_announced(manager):
+def test_an_upload_whose_outcome_is_unknown_is_announced(manager):
     handle = manager.save_async(state(), step=1)
 
     class Native:
@@ -156,7 +156,7 @@ def test_an_upload_whose_end_is_unknown_is_announced(manager):
 
     handle.result()
     handle.uploaded = concurrent.futures.Future()
-    handle._follow_upload(manager._watcher, Native())
+    handle._follow_upload(manager._opened.watcher, Native())
     with pytest.raises(RuntimeError, match="unheard of"):
         handle.uploaded.result(timeout=60)
 
@@ -230,7 +230,7 @@ def test_a_callback_added_after_the_manager_was_closed_runs_at_once(open_manager
     assert called == [handle]
 
 
-def test_the_stall_counts_waiting_and_taking_the_state_apart(tmp_path):
+def test_the_stall_includes_waiting_and_flattening(tmp_path):
     state = {"w": torch.zeros(3_000_000), "many": [torch.zeros(2) for _ in range(2000)]}
     with CheckpointManager(tmp_path) as manager:
         first = manager.save_async(state, step=1)

@@ -48,7 +48,7 @@ def digests(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def train_until_killed(store: Path) -> None:
-    """Save step 1, write down what it was, and die in the middle of saving step 2."""
+    """Save step 1, record its digests, and die in the middle of saving step 2."""
     model, optimizer = make_training()
     manager = CheckpointManager(store)
     train_step(model, optimizer, seed=1)
@@ -72,7 +72,7 @@ def test_over_a_gigabyte_survives_a_kill_in_the_middle_of_a_save(tmp_path):
         assert manager.verify().ok
         assert len(list((store / "step-000000000002").iterdir())) == 1  # the attempt that died
         model, optimizer = make_training()
-        train_step(model, optimizer, seed=3)  # something else, with moments to restore into
+        train_step(model, optimizer, seed=3)  # other values, with moments to restore into
         report = manager.restore({"model": model, "optimizer": optimizer})
         assert report.step == 1
         assert digests(model, optimizer) == expected

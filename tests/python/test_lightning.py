@@ -1,4 +1,4 @@
-"""The door for PyTorch Lightning: what its trainer saves, removes and resumes from."""
+"""The adapter for PyTorch Lightning: what its trainer saves, removes and resumes from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dtruntime import (
 )
 from dtruntime.lightning import CheckpointIO
 
-# Lightning warns of much that is so on purpose here: no workers, few steps, no validation.
+# Lightning warns of much that is intended here: no workers, few steps, no validation.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 JOB = Path(lightning_job.__file__).read_text()
@@ -64,7 +64,7 @@ class Kept(CheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def test_a_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_run(tmp_path):
     def fit(directory, epochs, path=None):
         net, plugin = Net(), CheckpointIO()
         callback = ModelCheckpoint(directory, save_last=True)  # after each epoch
@@ -80,7 +80,7 @@ def test_a_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert_same(resumed.state_dict(), straight.state_dict())
 
 
-def test_everything_that_lightning_saves_comes_back(tmp_path):
+def test_everything_that_lightning_saves_is_loaded(tmp_path):
     plugin = Kept()
     stopping = EarlyStopping("loss", patience=100)
     trainer(plugin, 2, every_fifth(tmp_path, save_last=True), stopping).fit(Net(), batches())
@@ -91,7 +91,7 @@ def test_everything_that_lightning_saves_comes_back(tmp_path):
         assert loaded["hyper_parameters"] == {"width": 32, "name": "net"}
 
 
-def test_only_what_lightning_keeps_stays(tmp_path):
+def test_only_what_lightning_keeps_remains(tmp_path):
     plugin = CheckpointIO()
     trainer(plugin, 4, every_fifth(tmp_path, save_top_k=2, save_last="link")).fit(Net(), batches())
     assert paths_in(tmp_path) == ["last.ckpt", "step=25.ckpt", "step=30.ckpt"]
@@ -121,40 +121,40 @@ def failing_saves():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def one_that_grows(step: int) -> dict:
+def growing_state(step: int) -> dict:
     return {"global_step": step, "state_dict": {"weight": torch.randn(2_000_000)}}
 
 
-def one_that_shrinks(step: int) -> dict:
+def shrinking_state(step: int) -> dict:
     return {"global_step": step, "state_dict": {"weight": torch.zeros(2_000_000)}}
 
 
-def test_nothing_goes_before_what_takes_its_place_is_durable(tmp_path):
+def test_nothing_is_removed_before_its_replacement_is_durable(tmp_path):
     plugin = CheckpointIO(compression="zstd")
     old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
     plugin.save_checkpoint(a_checkpoint(), old)
-    plugin.save_checkpoint(one_that_shrinks(2), new)
+    plugin.save_checkpoint(shrinking_state(2), new)
     plugin.teardown()
     with failing_saves():
-        plugin.save_checkpoint(one_that_grows(3), new)
+        plugin.save_checkpoint(growing_state(3), new)
         plugin.remove_checkpoint(old)  # as `ModelCheckpoint` does at once
         with pytest.raises(StorageError):
             plugin.teardown()
     assert_same(plugin.load_checkpoint(old), a_checkpoint())
-    assert_same(plugin.load_checkpoint(new), one_that_shrinks(2))  # all or not at all
+    assert_same(plugin.load_checkpoint(new), shrinking_state(2))  # all or not at all
     plugin.save_checkpoint(a_checkpoint(3), new)
     plugin.remove_checkpoint(old)
     plugin.teardown()
     assert paths_in(tmp_path) == ["new.ckpt"]
 
 
-def test_a_save_that_failed_is_told_by_the_next_and_is_not_the_newest(tmp_path):
+def test_a_failed_save_is_raised_by_the_next_and_is_not_the_newest(tmp_path):
     plugin = CheckpointIO(compression="zstd")
     for name in ("a", "b"):
-        plugin.save_checkpoint(one_that_shrinks(1), tmp_path / name)
+        plugin.save_checkpoint(shrinking_state(1), tmp_path / name)
     plugin.teardown()
     with failing_saves():
-        plugin.save_checkpoint(one_that_grows(2), tmp_path / "b")
+        plugin.save_checkpoint(growing_state(2), tmp_path / "b")
         with pytest.raises(StorageError):
             plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
     plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
@@ -162,7 +162,7 @@ def test_a_save_that_failed_is_told_by_the_next_and_is_not_the_newest(tmp_path):
     plugin.teardown()
 
 
-def test_a_path_whose_only_save_was_cut_short_says_how_to_go_on(tmp_path):
+def test_a_path_whose_only_save_was_interrupted_says_what_to_do(tmp_path):
     with CheckpointManager(tmp_path / "a"):
         pass  # opened, and nothing saved
     with pytest.raises(CheckpointNotFound, match="may have been interrupted") as raised:
@@ -215,7 +215,7 @@ def test_a_file_of_lightnings_own_is_resumed_from_and_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch, is_link):
+def test_what_is_replaced_exists_until_the_new_one_does(tmp_path, monkeypatch, is_link):
     plugin, path = CheckpointIO(), tmp_path / "last.ckpt"
     if is_link:
         plugin.save_checkpoint(a_checkpoint(), tmp_path / "best.ckpt")
@@ -224,7 +224,7 @@ def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch, i
         pl.plugins.io.TorchCheckpointIO().save_checkpoint(a_checkpoint(), path)
     before = paths_in(tmp_path)
 
-    def interrupt(removed):  # as a kill would, where the old one has just made way
+    def interrupt(removed):  # as a kill would, just after the old one was removed
         assert Path(removed).name == ".last.ckpt.saving"
         raise KeyboardInterrupt
 
@@ -241,7 +241,7 @@ def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch, i
     assert_same(after.load_checkpoint(path), a_checkpoint(3))
 
 
-def test_a_filesystem_that_cannot_swap_names_will_do(tmp_path, monkeypatch):
+def test_a_filesystem_that_cannot_swap_names_is_supported(tmp_path, monkeypatch):
     monkeypatch.setattr(_native, "swap", lambda *_: False)
     path = tmp_path / "last.ckpt"
     pl.plugins.io.TorchCheckpointIO().save_checkpoint(a_checkpoint(), path)
@@ -261,7 +261,7 @@ def test_two_names_are_swapped_at_once_or_not_at_all(tmp_path):
         _native.swap(tmp_path / "a", tmp_path / "c")
 
 
-def test_what_a_link_leads_to_is_not_written_to(tmp_path):
+def test_the_target_of_a_link_is_not_written_to(tmp_path):
     plugin = CheckpointIO()
     plugin.save_checkpoint(a_checkpoint(), tmp_path / "best.ckpt")
     (tmp_path / "last.ckpt").symlink_to("best.ckpt")
@@ -277,11 +277,11 @@ def test_saves_do_not_wait_for_what_is_being_removed(tmp_path, monkeypatch):
     plugin, may_go = CheckpointIO(), threading.Event()
     delete = CheckpointManager.delete
 
-    def held_up(manager, step):
+    def delayed(manager, step):
         assert may_go.wait(60)
         return delete(manager, step)
 
-    monkeypatch.setattr(CheckpointManager, "delete", held_up)
+    monkeypatch.setattr(CheckpointManager, "delete", delayed)
     plugin.save_checkpoint(a_checkpoint(1), tmp_path / "a")
     plugin.remove_checkpoint(tmp_path / "a")
     plugin.save_checkpoint(a_checkpoint(2), tmp_path / "b")
@@ -294,7 +294,7 @@ def test_saves_do_not_wait_for_what_is_being_removed(tmp_path, monkeypatch):
         assert manager.all_steps() == [4]
 
 
-def test_what_cannot_be_removed_is_told_by_the_next_call(tmp_path, monkeypatch):
+def test_a_failed_removal_is_raised_by_the_next_call(tmp_path, monkeypatch):
     plugin = CheckpointIO()
     delete = CheckpointManager.delete
 
@@ -314,7 +314,7 @@ def test_what_cannot_be_removed_is_told_by_the_next_call(tmp_path, monkeypatch):
     assert paths_in(tmp_path) == ["a", "c"]
 
 
-def test_a_path_has_one_store_whatever_it_is_called(tmp_path, monkeypatch):
+def test_spellings_of_one_path_share_a_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plugin = CheckpointIO()
     for step, name in enumerate(("a.ckpt", tmp_path / "a.ckpt", "./a.ckpt/")):
@@ -340,7 +340,7 @@ def test_what_is_not_a_checkpoint_is_neither_written_to_nor_removed(tmp_path):
     assert (tmp_path / "a.ckpt" / "notes.txt").exists()
 
 
-def test_what_slurm_stops_is_durable_at_once(tmp_path):
+def test_a_save_before_slurm_stops_is_durable_at_once(tmp_path):
     plugin = CheckpointIO()
     plugin.save_checkpoint(a_checkpoint(), tmp_path / "hpc_ckpt_1.ckpt")  # and requeues the job
     with CheckpointManager(tmp_path / "hpc_ckpt_1.ckpt", read_only=True) as manager:
@@ -348,7 +348,7 @@ def test_what_slurm_stops_is_durable_at_once(tmp_path):
     plugin.teardown()
 
 
-def test_a_plugin_is_sent_to_another_process_with_nothing_in_flight(tmp_path):
+def test_pickling_a_plugin_waits_for_its_saves(tmp_path):
     plugin = CheckpointIO(compression="none")
     plugin.save_checkpoint(a_checkpoint(), tmp_path / "a")
     other = pickle.loads(pickle.dumps(plugin))  # noqa: S301  (what it was just now)
@@ -366,7 +366,7 @@ def test_what_cannot_be_saved_is_refused_by_its_path_and_leaves_nothing(tmp_path
     assert paths_in(tmp_path) == []
 
 
-def test_wrong_settings_are_told_at_once():
+def test_wrong_settings_are_refused_at_once():
     for options, hint in (
         ({"compresion": "none"}, "did you mean `compression`"),
         ({"keep_last_n": 3}, "ModelCheckpoint"),
@@ -415,7 +415,7 @@ trainer(Killed(), 4, callback).fit(Net(width=500_000), batches())
 )
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+def test_a_kill_during_a_save_leaves_a_complete_checkpoint(tmp_path):
     killed = run_script(KILLED, tmp_path, timeout=240)
     assert killed.returncode == -9, killed.stderr
     assert paths_in(tmp_path) == ["last.ckpt"]

@@ -1,4 +1,4 @@
-"""The exact text of every kind of error, so that a change of one is seen.
+"""The exact text of every kind of error, so that a change of one is noticed.
 
 Paths, attempt ids and versions are replaced by names. To accept new texts, run with
 `UPDATE_MESSAGES=1` and read the difference.
@@ -37,6 +37,8 @@ def collect(store: Path) -> dict[str, str]:
     for name, value in UNSUPPORTED.items():
         found[f"unsupported {name}"] = message_of(lambda value=value: flatten({"x": [value]}))
     found["unsupported key"] = message_of(lambda: flatten({"x": {(1, 2): 3}}))
+    found["several unsupported"] = message_of(lambda: flatten({"x": [{1}, len], "y": {(1, 2): 3}}))
+    found["many unsupported"] = message_of(lambda: flatten([{n} for n in range(10)]))
     found["torch dtype of another version"] = message_of(lambda: tensors.torch_dtype("float3_e1m1"))
     found["numpy dtype of another version"] = message_of(lambda: tensors.numpy_dtype("O"))
     found["no path"] = message_of(CheckpointManager)
@@ -49,6 +51,8 @@ def collect(store: Path) -> dict[str, str]:
     found["nothing matches"] = message_of(lambda: manager.load(keys=["c.*"]))
     live = {"a": torch.zeros(3), "b": np.zeros(3), "c": torch.zeros(1)}
     found["misfits"] = message_of(lambda: manager.restore(live))
+    other = {"a": [torch.zeros(3)], "b": torch.zeros(3), "n": np.zeros(3)}
+    found["other types"] = message_of(lambda: manager.restore(other))
     found["nothing to restore into"] = message_of(lambda: manager.restore(5))
     found["bad step"] = message_of(lambda: manager.save_async({}, step=-1))
     found["bad metadata"] = message_of(lambda: manager.save_async({}, step=11, metadata={1: 2}))

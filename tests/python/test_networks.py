@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 EXAMPLE = Path(__file__).parents[2] / "python" / "examples" / "train_ranks.py"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-LINK = "cable0"  # a name that is no word of `ip`'s
+LINK = "cable0"  # a name that is no keyword of `ip`
 PORT = 50051
 NOWHERE = "02:00:00:00:00:99"
-"""A hardware address that nobody has."""
+"""A hardware address that no device has."""
 TIMEOUT_SECONDS = 1.0
-"""After how long without a heartbeat a worker is dead."""
+"""The time without a heartbeat after which a worker is dead."""
 
 
 def run_ip(*arguments: str) -> None:
@@ -53,7 +53,7 @@ class Network:
         self.machines = (f"dtr-{number}-a", f"dtr-{number}-b")
 
     def on(self, machine: int, *command: object) -> list[str]:
-        """Give the command that runs this one on a machine."""
+        """Return the command that runs this one on a machine."""
         return ["ip", "netns", "exec", self.machines[machine], *map(str, command)]
 
     def ip(self, machine: int, *arguments: str) -> None:
@@ -72,7 +72,7 @@ class Network:
 
     def remove(self) -> None:
         for name in self.machines:
-            with suppress(subprocess.CalledProcessError):  # it was not made
+            with suppress(subprocess.CalledProcessError):  # it was not created
                 run_ip("netns", "del", name)
 
     @contextmanager
@@ -84,8 +84,8 @@ class Network:
             self.ip(0, "link", "set", LINK, "up")
 
     @contextmanager
-    def deaf(self, machine: int) -> Iterator[None]:
-        """Lose whatever is sent to a machine; what it sends arrives."""
+    def cut_off(self, machine: int) -> Iterator[None]:
+        """Drop everything that is sent to a machine; what it sends arrives."""
         other = 1 - machine
         way = [ADDRESSES[machine], "dev", LINK]
         self.ip(other, "neigh", "replace", *way, "lladdr", NOWHERE, "nud", "permanent")
@@ -96,11 +96,11 @@ class Network:
 
     @contextmanager
     def broken(self, way: str) -> Iterator[None]:
-        """Break it in one of the ways, for as long as the block takes."""
+        """Break it in one of the ways while the block runs."""
         if way == "unplugged":
             broken = self.unplugged()
         else:
-            broken = self.deaf(0 if way == "coordinator hears nothing" else 1)
+            broken = self.cut_off(0 if way == "coordinator hears nothing" else 1)
         with broken:
             yield
 
@@ -178,7 +178,7 @@ manager.close()
 
 
 class Worker:
-    """One rank, in a process of its own; what it says is read as it comes."""
+    """One rank, in a separate process; its output is read as it arrives."""
 
     def __init__(self, network: Network, rank: int, store: Path, url: str) -> None:
         environment = {"RANK": str(rank), "WORLD_SIZE": "2", "COORDINATOR_URL": url}
@@ -190,7 +190,7 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.heard: list[dict] = []
+        self.answers: list[dict] = []
         self.log = ""
         self.threads = [threading.Thread(target=self._listen), threading.Thread(target=self._log)]
         for thread in self.threads:
@@ -199,7 +199,7 @@ class Worker:
     def _listen(self) -> None:
         with self.process.stdout:
             for line in self.process.stdout:
-                self.heard.append(json.loads(line))
+                self.answers.append(json.loads(line))
 
     def _log(self) -> None:
         with self.process.stderr:
@@ -207,7 +207,7 @@ class Worker:
                 self.log += line
 
     def tell(self, what: object) -> None:
-        """Tell it to save a step, or to ``open`` its manager anew."""
+        """Tell it to save a step, or to ``open`` its manager again."""
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
 
@@ -223,7 +223,7 @@ WAYS = ("unplugged", "coordinator hears nothing", "worker hears nothing")
 
 
 class Trial:
-    """Two workers that save, and what came of it."""
+    """Two workers that save, and the outcomes."""
 
     def __init__(self, network: Network, coordinator: Coordinator, store: Path) -> None:
         self.network = network
@@ -235,21 +235,21 @@ class Trial:
         self.ask("open")
 
     def ask(self, what: object, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
-        """Tell all the same, and wait for what they say."""
-        before = [len(worker.heard) for worker in self.workers]
+        """Send all of them the same command, and wait for their answers."""
+        before = [len(worker.answers) for worker in self.workers]
         for worker in self.workers:
             worker.tell(what)
         meanwhile()
         pairs = list(zip(self.workers, before, strict=True))
         try:
-            wait_until(lambda: all(len(worker.heard) > count for worker, count in pairs), 60)
+            wait_until(lambda: all(len(worker.answers) > count for worker, count in pairs), 60)
         except AssertionError:
-            said = [(worker.heard[count:], worker.log[-2_000:]) for worker, count in pairs]
+            said = [(worker.answers[count:], worker.log[-2_000:]) for worker, count in pairs]
             raise AssertionError(f"{what!r} has no end on every rank: {said}") from None
-        return [worker.heard[count] for worker, count in pairs]
+        return [worker.answers[count] for worker, count in pairs]
 
     def save(self, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
-        """Have all save the next step; what came of it, by rank."""
+        """Have all save the next step; return the outcomes, by rank."""
         self.step += 1
         found = self.ask(self.step, meanwhile)
         self.saved.update(outcome["saved"] for outcome in found if "saved" in outcome)
@@ -257,7 +257,7 @@ class Trial:
         return found
 
     def break_for(self, way: str, seconds: float) -> list[dict]:
-        """Break the network, and mend it while a step is saved."""
+        """Break the network, and repair it while a step is saved."""
         self.breaks += 1
         with ExitStack() as broken:
             broken.enter_context(self.network.broken(way))
@@ -281,11 +281,11 @@ class Trial:
         self.save(meanwhile)
 
     def recover(self) -> None:
-        """Save on: who was taken for dead becomes a member again by itself, and nobody restarts."""
+        """Keep saving: a worker that was considered dead rejoins by itself, without a restart."""
         wait_until(lambda: all("saved" in outcome for outcome in self.save()))
 
     def check(self, store: Path) -> None:
-        """Who was told of success finds it; what is there is whole."""
+        """Every save that reported success is loadable; every checkpoint is complete."""
         for rank in (0, 1):
             with CheckpointManager(store, read_only=True, rank=rank, world_size=2) as reader:
                 steps = reader.all_steps()
@@ -314,7 +314,7 @@ def test_a_network_that_breaks_costs_saves_and_nothing_else(network, tmp_path):
                 assert "rank 1" in first["text"], (way, first)
                 assert second["kind"] in ("WorkerFenced", "SaveAborted"), (way, second)
                 trial.recover()
-                # Shorter than that: nobody notices but by the clock.
+                # Shorter than that: only timings show it.
                 trial.break_for(way, 0.3 * TIMEOUT_SECONDS)
                 trial.recover()
             trial.shake(random.Random(seed))

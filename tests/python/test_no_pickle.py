@@ -1,8 +1,8 @@
 """No byte of a checkpoint is ever unpickled: pickles run code, so reading one trusts its writer.
 
-Each script runs in a process of its own that counts: the interpreter's audit event for every class
+Each script runs in a separate process that counts: the interpreter's audit event for every class
 that an unpickler looks up, and every call of `pickle` and of torch's own functions built on
-it, whoever makes it. `ckpt-tool` has no Python in it (a house rule bars it).
+it, by any code. `ckpt-tool` has no Python in it (a house rule bars it).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ for codec in ("none", "float", "zstd", "gzip"):
 
 
 def is_pickle(content: bytes) -> bool:
-    """Tell whether a file begins as pickles and torch's archives of them do."""
+    """Return whether a file begins as pickles and torch's archives of them do."""
     return content[:1] == b"\x80" or content[:2] == b"PK"
 
 

@@ -18,7 +18,7 @@ import logging, os, sys, signal, threading, torch
 logging.basicConfig(format="%(levelname)s %(message)s")
 from dtruntime import CheckpointManager
 store = sys.argv[1]
-manager = CheckpointManager(store, compression="gzip")  # slow enough to be caught in the act
+manager = CheckpointManager(store, compression="gzip")  # slow enough to be interrupted
 state = {"weights": torch.randn(12_000_000)}
 """
 
@@ -206,7 +206,7 @@ class Native:  # the signal arrives while the native half takes the snapshot
         os.kill(os.getpid(), signal.SIGTERM)
         return self.native.save(*arguments)
 
-manager._saver._native = Native(manager._native)
+manager._opened.saver._native = Native(manager._opened.native)
 handle = manager.save_async""",
     )
     done = run_script(PREAMBLE + script, store, "finish", 60)
@@ -286,7 +286,7 @@ class Native:  # the signal arrives while the native half takes the snapshot
         return self.native.save(*arguments)
 
 signal.signal(signal.SIGUSR1, save)
-manager._saver._native = Native(manager._native)
+manager._opened.saver._native = Native(manager._opened.native)
 handle = manager.save_async({"small": 1}, step=1)
 print(handle.result().step)
 signal.raise_signal(signal.SIGUSR1)
@@ -302,7 +302,7 @@ print(manager.all_steps())
 
 
 class Interrupted:
-    """A native manager whose `save` does its work, and is not heard of: Ctrl-C comes first."""
+    """A native manager whose `save` succeeds, but Ctrl-C interrupts its return."""
 
     def __init__(self, native) -> None:
         self._native = native
@@ -315,11 +315,11 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
-def test_the_last_save_after_ctrl_c_is_a_save(open_manager, store):
-    manager = open_manager(compression="gzip")  # slow enough to be given up
+def test_a_save_after_ctrl_c_works(open_manager, store):
+    manager = open_manager(compression="gzip")  # slow enough to be abandoned
     state = {"weights": torch.randn(1_000_000)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager._saver, "_native", Interrupted(manager._native))
+        patch.setattr(manager._opened.saver, "_native", Interrupted(manager._opened.native))
         with pytest.raises(KeyboardInterrupt):
             manager.save_async(state, step=1)
     assert manager.save(state, step=2).step == 2
@@ -332,12 +332,12 @@ def interrupt(*_):
 
 
 @pytest.mark.parametrize("where", ["wait", "stop", "close"])
-def test_closing_goes_on_after_ctrl_c(open_manager, store, where):
+def test_closing_resumes_after_ctrl_c(open_manager, store, where):
     manager = open_manager()
     manager.save_async({"small": 1}, step=1)
     with pytest.MonkeyPatch.context() as patch:
-        if where in ("wait", "stop"):  # Ctrl-C, and once more while the first one is heeded
-            patch.setattr(manager._watcher, "stop", interrupt)
+        if where in ("wait", "stop"):  # Ctrl-C, and once more while the first one is handled
+            patch.setattr(manager._opened.watcher, "stop", interrupt)
         if where == "close":
             patch.setattr(lifecycle, "unregister", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -365,11 +365,11 @@ def test_an_opening_that_ctrl_c_ends_leaves_nothing_behind(open_manager, where):
     for thread in set(threading.enumerate()) - before:
         thread.join(60)
         assert not thread.is_alive(), caught
-    assert open_manager().all_steps() == []  # nobody holds the store
+    assert open_manager().all_steps() == []  # nothing holds the store
 
 
 @pytest.mark.parametrize("made", ["error", "coordinator error"])
-def test_ctrl_c_while_an_error_is_made_is_ctrl_c(open_manager, monkeypatch, made):
+def test_ctrl_c_while_an_error_is_created_propagates(open_manager, monkeypatch, made):
     manager = open_manager()
     if made == "error":
         monkeypatch.setattr(errors, "CheckpointNotFound", Interrupting)
@@ -382,7 +382,7 @@ def test_ctrl_c_while_an_error_is_made_is_ctrl_c(open_manager, monkeypatch, made
 
 
 class Interrupting(CheckpointNotFound):
-    """An exception that Ctrl-C comes in the middle of making."""
+    """An exception whose creation Ctrl-C interrupts."""
 
     def __init__(self, *_) -> None:
         raise KeyboardInterrupt

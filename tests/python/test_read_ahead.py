@@ -1,4 +1,4 @@
-"""Files are made ready ahead, in a thread that ends with whoever reads."""
+"""Files are prefetched by a thread that ends with its reader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def threads_ahead():
     return [thread for thread in threading.enumerate() if thread.name == "dtruntime-ahead"]
 
 
-def test_no_more_than_the_next_files_are_made_ready():
+def test_only_the_next_files_are_prefetched():
     asked, given_up = [], []
 
     class Tracked(Ready):
@@ -49,11 +49,11 @@ def test_no_more_than_the_next_files_are_made_ready():
         assert len(asked) <= number + 4
         ready.close()
     ahead.close()
-    assert sorted(given_up, key=int) == asked  # what was made ready for nothing was given up, too
+    assert sorted(given_up, key=int) == asked  # what was prefetched in vain was released, too
     assert threads_ahead() == []
 
 
-def test_an_error_of_the_thread_comes_where_its_file_does():
+def test_an_error_in_the_thread_is_raised_at_its_file():
     def fetch(path, _is_cancelled):
         if path == "2":
             raise StorageError("reading", "it broke", "mend it")
@@ -66,7 +66,7 @@ def test_an_error_of_the_thread_comes_where_its_file_does():
     ahead.close()
 
 
-def test_a_close_ends_a_copy_that_is_being_made():
+def test_closing_cancels_a_copy_in_progress():
     begun = threading.Event()
 
     def fetch(path, is_cancelled):
@@ -85,7 +85,9 @@ def test_a_close_ends_a_copy_that_is_being_made():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_thread_is_left_behind(library, workers, tmp_path):
-    before = {*multiprocessing.active_children()}  # what a failed test's traceback holds, say
+    before = {
+        *multiprocessing.active_children()
+    }  # for example what a failed test's traceback holds
     for options in ({}, {"cache_dir": tmp_path, "cache_bytes": "1MB"}):
         dataset = open_dataset(library, **options)
         loader = ShardedLoader(dataset, num_workers=workers)
@@ -98,7 +100,7 @@ def test_no_thread_is_left_behind(library, workers, tmp_path):
     assert {*multiprocessing.active_children()} <= before
 
 
-def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not(library):
+def test_a_forked_process_does_not_wait_for_the_parents_thread(library):
     reading = iter(open_dataset(library))
     take(reading, 1)
     child = os.fork()
@@ -129,7 +131,7 @@ def test_a_cache_that_is_too_small_for_any_file_is_refused_by_every_rank(tmp_pat
             dataset.set_epoch(epoch)
 
 
-def test_a_reader_is_told_where_a_copied_file_belongs(library, tmp_path):
+def test_a_reader_gets_the_original_path_of_a_copied_file(library, tmp_path):
     def read(path, source):
         return [(Path(path).read_bytes() == Path(source).read_bytes(), Path(source).parent.name)]
 
@@ -175,7 +177,7 @@ def test_ctrl_c_ends_the_waiting_for_a_file(library):
 
 
 def test_the_end_of_the_interpreter_waits_for_no_thread(monkeypatch):
-    """Threads stand still by then: here one that never gets its file."""
+    """Threads are frozen by then: here one that never gets its file."""
     goes_on, is_begun = threading.Event(), threading.Event()
 
     def fetch(path, _is_cancelled):
@@ -199,7 +201,7 @@ def test_the_end_of_the_interpreter_waits_for_no_thread(monkeypatch):
     assert is_closed
 
 
-def test_what_the_coordinator_says_is_used(library, tmp_path):
+def test_the_coordinators_settings_are_used(library, tmp_path):
     folder, names, _ = library
     told = {"dataset.prefetch_shards": "5", "dataset.cache_size_gb": "3"}
     dataset = ShardedDataset(Dealer(folder, names, told=told), "train", cache_dir=tmp_path)

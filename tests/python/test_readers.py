@@ -1,4 +1,4 @@
-"""What files of samples hold, format by format, and what is said of one that is damaged."""
+"""The samples of files, format by format, and the errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_webdataset(tmp_path):
 
 
 def pack(counts: dict[str, int]) -> bytes:
-    """Give a tar of files of so many bytes."""
+    """Return a tar of files of these sizes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, size in counts.items():
@@ -134,7 +134,7 @@ DAMAGED_TARS = {
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 @pytest.mark.parametrize("case", DAMAGED_TARS)
-def test_a_damaged_tar_is_no_shorter_one(tmp_path, case, name):
+def test_a_damaged_tar_is_not_read_as_a_shorter_one(tmp_path, case, name):
     damage, text = DAMAGED_TARS[case]
     path = write(tmp_path / name, damage(pack({"1.txt": 400, "2.txt": 400, "3.txt": 400})))
     with pytest.raises(readers.Unreadable, match=text) as caught:
@@ -206,7 +206,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_file_that_is_not_what_it_says(case, tmp_path):
+def test_a_file_with_the_wrong_suffix(case, tmp_path):
     format_name, name, data, text = BROKEN[case]
     path = tmp_path / name
     if case == "cut gzip":
@@ -245,7 +245,7 @@ def test_formats_that_need_something(tmp_path):
     assert list(dataset) == []
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     for module in ("pyarrow", "pyarrow.parquet", "zstandard", "compression.zstd"):
         monkeypatch.setitem(sys.modules, module, None)
     for format_name, name, text in (
@@ -270,7 +270,7 @@ def test_parquet(tmp_path):
         list(readers.read_parquet(str(path)))
 
 
-def test_errors_of_a_function_that_reads_stay_what_they_are(library):
+def test_errors_of_a_users_reader_are_unchanged(library):
     def read(path):
         yield 1
         raise ZeroDivisionError(path)
@@ -281,7 +281,7 @@ def test_errors_of_a_function_that_reads_stay_what_they_are(library):
         list(ShardedLoader(open_dataset(library, read=read), num_workers=1))
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files(tmp_path):
     names = make_files(tmp_path / "d", [5, 5, 5])
     dealer = Dealer(tmp_path / "d", names)
     dataset = ShardedDataset(dealer, "train", prefetch=0)

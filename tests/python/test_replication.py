@@ -1,4 +1,4 @@
-"""Which entries of a state all ranks save alike, and which memory is not touched for it."""
+"""Which entries of a state are replicated, and which memory is not touched for them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ STATE = {
         (["model", "optimizer.*", "rng"], ["model", "optimizer.state", "optimizer.groups", "rng"]),
     ],
 )
-def test_globs_take_the_topmost_entries(globs, expected):
+def test_globs_select_the_topmost_entries(globs, expected):
     assert tops(STATE, *globs) == expected
 
 
@@ -71,11 +71,11 @@ def test_globs_take_the_topmost_entries(globs, expected):
         (["optimizer", "!optimizer.groups.1"], ["optimizer.state", "optimizer.groups.0"]),
     ],
 )
-def test_globs_take_away_again(globs, expected):
+def test_globs_exclude(globs, expected):
     assert tops(STATE, *globs) == expected
 
 
-def test_globs_that_only_take_away_or_match_nothing_are_refused(tmp_path):
+def test_globs_that_only_exclude_or_match_nothing_are_refused(tmp_path):
     with pytest.raises(InvalidArgument, match="it only excludes entries"):
         CheckpointManager(tmp_path, replicated="!rng")
     with (
@@ -85,7 +85,7 @@ def test_globs_that_only_take_away_or_match_nothing_are_refused(tmp_path):
         manager.save(STATE, step=1)
 
 
-def test_what_would_not_come_back_as_expected_is_said():
+def test_entries_that_would_not_load_as_expected_are_warned_of():
     [said] = advice(flatten({"a": {"rng": torch.get_rng_state()}}, Replication(["*"], whole)))
     assert said.startswith("`a.rng` looks like the state of a random number generator")
     assert "`!a.rng`" in said
@@ -166,7 +166,7 @@ def test_memory_that_another_rank_writes_is_not_touched():
     assert needs_of(state, Replication(["a", "b", "c"], share)) == (400 + 56 + 200, [])
 
 
-def test_tied_memory_is_dealt_once(tmp_path):
+def test_tied_memory_is_divided_once(tmp_path):
     memory = torch.arange(1000.0)
     state = {"model": {"w": memory, "tied": memory, "part": memory[10:20]}, "own": memory[5:7]}
     with CheckpointManager(tmp_path, replicated="model.*") as manager:
@@ -194,7 +194,7 @@ def test_a_state_that_is_replicated_as_a_whole_loads_anywhere(tmp_path):
         assert not live["rng"].any()
 
 
-def test_a_wrong_argument_is_told(tmp_path):
+def test_a_wrong_argument_is_explained(tmp_path):
     with pytest.raises(InvalidArgument, match="a glob is a non-empty string, got 3"):
         CheckpointManager(tmp_path, replicated=[3])
     with pytest.raises(InvalidArgument, match="a glob is a non-empty string, got True"):

@@ -1,4 +1,4 @@
-"""Ranks that `torchrun` starts anew, as the environment that it gives them says it."""
+"""Ranks that `torchrun` restarts, simulated by the environment that it gives them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ with CheckpointManager(store) as manager:
     assert manager.load()["rank"] == rank
     print("saved")
 """
-TELLS = """
+REPORTS = """
 from dtruntime.ranks import connecting
 from dtruntime.ranks import membership
 
@@ -81,20 +81,20 @@ def finish(ranks: list[subprocess.Popen[str]]) -> None:
     assert all(out.endswith("open\nsaved\n") for out, _ in ended), ended
 
 
-def test_what_a_rank_0_of_before_left_is_passed_over(tmp_path):
+def test_the_entry_of_an_earlier_rank_0_is_ignored(tmp_path):
     agent = Agent()
     agent.store.set(KEY, f"http://127.0.0.1:{free_port()} a-token-of-before")
     late = agent.start(SAVES, tmp_path / "store", 1, restarts=1)
     finish([agent.start(SAVES, tmp_path / "store", 0), late])
 
 
-def test_a_rank_that_comes_before_the_old_rank_0_has_gone_meets_the_new_one(tmp_path):
+def test_a_rank_that_starts_before_the_old_rank_0_ended_finds_the_new_one(tmp_path):
     agent = Agent()
     old = [agent.start(WAITS, tmp_path / "store", rank) for rank in range(2)]
     assert [rank.stdout.readline() for rank in old] == ["open\n"] * 2
     left = agent.store.get(KEY)
     old[1].kill()
-    early = agent.start(TELLS + SAVES, tmp_path / "store", 1, restarts=1)
+    early = agent.start(REPORTS + SAVES, tmp_path / "store", 1, restarts=1)
     assert early.stdout.readline() == "meets\n"
     old[0].kill()
     for rank in old:
@@ -106,11 +106,14 @@ def test_a_rank_that_comes_before_the_old_rank_0_has_gone_meets_the_new_one(tmp_
 @pytest.mark.parametrize(
     ("addresses", "expected"),
     [
-        (["127.0.1.1"], (socket.AF_INET, "node0")),  # as some systems have their own name
+        (
+            ["127.0.1.1"],
+            (socket.AF_INET, "node0"),
+        ),  # as on systems whose own name resolves to loopback
         (["::1", "127.0.0.1"], (socket.AF_INET, "node0")),
     ],
 )
-def test_a_name_that_is_this_machine_is_handed_on_as_a_name(monkeypatch, addresses, expected):
+def test_a_name_of_this_machine_is_published_as_a_name(monkeypatch, addresses, expected):
     def found(*_arguments: object, **_how: object) -> list[tuple[object, ...]]:
         kinds = {False: socket.AF_INET, True: socket.AF_INET6}
         return [
@@ -121,7 +124,7 @@ def test_a_name_that_is_this_machine_is_handed_on_as_a_name(monkeypatch, address
     assert embedded._own_address("node0") == expected
 
 
-def test_an_agent_that_is_reached_by_ipv6(tmp_path):
+def test_an_agent_at_an_ipv6_address(tmp_path):
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
             pass
@@ -151,7 +154,7 @@ with CheckpointManager(store) as manager:
 """
 
 
-def test_agents_that_count_restarts_apart_meet_again(tmp_path):
+def test_agents_with_different_restart_counts_find_each_other(tmp_path):
     script, store, port = tmp_path / "train.py", tmp_path / "store", free_port()
     script.write_text(ELASTIC)
     command = [
@@ -178,5 +181,5 @@ def test_agents_that_count_restarts_apart_meet_again(tmp_path):
         assert reader.all_steps() == [1, 2, 3, 4]
         assert reader.load() == {"step": 4, "rank": 1}
     # The agent of the lost process has counted; the other one has not, unless its own process ended
-    # by itself first.
+    # first.
     assert "1" in {(store / f"ended-{rank}").read_text() for rank in range(2)}

@@ -104,7 +104,7 @@ def test_live_objects_keep_their_identity(manager):
     assert report.values["nested.tuple.1"] == "kept"
 
 
-def test_only_what_is_asked_for_is_touched(manager):
+def test_only_what_is_requested_is_touched(manager):
     model = torch.nn.Linear(3, 2)
     manager.save({"model": model, "optimizer": {"lr": 1}, "epoch": 3}, step=1)
     other = torch.nn.Linear(3, 2)
@@ -113,26 +113,30 @@ def test_only_what_is_asked_for_is_touched(manager):
     assert_same(other.state_dict(), model.state_dict())
 
 
+def other_type(live: str, saved: str) -> str:
+    return f"the live value is of type `{live}`, the saved one of type `{saved}`"
+
+
 MISFITS = {
     "shape": ({"w": torch.zeros(3)}, r"`w`: the live shape is \(3,\), the saved one \(4, 2\)"),
     "dtype": (
         {"w": torch.zeros(4, 2).half()},
         "dtype is torch.float16, the saved one torch.float32",
     ),
-    "kind": ({"w": np.zeros((4, 2), np.float32)}, "an array is live"),
-    "plain": ({"w": 5}, "a int is live"),
-    "tensor for plain": ({"n": torch.zeros(1)}, "a tensor is live"),
+    "kind": ({"w": np.zeros((4, 2), np.float32)}, other_type("ndarray", "Tensor")),
+    "plain": ({"w": 5}, other_type("int", "Tensor")),
+    "tensor for plain": ({"n": torch.zeros(1)}, other_type("Tensor", "int")),
     "missing": (
         {"w": torch.zeros(4, 2), "new": torch.zeros(1)},
         "missing in the checkpoint: `first`, `new`",
     ),
     "list length": ({"l": [torch.zeros(1)]}, "the live length is 1, the saved one 2"),
-    "list kind": ({"l": (torch.zeros(1),)}, "a tuple is live"),
-    "dict kind": ({"w": {"x": torch.zeros(1)}}, "a `dict` is live"),
-    "contents": ({"w": []}, "a list is live"),
+    "list kind": ({"l": (torch.zeros(1),)}, other_type("tuple", "list")),
+    "dict kind": ({"w": {"x": torch.zeros(1)}}, other_type("dict", "Tensor")),
+    "contents": ({"w": []}, other_type("list", "Tensor")),
     "module": ({"m": torch.nn.Linear(5, 1)}, r"`m.weight`: the live shape is \(1, 5\)"),
     "module missing": ({"m": torch.nn.Linear(2, 1, bias=False)}, "unexpected.*`m.bias`"),
-    "no module": ({"w": torch.nn.Linear(2, 1)}, "a module is live"),
+    "no module": ({"w": torch.nn.Linear(2, 1)}, other_type("Linear", "Tensor")),
     "array shape": ({"a": np.zeros(4)}, r"`a`: the live shape is \(4,\)"),
     "array dtype": ({"a": np.zeros(3, np.int8)}, "live dtype is int8"),
     "meta": ({"w": torch.zeros(4, 2, device="meta")}, "without values"),
@@ -168,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(manager, name):
     manager.save({"still": "saves"}, step=2)
 
 
-def test_lenient_restores_take_what_fits(manager):
+def test_lenient_restores_restore_what_fits(manager):
     manager.save(misfit_state(), step=1)
     live = {
         "w": torch.zeros(9),
@@ -210,8 +214,8 @@ def test_damage_is_found_before_anything_changes(manager, store):
     manager.save(live, step=2)
 
 
-class Stubborn:
-    """Refuses what it is given."""
+class Refusing:
+    """Refuses every state."""
 
     def state_dict(self):
         return {"a": 1}
@@ -221,8 +225,8 @@ class Stubborn:
 
 
 def test_a_restore_that_fails_half_way_locks_saving(manager):
-    manager.save({"w": torch.ones(3), "s": Stubborn()}, step=1)
-    live = {"w": torch.zeros(3), "s": Stubborn()}
+    manager.save({"w": torch.ones(3), "s": Refusing()}, step=1)
+    live = {"w": torch.zeros(3), "s": Refusing()}
     with pytest.raises(RestoreIncomplete, match="I will not") as caught:
         manager.restore(live)
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -264,7 +268,7 @@ def test_available_memory_is_plausible():
     assert 1 << 26 < applying.available_memory_bytes() < 1 << 62
 
 
-def test_every_scheduler_of_torch_goes_on_where_it_was(store):
+def test_every_scheduler_of_torch_is_resumed(store):
     schedulers = torch.optim.lr_scheduler
     makers = {
         "lambda": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
@@ -314,7 +318,7 @@ def test_every_scheduler_of_torch_goes_on_where_it_was(store):
             assert rates(name, optimizer, scheduler, 6) == expected, name
 
 
-def test_random_states_go_on_where_they_were(store):
+def test_random_states_are_resumed(store):
     saved = {"numpy": np.random.get_state(), "python": random.getstate()}
     with CheckpointManager(store) as manager:
         manager.save(saved, step=1)
@@ -331,7 +335,7 @@ def test_random_states_go_on_where_they_were(store):
     assert random.random() == expected[1]
 
 
-def test_a_tuple_that_holds_both_is_replaced_around_what_is_live(store):
+def test_a_tuple_with_plain_and_live_values_is_replaced(store):
     tensor = torch.zeros(2)
     live = {"pair": (tensor, 4, ("inner", torch.zeros(1)))}
     with CheckpointManager(store) as manager:
@@ -412,7 +416,7 @@ def test_what_was_wrapped_is_restored_without_the_wrapper(manager):
     ],
     ids=["saved compiled", "live compiled", "live parallel"],
 )
-def test_a_wrapper_that_is_all_the_difference_is_named(manager, caplog, saved, live, hint):
+def test_a_wrapper_that_is_the_only_difference_is_named(manager, caplog, saved, live, hint):
     models = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)) for _ in range(2)]
     manager.save({"model": saved(models[0]), "n": 1}, step=1)
     with pytest.raises(InvalidArgument) as caught:
@@ -444,7 +448,7 @@ def test_a_copy_of_an_optimizers_state_is_not_the_optimizer(manager, caplog):
     assert "copy" not in caplog.text
 
 
-def test_who_converts_old_entries_is_told_how_to_load_them(manager):
+def test_modules_that_convert_old_entries_get_a_hint(manager):
     model = torch.nn.Linear(2, 2)
     manager.save({"model": {"old": model.weight, "bias": model.bias}}, step=1)
 

@@ -1,4 +1,4 @@
-"""Restores that read straight into live tensors: what is the same, and what damage leaves."""
+"""Restores that read straight into live tensors: results, and damage found part-way."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def contents(state: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_the_same_comes_to_be(manager, direct):
+def test_the_result_is_the_same(manager, direct):
     saved, live = state_of(1), state_of(2)
     manager.save(saved, step=1)
     kept = {"plain": live["plain"], "weight": live["model"].embedding.weight}
@@ -64,7 +64,7 @@ def test_the_same_comes_to_be(manager, direct):
     assert live["model"].head.weight is kept["weight"]
 
 
-def test_no_memory_is_taken_for_what_lies_as_it_was_saved(manager, monkeypatch):
+def test_no_memory_is_allocated_for_tensors_of_the_same_layout(manager, monkeypatch):
     saved = {"model": Tied(), "plain": torch.randn(70_000), "list": [torch.randn(3)]}
     live = copy.deepcopy(saved)
     del saved["model"].mask, live["model"].mask
@@ -82,7 +82,7 @@ def test_no_memory_is_taken_for_what_lies_as_it_was_saved(manager, monkeypatch):
         manager.restore(live)
 
 
-def test_what_lies_otherwise_is_copied(manager):
+def test_tensors_of_another_layout_are_copied(manager):
     manager.save({"a": torch.randn(8, 6), "b": torch.randn(5), "c": torch.randn(4)}, step=1)
     saved = manager.load()
     live = {
@@ -95,7 +95,7 @@ def test_what_lies_otherwise_is_copied(manager):
         assert torch.equal(value, saved[key].to(value.dtype)), key
 
 
-def test_nothing_shares_memory_with_a_live_tensor_that_did_not_before(manager):
+def test_restored_tensors_share_no_new_memory(manager):
     model = torch.nn.Linear(4, 4)
     manager.save({"model": model, "average": {"weight": model.weight}, "twin": model.bias}, step=1)
     live = {"model": torch.nn.Linear(4, 4), "average": {}, "twin": torch.zeros(4)}
@@ -124,7 +124,7 @@ def many(value: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def damaged(open_manager, store):
-    """Give a manager of two steps, the newer one with a bit flipped past the first chunks."""
+    """Return a manager of two steps, the newer one with a bit flipped past the first chunks."""
     with CheckpointManager(store, compression="none", chunk_bytes="64KiB") as manager:
         for step in (1, 2):
             manager.save(many(float(step)), step=step)
@@ -143,7 +143,7 @@ def test_an_older_checkpoint_makes_up_for_a_damaged_one(damaged):
 
 def test_a_state_that_damage_changed_in_part_is_a_mixture(damaged):
     live, manager = many(0.0), damaged
-    # As long as it is not direct, nothing is changed.
+    # Unless it is direct, nothing is changed.
     with pytest.raises(Corrupt):
         manager.restore(live, step=2)
     assert_same(live, many(0.0))
@@ -157,7 +157,7 @@ def test_a_state_that_damage_changed_in_part_is_a_mixture(damaged):
     manager.save(live, step=3, rewind=True)
 
 
-def test_an_older_checkpoint_that_has_not_all_of_it_does_not_make_up(open_manager, store):
+def test_an_older_checkpoint_without_all_of_it_does_not_make_up(open_manager, store):
     def state(value: float, size: int) -> dict[str, torch.Tensor]:
         return many(value) | {"head": torch.full((size,), value)}
 
@@ -177,7 +177,7 @@ def test_an_older_checkpoint_that_has_not_all_of_it_does_not_make_up(open_manage
     assert not manager.restore(many(0.0), direct=True).missing
 
 
-def test_what_is_no_damage_is_a_mixture_at_once(damaged, monkeypatch):
+def test_other_errors_leave_a_mixture_at_once(damaged, monkeypatch):
     damaged.save(many(3.0) | {"turned": torch.ones(2, 3)}, step=3)
     live = many(0.0) | {"turned": torch.zeros(3, 2).t()}
 

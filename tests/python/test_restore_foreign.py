@@ -1,4 +1,4 @@
-"""Restores into what loads in a way of its own: the same with `direct=True` as without it."""
+"""Restores into objects with their own way of loading: the same with and without `direct=True`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_module_may_change_what_it_loads(manager, hook, expected, direct):
 
 
 class Zeroing:
-    """Something that sets a tensor of others to zero when it is loaded."""
+    """An object that zeroes a tensor of another one when it is loaded."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -97,7 +97,7 @@ def test_a_hook_after_loading_does_not_win_over_what_is_restored_after_it(manage
 
 
 class Plain(torch.nn.Linear):
-    """A module whose methods take what its author needed."""
+    """A module whose methods have other signatures than torch's."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"kernel": self.weight.detach(), "n": 3}
@@ -138,8 +138,8 @@ def test_extra_state_may_be_a_tensor_of_any_length(manager, direct):
     assert torch.equal(saved.weight, live.weight)
 
 
-class Choosy:
-    """Something that can tell beforehand that it does not take what was saved."""
+class Checking:
+    """An object that can refuse what was saved beforehand."""
 
     def state_dict(self) -> dict[str, int]:
         return {"n": 1}
@@ -151,9 +151,9 @@ class Choosy:
         raise AssertionError
 
 
-def test_what_refuses_beforehand_is_skipped_if_that_is_asked_for(manager):
-    manager.save({"c": Choosy(), "w": torch.ones(2)}, step=1)
-    live = {"c": Choosy(), "w": torch.zeros(2)}
+def test_an_object_that_refuses_its_state_is_skipped_if_lenient(manager):
+    manager.save({"c": Checking(), "w": torch.ones(2)}, step=1)
+    live = {"c": Checking(), "w": torch.zeros(2)}
     with pytest.raises(InvalidArgument, match="it is another one"):
         manager.restore(live)
     assert live["w"].sum() == 0

@@ -1,4 +1,4 @@
-"""What a restore refuses, converts or warns of, where it could seem to succeed and did not."""
+"""What a restore refuses, converts or warns of, where it could otherwise seem to succeed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtruntime import InvalidArgument, RestoreIncomplete
 
 
 class Halving(torch.optim.Optimizer):
-    """An optimizer that is not torch's, and loads as torch's do."""
+    """An optimizer that is not torch's, but loads like torch's."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1, "half_life": 3})
@@ -31,7 +31,7 @@ class Halving(torch.optim.Optimizer):
 
 
 class Filling(Halving):
-    """Fills in what it is not given."""
+    """Fills in missing keys."""
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -40,7 +40,7 @@ class Filling(Halving):
 
 
 class Adapting(Halving):
-    """Loads in a way of its own."""
+    """Has its own way of loading."""
 
     def load_state_dict(self, state_dict):
         groups = [{"half_life": 3} | group for group in state_dict["param_groups"]]
@@ -51,7 +51,7 @@ MAKERS = {
     name: getattr(torch.optim, name)
     for name in dir(torch.optim)
     if isinstance(getattr(torch.optim, name), type)
-    and name not in ("Optimizer", "SparseAdam")  # that takes sparse gradients only
+    and name not in ("Optimizer", "SparseAdam")  # it only accepts sparse gradients
 } | {
     "SGD with momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "RMSprop, centered": lambda params: torch.optim.RMSprop(params, momentum=0.9, centered=True),
@@ -151,7 +151,7 @@ def test_what_an_older_torch_saved_restores(manager, name):
     assert_same(stepped(live).state_dict()["state"], stepped(optimizer).state_dict()["state"])
 
 
-def test_keys_that_schedulers_and_users_add_are_in_no_optimizers_way(manager):
+def test_keys_that_schedulers_and_users_add_are_accepted(manager):
     schedulers = torch.optim.lr_scheduler
     for step, (saved, live) in enumerate(itertools.product(range(3), repeat=2)):
         pair = []
@@ -169,14 +169,14 @@ def test_keys_that_schedulers_and_users_add_are_in_no_optimizers_way(manager):
 
 
 @pytest.mark.parametrize("kind", [Filling, Adapting])
-def test_optimizers_that_know_better_are_not_second_guessed(manager, kind):
+def test_optimizers_with_their_own_loading_are_not_checked(manager, kind):
     manager.save({"o": stepped(made("SGD"))}, step=1)
     live = made(kind)
     manager.restore({"o": live})
     assert live.param_groups[0]["half_life"] == 3
 
 
-def test_a_hook_that_fills_keys_in_is_heard(manager):
+def test_hooks_may_fill_in_keys(manager):
     manager.save({"o": stepped(made("SGD"))}, step=1)
     live = made("Halving")
 
@@ -189,18 +189,18 @@ def test_a_hook_that_fills_keys_in_is_heard(manager):
     assert live.param_groups[0]["half_life"] == 3
 
 
-def test_asking_torch_what_it_fills_in_leaves_its_classes_alone(manager):
+def test_finding_torchs_defaults_changes_no_class(manager):
     manager.save({"o": made("Halving")}, step=1)
     step = torch.optim.Optimizer.step
     manager.restore({"o": made("Halving")})
     assert torch.optim.Optimizer.step is step
 
 
-# What a failure half-way says
+# Failures half-way
 
 
 class Failing:
-    """Fails when it is given its state."""
+    """Fails when its state is loaded."""
 
     def __init__(self, error):
         self.error = error
@@ -227,7 +227,7 @@ def test_a_failure_half_way_names_the_entry_and_the_error(manager, error, told):
     assert caught.value.why == f"the live state was changed in part when this failed: {told}"
 
 
-# Where what fits is nothing
+# Where nothing fits
 
 
 def trained(start=1.0):
@@ -278,7 +278,7 @@ def test_what_is_deeper_and_what_does_not_fit_is_warned_of(manager, caplog):
     assert "nothing was restored into `all.m`, `all.o`, `all.x`, `w`, `new`;" in told
 
 
-def test_a_restore_that_takes_something_of_everything_warns_of_nothing(manager, caplog):
+def test_a_restore_of_something_from_every_entry_warns_of_nothing(manager, caplog):
     model, optimizer = trained()
     saved = {"m": model, "o": optimizer, "relu": torch.nn.ReLU(), "d": {"x": {}, "t": (1, model)}}
     manager.save(saved, step=1)
@@ -292,14 +292,14 @@ def test_a_restore_that_takes_something_of_everything_warns_of_nothing(manager, 
 @pytest.mark.parametrize(
     "live", [lambda: {"net": trained()[0], "step": 0}, lambda: trained()[0], lambda: trained()[1]]
 )
-def test_a_renamed_entry_and_a_bare_object_are_told_the_top(manager, live):
+def test_a_renamed_entry_and_a_bare_object_name_the_top_level(manager, live):
     save_renamed(manager)
     with pytest.raises(InvalidArgument) as caught:
         manager.restore(live())
     assert TOP in caught.value.hint
 
 
-def test_the_top_is_told_in_part_where_it_is_long(manager):
+def test_a_long_top_level_is_named_in_part(manager):
     manager.save({f"k{number}": number for number in range(30)}, step=1)
     with pytest.raises(InvalidArgument) as caught:
         manager.restore({"other": torch.zeros(1)})
@@ -310,7 +310,7 @@ def test_the_top_is_told_in_part_where_it_is_long(manager):
 # Another dtype
 
 
-def test_a_half_precision_model_takes_what_full_precision_saved_if_told_to(manager):
+def test_a_half_precision_model_restores_full_precision_with_cast(manager):
     model, optimizer = trained(1 / 3)
     manager.save({"m": model, "o": optimizer, "w": torch.tensor([1e30, 0.1])}, step=1)
     net = torch.nn.Linear(2, 2).bfloat16()
@@ -386,7 +386,7 @@ def test_numbers_of_another_kind_are_not_converted(manager, pair):
         assert "cast" not in caught.value.hint
 
 
-def test_a_cast_still_wants_the_same_shape(manager):
+def test_a_cast_requires_the_same_shape(manager):
     manager.save({"w": torch.ones(3)}, step=1)
     with pytest.raises(InvalidArgument, match="the live shape"):
         manager.restore({"w": torch.zeros(4).half()}, cast=True)
@@ -413,7 +413,7 @@ def test_tied_live_tensors_are_compared_as_they_will_be(manager):
         manager.restore({"a": live, "c": live}, cast=True)
 
 
-def test_a_model_without_memory_is_told_how_to_get_some(manager):
+def test_a_model_without_memory_gets_a_hint(manager):
     model = torch.nn.Linear(2, 2)
     manager.save({"m": model}, step=1)
     live = torch.nn.Linear(2, 2, device="meta")
@@ -524,7 +524,7 @@ with CheckpointManager(store, replicated="*") as manager:
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-def test_what_cannot_take_anything_is_found_before_anything_is_changed(manager):
+def test_what_cannot_be_restored_into_is_found_first(manager):
     manager.save({"first": torch.ones(2), "x": torch.eye(3)}, step=1)
     freed = torch.zeros(3, 3)
     freed.untyped_storage().resize_(0)
@@ -545,7 +545,7 @@ def test_what_cannot_take_anything_is_found_before_anything_is_changed(manager):
             assert live["first"].sum() == 2
 
 
-def test_a_module_made_in_inference_mode_is_told_where_it_can_be_restored(manager):
+def test_a_module_created_in_inference_mode_gets_a_hint(manager):
     manager.save({"first": torch.ones(2), "m": torch.nn.Linear(2, 2)}, step=1)
     with torch.inference_mode():
         module = torch.nn.Linear(2, 2)
@@ -570,7 +570,7 @@ def test_a_module_made_in_inference_mode_is_told_where_it_can_be_restored(manage
         lambda parameters: torch.optim.RMSprop(parameters, centered=True),
     ],
 )
-def test_no_moment_of_another_shape_comes_to_be(manager, kind):
+def test_no_moment_of_another_shape_is_created(manager, kind):
     def stepped(size: int) -> torch.optim.Optimizer:
         parameter = torch.nn.Parameter(torch.ones(size))
         optimizer = kind([parameter])
@@ -584,7 +584,7 @@ def test_no_moment_of_another_shape_comes_to_be(manager, kind):
     manager.restore({"o": stepped(4)})
 
 
-def test_a_step_that_was_fallen_back_to_says_why_it_is_asked(open_manager, store):
+def test_an_error_after_falling_back_names_the_newer_step(open_manager, store):
     with open_manager(compression="none") as first:
         first.save({"old": torch.ones(9_000)}, step=1)
         first.save({"old": torch.ones(9_000), "new": torch.ones(9_000)}, step=2)

@@ -1,4 +1,4 @@
-"""Restores into live tensors that share memory: what differs is refused, the same is read once."""
+"""Restores into live tensors that share memory: different values are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tied(torch.nn.Module):
 
 
 def reads_of(monkeypatch):
-    """Note how many tensors each read is of."""
+    """Record how many tensors each read covers."""
     reads, tensors = [], Reader.tensors
 
     def note(reader, numbers, *arguments):
@@ -37,7 +37,7 @@ def reads_of(monkeypatch):
     return reads
 
 
-def test_a_tied_model_does_not_take_an_untied_one(manager):
+def test_an_untied_checkpoint_does_not_fit_a_tied_model(manager):
     manager.save({"first": torch.ones(2), "m": Tied(False, 5)}, step=1)
     live = {"first": torch.zeros(2), "m": Tied(True, 0)}
     with pytest.raises(InvalidArgument) as caught:
@@ -64,11 +64,11 @@ def test_tied_and_untied_models_that_are_the_same_restore(manager, monkeypatch, 
     target = Tied(live, 0)
     manager.restore({"m": target})
     assert_same(target.state_dict(), model.state_dict())
-    # What was saved apart is read to be compared, one tensor at a time; nothing else is.
+    # What was saved separately is read for comparison, one tensor at a time; nothing else is.
     assert reads == ([1, 1] if live and not saved else []) + [2]
 
 
-def test_one_live_tensor_does_not_take_two(manager):
+def test_two_saved_tensors_do_not_fit_one_live_tensor(manager):
     one, other = torch.ones(3), torch.full((3,), 2.0)
     nan = torch.tensor([float("nan"), -0.0, 1.0])
     manager.save({"a": one, "b": other, "c": one.clone(), "d": nan, "e": nan.clone()}, step=1)
@@ -87,7 +87,7 @@ def test_one_live_tensor_does_not_take_two(manager):
     assert [*report.skipped][:1] == ["a"]
 
 
-def test_arrays_that_share_memory_do_not_take_different_ones(manager):
+def test_different_arrays_do_not_fit_arrays_that_share_memory(manager):
     manager.save({"a": np.arange(6.0), "b": np.arange(5.0, -1, -1), "c": np.ones(6)}, step=1)
     live = np.zeros(6)
     with pytest.raises(InvalidArgument, match="live `a` and `c` share memory"):
@@ -104,17 +104,17 @@ SELF_OVERLAPS = {
 
 
 @pytest.mark.parametrize("name", SELF_OVERLAPS)
-def test_a_tensor_whose_items_share_memory_takes_what_fits_there(manager, name):
+def test_a_tensor_whose_items_share_memory_restores_what_fits(manager, name):
     live = SELF_OVERLAPS[name](torch.zeros(4))
-    alike = live + 3
-    manager.save({"w": torch.arange(6.0).view(2, 3), "alike": alike, "first": alike}, step=1)
+    shifted = live + 3
+    manager.save({"w": torch.arange(6.0).view(2, 3), "shifted": shifted, "first": shifted}, step=1)
     first = torch.zeros(2, 3)
     with pytest.raises(InvalidArgument, match="`w`: items of the live one share memory"):
         manager.restore({"first": first, "w": live})
     assert not first.any()
     assert not live.any()
-    manager.restore({"alike": live})
-    assert torch.equal(live, alike)
+    manager.restore({"shifted": live})
+    assert torch.equal(live, shifted)
 
 
 @pytest.mark.parametrize("name", SELF_OVERLAPS)
@@ -180,8 +180,8 @@ def test_a_module_with_an_expanded_buffer(manager):
         manager.restore({"m": live})
 
 
-def test_tensors_that_only_lie_beside_each_other_are_not_compared(manager, monkeypatch):
-    """As parameters of a flattened recurrent network do."""
+def test_adjacent_tensors_are_not_compared(manager, monkeypatch):
+    """Like parameters of a flattened recurrent network."""
     memory = torch.zeros(1000)
     saved = {str(at): torch.full((10,), float(at)) for at in range(100)}
     manager.save(saved, step=1)
@@ -200,7 +200,7 @@ def test_a_conjugate_and_a_negative_that_share_memory_are_compared(manager):
         manager.restore({"a": live, "b": live.conj()}, step=1)
     manager.restore({"a": live, "b": live.conj()}, step=2)
     assert live.item() == 1 + 2j
-    negative = live.conj().imag  # minus what lies there
+    negative = live.conj().imag  # minus what is there
     assert negative.is_neg()
     manager.restore({"a": live.imag, "b": negative}, step=3)
     assert live.item() == 1 + 2j

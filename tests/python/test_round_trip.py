@@ -312,7 +312,7 @@ def test_lone_strided_tensor_is_packed(manager):
     assert info.raw_bytes <= 4096
 
 
-def test_objects_stand_for_their_state_dict(manager):
+def test_objects_are_saved_as_their_state_dict(manager):
     class Loader:
         def state_dict(self):
             return {"position": 7, "inner": Inner()}
@@ -402,14 +402,14 @@ def test_map_location(manager):
     assert manager.load(map_location="cpu")["weight"].device.type == "cpu"
 
 
-def test_a_device_that_is_not_there(manager):
+def test_a_missing_device(manager):
     manager.save({"a": torch.ones(2)}, step=1)
     with pytest.raises(InvalidArgument, match="torch cannot use that device") as caught:
         manager.load(map_location="cuda:99")
     assert "host memory" in caught.value.hint
 
 
-def test_a_single_value_that_is_not_asked_for(manager):
+def test_a_single_value_that_is_not_requested(manager):
     for step, state in enumerate([torch.ones(2), 7]):
         manager.save(state, step=step)
         assert manager.load(keys="nothing", strict=False) is None

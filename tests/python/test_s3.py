@@ -1,4 +1,4 @@
-"""Stores in S3, against a server of the tests' own that runs as a process."""
+"""Stores in S3, against the tests' own server, which runs as a process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("server")
 
 @contextlib.contextmanager
 def serving(objects: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """Start a server with an empty bucket; give it, its URL and its owner's key."""
+    """Start a server with an empty bucket; yield it, its URL and its owner's key."""
     assert SERVER.exists(), "build it: make everything"
     with subprocess.Popen(
         [SERVER, objects], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -75,7 +75,7 @@ def state_of(seed: int) -> dict:
     return {"model": {"w": weights, "tied": weights}, "steps": [1, 2.5, None], "epoch": seed}
 
 
-def test_what_is_saved_comes_back():
+def test_what_is_saved_to_s3_is_loaded():
     with CheckpointManager(STORE, keep_last_n=2, chunk_bytes="64KiB") as manager:
         assert manager.io_backend == "s3"
         assert manager.path == STORE
@@ -109,7 +109,7 @@ def test_a_state_in_parts():
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # here it is one process
 @pytest.mark.parametrize("remote", [None, STORE])
-def test_what_torch_saves_and_loads_goes_there(tmp_path, remote):
+def test_dcp_uses_the_store(tmp_path, remote):
     place = {"path": STORE} if remote is None else {"path": tmp_path / "near", "remote": remote}
     state = {"w": torch.arange(5_000_000), "step": 1}
     with CheckpointManager(**place, s3={"part_bytes": "5MiB"}) as manager:
@@ -221,7 +221,7 @@ def test_ranks_with_a_directory_each_and_one_store_in_s3(tmp_path):
         coordinator.end()
 
 
-ALIKE_SCRIPT = """
+REPLICATED_SCRIPT = """
 import os, sys
 import torch
 from dtruntime import *
@@ -234,7 +234,7 @@ def state_of(step):
 
 rate = 1 if action == "save" else None
 manager = CheckpointManager(
-    path, remote="s3://checkpoints/runs/alike", replicated=["model.*"], remote_bytes_per_second=rate
+    path, remote="s3://checkpoints/runs/both", replicated=["model.*"], remote_bytes_per_second=rate
 )
 if action == "save":
     manager.save_async(state_of(1), step=1).result()
@@ -259,7 +259,7 @@ manager.close()
 
 @contextlib.contextmanager
 def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, str]]]]:
-    """Give what runs a rank on each of two machines: their exit statuses and outputs."""
+    """Return a function that runs a rank on each of two machines, and returns the outcomes."""
     coordinator = CoordinatorProcess(folder)
     coordinator.start()
 
@@ -267,7 +267,7 @@ def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, 
         environment = script_environment() | {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-c", ALIKE_SCRIPT, folder / f"machine-{rank}", action],
+                [sys.executable, "-c", REPLICATED_SCRIPT, folder / f"machine-{rank}", action],
                 env=environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -287,17 +287,17 @@ def two_machines(folder: Path) -> Iterator[Callable[[str], list[tuple[int, str, 
 def test_machines_that_crash_before_the_upload_load_what_they_hold_together(tmp_path):
     with two_machines(tmp_path) as run:
         assert [code for code, _, _ in run("save")] == [9, 9]
-        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/both", read_only=True) as far:
             assert far.all_steps() == []
         found = run("load")
         assert [out for _, out, _ in found] == ["1\n", "1\n"], found
-        # A job of another size finds what all held alike.
-        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+        # A job of another size finds what was replicated.
+        with CheckpointManager("s3://checkpoints/runs/both", read_only=True) as far:
             assert far.load(keys=["model.*"])["model"]["w"].shape == (50_000,)
 
 
 class Relay:
-    """A way to a port of this machine, until it is cut."""
+    """A proxy to a port of this machine, until it is cut."""
 
     def __init__(self, port: int) -> None:
         self._far_port = port
@@ -328,7 +328,7 @@ class Relay:
             end.close()
 
 
-AWAY_SCRIPT = """
+UNREACHABLE_SCRIPT = """
 import sys
 from dtruntime import *
 patience = {"attempts": 1, "connect_timeout_ms": 1000}
@@ -349,7 +349,7 @@ def test_a_rank_whose_network_fails_is_named_on_the_others(tmp_path):
     relay = Relay(int(os.environ["AWS_ENDPOINT_URL_S3"].rsplit(":", 1)[1]))
     environment = {"COORDINATOR_URL": coordinator.url, "WORLD_SIZE": "2"}
     ways = [{"RANK": "0"}, {"RANK": "1", "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{relay.port}"}]
-    ranks = [start_script(AWAY_SCRIPT, environment=environment | way) for way in ways]
+    ranks = [start_script(UNREACHABLE_SCRIPT, environment=environment | way) for way in ways]
     try:
         said = [rank.stdout.readline() for rank in ranks]
         assert said == ["saved\n"] * 2, "".join(rank.communicate()[1] for rank in ranks)
@@ -365,7 +365,7 @@ def test_a_rank_whose_network_fails_is_named_on_the_others(tmp_path):
         coordinator.end()
 
 
-def test_a_machine_that_is_lost_before_the_first_upload_is_told_on_all(tmp_path):
+def test_a_machine_lost_before_the_first_upload_is_reported_on_all(tmp_path):
     with two_machines(tmp_path) as run:
         assert [code for code, _, _ in run("save")] == [9, 9]
         shutil.rmtree(tmp_path / "machine-1")
@@ -377,7 +377,7 @@ def test_a_machine_that_is_lost_before_the_first_upload_is_told_on_all(tmp_path)
         shutil.rmtree(tmp_path / "machine-0")
         found = run("begin")
         assert [(code, out) for code, out, _ in found] == [(0, "begins\n1\n")] * 2, found
-        with CheckpointManager("s3://checkpoints/runs/alike", read_only=True) as far:
+        with CheckpointManager("s3://checkpoints/runs/both", read_only=True) as far:
             assert far.all_steps() == [1]
             assert far.verify().ok
 
@@ -417,7 +417,7 @@ def test_what_a_process_uploaded_that_was_killed_is_not_sent_again(tmp_path):
         assert manager.pending_uploads() == []
 
 
-def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path):
+def test_a_failed_upload_is_raised_and_the_checkpoint_remains(server, tmp_path):
     patience = {"attempts": 1, "connect_timeout_ms": 300, "request_timeout_ms": 300}
     manager = CheckpointManager(tmp_path / "near", remote=STORE, s3=patience)
     server.stdin.close()
@@ -434,7 +434,7 @@ def test_an_upload_that_fails_is_told_and_the_checkpoint_stands(server, tmp_path
         assert reader.load() == {"a": 1}
 
 
-def test_an_upload_that_is_tried_again_hides_no_later_one(tmp_path):
+def test_a_retried_upload_hides_no_later_one(tmp_path):
     obstacle = tmp_path / "objects/checkpoints/runs/gpt/step-000000000001"
     obstacle.parent.mkdir(parents=True)
     obstacle.touch()  # the service keeps objects in directories
@@ -476,7 +476,7 @@ for seconds in (0.3, 2):
         assert far.load() == {"a": 1}
 
 
-def test_an_address_whose_slashes_a_path_swallowed_is_no_directory(tmp_path, monkeypatch):
+def test_an_address_whose_slashes_pathlib_collapsed_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for backend in (None, "s3"):
         with pytest.raises(InvalidArgument, match='pass a `str`: "s3://checkpoints/runs/gpt"'):
@@ -507,7 +507,7 @@ def test_an_endpoint_of_the_environment_needs_no_region_and_shows_no_password(mo
     assert "hush" not in str(caught.value)
 
 
-def test_a_service_that_is_gone_is_no_damage(server):
+def test_an_unreachable_service_is_not_damage(server):
     patience = {"attempts": 2, "connect_timeout_ms": 500, "request_timeout_ms": 500}
     with CheckpointManager(STORE, s3=patience) as manager:
         manager.save({"a": 1}, step=1)
@@ -524,7 +524,7 @@ def test_a_service_that_is_gone_is_no_damage(server):
         CheckpointManager(STORE, s3=patience)
 
 
-def test_a_forked_child_is_refused_and_the_parent_goes_on():
+def test_a_forked_child_is_refused_and_the_parent_continues():
     done = run_script(
         """
 import os, sys, torch

@@ -1,4 +1,4 @@
-"""Restores that read into the staging arena: what is kept of it, and when it is left alone."""
+"""Restores that read into the staging arena: what is kept of it, and when it is not used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ITEMS = 400_000
 
 @pytest.fixture
 def staged(monkeypatch) -> list[set[int]]:
-    """Note the tensors of each read that were read into the arena."""
+    """Record the tensors of each read that were read into the arena."""
     noted: list[set[int]] = []
     tensors = reader.Reader.tensors
 
@@ -41,7 +41,7 @@ def state_of(seed: int) -> dict[str, Any]:
 
 
 def values_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Give all that is restored, without the objects around it."""
+    """Return all that is restored, without the objects around it."""
     return {
         "model": dict(state["model"].state_dict()),
         "optimizer": state["optimizer"].state_dict(),
@@ -49,33 +49,33 @@ def values_of(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def has_it_back(manager: CheckpointManager) -> bool:
-    """Tell whether nothing views the arena: it is lent whole, or not at all."""
-    return manager._native.lend_staging(1) is not None
+def has_whole_arena(manager: CheckpointManager) -> bool:
+    """Return whether nothing views the arena: it is lent whole, or not at all."""
+    return manager._opened.native.lend_staging(1) is not None
 
 
-def test_a_restore_reads_into_the_arena_and_nothing_keeps_of_it(tmp_path, staged):
+def test_a_restore_reads_into_the_arena_and_keeps_none_of_it(tmp_path, staged):
     saved = state_of(1)
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
     live = state_of(2)
     with CheckpointManager(tmp_path) as manager:
-        assert not has_it_back(manager), "there is none before it is needed"
+        assert not has_whole_arena(manager), "there is none before it is needed"
         manager.restore(live)
         assert_same(values_of(live), values_of(saved))
         [numbers] = staged
         # Parameters, buffers, and "a" with "b" in it; not what an optimizer keeps, nor what lies
         # otherwise.
         assert len(numbers) == len(saved["model"].state_dict()) + 2
-        assert has_it_back(manager)
-        # Neither what is saved next changes what was restored, nor the other way round.
+        assert has_whole_arena(manager)
+        # The next save does not change what was restored, nor the other way round.
         manager.save(state_of(3), step=2)
         assert_same(values_of(live), values_of(saved))
         manager.restore(live, step=2)
         assert_same(values_of(live), values_of(state_of(3)))
         manager.restore(live, step=1)
         assert_same(values_of(live), values_of(saved))
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)
 
 
 def test_damage_is_found_in_the_arena_and_changes_nothing(tmp_path, staged):
@@ -90,17 +90,17 @@ def test_damage_is_found_in_the_arena_and_changes_nothing(tmp_path, staged):
             manager.restore(live, step=1)
         assert staged == [{0}]
         assert not live["w"].any()
-        assert not has_it_back(manager), "what failed still holds it"
+        assert not has_whole_arena(manager), "what failed still holds it"
         manager.save(live, step=2)
         del caught
         manager.restore(live, step=2)
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)
 
 
 @pytest.mark.parametrize(
     "settings", [{"read_only": True}, {"staging_bytes": "8MiB", "chunk_bytes": "1MiB"}]
 )
-def test_an_arena_that_is_too_small_is_left_alone(tmp_path, staged, settings):
+def test_an_arena_that_is_too_small_is_not_used(tmp_path, staged, settings):
     saved = {"w": torch.randn(3_000_000)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
@@ -109,10 +109,10 @@ def test_an_arena_that_is_too_small_is_left_alone(tmp_path, staged, settings):
         manager.restore(live)
         assert_same(live, saved)
         assert staged == [set()]
-        assert not has_it_back(manager)
+        assert not has_whole_arena(manager)
 
 
-def test_memory_in_which_something_else_lies_is_not_of_the_arena(tmp_path, staged):
+def test_storages_with_other_contents_are_not_in_the_arena(tmp_path, staged):
     def state(scale: float) -> dict[str, Any]:
         base = torch.arange(2.0 * ITEMS) * scale
         return {"flat": base[:ITEMS], "turned": base[ITEMS:].view(-1, 2).t()}
@@ -124,14 +124,14 @@ def test_memory_in_which_something_else_lies_is_not_of_the_arena(tmp_path, stage
         manager.restore(live)
         assert_same(live, state(1))
         assert staged == [set()]
-        assert not has_it_back(manager), "none was made"
+        assert not has_whole_arena(manager), "none was made"
 
 
-def test_an_arena_that_is_lent_already_is_left_alone(tmp_path, staged):
+def test_an_arena_that_is_already_lent_is_not_used(tmp_path, staged):
     saved = {"w": torch.randn(3_000_000)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(saved, step=1)
-        borrowed = manager._native.lend_staging(1)
+        borrowed = manager._opened.native.lend_staging(1)
         borrowed[:] = 7
         live = {"w": torch.zeros(3_000_000)}
         manager.restore(live, step=1)
@@ -144,7 +144,7 @@ def test_an_arena_that_is_lent_already_is_left_alone(tmp_path, staged):
         assert staged[1] == {0}
 
 
-def test_code_of_the_users_may_keep_what_it_is_given(tmp_path, staged):
+def test_user_code_may_keep_what_it_loads(tmp_path, staged):
     class Keeping(torch.nn.Linear):
         def _load_from_state_dict(self, state: dict[str, Any], *rest: Any) -> None:
             self.kept = dict(state)
@@ -160,4 +160,4 @@ def test_code_of_the_users_may_keep_what_it_is_given(tmp_path, staged):
         kept = {key: value.clone() for key, value in live["model"].kept.items()}
         manager.save({"other": torch.randn(2 * ITEMS)}, step=2)
         assert_same(live["model"].kept, kept)
-        assert has_it_back(manager)
+        assert has_whole_arena(manager)

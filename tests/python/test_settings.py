@@ -1,4 +1,4 @@
-"""Arguments: what is accepted, and what a wrong one is told."""
+"""Arguments: what is accepted, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -192,12 +192,12 @@ def test_rank_from_the_environment(environment, expected):
 
 
 @pytest.mark.parametrize("text", ["-1", "--1", "worker", "3rd", ""])
-def test_what_is_no_rank_is_refused(text):
+def test_invalid_ranks_are_refused(text):
     with pytest.raises(InvalidArgument, match="expected a whole number"):
         launch.rank_and_world_size(None, None, {"RANK": text, "WORLD_SIZE": "4"})
 
 
-def test_what_a_coordinator_tells_fills_in_only_what_nothing_else_says():
+def test_a_coordinators_settings_are_defaults_only():
     values = {
         "checkpoint.keep_last_n": "5",
         "checkpoint.compression": '"zstd"',
@@ -254,16 +254,16 @@ def test_the_largest_chunks_need_no_other_setting(open_manager):
     assert torch.equal(manager.load()["weights"], state["weights"])
 
 
-def test_as_many_threads_encode_as_are_asked_for(open_manager):
+def test_workers_sets_the_number_of_encoding_threads(open_manager):
     tasks = Path("/proc/self/task")
-    before = set(tasks.iterdir())  # of managers before
+    before = set(tasks.iterdir())  # of earlier managers
     open_manager(workers=3).save({"weights": torch.zeros(1000)}, step=1)
     names = [(task / "comm").read_text() for task in set(tasks.iterdir()) - before]
     assert sum(name.startswith("dtr-encode") for name in names) == 3
 
 
 @pytest.mark.parametrize(("settings", "stays"), [({}, True), ({"gc_grace_seconds": 0}, False)])
-def test_what_a_killed_save_left_goes_with_the_next_save(open_manager, settings, stays):
+def test_leftovers_of_a_killed_save_are_removed_by_the_next(open_manager, settings, stays):
     manager = open_manager(**settings)
     manager.save({"n": 1}, step=1)
     [shard] = manager.path.glob("step-*/*.shard")

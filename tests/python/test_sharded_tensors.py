@@ -1,4 +1,4 @@
-"""Sharded tensors: what each rank saves of them, and how any number of ranks gets them back."""
+"""Sharded tensors: what each rank saves of them, and how any number of ranks restores them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dtruntime.state.sharded_tensors import Box, Slice, contiguous_strides
 from dtruntime.state.tensors import TensorRecord
 from dtruntime.state.tree import TAG_DICT, TAG_TENSOR, Tree
 
-# A process of a job whose process group talks to nobody: meshes and placements are all it is for.
+# A process group without communication: it only provides meshes and placements.
 LAYOUTS = """
 import itertools, math
 import torch.distributed as dist
@@ -103,7 +103,7 @@ EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
 
 def written_to_a_file(store, step):
-    """Give the cases that ``ckpt-tool restore`` writes, which knows no torch."""
+    """Return the cases that ``ckpt-tool restore`` can write, without torch."""
     file = store.parent / f"{step}.safetensors"
     asked = ["--step", str(step), "--tensors", "model.*", "--strip-prefix", "model"]
     command = [sys.executable, "-m", "dtruntime.tool", "restore", store, "-o", file, *asked]
@@ -155,7 +155,7 @@ with CheckpointManager(store) as manager:
 
 
 def whole_cases():
-    """Give the cases of `LAYOUTS` as plain tensors."""
+    """Return the cases of `LAYOUTS` as plain tensors."""
     names = {"os": __import__("os"), "math": math, "itertools": itertools, "torch": torch}
     source = LAYOUTS[LAYOUTS.index("def full_of") : LAYOUTS.index("def layouts")]
     exec(source, names)  # noqa: S102  (what the ranks run, too)
@@ -171,8 +171,8 @@ full = torch.arange(100_000.0).reshape(100, 1000)
 with CheckpointManager(store, replicated="*", compression="none") as manager:
     halves = {"w": sharded(full, (2, 2), (None, 0))}
     print(manager.save(halves, step=1).raw_bytes)
-    alike = {"w": sharded(full, (4,), (None,))}
-    print(manager.save(alike, step=2).raw_bytes)
+    replicated = {"w": sharded(full, (4,), (None,))}
+    print(manager.save(replicated, step=2).raw_bytes)
 """,
         store,
         coordinator.url,
@@ -221,7 +221,7 @@ with CheckpointManager(store, replicated="*") as manager:
     )
 
 
-def test_what_is_no_part_of_one_tensor_is_refused(coordinator, tmp_path):
+def test_parts_of_different_tensors_are_refused(coordinator, tmp_path):
     store = tmp_path / "store"
     outputs = run_ranks(
         LAYOUTS
@@ -248,7 +248,7 @@ with CheckpointManager(store) as manager:
     ]
 
 
-def test_stages_that_call_different_tensors_the_same_keep_theirs(coordinator, tmp_path):
+def test_pipeline_stages_with_equal_names_keep_their_tensors(coordinator, tmp_path):
     run_ranks(
         LAYOUTS
         + """
@@ -346,7 +346,7 @@ with CheckpointManager(store, replicated="*") as manager:
     )
 
 
-def test_parts_that_are_dealt_in_turns_are_no_box(coordinator, tmp_path):
+def test_interleaved_parts_are_not_a_box(coordinator, tmp_path):
     run_ranks(
         LAYOUTS
         + """
@@ -378,7 +378,7 @@ assert (box.offsets[0], box.sizes[0]) == (int(rows[0]), 4), box
     )
 
 
-def test_ranks_that_hold_different_tensors_under_one_name_are_told(coordinator, tmp_path):
+def test_ranks_with_different_tensors_under_one_name_are_refused(coordinator, tmp_path):
     store = tmp_path / "store"
     run_ranks(
         LAYOUTS
@@ -444,7 +444,7 @@ with CheckpointManager(store, replicated="*") as manager:
     assert torch.equal(live["wide"], full.t())
 
 
-def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
+def test_a_sharded_model_continues_on_another_number_of_ranks(tmp_path):
     example, store = EXAMPLES / "train_fsdp.py", tmp_path / "store"
     four = torchrun("--nproc-per-node", 4, example, store, "--steps", 20)
     assert four.returncode == 0, four.stderr
@@ -454,7 +454,7 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
     assert two.returncode == 0, two.stderr
     lines = two.stdout.splitlines()
     assert lines[0] == "2 ranks begin after step 20"
-    # Sums over four shares and over two are rounded otherwise.
+    # Sums over four shares and over two are rounded differently.
     expected = [float(line.rsplit(" ", 1)[1]) for line in calm.stdout.splitlines()[-2:]]
     actual = [float(line.rsplit(" ", 1)[1]) for line in lines[1:]]
     assert actual == pytest.approx(expected, rel=1e-3)
@@ -489,7 +489,7 @@ def test_a_sharded_model_goes_on_with_another_number_of_ranks(tmp_path):
 
 
 def written_to_files(directory: Path) -> dict[str, torch.Tensor]:
-    """Give what an export holds, read as loaders do that know of several files."""
+    """Return the tensors of an export, read like loaders that support several files."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     assert whole.exists() != index.exists()
     if whole.exists():
@@ -551,7 +551,7 @@ def test_strides_are_those_of_torch(shape):
 
 
 class Saved:
-    """A rank's checkpoint of one tensor under `w`, or a part of one, that lies in memory."""
+    """A rank's checkpoint of one tensor under `w`, or a part of one, in memory."""
 
     step, attempt, is_replicated_only = 1, "one", False
 
@@ -586,7 +586,7 @@ class Saved:
 
 
 def assembled(saved: list[Saved], rank: int, box: Box) -> torch.Tensor:
-    """Put a box together as a rank would."""
+    """Assemble a box as a rank would."""
     own = saved[rank]
     parts = Parts(own, Tree(own.nodes()), [own.record], lambda rank: saved[rank])
     storage = torch.UntypedStorage(box.items * own.record.item_bytes)
@@ -625,10 +625,10 @@ def cut_tensors(draw):
 
 @settings(deadline=None)  # the machine may be busy
 @given(cut_tensors(), st.randoms())
-def test_any_box_is_put_together_from_any_parts(drawn, random):
+def test_any_box_is_assembled_from_any_parts(drawn, random):
     full, parts, box = drawn
     saved = [Saved(part, Slice(tuple(full.shape), at), len(parts)) for part, at in parts]
-    # A rank may hold nothing, as one whose replica another rank writes.
+    # A rank may hold nothing, like one whose replica another rank writes.
     saved.append(Saved(parts[0][0].narrow(0, 0, 0), Slice(tuple(full.shape), parts[0][1]), 0))
     for one in saved:
         one.ranks = len(saved)
@@ -648,7 +648,7 @@ def test_any_box_is_put_together_from_any_parts(drawn, random):
                 assembled(left, rank, box)
 
 
-def test_a_part_that_is_there_opens_no_other_shard():
+def test_an_own_part_opens_no_other_shard():
     full = torch.arange(12.0).reshape(4, 3)
     own = Saved(full[2:], Slice((4, 3), (2, 0)), 2)
     parts = Parts(own, Tree(own.nodes()), [own.record], lambda _: pytest.fail("it was opened"))
@@ -657,7 +657,7 @@ def test_a_part_that_is_there_opens_no_other_shard():
     assert box == Box((3, 0), (1, 3))
 
 
-def test_what_several_ranks_have_alike_has_to_be_the_same():
+def test_replicas_of_a_part_have_to_be_identical():
     full = torch.arange(12.0).reshape(4, 3)
     halves = [(full[:2], (0, 0)), (full[2:], (2, 0)), (full[2:].clone(), (2, 0))]
     saved = [Saved(part, Slice((4, 3), at), 3) for part, at in halves]

@@ -1,8 +1,9 @@
-"""Property tests of flattening and building, and of what cannot be kept."""
+"""Property tests of flattening and building, and what cannot be saved."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import gc
@@ -10,6 +11,7 @@ import itertools
 import pathlib
 import random
 import sys
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +69,7 @@ STATES = st.recursive(
 
 
 class _MemoryCheckpoint:
-    """Stands for a native checkpoint whose storages lie in this process."""
+    """Stands for a native checkpoint whose storages are in this process."""
 
     step = 1
     is_replicated_only = False
@@ -112,7 +114,7 @@ class _MemoryCheckpoint:
 
 @given(STATES)
 @settings(max_examples=200, deadline=None)
-def test_what_is_taken_apart_is_built_again(state):
+def test_what_is_flattened_is_rebuilt(state):
     assert_same(Reader(_MemoryCheckpoint(flatten(state))).load(), state)
 
 
@@ -243,6 +245,49 @@ def test_every_message_names_path_type_and_remedy(messages):
         assert message[0].islower(), (name, message)
 
 
+def test_all_unsupported_values_are_found_at_once():
+    state = {"a": [{1}, 2, len], (1, 2): b"", "good": torch.ones(2), "b": {"c": object(), "d": {3}}}
+    with pytest.raises(UnsupportedValue) as caught:
+        flatten(state)
+    assert caught.value.what == 'saving `state["a"][0]`'
+    first, *others = caught.value.why.split("; ")
+    assert first == "a value of type `set` cannot be stored"
+    assert others == [
+        'also `state["a"][2]`: a `builtin_function_or_method` is code, not data',
+        "`state`, key `(1, 2)`: a key of type `tuple` cannot be stored",
+        '`state["b"]["c"]`: a value of type `object` cannot be stored',
+        '`state["b"]["d"]`: a value of type `set` cannot be stored',
+    ]
+    assert caught.value.hint == "save `sorted(value)` or `list(value)`"
+    with pytest.raises(UnsupportedValue, match=r"`state\[4\]`.*stored; and 96 more\n"):
+        flatten([{1} for _ in range(101)])
+
+
+def test_a_refused_state_is_freed_at_once():
+    class Sized(torch.Tensor):
+        pass
+
+    state = {"good": torch.ones(2), "bad": [torch.ones(2).as_subclass(Sized), {1}]}
+    alive = weakref.ref(state["good"])
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(UnsupportedValue):
+            flatten(state)
+        del state
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_of_cycles_is_refused_quickly():
+    nodes = [{} for _ in range(30)]
+    for node in nodes:
+        node.update(enumerate(nodes))
+    with pytest.raises(UnsupportedValue, match="contains itself"):
+        flatten(nodes)
+
+
 def test_cycles_are_named():
     state = {"a": []}
     state["a"].append({"back": state["a"]})
@@ -267,13 +312,13 @@ def test_a_live_state_with_a_cycle_is_not_restored_into(manager):
         manager.restore(live, strict=False)
 
 
-def test_what_only_stands_for_zeros_is_named(manager):
+def test_tensors_that_only_represent_zeros_are_named(manager):
     state = {"x": [torch._efficientzerotensor((3,))]}
     with pytest.raises(UnsupportedValue, match=r'`state\["x"\]\[0\]`'):
         manager.save(state, step=1)
 
 
-def test_a_container_at_two_places_is_no_cycle():
+def test_a_container_at_two_places_is_not_a_cycle():
     shared = [1]
     nodes = flatten([shared, shared]).nodes
     assert_same(Tree(nodes).build(0, {}.__getitem__), [[1], [1]])
@@ -292,7 +337,7 @@ def test_quantized_tensors_are_refused():
         flatten([tensor])
 
 
-def test_nothing_is_written_for_a_state_that_cannot_be_kept(manager, store):
+def test_nothing_is_written_for_an_unsupported_state(manager, store):
     with pytest.raises(UnsupportedValue):
         manager.save_async({"good": torch.ones(5), "bad": {1}}, step=1)
     assert manager.all_steps() == []
@@ -305,7 +350,7 @@ def test_the_collector_runs_again_afterwards():
     assert gc.isenabled()
 
 
-def test_ten_thousand_tensors_are_taken_apart_quickly():
+def test_ten_thousand_tensors_are_flattened_quickly():
     state = {f"layer{number}": torch.nn.Parameter(torch.zeros(4)) for number in range(10_000)}
     import time
 

@@ -1,7 +1,7 @@
 """Stores in awkward places: read-only, forbidden, too deep, on filesystems with less, beside files.
 
 What needs another user or another mount runs in a process of its own, which gives up its rights, or
-gets a mount that nobody else sees, after it has imported all that it needs. The tests need root for
+gets a private mount, after it has imported all that it needs. The tests need root for
 that, and say so where they are skipped.
 """
 
@@ -49,7 +49,7 @@ def open_reader():
 
 
 def run_there(source: str, store: Path, mount: str | None = None) -> str:
-    """Run a script on a store, after a mount of its own if one is given; return what it printed."""
+    """Run a script on a store, after a private mount if one is given; return what it printed."""
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(source), str(store)]
     if mount is not None:
         command = ["unshare", "--mount", "sh", "-ec", f'{mount}\nexec "$@"', str(store), *command]
@@ -79,14 +79,14 @@ print(refused(lambda: CheckpointManager(store)))
 
 
 def reachable(tmp_path: Path) -> Path:
-    """Give a store that every user can reach."""
+    """Return a store that every user can reach."""
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     return tmp_path / "store"
 
 
 @needs_root
-def test_a_directory_without_the_right_to_write_is_read(tmp_path):
+def test_an_unwritable_directory_is_read(tmp_path):
     store = reachable(tmp_path)
     save_one(store)
     # The lock's file is the writer's own.
@@ -111,7 +111,7 @@ def test_a_read_only_filesystem_is_read(tmp_path):
 
 
 @needs_root
-def test_files_without_the_right_to_read_are_an_error_that_names_them(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     store = reachable(tmp_path)
     save_one(store)
     shard = shard_of(store, 1)
@@ -152,7 +152,7 @@ print(refused(demand))
     assert "set it to `auto`" in printed
 
 
-def test_a_file_in_the_stores_place_or_above_it_is_named(tmp_path):
+def test_a_file_at_the_stores_path_or_above_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for read_only in (False, True):
@@ -164,14 +164,14 @@ def test_a_file_in_the_stores_place_or_above_it_is_named(tmp_path):
 
 
 def deep(start: Path, length: int) -> Path:
-    """Give a path of exactly this many bytes, in names of at most 200."""
+    """Return a path of exactly this many bytes, in names of at most 200."""
     path = str(start)
     while length - len(path) > 201:
         path += "/" + "d" * min(200, length - len(path) - 2)
     return type(start)(path + "/" + "e" * (length - len(path) - 1))
 
 
-def test_a_path_of_any_length_works_or_is_refused_whole(tmp_path):
+def test_a_path_of_any_length_works_or_is_refused_entirely(tmp_path):
     # The kernel takes 4095 bytes; a shard's name and its directory's take 72 of them.
     for length in (1000, 4000):
         store = deep(tmp_path, length)
@@ -188,7 +188,7 @@ def test_a_path_of_any_length_works_or_is_refused_whole(tmp_path):
             manager.save({"a": torch.arange(5)}, step=1)
 
 
-def test_names_of_any_text_are_kept_and_make_no_files(store, tmp_path):
+def test_names_of_any_text_are_kept_and_create_no_files(store, tmp_path):
     names = ["../../escape", "/etc/passwd", "nul\0", "", "..", "\u202egnp.exe", "a" * 100_000, "\n"]
     state = {name: torch.full((3,), float(number)) for number, name in enumerate(names)}
     with CheckpointManager(store, chunk_bytes="64KiB") as manager:

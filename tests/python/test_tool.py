@@ -1,4 +1,4 @@
-"""`ckpt-tool` as the package brings it along."""
+"""`ckpt-tool` as the package installs it."""
 
 from __future__ import annotations
 

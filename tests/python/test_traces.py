@@ -1,4 +1,4 @@
-"""One trace for each attempt, told by the training processes and the coordinator alike."""
+"""One trace for each attempt, from the training processes and the coordinator together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from coordinators import CoordinatorProcess
+from ranks import run
 from support import run_script
-from test_ranks import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class Span(NamedTuple):
-    """A span as a collector gets it. Times are nanoseconds since 1970."""
+    """A span as a collector receives it. Times are nanoseconds since 1970."""
 
     trace: str
     id: bytes
@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 
 def fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Take a protobuf message apart: numbers of fields, and bytes or integers."""
+    """Decode a protobuf message: numbers of fields, and bytes or integers."""
     at = 0
 
     def varint() -> int:
@@ -59,7 +59,7 @@ def parts(message: bytes, number: int) -> list[bytes]:
 
 
 def spans_of(request: bytes) -> Iterator[Span]:
-    """Give the spans of an OTLP request: resources hold scopes, which hold spans."""
+    """Return the spans of an OTLP request: resources hold scopes, which hold spans."""
     for resource in parts(request, 1):
         for scope in parts(resource, 2):
             for span in parts(scope, 2):
@@ -77,7 +77,7 @@ def spans_of(request: bytes) -> Iterator[Span]:
 
 
 class Collector:
-    """An endpoint that takes OTLP by HTTP."""
+    """An endpoint that accepts OTLP over HTTP."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -147,7 +147,7 @@ def test_an_attempt_of_several_ranks_is_one_trace(collector, tmp_path):
     assert len({span.id for span in collector.spans}) == len(collector.spans)
 
 
-def test_a_save_that_fails_is_told_with_its_reason(collector, tmp_path):
+def test_a_failed_save_has_its_reason_in_the_trace(collector, tmp_path):
     ended = run_script(
         """
         import sys, torch
@@ -169,7 +169,7 @@ def test_a_save_that_fails_is_told_with_its_reason(collector, tmp_path):
     assert [(save.parent, save.failed) for save in saves] == [(b"", False), (b"", True)]
 
 
-def test_a_collector_that_is_away_costs_nothing_but_spans(tmp_path, monkeypatch):
+def test_an_absent_collector_costs_only_spans(tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     ended = run_script(
         """
@@ -184,7 +184,7 @@ def test_a_collector_that_is_away_costs_nothing_but_spans(tmp_path, monkeypatch)
     assert (ended.returncode, ended.stdout) == (0, "[1]\n"), ended.stderr
 
 
-def test_the_variables_of_an_agent_are_taken_and_their_port_is_told(tmp_path, monkeypatch):
+def test_an_agents_variables_are_used_and_its_port_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("JAEGER_AGENT_HOST", "127.0.0.1")
     monkeypatch.setenv("JAEGER_AGENT_PORT", "6831")
     script = "import sys; from dtruntime import CheckpointManager; CheckpointManager(sys.argv[1])"

@@ -1,4 +1,4 @@
-"""The door for Hugging Face's trainer: what it saves and resumes from."""
+"""The adapter for Hugging Face's trainer: what it saves and resumes from."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def straight(tmp_path):
     return job
 
 
-def assert_went_on(job: Trainer, straight: transformers.Trainer) -> None:
-    """Check that a run came to the same end as one without a stop."""
+def assert_equals_uninterrupted(job: Trainer, straight: transformers.Trainer) -> None:
+    """Check that a run ended like one without a stop."""
     assert_same(job.model.state_dict(), straight.model.state_dict())
     assert_same(job.lr_scheduler.state_dict(), straight.lr_scheduler.state_dict())
     losses = [
@@ -57,19 +57,19 @@ def assert_went_on(job: Trainer, straight: transformers.Trainer) -> None:
 
 
 @pytest.mark.parametrize("step", [7, 12, 23])  # after a save in the first, second, third epoch
-def test_a_training_goes_on_as_if_it_had_not_stopped(open_manager, tmp_path, straight, step):
+def test_a_resumed_training_equals_an_uninterrupted_run(open_manager, tmp_path, straight, step):
     manager = open_manager()
     run_until(step, manager, tmp_path / "a")
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=True)
     assert manager.last_load.step == step // 5 * 5
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     manager.wait_until_finished()
     assert manager.all_steps() == [5, 10, 15, 20, 24]
     assert not list((tmp_path / "a").glob("checkpoint-*")), "nothing is written beside it"
 
 
-def test_a_training_that_goes_back_takes_the_place_of_what_came_after(
+def test_a_training_that_goes_back_replaces_later_checkpoints(
     open_manager, tmp_path, straight, caplog
 ):
     manager = open_manager()
@@ -81,11 +81,11 @@ def test_a_training_that_goes_back_takes_the_place_of_what_came_after(
     assert manager.all_steps() == [5, 10, 15]
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=15)
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     assert "rewind=True" not in caplog.text, "the trainer sees to it"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+def test_a_damaged_checkpoint_is_skipped_and_replaced(
     open_manager, store, tmp_path, straight, caplog
 ):
     manager = open_manager()
@@ -115,7 +115,7 @@ def test_where_two_are_damaged_the_third_is_resumed_from(open_manager, store, tm
     assert job.state.global_step == 6
 
 
-def test_noise_is_added_once_whatever_was_passed_over(open_manager, store, tmp_path):
+def test_noise_is_added_once_after_skipping_checkpoints(open_manager, store, tmp_path):
     class Noisy(Net):
         def __init__(self) -> None:
             super().__init__(width=3_000)
@@ -154,12 +154,12 @@ def test_a_step_may_be_saved_again(open_manager, tmp_path, straight):
 
     job = trainer(manager, tmp_path, AtEpochEnd(), save_steps=8)
     job.train()
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     manager.wait_until_finished()
     assert manager.all_steps() == [8, 16, 24]
 
 
-def test_a_training_that_begins_again_with_smaller_batches_saves_anew(open_manager, tmp_path):
+def test_a_training_restarted_with_smaller_batches_saves_again(open_manager, tmp_path):
     manager = open_manager()
     failed = []
 
@@ -187,7 +187,7 @@ def test_what_to_resume_from_may_come_from_a_command_line(open_manager, tmp_path
 
 
 @pytest.mark.parametrize("given", [None, False, "False"])
-def test_what_begins_anew_may_come_from_a_command_line(open_manager, tmp_path, given):
+def test_starting_over_may_come_from_a_command_line(open_manager, tmp_path, given):
     job = trainer(open_manager(), tmp_path, end_at(1))
     with pytest.raises(EndedError):
         job.train(resume_from_checkpoint=given)
@@ -198,10 +198,10 @@ def test_tensors_on_no_gpu_may_be_saved_with_overlap(open_manager, tmp_path, str
     run_until(12, manager, tmp_path)
     job = trainer(manager, tmp_path)
     job.train(resume_from_checkpoint=True)
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
 
 
-def test_what_is_not_there_or_not_of_a_trainer_is_not_resumed_from(open_manager, tmp_path):
+def test_missing_and_foreign_checkpoints_are_not_resumed_from(open_manager, tmp_path):
     manager = open_manager()
     with pytest.raises(CheckpointNotFound):
         trainer(manager, tmp_path).train(resume_from_checkpoint=True)
@@ -213,7 +213,7 @@ def test_what_is_not_there_or_not_of_a_trainer_is_not_resumed_from(open_manager,
 
 
 def test_the_best_model_is_loaded_at_the_end(open_manager, tmp_path):
-    # It learns, and then unlearns.
+    # It gets better, then worse.
     arguments = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     arguments |= {"learning_rate": 0.02, "lr_scheduler_type": "constant"}
     manager = open_manager(keep_last_n=1, keep_best_n=1, best_metric="eval_loss")
@@ -277,7 +277,7 @@ def test_a_manager_that_may_lose_the_best_model_is_refused(open_manager, tmp_pat
         assert 'best_metric="eval_loss", best_mode="min"' in raised.value.hint
 
 
-def test_what_is_no_manager_to_save_with_is_refused(open_manager, manager, tmp_path):
+def test_an_invalid_manager_is_refused(open_manager, manager, tmp_path):
     manager.save({}, step=1)
     for other, why in (("runs/a", "`str`"), (open_manager(read_only=True), "read-only")):
         with pytest.raises(InvalidArgument, match=why):
@@ -313,7 +313,7 @@ def test_frozen_parameters_can_be_left_out(open_manager, tmp_path):
         None, tmp_path, model=frozen(), kind=transformers.Trainer, save_strategy="no"
     )
     straight.train()
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
 
 
 def test_a_checkpoint_of_transformers_is_resumed_from(open_manager, tmp_path, straight):
@@ -323,12 +323,12 @@ def test_a_checkpoint_of_transformers_is_resumed_from(open_manager, tmp_path, st
     manager = open_manager()
     job = trainer(manager, tmp_path / "a")
     job.train(resume_from_checkpoint=str(tmp_path / "own" / "checkpoint-10"))
-    assert_went_on(job, straight)
+    assert_equals_uninterrupted(job, straight)
     manager.wait_until_finished()
     assert manager.all_steps() == [15, 20, 24]
 
 
-def test_arguments_that_the_manager_answers_are_refused(open_manager, tmp_path):
+def test_arguments_that_the_manager_replaces_are_refused(open_manager, tmp_path):
     manager = open_manager()
     for arguments, hint in (
         ({"save_total_limit": 2}, "keep_last_n"),
@@ -340,12 +340,12 @@ def test_arguments_that_the_manager_answers_are_refused(open_manager, tmp_path):
         assert hint in raised.value.hint
 
 
-def test_a_trainer_that_is_not_known_is_refused(manager):
+def test_an_unknown_trainer_is_refused(manager):
     class Other:
-        """Lacks what the door goes by."""
+        """Lacks what the adapter depends on."""
 
     class Stored(StoredCheckpoints, Other):
-        """Of no use."""
+        """Not supported."""
 
     with pytest.raises(UnsupportedFormat, match="_load_best_model"):
         Stored(manager=manager)
@@ -369,7 +369,7 @@ with CheckpointManager(sys.argv[1]) as manager:
 )
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(store, open_manager, tmp_path):
+def test_a_kill_during_a_save_leaves_a_complete_checkpoint(store, open_manager, tmp_path):
     killed = run_script(KILLED, store, tmp_path, timeout=240)
     assert killed.returncode == -9, killed.stderr
     manager = open_manager()
@@ -409,7 +409,7 @@ print("same")
 )
 
 
-def test_ranks_go_on_together_and_one_goes_on_alone(tmp_path, open_manager, caplog):
+def test_ranks_resume_together_and_one_resumes_alone(tmp_path, open_manager, caplog):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
     ended = torchrun("--nproc-per-node", 2, script, tmp_path)
@@ -438,7 +438,7 @@ print("from", run(store, True, end_at(6)).state.global_step)
 )
 
 
-def test_ranks_go_back_together_though_one_alone_finds_damage(tmp_path):
+def test_ranks_fall_back_together_if_one_finds_damage(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DAMAGED)
     ended = torchrun("--nproc-per-node", 2, script, tmp_path / "store")

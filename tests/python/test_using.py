@@ -1,4 +1,4 @@
-"""The code that documents show, run as it stands there."""
+"""The code that documents show, run as it is."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMAND = re.compile(r"^`(ckpt-tool [^`]*)`", re.MULTILINE)
 
 
 def blocks_of(document: str) -> list[str]:
-    """Give the Python code of a document, padded so that tracebacks say its lines."""
+    """Return the Python code of a document, padded so that tracebacks show its lines."""
     text = (ROOT / document).read_text()
     found = BLOCK.finditer(text)
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]
 
 
 def run(document: str, names: dict[str, object]) -> dict[str, object]:
-    """Run the blocks of a document in its order, with what they left before."""
+    """Run the blocks of a document in order, in one namespace."""
     blocks = blocks_of(document)
     assert blocks
     for block in blocks:
@@ -85,7 +85,7 @@ def test_what_can_be_saved_is_what_is_listed(manager):
 
 
 class Training:
-    """Names that the README's script takes for granted, and the steps that it took."""
+    """Names that the README's script assumes, and the steps that it took."""
 
     def __init__(self) -> None:
         model = torch.nn.Linear(1, 1)

@@ -9,7 +9,7 @@ from dtruntime.transformers import Trainer
 
 
 class Samples(torch.utils.data.Dataset):
-    """64 samples, of which each epoch takes 8 batches of 8 in another order."""
+    """64 samples, which each epoch reads in 8 batches of 8, in another order."""
 
     def __len__(self) -> int:
         return 64
@@ -44,11 +44,11 @@ class EachStep(TrainerCallback):
 
 
 class EndedError(Exception):
-    """What ends a run in the middle."""
+    """Ends a run in the middle."""
 
 
 def end_at(step) -> TrainerCallback:
-    """End a run after a step: of what follows the last save, nothing is left."""
+    """End a run after a step: what follows the last save is lost."""
 
     def end(number, _model) -> None:
         if number == step:

@@ -1,8 +1,8 @@
-"""Reads the YAML that deploy/ is written in, so that its tests need no further package.
+"""Reads the YAML of deploy/, so that its tests need no other package.
 
 Block mappings and sequences, flow sequences on one line, quoted and plain scalars, ``|`` and ``>``,
 anchors, merge keys, several documents. Whatever else YAML has is an error that names the line: what
-this reads is read alike by every YAML parser.
+this accepts means the same to every YAML parser.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None,
 
 
 class NotYamlError(Exception):
-    """Text that this does not read."""
+    """Text that this cannot read."""
 
 
 class _Lines:
@@ -34,7 +34,7 @@ class _Lines:
         return NotYamlError(f"line {self.at + 1}: {why}: {self.lines[self.at]!r}")
 
     def peek(self) -> tuple[int, str] | None:
-        """Give indentation and text of the next line that says something."""
+        """Return indentation and text of the next line with content."""
         while self.at < len(self.lines):
             line = _without_comment(self.lines[self.at])
             if "\t" in line:
@@ -49,14 +49,14 @@ class _Lines:
 
 
 def documents(text: str) -> list[Any]:
-    """Give every document of a file."""
+    """Return every document of a file."""
     parts = re.split(r"^---\s*$", text, flags=re.MULTILINE)
     # Line numbers of a later part are those of the part; the part is short.
     return [_document(part) for part in parts if _Lines(part).peek() is not None]
 
 
 def document(text: str) -> Any:
-    """Give the only document of a file."""
+    """Return the only document of a file."""
     [only] = documents(text)
     return only
 
@@ -192,7 +192,7 @@ def _scalar(lines: _Lines, text: str) -> Any:
         raise lines.fail("quote this")
     if text in _WORDS:
         return _WORDS[text]
-    # What older parsers take for something else.
+    # What older parsers interpret differently.
     if re.fullmatch(r"(?i)yes|no|on|off|y|n|\d+:\d+(:\d+)*|0[0-7]+|0x[0-9a-f]+|[\d.]+e\d+", text):
         raise lines.fail("quote this: parsers differ")
     return int(text) if _INTEGER.match(text) else text

@@ -1,10 +1,10 @@
-"""Run the tests of S3 against Garage, a service that is not ours.
+"""Run the tests of S3 against Garage, an independent service.
 
     make test-s3                     Garage on this machine; the first time it is built, ten minutes
-    make test-s3 ARGS="round_trip"   only the tests whose names have this in them
+    make test-s3 ARGS="round_trip"   only the tests whose names contain this
 
-Any other service takes its place where the environment names one: see `place.rs`. Garage is one
-node with its metadata in SQLite, on loopback, in a directory that goes when the tests have ended.
+Another service is used if the environment names one: see `place.rs`. Garage is one
+node with its metadata in SQLite, on loopback, in a directory that is removed after the tests.
 It ignores conditions on writes, which the engine has to notice and guard against.
 """
 
@@ -73,7 +73,7 @@ def binary() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens at."""
+    """Find free ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in sockets]
     for listener in sockets:
@@ -83,7 +83,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def garage() -> Iterator[dict[str, str]]:
-    """Start one with an empty bucket; give the environment that names it."""
+    """Start one with an empty bucket; return the environment that names it."""
     program = binary()
     with tempfile.TemporaryDirectory(prefix="garage-") as directory:
         rpc, s3, admin = free_ports(3)
@@ -142,7 +142,7 @@ def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def run(environment: dict[str, str], names: list[str]) -> int:
-    """Run the tests; say how many were skipped, and why."""
+    """Run the tests; print how many were skipped, and why."""
     command = ["cargo", "test", "--locked", "--release", "--workspace", "--test", "s3"]
     with subprocess.Popen(
         [*command, "--", "--show-output", *names],

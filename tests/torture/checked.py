@@ -6,13 +6,13 @@ loom      runs the tests named `models` in every order of their threads' steps: 
           what is in flight, the early sync, failing and ending of a save
 miri      interprets the unsafe code that it knows: buffers and their parts, byte planes in plain
           code and AVX2
-address   AddressSanitizer on the engine's own tests, on those from its front door, and on those of
+address   AddressSanitizer on the engine's own tests, on those of its public interface, and those of
           copies between GPUs and the host
 thread    ThreadSanitizer on the same
 
 All but loom need a nightly toolchain, thread and miri also its `rust-src`, and miri itself. What is
 built stays in the cache.
-Code in C, and std where address runs, is not instrumented: only what crosses its border is checked.
+Code in C, and std under address, is not instrumented: only what crosses its border is checked.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ CACHE = Path(
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtruntime"
 )
 NIGHTLY = ("cargo", "+nightly")
-# Dependencies are built once for each checker: quickly counts for more than well.
+# Dependencies are built once for each checker: a fast build matters more than fast code.
 QUICKLY = ("--config", 'profile.dev.package."*".opt-level=1')
-# What takes long under a checker, or is about how fast encoding is.
+# What takes long under a checker, or measures how fast encoding is.
 SLOW = ("--skip", "flat::", "--skip", "thousands_of", "--skip", "slow_device::")
-# This test leaves memory to the kernel for ever, which is the promise that it checks.
+# This test leaves memory to the kernel forever, which is the promise that it checks.
 LEAKS = ("--skip", "an_abandoned_buffer_is_empty_and_never_returns")
 # The tests whose code Miri can run: no system call but `mmap`, no streaming stores, no C.
 MIRI_TESTS = ("io::buffer::", "io::lent::", "codec::planes::", "format::checksum::")
 
 
 def command(checker: str) -> tuple[list[str], dict[str, str]]:
-    """Give what to run, and in which environment."""
+    """Return what to run, and in which environment."""
     target = {"CARGO_TARGET_DIR": str(CACHE / "checked" / checker)}
     if checker == "loom":
         words = ["cargo", "test", "--locked", "-p", "dtr-engine", "--lib", "--", "models::"]
-        # More switches that no thread asks for take hours, and are known to find next to nothing.
+        # More preemptions take hours, and are known to find next to nothing.
         return words, target | {"RUSTFLAGS": "--cfg loom", "LOOM_MAX_PREEMPTIONS": "3"}
     if checker == "miri":
         words = [*NIGHTLY, "miri", "test", "--locked", "-p", "dtr-engine", "--lib", "--"]
@@ -56,11 +56,11 @@ def command(checker: str) -> tuple[list[str], dict[str, str]]:
         return [*words, *MIRI_TESTS, *LEAKS], target | flags
     packages = ["-p", "dtr-engine", "-p", "dtr-cuda", "-p", "integration-tests"]
     tests = [*packages, "--lib", "--test", "engine", "--test", "stand_in"]
-    # What std does with threads has to be seen; what it does with memory is sound.
+    # The checker has to see what std does with threads; what it does with memory is sound.
     std = ["-Zbuild-std"] if checker == "thread" else []
     words = [*NIGHTLY, "test", "--locked", *std, *QUICKLY, "--target", HOST, *tests]
-    # A system call that is made past libc unmaps memory unseen: whoever gets the address next then
-    # seems to race with whoever had it.
+    # A system call that is made past libc unmaps memory unseen: the next owner of the address then
+    # seems to race with the previous one.
     libc = " --cfg rustix_use_libc" if checker == "thread" else ""
     flags = {
         "RUSTFLAGS": f"-Zsanitizer={checker}{libc}",
@@ -72,7 +72,7 @@ def command(checker: str) -> tuple[list[str], dict[str, str]]:
 
 
 def has_nightly(*, with_source: bool) -> bool:
-    """Say whether there is a toolchain, and one that can build std anew."""
+    """Return whether there is a toolchain, and one that can rebuild std."""
     sysroot = subprocess.run(
         ("rustc", "+nightly", "--print", "sysroot"), check=False, capture_output=True, text=True
     )

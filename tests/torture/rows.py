@@ -17,7 +17,7 @@ class Row:
     """Short, unique: the key in the record, and what `--rows` takes."""
     promise: str
     test: str
-    """What a person looks for: the name of the test."""
+    """What readers search for: the name of the test."""
     command: tuple[str, ...]
     unit: str
     """What is counted, in the plural."""
@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     ),
     crash_test(
         "reorder-after-kill",
-        "... also after a process was killed and another one went on",
+        "... also after a process was killed and another one continued",
         "power_loss::a_power_loss_after_a_process_was_killed_recovers",
         "states",
         100_000,

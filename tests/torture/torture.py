@@ -1,6 +1,6 @@
 """Work through the full counts of every promise, for as long as there is time.
 
-    make torture BUDGET=60                          an hour; goes on where the last run ended
+    make torture BUDGET=60                          an hour; continues where the last run ended
     make torture BUDGET=5 ARGS="--rows kill power"  only these rows
     make torture BUDGET=0                           only the table of what was run so far
 
@@ -22,8 +22,8 @@ After several lines `torture: tried` the last one counts. A command that prints 
 succeeds has not run what it should, and that counts as a violation, too.
 
 What was run is recorded in `${DTRUNTIME_CACHE:-~/.cache/dtruntime}/torture/`, one record for each
-state of the engine's sources: what an older engine survived says nothing of this one. After a
-violation the row stands still until its states pass; its output is kept beside the record.
+state of the engine's sources: results of an older engine say nothing about this one. After a
+violation the row does not continue until its states pass; its output is kept beside the record.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class Progress:
     next: int = 0
     seconds: float = 0.0
     violations: int = 0
-    """Commands of the last turn that found one: 0, or 1 where the row stands still."""
+    """Commands of the last turn that found one: 0, or 1 where the row cannot continue."""
     ended: bool = False
     """There are no more states."""
     skipped: str = ""
 
     def is_complete(self, row: Row) -> bool:
-        """Say whether nothing is left to try."""
+        """Return whether nothing is left to try."""
         return self.ended or self.tried >= row.full
 
     def states_in(self, row: Row, seconds: float) -> int:
-        """Say how many states fit into `seconds`."""
+        """Return how many states fit into `seconds`."""
         rate = self.tried / self.seconds if self.tried and self.seconds else None
         states = row.batch if rate is None else int(rate * seconds)
         return max(1, min(states, row.full - self.tried))
@@ -91,14 +91,14 @@ class Record:
         return self.rows.setdefault(row.name, Progress())
 
     def write(self) -> None:
-        """Put it on disk, whole or not at all."""
+        """Write it to disk atomically."""
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps({n: asdict(row) for n, row in self.rows.items()}, indent=1))
         new.replace(self.path)
 
 
 def fingerprint() -> str:
-    """Name the state of the engine's sources."""
+    """Return the state of the engine's sources, as a hash."""
     digest = hashlib.sha256()
     for source in SOURCES:
         path = ROOT / source
@@ -173,7 +173,7 @@ def turn(row: Row, record: Record, seconds: float) -> None:
 
 
 def again(row: Row, environment: dict[str, str]) -> str:
-    """Spell a command out."""
+    """Return a command as text."""
     settings = " ".join(f"{name}={value}" for name, value in environment.items())
     return f"{settings} .ci/env {' '.join(row.command)}"
 
@@ -187,18 +187,18 @@ def work(rows: list[Row], record: Record, budget_seconds: float) -> None:
     end = time.monotonic() + budget_seconds
     waiting = [row for row in rows if not record.of(row).is_complete(row)]
     while waiting:
-        # Rows that are the least far go first: a short budget reaches those that no run reached.
+        # Rows with the least progress go first: a short budget reaches those that no run reached.
         waiting.sort(key=lambda row: record.of(row).tried / row.full)
         for position, row in enumerate(waiting):
             left = end - time.monotonic()
             if left <= 0:
                 return
             turn(row, record, min(SLICE_SECONDS, left / (len(waiting) - position)))
-        waiting = [row for row in waiting if is_worth_another_turn(row, record.of(row))]
+        waiting = [row for row in waiting if can_progress(row, record.of(row))]
 
 
-def is_worth_another_turn(row: Row, progress: Progress) -> bool:
-    """Say whether another turn can move a row forward."""
+def can_progress(row: Row, progress: Progress) -> bool:
+    """Return whether another turn can move a row forward."""
     return not (progress.is_complete(row) or progress.violations or progress.skipped)
 
 
@@ -232,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run, show the table, and say whether all held."""
+    """Run, show the table, and return whether all promises held."""
     arguments = parse_arguments()
     cache = os.environ.get("DTRUNTIME_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

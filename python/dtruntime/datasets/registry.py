@@ -157,8 +157,8 @@ class DatasetRegistry:
             )
         worker = membership.worker_at(self._coordinator.url, self.job)
         if shard_size is None:
-            told = {} if worker is None else worker.settings
-            shard_size = int(told.get("dataset.default_shard_size", _DEFAULT_SHARD_SIZE))
+            job_settings = {} if worker is None else worker.settings
+            shard_size = int(job_settings.get("dataset.default_shard_size", _DEFAULT_SHARD_SIZE))
         samples = settings.integer("total_samples", total_samples)
         shard_size = settings.integer("shard_size", shard_size)
         options = (
@@ -225,8 +225,8 @@ class DatasetRegistry:
         if found is not None:
             rank = found.identity.rank if rank is None else rank
             world_size = found.identity.world_size if world_size is None else world_size
-        told = {} if found is None else found.worker.settings
-        return (*launch.rank_and_world_size(rank, world_size), told)
+        job_settings = {} if found is None else found.worker.settings
+        return (*launch.rank_and_world_size(rank, world_size), job_settings)
 
 
 def _hosted_by_rank_0(patience: float) -> tuple[str, Security] | None:

@@ -130,7 +130,7 @@ class ShardedDataset(IterableDataset[Any]):
         super().__init__()
         self.name = name
         self._registry: DatasetRegistry | None = registry
-        self.rank, self.world_size, told = registry.place(rank, world_size)
+        self.rank, self.world_size, job_settings = registry.place(rank, world_size)
         self._read = read
         if cache_dir is not None and callable(read) and not _needs_two(read):
             raise InvalidArgument(
@@ -140,9 +140,9 @@ class ShardedDataset(IterableDataset[Any]):
                 "let it take two, `read(path, source)`: `path` is the file to open, and `source` "
                 "its original path",
             )
-        self._prefetch = _prefetch_of(prefetch, told)
+        self._prefetch = _prefetch_of(prefetch, job_settings)
         self._cache_dir = cache_dir
-        self._cache_bytes = _cache_bytes_of(cache_dir, cache_bytes, told)
+        self._cache_bytes = _cache_bytes_of(cache_dir, cache_bytes, job_settings)
         if self._cache_dir is not None:
             Cache(self._cache_dir, self._cache_bytes)  # refuses a folder that is not a cache
         # Shared with workers: how often the start was set, and whether one of them is reading.
@@ -230,14 +230,14 @@ class ShardedDataset(IterableDataset[Any]):
         whole = self._ask((0, 1), epoch)
         for position, saved in decoded:
             files = _pick(whole, positions.share_of(position, whole.file_count))
-            positions.check_same(self.name, saved, self._look_at(files).record)
+            positions.check_same(self.name, saved, self._examine(files).record)
         if is_over:
             self._fresh = self._at_beginning(epoch + 1)
             self._set_start(self._fresh)
             return
         before = positions.merge(found, whole.file_count)
         position = Position(epoch, self.rank, self.world_size, before)
-        left = self._look_at(_pick(whole, positions.share_of(position, whole.file_count)))
+        left = self._examine(_pick(whole, positions.share_of(position, whole.file_count)))
         self._fresh = self._at_beginning(epoch)
         self._set_start(Start(left, position))
 
@@ -336,20 +336,20 @@ class ShardedDataset(IterableDataset[Any]):
 
     def _at_beginning(self, epoch: int) -> Start:
         share = self._ask((self.rank, self.world_size), epoch)
-        return Start(self._look_at(share), Position(epoch, self.rank, self.world_size))
+        return Start(self._examine(share), Position(epoch, self.rank, self.world_size))
 
     def _resumed(self, state: Mapping[str, Any]) -> tuple[Start, Start]:
         """Return where to resume from a position, and the beginning of its epoch."""
         position, saved = positions.decode(self.name, state)
         self._check_place(position)
-        is_here = position.epoch == self.epoch
-        fresh = self._fresh if is_here else self._at_beginning(position.epoch)
+        is_current = position.epoch == self.epoch
+        fresh = self._fresh if is_current else self._at_beginning(position.epoch)
         files = fresh.files
-        if is_here and position.before == self._start.position.before:
+        if is_current and position.before == self._start.position.before:
             files = self._start.files
         elif position.before != fresh.position.before:
             whole = self._ask((0, 1), position.epoch)
-            files = self._look_at(_pick(whole, positions.share_of(position, whole.file_count)))
+            files = self._examine(_pick(whole, positions.share_of(position, whole.file_count)))
         positions.check_same(self.name, saved, files.record)
         if position.ended == "all":
             fresh = self._at_beginning(position.epoch + 1)
@@ -377,7 +377,7 @@ class ShardedDataset(IterableDataset[Any]):
             )
         return self._registry.share(self.name, place, epoch)
 
-    def _look_at(self, share: Share) -> Files:
+    def _examine(self, share: Share) -> Files:
         """Check that every file exists, and record its size."""
         self._reader(share.format)  # refuses an unknown format before training begins
         paths = [os.path.join(share.folder, file) for file in share.files]  # noqa: PTH118
@@ -509,18 +509,18 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _prefetch_of(given: int | None, told: Mapping[str, str]) -> int:
+def _prefetch_of(given: int | None, job_settings: Mapping[str, str]) -> int:
     if given is not None:
         return settings.integer("prefetch", given)
-    return int(told.get("dataset.prefetch_shards", _PREFETCH))
+    return int(job_settings.get("dataset.prefetch_shards", _PREFETCH))
 
 
 def _cache_bytes_of(
-    folder: str | os.PathLike[str] | None, given: int | str | None, told: Mapping[str, str]
+    folder: str | os.PathLike[str] | None, given: int | str | None, job_settings: Mapping[str, str]
 ) -> int:
     if given is not None:
         return settings.parse_bytes("cache_bytes", given)
-    gigabytes = told.get("dataset.cache_size_gb")
+    gigabytes = job_settings.get("dataset.cache_size_gb")
     if gigabytes is None and folder is not None:
         raise InvalidArgument(
             f"setting `cache_dir` = {os.fspath(folder)!r}",

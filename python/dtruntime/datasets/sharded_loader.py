@@ -189,8 +189,8 @@ class ShardedLoader(DataLoader[Any]):
         repeats = self._repeats()
         while True:
             batch = self._next(batches)
-            goes_on, is_padded = self._agree(has_batch=batch is not None)
-            if not goes_on:
+            continues, is_padded = self._agree(has_batch=batch is not None)
+            if not continues:
                 break
             is_repeat = batch is None
             batch = batch or self._next(repeats)
@@ -209,10 +209,10 @@ class ShardedLoader(DataLoader[Any]):
         try:
             batch = next(batches, None)
         except Exception:
-            self._agree(has_batch=False, is_well=False)
+            self._agree(has_batch=False, is_ok=False)
             raise
         if isinstance(batch, _Failure):
-            self._agree(has_batch=False, is_well=False)
+            self._agree(has_batch=False, is_ok=False)
             raise batch.error
         return batch
 
@@ -231,22 +231,22 @@ class ShardedLoader(DataLoader[Any]):
             'write the dataset as more files, or use `end="drop"`',
         )
 
-    def _agree(self, *, has_batch: bool, is_well: bool = True) -> tuple[bool, bool]:
+    def _agree(self, *, has_batch: bool, is_ok: bool = True) -> tuple[bool, bool]:
         """Return whether to continue, and whether some ranks repeat: the same on every rank."""
         if self._end == "exact":
             return has_batch, False
-        told = torch.tensor([int(has_batch), -int(has_batch), int(is_well)])
-        dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self._group)
-        all_have, any_has, all_are_well = told.tolist()
-        if is_well and not all_are_well:
+        minima = torch.tensor([int(has_batch), -int(has_batch), int(is_ok)])
+        dist.all_reduce(minima, op=dist.ReduceOp.MIN, group=self._group)
+        all_have_batch, any_has_batch, all_are_ok = minima.tolist()
+        if is_ok and not all_are_ok:
             raise Conflict(
                 f"reading dataset `{self._source.name}`",
                 "another rank could not read its files",
                 "see that rank's error; this rank's position is the one before this batch",
             )
         if self._end == "drop":
-            return bool(all_have), False
-        return bool(any_has), bool(any_has and not all_have)
+            return bool(all_have_batch), False
+        return bool(any_has_batch), bool(any_has_batch and not all_have_batch)
 
     def _check_enough_files(self, start: Start) -> None:
         files, ranks = start.files.file_count, self._source.world_size

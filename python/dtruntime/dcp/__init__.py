@@ -29,6 +29,7 @@ from torch.futures import Future
 from dtruntime import settings
 from dtruntime.dcp import planned
 from dtruntime.errors import InvalidArgument, RestoreIncomplete, reason_of
+from dtruntime.opened import opened_by
 from dtruntime.saving.handle import order_after_copies
 from dtruntime.state.sharded_tensors import Box
 from dtruntime.state.state_tree import collector_paused
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
     from dtruntime import _native
     from dtruntime.checkpoint import CheckpointManager
+    from dtruntime.opened import Options
+    from dtruntime.saving.saver import Saver
 
 __all__ = ["StorageReader", "StorageWriter"]
 
@@ -95,7 +98,7 @@ class StorageWriter(storage.StorageWriter):
         self._rewind = bool(rewind)
         self._metadata = metadata
         self._call = _Call()
-        if manager._saver.rules.replication is not None:  # noqa: SLF001  (of the same package)
+        if opened_by(manager).saver.rules.replication is not None:
             raise InvalidArgument(
                 "a StorageWriter on a manager with `replicated`",
                 "the planner decides which rank saves what is identical on all of them",
@@ -124,9 +127,9 @@ class StorageWriter(storage.StorageWriter):
                 "every checkpoint belongs to a training step",
                 "pass `StorageWriter(manager, step=1000)`, or `checkpoint_id='step-1000'`",
             )
-        manager = self._manager
-        _check_rank(manager, kwargs.get("rank"), "dcp.save", is_coordinator=is_coordinator)
-        if manager._world_size > 1 and not kwargs.get("use_collectives", True):  # noqa: SLF001
+        options = opened_by(self._manager).options
+        _check_rank(options, kwargs.get("rank"), "dcp.save", is_coordinator=is_coordinator)
+        if options.world_size > 1 and not kwargs.get("use_collectives", True):
             raise InvalidArgument(
                 "`dcp.save` with `use_collectives=False`",
                 "ranks that plan separately do not know which of them saves shared values",
@@ -139,7 +142,7 @@ class StorageWriter(storage.StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Record what the other ranks save: this is the planning rank."""
-        ranks = self._manager._world_size  # noqa: SLF001
+        ranks = opened_by(self._manager).options.world_size
         if len(plans) != ranks:
             raise InvalidArgument(
                 f"`dcp.save` of {len(plans)} ranks",
@@ -153,17 +156,17 @@ class StorageWriter(storage.StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Save what the plan assigns to this rank, and wait until the checkpoint is durable."""
-        manager, call = self._manager, self._call
+        opened, call = opened_by(self._manager), self._call
         assert call.step is not None  # noqa: S101  (`set_up_storage_writer` checks it)
-        with manager._saver.declining(call.step):  # noqa: SLF001
-            is_alone = manager._world_size == 1  # noqa: SLF001
+        with opened.saver.declining(call.step):
+            is_alone = opened.options.world_size == 1
             state = planned.state_of(plan, planner, is_alone=is_alone)
             if call.plans is not None:
                 # With cached plans torch passes only the changes, and the planner has them all.
                 plans = getattr(planner, "global_plan", call.plans)
                 planned.add_known(state, plan, planner, plans)
-        with _without_advice(manager):
-            manager.save(
+        with _without_advice(opened.saver):
+            self._manager.save(
                 state,
                 call.step,
                 rewind=self._rewind,
@@ -235,7 +238,7 @@ class StorageReader(storage.StorageReader):
         try:
             with collector_paused():
                 # Rank 0's shard exists however many ranks saved.
-                step, source = self._step.take(), self._manager._source  # noqa: SLF001
+                step, source = self._step.take(), opened_by(self._manager).source
                 self._is_named = step is not None
                 saved, _ = source.read(step, 0, self._open)
                 metadata = saved.metadata()
@@ -255,13 +258,13 @@ class StorageReader(storage.StorageReader):
         """Raise the error with which opening the checkpoint failed, if it did."""
         if self._error is not None:
             raise self._error
-        if not self._manager._read_only:  # noqa: SLF001
-            rank = kwargs.get("rank")
-            _check_rank(self._manager, rank, "dcp.load", is_coordinator=is_coordinator)
+        options = opened_by(self._manager).options
+        if not options.read_only:
+            _check_rank(options, kwargs.get("rank"), "dcp.load", is_coordinator=is_coordinator)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Add to the plan which checkpoint this rank reads."""
-        saved = self._opened()
+        saved = self._checkpoint()
         return dataclasses.replace(plan, storage_data=(saved.step, saved.attempt))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -279,7 +282,7 @@ class StorageReader(storage.StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what the plan requests into the tensors that the planner provides."""
-        manager, saved = self._manager, self._opened()
+        opened, saved = opened_by(self._manager), self._checkpoint()
         self._saved = None  # its files are closed when this ends
         order_after_copies()  # what is loaded may be what a save still copies
         try:
@@ -291,24 +294,24 @@ class StorageReader(storage.StorageReader):
                     tensors.append((item, planner.resolve_tensor(item).detach()))
             saved.read_into(
                 ((item.storage_index, _box_of(item), target) for item, target in tensors),
-                verify=manager._verify_on_load,  # noqa: SLF001
+                verify=opened.options.verify_on_load,
             )
             for item, target in tensors:
                 planner.commit_tensor(item, target)
         except BaseException as error:
-            manager._incomplete = RestoreIncomplete(  # noqa: SLF001
+            opened.incomplete = RestoreIncomplete(
                 f"`dcp.load` of step {saved.step}", reason_of(error), "load again"
             )
             raise
-        manager._incomplete = None  # noqa: SLF001
-        manager._lineage.note_restored(saved.step, is_named=self._is_named)  # noqa: SLF001
+        opened.incomplete = None
+        opened.lineage.note_restored(saved.step, is_named=self._is_named)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def _open(self, first: _native.Checkpoint) -> planned.Saved:
-        manager = self._manager
-        readers = planned.readers_of(first, manager._source)  # noqa: SLF001
+        opened = opened_by(self._manager)
+        readers = planned.readers_of(first, opened.source)
         rank = self._from_rank
         if rank is not None and rank >= len(readers):
             raise InvalidArgument(
@@ -316,11 +319,11 @@ class StorageReader(storage.StorageReader):
                 f"{len(readers)} ranks saved it",
                 f"pass a rank up to {len(readers) - 1}",
             )
-        if rank is None and len(readers) == manager._world_size:  # noqa: SLF001
-            rank = manager._rank  # noqa: SLF001
+        if rank is None and len(readers) == opened.options.world_size:
+            rank = opened.options.rank
         return planned.Saved(first, readers, rank)
 
-    def _opened(self) -> planned.Saved:
+    def _checkpoint(self) -> planned.Saved:
         assert self._saved is not None  # noqa: S101  (torch reads the metadata first)
         return self._saved
 
@@ -364,9 +367,8 @@ class _Step(threading.local):
 
 
 @contextlib.contextmanager
-def _without_advice(manager: CheckpointManager) -> Iterator[None]:
+def _without_advice(saver: Saver) -> Iterator[None]:
     """Suppress advice that does not apply to states that a planner split."""
-    saver = manager._saver  # noqa: SLF001
     was_advised, saver.has_advised = saver.has_advised, True
     try:
         yield
@@ -374,15 +376,13 @@ def _without_advice(manager: CheckpointManager) -> Iterator[None]:
         saver.has_advised = was_advised
 
 
-def _check_rank(
-    manager: CheckpointManager, rank: int | None, what: str, *, is_coordinator: bool
-) -> None:
-    own = manager._rank  # noqa: SLF001
+def _check_rank(options: Options, rank: int | None, what: str, *, is_coordinator: bool) -> None:
+    own = options.rank
     if rank == own or (rank is None and is_coordinator == (own == 0)):
         return
     raise InvalidArgument(
         f"`{what}` as {'another rank' if rank is None else f'rank {rank}'}",
-        f"the manager was opened as rank {own} of {manager._world_size}",  # noqa: SLF001
+        f"the manager was opened as rank {own} of {options.world_size}",
         "use the process group of all ranks that opened the manager; for one that has fewer, or "
         "for `no_dist=True`, open it with that `rank=` and `world_size=`, on a separate store",
     )

@@ -397,7 +397,7 @@ class Saved:
         why_not = why_untiled(whole(shape), list(tiles))
         if why_not is not None:
             raise self._damage(name, why_not)
-        return {box.offsets: alike for box, alike in tiles.items()}
+        return {box.offsets: same for box, same in tiles.items()}
 
     def _damage(self, name: str, why: str) -> Corrupt:
         return Corrupt(

@@ -91,14 +91,14 @@ def read_step(
 ) -> tuple[_native.Checkpoint, _T]:
     """Read one step; once more if its writer replaced it while it was being read."""
     try:
-        return _read_as_it_stands(shards, step, read)
+        return _read_once(shards, step, read)
     except InvalidArgument as error:
         if not shards.failed:
             raise
         raise shards.explained(error) from error
 
 
-def _read_as_it_stands(
+def _read_once(
     shards: Shards, step: int, read: Callable[[_native.Checkpoint], _T]
 ) -> tuple[_native.Checkpoint, _T]:
     checkpoint = shards.open(step)

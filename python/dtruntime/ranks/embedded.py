@@ -123,7 +123,7 @@ def _rendezvous(environment: Mapping[str, str]) -> _Rendezvous | None:
 
 
 @contextlib.contextmanager
-def _asking_store(master: str) -> Iterator[None]:
+def _store_errors(master: str) -> Iterator[None]:
     """Turn errors of the shared store into a ``CoordinatorUnavailable``."""
     from torch.distributed import DistError  # noqa: PLC0415
 
@@ -147,7 +147,7 @@ def _announce(rendezvous: _Rendezvous) -> tuple[str, str]:
     coordinator = _host(rendezvous.key, ip)
     named = f"[{host}]" if ":" in host else host
     url, token = f"http://{named}:{coordinator.port}", coordinator.token
-    with _asking_store(rendezvous.master):
+    with _store_errors(rendezvous.master):
         rendezvous.store.set(rendezvous.key, f"{url} {token}")
     return url, token
 
@@ -175,7 +175,7 @@ def _await(rendezvous: _Rendezvous, timeout: float) -> tuple[str, str]:
     deadline = time.monotonic() + timeout
     url = ""
     while True:
-        with _asking_store(rendezvous.master):
+        with _store_errors(rendezvous.master):
             is_named = rendezvous.store.check([rendezvous.key])
             named = rendezvous.store.get(rendezvous.key).decode() if is_named else ""
         if named:

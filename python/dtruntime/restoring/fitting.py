@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dtruntime.loading.assembling import whole_shape
 from dtruntime.state import gpus
 from dtruntime.state.sharded_tensors import box_of, is_contiguous, is_sharded, local_of
-from dtruntime.state.tensors import NUMPY, numpy_dtype, torch_dtype
-from dtruntime.state.tree import TAG_DICT, TAG_TENSOR
+from dtruntime.state.tensors import NUMPY, TORCH, TORCH_PARAMETER, numpy_dtype, torch_dtype
+from dtruntime.state.tree import DICTS, TAG_DICT, TAG_TENSOR, TAG_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,6 +43,20 @@ class Misfit(NamedTuple):
     hint: str | None = None
 
 
+_TENSOR_TYPES = {TORCH: "Tensor", TORCH_PARAMETER: "Parameter", NUMPY: "ndarray"}
+
+
+def kind_misfit(live: Any, index: int, reader: Reader) -> Misfit:
+    """Return that the node ``index`` is of another type than a live value, and of which."""
+    tag, payload = reader.tree.nodes[index][:2]
+    if tag == TAG_TENSOR:
+        saved = _TENSOR_TYPES[reader.records[payload].kind]
+    else:
+        saved = DICTS[payload[1]].__name__ if tag == TAG_DICT else TAG_TYPES[tag]
+    live_type = type(live).__name__
+    return Misfit(f"the live value is of type `{live_type}`, the saved one of type `{saved}`")
+
+
 def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfit | None:
     """Return why the node ``index`` does not fit a live tensor; None if it does."""
     misfit = _place_misfit(live)
@@ -50,7 +64,7 @@ def tensor_misfit(live: Any, index: int, reader: Reader, *, cast: bool) -> Misfi
         return misfit
     record = _record_at(index, reader)
     if record is None or record.kind == NUMPY:
-        return Misfit("a tensor is live, and the checkpoint has another kind of value")
+        return kind_misfit(live, index, reader)
     shape = whole_shape(record)
     if tuple(live.shape) != shape:
         return Misfit(f"the live shape is {tuple(live.shape)}, the saved one {shape}")
@@ -98,7 +112,7 @@ def array_misfit(
     """Return why the node ``index`` does not fit a live array; None if it does."""
     record = _record_at(index, reader)
     if record is None or record.kind != NUMPY:
-        return Misfit("an array is live, and the checkpoint has another kind of value")
+        return kind_misfit(live, index, reader)
     if live.shape != record.shape:
         return Misfit(f"the live shape is {live.shape}, the saved one {record.shape}")
     if not live.flags.writeable:

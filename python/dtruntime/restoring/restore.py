@@ -33,6 +33,7 @@ from dtruntime.restoring.fitting import (
     can_be_filled,
     entries,
     inference_misfit,
+    kind_misfit,
     tensor_misfit,
 )
 from dtruntime.restoring.optimizers import is_state_copy, optimizer_misfit
@@ -177,10 +178,10 @@ class _Planner:
         self.plan.written = {id(claim.live): claim.path for claim in self._claims}
         if type(live) in (dict, OrderedDict):
             changed = {action.item for action in self.plan.actions if action.has_effect}
-            told = self.plan.untouched
+            untouched = self.plan.untouched
             for key in live:
-                if key not in changed and not any(_is_at_or_below(path, key) for path in told):
-                    told.append(str(key))
+                if key not in changed and not any(_is_at_or_below(path, key) for path in untouched):
+                    untouched.append(str(key))
 
     def find_fillable(self) -> None:
         """Find live tensors that can be read into directly: the saved ones are only copied to them.
@@ -329,7 +330,7 @@ class _Planner:
     def _module(self, live: Any, index: int) -> bool:
         """Plan for a module; return whether anything of it will be restored."""
         if self._tree.nodes[index][0] != TAG_DICT:
-            self._misfit(index, "a module is live, and the checkpoint has no dict")
+            self._misfit(index, kind_misfit(live, index, self._reader))
             return False
         known = len(self.plan.missing) + len(self.plan.unexpected)
         fit = self._compare_module(live, index)
@@ -448,9 +449,7 @@ class _Planner:
 
     def _dict(self, live: dict[Any, Any], index: int) -> None:
         if self._tree.nodes[index][0] != TAG_DICT:
-            self._misfit(
-                index, f"a `{type(live).__name__}` is live, and the checkpoint has no dict"
-            )
+            self._misfit(index, kind_misfit(live, index, self._reader))
             return
         # Keyed by type, too: True and 1 are equal in Python, but different keys here.
         saved = {(type(key), key): child for key, child in self._tree.children(index)}
@@ -472,8 +471,7 @@ class _Planner:
     def _sequence(self, live: list[Any] | tuple[Any, ...], index: int, slot: _Slot | None) -> None:
         tag, count = self._tree.nodes[index][:2]
         if tag != (TAG_LIST if type(live) is list else TAG_TUPLE):
-            name = type(live).__name__
-            self._misfit(index, f"a {name} is live, and the checkpoint has another kind of value")
+            self._misfit(index, kind_misfit(live, index, self._reader))
         elif count != len(live):
             self._misfit(index, f"the live length is {len(live)}, the saved one {count}")
         else:
@@ -495,8 +493,7 @@ class _Planner:
         """Plan to make plain data exactly what was saved; the container stays the same object."""
         expected = TAG_LIST if type(live) is list else TAG_DICT
         if self._tree.nodes[index][0] != expected:
-            name = type(live).__name__
-            self._misfit(index, f"a {name} is live, and the checkpoint has another kind of value")
+            self._misfit(index, kind_misfit(live, index, self._reader))
             return
 
         def act(value: Any) -> None:
@@ -513,11 +510,10 @@ class _Planner:
         tag = self._tree.nodes[index][0]
         is_plain = not self._tree.is_container(index) and tag != TAG_TENSOR
         if live is not None and not is_plain and type(live) is not tuple:
-            kind = type(live).__name__
-            self._misfit(index, f"a {kind} is live, and the checkpoint has another kind of value")
+            self._misfit(index, kind_misfit(live, index, self._reader))
             return
 
-        if slot is None and not self._is_there(live, index):
+        if slot is None and not self._is_equal(live, index):
             self._misfit(index, "a plain value outside of any mutable container cannot be replaced")
             return
 
@@ -528,7 +524,7 @@ class _Planner:
 
         self._do(live, index, act)
 
-    def _is_there(self, live: Any, index: int) -> bool:
+    def _is_equal(self, live: Any, index: int) -> bool:
         """Return whether a plain value already equals the saved one."""
         tree = self._tree
         none: dict[int, Any] = {}

@@ -101,11 +101,11 @@ def is_expanded(live: Any) -> bool:
 def conflicts(claims: Iterable[Claim], reader: Reader) -> Iterator[tuple[Claim, str]]:
     """Yield the claims that conflict with earlier ones, each with the reason."""
     for group in _groups(claims):
-        if _lie_as_saved(group, reader.records):
+        if _share_as_saved(group, reader.records):
             continue
         views = {view for _, view in group}
         is_one = len(views) == 1 and not group[0][1].may_overlap
-        yield from _compare_alike(group, reader) if is_one else _compare(group, reader)
+        yield from _compare_with_first(group, reader) if is_one else _compare(group, reader)
 
 
 def _groups(claims: Iterable[Claim]) -> Iterator[list[_Placed]]:
@@ -156,7 +156,7 @@ def _view_of(live: Any) -> _View | None:
     return _View(device, address, shape, strides, item_bytes)
 
 
-def _lie_as_saved(group: Sequence[_Placed], records: Sequence[TensorRecord]) -> bool:
+def _share_as_saved(group: Sequence[_Placed], records: Sequence[TensorRecord]) -> bool:
     """Return whether saved tensors share memory in the same way as the live ones."""
     first = _distance(*group[0], records)
     if len({_identity(claim, view, records) for claim, view in group}) == 1:
@@ -191,13 +191,13 @@ def _distance(claim: Claim, view: _View, records: Sequence[TensorRecord]) -> tup
     return record.storage, view.address - record.offset * record.item_bytes
 
 
-def _compare_alike(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, str]]:
+def _compare_with_first(group: Sequence[_Placed], reader: Reader) -> Iterator[tuple[Claim, str]]:
     """Yield claims that differ from the first, all of them for the same memory."""
     kept = group[0][0]
     first = _bytes_for(kept, reader)
     for claim, _ in group[1:]:
-        is_alike = claim.live.dtype == kept.live.dtype and _flips(claim.live) == _flips(kept.live)
-        if claim.number == kept.number and is_alike:
+        is_same = claim.live.dtype == kept.live.dtype and _flips(claim.live) == _flips(kept.live)
+        if claim.number == kept.number and is_same:
             continue
         if not np.array_equal(first, _bytes_for(claim, reader)):
             yield claim, _why(claim, kept)

@@ -50,7 +50,13 @@ from dtruntime.state.tree import (
     TAG_TORCH_SIZE,
     TAG_TUPLE,
 )
-from dtruntime.state.unsupported import display, is_unicode, name_of, why_unsupported
+from dtruntime.state.unsupported import (
+    Refusals,
+    display,
+    is_unicode,
+    name_of,
+    why_unsupported,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,7 +98,7 @@ def flatten(
         world_size: Ranks that save together, each its parts of sharded tensors.
 
     Raises:
-        UnsupportedValue: A value cannot be stored; the message names its key path.
+        UnsupportedValue: Values cannot be stored; the message names the key paths of the first.
         InvalidArgument: A glob of ``replication`` matches nothing.
 
     >>> flatten({"epoch": 3, "lr": [0.1]}).nodes
@@ -101,7 +107,7 @@ def flatten(
     """
     flattener = _Flattener(world_size, consistency)
     with collector_paused():
-        flattener.add(state, None, is_keyed=False)
+        flattener.walk(state)
         nodes, table = flattener.nodes, flattener.table
         if replication is None:
             return FlatState(nodes, *table.finish(consistency=consistency), [], table)
@@ -123,7 +129,7 @@ def needs_of(
     """
     flattener = _Flattener(world_size)
     with collector_paused():
-        flattener.add(state, None, is_keyed=False)
+        flattener.walk(state)
     sizes, gpus = flattener.table.sizes(), flattener.table.gpus()
     if replication is None:
         return sum(sizes), gpus
@@ -158,6 +164,8 @@ class _Flattener:
         self._world_size = world_size
         self._path: list[Any] = []
         self._open_containers: set[int] = set()
+        self._is_endless = False
+        self._refusals = Refusals()
         self._handlers: dict[type, Callable[[Any], tuple[int, Any]]] = {
             type(None): lambda _: (TAG_NONE, None),
             bool: lambda value: (TAG_BOOL, value),
@@ -184,7 +192,22 @@ class _Flattener:
         if (sharded := sharded_tensors.sharded_type()) is not None:
             self._handlers[sharded] = self._sharded
 
-    def add(self, value: Any, key: Any, *, is_keyed: bool) -> None:
+    def walk(self, state: Any) -> None:
+        """Append the nodes of a state.
+
+        Raises:
+            UnsupportedValue: Values in it cannot be stored.
+
+        """
+        try:
+            self._add(state, None, is_keyed=False)
+        except UnsupportedValue as error:
+            self._refusals.add(error)
+        finally:
+            self._handlers.clear()  # they refer to this, which keeps the state's memory alive
+        self._refusals.check()
+
+    def _add(self, value: Any, key: Any, *, is_keyed: bool) -> None:
         """Append the nodes of ``value``, which is under ``key`` of a dict if ``is_keyed``."""
         kind = type(value)
         handler = self._handlers.get(kind)
@@ -218,7 +241,7 @@ class _Flattener:
         if self._consistency is not None:
             self._consistency.note_module(value)
         with self._inside(value):
-            self.add(method(), key, is_keyed=is_keyed)
+            self._add(method(), key, is_keyed=is_keyed)
 
     def _dict(self, value: dict[Any, Any], key: Any, *, is_keyed: bool) -> None:
         kind = DICTS.index(type(value))
@@ -251,17 +274,24 @@ class _Flattener:
 
     def _child(self, key: Any, child: Any, *, is_keyed: bool) -> None:
         self._path.append(key)
-        self.add(child, key, is_keyed=is_keyed)
+        try:
+            self._add(child, key, is_keyed=is_keyed)
+        except UnsupportedValue as error:
+            if self._is_endless:
+                raise
+            self._refusals.add(error)  # the walk continues, to find the others
         self._path.pop()
 
     def _inside(self, container: Any) -> _Inside:
         if id(container) in self._open_containers:
+            self._is_endless = True  # every path through a graph could take forever
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
                 f"this `{name_of(type(container))}` contains itself",
                 "break the cycle: save each part once and link them again after loading",
             )
         if len(self._open_containers) >= DEPTH_MAX:
+            self._is_endless = True
             raise UnsupportedValue(
                 f"saving `{self._where()}`",
                 f"containers are nested deeper than {DEPTH_MAX}",
@@ -273,9 +303,9 @@ class _Flattener:
         kind = type(key)
         if kind is str:
             if not key.isascii() and not is_unicode(key):
-                raise self._unsupported_key(key, "a string with lone surrogates is not valid text")
+                self._refuse_key(key, "a string with lone surrogates is not valid text")
         elif kind not in _KEY_TYPES:
-            raise self._unsupported_key(key, f"a key of type `{name_of(kind)}` cannot be stored")
+            self._refuse_key(key, f"a key of type `{name_of(kind)}` cannot be stored")
 
     def _str(self, value: str) -> tuple[int, str]:
         if not value.isascii() and not is_unicode(value):
@@ -300,11 +330,12 @@ class _Flattener:
     def _where(self) -> str:
         return display(self._path)
 
-    def _unsupported_key(self, key: Any, why: str) -> UnsupportedValue:
+    def _refuse_key(self, key: Any, why: str) -> None:
         hint = "use str, int, bool, float, bytes or None as keys"
         if isinstance(key, (str, int, np.generic)):
             hint += "; convert it, for example with `str(key)` or `int(key)`"
-        return UnsupportedValue(f"saving `{self._where()}`, key `{key!r}`", why, hint)
+        what = f"saving `{self._where()}`, key `{key!r}`"
+        self._refusals.add(UnsupportedValue(what, why, hint))
 
     def _unsupported(self, value: Any) -> UnsupportedValue:
         why, hint = why_unsupported(value)

@@ -38,6 +38,24 @@ TAG_LIST = 14
 TAG_TUPLE = 15
 TAG_CONTAINERS = TAG_DICT
 
+TAG_TYPES = {
+    TAG_NONE: "NoneType",
+    TAG_BOOL: "bool",
+    TAG_INT: "int",
+    TAG_FLOAT: "float",
+    TAG_COMPLEX: "complex",
+    TAG_STR: "str",
+    TAG_BYTES: "bytes",
+    TAG_NUMPY_SCALAR: "numpy.generic",
+    TAG_TORCH_DTYPE: "torch.dtype",
+    TAG_TORCH_DEVICE: "torch.device",
+    TAG_TORCH_SIZE: "torch.Size",
+    TAG_NUMPY_DTYPE: "numpy.dtype",
+    TAG_LIST: "list",
+    TAG_TUPLE: "tuple",
+}
+"""The types of values, where the tag determines them, for messages."""
+
 Node = tuple[int, Any] | tuple[int, Any, Any]
 """``(tag, payload)``, and the key as a third item for children of a dict."""
 

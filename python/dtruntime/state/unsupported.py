@@ -15,10 +15,43 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtruntime.errors import UnsupportedValue
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _PATH_SHOWN_MAX = 16
+_NAMED_MAX = 5
+"""Values that an error names."""
+
+
+class Refusals:
+    """The values of one state that cannot be stored.
+
+    Texts are kept, not exceptions: their tracebacks would keep the state's memory alive.
+    """
+
+    def __init__(self) -> None:
+        self._first: list[tuple[str, str, str]] = []
+        self._count = 0
+
+    def add(self, error: UnsupportedValue) -> None:
+        """Add a value, by the error that it causes alone."""
+        self._count += 1
+        if self._count <= _NAMED_MAX:
+            self._first.append((error.what, error.why, error.hint))
+
+    def check(self) -> None:
+        """Raise one error for all values that were added, with the hint of the first."""
+        if not self._first:
+            return
+        (what, why, hint), *others = self._first
+        if others:
+            named = (f"{what.removeprefix('saving ')}: {why}" for what, why, _ in others)
+            why += "; also " + "; ".join(named)
+        if self._count > _NAMED_MAX:
+            why += f"; and {self._count - _NAMED_MAX} more"
+        raise UnsupportedValue(what, why, hint)
 
 
 def display(path: Sequence[Any]) -> str:
