@@ -11,7 +11,7 @@ from ranks import run, run_ranks, torchrun
 from support import assert_same, start_script
 
 from dtruntime import BarrierTimeout, CheckpointManager, CoordinatorUnavailable, InvalidArgument
-from dtruntime.ranks import embedded
+from dtruntime.ranks import embedded, launch
 
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
 
@@ -229,3 +229,11 @@ def test_torchrun_needs_nothing_else_and_a_lost_rank_is_resumed(tmp_path):
         assert calm_state["step"] == lossy_state["step"] == 40
         # DDP rearranges gradients after its first step: sums may round in another order then.
         torch.testing.assert_close(lossy_state, calm_state, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_met_through_a_file_have_to_say_where_rank_0_is(monkeypatch):
+    group = launch.ProcessGroup(rank=1, world_size=2, store=object(), master="")
+    monkeypatch.setattr(launch, "process_group", lambda *_: group)
+    with pytest.raises(InvalidArgument, match="initialized through a file") as caught:
+        embedded.find(1, 1.0, {})
+    assert "MASTER_ADDR" in caught.value.hint
