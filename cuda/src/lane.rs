@@ -15,8 +15,8 @@
 //! - Told `Ok` means: the copy's own call succeeded, the event behind it passed without an error,
 //!   and the device was not lost by then.
 //! - Every traveller is told exactly once, by the completion thread, in order, with no lock held.
-//! - Who gives the stream work holds `order`, and not `state`: a driver whose queue is full makes its
-//!   caller wait, and nobody is kept from being told by that.
+//! - A caller that gives the stream work holds `order`, and not `state`: a driver whose queue is
+//!   full blocks its caller, and that keeps nobody from being told.
 //! - An end of the lane is an end of all its batches first.
 
 use std::collections::VecDeque;

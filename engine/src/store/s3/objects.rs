@@ -239,6 +239,18 @@ impl Shared {
             deleted => deleted.map(drop),
         }
     }
+
+    /// Deletes an object if this version of it stands there; false if another one does. Services
+    /// that do not know the condition delete what stands there.
+    pub(super) async fn delete_version(&self, key: &str, tag: &str) -> Asked<bool> {
+        let request = self.client.s3.delete_object().bucket(self.address.bucket()).key(key);
+        match bounded(&self.client, answer(request.if_match(tag).send())).await {
+            Err(failure) if failure.is_race() => Ok(false),
+            Err(failure) if failure.is_missing() => Ok(true),
+            Err(failure) if failure.is_unknown() => self.delete(key).await.map(|()| true),
+            deleted => deleted.map(|_| true),
+        }
+    }
 }
 
 /// Ends a request with an error when the client's deadline is over.

@@ -4,6 +4,8 @@
 //! - A checkpoint's manifest is gone before the first of its shards goes: none is ever seen with
 //!   shards missing because it is being deleted, unless another rank publishes it at that moment,
 //!   and then it is gone again when the deletion ends.
+//! - A manifest goes only as the version that was looked at, where the service knows conditions on
+//!   deletions.
 //! - A checkpoint goes with the shards that its manifest names; other shards of its step may be
 //!   another writer's, and are orphans to those who clean.
 //! - A shard that this process is writing stays, and so does one that a manifest may name.
@@ -11,10 +13,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::objects::Object;
 use super::{Shared, is_own_name, publish};
 use crate::format::manifest::{Manifest, total_bytes};
 use crate::format::names::{self, AttemptId};
 use crate::{EngineError, Result};
+
+/// How often a manifest that another writer replaces between the look and the deletion is looked at
+/// again.
+const LOOKS_MAX: u32 = 3;
 
 /// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`]. Without a manifest there
 /// is none: other ranks may be bringing shards of one, and what is left of none are orphans, which
@@ -25,29 +32,43 @@ pub(super) fn remove_checkpoint(
     only: Option<AttemptId>,
 ) -> Result<u64> {
     let what = format!("deleting step {step} of `{}`", shared.address);
-    let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(0) };
-    let manifest = Manifest::decode(&object.bytes).ok();
-    let attempt = manifest.as_ref().and_then(|manifest| manifest.attempt_id().ok());
-    if only.is_some() && only != attempt {
-        return Ok(0);
+    for _ in 0..LOOKS_MAX {
+        let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(0) };
+        let manifest = Manifest::decode(&object.bytes).ok();
+        let attempt = manifest.as_ref().and_then(|manifest| manifest.attempt_id().ok());
+        if only.is_some() && only != attempt {
+            return Ok(0);
+        }
+        let goes = shards_that_go(shared, &what, step, manifest)?;
+        if !delete_manifest(shared, step, &object)? {
+            continue;
+        }
+        let deleted = delete_shards(shared, step, goes);
+        if let Some(attempt) = attempt {
+            // Somebody may have put it again while its shards went, having seen them all. Whoever
+            // puts it later sees them missing.
+            take_back(shared, step, attempt)?;
+        }
+        return Ok(object.bytes.len() as u64 + deleted?);
     }
-    let goes: BTreeMap<String, u64> = if let Some(manifest) = manifest {
-        manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect()
-    } else {
-        // What it named is not known: all that nobody is at.
-        let mut shards = shards_there(shared, &what, step)?;
-        let own = shared.own();
-        shards.retain(|file, _| !own.live.contains(&(step, file.clone())));
-        shards
-    };
-    delete(shared, step, names::MANIFEST_FILE)?;
-    let deleted = delete_shards(shared, step, goes);
-    if let Some(attempt) = attempt {
-        // Somebody may have put it again while its shards went, having seen them all. Whoever puts
-        // it later sees them missing.
-        take_back(shared, step, attempt)?;
+    Err(contended(what))
+}
+
+/// The shards that go with a manifest, and their bytes.
+fn shards_that_go(
+    shared: &Shared,
+    what: &str,
+    step: u64,
+    manifest: Option<Manifest>,
+) -> Result<BTreeMap<String, u64>> {
+    if let Some(manifest) = manifest {
+        return Ok(manifest.shards.into_iter().map(|shard| (shard.file, shard.bytes)).collect());
     }
-    Ok(object.bytes.len() as u64 + deleted?)
+    // What it named is not known: all that nobody is at.
+    let mut shards = shards_there(shared, what, step)?;
+    let own = shared.own();
+    shards.retain(|file, _| !own.live.contains(&(step, file.clone())));
+    Ok(shards)
 }
 
 /// Deletes shards, many at a time. Returns the bytes freed, or the first failure once all were
@@ -68,12 +89,29 @@ fn delete_shards(shared: &Arc<Shared>, step: u64, shards: BTreeMap<String, u64>)
 /// Deletes the manifest of an attempt, if it stands there, and no shard.
 pub(super) fn take_back(shared: &Shared, step: u64, attempt: AttemptId) -> Result<()> {
     let what = format!("taking back step {step} of `{}`", shared.address);
-    let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(()) };
-    let stands = Manifest::decode(&object.bytes).ok();
-    if stands.and_then(|manifest| manifest.attempt_id().ok()) == Some(attempt) {
-        delete(shared, step, names::MANIFEST_FILE)?;
+    for _ in 0..LOOKS_MAX {
+        let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(()) };
+        let stands = Manifest::decode(&object.bytes).ok();
+        let is_its = stands.and_then(|manifest| manifest.attempt_id().ok()) == Some(attempt);
+        if !is_its || delete_manifest(shared, step, &object)? {
+            return Ok(());
+        }
     }
-    Ok(())
+    Err(contended(what))
+}
+
+/// Deletes the manifest that was read; false if another one stands there by now.
+fn delete_manifest(shared: &Shared, step: u64, object: &Object) -> Result<bool> {
+    let key = shared.file_key(step, names::MANIFEST_FILE);
+    shared.ask(&shared.naming("deleting", &key), shared.delete_version(&key, &object.tag))
+}
+
+fn contended(what: String) -> EngineError {
+    EngineError::StepConflict {
+        what,
+        why: format!("another writer replaced its manifest {LOOKS_MAX} times meanwhile"),
+        hint: "delete it when nobody saves this step".into(),
+    }
 }
 
 /// Names and bytes of a step's shards, by whatever writer.

@@ -360,7 +360,8 @@ fn a_save_that_replaces_an_outdated_step_asks_nobody_far_and_leaves_it_outdated_
     assert_eq!(replaced, manifest_of(&near));
     let attempt = AttemptId([7; 16]);
     let mut manifest = Manifest::decode(&replaced).unwrap();
-    (manifest.attempt, manifest.shards) = (attempt.to_string(), Vec::new());
+    manifest.attempt = attempt.to_string();
+    manifest.shards[0].file = names::shard_file_name(0, attempt);
     tier.publish(Publication {
         step: 1,
         attempt,

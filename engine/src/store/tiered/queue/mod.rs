@@ -55,6 +55,8 @@ struct Current {
     step: u64,
     due: Due,
     task: Arc<UploadTask>,
+    /// It was under way already when the drain began: it is not the try that the drain grants.
+    precedes_drain: bool,
 }
 
 /// The work on one step, as the thread that is at it and those who look on share it: whether it is
@@ -249,6 +251,9 @@ impl Queue {
         if self.draining.is_none() {
             self.draining = Some(now);
             self.look = Due::default();
+            if let Some(current) = &mut self.current {
+                current.precedes_drain = true;
+            }
         }
     }
 
@@ -301,7 +306,8 @@ impl Queue {
 
     fn begin(&mut self, step: u64, due: Due) -> Arc<UploadTask> {
         let task = Arc::new(UploadTask::default());
-        self.current = Some(Current { step, due, task: Arc::clone(&task) });
+        let current = Current { step, due, task: Arc::clone(&task), precedes_drain: false };
+        self.current = Some(current);
         task
     }
 
@@ -326,7 +332,9 @@ impl Queue {
         share: bool,
         now: Duration,
     ) -> bool {
-        let Some(Current { step, due, task }) = self.current.take() else { return false };
+        let Some(Current { step, due, task, precedes_drain }) = self.current.take() else {
+            return false;
+        };
         if outcome.is_ok() {
             self.unfinished.remove(&step);
         }
@@ -334,7 +342,7 @@ impl Queue {
             return false;
         }
         match outcome {
-            Err(uncopied) if self.tries_again(&uncopied) => {
+            Err(uncopied) if self.tries_again(&uncopied, precedes_drain) => {
                 self.waiting.insert(step, due.again(now, PAUSES));
                 return true;
             }
@@ -348,8 +356,8 @@ impl Queue {
         false
     }
 
-    fn tries_again(&self, uncopied: &Uncopied) -> bool {
-        uncopied.may_pass() && self.draining.is_none()
+    fn tries_again(&self, uncopied: &Uncopied, precedes_drain: bool) -> bool {
+        uncopied.may_pass() && (self.draining.is_none() || precedes_drain)
     }
 
     fn fail(&mut self, step: u64, error: EngineError) {
@@ -408,8 +416,8 @@ impl Queue {
     /// It could not be told whether the current step is whole: it is looked at again, if that may
     /// change.
     pub(super) fn book_unseen(&mut self, step: u64, uncopied: Uncopied) {
-        self.current = None;
-        if !self.tries_again(&uncopied) && self.brought.remove(&step).is_some() {
+        let precedes_drain = self.current.take().is_some_and(|current| current.precedes_drain);
+        if !self.tries_again(&uncopied, precedes_drain) && self.brought.remove(&step).is_some() {
             self.fail(step, uncopied.into());
         }
     }

@@ -126,6 +126,17 @@ fn what_fails_in_a_drain_is_done_with_and_removals_come_back_after_it() {
 }
 
 #[test]
+fn what_was_under_way_when_a_drain_began_is_tried_once_more_too() {
+    let mut queue = queue(&[3]);
+    queue.take(SECOND).unwrap();
+    queue.drain(SECOND);
+    assert!(queue.book(Err(away()), false, SECOND));
+    assert!(!queue.is_drained());
+    assert_eq!(passes(&mut queue, SECOND, Some(away())), Some(3));
+    assert!(queue.is_drained() && queue.failed().is_some());
+}
+
+#[test]
 fn a_retired_step_does_not_overtake_the_one_that_retires_it() {
     let mut queue = queue(&[2, 5, 7]);
     let (step, task) = queue.take(SECOND).unwrap();
