@@ -258,7 +258,7 @@ impl EngineError {
     }
 
     /// Damage found in `file`.
-    pub fn corrupt(file: impl fmt::Display, why: impl Into<String>) -> Self {
+    pub(crate) fn corrupt(file: impl fmt::Display, why: impl Into<String>) -> Self {
         Self::Corrupt {
             what: format!("reading `{file}`"),
             why: why.into(),
@@ -311,7 +311,7 @@ impl EngineError {
 
     /// The same error for a second reader (a handle that is asked twice); the source is rendered.
     #[must_use]
-    pub fn duplicate(&self) -> Self {
+    pub(crate) fn duplicate(&self) -> Self {
         macro_rules! same {
             ($($variant:ident),*) => {
                 match self {

@@ -6,6 +6,10 @@
 //! The groups of modules are declared from the front door to the device; the decisions that the
 //! pipelines go by stand between, and last what is beside the path of a byte.
 #![deny(missing_docs)]
+#![cfg_attr(
+    not(feature = "s3"),
+    expect(dead_code, reason = "a few parts of shared modules are used by S3 alone")
+)]
 
 // The front door.
 pub mod engine;
@@ -23,21 +27,23 @@ mod retention;
 
 // Stores, copies from one to another, and devices.
 pub mod io;
-pub mod store;
+mod store;
 pub mod store_copy;
 
 // Beside the path of a byte.
 pub mod clock;
 pub mod config;
 pub mod error;
-pub mod memcpy;
-pub mod progress;
+mod memcpy;
+mod progress;
 mod sync;
 mod threads;
 
 pub use config::Config;
 pub use engine::Engine;
 pub use error::EngineError;
+pub use memcpy::copy_from;
+pub use store::PendingUpload;
 
 /// What every fallible verb of the engine returns.
 pub type Result<T> = std::result::Result<T, EngineError>;

@@ -25,7 +25,7 @@ const TILE_BYTES: usize = 16 << 10;
 /// # Panics
 ///
 /// Where their lengths differ.
-pub fn copy(source: &[u8], destination: &mut [u8]) {
+pub(crate) fn copy(source: &[u8], destination: &mut [u8]) {
     assert_eq!(source.len(), destination.len(), "a copy has one length");
     // SAFETY: a slice is readable over its length, which is that of `destination`.
     unsafe { copy_from(source.as_ptr(), destination) }
@@ -37,7 +37,7 @@ pub fn copy(source: &[u8], destination: &mut [u8]) {
 /// # Panics
 ///
 /// Where their lengths differ.
-pub fn copy_with_checksum(source: &[u8], destination: &mut [u8]) -> u32 {
+pub(crate) fn copy_with_checksum(source: &[u8], destination: &mut [u8]) -> u32 {
     assert_eq!(source.len(), destination.len(), "a copy has one length");
     let mut digest = Digest::new();
     for (from, to) in source.chunks(TILE_BYTES).zip(destination.chunks_mut(TILE_BYTES)) {

@@ -9,14 +9,14 @@ use serde::Serialize;
 
 /// Live counters of one save, in bytes.
 #[derive(Debug, Default)]
-pub struct Progress {
+pub(crate) struct Progress {
     raw: u64,
     captured: AtomicU64,
     encoded: AtomicU64,
     written: AtomicU64,
 }
 
-/// A reading of [`Progress`].
+/// The counters of one save at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ProgressReading {
     /// Bytes of the raw layout: what the counters below, except the last, grow to.
@@ -31,27 +31,27 @@ pub struct ProgressReading {
 
 impl Progress {
     /// Counters for a raw layout of `raw_bytes`.
-    pub fn new(raw_bytes: u64) -> Self {
+    pub(crate) fn new(raw_bytes: u64) -> Self {
         Self { raw: raw_bytes, ..Self::default() }
     }
 
     /// Counts captured raw bytes.
-    pub fn add_captured(&self, bytes: u64) {
+    pub(crate) fn add_captured(&self, bytes: u64) {
         self.captured.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts encoded raw bytes.
-    pub fn add_encoded(&self, bytes: u64) {
+    pub(crate) fn add_encoded(&self, bytes: u64) {
         self.encoded.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts stored bytes handed to the device.
-    pub fn add_written(&self, bytes: u64) {
+    pub(crate) fn add_written(&self, bytes: u64) {
         self.written.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// The counters now; each is read on its own.
-    pub fn read(&self) -> ProgressReading {
+    pub(crate) fn read(&self) -> ProgressReading {
         ProgressReading {
             raw_bytes: self.raw,
             captured_bytes: self.captured.load(Ordering::Relaxed),

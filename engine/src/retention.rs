@@ -57,7 +57,7 @@ fn rank(mut measured: Vec<(u64, f64)>, mode: BestMode) -> Vec<u64> {
 ///
 /// `protected` are the step just committed, the step restored from, the newest that verified, the
 /// best.
-pub(crate) fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec<u64> {
+fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec<u64> {
     let retiring = survey.retiring_steps();
     let kept: Vec<u64> = protected.iter().chain(&retiring).copied().collect();
     let mut plan = survey.retired_steps();
@@ -84,7 +84,7 @@ pub(crate) fn plan_prune(
 }
 
 /// Which of the `committed` steps the policy lets go, ascending, none of the `protected` ones.
-pub(crate) fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
+fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
     let Some(keep_last_n) = policy.keep_last_n else {
         return Vec::new();
     };

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dtr_cuda::Direction;
+use dtr_engine::PendingUpload;
 use dtr_engine::config::{BestMode, Config};
 use dtr_engine::engine::Engine;
 use dtr_engine::load::VerifyObserver;
 use dtr_engine::ranks::{Agreed, Coordinated, Hindrance};
 use dtr_engine::recovery::StepState;
 use dtr_engine::save::{SaveRequest, share_of};
-use dtr_engine::store::PendingUpload;
 use dtr_engine::{EngineError, Result};
 use numpy::PyArray1;
 use pyo3::prelude::*;

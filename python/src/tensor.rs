@@ -9,7 +9,7 @@
 #![expect(unsafe_code, reason = "torch's and numpy's memory is reached by address")]
 
 use dtr_engine::format::layout::ElementType;
-use dtr_engine::io::buffer::Slab;
+use dtr_engine::io::Slab;
 use dtr_engine::load::{MappedShard, Target};
 use dtr_engine::save::StorageSource;
 use dtr_engine::{EngineError, Result};
@@ -109,7 +109,7 @@ impl StorageSource for HostSource {
             // bytes are then unspecified, and only bytes.
             unsafe {
                 let source = std::ptr::with_exposed_provenance::<u8>(piece.address + skip);
-                dtr_engine::memcpy::copy_from(source, part);
+                dtr_engine::copy_from(source, part);
             }
             at += count as u64;
             next += 1;

@@ -1,9 +1,9 @@
 //! Chunk bytes <-> stored bytes, pure.
 //!
 //! Always holds: decoding what was encoded gives the same bytes; encoding never grows a chunk (one
-//! that does not shrink below [`STORED_FRACTION_MAX`] is left raw); a decoder given any bytes at
-//! all returns an error or exactly the expected number of bytes, and allocates nothing whose size
-//! those bytes choose.
+//! that does not shrink below `STORED_FRACTION_MAX` is left raw); a decoder given any bytes at all
+//! returns an error or exactly the expected number of bytes, and allocates nothing whose size those
+//! bytes choose.
 //!
 //! ```
 //! use dtr_engine::codec::{Codec, Decoder, Encoded, Encoder};
@@ -32,7 +32,7 @@ mod zstd;
 
 /// A chunk is stored encoded only where its stored bytes are below this fraction (numerator,
 /// denominator) of its raw bytes: saving less is not worth a decoder's time at every load.
-pub const STORED_FRACTION_MAX: (usize, usize) = (97, 100);
+pub(crate) const STORED_FRACTION_MAX: (usize, usize) = (97, 100);
 
 /// How a chunk's raw bytes become its stored bytes. The discriminants are persisted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,7 +50,7 @@ pub enum Codec {
 
 impl Codec {
     /// The codec with this persisted id; `None` where this version knows no such codec.
-    pub fn from_id(id: u8) -> Option<Self> {
+    pub(crate) fn from_id(id: u8) -> Option<Self> {
         match id {
             0 => Some(Self::None),
             1 => Some(Self::Float),
@@ -113,7 +113,7 @@ impl Encoder {
     }
 
     /// Encodes `raw`, whose elements are `element`, into `stored`, never past its end: a result
-    /// that does not fit, or is not below [`STORED_FRACTION_MAX`], is [`Encoded::Raw`], and what
+    /// that does not fit, or is not below `STORED_FRACTION_MAX`, is [`Encoded::Raw`], and what
     /// `stored` then holds means nothing.
     pub fn encode(
         &mut self,

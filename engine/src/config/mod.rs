@@ -1,6 +1,6 @@
 //! Every setting of the engine, with its default, unit and range, checked in one place.
 //!
-//! Always holds: a [`Config`] that passed [`Config::validate`] needs no further checks anywhere;
+//! Always holds: a [`Config`] that passed `Config::validate` needs no further checks anywhere;
 //! unknown keys are refused when one is read from text.
 
 use std::path::PathBuf;
@@ -14,10 +14,8 @@ use crate::{EngineError, Result};
 
 mod s3;
 
-pub use s3::{
-    PART_BYTES_DEFAULT, PART_BYTES_MAX, PART_BYTES_MIN, S3_SCHEME, S3Address, S3Credentials,
-    S3Settings,
-};
+pub(crate) use s3::S3Address;
+pub use s3::{S3_SCHEME, S3Credentials, S3Settings};
 
 /// How chunks are encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +36,7 @@ pub enum Compression {
 
 impl Compression {
     /// The codec that is fixed by this setting; `None` for `auto`, where each chunk decides.
-    pub fn fixed_codec(self) -> Option<Codec> {
+    pub(crate) fn fixed_codec(self) -> Option<Codec> {
         match self {
             Self::Auto => None,
             Self::None => Some(Codec::None),
@@ -176,17 +174,17 @@ impl Default for Config {
 }
 
 /// Default of [`Config::chunk_bytes`].
-pub const CHUNK_BYTES_DEFAULT: u32 = 4 << 20;
+const CHUNK_BYTES_DEFAULT: u32 = 4 << 20;
 /// Smallest [`Config::chunk_bytes`].
-pub const CHUNK_BYTES_MIN: u32 = 64 << 10;
+pub(crate) const CHUNK_BYTES_MIN: u32 = 64 << 10;
 /// Largest [`Config::chunk_bytes`].
-pub const CHUNK_BYTES_MAX: u32 = 64 << 20;
+pub(crate) const CHUNK_BYTES_MAX: u32 = 64 << 20;
 /// Fewest chunks that the staging arena holds: one being captured, one encoded, two in flight.
-pub const STAGING_CHUNKS_MIN: u64 = 4;
+pub(crate) const STAGING_CHUNKS_MIN: u64 = 4;
 /// Bytes in flight where nothing is set, unless two chunks are more.
 const IN_FLIGHT_BYTES_DEFAULT: u64 = 32 << 20;
 /// Most bytes in flight.
-pub const IN_FLIGHT_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const IN_FLIGHT_BYTES_MAX: u64 = 1 << 30;
 
 impl Config {
     /// A configuration for the store at `path`, all else default.
@@ -195,7 +193,7 @@ impl Config {
     }
 
     /// Checks every range and the relations between settings.
-    pub fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         self.validate_identity()?;
         self.validate_sizes()?;
         self.validate_retention()?;
@@ -225,7 +223,7 @@ impl Config {
     }
 
     /// The far store of a tier, if one is set.
-    pub fn remote_address(&self) -> Result<S3Address> {
+    pub(crate) fn remote_address(&self) -> Result<S3Address> {
         let remote = self.remote.as_deref().unwrap_or_default();
         S3Address::parse(remote).unwrap_or_else(|| {
             Err(EngineError::invalid(
@@ -237,7 +235,7 @@ impl Config {
     }
 
     /// Where the store is, if it is in S3.
-    pub fn s3_address(&self) -> Result<Option<S3Address>> {
+    pub(crate) fn s3_address(&self) -> Result<Option<S3Address>> {
         self.path.to_str().and_then(S3Address::parse).transpose()
     }
 
@@ -281,7 +279,7 @@ impl Config {
 
     /// Whether this rank's store need not be that of the others: several ranks save, and what they
     /// share is `remote`. Each then publishes, prunes and uploads what is its own.
-    pub fn has_own_store(&self) -> bool {
+    pub(crate) fn has_own_store(&self) -> bool {
         self.world_size > 1 && self.remote.is_some()
     }
 

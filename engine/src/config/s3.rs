@@ -13,11 +13,11 @@ use crate::{EngineError, Result};
 /// What every address of an S3 store begins with.
 pub const S3_SCHEME: &str = "s3://";
 /// Default of [`S3Settings::part_bytes`].
-pub const PART_BYTES_DEFAULT: u64 = 16 << 20;
+const PART_BYTES_DEFAULT: u64 = 16 << 20;
 /// Smallest part that the service takes, but for the last one.
-pub const PART_BYTES_MIN: u64 = 5 << 20;
+const PART_BYTES_MIN: u64 = 5 << 20;
 /// Largest part that the service takes.
-pub const PART_BYTES_MAX: u64 = 5 << 30;
+const PART_BYTES_MAX: u64 = 5 << 30;
 /// Longest prefix: what it leaves of a key's 1,024 bytes is enough for our own names.
 const PREFIX_BYTES_MAX: usize = 900;
 
@@ -129,7 +129,7 @@ impl fmt::Debug for S3Credentials {
 
 /// A bucket, and the prefix in it that is the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct S3Address {
+pub(crate) struct S3Address {
     bucket: String,
     /// Segments between single slashes; none at its ends; may be empty.
     prefix: String,
@@ -137,7 +137,7 @@ pub struct S3Address {
 
 impl S3Address {
     /// Reads `s3://bucket/prefix`; `None` if the text does not begin with the scheme.
-    pub fn parse(text: &str) -> Option<Result<Self>> {
+    pub(crate) fn parse(text: &str) -> Option<Result<Self>> {
         let rest = text.strip_prefix(S3_SCHEME)?;
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         let prefix = prefix.strip_suffix('/').unwrap_or(prefix);
@@ -156,12 +156,12 @@ impl S3Address {
     }
 
     /// The bucket.
-    pub fn bucket(&self) -> &str {
+    pub(crate) fn bucket(&self) -> &str {
         &self.bucket
     }
 
     /// The key of what is called `name` in the store.
-    pub fn key(&self, name: &str) -> String {
+    pub(crate) fn key(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.into() } else { format!("{}/{name}", self.prefix) }
     }
 }

@@ -9,21 +9,21 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
 
 /// A CRC-32C of bytes that come in pieces.
 #[derive(Clone, Debug)]
-pub struct Digest(crc_fast::Digest);
+pub(crate) struct Digest(crc_fast::Digest);
 
 impl Digest {
     /// Of no bytes yet.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(crc_fast::Digest::new(Crc32Iscsi))
     }
 
     /// Takes in the bytes that follow.
-    pub fn update(&mut self, bytes: &[u8]) {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
     /// The checksum of all bytes taken in.
-    pub fn finish(&self) -> u32 {
+    pub(crate) fn finish(&self) -> u32 {
         narrow(self.0.finalize())
     }
 }
@@ -49,7 +49,7 @@ pub fn combine(crc_a: u32, crc_b: u32, bytes_b: usize) -> u32 {
 const PERIOD_BYTES: usize = (1 << 31) - 1;
 
 /// The checksums of A and of B, from that of A followed by B: only the shorter one is hashed.
-pub fn split(whole: u32, a: &[u8], b: &[u8]) -> (u32, u32) {
+pub(crate) fn split(whole: u32, a: &[u8], b: &[u8]) -> (u32, u32) {
     if a.len() <= b.len() {
         let crc_a = crc32c(a);
         // What A contributes to the whole cancels out.
@@ -68,7 +68,7 @@ pub fn to_hex(crc: u32) -> String {
 }
 
 /// Reads what [`to_hex`] writes, and nothing else.
-pub fn from_hex(text: &str) -> Option<u32> {
+pub(crate) fn from_hex(text: &str) -> Option<u32> {
     let crc = u32::from_str_radix(text, 16).ok()?;
     (to_hex(crc) == text).then_some(crc)
 }

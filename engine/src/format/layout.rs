@@ -17,9 +17,9 @@ use super::index::{STORAGES_MAX, StorageRecord};
 use crate::{EngineError, Result};
 
 /// Alignment, in bytes, of every storage in the raw layout: a cache line, and the widest vector.
-pub const STORAGE_ALIGNMENT: u64 = 64;
+pub(crate) const STORAGE_ALIGNMENT: u64 = 64;
 /// Most bytes of a raw layout: offsets stay well inside what file offsets can hold.
-pub const RAW_BYTES_MAX: u64 = 1 << 60;
+pub(crate) const RAW_BYTES_MAX: u64 = 1 << 60;
 
 /// What the bytes of a storage are, as far as encoding cares. Discriminants are persisted, and
 /// ascend by width.
@@ -45,19 +45,19 @@ impl ElementType {
 
 /// A storage to be laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StorageSpec {
+pub(crate) struct StorageSpec {
     /// Length; may be 0.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// What the bytes are.
-    pub element: ElementType,
+    pub(crate) element: ElementType,
     /// Whether they lie in the memory of a device: chunks of the host's memory and of a device's
     /// are captured in different ways.
-    pub on_device: bool,
+    pub(crate) on_device: bool,
 }
 
 /// Where every storage lies, and what every chunk holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// By ascending raw offset.
     spans: Vec<Span>,
     /// Position in `spans` of each input storage.
@@ -83,7 +83,7 @@ impl Span {
 impl Layout {
     /// Lays storages out: the host's before a device's, wider element types first, input order
     /// within one type.
-    pub fn plan(storages: &[StorageSpec], chunk_bytes: u32) -> Result<Self> {
+    pub(crate) fn plan(storages: &[StorageSpec], chunk_bytes: u32) -> Result<Self> {
         if storages.len() > STORAGES_MAX {
             return Err(too_large(&format!("{} storages, at most {STORAGES_MAX}", storages.len())));
         }
@@ -123,61 +123,61 @@ impl Layout {
     }
 
     /// Bytes from the start of the raw layout to an input storage.
-    pub fn raw_offset(&self, storage: usize) -> u64 {
+    pub(crate) fn raw_offset(&self, storage: usize) -> u64 {
         self.spans[self.record_index(storage)].record.raw_offset
     }
 
     /// Position of an input storage among [`Layout::records`]: what a tensor record names.
-    pub fn record_index(&self, storage: usize) -> usize {
+    pub(crate) fn record_index(&self, storage: usize) -> usize {
         self.positions[storage] as usize
     }
 
     /// Where an input storage lies.
-    pub fn record(&self, storage: usize) -> StorageRecord {
+    pub(crate) fn record(&self, storage: usize) -> StorageRecord {
         self.spans[self.record_index(storage)].record
     }
 
     /// The storages as an index lists them: by ascending raw offset.
-    pub fn records(&self) -> impl ExactSizeIterator<Item = StorageRecord> {
+    pub(crate) fn records(&self) -> impl ExactSizeIterator<Item = StorageRecord> {
         self.spans.iter().map(|span| span.record)
     }
 
     /// Bytes of the raw layout, gaps included.
-    pub fn raw_bytes(&self) -> u64 {
+    pub(crate) fn raw_bytes(&self) -> u64 {
         self.raw_bytes
     }
 
     /// Raw bytes of every chunk but the last.
-    pub fn chunk_bytes(&self) -> u32 {
+    pub(crate) fn chunk_bytes(&self) -> u32 {
         self.chunk_bytes
     }
 
     /// Number of chunks; 0 when no storage has a byte.
-    pub fn chunk_count(&self) -> usize {
+    pub(crate) fn chunk_count(&self) -> usize {
         usize::try_from(self.raw_bytes.div_ceil(u64::from(self.chunk_bytes)))
             .expect("RAW_BYTES_MAX bounds the chunks")
     }
 
     /// Raw bytes of one chunk.
-    pub fn chunk_raw_bytes(&self, chunk: usize) -> usize {
+    pub(crate) fn chunk_raw_bytes(&self, chunk: usize) -> usize {
         let Range { start, end } = self.chunk_range(chunk);
         narrow(end - start)
     }
 
     /// Where a chunk lies in the raw layout.
-    pub fn chunk_range(&self, chunk: usize) -> Range<u64> {
+    fn chunk_range(&self, chunk: usize) -> Range<u64> {
         assert!(chunk < self.chunk_count(), "chunk {chunk} of {}", self.chunk_count());
         let start = chunk as u64 * u64::from(self.chunk_bytes);
         start..(start + u64::from(self.chunk_bytes)).min(self.raw_bytes)
     }
 
     /// The chunks that hold a range of the raw layout; none for an empty one.
-    pub fn chunks_of(&self, raw: Range<u64>) -> Range<usize> {
+    pub(crate) fn chunks_of(&self, raw: Range<u64>) -> Range<usize> {
         chunks_of(raw, self.chunk_bytes)
     }
 
     /// The element type that holds most of a chunk's bytes; the wider one of equals.
-    pub fn chunk_element(&self, chunk: usize) -> ElementType {
+    pub(crate) fn chunk_element(&self, chunk: usize) -> ElementType {
         let mut bytes = [0; ElementType::ALL.len()];
         for piece in self.pieces(chunk) {
             if let Some(storage) = piece.storage {
@@ -192,7 +192,7 @@ impl Layout {
     }
 
     /// What a chunk holds, in order, gaps included.
-    pub fn pieces(&self, chunk: usize) -> Pieces<'_> {
+    pub(crate) fn pieces(&self, chunk: usize) -> Pieces<'_> {
         let Range { start, end } = self.chunk_range(chunk);
         let first = self.spans.partition_point(|span| span.end() <= start);
         Pieces { spans: &self.spans[first..], start, cursor: start, end }
@@ -209,20 +209,20 @@ pub(crate) fn chunks_of(raw: Range<u64>, chunk_bytes: u32) -> Range<usize> {
 
 /// A run of a chunk's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// Input index of the storage that it comes from; `None` for a gap, which is zeros.
-    pub storage: Option<usize>,
+    pub(crate) storage: Option<usize>,
     /// Bytes from the storage's start; 0 for a gap.
-    pub storage_offset: u64,
+    pub(crate) storage_offset: u64,
     /// Bytes from the chunk's start.
-    pub chunk_offset: usize,
+    pub(crate) chunk_offset: usize,
     /// Bytes; at least 1.
-    pub length: usize,
+    pub(crate) length: usize,
 }
 
 /// The pieces of one chunk: found by binary search, then one step each.
 #[derive(Clone, Debug)]
-pub struct Pieces<'a> {
+pub(crate) struct Pieces<'a> {
     /// Those that end after the cursor.
     spans: &'a [Span],
     start: u64,

@@ -24,9 +24,9 @@ use super::shard::{REGION_ALIGNMENT, check_version};
 /// Version of the format that this engine writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// Most bytes of a manifest.
-pub const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+pub(crate) const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Deepest nesting of arrays and objects within one entry of the metadata or dataset positions.
-pub const METADATA_DEPTH_MAX: usize = 64;
+const METADATA_DEPTH_MAX: usize = 64;
 /// Values and objects that any manifest may have, and the bytes that each one more takes: a parsed
 /// value is many times as long as its text, and what a rank's shard takes is longer than this.
 const VALUES_FREE: u64 = 1 << 16;
@@ -34,7 +34,7 @@ const VALUE_TEXT_BYTES_MIN: u64 = 20;
 const OBJECTS_FREE: u64 = 1 << 13;
 const OBJECT_TEXT_BYTES_MIN: u64 = 192;
 /// Most bytes of a job's name.
-pub const JOB_BYTES_MAX: usize = 255;
+pub(crate) const JOB_BYTES_MAX: usize = 255;
 
 const PREFIX_START: &str = "{\"crc32c\":\"";
 const PREFIX_END: &str = "\",";
@@ -134,7 +134,7 @@ impl Manifest {
     }
 
     /// The number of this name that the user attached, if one is.
-    pub fn metric(&self, name: &str) -> Option<f64> {
+    pub(crate) fn metric(&self, name: &str) -> Option<f64> {
         self.metadata.get(name)?.as_f64().filter(|value| value.is_finite())
     }
 
@@ -176,14 +176,14 @@ pub fn total_bytes(sizes: impl Iterator<Item = u64>) -> u64 {
 
 impl Retired {
     /// The attempt that is retired.
-    pub fn attempt_id(&self) -> Result<AttemptId, FormatError> {
+    pub(crate) fn attempt_id(&self) -> Result<AttemptId, FormatError> {
         parse_attempt(&self.attempt)
     }
 }
 
 impl ShardEntry {
     /// [`ShardEntry::footer_crc32c`] as a number.
-    pub fn footer_crc(&self) -> Result<u32, FormatError> {
+    fn footer_crc(&self) -> Result<u32, FormatError> {
         from_hex(&self.footer_crc32c).ok_or_else(|| {
             FormatError::Damaged(format!(
                 "the manifest has a footer checksum `{}`, expected 8 lower-case hex digits",

@@ -82,7 +82,7 @@ pub fn parse_manifest_temporary(name: &str) -> Option<AttemptId> {
 
 /// The same for a rank: each that is asked to publish an attempt writes a file of its own, or one
 /// could rename what another is still writing.
-pub fn manifest_temporary_name_of(attempt: AttemptId, rank: u32) -> String {
+pub(crate) fn manifest_temporary_name_of(attempt: AttemptId, rank: u32) -> String {
     match rank {
         0 => manifest_temporary_name(attempt),
         rank => format!("{MANIFEST_FILE}.{attempt}.{rank:05}.tmp"),
@@ -90,7 +90,7 @@ pub fn manifest_temporary_name_of(attempt: AttemptId, rank: u32) -> String {
 }
 
 /// Whether [`manifest_temporary_name_of`] gives this name to a file.
-pub fn is_manifest_temporary(name: &str) -> bool {
+pub(crate) fn is_manifest_temporary(name: &str) -> bool {
     let of_rank = || {
         let (base, rank) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
         let attempt = parse_manifest_temporary(&format!("{base}.tmp"))?;

@@ -19,10 +19,10 @@ use crate::config::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN};
 /// Bytes of the header and of the footer.
 pub const BLOCK_BYTES: usize = 4096;
 /// Every region of a shard starts at a multiple of this many bytes, and is zero-padded to one.
-pub const REGION_ALIGNMENT: u64 = BLOCK_BYTES as u64;
+pub(crate) const REGION_ALIGNMENT: u64 = BLOCK_BYTES as u64;
 
 /// Where the first chunk starts at the latest.
-pub const CHUNKS_OFFSET_MAX: u32 = 1 << 20;
+pub(crate) const CHUNKS_OFFSET_MAX: u32 = 1 << 20;
 /// Where it starts unless the feature `ALIGNED` says otherwise: right after the header.
 pub const CHUNKS_OFFSET_MIN: u32 = 4096;
 
@@ -35,7 +35,7 @@ const ALIGNED: u64 = 2;
 const INCOMPATIBLE_KNOWN: u64 = REPLICATED | ALIGNED;
 
 /// Bytes in the file of so many stored ones, with their zero padding.
-pub fn padded_bytes(stored_bytes: u32) -> usize {
+pub(crate) fn padded_bytes(stored_bytes: u32) -> usize {
     (stored_bytes as usize).next_multiple_of(BLOCK_BYTES)
 }
 
@@ -212,7 +212,7 @@ impl Footer {
     }
 
     /// The index with its zero padding, in bytes: what [`Footer::index_crc32c`] covers.
-    pub fn index_padded_bytes(&self) -> u64 {
+    pub(crate) fn index_padded_bytes(&self) -> u64 {
         self.index_stored_bytes.next_multiple_of(REGION_ALIGNMENT)
     }
 

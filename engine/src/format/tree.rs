@@ -1,6 +1,6 @@
 //! The state tree: nested containers with tensors at the leaves, as a flat list in preorder.
 //!
-//! Always holds after decoding: the list is exactly one tree, no deeper than [`DEPTH_MAX`]; every
+//! Always holds after decoding: the list is exactly one tree, no deeper than `DEPTH_MAX`; every
 //! child of a dict has a key, no other node has one; tensor indexes are in range. Nothing here
 //! recurses, so no tree, however deep, overflows a stack.
 
@@ -9,9 +9,9 @@ use std::fmt;
 use super::FormatError;
 
 /// Deepest nesting of containers.
-pub const DEPTH_MAX: usize = 128;
+const DEPTH_MAX: usize = 128;
 /// Most nodes in one tree.
-pub const NODES_MAX: usize = 1 << 24;
+pub(crate) const NODES_MAX: usize = 1 << 24;
 
 /// One node. Children follow their parent directly, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -199,7 +199,7 @@ impl fmt::Display for Key {
 
 /// Visits a tree's nodes in order, knowing the path of each.
 ///
-/// A list that is no tree is walked as far as it is one: [`validate`] tells.
+/// A list that is no tree is walked as far as it is one.
 #[derive(Clone, Debug)]
 pub struct Walk<'a> {
     nodes: &'a [Node],
@@ -291,7 +291,7 @@ impl<'a> Walk<'a> {
 
 /// Index after the last node of the subtree whose top is `top`, or after the last node of a list
 /// that is no tree.
-pub fn subtree_end(nodes: &[Node], top: usize) -> usize {
+pub(crate) fn subtree_end(nodes: &[Node], top: usize) -> usize {
     let mut left = 1;
     let mut end = top;
     while left > 0
@@ -305,7 +305,7 @@ pub fn subtree_end(nodes: &[Node], top: usize) -> usize {
 }
 
 /// [`subtree_end`] of every node of a tree.
-pub fn subtree_ends(nodes: &[Node]) -> Vec<usize> {
+pub(crate) fn subtree_ends(nodes: &[Node]) -> Vec<usize> {
     let mut ends = vec![0; nodes.len()];
     for (index, node) in nodes.iter().enumerate().rev() {
         let mut end = index + 1;
@@ -319,7 +319,7 @@ pub fn subtree_ends(nodes: &[Node]) -> Vec<usize> {
 
 /// The children of the node `index`, without a dict's metadata; `ends` are the tree's
 /// [`subtree_ends`].
-pub fn children_of<'a>(
+pub(crate) fn children_of<'a>(
     value: &Value,
     index: usize,
     ends: &'a [usize],
@@ -359,7 +359,7 @@ pub(crate) fn value_bytes(nodes: &[Node]) -> u64 {
 
 /// Checks that `nodes` are exactly one tree over `tensors` tensors, and that each value has its one
 /// right form.
-pub fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {
+pub(crate) fn validate(nodes: &[Node], tensors: usize) -> Result<(), FormatError> {
     ensure!(!nodes.is_empty(), "the tree is empty, expected at least a root");
     ensure!(nodes.len() <= NODES_MAX, "the tree has {} nodes, at most {NODES_MAX}", nodes.len());
     let mut walk = Walk::new(nodes);

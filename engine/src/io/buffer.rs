@@ -41,7 +41,7 @@ pub(crate) const CONTROL_BUFFER_BYTES: usize = 1 << 20;
 const LOST: usize = usize::MAX;
 
 /// Equal buffers in one mapping.
-pub struct BufferPool {
+pub(crate) struct BufferPool {
     mapping: Mapping,
     buffer_bytes: usize,
     count: usize,
@@ -67,7 +67,7 @@ struct State {
 impl BufferPool {
     /// Maps `count` buffers of `buffer_bytes`, a multiple of [`ALIGNMENT`]. No memory is touched:
     /// see [`BufferPool::prewarm`].
-    pub fn new(buffer_bytes: usize, count: usize) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(buffer_bytes: usize, count: usize) -> io::Result<Arc<Self>> {
         if buffer_bytes == 0 || !buffer_bytes.is_multiple_of(ALIGNMENT) || count == 0 {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -93,7 +93,7 @@ impl BufferPool {
 
     /// Registers the memory with a device's driver, until the pool and every buffer are gone. Does
     /// nothing if it is, or if that was refused before: trying takes seconds.
-    pub fn pin(&self, pin: &dyn Pin) -> crate::Result<()> {
+    pub(crate) fn pin(&self, pin: &dyn Pin) -> crate::Result<()> {
         self.assert_owner();
         let mut refusal = Ok(());
         self.pinned.get_or_init(|| {
@@ -105,7 +105,7 @@ impl BufferPool {
 
     /// Gives every page its memory now, with up to `threads` threads, so that no later write pays
     /// for page faults. Contents are kept, so this may run while buffers are in use.
-    pub fn prewarm(&self, threads: usize) -> io::Result<()> {
+    pub(crate) fn prewarm(&self, threads: usize) -> io::Result<()> {
         self.assert_owner();
         match self.populate(threads) {
             // Before Linux 5.14.
@@ -121,7 +121,7 @@ impl BufferPool {
     ///
     /// In a forked child, which does not have the memory; and if a failed backend lost every
     /// buffer, so that none can ever return.
-    pub fn take(self: &Arc<Self>) -> Buffer {
+    pub(crate) fn take(self: &Arc<Self>) -> Buffer {
         self.assert_owner();
         let none_yet = |state: &mut State| state.free.is_empty() && state.lost < self.count;
         let index = wait_while(&self.returned, self.lock(), None, none_yet).free.pop();
@@ -132,7 +132,7 @@ impl BufferPool {
     }
 
     /// A free buffer, or `None` where all are in use or the process is a forked child.
-    pub fn try_take(self: &Arc<Self>) -> Option<Buffer> {
+    pub(crate) fn try_take(self: &Arc<Self>) -> Option<Buffer> {
         if !self.is_owner() {
             return None;
         }
@@ -142,7 +142,7 @@ impl BufferPool {
 
     /// All buffers at once, as one piece of memory, or `None` where one is in use or the process is
     /// a forked child.
-    pub fn try_take_all(self: &Arc<Self>) -> Option<Slab> {
+    pub(crate) fn try_take_all(self: &Arc<Self>) -> Option<Slab> {
         if !self.is_owner() {
             return None;
         }
@@ -156,17 +156,17 @@ impl BufferPool {
     }
 
     /// Bytes of each buffer.
-    pub fn buffer_bytes(&self) -> usize {
+    pub(crate) fn buffer_bytes(&self) -> usize {
         self.buffer_bytes
     }
 
     /// Number of buffers.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.count
     }
 
     /// Number of buffers that nobody holds at this moment.
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         if self.is_owner() { self.lock().free.len() } else { 0 }
     }
 
@@ -255,8 +255,7 @@ impl Drop for BufferPool {
     }
 }
 
-/// One buffer of a [`BufferPool`]: exclusive access to its bytes until it is dropped, which gives
-/// it back. In a forked child dropping it does nothing.
+/// One buffer of a pool: exclusive access to its bytes until it is dropped, which returns it. In a forked child dropping it does nothing.
 pub struct Buffer {
     pool: Arc<BufferPool>,
     index: usize,
@@ -265,13 +264,13 @@ pub struct Buffer {
 impl Buffer {
     /// Whether this process has the buffer's memory: false in a forked child, which must not read
     /// or write it.
-    pub fn is_accessible(&self) -> bool {
+    pub(crate) fn is_accessible(&self) -> bool {
         self.index != LOST && self.pool.is_owner()
     }
 
     /// Gives the buffer to a transfer that may take long, read-only from now on. Refused, with the
     /// buffer, where half of the pool is parked already: the other half keeps everybody else going.
-    pub fn park(self) -> Result<Parked, Self> {
+    pub(crate) fn park(self) -> Result<Parked, Self> {
         let mut state = self.pool.lock();
         if 2 * (state.parked + 1) > self.pool.count {
             drop(state);
@@ -348,7 +347,7 @@ impl fmt::Debug for Buffer {
     }
 }
 
-/// All the memory of a [`BufferPool`], until it is dropped.
+/// All the memory of a pool of buffers, until it is dropped.
 pub struct Slab {
     pool: Arc<BufferPool>,
     /// As they were free: the last one was used last.
@@ -385,7 +384,7 @@ impl fmt::Debug for Slab {
 
 /// A buffer that waits in a slow transfer; see [`Buffer::park`].
 #[derive(Debug)]
-pub struct Parked(Buffer);
+pub(crate) struct Parked(Buffer);
 
 impl AsRef<[u8]> for Parked {
     fn as_ref(&self) -> &[u8] {

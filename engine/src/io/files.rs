@@ -25,7 +25,7 @@ use super::{ALIGNMENT, Direction, EntryOp, EntryReply, File, Length, OpenMode, T
 use crate::config::DirectIo;
 
 /// Most bytes that one attempt moves: what the kernel takes in one call is just below 2 GiB.
-pub(super) const ATTEMPT_BYTES_MAX: usize = 1 << 30;
+const ATTEMPT_BYTES_MAX: usize = 1 << 30;
 /// Smaller buffered transfers get no special treatment.
 pub(super) const BULK_BYTES_MIN: usize = 256 << 10;
 /// How far behind a buffered write pages are dropped: long enough for the device to have them.

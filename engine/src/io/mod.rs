@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 mod backend;
-pub mod buffer;
+pub(crate) mod buffer;
 #[cfg(test)]
 mod conformance;
 mod files;
@@ -40,7 +40,7 @@ pub(crate) mod transfer;
 pub(crate) mod uring;
 
 pub use backend::open_backend;
-use buffer::Buffer;
+pub use buffer::{Buffer, Slab};
 
 /// Alignment, in bytes, of memory, offset and length that every direct transfer obeys, and to
 /// which every region of a shard is padded.

@@ -23,7 +23,7 @@ use crate::sync::lock;
 use crate::{EngineError, Result};
 
 /// Below this much free space no speed is measured.
-pub const SPEED_FREE_BYTES_MIN: u64 = 1 << 30;
+const SPEED_FREE_BYTES_MIN: u64 = 1 << 30;
 /// Below this limit memory cannot usefully be locked.
 const LOCKED_BYTES_MIN: u64 = 64 << 20;
 

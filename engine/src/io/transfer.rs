@@ -18,7 +18,7 @@ use super::buffer::Buffer;
 use super::{ALIGNMENT, Direction, Done, File, Io, Transfer};
 
 /// How often in a row an attempt may ask to be tried again.
-pub(crate) const RETRIES_MAX: u32 = 16;
+const RETRIES_MAX: u32 = 16;
 
 /// Submits `transfer` and goes on until all of it is moved or cannot be.
 pub(crate) fn transfer_fully(io: &Arc<dyn Io>, transfer: Transfer) {

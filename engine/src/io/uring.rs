@@ -386,7 +386,7 @@ fn submitted(result: io::Result<usize>) -> io::Result<Submitted> {
 }
 
 /// Sets up a ring with the best flags that the kernel knows.
-pub(super) fn set_up() -> io::Result<(IoUring, &'static str)> {
+fn set_up() -> io::Result<(IoUring, &'static str)> {
     let mut builder = IoUring::builder();
     // Linux 6.1: completions are processed only when the thread asks for them.
     builder.dontfork().setup_single_issuer().setup_defer_taskrun();

@@ -35,12 +35,11 @@ mod rules;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use rules::check_copy;
-pub use rules::{SavePlan, check_save};
+pub(crate) use rules::{check_copy, check_save};
 
 /// What reading a step's manifest gave.
 #[derive(Clone, Debug, PartialEq)]
-pub enum ManifestState {
+pub(crate) enum ManifestState {
     /// There is none.
     Absent,
     /// It decodes. Shared: it may name thousands of shards, and every look at a store passes it on.
@@ -117,11 +116,11 @@ pub struct OrphanFile {
 
 /// The part that a rank with a store of its own answers for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OwnShare {
+pub(crate) struct OwnShare {
     /// The rank.
-    pub rank: u32,
+    pub(crate) rank: u32,
     /// Among how many.
-    pub world_size: u32,
+    pub(crate) world_size: u32,
 }
 
 impl OwnShare {
@@ -133,7 +132,7 @@ impl OwnShare {
 
 /// Decides what exists. `manifests` were read after `listing` was taken; one that the listing does
 /// not show yet is left for the next survey. `share` is of a rank with a store of its own.
-pub fn survey(
+pub(crate) fn survey(
     listing: &[StepListing],
     manifests: &BTreeMap<u64, ManifestState>,
     share: Option<OwnShare>,
@@ -196,13 +195,13 @@ impl Survey {
     }
 
     /// Steps that were discarded and whose files are still there, ascending.
-    pub fn retired_steps(&self) -> Vec<u64> {
+    pub(crate) fn retired_steps(&self) -> Vec<u64> {
         self.steps_where(StepSurvey::is_retired).collect()
     }
 
     /// Steps whose manifests must stay until the [`Survey::retired_steps`] that they retire are
     /// deleted: without them those would exist again.
-    pub fn retiring_steps(&self) -> BTreeSet<u64> {
+    pub(crate) fn retiring_steps(&self) -> BTreeSet<u64> {
         self.steps
             .iter()
             .filter_map(|step| match step.state {

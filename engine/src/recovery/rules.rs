@@ -11,14 +11,14 @@ use crate::{EngineError, Result};
 
 /// How a save at some step is to be published.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SavePlan {
+pub(crate) struct SavePlan {
     /// The attempt whose manifest stands there now and goes.
-    pub replaces: Option<AttemptId>,
+    pub(crate) replaces: Option<AttemptId>,
     /// Later checkpoints that cease to exist at that commit, or did before.
-    pub retired: Vec<Retired>,
+    pub(crate) retired: Vec<Retired>,
     /// The earliest that it may say it began: after whatever it takes the place of, whose clock may
     /// have been ahead. A copy of that is then never taken for the later one.
-    pub not_before_unix_ms: u64,
+    pub(crate) not_before_unix_ms: u64,
 }
 
 /// Most checkpoints that are said to have ceased to exist though nothing is seen of them.
@@ -30,7 +30,7 @@ pub(super) const UNSEEN_MAX: usize = 4096;
 ///
 /// What ceased to exist before is said again, though nothing is seen of it: a copy may lie where
 /// this store does not look now, and the manifest that said so may go.
-pub fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> {
+pub(crate) fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> {
     if let Some(newest) = survey.newest_in_the_way().filter(|newest| step <= *newest && !rewind) {
         return Err(EngineError::StepConflict {
             what: format!("saving step {step}"),

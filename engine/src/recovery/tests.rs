@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::rules::UNSEEN_MAX;
+use super::rules::{SavePlan, UNSEEN_MAX};
 use super::*;
 use crate::EngineError;
 use crate::format::manifest::{FORMAT_VERSION, ShardEntry};

@@ -52,6 +52,7 @@ pub(crate) mod job;
 #[cfg(all(test, loom))]
 mod models;
 
+pub use crate::progress::{ProgressReading, SaveStats};
 pub use arrivals::Gap;
 pub use handle::{SaveHandle, SaveInfo};
 pub use share::share_of;

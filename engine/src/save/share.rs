@@ -24,7 +24,7 @@ use crate::format::tree::{
 use crate::{EngineError, Result};
 
 /// Cuts within a storage are at multiples of this many bytes: whole items, whole cache lines.
-pub(crate) const CUT_ALIGNMENT: u64 = 4096;
+const CUT_ALIGNMENT: u64 = 4096;
 /// A cut moves to a border within this part of a share.
 const SNAP_DIVISOR: u64 = 32;
 /// Entries that a manifest names for each rank, and bytes of a name: a manifest is for people, the

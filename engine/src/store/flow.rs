@@ -26,11 +26,11 @@ const PRIOR_BYTES: f64 = 8e6;
 
 /// How fast a device is, in bytes a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Pace {
+pub(crate) struct Pace {
     /// What it takes.
-    pub taken: f64,
+    pub(crate) taken: f64,
     /// What it makes durable while it syncs.
-    pub stored: f64,
+    pub(crate) stored: f64,
 }
 
 impl Pace {
@@ -40,7 +40,7 @@ impl Pace {
 
 /// Counts one shard's bytes on their way. Shared by workers, committer and the store.
 #[derive(Debug)]
-pub struct Flow {
+pub(crate) struct Flow {
     environment: Arc<dyn Environment>,
     state: Mutex<State>,
 }
@@ -93,19 +93,19 @@ impl Recent {
 
 /// A reading of a [`Flow`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct FlowReading {
+pub(crate) struct FlowReading {
     /// Encoded bytes that are still to pass what holds a save up: the taking, or the storing.
-    pub backlog_bytes: f64,
+    pub(crate) backlog_bytes: f64,
     /// Of all, bytes that the device has been given and has not taken.
-    pub in_flight_bytes: u64,
+    pub(crate) in_flight_bytes: u64,
     /// How fast they pass it.
-    pub bytes_per_second: f64,
+    pub(crate) bytes_per_second: f64,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "bytes of one shard, for a rate")]
 impl Flow {
     /// Nothing on its way yet. `pace` is the device's as an earlier shard found it.
-    pub fn new(environment: Arc<dyn Environment>, pace: Option<Pace>) -> Self {
+    pub(crate) fn new(environment: Arc<dyn Environment>, pace: Option<Pace>) -> Self {
         let pace = pace.unwrap_or(Pace::ASSUMED);
         let state = State {
             queued_bytes: 0,
@@ -122,29 +122,29 @@ impl Flow {
     }
 
     /// A worker has `bytes` ready for the store.
-    pub fn expect(&self, bytes: u64) {
+    pub(crate) fn expect(&self, bytes: u64) {
         self.lock().queued_bytes += bytes;
     }
 
     /// Of the bytes that were expected, these are the store's business now.
-    pub fn arrive(&self, bytes: u64) {
+    pub(crate) fn arrive(&self, bytes: u64) {
         let mut state = self.lock();
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
     }
 
     /// All that is to be written was taken from the training: from now on only the end matters.
-    pub fn captured(&self) {
+    pub(crate) fn captured(&self) {
         self.lock().is_captured = true;
     }
 
     /// Whether [`Flow::captured`] was called. Until then, how fast the device takes bytes may be
     /// what the training waits for.
-    pub fn is_captured(&self) -> bool {
+    pub(crate) fn is_captured(&self) -> bool {
         self.lock().is_captured
     }
 
     /// The device was given `bytes`.
-    pub fn accept(&self, bytes: u64) {
+    pub(crate) fn accept(&self, bytes: u64) {
         let now = self.environment.monotonic();
         let mut state = self.lock();
         state.count_busy_time(now);
@@ -153,7 +153,7 @@ impl Flow {
     }
 
     /// The device has taken `bytes`, or refused them.
-    pub fn land(&self, bytes: u64) {
+    pub(crate) fn land(&self, bytes: u64) {
         let now = self.environment.monotonic();
         let mut state = self.lock();
         state.count_busy_time(now);
@@ -164,7 +164,7 @@ impl Flow {
     }
 
     /// Times `sync`, which makes durable what has landed.
-    pub fn time_sync<T>(&self, sync: impl FnOnce() -> T) -> T {
+    pub(crate) fn time_sync<T>(&self, sync: impl FnOnce() -> T) -> T {
         let begun = self.begin_sync();
         let synced = sync();
         self.end_sync(&begun);
@@ -190,12 +190,12 @@ impl Flow {
     }
 
     /// How fast the device is.
-    pub fn pace(&self) -> Pace {
+    pub(crate) fn pace(&self) -> Pace {
         self.state_now().pace()
     }
 
     /// Backlog and rate now.
-    pub fn read(&self) -> FlowReading {
+    pub(crate) fn read(&self) -> FlowReading {
         let state = self.state_now();
         let pace = state.pace();
         let untaken_bytes = (state.queued_bytes + state.in_flight_bytes) as f64;

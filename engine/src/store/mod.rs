@@ -12,19 +12,20 @@ use crate::format::names::AttemptId;
 use crate::io::buffer::Buffer;
 use crate::{EngineError, Result};
 
-pub mod flow;
-pub mod local;
+pub(crate) mod flow;
+pub(crate) mod local;
 mod publication;
 #[cfg(feature = "s3")]
-pub mod s3;
-pub mod tiered;
+pub(crate) mod s3;
+pub(crate) mod tiered;
 mod uploads;
 
 use flow::Flow;
-pub use uploads::{PendingUpload, Uploads};
+pub use uploads::PendingUpload;
+pub(crate) use uploads::Uploads;
 
 /// A place for checkpoints.
-pub trait Store: Send + Sync + fmt::Debug {
+pub(crate) trait Store: Send + Sync + fmt::Debug {
     /// Where it is, for messages.
     fn location(&self) -> String;
 
@@ -141,7 +142,7 @@ pub trait Store: Send + Sync + fmt::Debug {
 
 /// What a process may do with a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     /// List and read.
     Read,
     /// Everything; one process at a time, and no rank beside it.
@@ -155,7 +156,7 @@ pub enum Access {
 
 /// When the space of what is deleted is given back. Its names are gone when a deletion returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Space {
+pub(crate) enum Space {
     /// Before the deletion returns, in a far store, too.
     Now,
     /// By [`Store::reclaim`], or when the process ends; a far store follows behind the caller. It
@@ -165,78 +166,78 @@ pub enum Space {
 
 /// Names a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShardId {
+pub(crate) struct ShardId {
     /// The step.
-    pub step: u64,
+    pub(crate) step: u64,
     /// The rank.
-    pub rank: u32,
+    pub(crate) rank: u32,
     /// The attempt.
-    pub attempt: AttemptId,
+    pub(crate) attempt: AttemptId,
 }
 
 /// How long a shard will be, as far as is known when it is begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShardSize {
+pub(crate) struct ShardSize {
     /// Bytes to reserve: an estimate.
-    pub expected_bytes: u64,
+    pub(crate) expected_bytes: u64,
     /// Bytes of its chunks at most: what comes on top are header, index, footer and padding.
-    pub most_bytes: u64,
+    pub(crate) most_bytes: u64,
 }
 
 /// What [`Store::unfinished_uploads`] lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnfinishedUpload {
+pub(crate) struct UnfinishedUpload {
     /// The step.
-    pub step: u64,
+    pub(crate) step: u64,
     /// The shard that it was to be.
-    pub file: String,
+    pub(crate) file: String,
     /// The service's name for it.
-    pub id: String,
+    pub(crate) id: String,
     /// Bytes of the parts that arrived.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// When something of it arrived last, or it was begun, by the store's clock.
-    pub last_active: SystemTime,
+    pub(crate) last_active: SystemTime,
 }
 
 /// What [`Store::publish`] makes visible.
 #[derive(Clone, Copy, Debug)]
-pub struct Publication<'a> {
+pub(crate) struct Publication<'a> {
     /// The step.
-    pub step: u64,
+    pub(crate) step: u64,
     /// The attempt that is being committed.
-    pub attempt: AttemptId,
+    pub(crate) attempt: AttemptId,
     /// The manifest's bytes.
-    pub manifest: &'a [u8],
+    pub(crate) manifest: &'a [u8],
     /// Attempt of the manifest that is replaced.
-    pub replaces: Option<AttemptId>,
+    pub(crate) replaces: Option<AttemptId>,
     /// Shards whose presence and length are checked just before.
-    pub shards: &'a [(ShardId, u64)],
+    pub(crate) shards: &'a [(ShardId, u64)],
 }
 
 /// A step directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StepListing {
+pub(crate) struct StepListing {
     /// The step.
-    pub step: u64,
+    pub(crate) step: u64,
     /// Its files, by name.
-    pub files: Vec<FileListing>,
+    pub(crate) files: Vec<FileListing>,
     /// Why its files could not be listed, if they could not.
-    pub unlisted: Option<String>,
+    pub(crate) unlisted: Option<String>,
 }
 
 /// A file in a step directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FileListing {
+pub(crate) struct FileListing {
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
     /// Its length.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// When it was last written, by the store's clock.
-    pub modified: SystemTime,
+    pub(crate) modified: SystemTime,
 }
 
 /// Takes a shard's bytes, any order, and makes them durable.
-pub trait ShardSink: Send + fmt::Debug {
+pub(crate) trait ShardSink: Send + fmt::Debug {
     /// Starts writing a piece at `offset`. Waits while too much is in flight. Reports an earlier
     /// write's failure; after one, every call fails. Pieces overlap nowhere.
     fn write(&mut self, offset: u64, piece: Piece) -> Result<()>;
@@ -256,32 +257,32 @@ pub trait ShardSink: Send + fmt::Debug {
 
 /// How the transfer of a shard to a service went; all zero where there is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TransferFigures {
+pub(crate) struct TransferFigures {
     /// Parts that arrived; 1 if the shard went in one piece.
-    pub parts: u64,
+    pub(crate) parts: u64,
     /// Of these, parts that were there already.
-    pub resumed_parts: u64,
+    pub(crate) resumed_parts: u64,
     /// Bytes of parts that were handed to the network.
-    pub sent_bytes: u64,
+    pub(crate) sent_bytes: u64,
     /// Bytes of parts that were there already.
-    pub resumed_bytes: u64,
+    pub(crate) resumed_bytes: u64,
     /// Requests that were repeated.
-    pub retries: u64,
+    pub(crate) retries: u64,
 }
 
 /// Bytes on their way to a [`ShardSink`].
 #[derive(Debug)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// Holds them at its start.
-    pub buffer: Buffer,
+    pub(crate) buffer: Buffer,
     /// How many: a multiple of 4096.
-    pub bytes: usize,
+    pub(crate) bytes: usize,
     /// Their checksum, so that no store hashes them again.
-    pub crc32c: u32,
+    pub(crate) crc32c: u32,
 }
 
 /// Reads a shard's bytes.
-pub trait ShardSource: Send + Sync + fmt::Debug {
+pub(crate) trait ShardSource: Send + Sync + fmt::Debug {
     /// Name for messages.
     fn name(&self) -> String;
 
@@ -303,4 +304,4 @@ pub trait ShardSource: Send + Sync + fmt::Debug {
 }
 
 /// Receives the outcome of [`ShardSource::read`].
-pub type ReadDone = Box<dyn FnOnce(Result<()>, Buffer) + Send>;
+pub(crate) type ReadDone = Box<dyn FnOnce(Result<()>, Buffer) + Send>;

@@ -9,7 +9,7 @@ use crate::store_copy::Transferred;
 use crate::{EngineError, Result};
 
 /// The uploads of a store; see [`Store::uploads`](super::Store::uploads).
-pub trait Uploads: Send + Sync {
+pub(crate) trait Uploads: Send + Sync {
     /// Hears that `step` is committed, wherever that is decided: the far store gets it from now on.
     fn add(&self, step: u64);
 
@@ -40,7 +40,7 @@ pub trait Uploads: Send + Sync {
     fn stop(&self);
 }
 
-/// What [`Uploads::pending`] lists.
+/// A checkpoint that is still to be uploaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingUpload {
     /// The step.

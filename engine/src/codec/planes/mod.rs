@@ -58,7 +58,7 @@ enum Isa {
 
 impl Kernels {
     /// The fastest ones.
-    pub fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         *Self::available().last().expect("the scalar kernels run on every processor")
     }
 

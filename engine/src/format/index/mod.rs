@@ -8,7 +8,7 @@
 //! Always holds: an index that was decoded describes its file exactly (header, chunks, index and
 //! footer tile it; storages and tensors stay within what the chunks hold), so its users check
 //! nothing again; decoding takes memory in proportion to the stored bytes, and never more than in
-//! proportion to [`INDEX_BYTES_MAX`], whatever the bytes claim.
+//! proportion to `INDEX_BYTES_MAX`, whatever the bytes claim.
 
 use std::ops::Range;
 
@@ -23,18 +23,19 @@ mod frame;
 mod replicated;
 mod wire;
 
-pub use replicated::{Difference, difference, number_replicas, structure_crc32c};
+pub use replicated::{Difference, difference};
+pub(crate) use replicated::{number_replicas, structure_crc32c};
 
 /// Most tensors in one shard.
-pub const TENSORS_MAX: usize = 1 << 22;
+pub(crate) const TENSORS_MAX: usize = 1 << 22;
 /// Most storages in one shard: each is there for a tensor.
-pub const STORAGES_MAX: usize = TENSORS_MAX;
+pub(crate) const STORAGES_MAX: usize = TENSORS_MAX;
 /// Most dimensions of a tensor: what torch and numpy allow.
-pub const DIMENSIONS_MAX: usize = 64;
+pub(crate) const DIMENSIONS_MAX: usize = 64;
 /// Most bytes of a tensor's dtype name.
-pub const DTYPE_BYTES_MAX: usize = 255;
+pub(crate) const DTYPE_BYTES_MAX: usize = 255;
 /// Most bytes of an index, encoded and before its compression.
-pub const INDEX_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const INDEX_BYTES_MAX: u64 = 1 << 30;
 
 /// The level that indexes are compressed with: a few milliseconds per MiB, a tenth of the size.
 const ZSTD_LEVEL: i32 = 3;
@@ -140,7 +141,7 @@ pub struct TensorRecord {
 impl TensorRecord {
     /// The bytes of its storage from its first item to its last; empty for one without items. The
     /// numbers must be those of a checked index, or of a tensor that exists.
-    pub fn hull(&self) -> Range<u64> {
+    pub(crate) fn hull(&self) -> Range<u64> {
         // One without items may be anywhere, beyond every number too.
         if self.shape.contains(&0) {
             return 0..0;
@@ -153,7 +154,7 @@ impl TensorRecord {
     }
 
     /// Whether it has an item at each byte of its [hull](TensorRecord::hull), once.
-    pub fn is_dense(&self) -> bool {
+    pub(crate) fn is_dense(&self) -> bool {
         let mut steps: Vec<(u64, u64)> =
             self.strides.iter().copied().zip(self.shape.clone()).collect();
         steps.retain(|(_, items)| *items != 1);
@@ -195,7 +196,7 @@ pub struct ChunkRecord {
 
 impl ChunkRecord {
     /// Stored bytes with their zero padding: what [`ChunkRecord::stored_crc32c`] covers.
-    pub fn padded_bytes(&self) -> usize {
+    pub(crate) fn padded_bytes(&self) -> usize {
         padded_bytes(self.stored_bytes)
     }
 }

@@ -22,7 +22,7 @@ const PATH_CHARS_MAX: usize = 400;
 
 /// Storages that tensors at and below the nodes `tops` view, by first appearance; those of slices
 /// left out. Tensors and storages that nodes and tensors name must exist.
-pub fn number_replicas(nodes: &[Node], tensors: &[TensorRecord], tops: &[u32]) -> Vec<u32> {
+pub(crate) fn number_replicas(nodes: &[Node], tensors: &[TensorRecord], tops: &[u32]) -> Vec<u32> {
     let mut seen = HashSet::new();
     let mut order = Vec::new();
     for &top in tops {
@@ -120,7 +120,7 @@ pub fn difference(left: &ShardIndex, right: &ShardIndex) -> Option<Difference> {
 
 /// A checksum of what [`difference`] compares, for ranks that do not see each other's shards;
 /// `None` where nothing is replicated. Two indexes without a difference have the same.
-pub fn structure_crc32c(index: &ShardIndex) -> Option<u32> {
+pub(crate) fn structure_crc32c(index: &ShardIndex) -> Option<u32> {
     if index.replicated.is_empty() {
         return None;
     }

@@ -61,7 +61,7 @@ use remove::Deleted;
 
 /// A store in a directory.
 #[derive(Debug)]
-pub struct LocalStore {
+pub(crate) struct LocalStore {
     shared: Arc<Shared>,
     /// Held by a writer.
     writer: Option<WriterLock>,
@@ -91,7 +91,7 @@ struct Shared {
 impl LocalStore {
     /// Opens a store. A writer creates the directory, with its parents, and takes the writer lock;
     /// a reader needs the directory to be there.
-    pub fn open(
+    pub(crate) fn open(
         path: &Path,
         access: Access,
         io: Arc<dyn Io>,

@@ -58,12 +58,12 @@ impl Failure {
     }
 
     /// A condition of the request does not hold.
-    pub(super) fn is_precondition(&self) -> bool {
+    fn is_precondition(&self) -> bool {
         self.code == "PreconditionFailed" || self.status == 412
     }
 
     /// Another request for the same key was under way.
-    pub(super) fn is_conflict(&self) -> bool {
+    fn is_conflict(&self) -> bool {
         ["ConditionalRequestConflict", "OperationAborted"].contains(&self.code.as_str())
             || self.status == 409
     }

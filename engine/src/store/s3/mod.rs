@@ -52,7 +52,7 @@ const REQUESTS_AT_ONCE: usize = 32;
 
 /// A store in a bucket.
 #[derive(Debug)]
-pub struct S3Store {
+pub(crate) struct S3Store {
     shared: Arc<Shared>,
     access: Access,
 }
@@ -81,7 +81,7 @@ struct Own {
 impl S3Store {
     /// Opens a store. Asks the service for one page of it, so that whatever keeps the two apart is
     /// told here and now.
-    pub fn open(
+    pub(crate) fn open(
         address: &S3Address,
         access: Access,
         settings: &S3Settings,

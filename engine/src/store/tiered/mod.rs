@@ -59,7 +59,7 @@ use uploader::Uploader;
 use work::{Work, WorkParts};
 
 /// A near store and a far one.
-pub struct TieredStore {
+pub(crate) struct TieredStore {
     near: Arc<dyn Store>,
     far: Arc<dyn Store>,
     /// Of a writer.
@@ -79,7 +79,7 @@ struct Outdated {
 
 impl TieredStore {
     /// For reading both.
-    pub fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Result<Self> {
+    pub(crate) fn reader(near: Arc<dyn Store>, far: Arc<dyn Store>) -> Result<Self> {
         let here = Contents::read(near.as_ref(), &near.list()?, None)?;
         let there = Contents::read(far.as_ref(), &far.list()?, None)?;
         let steps = differences(&here, &there).outdated;
@@ -106,7 +106,7 @@ impl TieredStore {
 
     /// For writing: starts the uploader, with what earlier processes left to do. `share` is of a
     /// rank whose near store is its own.
-    pub fn writer(
+    pub(crate) fn writer(
         near: Arc<dyn Store>,
         far: Arc<dyn Store>,
         environment: Arc<dyn Environment>,
