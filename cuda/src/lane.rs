@@ -158,8 +158,10 @@ impl Lane {
             let what = format!("waiting for the copies {}", self.direction);
             return Err(CudaError::invalid(what, "called by one of those that are waited for"));
         }
-        self.flush();
+        let ordered = self.shared.order();
+        self.shared.close(&ordered);
         let mut state = self.shared.lock();
+        drop(ordered);
         let target = state.begun;
         while state.told < target {
             state = self.shared.told.wait(state).unwrap_or_else(PoisonError::into_inner);

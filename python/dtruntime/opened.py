@@ -72,7 +72,7 @@ class Options:
     rank: int
     world_size: int
     read_only: bool
-    coordinator: tuple[str | None, Security | None]
+    coordinator: tuple[str | None, Security | None] = dataclasses.field(repr=False)
     agreement_timeout: float
     replicated: list[str]
     keep_last_n: int | None

@@ -29,6 +29,9 @@ use crate::tensor::{FreshMemory, HostSource, element_of};
 
 /// The part of a device's memory, one of so many, that clones leave to training.
 const RESERVED_SHARE: u64 = 32;
+/// Clones up to this part of what is left to training, one of so many, may take from it: refusing
+/// them would save nothing.
+const SMALL_SHARE: u64 = 16;
 
 /// The caller's current streams: number of the device, and handle.
 pub(crate) type Streams = Vec<(u32, u64)>;
@@ -126,7 +129,9 @@ impl Described {
 pub(crate) fn bytes_to_clone(sources: &[Source]) -> BTreeMap<u32, u64> {
     let mut cloned = BTreeMap::new();
     for source in sources {
-        if let Source::Device(Described { ordinal, bytes, is_cloned: true, .. }) = source {
+        if let Source::Device(Described { ordinal, bytes: bytes @ 1.., is_cloned: true, .. }) =
+            source
+        {
             *cloned.entry(*ordinal).or_default() += bytes;
         }
     }
@@ -139,23 +144,19 @@ pub(crate) fn check_room_for_clones(cloned: &BTreeMap<u32, u64>) -> Result<()> {
     for (&ordinal, &bytes) in cloned {
         let what = format!("cloning tensors on `cuda:{ordinal}`");
         let device = shared_device(ordinal)?;
-        let of = |memory: std::result::Result<MemoryInfo, CudaError>| -> Result<(u64, u64)> {
+        let has_room = |memory: std::result::Result<MemoryInfo, CudaError>| -> Result<bool> {
             let memory = memory.map_err(|error| engine_error(&what, &error))?;
             let reserved = memory.total_bytes as u64 / RESERVED_SHARE;
-            Ok((memory.free_bytes as u64, reserved))
+            let is_small = bytes <= reserved / SMALL_SHARE;
+            let wanted = if is_small { bytes } else { bytes.saturating_add(reserved) };
+            Ok(wanted <= memory.free_bytes as u64)
         };
-        let has_room = |(free, reserved)| bytes.saturating_add(reserved) <= free;
-        let mut found = of(device.memory_info())?;
-        if !has_room(found) {
-            found = of(device.settled_memory_info())?;
-        }
-        let (free, reserved) = found;
-        if !has_room(found) {
+        if !has_room(device.memory_info())? && !has_room(device.settled_memory_info())? {
             return Err(EngineError::Accelerator {
                 what,
+                // Without what changes from save to save: it is logged once.
                 why: format!(
-                    "{bytes} bytes are needed, and of {free} free ones {reserved} are left for \
-                     training"
+                    "they would leave training less than a {RESERVED_SHARE}nd of its memory"
                 ),
                 hint: "use `strict`, or free memory on the GPU".into(),
             });

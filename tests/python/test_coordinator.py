@@ -243,7 +243,7 @@ def test_shards_are_of_the_ranks_that_run_now_and_a_dataset_may_change_before_th
     registry.register("d", data, "bin", 9, 1)
     assert sorted(len(registry.get_shard("d", rank)) for rank in range(2)) == [4, 5]
     (data / "09.bin").touch()
-    with pytest.raises(Conflict, match="this run registered it"):
+    with pytest.raises(Conflict, match="for the next run it is registered"):
         registry.register("d", data, "bin", 10, 1)
 
 

@@ -234,6 +234,8 @@ def test_torchrun_needs_nothing_else_and_a_lost_rank_is_resumed(tmp_path):
 def test_ranks_that_met_through_a_file_have_to_say_where_rank_0_is(monkeypatch):
     group = launch.ProcessGroup(rank=1, world_size=2, store=object(), master="")
     monkeypatch.setattr(launch, "process_group", lambda *_: group)
-    with pytest.raises(InvalidArgument, match="initialized through a file") as caught:
+    with pytest.raises(InvalidArgument, match="does not say on which machine") as caught:
         embedded.find(1, 1.0, {})
     assert "MASTER_ADDR" in caught.value.hint
+    monkeypatch.setattr(launch, "process_group", lambda *_: group._replace(rank=0, world_size=1))
+    assert embedded.find(0, 1.0, {}) is None, "one rank looks for nobody"

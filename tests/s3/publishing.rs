@@ -57,3 +57,22 @@ fn where_conditions_are_ignored_a_later_writer_is_refused_all_the_same() {
     assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
     one.assert_equals(&second.checkpoint(1).unwrap());
 }
+
+#[test]
+fn a_manifest_that_another_writer_has_replaced_is_looked_at_again_and_not_deleted_unseen() {
+    let Some(place) = Place::own("it says that conditions do not hold") else { return };
+    let engine = open(place.config());
+    let state = State::training(1, 0);
+    for (refused, is_deleted) in [(2, true), (3, false)] {
+        state.save(&engine, 1).unwrap();
+        place.rules().refused_deletions.store(refused, Ordering::Relaxed);
+        match engine.delete(1) {
+            Ok(freed_bytes) => assert!(is_deleted && freed_bytes > 0),
+            Err(error) => {
+                assert!(matches!(error, EngineError::StepConflict { .. }), "{error}");
+                assert!(!is_deleted && error.to_string().contains("another writer"), "{error}");
+                state.assert_equals(&engine.checkpoint(1).unwrap());
+            }
+        }
+    }
+}

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -101,6 +101,8 @@ pub(crate) struct Rules {
     pub(crate) checks_whole_objects: AtomicBool,
     pub(crate) refuses_aborts: AtomicBool,
     pub(crate) refuses_writes: AtomicBool,
+    /// How many deletions with a condition are said to have met another version.
+    pub(crate) refused_deletions: AtomicU32,
     /// Entries on a page of a listing.
     pub(crate) page: AtomicI32,
     uploads: Mutex<BTreeMap<String, UploadState>>,
@@ -116,6 +118,7 @@ impl Default for Rules {
             checks_whole_objects: AtomicBool::new(true),
             refuses_aborts: AtomicBool::new(false),
             refuses_writes: AtomicBool::new(false),
+            refused_deletions: AtomicU32::new(0),
             page: AtomicI32::new(1000),
             uploads: Mutex::default(),
             ranges: Mutex::default(),
@@ -281,6 +284,12 @@ impl S3 for Bucket {
         request: S3Request<DeleteObjectInput>,
     ) -> Answer<DeleteObjectOutput> {
         self.check_owner(&request)?;
+        let (order, less_one) = (Ordering::SeqCst, |left: u32| left.checked_sub(1));
+        if request.input.if_match.is_some()
+            && self.rules.refused_deletions.fetch_update(order, order, less_one).is_ok()
+        {
+            return Err(s3_error!(PreconditionFailed, "ETag does not match"));
+        }
         self.files.delete_object(request).await
     }
 

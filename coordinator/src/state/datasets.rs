@@ -64,7 +64,7 @@ impl Job {
                 return Ok(reply);
             }
             if known.run == run {
-                return Err(differs(known, &record));
+                return Err(differs(known, &record, self.holders.is_empty()));
             }
         } else if self.datasets.len() >= NAMES_MAX {
             return Err(invalid(&format!("job `{}` has {NAMES_MAX} datasets", self.name)));
@@ -98,7 +98,7 @@ impl Job {
                     "rank {} was requested, but only ranks below {world_size} exist",
                     request.rank
                 ),
-                "ranks count from 0; pass `world_size=` where it is not the job's",
+                "ranks count from 0; pass the number of ranks as `world_size=`",
             ));
         }
         let spec = record.spec.clone().unwrap_or_default();
@@ -156,13 +156,14 @@ fn same(one: &v1::DatasetRecord, other: &v1::DatasetRecord) -> bool {
     one.spec == other.spec && one.files == other.files
 }
 
-fn differs(known: &v1::DatasetRecord, asked: &v1::DatasetRecord) -> Refusal {
+fn differs(known: &v1::DatasetRecord, asked: &v1::DatasetRecord, is_ahead: bool) -> Refusal {
+    let by = if is_ahead { "for the next run it is registered" } else { "this run registered it" };
     let why = if known.spec == asked.spec {
         format!("it had {} files, and now has {}, or others", known.files.len(), asked.files.len())
     } else {
         let spec = known.spec.clone().unwrap_or_default();
         format!(
-            "this run registered it with other settings: path `{}`, format `{}`, {} samples, {} \
+            "{by} with other settings: path `{}`, format `{}`, {} samples, {} \
              in a shard, seed {}",
             spec.path, spec.format, spec.total_samples, spec.shard_size, spec.seed
         )

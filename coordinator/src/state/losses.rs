@@ -15,6 +15,7 @@ use super::{Context, Job, Level};
 
 /// A worker that missed this many heartbeats is suspect.
 const SUSPECT_AFTER_INTERVALS: u64 = 3;
+
 /// How a job loses a worker.
 pub(super) struct Loss<'a> {
     pub(super) worker_id: &'a str,

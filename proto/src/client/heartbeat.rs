@@ -57,8 +57,10 @@ async fn insist(
             Ok(reply) => return Ok(reply),
             Err(error) => error,
         };
+        // Longer than a coordinator may be away: a former process may die of a timeout as long.
+        let limit = CONFLICT.min(2 * inner.patience);
         let may_pass = matches!(error.kind, ErrorKind::Conflict | ErrorKind::JobAborted);
-        if !may_pass || started.elapsed() >= CONFLICT.min(2 * inner.patience) {
+        if !may_pass || started.elapsed() >= limit {
             return Err(error);
         }
         if !warned {

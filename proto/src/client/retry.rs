@@ -54,8 +54,9 @@ pub(crate) fn next(failed: Failed) -> Next {
         return Next::Fail;
     }
     // A coordinator that does not answer is noticed sooner: while the connection is made, or by
-    // keep-alive. An answer that is due at once says nothing by being late.
-    let was_there = is_long && took > CONNECT + KEEPALIVE.0 + KEEPALIVE.1;
+    // keep-alive. An answer that is due at once says nothing by being late. Until the first failure of
+    // a wait for others, the coordinator was there.
+    let was_there = is_long && (failures == 0 || took > CONNECT + KEEPALIVE.0 + KEEPALIVE.1);
     let (failures, away) = if was_there { (0, Duration::ZERO) } else { (failures, away) };
     if away >= patience {
         return Next::Fail;
@@ -95,7 +96,13 @@ mod tests {
         };
         let again = |failures, was_there, renews| Next::Again { failures, was_there, renews };
         for (case, failed, expected) in [
-            ("the first time", failed, again(1, false, false)),
+            ("the first time", failed, again(1, true, false)),
+            ("the first time", Failed { is_long: false, ..failed }, again(1, false, false)),
+            (
+                "others were long in coming",
+                Failed { away: patience, ..failed },
+                again(1, true, false),
+            ),
             ("the second", Failed { failures: 1, ..failed }, again(2, false, false)),
             ("the third", Failed { failures: 2, ..failed }, again(3, false, true)),
             ("an answer", Failed { kind: ErrorKind::Conflict, ..failed }, Next::Fail),

@@ -70,7 +70,7 @@ def find(
         NotOpened: Rank 0 did not publish it within ``timeout`` seconds.
         CoordinatorUnavailable: The store that it is published in, or the coordinator itself, does
             not answer.
-        InvalidArgument: The ranks met through a file, and MASTER_ADDR is not set.
+        InvalidArgument: The process group does not say where rank 0 is, nor does MASTER_ADDR.
 
     """
     rendezvous = _rendezvous(environment)
@@ -111,11 +111,13 @@ def _rendezvous(environment: Mapping[str, str]) -> _Rendezvous | None:
     group = launch.process_group(environment)
     if group is None or group.store is None:
         return None
-    if not group.master and group.world_size > 1:
+    if not group.master:
+        if group.world_size == 1:
+            return None
         raise InvalidArgument(
             "looking for the coordinator that rank 0 hosts",
-            "the process group was initialized through a file, which does not say on which machine "
-            "the other ranks can reach rank 0",
+            "the process group's store, such as a file, does not say on which machine the other "
+            "ranks can reach rank 0",
             "set the environment's MASTER_ADDR to rank 0's machine (127.0.0.1 if all ranks are on "
             "one), or start a coordinator and pass `coordinator_url=`",
         )

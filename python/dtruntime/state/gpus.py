@@ -74,7 +74,7 @@ class Consistency:
         if nn is None or not isinstance(module, nn.Module):
             return
         for part in module.modules():
-            if getattr(part, "max_norm", None) is not None and hasattr(part, "weight"):
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
                 weight = sharded_tensors.local_of(part.weight)
                 self._renormalized.add(weight.untyped_storage()._cdata)  # noqa: SLF001
 

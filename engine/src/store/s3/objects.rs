@@ -245,7 +245,11 @@ impl Shared {
     pub(super) async fn delete_version(&self, key: &str, tag: &str) -> Asked<bool> {
         let request = self.client.s3.delete_object().bucket(self.address.bucket()).key(key);
         match bounded(&self.client, answer(request.if_match(tag).send())).await {
-            Err(failure) if failure.is_race() => Ok(false),
+            Err(failure) if failure.is_race() => {
+                // The other writer may be done after that.
+                tokio::time::sleep(Client::pause(1)).await;
+                Ok(false)
+            }
             Err(failure) if failure.is_missing() => Ok(true),
             Err(failure) if failure.is_unknown() => self.delete(key).await.map(|()| true),
             deleted => deleted.map(|_| true),

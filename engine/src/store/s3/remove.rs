@@ -32,8 +32,12 @@ pub(super) fn remove_checkpoint(
     only: Option<AttemptId>,
 ) -> Result<u64> {
     let what = format!("deleting step {step} of `{}`", shared.address);
+    let mut looked_at = BTreeMap::new();
     for _ in 0..LOOKS_MAX {
-        let Some(object) = shared.ask(&what, shared.get_manifest(step))? else { return Ok(0) };
+        let Some(object) = shared.ask(&what, shared.get_manifest(step))? else {
+            // Gone since, perhaps by the deletion that was said to have met another version.
+            return delete_shards(shared, step, looked_at);
+        };
         let manifest = Manifest::decode(&object.bytes).ok();
         let attempt = manifest.as_ref().and_then(|manifest| manifest.attempt_id().ok());
         if only.is_some() && only != attempt {
@@ -41,6 +45,7 @@ pub(super) fn remove_checkpoint(
         }
         let goes = shards_that_go(shared, &what, step, manifest)?;
         if !delete_manifest(shared, step, &object)? {
+            looked_at = goes;
             continue;
         }
         let deleted = delete_shards(shared, step, goes);
