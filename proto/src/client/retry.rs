@@ -54,8 +54,8 @@ pub(crate) fn next(failed: Failed) -> Next {
         return Next::Fail;
     }
     // A coordinator that does not answer is noticed sooner: while the connection is made, or by
-    // keep-alive. An answer that is due at once says nothing by being late. Until the first failure of
-    // a wait for others, the coordinator was there.
+    // keep-alive. An answer that is due at once says nothing by being late. Until a wait for others
+    // fails for the first time, the coordinator was there.
     let was_there = is_long && (failures == 0 || took > CONNECT + KEEPALIVE.0 + KEEPALIVE.1);
     let (failures, away) = if was_there { (0, Duration::ZERO) } else { (failures, away) };
     if away >= patience {
