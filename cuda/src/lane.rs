@@ -22,8 +22,10 @@
 use std::collections::VecDeque;
 use std::mem;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
+
+use dtr_engine::unpoisoned;
 
 use crate::context::{Context, Entered};
 use crate::copy::{Direction, Traveller};
@@ -164,7 +166,7 @@ impl Lane {
         drop(ordered);
         let target = state.begun;
         while state.told < target {
-            state = self.shared.told.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = unpoisoned(self.shared.told.wait(state));
         }
         self.shared.stream.context().check_loss()
     }
@@ -241,7 +243,7 @@ impl Shared {
             if state.is_ended {
                 return None;
             }
-            state = self.closed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = unpoisoned(self.closed.wait(state));
         }
     }
 
@@ -292,12 +294,12 @@ impl Shared {
 
     fn order(&self) -> MutexGuard<'_, ()> {
         // It guards no data.
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.order.lock())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // No critical section can leave the state in parts: a batch moves in one step.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.state.lock())
     }
 }
 

@@ -13,12 +13,12 @@
 #![expect(unsafe_code, reason = "copies from and to addresses in a device's memory")]
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use dtr_engine::io::pin::{Pin, Pinned as EnginePinned};
 use dtr_engine::load::{Departure, DeviceDestination};
 use dtr_engine::save::{DeviceSource, Gap, StorageSource};
-use dtr_engine::{EngineError, Result};
+use dtr_engine::{EngineError, Result, unpoisoned};
 
 use crate::{CudaError, Device, DeviceBuffer, Direction, Landing, Pinned, Takeoff, probe};
 
@@ -302,7 +302,7 @@ pub fn shared_device(ordinal: u32) -> Result<Arc<Device>> {
     // First, which says whose process this is: in a forked child the lock may be a thread's that
     // is not there.
     probe().map_err(|error| engine_error(&what(), &error))?;
-    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut devices = unpoisoned(DEVICES.lock());
     if let Some(device) = devices.get(&ordinal) {
         return Ok(Arc::clone(device));
     }

@@ -44,6 +44,7 @@ pub use engine::Engine;
 pub use error::EngineError;
 pub use memcpy::copy_from;
 pub use store::PendingUpload;
+pub use sync::unpoisoned;
 
 /// What every fallible verb of the engine returns.
 pub type Result<T> = std::result::Result<T, EngineError>;

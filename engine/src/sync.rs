@@ -10,7 +10,7 @@
 //! path holds `models` can run: loom's types know no thread that loom did not start. Reference
 //! counts stay std's: what is shared is not what is checked.
 
-use std::sync::{LockResult, Mutex as StdMutex, MutexGuard as StdGuard, PoisonError};
+use std::sync::{LockResult, PoisonError};
 use std::time::Duration;
 
 #[cfg(not(loom))]
@@ -21,43 +21,10 @@ pub(crate) use self::checked::Condvar;
 #[cfg(loom)]
 pub(crate) use loom::sync::{Mutex, MutexGuard, atomic};
 
-/// What [`lock`] takes: std's mutex, and with `cfg(loom)` loom's too.
-pub(crate) trait Lock {
-    /// What gives access until it is dropped.
-    type Guard<'a>
-    where
-        Self: 'a;
-
-    fn locked(&self) -> LockResult<Self::Guard<'_>>;
-}
-
-impl<T> Lock for StdMutex<T> {
-    type Guard<'a>
-        = StdGuard<'a, T>
-    where
-        T: 'a;
-
-    fn locked(&self) -> LockResult<Self::Guard<'_>> {
-        self.lock()
-    }
-}
-
-#[cfg(loom)]
-impl<T> Lock for Mutex<T> {
-    type Guard<'a>
-        = MutexGuard<'a, T>
-    where
-        T: 'a;
-
-    fn locked(&self) -> LockResult<Self::Guard<'_>> {
-        self.lock()
-    }
-}
-
-/// Locks, also after a panic of a thread that had the lock: what is done under a lock here leaves
-/// what it guards whole wherever it ends.
-pub(crate) fn lock<M: Lock>(mutex: &M) -> M::Guard<'_> {
-    mutex.locked().unwrap_or_else(PoisonError::into_inner)
+/// The guard, or the value, also after a thread panicked while it held the lock: what is done under
+/// a lock in this project leaves what it guards whole wherever it ends.
+pub fn unpoisoned<T>(result: LockResult<T>) -> T {
+    result.unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits, at most `timeout`, while `condition` holds; whether it still does is for the guard to
@@ -69,11 +36,8 @@ pub(crate) fn wait_while<'a, T>(
     condition: impl FnMut(&mut T) -> bool,
 ) -> MutexGuard<'a, T> {
     match timeout {
-        None => changed.wait_while(guard, condition).unwrap_or_else(PoisonError::into_inner),
-        Some(timeout) => {
-            let waited = changed.wait_timeout_while(guard, timeout, condition);
-            waited.unwrap_or_else(PoisonError::into_inner).0
-        }
+        None => unpoisoned(changed.wait_while(guard, condition)),
+        Some(timeout) => unpoisoned(changed.wait_timeout_while(guard, timeout, condition)).0,
     }
 }
 
@@ -81,7 +45,7 @@ pub(crate) fn wait_while<'a, T>(
 mod checked {
     //! What loom's condition variable lacks, as std documents it.
 
-    use std::sync::LockResult;
+    use std::sync::{LockResult, PoisonError};
     use std::time::Duration;
 
     use loom::sync::MutexGuard;
@@ -122,16 +86,27 @@ mod checked {
         }
 
         /// loom has no clock: the time never runs out.
+        pub(crate) fn wait_timeout<'a, T>(
+            &self,
+            guard: MutexGuard<'a, T>,
+            _timeout: Duration,
+        ) -> LockResult<(MutexGuard<'a, T>, bool)> {
+            Self::never_timed_out(self.wait(guard))
+        }
+
+        /// loom has no clock: the time never runs out.
         pub(crate) fn wait_timeout_while<'a, T>(
             &self,
             guard: MutexGuard<'a, T>,
             _timeout: Duration,
             condition: impl FnMut(&mut T) -> bool,
         ) -> LockResult<(MutexGuard<'a, T>, bool)> {
-            match self.wait_while(guard, condition) {
-                Ok(guard) => Ok((guard, false)),
-                Err(poisoned) => Err(std::sync::PoisonError::new((poisoned.into_inner(), false))),
-            }
+            Self::never_timed_out(self.wait_while(guard, condition))
+        }
+
+        fn never_timed_out<G>(waited: LockResult<G>) -> LockResult<(G, bool)> {
+            let guard = |poisoned: PoisonError<G>| (poisoned.into_inner(), false);
+            waited.map(|guard| (guard, false)).map_err(|poisoned| PoisonError::new(guard(poisoned)))
         }
     }
 }

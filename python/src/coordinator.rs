@@ -6,9 +6,10 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use dtr_engine::unpoisoned;
 use dtr_proto::FILES_BYTES_MAX;
 use dtr_proto::client::{
     BarrierWait, ClientError, Connection, ErrorKind, Notice, Options, Pending, Registration,
@@ -303,8 +304,7 @@ impl BarrierCall {
     fn join(&self, py: Python<'_>) -> PyResult<u64> {
         let (pending, arrival) = self.inner.get(py, "the wait at a barrier")?;
         loop {
-            let outcome = py
-                .detach(|| pending.lock().unwrap_or_else(PoisonError::into_inner).wait(WAIT_SLICE));
+            let outcome = py.detach(|| unpoisoned(pending.lock()).wait(WAIT_SLICE));
             if let Some(outcome) = outcome {
                 return outcome.map_err(|error| to_python(py, &error));
             }
@@ -324,8 +324,7 @@ impl BarrierCall {
 fn wait<T: Send>(py: Python<'_>, pending: Pending<T>) -> PyResult<T> {
     let pending = Mutex::new(pending);
     loop {
-        let outcome =
-            py.detach(|| pending.lock().unwrap_or_else(PoisonError::into_inner).wait(WAIT_SLICE));
+        let outcome = py.detach(|| unpoisoned(pending.lock()).wait(WAIT_SLICE));
         if let Some(outcome) = outcome {
             return outcome.map_err(|error| to_python(py, &error));
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dtr_engine::{EngineError, Result};
+use dtr_engine::{EngineError, Result, unpoisoned};
 use pyo3::prelude::*;
 
 use crate::errors;
@@ -73,7 +73,7 @@ impl Guard {
         let receiver = std::sync::Mutex::new(receiver);
         loop {
             let outcome = py.detach(|| {
-                let receiver = receiver.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let receiver = unpoisoned(receiver.lock());
                 receiver.recv_timeout(WAIT_SLICE)
             });
             match outcome {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use dtr_cuda::Direction;
 use dtr_engine::PendingUpload;
@@ -13,7 +13,7 @@ use dtr_engine::load::VerifyObserver;
 use dtr_engine::ranks::{Agreed, Coordinated, Hindrance};
 use dtr_engine::recovery::StepState;
 use dtr_engine::save::{SaveRequest, share_of};
-use dtr_engine::{EngineError, Result};
+use dtr_engine::{EngineError, Result, unpoisoned};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
@@ -333,10 +333,10 @@ impl Manager {
         self.guard.wait(py, &what, timeout_of(timeout), |slice| {
             let outcome = self.engine.uploaded(step, Some(slice))?;
             let has_ended = outcome.is_some();
-            *found.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+            *unpoisoned(found.lock()) = outcome;
             Ok(has_ended)
         })?;
-        match found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        match unpoisoned(found.into_inner()) {
             None => Ok(None),
             Some(Ok(transferred)) => json_to_python(py, &transferred).map(Some),
             Some(Err(error)) => Err(to_python(py, &error)),

@@ -4,11 +4,11 @@
 //! at most [`WINDOWS_KEPT`] windows are; only storages that were asked for are read, and every byte
 //! was checked against its checksums.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use dtr_engine::Result;
 use dtr_engine::format::index::StorageRecord;
 use dtr_engine::load::{Checkpoint, ReadOptions, Target};
+use dtr_engine::{Result, unpoisoned};
 
 /// Bytes of a window, unless a chunk is larger.
 pub(crate) const WINDOW_BYTES: u64 = 16 << 20;
@@ -59,7 +59,7 @@ impl<'c> Windows<'c> {
     }
 
     fn get(&self, window: u64) -> Result<Arc<Vec<u8>>> {
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = unpoisoned(self.recent.lock());
         if let Some(position) = recent.iter().position(|(number, _)| *number == window) {
             let found = recent.remove(position);
             let bytes = Arc::clone(&found.1);

@@ -20,7 +20,7 @@ use crate::save::adapt::Adaptation;
 use crate::save::job::{Conduct, Job};
 use crate::store::flow::{Flow, Pace};
 use crate::store::{FileListing, Store};
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// Buffers for header, index and footer: one being filled while the other is written.
@@ -110,11 +110,11 @@ impl Core {
 
     /// The attempt that this rank began last, of whatever step; among several ranks only.
     pub(crate) fn last_attempt(&self) -> Option<AttemptId> {
-        *lock(&self.last_attempt)
+        *unpoisoned(self.last_attempt.lock())
     }
 
     pub(crate) fn note_attempt(&self, attempt: AttemptId) {
-        *lock(&self.last_attempt) = Some(attempt);
+        *unpoisoned(self.last_attempt.lock()) = Some(attempt);
     }
 
     /// After a panic of the committer nothing that the engine believes can be trusted.
@@ -187,7 +187,7 @@ impl Core {
     }
 
     pub(super) fn known(&self) -> MutexGuard<'_, Known> {
-        lock(&self.known)
+        unpoisoned(self.known.lock())
     }
 }
 

@@ -9,7 +9,7 @@
 //!   verb, and dropping the engine there touches nothing of the parent's.
 
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 use std::time::Duration;
 
 use crate::clock::{Environment, elapsed};
@@ -26,7 +26,7 @@ use crate::save::encode::Workers;
 use crate::save::{SaveHandle, SaveRequest};
 use crate::store::{PendingUpload, Store, Uploads};
 use crate::store_copy::{Between, Overwrite, Transferred, transfer};
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 mod agreed;
@@ -432,7 +432,7 @@ impl Engine {
         if self.is_forked() {
             return Ok(());
         }
-        let inner = self.inner.write().unwrap_or_else(PoisonError::into_inner).take();
+        let inner = unpoisoned(self.inner.write()).take();
         let Some(inner) = inner else { return Ok(()) };
         let ended = inner.wait_for_last(None).map(|_| ());
         let Some(uploads) = inner.core.store.uploads() else { return ended };
@@ -462,7 +462,7 @@ impl Engine {
         if self.is_forked() {
             return Err(EngineError::forked(what, self.config.path.display(), self.pid));
         }
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        let inner = unpoisoned(self.inner.read());
         inner.clone().ok_or_else(|| EngineError::Closed {
             what: what.into(),
             why: "the store was closed".into(),
@@ -485,7 +485,7 @@ impl Drop for Engine {
             return;
         }
         // What is left in the lock is `None`, which needs no drop.
-        drop(self.inner.write().unwrap_or_else(PoisonError::into_inner).take());
+        drop(unpoisoned(self.inner.write()).take());
     }
 }
 
@@ -493,11 +493,11 @@ impl Inner {
     /// While this is held, no save begins. What is deleted by its step must stay what was looked
     /// at: a save could take its place.
     fn turn(&self) -> MutexGuard<'_, Saving> {
-        lock(&self.saving)
+        unpoisoned(self.saving.lock())
     }
 
     fn last(&self) -> Option<SaveHandle> {
-        lock(&self.last).clone()
+        unpoisoned(self.last.lock()).clone()
     }
 
     /// [`Core::check_exists`], which tells of a step whose save has not ended that it has not.

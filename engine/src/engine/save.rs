@@ -23,7 +23,7 @@ use crate::save::job::{Job, Message};
 use crate::save::share::Share;
 use crate::save::write::{chunks_offset, draft_index};
 use crate::save::{SaveHandle, SaveRequest, StorageInput};
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// Room for footer and a small index, when free space is checked.
@@ -111,7 +111,7 @@ impl Inner {
             handle: handle.clone(),
             started: clocked.started,
         })?;
-        *lock(&self.last) = Some(handle.clone());
+        *unpoisoned(self.last.lock()) = Some(handle.clone());
         Ok(Begun { job, handle, arena, storages: origins })
     }
 

@@ -31,7 +31,7 @@ use rustix::process::{Pid, getpid};
 use super::ALIGNMENT;
 use super::mapping::Mapping;
 use super::pin::{Pin, Pinned};
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 
 /// What one thread populates at a time: large enough to amortise the call, small enough to share.
 const POPULATE_PIECE_BYTES: usize = 32 << 20;
@@ -230,7 +230,7 @@ impl BufferPool {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        unpoisoned(self.state.lock())
     }
 }
 

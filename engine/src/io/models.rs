@@ -5,7 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use loom::thread;
 
@@ -13,7 +13,7 @@ use super::buffer::BufferPool;
 use super::inbox::{Inbox, Next, complete};
 use super::{ALIGNMENT, Direction, File, Transfer};
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, unpoisoned, wait_while};
 
 /// Takes a buffer, of which `holders` counts those that are out, and gives it back.
 fn borrow(pool: &Arc<BufferPool>, holders: &AtomicUsize, holders_max: usize) {
@@ -159,13 +159,12 @@ struct Event {
 
 impl Event {
     fn set(&self) {
-        *self.set.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *unpoisoned(self.set.lock()) = true;
         self.changed.notify_one();
     }
 
     fn wait(&self) {
-        let set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut set = self.changed.wait_while(set, |set| !*set).unwrap();
+        let mut set = wait_while(&self.changed, unpoisoned(self.set.lock()), None, |set| !*set);
         *set = false;
     }
 }

@@ -19,7 +19,7 @@ use super::transfer::transfer_fully;
 use super::{Direction, EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer, backend, uring};
 use crate::config::DirectIo;
 use crate::error::IoContext;
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// Below this much free space no speed is measured.
@@ -282,7 +282,7 @@ fn transfer_all(
     direction: Direction,
 ) -> io::Result<()> {
     let failure = Arc::new(Mutex::new(None));
-    let first_failure = || lock(&*failure).take();
+    let first_failure = || unpoisoned(failure.lock()).take();
     let mut offset = 0;
     while offset < options.file_bytes {
         let buffer = pool.take();
@@ -293,7 +293,7 @@ fn transfer_all(
         let failure = Arc::clone(&failure);
         let done = Box::new(move |outcome: io::Result<usize>, buffer: Buffer| {
             if let Err(error) = outcome {
-                *lock(&*failure) = Some(error);
+                *unpoisoned(failure.lock()) = Some(error);
             }
             // Only now: whoever gets this buffer next must see the failure.
             drop(buffer);

@@ -33,7 +33,7 @@ use super::buffer::Buffer;
 use super::{
     ALIGNMENT, Direction, Done, EntryOp, EntryReply, File, Io, Length, OpenMode, Transfer,
 };
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 
 /// What to do to whom.
 #[derive(Debug, Default)]
@@ -182,23 +182,23 @@ impl Sim {
 
     /// Every operation so far, in order.
     pub fn log(&self) -> Vec<LoggedOp> {
-        lock(&*self.state).log.clone()
+        unpoisoned(self.state.lock()).log.clone()
     }
 
     /// Number of operations so far.
     pub fn operations(&self) -> u64 {
-        lock(&*self.state).log.len() as u64
+        unpoisoned(self.state.lock()).log.len() as u64
     }
 
     /// Whether any fault has struck: a test that fails operation 0, 1, 2, ... in turn is through
     /// when none does.
     pub fn has_struck(&self) -> bool {
-        lock(&*self.state).struck.contains(&true)
+        unpoisoned(self.state.lock()).struck.contains(&true)
     }
 
     /// Replaces the plan; numbers and the log go on.
     pub fn set_plan(&self, plan: Plan) {
-        let mut state = lock(&*self.state);
+        let mut state = unpoisoned(self.state.lock());
         state.struck = vec![false; plan.faults.len()];
         state.cut = false;
         state.plan = plan;
@@ -206,7 +206,7 @@ impl Sim {
 
     /// Logs an operation and says what to do to it.
     fn admit(&self, kind: OpKind, path: &Path, offset: u64, bytes: u64) -> Option<FaultKind> {
-        let mut state = lock(&*self.state);
+        let mut state = unpoisoned(self.state.lock());
         let number = state.log.len() as u64;
         let path = path.to_owned();
         let mut operation = LoggedOp { number, kind, path, offset, bytes, fault: None };
@@ -398,13 +398,13 @@ impl fmt::Debug for Delayed {
 impl Sim {
     /// Makes the transfer's completion wait for its turn, if the plan says so.
     fn reordered(&self, mut transfer: Transfer) -> Transfer {
-        match &mut lock(&*self.state).delayed {
+        match &mut unpoisoned(self.state.lock()).delayed {
             Some(delayed) => delayed.in_flight += 1,
             None => return transfer,
         }
         let (state, done) = (Arc::clone(&self.state), transfer.done);
         transfer.done = Box::new(move |outcome, buffer| {
-            let due = match &mut lock(&*state).delayed {
+            let due = match &mut unpoisoned(state.lock()).delayed {
                 Some(delayed) => {
                     delayed.in_flight -= 1;
                     delayed.waiting.push((done, outcome, buffer));

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::io::buffer::Buffer;
 use crate::io::pin::Pin;
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 /// Memory of a device that parts of storages are read into.
@@ -174,6 +174,6 @@ impl UnderWay {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        unpoisoned(self.state.lock())
     }
 }

@@ -6,15 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::{OnDamage, Shard};
 use crate::format::index::{Difference, ShardIndex, StorageRecord, difference};
 use crate::format::layout::{ElementType, Layout, StorageSpec};
 use crate::format::manifest::Manifest;
 use crate::store::Store;
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// Shards that are opened at once.
@@ -100,7 +100,7 @@ fn open_others<T: Send>(
                 (keep(shard), disagreement)
             });
             let has_failed = shard.is_err();
-            lock(&opened).push((*rank, shard));
+            unpoisoned(opened.lock()).push((*rank, shard));
             if has_failed {
                 next.store(ranks.len(), Ordering::Relaxed);
             }
@@ -112,7 +112,7 @@ fn open_others<T: Send>(
         }
         open();
     });
-    let mut opened = opened.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut opened = unpoisoned(opened.into_inner());
     opened.sort_by_key(|(rank, _)| *rank);
     opened.into_iter().map(|(_, shard)| shard).collect()
 }

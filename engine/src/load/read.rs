@@ -5,7 +5,7 @@
 //! on its way to a device when it returns.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -17,7 +17,7 @@ use super::verify::listed;
 use super::{Checkpoint, Shard};
 use crate::error::IoContext;
 use crate::io::buffer::{Buffer, BufferPool};
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::threads::thread_count;
 use crate::{EngineError, Result};
 
@@ -163,11 +163,11 @@ struct Outcome(Mutex<Option<EngineError>>);
 
 impl Outcome {
     fn keep_first(&self, error: EngineError) {
-        lock(&self.0).get_or_insert(error);
+        unpoisoned(self.0.lock()).get_or_insert(error);
     }
 
     fn into_result(self) -> Result<()> {
-        self.0.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        unpoisoned(self.0.into_inner()).map_or(Ok(()), Err)
     }
 }
 
@@ -213,7 +213,7 @@ pub(super) fn run(
                 "a decoding thread panicked",
             ));
         }
-        let is_left = |job: &Waiting<'_, '_>| lock(job).is_some();
+        let is_left = |job: &Waiting<'_, '_>| unpoisoned(job.lock()).is_some();
         if !stopped.load(Ordering::Relaxed) && waiting.iter().any(is_left) {
             return Err(EngineError::internal(
                 format!("reading `{name}`"),
@@ -246,7 +246,7 @@ fn submit_all(
         if stopped.load(Ordering::Relaxed) {
             return;
         }
-        let read = lock(job).as_ref().map(|job| (job.shard, *job.record()));
+        let read = unpoisoned(job.lock()).as_ref().map(|job| (job.shard, *job.record()));
         let (shard, record) = read.expect("jobs are taken only after their read");
         let padded = record.padded_bytes();
         let arrived = arrived.clone();
@@ -270,7 +270,7 @@ fn work(
         if stopped.load(Ordering::Relaxed) {
             continue;
         }
-        let job = lock(&waiting[number]).take();
+        let job = unpoisoned(waiting[number].lock()).take();
         let mut job = job.expect("each read arrives once");
         let delivered = delivery.take(&mut job, result, buffer);
         if !report(job.shard, job.chunk, delivered) {

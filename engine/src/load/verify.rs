@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Write as _};
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -22,7 +22,7 @@ use crate::format::names::shard_file_name;
 use crate::format::tree::{TreePath, Value, Walk};
 use crate::recovery::OwnShare;
 use crate::store::Store;
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// Most tensors that one damaged place names, and most bytes of each name: a checkpoint may have
@@ -187,16 +187,16 @@ fn verify_shard(
         if let Err(error) = result {
             if matches!(error, EngineError::Unavailable { .. }) {
                 // It says nothing about the chunk.
-                *lock(&unavailable) = Some(error);
+                *unpoisoned(unavailable.lock()) = Some(error);
                 return false;
             }
             let found = shard.damage_of(chunk, &error);
-            lock(&damage).push(found);
+            unpoisoned(damage.lock()).push(found);
         }
         cancelled.store(observer.is_cancelled(), Ordering::Relaxed);
         !cancelled.load(Ordering::Relaxed)
     })?;
-    if let Some(error) = unavailable.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    if let Some(error) = unpoisoned(unavailable.into_inner()) {
         return Err(error);
     }
     if cancelled.into_inner() {
@@ -212,7 +212,7 @@ fn verify_shard(
         report.raw_bytes += u64::from(record.raw_bytes);
         report.stored_bytes += u64::from(record.stored_bytes);
     }
-    report.damage.extend(damage.into_inner().unwrap_or_else(PoisonError::into_inner));
+    report.damage.extend(unpoisoned(damage.into_inner()));
     if let Err(error) = shard.read_start() {
         report.damage.push(whole_file(file, error)?);
     }

@@ -17,7 +17,7 @@ use super::encode::EncodeTask;
 use super::job::Job;
 use crate::EngineError;
 use crate::io::lent::Part;
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 
 /// How far the copies of one save are.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ impl Arrivals {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        unpoisoned(self.state.lock())
     }
 }
 

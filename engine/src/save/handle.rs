@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::job::Job;
 use crate::progress::{ProgressReading, SaveStats};
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 /// A save in flight, or ended.
@@ -153,6 +153,6 @@ impl SaveHandle {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Result<SaveInfo>>> {
-        lock(&self.shared.outcome)
+        unpoisoned(self.shared.outcome.lock())
     }
 }

@@ -19,7 +19,7 @@ use crate::io::buffer::Buffer;
 use crate::progress::{Progress, SaveStats};
 use crate::store::flow::Flow;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Mutex, lock};
+use crate::sync::{Mutex, unpoisoned};
 
 /// State shared by capture, workers and committer.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ impl Job {
 
     /// Ends the save with `error`, unless it failed before, and wakes the committer.
     pub(crate) fn fail(&self, error: EngineError) {
-        let mut failure = lock(&self.failure);
+        let mut failure = unpoisoned(self.failure.lock());
         failure.get_or_insert(error);
         self.failed.store(true, Ordering::Release);
         drop(failure);
@@ -126,7 +126,7 @@ impl Job {
 
     /// The error that ended the save, if one did.
     pub(crate) fn failure(&self) -> Option<EngineError> {
-        let failure = lock(&self.failure);
+        let failure = unpoisoned(self.failure.lock());
         failure.as_ref().map(EngineError::duplicate)
     }
 
@@ -162,11 +162,12 @@ impl Job {
     }
 
     pub(crate) fn update_stats(&self, update: impl FnOnce(&mut SaveStats)) {
-        update(&mut lock(&self.stats));
+        let mut stats = unpoisoned(self.stats.lock());
+        update(&mut stats);
     }
 
     pub(crate) fn stats(&self) -> SaveStats {
-        let mut stats = lock(&self.stats).clone();
+        let mut stats = unpoisoned(self.stats.lock()).clone();
         stats.raw_bytes = self.layout.raw_bytes();
         stats.chunks = self.layout.chunk_count() as u64;
         stats.chunks_encoded = self.chunks_encoded.load(Ordering::Relaxed);

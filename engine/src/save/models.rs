@@ -15,7 +15,6 @@ use crate::EngineError;
 use crate::clock::Manual;
 use crate::config::Compression;
 use crate::format::layout::Layout;
-use crate::format::names::AttemptId;
 use crate::store::flow::Flow;
 
 /// A save without chunks, and the committer's end of its queue, which holds one message.

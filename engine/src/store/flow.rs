@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::clock::{Environment, elapsed};
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 
 /// What lies further back than this, in seconds of a busy device, counts for less than 1/e.
 const MEMORY_SECONDS: f64 = 0.25;
@@ -224,7 +224,7 @@ impl Flow {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        unpoisoned(self.state.lock())
     }
 }
 

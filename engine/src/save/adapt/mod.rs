@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use crate::format::layout::ElementType;
 use crate::store::flow::FlowReading;
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 
 /// Weight of the newest observation.
 const NEWEST_WEIGHT: f64 = 0.25;
@@ -132,7 +132,7 @@ impl Adaptation {
         if element == ElementType::Bytes {
             return false;
         }
-        let mut estimates = lock(&self.0);
+        let mut estimates = unpoisoned(self.0.lock());
         let known = &mut estimates[element as usize];
         let pays = known.unwrap_or(Estimate::ASSUMED).pays(outlook);
         if !pays {
@@ -143,7 +143,7 @@ impl Adaptation {
 
     /// Learns from a chunk that was encoded.
     pub(crate) fn learn(&self, element: ElementType, seen: Observation) {
-        let mut estimates = lock(&self.0);
+        let mut estimates = unpoisoned(self.0.lock());
         let known = &mut estimates[element as usize];
         let seen = Estimate::from(seen);
         *known = Some(known.map_or(seen, |known| known.towards(seen, NEWEST_WEIGHT)));

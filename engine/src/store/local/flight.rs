@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::store::flow::Flow;
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait_while};
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 /// Counts a shard's writes. Shared by the sink, the threads that writes end on, and the early sync.
@@ -114,6 +114,6 @@ impl Flight {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        unpoisoned(self.state.lock())
     }
 }

@@ -25,7 +25,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 
 use crate::error::IoContext;
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// The lock file, in the store's directory, of the one writer, or of a rank that writes beside
@@ -130,7 +130,7 @@ impl Locks {
     }
 
     pub(super) fn lock_table(&self) -> MutexGuard<'_, BTreeMap<u64, Option<OwnedFd>>> {
-        lock(&self.held)
+        unpoisoned(self.held.lock())
     }
 }
 

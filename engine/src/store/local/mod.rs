@@ -38,7 +38,7 @@ use crate::error::IoContext;
 use crate::format::manifest::MANIFEST_BYTES_MAX;
 use crate::format::names::{self, AttemptId};
 use crate::io::{EntryOp, EntryReply, Io};
-use crate::sync::lock;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 mod early_sync;
@@ -276,11 +276,11 @@ impl Shared {
     }
 
     fn changes(&self) -> MutexGuard<'_, ()> {
-        lock(&self.changes)
+        unpoisoned(self.changes.lock())
     }
 
     fn deleted(&self) -> MutexGuard<'_, Deleted> {
-        lock(&self.deleted)
+        unpoisoned(self.deleted.lock())
     }
 
     /// Refuses work in a fork of the process that opened the store.

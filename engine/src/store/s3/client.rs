@@ -8,7 +8,7 @@ use std::fmt;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
@@ -35,6 +35,7 @@ use tokio::sync::watch;
 
 use crate::config::{S3Credentials, S3Settings};
 use crate::error::IoContext;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// Threads that requests run on: they move bytes, and encrypt them where the service is far.
@@ -354,7 +355,7 @@ impl Watch {
     /// The service's present, from its last answer on, which is cut to seconds: the latest that it
     /// can mean. `None` before the first that told.
     pub(super) fn now(&self) -> Option<SystemTime> {
-        let (date, seen) = (*self.date.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let (date, seen) = (*unpoisoned(self.date.lock()))?;
         Some(date + Duration::from_secs(1) + seen.elapsed())
     }
 
@@ -372,7 +373,7 @@ impl Watch {
     fn note_date(&self, text: &str) {
         let date = DateTime::from_str(text, DateTimeFormat::HttpDate);
         if let Some(date) = date.ok().and_then(|date| SystemTime::try_from(date).ok()) {
-            let mut last = self.date.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut last = unpoisoned(self.date.lock());
             *last = Some((date, Instant::now()));
         }
     }

@@ -4,13 +4,14 @@
 //! than the line was seen to take, but for a single part; after a failure nothing more is started.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_s3::types::CompletedPart;
 
 use super::parts::Part;
 use crate::store::flow::Flow;
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 /// What became of a part.
@@ -126,8 +127,7 @@ impl Flight {
         let full = |state: &mut FlightState| {
             state.failure.is_none() && !state.widening.allows(state.bytes, bytes)
         };
-        let mut state =
-            self.landed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        let mut state = wait_while(&self.landed, self.lock(), None, full);
         if let Some(failure) = &state.failure {
             return Err(failure.duplicate());
         }
@@ -182,12 +182,11 @@ impl Flight {
     }
 
     pub(super) fn wait_until_landed(&self) {
-        let state = self.landed.wait_while(self.lock(), |state| state.bytes > 0);
-        drop(state.unwrap_or_else(PoisonError::into_inner));
+        drop(wait_while(&self.landed, self.lock(), None, |state| state.bytes > 0));
     }
 
     fn lock(&self) -> MutexGuard<'_, FlightState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.state.lock())
     }
 }
 

@@ -18,7 +18,7 @@
 //! of one store by whoever starts them. `docs/durability.md` tells what is promised.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::SystemTime;
 
 use super::flow::Flow;
@@ -30,6 +30,7 @@ use crate::config::{S3Address, S3Credentials, S3Settings};
 use crate::format::FormatError;
 use crate::format::manifest::{MANIFEST_BYTES_MAX, Manifest};
 use crate::format::names::{self, AttemptId};
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 mod client;
@@ -358,7 +359,7 @@ impl Shared {
 
     fn own(&self) -> MutexGuard<'_, Own> {
         // Every critical section is one call of a set's.
-        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.own.lock())
     }
 
     /// Refuses work in a fork of the process that opened the store.

@@ -5,11 +5,12 @@
 //! never wait for a network.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use crate::Result;
 use crate::format::names::MANIFEST_FILE;
 use crate::store::{FileListing, StepListing, Store};
+use crate::sync::unpoisoned;
 
 /// The far store's files by step, and by name.
 #[derive(Debug)]
@@ -67,6 +68,6 @@ impl FarView {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<FileListing>>> {
         // Every critical section leaves a whole map.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.0.lock())
     }
 }

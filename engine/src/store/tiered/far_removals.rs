@@ -8,8 +8,6 @@
 //!   has retired.
 //! - A removal that failed is still to be done.
 
-use std::sync::PoisonError;
-
 use super::queue::Queue;
 use super::removals::Removal;
 use super::uploader::caught;
@@ -17,6 +15,7 @@ use super::work::Work;
 use crate::format::names::{AttemptId, MANIFEST_FILE, parse_shard_file};
 use crate::store::Space;
 use crate::store_copy::standing;
+use crate::sync::{unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 impl Work {
@@ -66,7 +65,7 @@ impl Work {
     /// Carries a removal out that waits, and those before it that it waits for. Returns the bytes
     /// freed.
     fn remove_now(&self, wanted: &Removal) -> Result<u64> {
-        let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = unpoisoned(self.removing.lock());
         let mut freed_bytes = 0;
         while let Some(removed) = self.remove_next(Some(wanted)) {
             freed_bytes += removed?;
@@ -94,8 +93,7 @@ impl Work {
     fn begin_removal(&self, wanted: Option<&Removal>) -> Option<Removal> {
         // What is on its way has arrived by then, or was given up.
         let is_blocked = |queue: &mut Queue| queue.is_removal_blocked(wanted);
-        let queue = self.changed.wait_while(self.lock(), is_blocked);
-        queue.unwrap_or_else(PoisonError::into_inner).begin_removal(wanted)
+        wait_while(&self.changed, self.lock(), None, is_blocked).begin_removal(wanted)
     }
 
     fn remove(&self, removal: &Removal) -> Result<u64> {
@@ -148,7 +146,7 @@ impl Work {
         if !self.lock().removes(self.now()) {
             return;
         }
-        let _turn = self.removing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = unpoisoned(self.removing.lock());
         while let Some(removed) = self.remove_next(None) {
             let Err(error) = removed else { continue };
             let left = self.change(|queue| queue.put_removals_off(self.now()));

@@ -25,7 +25,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use super::flow::Flow;
@@ -38,6 +38,7 @@ use crate::format::manifest::Manifest;
 use crate::format::names::{AttemptId, parse_shard_file};
 use crate::recovery::OwnShare;
 use crate::store_copy::standing;
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 mod differences;
@@ -147,13 +148,13 @@ impl TieredStore {
 
     fn outdated(&self) -> MutexGuard<'_, Outdated> {
         // Every critical section is a call or two of a set's.
-        self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.outdated.lock())
     }
 
     /// Steps whose manifests the far store was asked for to no avail, because it was away.
     fn unanswered(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         // Every critical section is one call of a set's.
-        self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.unanswered.lock())
     }
 
     /// What the far store has of a manifest that is damaged near, or cannot be read there, if it is

@@ -3,12 +3,13 @@
 //! Always holds: what has gone is paid for, at the rate, before more goes; time in which nothing
 //! went buys nothing. An upload that is not wanted any more waits for nothing.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::queue::UploadTask;
 use super::work::Work;
 use crate::load::VerifyObserver;
+use crate::sync::unpoisoned;
 
 /// Keeps an upload to its rate, and ends it when it is not wanted any more.
 pub(super) struct Pacer<'a> {
@@ -33,7 +34,7 @@ impl VerifyObserver for Pacer<'_> {
     fn sent(&self, bytes: u64) {
         let Some(rate) = self.work.bytes_per_second else { return };
         let now = self.work.now();
-        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut due = unpoisoned(self.due.lock());
         *due = (*due).max(now) + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
         let early = due.saturating_sub(now);
         drop(due);

@@ -10,7 +10,7 @@
 //! - A panic ends what it happened in, and nobody waits for a thread that has ended.
 
 use std::fmt;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use crate::store::Uploads;
 use crate::store_copy::{
     Between, Brought, Copied, Overwrite, Transferred, publish_whole, transfer, transfer_share,
 };
+use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
 
 /// How long a store that is closing waits for shards of others.
@@ -90,11 +91,8 @@ impl Work {
         while !queue.is_stopped() {
             queue = match queue.pause(self.now()) {
                 Some(Duration::ZERO) => return true,
-                Some(pause) => match self.changed.wait_timeout(queue, pause) {
-                    Ok((queue, _)) => queue,
-                    Err(poisoned) => poisoned.into_inner().0,
-                },
-                None => self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(pause) => unpoisoned(self.changed.wait_timeout(queue, pause)).0,
+                None => unpoisoned(self.changed.wait(queue)),
             };
         }
         false

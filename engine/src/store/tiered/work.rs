@@ -4,7 +4,7 @@
 //! assignments, never while a store is asked.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::far::FarView;
@@ -14,6 +14,7 @@ use crate::format::manifest::{Manifest, total_bytes};
 use crate::recovery::OwnShare;
 use crate::store::{PendingUpload, Store, Uploads};
 use crate::store_copy::Transferred;
+use crate::sync::{Condvar, Mutex, MutexGuard, unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 /// What the uploader and those who wait for it share.
@@ -63,8 +64,7 @@ impl Work {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
-        // Every critical section is a few assignments.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.queue.lock())
     }
 
     /// Changes the queue, which those who wait hear of.
@@ -98,7 +98,7 @@ impl Work {
         let mut queue = self.lock();
         while queue.cancel(step) {
             self.changed.notify_all();
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = unpoisoned(self.changed.wait(queue));
         }
         drop(queue);
         self.changed.notify_all();
@@ -139,7 +139,7 @@ impl Work {
     /// Sleeps unless, or until, it is time to hurry.
     pub(super) fn sleep(&self, pause: Duration, hurries: impl Fn(&Queue) -> bool) {
         let calm = |queue: &mut Queue| !queue.is_stopped() && !hurries(queue);
-        drop(self.changed.wait_timeout_while(self.lock(), pause, calm));
+        drop(wait_while(&self.changed, self.lock(), Some(pause), calm));
     }
 }
 
@@ -161,14 +161,7 @@ impl Uploads for Work {
 
     fn wait_for(&self, step: u64, timeout: Option<Duration>) -> Option<Result<Transferred>> {
         let pending = |queue: &mut Queue| queue.is_waiting(step) && !queue.is_stopped();
-        let queue = match timeout {
-            None => self.changed.wait_while(self.lock(), pending),
-            Some(timeout) => match self.changed.wait_timeout_while(self.lock(), timeout, pending) {
-                Ok((queue, _)) => Ok(queue),
-                Err(poisoned) => Ok(poisoned.into_inner().0),
-            },
-        };
-        let queue = queue.unwrap_or_else(PoisonError::into_inner);
+        let queue = wait_while(&self.changed, self.lock(), timeout, pending);
         if queue.is_waiting(step) && !queue.is_stopped() {
             return None;
         }
@@ -202,16 +195,7 @@ impl Uploads for Work {
         let now = self.now();
         self.change(|queue| queue.drain(now));
         let is_under_way = |queue: &mut Queue| !queue.is_drained();
-        let mut queue = match timeout {
-            None => self.changed.wait_while(self.lock(), is_under_way),
-            Some(timeout) => {
-                let waited = self.changed.wait_timeout_while(self.lock(), timeout, is_under_way);
-                waited
-                    .map(|(queue, _)| queue)
-                    .map_err(|poisoned| PoisonError::new(poisoned.into_inner().0))
-            }
-        }
-        .unwrap_or_else(PoisonError::into_inner);
+        let mut queue = wait_while(&self.changed, self.lock(), timeout, is_under_way);
         let is_drained = queue.is_drained();
         if is_drained {
             queue.end_drain(self.now());
