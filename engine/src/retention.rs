@@ -67,8 +67,8 @@ fn plan_retention(survey: &Survey, policy: Policy, protected: &[u64]) -> Vec<u64
     plan
 }
 
-/// [`plan_retention`], with what waits for the far store left out, unless a rewind retired it: that
-/// is wanted nowhere. `may_remove` says of a step whether it need not wait; `passed` are
+/// [`plan_retention`], with what waits for the remote store left out, unless a rewind retired it:
+/// that is wanted nowhere. `may_remove` says of a step whether it need not wait; `passed` are
 /// checkpoints that not all ranks have and that all have gone past: they go in any case, last.
 pub(crate) fn plan_prune(
     survey: &Survey,
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_the_far_store_stays_unless_it_was_retired_or_passed() {
+    fn what_waits_for_the_remote_store_stays_unless_it_was_retired_or_passed() {
         let committed = [1, 2, 3, 4].map(|number| step(number, StepState::Committed));
         let retired = [8, 9].map(|number| step(number, StepState::Retired { by: 4 }));
         let incomplete = [step(7, StepState::Incomplete)];

@@ -307,7 +307,7 @@ fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), Str
     let store = place.config();
     let directory = scratch();
     let (key, secret) = owner();
-    let near = |s3| Config {
+    let local = |s3| Config {
         s3,
         remote: Some(store.path.to_str().unwrap().into()),
         compression: Compression::None,
@@ -316,7 +316,7 @@ fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), Str
     // The first half of a life without faults: opening needs the store.
     let mut seen = Seen::default();
     let proxy = Proxy::start(place.address(), plan);
-    if let Ok(engine) = try_open(near(through(&proxy, &store).s3), (&key, &secret)) {
+    if let Ok(engine) = try_open(local(through(&proxy, &store).s3), (&key, &secret)) {
         for step in 1..=2 {
             state_of(step).save(&engine, step).unwrap();
             seen.saved.push(step);
@@ -329,7 +329,7 @@ fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), Str
     // What was visible meanwhile was whole.
     let visible = Seen { saved: Vec::new(), errors: seen.errors };
     let judgement = judge(&store, &visible);
-    open(near(store.s3.clone())).close().unwrap();
+    open(local(store.s3.clone())).close().unwrap();
     // An upload whose beginning was not answered is begun again, and nobody knows the name of the
     // first: it stays, without parts.
     let left = if place.unfinished_take_space() { Err("parts are left".into()) } else { Ok(()) };

@@ -28,7 +28,7 @@ enum Machines {
 /// Ranks that have nothing in common but a coordinator and a store in S3.
 struct Cluster {
     world: World,
-    far: Config,
+    remote: Config,
     machines: Machines,
     keep_last_n: Option<u32>,
     remote_bytes_per_second: Option<u64>,
@@ -38,7 +38,7 @@ impl Cluster {
     fn new(place: &Place, size: u32, machines: Machines) -> Self {
         Self {
             world: World::new(size),
-            far: place.config(),
+            remote: place.config(),
             machines,
             keep_last_n: None,
             remote_bytes_per_second: None,
@@ -55,8 +55,8 @@ impl Cluster {
     fn config(&self, rank: u32) -> Config {
         Config {
             path: self.directory(rank),
-            s3: self.far.s3.clone(),
-            remote: Some(self.far.path.to_str().unwrap().into()),
+            s3: self.remote.s3.clone(),
+            remote: Some(self.remote.path.to_str().unwrap().into()),
             keep_last_n: self.keep_last_n,
             remote_bytes_per_second: self.remote_bytes_per_second,
             ..self.world.config(rank)
@@ -70,8 +70,8 @@ impl Cluster {
     }
 
     /// The store in S3, to somebody who only reads.
-    fn far(&self) -> Engine {
-        open(Config { read_only: true, ..self.far.clone() })
+    fn remote(&self) -> Engine {
+        open(Config { read_only: true, ..self.remote.clone() })
     }
 }
 
@@ -146,15 +146,15 @@ fn every_rank_commits_in_its_own_directory_and_one_checkpoint_arrives_in_s3() {
         for step in [1, 2] {
             let infos = save_all(&ranks, step);
             uploaded(&ranks, step);
-            let far = cluster.far();
-            let manifest = far.manifest(step).unwrap();
+            let remote = cluster.remote();
+            let manifest = remote.manifest(step).unwrap();
             assert_eq!(manifest.shards.len(), 3);
             assert!(infos.iter().all(|info| info.attempt == manifest.attempt));
-            assert_eq!(far.verify(step, &()).unwrap().damage, [], "{machines:?}");
+            assert_eq!(remote.verify(step, &()).unwrap().damage, [], "{machines:?}");
             for rank in &ranks {
                 let here = rank.engine.checkpoint(step).unwrap();
                 state_of(rank.number, step).assert_equals(&here);
-                let there = far.checkpoint_of_rank(step, rank.number).unwrap();
+                let there = remote.checkpoint_of_rank(step, rank.number).unwrap();
                 state_of(rank.number, step).assert_equals(&there);
                 let files = names_in(&step_in(&cluster.directory(rank.number), step));
                 let shards = if matches!(machines, Machines::OneEach) { 1 } else { 3 };
@@ -178,18 +178,18 @@ fn shards_of_other_ranks_are_opened_without_looking_at_the_store_again() {
     save_all(&ranks, 2);
     uploaded(&ranks, 2);
     let proxy = Proxy::start(place.address(), Arc::new(|_| Fault::None));
-    let mut far = through(&proxy, &cluster.far);
+    let mut remote = through(&proxy, &cluster.remote);
     // Nothing comes late here, but from a service that is busy itself.
-    far.s3.request_timeout_ms = 60_000;
-    let far = open(Config { read_only: true, ..far });
+    remote.s3.request_timeout_ms = 60_000;
+    let remote = open(Config { read_only: true, ..remote });
     // The survey knows from then on what does not change.
-    far.checkpoint_of_rank(2, 0).unwrap();
+    remote.checkpoint_of_rank(2, 0).unwrap();
     let before = proxy.requests();
-    let own = far.checkpoint_of_rank(2, 0).unwrap();
+    let own = remote.checkpoint_of_rank(2, 0).unwrap();
     let named = proxy.requests() - before;
     for rank in [1, 2] {
         let before = proxy.requests();
-        let beside = far.shard_beside(&own, rank).unwrap();
+        let beside = remote.shard_beside(&own, rank).unwrap();
         let requests = proxy.requests() - before;
         // Neither a listing nor the manifest.
         assert!(requests + 2 <= named, "rank {rank}: {requests} and {named}");
@@ -213,7 +213,7 @@ fn a_new_machine_reads_from_s3_what_the_old_one_had() {
     }
     save_all(&ranks, 8);
     uploaded(&ranks, 8);
-    assert_eq!(cluster.far().steps().unwrap(), [7, 8]);
+    assert_eq!(cluster.remote().steps().unwrap(), [7, 8]);
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn a_rank_that_cannot_publish_leaves_no_checkpoint_on_any() {
     assert!(ranks.iter().all(|rank| rank.engine.steps().unwrap() == [1]));
     save_all(&ranks, 3);
     uploaded(&ranks, 3);
-    assert_eq!(cluster.far().steps().unwrap(), [1, 3]);
+    assert_eq!(cluster.remote().steps().unwrap(), [1, 3]);
 }
 
 #[test]
@@ -290,15 +290,15 @@ fn a_step_that_one_machine_lost_before_it_was_uploaded_is_loaded_by_none_and_sav
     for rank in &ranks {
         state_of(rank.number, 1).assert_equals(&rank.engine.checkpoint(1).unwrap());
     }
-    assert_eq!(cluster.far().steps().unwrap(), [1]);
+    assert_eq!(cluster.remote().steps().unwrap(), [1]);
     // All went back to step 1, so what one alone has of step 2 is in nobody's way.
     let again = together(&ranks, |rank| save_anew(rank, 2, false));
     let infos: Vec<_> = again.into_iter().map(Result::unwrap).collect();
     uploaded(&ranks, 2);
-    let far = cluster.far();
-    assert_eq!(far.manifest(2).unwrap().attempt, infos[0].attempt);
+    let remote = cluster.remote();
+    assert_eq!(remote.manifest(2).unwrap().attempt, infos[0].attempt);
     for rank in &ranks {
-        let again = far.checkpoint_of_rank(2, rank.number).unwrap();
+        let again = remote.checkpoint_of_rank(2, rank.number).unwrap();
         state_of(rank.number, 502).assert_equals(&again);
     }
 }
@@ -320,10 +320,10 @@ fn each_rank_prunes_its_directory_and_rank_0_the_store_in_s3() {
             steps.retain(|name| name.starts_with("step-"));
             assert_eq!(steps, ["step-000000000004", "step-000000000005"], "{machines:?}");
         }
-        let far = cluster.far();
-        assert_eq!(far.steps().unwrap(), [4, 5]);
+        let remote = cluster.remote();
+        assert_eq!(remote.steps().unwrap(), [4, 5]);
         let now = GcOptions { dry_run: true, grace: Some(Duration::ZERO) };
-        assert_eq!(far.gc(now).unwrap().removed, [], "{machines:?}");
+        assert_eq!(remote.gc(now).unwrap().removed, [], "{machines:?}");
     }
 }
 
@@ -355,15 +355,15 @@ fn what_a_failed_rewind_replaced_stands_again() {
         let after = together(&ranks, |rank| save_anew(rank, 1, true));
         let after: Vec<_> = after.into_iter().map(Result::unwrap).collect();
         uploaded(&ranks, 1);
-        assert_eq!(cluster.far().manifest(1).unwrap().attempt, after[0].attempt);
+        assert_eq!(cluster.remote().manifest(1).unwrap().attempt, after[0].attempt);
     }
 }
 
 /// Puts a manifest back once rank 0 has removed it, before its own rank goes on.
 #[derive(Debug)]
 struct PutsLate {
-    far: PathBuf,
-    near: PathBuf,
+    remote: PathBuf,
+    local: PathBuf,
     is_armed: Arc<AtomicBool>,
 }
 
@@ -372,11 +372,11 @@ impl Between for PutsLate {
         let is_last = matches!(call, Call::Report(_, Report { published_crc32c: Some(_), .. }));
         let heard = go();
         if is_last && self.is_armed.load(Ordering::Relaxed) {
-            while self.far.exists() {
+            while self.remote.exists() {
                 std::thread::yield_now();
             }
-            std::fs::create_dir_all(self.far.parent().unwrap()).unwrap();
-            std::fs::copy(&self.near, &self.far).unwrap();
+            std::fs::create_dir_all(self.remote.parent().unwrap()).unwrap();
+            std::fs::copy(&self.local, &self.remote).unwrap();
         }
         heard
     }
@@ -388,12 +388,12 @@ fn a_manifest_that_came_after_rank_0_had_removed_its_step_is_taken_back() {
     let Some(place) = Place::own("it puts an object") else { return };
     let cluster = Cluster::new(&place, 2, Machines::OneEach);
     let is_armed = Arc::new(AtomicBool::new(false));
-    let far = step_in(&place.objects(&cluster.far), 2).join("manifest.json");
+    let remote = step_in(&place.objects(&cluster.remote), 2).join("manifest.json");
     let open = |number| {
         cluster.world.rank_opened(number, |ranks| {
-            let near = step_in(&cluster.directory(number), 2).join("manifest.json");
+            let local = step_in(&cluster.directory(number), 2).join("manifest.json");
             let is_armed = Arc::clone(&is_armed);
-            let between = PutsLate { far: far.clone(), near, is_armed };
+            let between = PutsLate { remote: remote.clone(), local, is_armed };
             let config = cluster.config(number);
             if number == 0 {
                 return open_among(config, ranks);
@@ -410,8 +410,8 @@ fn a_manifest_that_came_after_rank_0_had_removed_its_step_is_taken_back() {
     assert!(together(&ranks, |rank| save_anew(rank, 1, true)).iter().all(Result::is_ok));
     uploaded(&ranks, 1);
     assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
-    assert!(!far.exists());
-    assert_eq!(cluster.far().steps().unwrap(), [1]);
+    assert!(!remote.exists());
+    assert_eq!(cluster.remote().steps().unwrap(), [1]);
 }
 
 /// Saves `step`, with what this rank measured.
@@ -454,7 +454,7 @@ fn what_one_rank_alone_has_is_not_the_best_and_keeps_nothing_from_its_place() {
     assert_eq!(best(&ranks), [[10, 25], [10, 25]]);
     assert!(names_in(&step_in(&cluster.directory(0), 20)).is_empty());
     assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
-    assert_eq!(cluster.far().steps().unwrap(), [10, 25]);
+    assert_eq!(cluster.remote().steps().unwrap(), [10, 25]);
 }
 
 #[test]
@@ -467,7 +467,7 @@ fn ranks_that_measure_differently_say_what_rank_0_says() {
     for rank in &ranks {
         assert_eq!(rank.engine.metadata(1).unwrap()["loss"], 0.5);
     }
-    assert_eq!(cluster.far().metadata(1).unwrap()["loss"], 0.5);
+    assert_eq!(cluster.remote().metadata(1).unwrap()["loss"], 0.5);
     let large = "x".repeat(2 << 20);
     let too_much = together(&ranks, |rank| {
         let state = state_of(rank.number, 2);
@@ -495,7 +495,7 @@ fn the_newest_that_arrived_is_kept_until_a_newer_one_has() {
         save_all(&ranks, step);
     }
     drop(ranks);
-    assert_eq!(cluster.far().steps().unwrap(), [1]);
+    assert_eq!(cluster.remote().steps().unwrap(), [1]);
     // One machine is lost, and with it steps 2 and 3; not step 1.
     std::fs::remove_dir_all(cluster.directory(1)).unwrap();
     cluster.remote_bytes_per_second = None;
@@ -510,7 +510,7 @@ fn the_newest_that_arrived_is_kept_until_a_newer_one_has() {
         uploaded(&ranks, step);
     }
     assert!(together(&ranks, |rank| rank.engine.close()).iter().all(Result::is_ok));
-    let steps = cluster.far().steps().unwrap();
+    let steps = cluster.remote().steps().unwrap();
     assert!(steps.ends_with(&[5]) && steps.len() <= 2, "{steps:?}");
 }
 
@@ -530,7 +530,7 @@ fn ranks_that_changed_machines_bring_what_lies_there() {
     cluster.remote_bytes_per_second = None;
     let ranks = cluster.ranks();
     uploaded(&ranks, 1);
-    assert_eq!(cluster.far().verify(1, &()).unwrap().damage, []);
+    assert_eq!(cluster.remote().verify(1, &()).unwrap().damage, []);
     drop(ranks);
     let ranks = cluster.ranks();
     assert_eq!(agreed(&ranks), [Some(1), Some(1)]);
@@ -577,7 +577,7 @@ fn what_all_save_alike_is_written_once_and_read_from_s3() {
         let step = step_in(&cluster.directory(rank.number), step);
         assert_eq!(names_in(&step).len(), 2, "the manifest, and this rank's shard");
     }
-    assert_eq!(cluster.far().verify(2, &()).unwrap().damage, []);
+    assert_eq!(cluster.remote().verify(2, &()).unwrap().damage, []);
 }
 
 #[test]
@@ -616,12 +616,12 @@ fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
     let error = rank.engine.uploaded(2, None).unwrap().unwrap().unwrap_err();
     assert!(matches!(error, EngineError::Closed { .. }), "{error}");
     assert!(error.to_string().contains("those of others are not yet"), "{error}");
-    assert_eq!(slow.far().steps().unwrap(), [1]);
+    assert_eq!(slow.remote().steps().unwrap(), [1]);
     drop(rank);
     // Whoever brings the last one publishes it.
     let ranks = slow.ranks();
     uploaded(&ranks[1..], 2);
-    assert_eq!(slow.far().steps().unwrap(), [1, 2]);
+    assert_eq!(slow.remote().steps().unwrap(), [1, 2]);
 }
 
 /// The path of the shard of `rank` in a step's directory.
@@ -646,7 +646,7 @@ fn a_shard_that_was_lost_in_s3_before_all_had_come_is_brought_once_more() {
         save_all(&ranks, 2);
         ranks
     });
-    let there = step_in(&place.objects(&cluster.far), 2);
+    let there = step_in(&place.objects(&cluster.remote), 2);
     let [own, other] = [0, 1].map(|rank| {
         let here = shard_in(&step_in(&cluster.directory(rank), 2), rank);
         (there.join(here.file_name().unwrap()), here)
@@ -684,11 +684,11 @@ fn a_step_whose_shard_is_nowhere_is_given_up() {
 fn a_machine_that_comes_back_does_not_bring_its_old_checkpoints_over_newer_ones() {
     let place = Place::new();
     let world = World::new(1);
-    let far = place.config();
+    let remote = place.config();
     let machine = |name: &str| Config {
         path: world.path().join(name),
-        s3: far.s3.clone(),
-        remote: Some(far.path.to_str().unwrap().into()),
+        s3: remote.s3.clone(),
+        remote: Some(remote.path.to_str().unwrap().into()),
         ..world.config(0)
     };
     let save = |engine: &Engine, seed: u64, step: u64, rewind: bool| {
@@ -716,7 +716,7 @@ fn a_machine_that_comes_back_does_not_bring_its_old_checkpoints_over_newer_ones(
     assert_eq!(first.manifest(2).unwrap().attempt, newer.attempt);
     state_of(0, 77).assert_equals(&first.checkpoint(2).unwrap());
     first.drain(None).unwrap();
-    let reader = open(Config { read_only: true, ..far.clone() });
+    let reader = open(Config { read_only: true, ..remote.clone() });
     assert_eq!(reader.manifest(2).unwrap().attempt, newer.attempt);
     save(&first, 3, 3, false);
     let again = save(&first, 78, 2, true);

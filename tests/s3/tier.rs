@@ -1,4 +1,4 @@
-//! A directory that drains into S3: commit near, upload behind, read from where it is.
+//! A directory that drains into S3: commit locally, upload behind, read from where it is.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,14 +20,14 @@ use crate::support::{State, config, finish, scratch};
 /// A directory in front of a store that nobody used before, and that store by itself.
 fn tier(place: &Place) -> (TempDir, Config, Config) {
     let directory = scratch();
-    let far = place.config();
-    let near = Config {
-        s3: far.s3.clone(),
-        remote: Some(far.path.to_str().unwrap().into()),
+    let remote = place.config();
+    let local = Config {
+        s3: remote.s3.clone(),
+        remote: Some(remote.path.to_str().unwrap().into()),
         compression: Compression::None,
         ..config(directory.path())
     };
-    (directory, near, far)
+    (directory, local, remote)
 }
 
 fn local_only(config: &Config) -> Config {
@@ -35,28 +35,28 @@ fn local_only(config: &Config) -> Config {
 }
 
 #[test]
-fn what_is_committed_near_arrives_far_byte_for_byte() {
+fn what_is_committed_locally_is_uploaded_byte_for_byte() {
     let place = Place::new();
-    let (_directory, near, far) = tier(&place);
-    let engine = open(near);
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(local);
     for (step, scale) in [(1, 0), (2, 4), (3, 1)] {
         let state = State::training(step, scale);
         let info = state.save(&engine, step).unwrap();
         let uploaded = engine.uploaded(step, None).unwrap().unwrap().unwrap();
         assert_eq!(uploaded.bytes, info.stored_bytes);
         assert_eq!(uploaded.parts, info.stored_bytes.div_ceil(PART_BYTES));
-        let far = open(Config { read_only: true, ..far.clone() });
-        assert_eq!(far.manifest(step).unwrap(), engine.manifest(step).unwrap());
-        state.assert_equals(&far.checkpoint(step).unwrap());
+        let remote = open(Config { read_only: true, ..remote.clone() });
+        assert_eq!(remote.manifest(step).unwrap(), engine.manifest(step).unwrap());
+        state.assert_equals(&remote.checkpoint(step).unwrap());
     }
 }
 
 #[test]
-fn what_is_gone_near_is_read_from_far() {
+fn what_is_missing_locally_is_read_from_the_remote_store() {
     let place = Place::new();
-    let (directory, near, _) = tier(&place);
+    let (directory, local, _) = tier(&place);
     let state = State::training(1, 1);
-    let engine = open(near.clone());
+    let engine = open(local.clone());
     state.save(&engine, 5).unwrap();
     engine.close().unwrap();
     for step in std::fs::read_dir(directory.path()).unwrap() {
@@ -65,11 +65,11 @@ fn what_is_gone_near_is_read_from_far() {
             std::fs::remove_dir_all(path).unwrap();
         }
     }
-    let engine = open(near.clone());
+    let engine = open(local.clone());
     assert_eq!(engine.steps().unwrap(), [5]);
     state.assert_equals(&engine.checkpoint(5).unwrap());
     drop(engine);
-    let reader = open(Config { read_only: true, ..near });
+    let reader = open(Config { read_only: true, ..local });
     state.assert_equals(&reader.checkpoint(5).unwrap());
 }
 
@@ -85,7 +85,7 @@ fn damage(directory: &Path, offset: i64) {
 }
 
 #[test]
-fn what_is_damaged_near_is_read_from_far() {
+fn what_is_damaged_locally_is_read_from_the_remote_store() {
     let place = Place::new();
     // A chunk; then also the header, the index, the footer.
     for (offsets, compression) in [
@@ -95,21 +95,21 @@ fn what_is_damaged_near_is_read_from_far() {
         (&[-5_000], Compression::None),
         (&[-4_000], Compression::None),
     ] {
-        let (directory, mut near, far) = tier(&place);
-        near.compression = compression;
+        let (directory, mut local, remote) = tier(&place);
+        local.compression = compression;
         let state = State::training(1, 1);
-        let engine = open(near.clone());
+        let engine = open(local.clone());
         state.save(&engine, 5).unwrap();
         engine.uploaded(5, None).unwrap().unwrap().unwrap();
         engine.close().unwrap();
         for offset in offsets {
             damage(directory.path(), *offset);
         }
-        let alone = open(Config { read_only: true, ..local_only(&near) });
+        let alone = open(Config { read_only: true, ..local_only(&local) });
         let error = alone.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
         assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{offsets:?}: {error:?}");
         for read_only in [true, false] {
-            let engine = open(Config { read_only, ..near.clone() });
+            let engine = open(Config { read_only, ..local.clone() });
             let checkpoint = engine.checkpoint(5).unwrap();
             state.assert_equals(&checkpoint);
             let storages: Vec<u32> = (0..).take(checkpoint.index().storages.len()).collect();
@@ -117,11 +117,11 @@ fn what_is_damaged_near_is_read_from_far() {
             let is_left_out = storages.iter().any(|storage| mapped.range_of(*storage).is_none());
             assert_eq!(is_left_out, offsets[0] == 9_000, "what is whole here is mapped");
             let report = engine.verify(5, &()).unwrap();
-            assert!(!report.damage.is_empty(), "verify tells of what lies near: {offsets:?}");
+            assert!(!report.damage.is_empty(), "verify tells of what is local: {offsets:?}");
         }
-        let far = open(far);
-        far.delete(5).unwrap();
-        let reader = open(Config { read_only: true, ..near });
+        let remote = open(remote);
+        remote.delete(5).unwrap();
+        let reader = open(Config { read_only: true, ..local });
         let error = reader.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
         assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{offsets:?}: {error:?}");
     }
@@ -130,19 +130,22 @@ fn what_is_damaged_near_is_read_from_far() {
 #[test]
 fn what_is_damaged_in_both_is_never_returned_and_the_step_before_is_there() {
     let Some(place) = Place::own("it damages objects") else { return };
-    for (near_offset, far_offset) in [(9_000, 9_001), (-4_000, -4_001), (8, 9)] {
-        let (directory, near, far) = tier(&place);
+    for (local_offset, remote_offset) in [(9_000, 9_001), (-4_000, -4_001), (8, 9)] {
+        let (directory, local, remote) = tier(&place);
         let (before, state) = (State::training(4, 1), State::training(5, 1));
-        let engine = open(near.clone());
+        let engine = open(local.clone());
         before.save(&engine, 4).unwrap();
         state.save(&engine, 5).unwrap();
         engine.close().unwrap();
-        damage(directory.path(), near_offset);
-        damage(&place.objects(&far), far_offset);
+        damage(directory.path(), local_offset);
+        damage(&place.objects(&remote), remote_offset);
         for read_only in [true, false] {
-            let engine = open(Config { read_only, ..near.clone() });
+            let engine = open(Config { read_only, ..local.clone() });
             let error = engine.checkpoint(5).and_then(|read| state.try_assert_equals(&read));
-            assert!(matches!(error, Err(EngineError::Corrupt { .. })), "{far_offset}: {error:?}");
+            assert!(
+                matches!(error, Err(EngineError::Corrupt { .. })),
+                "{remote_offset}: {error:?}"
+            );
             before.assert_equals(&engine.checkpoint(4).unwrap());
         }
     }
@@ -152,7 +155,7 @@ fn what_is_damaged_in_both_is_never_returned_and_the_step_before_is_there() {
 /// a client of it.
 fn proxy_that_can_be_away(
     place: &Place,
-    far: &Config,
+    remote: &Config,
     is_away: &Arc<AtomicBool>,
 ) -> (Proxy, S3Settings) {
     let is_away = Arc::clone(is_away);
@@ -161,22 +164,22 @@ fn proxy_that_can_be_away(
         if is_away { Fault::Answer(503, "SlowDown") } else { Fault::None }
     };
     let proxy = Proxy::start(place.address(), Arc::new(plan));
-    let s3 = through(&proxy, far).s3;
+    let s3 = through(&proxy, remote).s3;
     (proxy, s3)
 }
 
 #[test]
-fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
+fn a_remote_store_that_is_away_is_no_reason_to_go_back_a_step() {
     let place = Place::new();
-    let (directory, near, far) = tier(&place);
+    let (directory, local, remote) = tier(&place);
     let state = State::training(1, 1);
-    let engine = open(near.clone());
+    let engine = open(local.clone());
     state.save(&engine, 5).unwrap();
     engine.close().unwrap();
     damage(directory.path(), 9_000);
     let is_away = Arc::new(AtomicBool::new(false));
-    let (_proxy, s3) = proxy_that_can_be_away(&place, &far, &is_away);
-    let reader = open(Config { read_only: true, s3, ..near });
+    let (_proxy, s3) = proxy_that_can_be_away(&place, &remote, &is_away);
+    let reader = open(Config { read_only: true, s3, ..local });
     let checkpoint = reader.checkpoint(5).unwrap();
     is_away.store(true, Ordering::SeqCst);
     let error = state.try_assert_equals(&checkpoint).unwrap_err();
@@ -187,13 +190,13 @@ fn a_far_store_that_is_away_is_no_reason_to_go_back_a_step() {
 }
 
 #[test]
-fn a_rewind_waits_for_the_far_store_where_only_that_can_say_what_is_discarded() {
+fn a_rewind_waits_for_the_remote_store_where_only_that_can_say_what_is_discarded() {
     let place = Place::new();
-    let (directory, near, far) = tier(&place);
+    let (directory, local, remote) = tier(&place);
     let is_away = Arc::new(AtomicBool::new(false));
-    let (proxy, s3) = proxy_that_can_be_away(&place, &far, &is_away);
-    let near = Config { s3, ..near };
-    let engine = open(near.clone());
+    let (proxy, s3) = proxy_that_can_be_away(&place, &remote, &is_away);
+    let local = Config { s3, ..local };
+    let engine = open(local.clone());
     for step in 1..=2 {
         State::training(step, 0).save(&engine, step).unwrap();
         engine.uploaded(step, None).unwrap().unwrap().unwrap();
@@ -204,7 +207,7 @@ fn a_rewind_waits_for_the_far_store_where_only_that_can_say_what_is_discarded() 
     let state = State::training(9, 0);
     let mut request = state.request(1);
     request.rewind = true;
-    // Step 2 is whole in the far store: unless the new step 1 retires it, it would come back.
+    // Step 2 is whole in the remote store: unless the new step 1 retires it, it would come back.
     let error = engine.save(request).unwrap_err();
     assert!(matches!(error, EngineError::Unavailable { .. }), "{error:?}");
     is_away.store(false, Ordering::SeqCst);
@@ -212,8 +215,8 @@ fn a_rewind_waits_for_the_far_store_where_only_that_can_say_what_is_discarded() 
     assert_eq!(engine.steps().unwrap(), [1]);
     engine.close().unwrap();
     drop(proxy);
-    let near = Config { s3: far.s3.clone(), ..near };
-    assert_eq!(open(near).steps().unwrap(), [1]);
+    let local = Config { s3: remote.s3.clone(), ..local };
+    assert_eq!(open(local).steps().unwrap(), [1]);
 }
 
 #[test]
@@ -221,21 +224,21 @@ fn what_a_process_left_is_uploaded_by_the_next_and_no_part_twice() {
     let Some(place) = Place::own("it waits until parts have arrived at the service") else {
         return;
     };
-    let (_directory, near, far) = tier(&place);
+    let (_directory, local, remote) = tier(&place);
     let state = State::training(1, 6);
     // Slow enough to be caught in the act.
-    let engine = open(Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() });
+    let engine = open(Config { remote_bytes_per_second: Some(12 << 20), ..local.clone() });
     let info = state.save(&engine, 1).unwrap();
     assert!(engine.uploaded(1, Some(Duration::ZERO)).unwrap().is_none());
     until("an upload of two parts", || place.rules().arrived_parts() >= 2);
     // As a process that ends without closing.
     drop(engine);
-    assert!(open(far.clone()).steps().unwrap().is_empty());
-    let engine = open(near);
+    assert!(open(remote.clone()).steps().unwrap().is_empty());
+    let engine = open(local);
     let uploaded = engine.uploaded(1, None).unwrap().unwrap().unwrap();
     assert_eq!(uploaded.parts, info.stored_bytes.div_ceil(PART_BYTES));
     assert!(uploaded.resumed_parts >= 2, "{uploaded:?}");
-    state.assert_equals(&open(far).checkpoint(1).unwrap());
+    state.assert_equals(&open(remote).checkpoint(1).unwrap());
     assert_eq!(place.unfinished(), 0);
 }
 
@@ -245,22 +248,22 @@ fn an_upload_that_is_not_wanted_any_more_leaves_no_parts() {
         return;
     };
     for dies_before in [false, true] {
-        let (_directory, near, far) = tier(&place);
+        let (_directory, local, remote) = tier(&place);
         // Slow enough to be caught in the act.
-        let slow = Config { remote_bytes_per_second: Some(12 << 20), ..near.clone() };
+        let slow = Config { remote_bytes_per_second: Some(12 << 20), ..local.clone() };
         let mut engine = open(slow);
         State::training(1, 6).save(&engine, 1).unwrap();
         until("an upload of a part", || place.rules().arrived_parts() >= 1);
         if dies_before {
             drop(engine);
             // Hours: it is at nothing when the step goes.
-            engine = open(Config { remote_bytes_per_second: Some(1), ..near });
+            engine = open(Config { remote_bytes_per_second: Some(1), ..local });
         }
         assert_eq!(place.unfinished(), 1);
         engine.delete(1).unwrap();
         engine.close().unwrap();
         assert_eq!(place.unfinished(), 0, "{dies_before}");
-        assert!(open(far).steps().unwrap().is_empty());
+        assert!(open(remote).steps().unwrap().is_empty());
     }
 }
 
@@ -268,13 +271,13 @@ fn an_upload_that_is_not_wanted_any_more_leaves_no_parts() {
 fn retention_waits_for_the_upload_unless_told_otherwise() {
     for remove_before_upload in [false, true] {
         let place = Place::new();
-        let (directory, near, _) = tier(&place);
+        let (directory, local, _) = tier(&place);
         // Hours: nothing arrives while the test looks.
         let engine = open(Config {
             keep_last_n: Some(1),
             remote_bytes_per_second: Some(1),
             remove_before_upload,
-            ..near.clone()
+            ..local.clone()
         });
         let state = State::training(1, 0);
         for step in 1..=3 {
@@ -283,16 +286,16 @@ fn retention_waits_for_the_upload_unless_told_otherwise() {
         let expected: &[u64] = if remove_before_upload { &[3] } else { &[1, 2, 3] };
         assert_eq!(engine.steps().unwrap(), expected);
         drop(engine);
-        let near_alone = Engine::open(local_only(&near)).unwrap();
-        assert_eq!(near_alone.steps().unwrap(), expected, "{}", directory.path().display());
+        let local_alone = Engine::open(local_only(&local)).unwrap();
+        assert_eq!(local_alone.steps().unwrap(), expected, "{}", directory.path().display());
     }
 }
 
 #[test]
-fn what_retention_lets_go_near_leaves_the_far_store_too() {
+fn what_retention_deletes_locally_is_deleted_from_the_remote_store_too() {
     let place = Place::new();
-    let (_directory, near, far) = tier(&place);
-    let engine = open(Config { keep_last_n: Some(1), ..near });
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(Config { keep_last_n: Some(1), ..local });
     for step in 1..=3 {
         State::training(step, 0).save(&engine, step).unwrap();
         engine.uploaded(step, None).unwrap().unwrap().unwrap();
@@ -300,49 +303,49 @@ fn what_retention_lets_go_near_leaves_the_far_store_too() {
     // When step 3 was committed, step 2 was the newest that had arrived.
     assert_eq!(engine.steps().unwrap(), [2, 3]);
     engine.drain(None).unwrap();
-    assert_eq!(open(far.clone()).steps().unwrap(), [2, 3]);
+    assert_eq!(open(remote.clone()).steps().unwrap(), [2, 3]);
     // On request, they are gone from both when the call returns.
     assert!(engine.delete(3).unwrap() > 0);
     assert!(engine.delete(2).unwrap() > 0);
-    assert!(open(far).steps().unwrap().is_empty());
+    assert!(open(remote).steps().unwrap().is_empty());
 }
 
 /// Another rank may be bringing a shard of the checkpoint that takes its place.
 #[test]
 fn a_step_that_never_arrived_takes_no_shard_of_another_rank_with_it() {
     let Some(place) = Place::own("it looks at the objects") else { return };
-    let (_directory, near, far) = tier(&place);
-    let step = place.objects(&far).join("step-000000000001");
+    let (_directory, local, remote) = tier(&place);
+    let step = place.objects(&remote).join("step-000000000001");
     let others = step.join(format!("rank-00001.{}.shard", "5".repeat(32)));
     // Hours: nothing arrives while the test looks.
-    let engine = open(Config { remote_bytes_per_second: Some(1), ..near });
+    let engine = open(Config { remote_bytes_per_second: Some(1), ..local });
     State::training(1, 0).save(&engine, 1).unwrap();
     std::fs::create_dir_all(&step).unwrap();
     std::fs::write(&others, b"fresh").unwrap();
     engine.delete(1).unwrap();
     assert!(others.exists());
-    let report = open(far).gc(GcOptions { dry_run: true, grace: Some(Duration::ZERO) }).unwrap();
+    let report = open(remote).gc(GcOptions { dry_run: true, grace: Some(Duration::ZERO) }).unwrap();
     assert_eq!(report.removed.len(), 1, "{report:?}");
 }
 
 #[test]
-fn a_rewind_and_an_overwritten_step_reach_the_far_store() {
+fn a_rewind_and_an_overwritten_step_reach_the_remote_store() {
     let place = Place::new();
-    let (_directory, near, far) = tier(&place);
-    let engine = open(near);
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(local);
     for step in 1..=3 {
         State::training(step, 0).save(&engine, step).unwrap();
     }
     engine.drain(None).unwrap();
-    assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
+    assert_eq!(open(remote.clone()).steps().unwrap(), [1, 2, 3]);
     let other = State::training(9, 0);
     let mut request = other.request(2);
     request.rewind = true;
     assert_eq!(finish(&engine.save(request).unwrap()).unwrap().removed_steps, [3]);
     engine.close().unwrap();
-    let far = open(far);
-    assert_eq!(far.steps().unwrap(), [1, 2]);
-    other.assert_equals(&far.checkpoint(2).unwrap());
+    let remote = open(remote);
+    assert_eq!(remote.steps().unwrap(), [1, 2]);
+    other.assert_equals(&remote.checkpoint(2).unwrap());
 }
 
 fn rewind(engine: &Engine, seed: u64, step: u64) {
@@ -363,33 +366,33 @@ fn begin_later(directory: &Path, step: u64) {
 #[test]
 fn a_clock_that_was_ahead_makes_no_copy_the_later_one() {
     let place = Place::new();
-    let (directory, near, far) = tier(&place);
-    let engine = open(local_only(&near));
+    let (directory, local, remote) = tier(&place);
+    let engine = open(local_only(&local));
     for step in 1..=3 {
         State::training(step, 0).save(&engine, step).unwrap();
         begin_later(directory.path(), step);
     }
     engine.close().unwrap();
-    open(near.clone()).close().unwrap();
-    assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
+    open(local.clone()).close().unwrap();
+    assert_eq!(open(remote.clone()).steps().unwrap(), [1, 2, 3]);
     // The clock is right again, and the process dies before this is uploaded.
-    let engine = open(Config { remote_bytes_per_second: Some(1), ..near.clone() });
+    let engine = open(Config { remote_bytes_per_second: Some(1), ..local.clone() });
     rewind(&engine, 9, 2);
     drop(engine);
-    let engine = open(near);
+    let engine = open(local);
     assert_eq!(engine.steps().unwrap(), [1, 2]);
     State::training(9, 0).assert_equals(&engine.checkpoint(2).unwrap());
     engine.close().unwrap();
-    let far = open(far);
-    assert_eq!(far.steps().unwrap(), [1, 2]);
-    State::training(9, 0).assert_equals(&far.checkpoint(2).unwrap());
+    let remote = open(remote);
+    assert_eq!(remote.steps().unwrap(), [1, 2]);
+    State::training(9, 0).assert_equals(&remote.checkpoint(2).unwrap());
 }
 
 #[test]
-fn a_manifest_that_is_damaged_near_is_taken_from_far_if_it_is_the_same() {
+fn a_manifest_that_is_damaged_locally_is_taken_from_the_remote_store_if_it_is_the_same() {
     let place = Place::new();
-    let (directory, near, far) = tier(&place);
-    let engine = open(near.clone());
+    let (directory, local, remote) = tier(&place);
+    let engine = open(local.clone());
     for step in 1..=2 {
         State::training(step, 0).save(&engine, step).unwrap();
     }
@@ -403,74 +406,74 @@ fn a_manifest_that_is_damaged_near_is_taken_from_far_if_it_is_the_same() {
     };
     spoil();
     for read_only in [true, false] {
-        let engine = open(Config { read_only, ..near.clone() });
+        let engine = open(Config { read_only, ..local.clone() });
         assert_eq!(engine.steps().unwrap(), [1, 2]);
         State::training(2, 0).assert_equals(&engine.checkpoint(2).unwrap());
     }
-    let engine = open(near.clone());
+    let engine = open(local.clone());
     State::training(3, 0).save(&engine, 3).unwrap();
     engine.close().unwrap();
-    assert_eq!(open(far.clone()).steps().unwrap(), [1, 2, 3]);
+    assert_eq!(open(remote.clone()).steps().unwrap(), [1, 2, 3]);
     // Another attempt of the step, which never arrived, may be the one that is damaged.
-    let engine = open(Config { remote_bytes_per_second: Some(1), ..near.clone() });
+    let engine = open(Config { remote_bytes_per_second: Some(1), ..local.clone() });
     rewind(&engine, 9, 2);
     drop(engine);
     spoil();
-    let engine = open(Config { read_only: true, ..near });
+    let engine = open(Config { read_only: true, ..local });
     assert!(matches!(engine.checkpoint(2).unwrap_err(), EngineError::Corrupt { .. }));
 }
 
 #[test]
-fn a_shard_that_is_gone_far_is_brought_again() {
+fn a_shard_that_is_missing_remotely_is_uploaded_again() {
     let Some(place) = Place::own("it looks at the objects") else { return };
-    let (_directory, near, far) = tier(&place);
-    let engine = open(near.clone());
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(local.clone());
     for step in 1..=2 {
         State::training(step, 0).save(&engine, step).unwrap();
     }
     engine.close().unwrap();
-    let step = place.objects(&far).join("step-000000000001");
+    let step = place.objects(&remote).join("step-000000000001");
     let shard = std::fs::read_dir(step).unwrap().map(|entry| entry.unwrap().path());
     let shard = shard.filter(|path| path.extension().is_some_and(|end| end == "shard"));
     std::fs::remove_file(shard.last().unwrap()).unwrap();
-    let engine = open(near);
+    let engine = open(local);
     let brought = engine.uploaded(1, None).unwrap().unwrap().unwrap();
     assert!(!brought.was_there);
     engine.close().unwrap();
-    State::training(1, 0).assert_equals(&open(far).checkpoint(1).unwrap());
+    State::training(1, 0).assert_equals(&open(remote).checkpoint(1).unwrap());
 }
 
 /// What said that it was retired is gone from the directory by then.
 #[test]
-fn what_was_retired_while_the_far_store_was_not_named_does_not_stand_again() {
+fn what_was_retired_while_the_remote_store_was_not_named_does_not_stand_again() {
     let place = Place::new();
-    let (_directory, near, far) = tier(&place);
-    let engine = open(near.clone());
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(local.clone());
     for step in [1, 2, 5] {
         State::training(step, 0).save(&engine, step).unwrap();
     }
     engine.close().unwrap();
-    let alone = Engine::open(Config { keep_last_n: Some(1), ..local_only(&near) }).unwrap();
+    let alone = Engine::open(Config { keep_last_n: Some(1), ..local_only(&local) }).unwrap();
     rewind(&alone, 8, 1);
     State::training(9, 0).save(&alone, 2).unwrap();
     assert_eq!(alone.steps().unwrap(), [2]);
     drop(alone);
-    let engine = open(near);
+    let engine = open(local);
     let survey = engine.survey().unwrap();
     assert_eq!(survey.newest(), Some(2));
     assert_eq!(survey.step(5).unwrap().state, StepState::Retired { by: 2 });
     State::training(9, 0).assert_equals(&engine.checkpoint(2).unwrap());
     State::training(3, 0).save(&engine, 3).unwrap();
     engine.close().unwrap();
-    let steps = open(far).steps().unwrap();
+    let steps = open(remote).steps().unwrap();
     assert!(steps.ends_with(&[2, 3]), "{steps:?}");
 }
 
 #[test]
 fn a_removal_that_fails_while_all_is_drained_is_carried_out_later() {
     let Some(place) = Place::own("it lets the service refuse writes") else { return };
-    let (_directory, near, far) = tier(&place);
-    let engine = open(near);
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(local);
     for step in 1..=3 {
         State::training(step, 0).save(&engine, step).unwrap();
     }
@@ -478,7 +481,7 @@ fn a_removal_that_fails_while_all_is_drained_is_carried_out_later() {
     place.rules().refuses_writes.store(true, Ordering::Relaxed);
     rewind(&engine, 9, 2);
     engine.drain(None).unwrap();
-    let reader = open(Config { read_only: true, ..far });
+    let reader = open(Config { read_only: true, ..remote });
     assert_eq!(reader.steps().unwrap(), [1, 2, 3]);
     place.rules().refuses_writes.store(false, Ordering::Relaxed);
     engine.drain(None).unwrap();
@@ -486,10 +489,10 @@ fn a_removal_that_fails_while_all_is_drained_is_carried_out_later() {
 }
 
 #[test]
-fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
+fn a_remote_store_that_fails_holds_up_nothing_but_uploads() {
     let Some(place) = Place::own("it lets the service refuse writes") else { return };
-    let (_directory, near, far) = tier(&place);
-    let engine = open(near.clone());
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(local.clone());
     place.rules().refuses_writes.store(true, Ordering::Relaxed);
     let state = State::training(1, 0);
     for step in 1..=2 {
@@ -505,15 +508,15 @@ fn a_far_store_that_fails_holds_up_nothing_but_uploads() {
     assert!(left.contains("AccessDenied"), "{left}");
     engine.close().unwrap();
     place.rules().refuses_writes.store(false, Ordering::Relaxed);
-    open(near).close().unwrap();
-    let far = open(config_at(&place.url(), far.path.to_str().unwrap()));
-    assert_eq!(far.steps().unwrap(), [1, 2]);
+    open(local).close().unwrap();
+    let remote = open(config_at(&place.url(), remote.path.to_str().unwrap()));
+    assert_eq!(remote.steps().unwrap(), [1, 2]);
 }
 
 #[test]
 fn whoever_leaves_uploads_does_not_wait_for_a_service_that_stands_still() {
     let place = Place::new();
-    let (_directory, near, far) = tier(&place);
+    let (_directory, local, remote) = tier(&place);
     let [stands_still, asked] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let (stalls, is_asked) = (Arc::clone(&stands_still), Arc::clone(&asked));
     let plan = move |_| {
@@ -522,10 +525,10 @@ fn whoever_leaves_uploads_does_not_wait_for_a_service_that_stands_still() {
         if stalls { Fault::Stalled } else { Fault::None }
     };
     let proxy = Proxy::start(place.address(), Arc::new(plan));
-    let mut s3 = through(&proxy, &far).s3;
+    let mut s3 = through(&proxy, &remote).s3;
     // Longer than the test may take.
     s3.request_timeout_ms = 3_600_000;
-    let engine = open(Config { s3, ..near.clone() });
+    let engine = open(Config { s3, ..local.clone() });
     stands_still.store(true, Ordering::SeqCst);
     let state = State::training(1, 2);
     state.save(&engine, 1).unwrap();
@@ -536,15 +539,15 @@ fn whoever_leaves_uploads_does_not_wait_for_a_service_that_stands_still() {
     drop(engine);
     assert!(start.elapsed() < LONG);
     // The directory is free, and what is left to do is done.
-    open(near).close().unwrap();
-    state.assert_equals(&open(far).checkpoint(1).unwrap());
+    open(local).close().unwrap();
+    state.assert_equals(&open(remote).checkpoint(1).unwrap());
 }
 
 #[test]
 fn retention_catches_up_when_the_last_upload_has_ended() {
     let Some(place) = Place::own("it lets the service refuse writes") else { return };
-    let (_directory, near, far) = tier(&place);
-    let engine = open(Config { keep_last_n: Some(2), ..near.clone() });
+    let (_directory, local, remote) = tier(&place);
+    let engine = open(Config { keep_last_n: Some(2), ..local.clone() });
     place.rules().refuses_writes.store(true, Ordering::Relaxed);
     for step in 1..=5 {
         State::training(step, 0).save(&engine, step).unwrap();
@@ -552,6 +555,6 @@ fn retention_catches_up_when_the_last_upload_has_ended() {
     assert_eq!(engine.steps().unwrap(), [1, 2, 3, 4, 5], "none is anywhere else");
     place.rules().refuses_writes.store(false, Ordering::Relaxed);
     engine.close().unwrap();
-    assert_eq!(Engine::open(local_only(&near)).unwrap().steps().unwrap(), [4, 5]);
-    assert_eq!(open(far).steps().unwrap(), [4, 5]);
+    assert_eq!(Engine::open(local_only(&local)).unwrap().steps().unwrap(), [4, 5]);
+    assert_eq!(open(remote).steps().unwrap(), [4, 5]);
 }

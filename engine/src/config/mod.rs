@@ -222,7 +222,7 @@ impl Config {
         Ok(())
     }
 
-    /// The far store of a tier, if one is set.
+    /// The remote store of a tier, if one is set.
     pub(crate) fn remote_address(&self) -> Result<S3Address> {
         let remote = self.remote.as_deref().unwrap_or_default();
         S3Address::parse(remote).unwrap_or_else(|| {

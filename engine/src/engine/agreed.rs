@@ -2,7 +2,7 @@
 //!
 //! Always holds: only a rank with a store of its own has such; what counts is what it had when it
 //! last offered its steps, later than the step that all agreed on. What has become whole in the
-//! far store is a checkpoint like any other.
+//! remote store is a checkpoint like any other.
 
 use super::Core;
 use crate::Result;
@@ -47,7 +47,7 @@ impl Core {
     }
 
     /// Takes what this rank alone has out of a survey: it is no checkpoint, and keeps none from its
-    /// place. What has become whole in the far store is one. Gives the steps, ascending.
+    /// place. What has become whole in the remote store is one. Gives the steps, ascending.
     pub(super) fn leave_out_own_only(&self, survey: &mut Survey) -> Vec<u64> {
         let mut left_out = Vec::new();
         if !self.config.has_own_store() {

@@ -222,9 +222,9 @@ impl Engine {
         self.writer("lending the staging arena")?.lend(bytes, grows_to)
     }
 
-    /// What came of bringing a step to the far store, or `None` if it has not ended within
-    /// `timeout` or there is no far store. An error is of that upload; the checkpoint in the near
-    /// store stands.
+    /// What came of bringing a step to the remote store, or `None` if it has not ended within
+    /// `timeout` or there is no remote store. An error is of that upload; the checkpoint in the
+    /// local store stands.
     ///
     /// # Errors
     ///
@@ -378,7 +378,8 @@ impl Engine {
         self.inner("waiting for the save in flight")?.wait_for_last(timeout)
     }
 
-    /// Checkpoints that are not in the far store yet, by ascending step. None without a far store.
+    /// Checkpoints that are not in the remote store yet, by ascending step. None without a remote
+    /// store.
     ///
     /// # Errors
     ///
@@ -401,9 +402,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Waits, at most `timeout`, until every checkpoint was brought to the far store, or has failed
-    /// once more; true if so. From the first call on nothing is tried more than once, until one has
-    /// seen the end.
+    /// Waits, at most `timeout`, until every checkpoint was brought to the remote store, or has
+    /// failed once more; true if so. From the first call on nothing is tried more than once, until
+    /// one has seen the end.
     ///
     /// # Errors
     ///

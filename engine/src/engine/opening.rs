@@ -81,8 +81,8 @@ impl Engine {
     ) -> Result<Self> {
         let io_name = io.name();
         let access = access_of(&config);
-        let near = LocalStore::open(&config.path, access, io, config.in_flight())?;
-        let store = Self::tiered(&config, Arc::new(near), credentials, &environment)?;
+        let local = LocalStore::open(&config.path, access, io, config.in_flight())?;
+        let store = Self::tiered(&config, Arc::new(local), credentials, &environment)?;
         let engine = Self::open_store(config, store, environment, io_name, ranks)?;
         if engine.config.remote.is_some() && !engine.config.read_only {
             // Far manifests are read now, so that no save waits for the network.
@@ -134,15 +134,15 @@ impl Engine {
         ))
     }
 
-    /// The far store of a tier, reached with `credentials` if they are given.
+    /// The remote store of a tier, reached with `credentials` if they are given.
     #[cfg(feature = "s3")]
-    fn open_far(config: &Config, credentials: Option<S3Credentials>) -> Result<Arc<dyn Store>> {
+    fn open_remote(config: &Config, credentials: Option<S3Credentials>) -> Result<Arc<dyn Store>> {
         let address = config.remote_address()?;
         Ok(Arc::new(S3Store::open(&address, access_of(config), &config.s3, credentials)?))
     }
 
     #[cfg(not(feature = "s3"))]
-    fn open_far(config: &Config, _: Option<S3Credentials>) -> Result<Arc<dyn Store>> {
+    fn open_remote(config: &Config, _: Option<S3Credentials>) -> Result<Arc<dyn Store>> {
         Err(EngineError::invalid(
             format!("opening store `{}`", config.remote_address()?),
             "this build of the engine has no S3",
@@ -150,22 +150,22 @@ impl Engine {
         ))
     }
 
-    /// Puts the far store behind the near one, if one is configured.
+    /// Puts the remote store behind the local one, if one is configured.
     fn tiered(
         config: &Config,
-        near: Arc<dyn Store>,
+        local: Arc<dyn Store>,
         credentials: Option<S3Credentials>,
         environment: &Arc<dyn Environment>,
     ) -> Result<Arc<dyn Store>> {
         if config.remote.is_none() {
-            return Ok(near);
+            return Ok(local);
         }
-        let far = Self::open_far(config, credentials)?;
+        let remote = Self::open_remote(config, credentials)?;
         Ok(Arc::new(match access_of(config) {
-            Access::Read => TieredStore::reader(near, far)?,
+            Access::Read => TieredStore::reader(local, remote)?,
             Access::Write | Access::WriteBeside { .. } => {
                 let (environment, rate) = (Arc::clone(environment), config.remote_bytes_per_second);
-                TieredStore::writer(near, far, environment, rate, config.own_share())?
+                TieredStore::writer(local, remote, environment, rate, config.own_share())?
             }
         }))
     }

@@ -103,7 +103,7 @@ impl Core {
         best
     }
 
-    /// Steps that are whole in the far store, ascending; none without one.
+    /// Steps that are whole in the remote store, ascending; none without one.
     pub(super) fn arrived(&self) -> Vec<u64> {
         self.store.uploads().map(Uploads::arrived).unwrap_or_default()
     }

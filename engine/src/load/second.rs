@@ -28,7 +28,7 @@ pub(super) fn open_second(
     }
 }
 
-/// Reads by `second`, and once more by its own second way: what lies whole in a far store may be
+/// Reads by `second`, and once more by its own second way: what lies whole in a remote store may be
 /// damaged on its way.
 pub(super) fn read_elsewhere<T>(
     second: &dyn ShardSource,

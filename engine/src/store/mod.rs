@@ -120,7 +120,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
         ))
     }
 
-    /// What brings checkpoints from here to a far store; `None` where nothing does.
+    /// What brings checkpoints from here to a remote store; `None` where nothing does.
     fn uploads(&self) -> Option<&dyn Uploads> {
         None
     }
@@ -157,10 +157,10 @@ pub(crate) enum Access {
 /// When the space of what is deleted is given back. Its names are gone when a deletion returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Space {
-    /// Before the deletion returns, in a far store, too.
+    /// Before the deletion returns, in a remote store, too.
     Now,
-    /// By [`Store::reclaim`], or when the process ends; a far store follows behind the caller. It
-    /// may take a second for a gigabyte (ext4 that tells the device with `discard`).
+    /// By [`Store::reclaim`], or when the process ends; a remote store follows behind the caller.
+    /// It may take a second for a gigabyte (ext4 that tells the device with `discard`).
     Later,
 }
 
@@ -296,7 +296,7 @@ pub(crate) trait ShardSource: Send + Sync + fmt::Debug {
     /// The file mapped into memory, private and copy-on-write, where the store can.
     fn map(&self) -> Result<memmap2::MmapMut>;
 
-    /// Another way to the same bytes, for when what came is damaged: a far store's copy, or the
+    /// Another way to the same bytes, for when what came is damaged: a remote store's copy, or the
     /// same object once more where a network lies between. `None` where there is none.
     fn second(&self) -> Result<Option<Box<dyn ShardSource>>> {
         Ok(None)

@@ -70,9 +70,9 @@ impl Contents {
 /// How the two stores differ when they are opened.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Differences {
-    /// Steps that the near store committed and the far one does not have, or not whole.
+    /// Steps that the local store committed and the remote one does not have, or not whole.
     pub(super) waiting: BTreeSet<u64>,
-    /// Steps of which the far store has an attempt that began later.
+    /// Steps of which the remote store has an attempt that began later.
     pub(super) outdated: BTreeSet<u64>,
     /// Steps that cannot be compared.
     pub(super) unsure: BTreeSet<u64>,
@@ -81,15 +81,15 @@ pub(super) struct Differences {
 pub(super) fn differences(here: &Contents, there: &Contents) -> Differences {
     let unsure = here.unread.union(&there.unread).copied().collect();
     let mut differences = Differences { unsure, ..Differences::default() };
-    for (step, near) in &here.manifests {
+    for (step, local) in &here.manifests {
         match there.manifests.get(step) {
             _ if differences.unsure.contains(step) => {}
-            Some(far) if far.attempt == near.attempt => {
+            Some(remote) if remote.attempt == local.attempt => {
                 if there.lacking.contains(step) {
                     differences.waiting.insert(*step);
                 }
             }
-            Some(far) if far.created_unix_ms > near.created_unix_ms => {
+            Some(remote) if remote.created_unix_ms > local.created_unix_ms => {
                 differences.outdated.insert(*step);
             }
             _ => drop(differences.waiting.insert(*step)),
@@ -105,8 +105,8 @@ pub(super) fn differences(here: &Contents, there: &Contents) -> Differences {
 fn retired_in(here: &Contents, there: &Contents, outdated: &BTreeSet<u64>) -> BTreeSet<u64> {
     let mut counts: BTreeMap<u64, &Manifest> =
         there.manifests.iter().map(|(step, manifest)| (*step, manifest)).collect();
-    let near = here.manifests.iter().filter(|(step, _)| !outdated.contains(step));
-    counts.extend(near.map(|(step, manifest)| (*step, manifest)));
+    let local = here.manifests.iter().filter(|(step, _)| !outdated.contains(step));
+    counts.extend(local.map(|(step, manifest)| (*step, manifest)));
     retirements(&counts).into_keys().collect()
 }
 

@@ -1,4 +1,4 @@
-//! What is to go from the far store, and in which order.
+//! What is to go from the remote store, and in which order.
 //!
 //! Always holds:
 //! - A checkpoint goes after the later ones that were asked to go before it: they may be retired by
@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use crate::format::names::AttemptId;
 
-/// Something that goes from the far store.
+/// Something that goes from the remote store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Removal {
     Checkpoint(u64),

@@ -1,4 +1,4 @@
-//! Two directories as near and far store, one of which does to calls what the test says.
+//! Two directories as local and remote store, one of which does to calls what the test says.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -148,21 +148,21 @@ fn save(path: &Path, step: u64) {
     engine.save(request).unwrap().result(None).unwrap().unwrap();
 }
 
-/// A near directory with these steps, and a far one that is empty.
+/// A local directory with these steps, and a remote one that is empty.
 fn places(steps: &[u64]) -> [TempDir; 2] {
-    let [near, far] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let [local, remote] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     for step in steps {
-        save(near.path(), *step);
+        save(local.path(), *step);
     }
-    [near, far]
+    [local, remote]
 }
 
 fn uploads(tier: &TieredStore) -> &dyn Uploads {
     tier.uploads().expect("it is a writer's")
 }
 
-fn tier(near: Arc<Ruled>, far: Arc<Ruled>) -> TieredStore {
-    TieredStore::writer(near, far, Arc::new(System::default()), None, None).unwrap()
+fn tier(local: Arc<Ruled>, remote: Arc<Ruled>) -> TieredStore {
+    TieredStore::writer(local, remote, Arc::new(System::default()), None, None).unwrap()
 }
 
 fn uploaded(tier: &TieredStore, step: u64) -> Result<Transferred> {
@@ -179,12 +179,12 @@ fn steps_of(path: &Path) -> Vec<u64> {
 
 #[test]
 fn a_shard_that_cannot_be_read_here_holds_up_no_other_step() {
-    let [near, far] = places(&[1, 2, 3]);
-    let near = Ruled::open(near.path(), |call| match call {
+    let [local, remote] = places(&[1, 2, 3]);
+    let local = Ruled::open(local.path(), |call| match call {
         Call::OpenShard(1) => Err(eio("a shard")),
         _ => Ok(()),
     });
-    let tier = tier(near, Ruled::sound(far.path()));
+    let tier = tier(local, Ruled::sound(remote.path()));
     for step in [2, 3] {
         uploaded(&tier, step).unwrap();
     }
@@ -195,16 +195,16 @@ fn a_shard_that_cannot_be_read_here_holds_up_no_other_step() {
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Io { .. })));
     assert!(!uploads(&tier).may_remove(1), "no other copy is known");
     drop(tier);
-    assert_eq!(steps_of(far.path()), [2, 3]);
+    assert_eq!(steps_of(remote.path()), [2, 3]);
 }
 
 #[test]
 fn what_comes_back_damaged_is_read_once_more_and_damage_there_is_not_for_good() {
     for damaged_answers in [1, 2] {
-        let [near, far] = places(&[1]);
+        let [local, remote] = places(&[1]);
         let counts = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
         let counted = Arc::clone(&counts);
-        let far = Ruled::open(far.path(), move |call| {
+        let remote = Ruled::open(remote.path(), move |call| {
             let [created, opened] = &*counted;
             match call {
                 Call::CreateShard(_) => drop(created.fetch_add(1, Ordering::Relaxed)),
@@ -215,7 +215,7 @@ fn what_comes_back_damaged_is_read_once_more_and_damage_there_is_not_for_good() 
             }
             Ok(())
         });
-        let tier = tier(Ruled::sound(near.path()), far);
+        let tier = tier(Ruled::sound(local.path()), remote);
         uploaded(&tier, 1).unwrap();
         // Sent again only if it is damaged there.
         assert_eq!(counts[0].load(Ordering::Relaxed), damaged_answers);
@@ -224,14 +224,14 @@ fn what_comes_back_damaged_is_read_once_more_and_damage_there_is_not_for_good() 
 
 #[test]
 fn damage_here_is_for_good_and_the_step_is_kept() {
-    let [near, far] = places(&[1, 2]);
-    let step = near.path().join(names::step_dir_name(1));
+    let [local, remote] = places(&[1, 2]);
+    let step = local.path().join(names::step_dir_name(1));
     let mut files = std::fs::read_dir(step).unwrap().map(|entry| entry.unwrap().path());
     let shard = files.find(|path| path.extension().is_some_and(|end| end == "shard")).unwrap();
     let mut bytes = std::fs::read(&shard).unwrap();
     bytes[9] ^= 1;
     std::fs::write(&shard, bytes).unwrap();
-    let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    let tier = tier(Ruled::sound(local.path()), Ruled::sound(remote.path()));
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Corrupt { .. })));
     uploaded(&tier, 2).unwrap();
     assert!(!uploads(&tier).may_remove(1) && uploads(&tier).may_remove(2));
@@ -242,40 +242,40 @@ fn a_manifest_that_cannot_be_read_bars_neither_the_store_nor_another_step() {
     let errors: [fn() -> EngineError; 2] =
         [|| eio("a manifest"), || EngineError::corrupt("a manifest", "it is too large")];
     for error in errors {
-        let [near, far] = places(&[1, 2]);
-        let near = Ruled::open(near.path(), move |call| match call {
+        let [local, remote] = places(&[1, 2]);
+        let local = Ruled::open(local.path(), move |call| match call {
             Call::ReadManifest(1) => Err(error()),
             _ => Ok(()),
         });
-        let tier = tier(near, Ruled::sound(far.path()));
+        let tier = tier(local, Ruled::sound(remote.path()));
         uploaded(&tier, 2).unwrap();
         assert!(!uploads(&tier).may_remove(1) && !tier.is_outdated(1));
         assert!(matches!(uploaded(&tier, 1), Err(EngineError::Closed { .. })), "it waits for none");
         drop(tier);
-        assert_eq!(steps_of(far.path()), [2]);
+        assert_eq!(steps_of(remote.path()), [2]);
     }
 }
 
 #[test]
-fn a_manifest_that_only_the_far_store_has_whole_is_waited_for_and_not_passed_over() {
-    let [near, far] = places(&[1, 2]);
-    let both = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+fn a_manifest_that_only_the_remote_store_has_whole_is_waited_for_and_not_passed_over() {
+    let [local, remote] = places(&[1, 2]);
+    let both = tier(Ruled::sound(local.path()), Ruled::sound(remote.path()));
     for step in [1, 2] {
         uploaded(&both, step).unwrap();
     }
     drop(both);
     let manifest =
         |place: &TempDir| place.path().join(names::step_dir_name(2)).join("manifest.json");
-    let whole = std::fs::read(manifest(&far)).unwrap();
+    let whole = std::fs::read(manifest(&remote)).unwrap();
     let [is_away, is_unreadable] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
-    let near_store = Ruled::open(near.path(), {
+    let local_store = Ruled::open(local.path(), {
         let is_unreadable = Arc::clone(&is_unreadable);
         move |call| match call {
             Call::ReadManifest(2) if is_unreadable.load(Ordering::Relaxed) => Err(eio("manifest")),
             _ => Ok(()),
         }
     });
-    let far_store = Ruled::open(far.path(), {
+    let remote_store = Ruled::open(remote.path(), {
         let is_away = Arc::clone(&is_away);
         move |call| match call {
             Call::ReadManifest(2) if is_away.load(Ordering::Relaxed) => {
@@ -288,40 +288,41 @@ fn a_manifest_that_only_the_far_store_has_whole_is_waited_for_and_not_passed_ove
             _ => Ok(()),
         }
     });
-    let both = TieredStore::reader(near_store, far_store).unwrap();
+    let both = TieredStore::reader(local_store, remote_store).unwrap();
     for damage in [false, true] {
         // Unreadable at first, then damaged.
         is_unreadable.store(!damage, Ordering::Relaxed);
         if damage {
-            std::fs::write(manifest(&near), &whole[..whole.len() / 2]).unwrap();
+            std::fs::write(manifest(&local), &whole[..whole.len() / 2]).unwrap();
         }
         is_away.store(true, Ordering::Relaxed);
         let error = both.read_manifest(2).unwrap_err();
         assert!(matches!(error, EngineError::Unavailable { .. }), "{error}");
         let read = both.read_manifests(&[1, 2]);
         assert!(matches!(read[0], Ok(Some(_))), "{read:?}");
-        // To a listing it is what it is near, and the far store is asked no second time for it.
-        let is_near = |read: &Result<Option<Vec<u8>>>| match read {
-            Ok(near) => damage && near.as_deref().is_some_and(is_damaged),
+        // To a listing it is what it is locally, and the remote store is asked no second time for
+        // it.
+        let is_local = |read: &Result<Option<Vec<u8>>>| match read {
+            Ok(local) => damage && local.as_deref().is_some_and(is_damaged),
             Err(error) => !damage && matches!(error, EngineError::Io { .. }),
         };
-        assert!(is_near(&read[1]), "{read:?}");
+        assert!(is_local(&read[1]), "{read:?}");
         is_away.store(false, Ordering::Relaxed);
-        assert!(is_near(&both.read_manifests(&[2])[0]));
+        assert!(is_local(&both.read_manifests(&[2])[0]));
         assert_eq!(both.read_manifest(2).unwrap().as_ref(), Some(&whole));
         assert_eq!(both.read_manifests(&[2])[0].as_ref().unwrap().as_ref(), Some(&whole));
     }
 }
 
-/// Two stores with an attempt of step 1 each, of which the far one began later.
+/// Two stores with an attempt of step 1 each, of which the remote one began later.
 fn outdated_places() -> [TempDir; 2] {
-    let [near, far] = places(&[1]);
-    save(far.path(), 1);
-    let mut manifest = Manifest::decode(&manifest_of(&near)).unwrap();
+    let [local, remote] = places(&[1]);
+    save(remote.path(), 1);
+    let mut manifest = Manifest::decode(&manifest_of(&local)).unwrap();
     manifest.created_unix_ms = 1;
-    let path = near.path().join(names::step_dir_name(1)).join(names::MANIFEST_FILE);
+    let path = local.path().join(names::step_dir_name(1)).join(names::MANIFEST_FILE);
     std::fs::write(path, manifest.encode().unwrap()).unwrap();
-    [near, far]
+    [local, remote]
 }
 
 fn manifest_of(place: &TempDir) -> Vec<u8> {
@@ -331,33 +332,33 @@ fn manifest_of(place: &TempDir) -> Vec<u8> {
 
 #[test]
 fn a_reader_takes_a_step_from_here_again_once_it_is_saved_again() {
-    let [near, far] = outdated_places();
+    let [local, remote] = outdated_places();
     let open = |place: &TempDir| {
         let io = open_backend(IoBackend::Threads, DirectIo::Auto).unwrap();
         Arc::new(LocalStore::open(place.path(), Access::Read, io, 1 << 20).unwrap())
     };
-    let reader = TieredStore::reader(open(&near), open(&far)).unwrap();
+    let reader = TieredStore::reader(open(&local), open(&remote)).unwrap();
     reader.list().unwrap();
-    assert_eq!(reader.read_manifest(1).unwrap(), Some(manifest_of(&far)));
-    std::fs::remove_dir_all(near.path().join(names::step_dir_name(1))).unwrap();
-    save(near.path(), 1);
+    assert_eq!(reader.read_manifest(1).unwrap(), Some(manifest_of(&remote)));
+    std::fs::remove_dir_all(local.path().join(names::step_dir_name(1))).unwrap();
+    save(local.path(), 1);
     reader.list().unwrap();
-    assert_eq!(reader.read_manifest(1).unwrap(), Some(manifest_of(&near)));
+    assert_eq!(reader.read_manifest(1).unwrap(), Some(manifest_of(&local)));
 }
 
 #[test]
-fn a_save_that_replaces_an_outdated_step_asks_nobody_far_and_leaves_it_outdated_if_it_fails() {
-    let [near, far] = outdated_places();
+fn a_save_that_replaces_an_outdated_step_asks_no_remote_store_and_leaves_it_outdated_if_it_fails() {
+    let [local, remote] = outdated_places();
     let is_away = Arc::new(AtomicBool::new(false));
     let away = Arc::clone(&is_away);
-    let far_store = Ruled::open(far.path(), move |_| {
+    let remote_store = Ruled::open(remote.path(), move |_| {
         if away.load(Ordering::Relaxed) { Err(eio("the far store")) } else { Ok(()) }
     });
-    let tier = tier(Ruled::sound(near.path()), far_store);
+    let tier = tier(Ruled::sound(local.path()), remote_store);
     assert!(tier.is_outdated(1));
     is_away.store(true, Ordering::Relaxed);
     let replaced = tier.read_local_manifest(1).unwrap().unwrap();
-    assert_eq!(replaced, manifest_of(&near));
+    assert_eq!(replaced, manifest_of(&local));
     let attempt = AttemptId([7; 16]);
     let mut manifest = Manifest::decode(&replaced).unwrap();
     manifest.attempt = attempt.to_string();
@@ -366,24 +367,24 @@ fn a_save_that_replaces_an_outdated_step_asks_nobody_far_and_leaves_it_outdated_
         step: 1,
         attempt,
         manifest: &manifest.encode().unwrap(),
-        replaces: Manifest::decode(&manifest_of(&far)).unwrap().attempt_id().ok(),
+        replaces: Manifest::decode(&manifest_of(&remote)).unwrap().attempt_id().ok(),
         shards: &[],
     })
     .unwrap();
     assert!(!tier.is_outdated(1));
     tier.unpublish(1, attempt, Some(&replaced)).unwrap();
-    assert!(tier.is_outdated(1) && manifest_of(&near) == replaced);
+    assert!(tier.is_outdated(1) && manifest_of(&local) == replaced);
 }
 
 #[test]
 fn what_another_rank_brought_is_still_seen_after_an_upload() {
-    let [near, far] = places(&[1]);
-    let both = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    let [local, remote] = places(&[1]);
+    let both = tier(Ruled::sound(local.path()), Ruled::sound(remote.path()));
     // A shard of that step which is not here.
     let step = names::step_dir_name(1);
-    std::fs::create_dir_all(far.path().join(&step)).unwrap();
+    std::fs::create_dir_all(remote.path().join(&step)).unwrap();
     let other = names::shard_file_name(1, AttemptId([7; 16]));
-    std::fs::write(far.path().join(&step).join(&other), b"theirs").unwrap();
+    std::fs::write(remote.path().join(&step).join(&other), b"theirs").unwrap();
     uploaded(&both, 1).unwrap();
     let listing = both.list().unwrap();
     assert!(listing[0].files.iter().any(|file| file.name == other), "{listing:?}");
@@ -391,28 +392,28 @@ fn what_another_rank_brought_is_still_seen_after_an_upload() {
 
 #[test]
 fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
-    let [near, far] = places(&[5]);
+    let [local, remote] = places(&[5]);
     let aside = tempfile::tempdir().unwrap();
     save(aside.path(), 5);
     let ((tell, told), (go, gone)) = (bounded(1), bounded(1));
-    let far = Ruled::open(far.path(), move |call| {
+    let remote = Ruled::open(remote.path(), move |call| {
         if call == Call::Remove(5) {
             tell.send(()).unwrap();
             gone.recv().unwrap();
         }
         Ok(())
     });
-    let tier = tier(Ruled::sound(near.path()), far);
+    let tier = tier(Ruled::sound(local.path()), remote);
     uploaded(&tier, 5).unwrap();
     std::thread::scope(|scope| {
         let removing = scope.spawn(|| tier.remove_checkpoint(5, None, Space::Now));
         told.recv().unwrap();
         // Saved again meanwhile.
         let step = names::step_dir_name(5);
-        std::fs::create_dir(near.path().join(&step)).unwrap();
+        std::fs::create_dir(local.path().join(&step)).unwrap();
         for file in std::fs::read_dir(aside.path().join(&step)).unwrap() {
             let file = file.unwrap();
-            std::fs::copy(file.path(), near.path().join(&step).join(file.file_name())).unwrap();
+            std::fs::copy(file.path(), local.path().join(&step).join(file.file_name())).unwrap();
         }
         uploads(&tier).add(5);
         // Time in which it would arrive.
@@ -421,24 +422,25 @@ fn a_removal_under_way_does_not_meet_the_attempt_that_takes_the_place() {
         assert!(removing.join().unwrap().unwrap() > 0);
     });
     uploaded(&tier, 5).unwrap();
-    let [here, there] = [&tier.near, &tier.far].map(|store| standing(store.as_ref(), 5).unwrap());
+    let [here, there] =
+        [&tier.local, &tier.remote].map(|store| standing(store.as_ref(), 5).unwrap());
     assert!(here.is_some() && here == there);
 }
 
 #[test]
 fn a_step_that_could_not_be_removed_here_is_uploaded_all_the_same() {
-    let [near, far] = places(&[1]);
+    let [local, remote] = places(&[1]);
     let is_away = Arc::new(AtomicBool::new(true));
     let away = Arc::clone(&is_away);
-    let near = Ruled::open(near.path(), |call| match call {
+    let local = Ruled::open(local.path(), |call| match call {
         Call::Remove(1) => Err(eio("a directory")),
         _ => Ok(()),
     });
-    let far = Ruled::open(far.path(), move |call| match call {
+    let remote = Ruled::open(remote.path(), move |call| match call {
         Call::CreateShard(1) if away.load(Ordering::Relaxed) => Err(eio("a far shard")),
         _ => Ok(()),
     });
-    let tier = tier(near, far);
+    let tier = tier(local, remote);
     assert!(matches!(tier.remove_checkpoint(1, None, Space::Now), Err(EngineError::Io { .. })));
     assert!(matches!(tier.remove_checkpoint(1, None, Space::Later), Err(EngineError::Io { .. })));
     assert!(!uploads(&tier).may_remove(1), "it waits for its upload");
@@ -448,15 +450,15 @@ fn a_step_that_could_not_be_removed_here_is_uploaded_all_the_same() {
 
 #[test]
 fn waiting_for_uploads_ends_when_the_time_is_over() {
-    let [near, far] = places(&[1]);
+    let [local, remote] = places(&[1]);
     let (go, gone) = bounded(1);
-    let far = Ruled::open(far.path(), move |call| {
+    let remote = Ruled::open(remote.path(), move |call| {
         if call == Call::CreateShard(1) {
             gone.recv().unwrap();
         }
         Ok(())
     });
-    let tier = tier(Ruled::sound(near.path()), far);
+    let tier = tier(Ruled::sound(local.path()), remote);
     for _ in 0..3 {
         assert!(!uploads(&tier).drain(Some(Duration::from_millis(1))));
     }
@@ -470,12 +472,12 @@ fn what_goes_while_it_is_published_is_taken_back() {
     let share = OwnShare { rank: 0, world_size: 2 };
     let environment: Arc<dyn Environment> = Arc::new(System::default());
     for is_let_go in [false, true] {
-        let [near, far] = places(&[1]);
+        let [local, remote] = places(&[1]);
         let goes = Arc::new(AtomicBool::new(false));
         let goes_there = Arc::clone(&goes);
-        let step = far.path().join(names::step_dir_name(1));
+        let step = remote.path().join(names::step_dir_name(1));
         let step_there = step.clone();
-        let far = Ruled::open(far.path(), move |call| {
+        let remote = Ruled::open(remote.path(), move |call| {
             let step = &step_there;
             if goes.load(Ordering::Relaxed) && call == Call::Published(1) {
                 // Another rank let the step go meanwhile.
@@ -485,76 +487,77 @@ fn what_goes_while_it_is_published_is_taken_back() {
             }
             Ok(())
         });
-        let near = Ruled::sound(near.path());
+        let local = Ruled::sound(local.path());
         let between = Between {
-            source: &*near,
-            destination: &*far,
+            source: &*local,
+            destination: &*remote,
             environment: &environment,
             observer: &(),
         };
         transfer(&between, 1, Overwrite::No).unwrap();
-        let attempt = standing(&*far, 1).unwrap().unwrap();
+        let attempt = standing(&*remote, 1).unwrap().unwrap();
         let file = names::shard_file_name(0, attempt);
-        far.unpublish(1, attempt, None).unwrap();
+        remote.unpublish(1, attempt, None).unwrap();
         goes_there.store(is_let_go, Ordering::Relaxed);
-        let brought = publish_whole(&*near, &*far, (1, share), false).unwrap();
+        let brought = publish_whole(&*local, &*remote, (1, share), false).unwrap();
         assert_eq!(brought, if is_let_go { Brought::Less } else { Brought::All });
-        assert_eq!(standing(&*far, 1).unwrap().is_some(), !is_let_go);
+        assert_eq!(standing(&*remote, 1).unwrap().is_some(), !is_let_go);
         if is_let_go {
             continue;
         }
         // Who did not put it does not look: shards that are lost are brought by their ranks.
         std::fs::remove_file(step.join(&file)).unwrap();
-        let again = |may_be_ours| publish_whole(&*near, &*far, (1, share), may_be_ours).unwrap();
+        let again =
+            |may_be_ours| publish_whole(&*local, &*remote, (1, share), may_be_ours).unwrap();
         assert_eq!(again(false), Brought::All);
         assert_eq!(again(true), Brought::Less);
-        assert_eq!(standing(&*far, 1).unwrap(), None);
+        assert_eq!(standing(&*remote, 1).unwrap(), None);
     }
 }
 
 #[test]
 fn what_is_let_go_takes_space_here_until_that_is_given_back() {
-    let [near, far] = places(&[1, 2, 3]);
-    let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    let [local, remote] = places(&[1, 2, 3]);
+    let tier = tier(Ruled::sound(local.path()), Ruled::sound(remote.path()));
     uploaded(&tier, 3).unwrap();
     tier.remove_checkpoint(1, None, Space::Later).unwrap();
-    assert_eq!(deleted_under(near.path()), 1);
+    assert_eq!(deleted_under(local.path()), 1);
     // What becomes an orphan when its manifest is lost.
-    std::fs::remove_file(near.path().join(names::step_dir_name(2)).join(names::MANIFEST_FILE))
+    std::fs::remove_file(local.path().join(names::step_dir_name(2)).join(names::MANIFEST_FILE))
         .unwrap();
-    let orphan = tier.near.list_step(2).unwrap().unwrap().files.remove(0).name;
+    let orphan = tier.local.list_step(2).unwrap().unwrap().files.remove(0).name;
     assert!(tier.remove_orphan(2, &orphan, Space::Later).unwrap().is_some());
-    assert_eq!(deleted_under(near.path()), 2);
+    assert_eq!(deleted_under(local.path()), 2);
     tier.reclaim();
-    assert_eq!(deleted_under(near.path()), 0);
+    assert_eq!(deleted_under(local.path()), 0);
     assert!(uploads(&tier).drain(None));
-    assert_eq!(steps_of(near.path()), [3]);
+    assert_eq!(steps_of(local.path()), [3]);
 }
 
 #[test]
 fn what_was_saved_after_one_looked_is_not_removed() {
-    let [near, far] = places(&[5]);
-    let tier = tier(Ruled::sound(near.path()), Ruled::sound(far.path()));
+    let [local, remote] = places(&[5]);
+    let tier = tier(Ruled::sound(local.path()), Ruled::sound(remote.path()));
     uploaded(&tier, 5).unwrap();
     let another = Some(AttemptId([9; 16]));
     assert_eq!(tier.remove_checkpoint(5, another, Space::Now).unwrap(), 0);
     tier.remove_checkpoint(5, another, Space::Later).unwrap();
     assert!(uploads(&tier).drain(None));
     assert!(standing(&tier, 5).unwrap().is_some());
-    let stands = standing(tier.far.as_ref(), 5).unwrap();
+    let stands = standing(tier.remote.as_ref(), 5).unwrap();
     assert!(stands.is_some());
     assert!(tier.remove_checkpoint(5, stands, Space::Now).unwrap() > 0);
-    assert_eq!(standing(tier.far.as_ref(), 5).unwrap(), None);
+    assert_eq!(standing(tier.remote.as_ref(), 5).unwrap(), None);
 }
 
 #[test]
 fn a_panic_is_told_and_nobody_waits_for_ever() {
-    let [near, far] = places(&[1, 2]);
-    let far = Ruled::open(far.path(), |call| {
+    let [local, remote] = places(&[1, 2]);
+    let remote = Ruled::open(remote.path(), |call| {
         assert!(call != Call::Publish(1) && call != Call::Remove(2), "the test says so");
         Ok(())
     });
-    let tier = tier(Ruled::sound(near.path()), far);
+    let tier = tier(Ruled::sound(local.path()), remote);
     assert!(matches!(uploaded(&tier, 1), Err(EngineError::Internal { .. })));
     uploaded(&tier, 2).unwrap();
     let error = tier.remove_checkpoint(2, None, Space::Now).unwrap_err();

@@ -1,5 +1,5 @@
-//! The thread that brings checkpoints to the far store, and removes there what retention let go
-//! ([`super::far_removals`]).
+//! The thread that brings checkpoints to the remote store, and removes there what retention let go
+//! ([`super::remote_removals`]).
 //!
 //! Always holds:
 //! - Everything that is to be done survives a failure: it is tried again until the store is closed,
@@ -114,15 +114,16 @@ impl Work {
 
     fn upload(&self, step: u64, task: &UploadTask) -> Copied<Transferred> {
         let pacer = Pacer::new(self, task);
-        let (near, far) = (self.near.as_ref(), self.far.as_ref());
+        let (local, remote) = (self.local.as_ref(), self.remote.as_ref());
         let environment = &self.environment;
-        let between = Between { source: near, destination: far, environment, observer: &pacer };
+        let between = Between { source: local, destination: remote, environment, observer: &pacer };
         if let Some(share) = self.share {
             return transfer_share(&between, (step, share));
         }
         let transferred = transfer(&between, step, Overwrite::Yes)?;
-        // Not as it is near: a shard that another rank brought lies in the far one alone.
-        self.view.note(far, step);
+        // Not as it is in the local store: a shard that another rank uploaded is in the remote one
+        // alone.
+        self.view.note(remote, step);
         Ok(transferred)
     }
 
@@ -135,10 +136,10 @@ impl Work {
             let Some(task) = self.lock().take_brought(step) else { continue };
             let may_be_ours = self.lock().may_have_published(step);
             let published = caught(&format!("publishing step {step}"), || {
-                publish_whole(self.near.as_ref(), self.far.as_ref(), (step, share), may_be_ours)
+                publish_whole(self.local.as_ref(), self.remote.as_ref(), (step, share), may_be_ours)
             });
             if matches!(published, Ok(Brought::All)) && !task.is_cancelled() {
-                self.view.note(self.far.as_ref(), step);
+                self.view.note(self.remote.as_ref(), step);
             }
             self.book_whole(step, published);
         }
@@ -185,7 +186,7 @@ impl Work {
         EngineError::Closed {
             what: format!(
                 "waiting for all ranks to bring step {step} to `{}`",
-                self.far.location()
+                self.remote.location()
             ),
             why: "this rank's shard is there, and those of others are not yet".into(),
             hint: "the rank that brings the last one publishes it; if a rank was lost, what its \

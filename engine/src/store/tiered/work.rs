@@ -1,14 +1,14 @@
 //! What the thread that uploads and those who wait for it share.
 //!
-//! Always holds: whoever changes the queue wakes those who wait for it; its lock is held for a few
+//! Always holds: every change of the queue wakes those who wait for it; its lock is held for a few
 //! assignments, never while a store is asked.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::far::FarView;
 use super::queue::{Queue, UploadState};
+use super::remote_view::RemoteView;
 use crate::clock::Environment;
 use crate::format::manifest::{Manifest, total_bytes};
 use crate::recovery::OwnShare;
@@ -19,28 +19,28 @@ use crate::{EngineError, Result};
 
 /// What the uploader and those who wait for it share.
 pub(super) struct Work {
-    pub(super) near: Arc<dyn Store>,
-    pub(super) far: Arc<dyn Store>,
-    pub(super) view: FarView,
+    pub(super) local: Arc<dyn Store>,
+    pub(super) remote: Arc<dyn Store>,
+    pub(super) view: RemoteView,
     pub(super) environment: Arc<dyn Environment>,
     pub(super) bytes_per_second: Option<u64>,
     /// Of a rank with a store of its own.
     pub(super) share: Option<OwnShare>,
     queue: Mutex<Queue>,
     pub(super) changed: Condvar,
-    /// Held by whoever removes from the far store.
+    /// Held by the thread that removes from the remote store.
     pub(super) removing: Mutex<()>,
 }
 
 /// What [`Work`] is made of.
 pub(super) struct WorkParts {
-    pub(super) near: Arc<dyn Store>,
-    pub(super) far: Arc<dyn Store>,
-    pub(super) view: FarView,
+    pub(super) local: Arc<dyn Store>,
+    pub(super) remote: Arc<dyn Store>,
+    pub(super) view: RemoteView,
     pub(super) environment: Arc<dyn Environment>,
     pub(super) bytes_per_second: Option<u64>,
     pub(super) share: Option<OwnShare>,
-    /// Steps that the far store does not have as they are.
+    /// Steps that the remote store does not have as they are.
     pub(super) waiting: BTreeSet<u64>,
     /// Steps of which that is not known.
     pub(super) unsure: BTreeSet<u64>,
@@ -48,11 +48,19 @@ pub(super) struct WorkParts {
 
 impl Work {
     pub(super) fn new(parts: WorkParts) -> Self {
-        let WorkParts { near, far, view, environment, bytes_per_second, share, waiting, unsure } =
-            parts;
+        let WorkParts {
+            local,
+            remote,
+            view,
+            environment,
+            bytes_per_second,
+            share,
+            waiting,
+            unsure,
+        } = parts;
         Self {
-            near,
-            far,
+            local,
+            remote,
             view,
             environment,
             bytes_per_second,
@@ -110,7 +118,7 @@ impl Work {
 
     fn not_uploaded(&self, step: u64) -> EngineError {
         EngineError::Closed {
-            what: format!("uploading step {step} to `{}`", self.far.location()),
+            what: format!("uploading step {step} to `{}`", self.remote.location()),
             why: "it was never committed, or was deleted, or the store closed before".into(),
             hint: "what is committed and left is uploaded when the store is opened for writing \
                    again"
@@ -120,7 +128,7 @@ impl Work {
 
     /// Bytes of the shards that this process brings of a step; 0 where that cannot be read.
     fn bytes_of(&self, step: u64) -> u64 {
-        let manifest = self.near.read_manifest(step).ok().flatten();
+        let manifest = self.local.read_manifest(step).ok().flatten();
         let manifest = manifest.and_then(|bytes| Manifest::decode(&bytes).ok());
         let is_own = |manifest: &Manifest, rank| {
             self.share.is_none_or(|share| !share.may_miss(manifest, rank))
@@ -131,7 +139,7 @@ impl Work {
         })
     }
 
-    /// Whether this rank removes for all that share the far store.
+    /// Whether this rank removes for all that share the remote store.
     pub(super) fn removes_for_all(&self) -> bool {
         self.share.is_none_or(|share| share.rank == 0)
     }
@@ -183,7 +191,7 @@ impl Uploads for Work {
         let (step, error) = self.lock().failed()?;
         Some(match error {
             EngineError::Unavailable { what, why, hint } => EngineError::Unavailable {
-                what: format!("uploading step {step} to `{}`", self.far.location()),
+                what: format!("uploading step {step} to `{}`", self.remote.location()),
                 why: format!("{what}: {why}"),
                 hint,
             },
@@ -207,6 +215,6 @@ impl Uploads for Work {
 
     fn stop(&self) {
         self.change(Queue::stop);
-        self.far.interrupt();
+        self.remote.interrupt();
     }
 }

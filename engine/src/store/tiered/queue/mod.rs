@@ -83,7 +83,7 @@ impl UploadTask {
     }
 }
 
-/// Whether a step waits for its upload, or may never have arrived: why its near copy stays.
+/// Whether a step waits for its upload, or may never have arrived: why its local copy stays.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct UploadState {
     waits: bool,
@@ -95,12 +95,12 @@ pub(super) struct UploadState {
 pub(super) struct Queue {
     waiting: BTreeMap<u64, Due>,
     current: Option<Current>,
-    /// Steps whose own shard is in the far store, and which wait for those of other ranks.
+    /// Steps whose own shard is in the remote store, and which wait for those of other ranks.
     brought: BTreeMap<u64, Transferred>,
     look: Due,
     outcomes: BTreeMap<u64, Result<Transferred>>,
-    /// Steps of which it is not known that the far store has them, though nothing waits for them:
-    /// whose upload has failed, or whose manifest could not be read.
+    /// Steps of which it is not known that the remote store has them, though nothing waits for
+    /// them: whose upload has failed, or whose manifest could not be read.
     unsure: BTreeSet<u64>,
     removals: Removals,
     removals_due: Due,
@@ -108,7 +108,7 @@ pub(super) struct Queue {
     set_aside: Removals,
     /// The step whose removal is being carried out.
     removing: Option<u64>,
-    /// Steps whose manifest this process has put into the far store, or may have.
+    /// Steps whose manifest this process has put into the remote store, or may have.
     published: BTreeSet<u64>,
     /// Steps of which an upload may have been begun and not ended, by this process or one before.
     unfinished: BTreeSet<u64>,
@@ -127,7 +127,7 @@ impl Queue {
     }
 
     /// The step is committed. Later ones, if there are any, are retired by it: they go no further,
-    /// or they would stand in the far store before what retires them.
+    /// or they would stand in the remote store before what retires them.
     pub(super) fn add(&mut self, step: u64) {
         let later: Vec<u64> = self.waiting.keys().chain(self.brought.keys()).copied().collect();
         let current = self.current.as_ref().map(|current| current.step);
@@ -204,7 +204,7 @@ impl Queue {
         self.current.as_ref().is_some_and(|current| current.step == step)
     }
 
-    /// Whether the near copy may go.
+    /// Whether the local copy may be deleted.
     pub(super) fn may_remove(&self, step: u64) -> bool {
         !self.is_waiting(step) && !self.unsure.contains(&step)
     }
@@ -214,12 +214,12 @@ impl Queue {
         self.latest.is_some_and(|latest| step > latest)
     }
 
-    /// Whether this process may have put the step's manifest into the far store.
+    /// Whether this process may have put the step's manifest into the remote store.
     pub(super) fn may_have_published(&self, step: u64) -> bool {
         self.published.contains(&step)
     }
 
-    /// Whether a step that a rewind retired may stand in the far store because of this process.
+    /// Whether a step that a rewind retired may stand in the remote store because of this process.
     pub(super) fn may_have_published_retired(&self, step: u64) -> bool {
         self.is_retired(step) && (self.published.contains(&step) || self.is_at(step))
     }
@@ -311,8 +311,8 @@ impl Queue {
         task
     }
 
-    /// Steps that are not in the far store yet, ascending, with the bytes that have gone so far; of
-    /// those whose own shard is there, and that wait for other ranks', `None`.
+    /// Steps that are not in the remote store yet, ascending, with the bytes that have gone so far;
+    /// of those whose own shard is there, and that wait for other ranks', `None`.
     pub(super) fn pending(&self) -> BTreeMap<u64, Option<u64>> {
         let waiting = self.waiting.keys().map(|step| (*step, Some(0)));
         let current = self
@@ -381,12 +381,12 @@ impl Queue {
         (is_wanted && !self.stopped).then(|| self.begin(step, Due::default()))
     }
 
-    /// The current step may have its manifest in the far store from now on.
+    /// The current step may have its manifest in the remote store from now on.
     pub(super) fn note_published(&mut self, step: u64) {
         self.published.insert(step);
     }
 
-    /// The current step is whole in the far store.
+    /// The current step is whole in the remote store.
     pub(super) fn book_whole(&mut self, step: u64) {
         self.current = None;
         if let Some(transferred) = self.brought.remove(&step) {

@@ -1,6 +1,6 @@
-//! What a writer knows of the far store: its listing as of the opening, and every change since.
+//! What a writer knows of the remote store: its listing as of the opening, and every change since.
 //!
-//! Always holds: nobody else changes the far store, or only as this writer would, where several
+//! Always holds: nobody else changes the remote store, or only as this writer would, where several
 //! ranks keep to one policy; so asking it again is not needed; a save and the retention behind it
 //! never wait for a network.
 
@@ -12,14 +12,14 @@ use crate::format::names::MANIFEST_FILE;
 use crate::store::{FileListing, StepListing, Store};
 use crate::sync::unpoisoned;
 
-/// The far store's files by step, and by name.
+/// The remote store's files by step, and by name.
 #[derive(Debug)]
-pub(super) struct FarView(Mutex<BTreeMap<u64, Vec<FileListing>>>);
+pub(super) struct RemoteView(Mutex<BTreeMap<u64, Vec<FileListing>>>);
 
-impl FarView {
-    /// Asks the far store, once.
-    pub(super) fn open(far: &dyn Store) -> Result<Self> {
-        let steps = far.list()?.into_iter().map(|step| (step.step, step.files));
+impl RemoteView {
+    /// Asks the remote store, once.
+    pub(super) fn open(remote: &dyn Store) -> Result<Self> {
+        let steps = remote.list()?.into_iter().map(|step| (step.step, step.files));
         Ok(Self(Mutex::new(steps.collect())))
     }
 

@@ -1,4 +1,4 @@
-//! What retention let go, removed from the far store in its order ([`super::removals`]).
+//! What retention let go, removed from the remote store in its order ([`super::removals`]).
 //!
 //! Always holds:
 //! - A checkpoint that retires another is removed after it.
@@ -19,17 +19,17 @@ use crate::sync::{unpoisoned, wait_while};
 use crate::{EngineError, Result};
 
 impl Work {
-    /// The attempt that stands near, if a rewind retired it and its manifest may have been put into
-    /// the far store by this process, after rank 0 had been there: it would stand again once what
-    /// retired it is gone. Any other step that comes late does no harm, and is rank 0's to remove,
-    /// which alone knows that what it retired is gone.
+    /// The attempt whose manifest is in the local store, if a rewind retired it and its manifest
+    /// may have been put into the remote store by this process, after rank 0 had been there: it
+    /// would stand again once what retired it is gone. Any other step that comes late does no harm,
+    /// and is rank 0's to remove, which alone knows that what it retired is gone.
     pub(super) fn to_take_back(&self, step: u64) -> Option<AttemptId> {
         let may_be = !self.removes_for_all() && self.lock().may_have_published_retired(step);
-        may_be.then(|| standing(self.near.as_ref(), step).ok().flatten()).flatten()
+        may_be.then(|| standing(self.local.as_ref(), step).ok().flatten()).flatten()
     }
 
-    /// Lets the far store go of a step, behind; `attempt` stood near and was [to be taken
-    /// back][Self::to_take_back]. Gives what is to be done for that, if anything.
+    /// Removes a step from the remote store, behind; `attempt` was in the local store and was [to
+    /// be taken back][Self::to_take_back]. Gives what is to be done for that, if anything.
     pub(super) fn let_go_behind(&self, step: u64, attempt: Option<AttemptId>) -> Option<Removal> {
         self.view.forget(step);
         let removal = if self.removes_for_all() {
@@ -47,8 +47,8 @@ impl Work {
         removal
     }
 
-    /// Lets the far store go of a file that no manifest names, behind. Gives what is to be done for
-    /// that, if anything.
+    /// Lets the remote store go of a file that no manifest names, behind. Gives what is to be done
+    /// for that, if anything.
     pub(super) fn remove_orphan_behind(&self, step: u64, file: &str) -> Option<Removal> {
         self.view.forget_file(step, file);
         self.asked(self.removes_for_all().then(|| Removal::Orphan(step, file.into())))
@@ -72,7 +72,7 @@ impl Work {
         }
         if self.lock().is_set_aside(wanted) {
             return Err(EngineError::Unavailable {
-                what: format!("removing what was let go from `{}`", self.far.location()),
+                what: format!("removing what was let go from `{}`", self.remote.location()),
                 why: "a removal that has to come first has failed".into(),
                 hint: "it is tried again behind the training, and by whoever opens the store next"
                     .into(),
@@ -105,18 +105,18 @@ impl Work {
         match removal {
             Removal::Checkpoint(step) => {
                 // Whatever stands there: this process puts nothing in its place meanwhile.
-                let freed_bytes = self.far.remove_checkpoint(*step, None, Space::Now)?;
+                let freed_bytes = self.remote.remove_checkpoint(*step, None, Space::Now)?;
                 // What is left there is nobody's any more, and goes after the grace period; a
                 // manifest that another rank put there since is taken back by that one.
-                self.view.note(self.far.as_ref(), *step);
+                self.view.note(self.remote.as_ref(), *step);
                 self.view.forget_file(*step, MANIFEST_FILE);
                 Ok(freed_bytes)
             }
             Removal::Attempt(step, attempt) => {
-                self.far.remove_checkpoint(*step, Some(*attempt), Space::Now)
+                self.remote.remove_checkpoint(*step, Some(*attempt), Space::Now)
             }
             Removal::Orphan(step, file) => {
-                let freed_bytes = self.far.remove_orphan(*step, file, Space::Now)?;
+                let freed_bytes = self.remote.remove_orphan(*step, file, Space::Now)?;
                 Ok(freed_bytes.unwrap_or(0))
             }
         }
@@ -129,11 +129,11 @@ impl Work {
             let rank = parse_shard_file(file).map(|(rank, _)| rank);
             self.share.is_none_or(|share| rank == Some(share.rank))
         };
-        let given_up = self.far.unfinished_uploads(Some(step)).and_then(|uploads| {
+        let given_up = self.remote.unfinished_uploads(Some(step)).and_then(|uploads| {
             uploads
                 .iter()
                 .filter(|upload| is_own(&upload.file))
-                .try_for_each(|upload| self.far.abort_upload(upload).map(drop))
+                .try_for_each(|upload| self.remote.abort_upload(upload).map(drop))
         });
         if let Err(error) = given_up {
             tracing::info!(step, %error, "an upload that is not wanted any more may be left");

@@ -1,6 +1,7 @@
-//! A shard in the near store, of which the far one may have a copy.
+//! A shard in the local store, of which the remote one may have a copy.
 //!
-//! Always holds: the near shard is what is read; the far one is asked only for what was damaged.
+//! Always holds: the local shard is what is read; the remote one is asked only for what was
+//! damaged.
 
 use std::sync::Arc;
 
@@ -9,31 +10,31 @@ use crate::store::{ReadDone, ShardId, ShardSource, Store};
 use crate::{EngineError, Result};
 
 #[derive(Debug)]
-pub(super) struct NearShard {
-    pub(super) near: Box<dyn ShardSource>,
-    pub(super) far: Arc<dyn Store>,
+pub(super) struct LocalShard {
+    pub(super) local: Box<dyn ShardSource>,
+    pub(super) remote: Arc<dyn Store>,
     pub(super) shard: ShardId,
 }
 
-impl ShardSource for NearShard {
+impl ShardSource for LocalShard {
     fn name(&self) -> String {
-        self.near.name()
+        self.local.name()
     }
 
     fn file_bytes(&self) -> u64 {
-        self.near.file_bytes()
+        self.local.file_bytes()
     }
 
     fn read(&self, offset: u64, buffer: Buffer, bytes: usize, done: ReadDone) {
-        self.near.read(offset, buffer, bytes, done);
+        self.local.read(offset, buffer, bytes, done);
     }
 
     fn map(&self) -> Result<memmap2::MmapMut> {
-        self.near.map()
+        self.local.map()
     }
 
     fn second(&self) -> Result<Option<Box<dyn ShardSource>>> {
-        match self.far.open_shard(self.shard) {
+        match self.remote.open_shard(self.shard) {
             Ok(copy) => Ok(Some(copy)),
             Err(EngineError::NotFound { .. }) => Ok(None),
             Err(error) => Err(error),
