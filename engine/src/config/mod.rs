@@ -125,7 +125,7 @@ pub struct Config {
     pub keep_every: Option<u64>,
     /// Best checkpoints to keep besides, by `best_metric`. Default: none. At least 1.
     pub keep_best_n: Option<u32>,
-    /// Name of the number in checkpoints' metadata that tells which are best. Default: none.
+    /// Name of the number in checkpoints' metadata that decides which are best. Default: none.
     pub best_metric: Option<String>,
     /// Which values of it are the better ones. Default `min`.
     pub best_mode: BestMode,

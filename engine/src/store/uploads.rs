@@ -1,8 +1,8 @@
 //! Bringing checkpoints to a remote store, behind the training: what the engine asks of it.
 //!
 //! Always holds: only a store that has a remote one behind it, and is open for writing, has
-//! uploads; a step waits from [`Uploads::add`] until it has arrived, failed for good, or was let
-//! go.
+//! uploads; a step waits from [`Uploads::add`] until it has arrived, failed for good, or was
+//! deleted.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{EngineError, Result};
 
 /// The uploads of a store; see [`Store::uploads`](super::Store::uploads).
 pub(crate) trait Uploads: Send + Sync {
-    /// Hears that `step` is committed, wherever that is decided: the remote store gets it from now
+    /// `step` is committed, wherever that is decided: the remote store gets it from now
     /// on.
     fn add(&self, step: u64);
 

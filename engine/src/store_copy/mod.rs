@@ -5,12 +5,12 @@
 //! manifest -----------------------------------------------> published last, as it is
 //! ```
 //!
-//! Several ranks, each with a store of its own, bring their shards and publish once all are there.
+//! Several ranks, each with a store of its own, copy their shards and publish once all exist.
 //!
 //! Always holds: the copy has the same attempt and the same bytes, each checked on its way; it
-//! exists only when all of it is there and was read back; of one that is there already, what is
-//! missing is brought; what an interrupted copy brought over is not sent again where the store can
-//! tell; an error says whether the original is to blame.
+//! exists only when all of it is durable and was read back; of one that exists already, what is
+//! missing is copied; what an interrupted copy transferred is not sent again where the store can
+//! recognise it; an error says whether the original is to blame.
 
 use std::fmt;
 use std::sync::Arc;
@@ -66,7 +66,7 @@ pub enum Overwrite {
 pub(crate) enum Uncopied {
     /// What was to be copied is damaged, not there, or of a newer version: it will be next time.
     Source(EngineError),
-    /// Anything else: the destination, or what lies between.
+    /// Anything else: the destination, or what is between.
     Elsewhere(EngineError),
 }
 
@@ -151,7 +151,7 @@ pub(crate) fn transfer(
     let was_there = replaces == Some(*attempt);
     let Arrived { shards, mut sinks, found_some, mut transferred } =
         bring_all(between, manifest, was_there)?;
-    // Also of one that was there: whoever published it may have died before it was durable.
+    // Also of one that existed: the process that published it may have died before it was durable.
     destination.publish(Publication {
         step,
         attempt: *attempt,
@@ -211,7 +211,7 @@ fn lost_meanwhile(step: u64, destination: &dyn Store) -> EngineError {
     }
 }
 
-/// Header, footer and index as they lie at the destination now; the chunks' checksums are in the
+/// Header, footer and index as they are at the destination now; the chunks' checksums are in the
 /// index. What comes damaged is asked for once more: it may have been damaged on its way.
 fn read_back(destination: &dyn Store, manifest: &Manifest, entry: &ShardEntry) -> Result<()> {
     let open = || Shard::open(destination, manifest, entry.rank, OnDamage::Report).map(drop);
@@ -243,7 +243,7 @@ fn naming(step: u64, destination: &dyn Store) -> String {
     format!("copying step {step} to `{}`", destination.location())
 }
 
-/// A checkpoint's manifest, as it lies in the store that it is copied from.
+/// A checkpoint's manifest, as it is in the store that it is copied from.
 struct Original {
     manifest: Manifest,
     bytes: Vec<u8>,

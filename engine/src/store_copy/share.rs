@@ -1,8 +1,8 @@
 //! What several ranks, each with a store of its own, bring of one checkpoint.
 //!
 //! Always holds: what a rank brings is no checkpoint until every rank's shard is at the
-//! destination; whoever finds them all there publishes, and looks back: a manifest whose shards
-//! went meanwhile is taken back.
+//! destination; the rank that finds them all there publishes, and looks back: a manifest whose
+//! shards went meanwhile is taken back.
 
 use super::stream::Stream;
 use super::{Between, Copied, Original, Transferred, is_whole, naming, read_back, standing};
@@ -31,7 +31,7 @@ pub(crate) fn transfer_share(
             continue;
         }
         transferred.was_there = false;
-        // Nothing to bring, and it is not there: that is told of the source.
+        // Nothing to copy, and it does not exist: that is reported of the source.
         let (_, sink) = stream.shard(entry)?;
         read_back(destination, &manifest, entry)?;
         transferred.count(entry, sink.as_ref());
@@ -82,7 +82,7 @@ pub(crate) fn publish_whole(
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let standing = standing(destination, step)?;
     if standing == Some(attempt) {
-        // Whoever put it looked again, unless that was this process and it could not.
+        // The process that put it looked again, unless that was this one and it could not.
         return if may_be_ours {
             look_back(destination, &manifest, attempt)
         } else {

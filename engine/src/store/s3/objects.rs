@@ -60,7 +60,8 @@ enum Broken {
 
 impl Shared {
     /// Asks whether the store can be reached and read, with less patience than others have: what
-    /// keeps it apart is most often a mistake, and whoever opens a store waits for the answer.
+    /// keeps it apart is most often a mistake, and the caller that opens a store waits for the
+    /// answer.
     pub(super) async fn look(&self, prefix: &str) -> Asked<()> {
         let request = self
             .client

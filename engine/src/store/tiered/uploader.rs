@@ -1,4 +1,4 @@
-//! The thread that brings checkpoints to the remote store, and removes there what retention let go
+//! The thread that brings checkpoints to the remote store, and removes there what retention deleted
 //! ([`super::remote_removals`]).
 //!
 //! Always holds:
@@ -132,7 +132,7 @@ impl Work {
         let Some(share) = self.share else { return };
         let brought = self.lock().looks(self.now());
         for step in brought {
-            // Whoever cancels it waits for this.
+            // The thread that cancels it waits for this.
             let Some(task) = self.lock().take_brought(step) else { continue };
             let may_be_ours = self.lock().may_have_published(step);
             let published = caught(&format!("publishing step {step}"), || {

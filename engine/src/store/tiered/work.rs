@@ -75,7 +75,7 @@ impl Work {
         unpoisoned(self.queue.lock())
     }
 
-    /// Changes the queue, which those who wait hear of.
+    /// Changes the queue and wakes those who wait.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> T {
         let changed = change(&mut self.lock());
         self.changed.notify_all();
