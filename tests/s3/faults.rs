@@ -301,7 +301,7 @@ fn one_fault_at_any_request_loses_nothing() {
     );
 }
 
-/// Saves into a directory before the store, and has both steps brought there, whatever fails in
+/// Saves into a directory before the store, and has both steps uploaded there, whatever fails in
 /// between; what is left to do is done by a process that no fault reaches. Gives the requests.
 fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), String>) {
     let store = place.config();

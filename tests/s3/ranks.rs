@@ -603,7 +603,7 @@ fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
     save_all(&ranks, 1);
     uploaded(&ranks, 1);
     drop(ranks);
-    // Only rank 0 comes back, with a step that rank 1 has not brought.
+    // Only rank 0 comes back, with a step that rank 1 has not uploaded.
     let mut slow = cluster;
     slow.remote_bytes_per_second = Some(1);
     let ranks = slow.ranks();

@@ -310,7 +310,7 @@ fn what_retention_deletes_locally_is_deleted_from_the_remote_store_too() {
     assert!(open(remote).steps().unwrap().is_empty());
 }
 
-/// Another rank may be bringing a shard of the checkpoint that takes its place.
+/// Another rank may be uploading a shard of the checkpoint that takes its place.
 #[test]
 fn a_step_that_never_arrived_takes_no_shard_of_another_rank_with_it() {
     let Some(place) = Place::own("it looks at the objects") else { return };

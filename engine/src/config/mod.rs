@@ -134,7 +134,7 @@ pub struct Config {
     pub gc_grace_seconds: u64,
     /// How a store in S3 is reached.
     pub s3: S3Settings,
-    /// Store in S3, `s3://bucket/prefix`, that checkpoints are brought to once they are committed
+    /// Store in S3, `s3://bucket/prefix`, that checkpoints are uploaded to once they are committed
     /// in the directory `path`. Default: none.
     pub remote: Option<String>,
     /// Bytes a second that uploads to `remote` take at most. Default: no bound; at least 1.

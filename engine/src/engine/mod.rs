@@ -222,7 +222,7 @@ impl Engine {
         self.writer("lending the staging arena")?.lend(bytes, grows_to)
     }
 
-    /// What came of bringing a step to the remote store, or `None` if it has not ended within
+    /// What came of uploading a step to the remote store, or `None` if it has not ended within
     /// `timeout` or there is no remote store. An error is of that upload; the checkpoint in the
     /// local store stands.
     ///
@@ -402,7 +402,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Waits, at most `timeout`, until every checkpoint was brought to the remote store, or has
+    /// Waits, at most `timeout`, until every checkpoint was uploaded to the remote store, or has
     /// failed once more; true if so. From the first call on nothing is tried more than once, until
     /// one has seen the end.
     ///

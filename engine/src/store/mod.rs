@@ -73,7 +73,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
     }
 
     /// Whether a shard that is here whole, of a copy that never came about, is as good as one
-    /// that was just brought: durable, and checked when it came.
+    /// that was just uploaded: durable, and checked when it came.
     fn keeps_what_arrived(&self) -> bool {
         false
     }
@@ -120,7 +120,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
         ))
     }
 
-    /// What brings checkpoints from here to a remote store; `None` where nothing does.
+    /// What uploads checkpoints from here to a remote store; `None` where nothing does.
     fn uploads(&self) -> Option<&dyn Uploads> {
         None
     }

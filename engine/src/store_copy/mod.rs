@@ -28,7 +28,7 @@ mod share;
 mod stream;
 
 use share::look_back;
-pub(crate) use share::{Brought, publish_whole, transfer_share};
+pub(crate) use share::{Presence, publish_whole, transfer_share};
 use stream::Stream;
 
 /// What was copied.
@@ -43,7 +43,7 @@ pub struct Transferred {
     pub bytes: u64,
     /// Parts that the shards were uploaded in; 0 where the other store is a directory.
     pub parts: u64,
-    /// Of these, parts that an earlier copy, which was interrupted, had brought over.
+    /// Of these, parts that an earlier copy, which was interrupted, had transferred.
     pub resumed_parts: u64,
     /// Requests that had to be repeated.
     pub retries: u64,
@@ -150,7 +150,7 @@ pub(crate) fn transfer(
     }
     let was_there = replaces == Some(*attempt);
     let Arrived { shards, mut sinks, found_some, mut transferred } =
-        bring_all(between, manifest, was_there)?;
+        transfer_all(between, manifest, was_there)?;
     // Also of one that existed: the process that published it may have died before it was durable.
     destination.publish(Publication {
         step,
@@ -161,15 +161,15 @@ pub(crate) fn transfer(
     })?;
     sinks.0.clear();
     // Nobody guards what no manifest named: it may have been cleaned away at this moment.
-    if found_some && !was_there && look_back(destination, manifest, *attempt)? != Brought::All {
+    if found_some && !was_there && look_back(destination, manifest, *attempt)? != Presence::All {
         return Err(lost_meanwhile(step, destination).into());
     }
     transferred.seconds = elapsed(&**environment, start).as_secs_f64();
     Ok(transferred)
 }
 
-/// Brings the shards that are not at the destination yet; `was_there` if the checkpoint is.
-fn bring_all(between: &Between<'_>, manifest: &Manifest, was_there: bool) -> Copied<Arrived> {
+/// Copies the shards that are not at the destination yet; `was_there` if the checkpoint is.
+fn transfer_all(between: &Between<'_>, manifest: &Manifest, was_there: bool) -> Copied<Arrived> {
     let (step, destination) = (manifest.step, between.destination);
     let stream = Stream { between, manifest, what: naming(step, destination) };
     let mut arrived = Arrived {

@@ -1,4 +1,4 @@
-//! Bringing a shard into the bucket: in one piece, or as an upload in parts.
+//! Uploading a shard into the bucket: in one piece, or as an upload in parts.
 //!
 //! Always holds: every body has its checksum, computed long before; bodies are the pools' buffers,
 //! uncopied, and can be sent again; a shard's key is its attempt's alone, so whatever stands there

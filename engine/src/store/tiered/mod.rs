@@ -1,4 +1,4 @@
-//! Two stores as one: checkpoints are committed to the local one and brought to the remote one
+//! Two stores as one: checkpoints are committed to the local one and uploaded to the remote one
 //! behind the training.
 //!
 //! ```text
@@ -13,7 +13,7 @@
 //!   each of them whole or not there. Only where the remote one has an attempt of a step that began
 //!   later, by a writer on another machine, does that count: then the local one is out of date.
 //! - Several ranks may each have a local store of their own, before one remote store: a step exists
-//!   once all local stores have its manifest, and in the remote one once all have brought their
+//!   once all local stores have its manifest, and in the remote one once all have uploaded their
 //!   shards.
 //! - Retention keeps a checkpoint that waits for its upload; and one whose upload failed for good,
 //!   or of which it is not known whether the remote store has it.

@@ -18,7 +18,7 @@ use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
 use crate::store::local::tests::space::deleted_under;
-use crate::store_copy::{Between, Brought, Overwrite, Transferred, publish_whole, transfer};
+use crate::store_copy::{Between, Overwrite, Presence, Transferred, publish_whole, transfer};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_mins(1);
@@ -498,18 +498,18 @@ fn what_goes_while_it_is_published_is_taken_back() {
         let file = names::shard_file_name(0, attempt);
         remote.unpublish(1, attempt, None).unwrap();
         goes_there.store(is_deleted, Ordering::Relaxed);
-        let brought = publish_whole(&*local, &*remote, (1, share), false).unwrap();
-        assert_eq!(brought, if is_deleted { Brought::Less } else { Brought::All });
+        let uploaded = publish_whole(&*local, &*remote, (1, share), false).unwrap();
+        assert_eq!(uploaded, if is_deleted { Presence::Less } else { Presence::All });
         assert_eq!(standing(&*remote, 1).unwrap().is_some(), !is_deleted);
         if is_deleted {
             continue;
         }
-        // Who did not put it does not look: shards that are lost are brought by their ranks.
+        // Who did not put it does not look: shards that are lost are uploaded by their ranks.
         std::fs::remove_file(step.join(&file)).unwrap();
         let again =
             |may_be_ours| publish_whole(&*local, &*remote, (1, share), may_be_ours).unwrap();
-        assert_eq!(again(false), Brought::All);
-        assert_eq!(again(true), Brought::Less);
+        assert_eq!(again(false), Presence::All);
+        assert_eq!(again(true), Presence::Less);
         assert_eq!(standing(&*remote, 1).unwrap(), None);
     }
 }
