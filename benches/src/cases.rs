@@ -60,7 +60,7 @@ pub enum Figure {
     Save,
     /// Time until a checkpoint is in memory.
     Load,
-    /// Time until a save returns, after an earlier one: the arena is there.
+    /// Time until a save returns, after an earlier one: the arena exists.
     StallWarm,
     /// Time until an engine's first save returns: it maps its arena and touches it first.
     StallFirst,
@@ -310,7 +310,7 @@ impl Run {
 struct SaveTimes {
     /// Until it returned.
     stall: Duration,
-    /// Until its result was there.
+    /// Until its result was available.
     durable: Duration,
 }
 

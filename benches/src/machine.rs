@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 pub const DIRECTORY_VARIABLE: &str = "DTR_BENCH_DIR";
 
 /// The directory for scratch files: what [`DIRECTORY_VARIABLE`] names, else where this program
-/// lies. That is cargo's target directory: on a disk, where `/tmp` may be memory.
+/// is. That is cargo's target directory: on a disk, where `/tmp` may be memory.
 pub fn scratch_directory() -> PathBuf {
     let named = env::var_os(DIRECTORY_VARIABLE).filter(|name| !name.is_empty());
     let beside = || env::current_exe().ok()?.parent().map(Path::to_owned);

@@ -66,7 +66,7 @@ struct Batch {
 }
 
 impl Core {
-    /// Starts deciding. `failed` hears of a journal that cannot be written.
+    /// Starts deciding. `failed` is notified of a journal that cannot be written.
     pub fn start(
         state: State,
         journal: Journal,
@@ -113,7 +113,7 @@ impl Core {
         answered.await.map_err(|_| Ending)
     }
 
-    /// Lets go of everybody who waits; calls from now on are refused.
+    /// Ends every wait; calls from now on are refused.
     pub async fn drain(&self) {
         self.draining.store(true, Ordering::Release);
         // The decider looks at the flag with its next call.
@@ -241,7 +241,7 @@ fn keep(
         if changes().next().is_some()
             && let Err(error) = journal.keep(changes())
         {
-            // The owner may have gone already; then there is nobody left to tell.
+            // The owner may have gone already; then there is nobody left to notify.
             let _gone = failed.send(error);
             return;
         }

@@ -1,7 +1,7 @@
 //! A coordinator inside another process, for a run that was given none.
 //!
 //! Always holds: it listens on a free port and lets in only who has the token that it drew; what it
-//! keeps lies in a directory of its own, which goes with it.
+//! keeps is in a directory of its own, which goes with it.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -55,7 +55,7 @@ impl Embedded {
         let serve = move || {
             let serving = runtime.block_on(async {
                 let shutdown = async {
-                    // Whoever asks for the end drops or uses the sender: both mean the same.
+                    // The owner drops or uses the sender to ask for the end: both mean the same.
                     let _either = ended.await;
                 };
                 let _gone = sender.send(());
@@ -78,7 +78,7 @@ impl Embedded {
         self.address
     }
 
-    /// What callers have to present; it lies in a file of its directory besides.
+    /// What callers have to present; it is also in a file of its directory.
     pub fn token(&self) -> &str {
         &self.token
     }

@@ -3,7 +3,7 @@
 //! Slim images have neither curl nor grpcurl, and the program that is probed is there anyway.
 //!
 //! Always holds: the question ends within its timeout, with an answer or with an error that says
-//! what to look at; it needs no token, because the health service tells nothing of a job.
+//! what to look at; it needs no token, because the health service reveals nothing of a job.
 
 use std::error::Error;
 use std::fs;

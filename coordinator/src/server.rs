@@ -1,8 +1,9 @@
-//! The coordinator as a process: [`run`] serves until it is told to end.
+//! The coordinator as a process: [`run`] serves until it is asked to end.
 //!
 //! Always holds: connections, streams, messages and headers are bounded by named limits; nothing is
-//! answered before the journal has counted this start; when told to end, the health service says
-//! so first, whoever waits is let go to ask again later, and what was promised is on the disk.
+//! answered before the journal has counted this start; when asked to end, the health service says
+//! so first, every wait is ended so that the caller asks again later, and what was promised is on
+//! the disk.
 
 use std::future::Future;
 use std::io;
@@ -114,7 +115,7 @@ fn listen_hint(key: &str, address: &str, error: &io::Error) -> String {
     }
 }
 
-/// Serves on `listener` until `shutdown` comes, and on `metrics` if it is there.
+/// Serves on `listener` until `shutdown` comes, and on `metrics` if that is set.
 pub async fn run(
     config: &Config,
     listener: TcpListener,
@@ -141,13 +142,13 @@ pub async fn run(
     let (end, ended) = oneshot::channel();
     let incoming = accept(listener, config.connections_max());
     let served = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
-        // Whoever asks for the end drops or uses the sender: both mean the same.
+        // The owner drops or uses the sender to ask for the end: both mean the same.
         let _either = ended.await;
     }));
     let cause = tokio::select! {
         () = shutdown => None,
         failure = failure => Some(failure.map_or_else(
-            // Whoever decides or keeps has ended without a word: it panicked.
+            // The thread that decides or the one that keeps has ended without a word: it panicked.
             |_| ServeError::Serve("a thread of it panicked, and its log says why".into()),
             ServeError::from,
         )),
@@ -156,7 +157,7 @@ pub async fn run(
     cause.map_or(Ok(()), Err)
 }
 
-/// What hears of the end.
+/// What is notified of the end.
 struct Serving {
     core: Core,
     draining: Arc<AtomicBool>,

@@ -10,7 +10,7 @@
 //! other `OTEL_` variables mean what they mean everywhere. `JAEGER_AGENT_HOST`, of agents that are
 //! gone, names the host of a Jaeger that takes OTLP.
 //!
-//! Always holds: a trace's id is the attempt's, so what every process tells of one attempt is one
+//! Always holds: a trace's id is the attempt's, so what every process reports of one attempt is one
 //! trace; a collector that is away costs spans, never a save.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -82,7 +82,7 @@ pub fn start(service: &'static str, default_level: &str) {
     }
 }
 
-/// Waits, for a few seconds at most, until what was told so far is with the collector.
+/// Waits, for a few seconds at most, until what was recorded so far has reached the collector.
 pub fn flush() {
     if let Some(sender) = SENDER.get()
         && let Err(error) = sender.processor.force_flush()
@@ -172,7 +172,7 @@ impl Sender {
     }
 }
 
-/// Makes spans of the events that tell of them.
+/// Makes spans of the events that describe them.
 struct Spans;
 
 impl<S: Subscriber> Layer<S> for Spans {
@@ -255,7 +255,7 @@ impl Visit for Told {
     }
 }
 
-/// The same number in every process that tells of this span; never 0, which means none.
+/// The same number in every process that reports this span; never 0, which means none.
 fn id_of(trace: &str, name: &str) -> u64 {
     // Its keys are fixed.
     let mut hasher = DefaultHasher::new();

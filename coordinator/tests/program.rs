@@ -157,8 +157,8 @@ fn health_does_not_wait_for_ever_nor_take_any_service_for_a_coordinator() {
     assert!(error.contains("\nhint: "), "{error}");
 }
 
-/// While calls in progress are let go on, probes have to hear that no new ones should come, whether
-/// they ask for a service or, as those of Kubernetes, for none.
+/// While calls in progress are allowed to end, probes have to be answered that no new ones should
+/// come, whether they ask for a service or, as those of Kubernetes, for none.
 #[test]
 fn health_says_that_it_ends() {
     for service in ["dtruntime.v1.Membership", ""] {
@@ -388,7 +388,7 @@ fn kills_lose_nothing() {
     tell(&kills);
 }
 
-/// A commit that was answered is there after a kill; the attempt id is the same for all ranks.
+/// A commit that was answered still exists after a kill; the attempt id is the same for all ranks.
 #[test]
 fn a_commit_survives_a_kill() {
     let folder = tempdir().unwrap();

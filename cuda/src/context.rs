@@ -32,7 +32,7 @@ pub struct MemoryInfo {
     pub total_bytes: usize,
 }
 
-/// A reference to a device's primary context, given back when it is dropped.
+/// A reference to a device's primary context, released when it is dropped.
 pub(crate) struct Context {
     calls: &'static Calls,
     handle: CUcontext,
@@ -154,7 +154,7 @@ impl Context {
     }
 
     /// Does the last thing for something of this context, `call`, in the process that has it; a
-    /// destructor has nobody to tell of a failure but the log.
+    /// destructor has nowhere to report a failure but the log.
     pub(crate) fn tidy_up(&self, call: &'static str, run: impl FnOnce(&Calls) -> Code) {
         if self.check_owner().is_err() {
             return;

@@ -1,4 +1,4 @@
-//! The two ends of a copy that lie on the host: where bytes land, and where they take off.
+//! The two ends of a copy that are on the host: where bytes land, and where they take off.
 //!
 //! Always holds: who begins a copy gives its memory away, and is told exactly once what became of
 //! it, with the memory, when the device does not use it any more.
@@ -54,7 +54,7 @@ pub trait Takeoff: Send {
     fn taken_off(self: Box<Self>, outcome: Result<(), CudaError>);
 }
 
-/// Whoever waits for a copy, in either direction.
+/// The receiver of a copy's outcome, in either direction.
 pub(crate) enum Traveller {
     Landing(Box<dyn Landing>),
     Takeoff(Box<dyn Takeoff>),
@@ -62,12 +62,12 @@ pub(crate) enum Traveller {
 
 impl Traveller {
     /// Says what became of the copy.
-    pub(crate) fn tell(self, outcome: Result<(), CudaError>) {
-        let told = catch_unwind(AssertUnwindSafe(|| match self {
+    pub(crate) fn notify(self, outcome: Result<(), CudaError>) {
+        let notified = catch_unwind(AssertUnwindSafe(|| match self {
             Self::Landing(landing) => landing.landed(outcome),
             Self::Takeoff(takeoff) => takeoff.taken_off(outcome),
         }));
-        if told.is_err() {
+        if notified.is_err() {
             tracing::error!("the callback of a copy panicked");
         }
     }

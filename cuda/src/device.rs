@@ -4,7 +4,7 @@
 //! caller's stream   | backward | update |        | forward ...
 //!                              \ follow          / precede (waits on the device)
 //! stream down                    | copy | copy |
-//!                                        \ event: the completion thread tells each landing
+//!                                        \ event: the completion thread notifies each landing
 //! ```
 //!
 //! Always holds:
@@ -31,8 +31,9 @@ use crate::stream::StreamHandle;
 
 /// A CUDA device, with a stream and a thread for each direction of copies.
 ///
-/// Dropping it waits until all copies are over and everybody has been told; where the drop happens
-/// in a [`Landing`] or [`Takeoff`] that is being told, those of its direction are told afterwards.
+/// Dropping it waits until all copies are over and everybody has been notified; where the drop
+/// happens in a [`Landing`] or [`Takeoff`] that is being notified, those of its direction are
+/// notified afterwards.
 pub struct Device {
     // Dropped in this order: the lanes first, then our reference to their context.
     down: Lane,
@@ -106,20 +107,20 @@ impl Device {
     }
 
     /// Begins a copy from the device's memory at `source`, as long as the landing's memory, and
-    /// returns. The landing is told of its end, or of why it could not begin, exactly once. Where
-    /// its memory is not [pinned](crate::Pinned), the driver may wait until it has copied.
+    /// returns. The landing is notified of its end, or of why it could not begin, exactly once.
+    /// Where its memory is not [pinned](crate::Pinned), the driver may wait until it has copied.
     ///
-    /// It is told when its batch is over, and a batch ends with [`Device::flush`],
+    /// It is notified when its batch is over, and a batch ends with [`Device::flush`],
     /// [`Device::precede`], [`Device::finish`], or when [`BATCH_BYTES`](crate::BATCH_BYTES) are in
-    /// it. So **flush before you wait for a buffer that a landing gives back**. In a forked child
-    /// the landing is told at once, by this thread.
+    /// it. So **flush before you wait for a buffer that a landing returns**. In a forked child
+    /// the landing is notified at once, by this thread.
     ///
     /// # Safety
     ///
-    /// The bytes at `source` are memory of this device until the landing is told.
+    /// The bytes at `source` are memory of this device until the landing is notified.
     pub unsafe fn copy_down(&self, source: u64, mut landing: Box<dyn Landing>) {
         if let Err(error) = self.context.check_owner() {
-            return Traveller::Landing(landing).tell(Err(error));
+            return Traveller::Landing(landing).notify(Err(error));
         }
         let memory = landing.memory();
         let (destination, bytes) = (memory.as_mut_ptr(), memory.len());
@@ -135,11 +136,11 @@ impl Device {
     ///
     /// # Safety
     ///
-    /// The bytes at `destination` are memory of this device until the takeoff is told, and nobody
-    /// else needs what they hold.
+    /// The bytes at `destination` are memory of this device until the takeoff is notified, and
+    /// nobody else needs what they hold.
     pub unsafe fn copy_up(&self, takeoff: Box<dyn Takeoff>, destination: u64) {
         if let Err(error) = self.context.check_owner() {
-            return Traveller::Takeoff(takeoff).tell(Err(error));
+            return Traveller::Takeoff(takeoff).notify(Err(error));
         }
         let memory = takeoff.memory();
         let (source, bytes) = (memory.as_ptr(), memory.len());
@@ -180,8 +181,8 @@ impl Device {
         Ok(buffer)
     }
 
-    /// Ends the batch of `direction`: those whose copies were begun are told as soon as these are
-    /// over. Does not wait.
+    /// Ends the batch of `direction`: those whose copies were begun are notified as soon as these
+    /// are over. Does not wait.
     ///
     /// # Errors
     ///
@@ -192,19 +193,19 @@ impl Device {
         Ok(())
     }
 
-    /// Waits until everybody whose copy of `direction` was begun so far has been told.
+    /// Waits until everybody whose copy of `direction` was begun so far has been notified.
     ///
     /// # Errors
     ///
-    /// [`CudaError::DeviceLost`], after everybody was told so; [`CudaError::InvalidArgument`] when
+    /// [`CudaError::DeviceLost`], after everybody was notified; [`CudaError::InvalidArgument`] when
     /// called by a landing or takeoff of this direction, which would wait for itself. What became
-    /// of each copy, its landing or takeoff is told.
+    /// of each copy, its landing or takeoff is notified.
     pub fn finish(&self, direction: Direction) -> Result<(), CudaError> {
         self.context.check_owner()?;
         self.lane(direction).finish()
     }
 
-    /// How many landings or takeoffs have not been told yet. None in a forked child.
+    /// How many landings or takeoffs have not been notified yet. None in a forked child.
     pub fn pending(&self, direction: Direction) -> u64 {
         if self.context.check_owner().is_err() { 0 } else { self.lane(direction).pending() }
     }
@@ -238,7 +239,7 @@ impl Device {
         self.context.check_loss()
     }
 
-    /// Waits until all copies down are over, to hear whether the device is there.
+    /// Waits until all copies down are over, to see whether the device still works.
     pub(crate) fn come_to_rest(&self, entered: &Entered<'_>) -> Result<(), CudaError> {
         self.down.stream().synchronize(entered)
     }

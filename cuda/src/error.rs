@@ -46,7 +46,7 @@ const STICKY: &[Code] = &[
 
 /// An error of this crate. The variant says what to do; the fields say what happened.
 ///
-/// It can be cloned, because one lost device is told to everybody who waits for it.
+/// It can be cloned, because one lost device is reported to everybody who waits for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CudaError {

@@ -1,5 +1,5 @@
-//! One direction of copies: a stream, the batches that were given to it, and the thread that tells
-//! of their end.
+//! One direction of copies: a stream, the batches that were given to it, and the thread that
+//! notifies of their end.
 //!
 //! ```text
 //!  begin --> open batch --flush, or 32 MiB--> closed batches --event passed--> each is told
@@ -11,7 +11,7 @@
 //! - Everything that was given to the stream is in a batch, in the order of the stream: the batch's
 //!   event is behind it.
 //! - A traveller leaves its batch only when the stream has passed it, or the device is lost; so the
-//!   device never uses memory that was given back.
+//!   device never uses memory that was released.
 //! - Told `Ok` means: the copy's own call succeeded, the event behind it passed without an error,
 //!   and the device was not lost by then.
 //! - Every traveller is told exactly once, by the completion thread, in order, with no lock held.
@@ -36,7 +36,7 @@ use crate::stream::{Event, Stream};
 /// while the rest is copied, large enough that its event costs nothing.
 pub const BATCH_BYTES: usize = 32 << 20;
 
-/// How often a driver that cannot tell what became of copies is asked.
+/// How often a driver that cannot report the outcome of copies is asked.
 const SYNCHRONIZE_ATTEMPTS: u32 = 3;
 
 /// One direction of copies.
@@ -55,8 +55,8 @@ struct Shared {
     state: Mutex<State>,
     /// A batch was closed, or the lane has ended.
     closed: Condvar,
-    /// Travellers were told.
-    told: Condvar,
+    /// Travellers were notified.
+    notified: Condvar,
 }
 
 #[derive(Default)]
@@ -66,8 +66,8 @@ struct State {
     closed: VecDeque<ClosedBatch>,
     /// Travellers that were ever taken in.
     begun: u64,
-    /// Travellers that were ever told.
-    told: u64,
+    /// Travellers that were ever notified.
+    notified: u64,
     is_ended: bool,
 }
 
@@ -94,7 +94,7 @@ impl Lane {
             order: Mutex::default(),
             state: Mutex::default(),
             closed: Condvar::new(),
-            told: Condvar::new(),
+            notified: Condvar::new(),
         });
         let (is_ready, ready) = sync_channel(1);
         let name = format!("dtr-{direction}-{}", entered.context().ordinal());
@@ -108,8 +108,8 @@ impl Lane {
         Ok(lane)
     }
 
-    /// Gives the stream the copy of `bytes` for `traveller`, who is told when it is over, or that
-    /// `copy` failed.
+    /// Gives the stream the copy of `bytes` for `traveller`, who is notified when it is over, or
+    /// that `copy` failed.
     pub(crate) fn begin(
         &self,
         traveller: Traveller,
@@ -154,7 +154,7 @@ impl Lane {
         state.closed.back().map(|newest| newest.event.clone()).transpose()
     }
 
-    /// Waits until everybody whose copy was begun before has been told.
+    /// Waits until everybody whose copy was begun before has been notified.
     pub(crate) fn finish(&self) -> Result<(), CudaError> {
         if self.is_own_thread() {
             let what = format!("waiting for the copies {}", self.direction);
@@ -165,16 +165,16 @@ impl Lane {
         let mut state = self.shared.lock();
         drop(ordered);
         let target = state.begun;
-        while state.told < target {
-            state = unpoisoned(self.shared.told.wait(state));
+        while state.notified < target {
+            state = unpoisoned(self.shared.notified.wait(state));
         }
         self.shared.stream.context().check_loss()
     }
 
-    /// Travellers that have not been told yet.
+    /// Travellers that have not been notified yet.
     pub(crate) fn pending(&self) -> u64 {
         let state = self.shared.lock();
-        state.begun - state.told
+        state.begun - state.notified
     }
 
     pub(crate) fn stream(&self) -> &Arc<Stream> {
@@ -201,7 +201,8 @@ impl Drop for Lane {
         self.flush();
         self.shared.lock().is_ended = true;
         self.shared.closed.notify_one();
-        // Whoever is told may hold the last reference to the device: the thread then ends alone.
+        // A notified traveller may hold the last reference to the device: the thread then ends
+        // alone.
         if !own && completion.join().is_err() {
             tracing::error!(direction = %self.direction, "a completion thread panicked");
         }
@@ -260,7 +261,7 @@ impl Shared {
         passed.and_then(|()| self.context().check_loss())
     }
 
-    /// Waits until nothing of the stream is under way, of which an event could not tell.
+    /// Waits until nothing of the stream is under way, of which an event gives no answer.
     ///
     /// A driver that refuses even this time and again does not have the stream any more (its
     /// context was destroyed, the process ends): nothing is under way then either.
@@ -276,16 +277,16 @@ impl Shared {
         }
     }
 
-    /// Takes the oldest batch out and tells its travellers.
-    fn tell_oldest(&self, passed: &Result<(), CudaError>) {
+    /// Takes the oldest batch out and notifies its travellers.
+    fn notify_oldest(&self, passed: &Result<(), CudaError>) {
         let Some(oldest) = self.lock().closed.pop_front() else {
             return;
         };
         for (traveller, begun) in oldest.batch.travellers {
-            traveller.tell(begun.and_then(|()| passed.clone()));
-            self.lock().told += 1;
+            traveller.notify(begun.and_then(|()| passed.clone()));
+            self.lock().notified += 1;
         }
-        self.told.notify_all();
+        self.notified.notify_all();
     }
 
     fn context(&self) -> &Arc<Context> {
@@ -317,7 +318,7 @@ fn complete(shared: &Shared, is_ready: &SyncSender<Result<(), CudaError>>) {
     let _ = is_ready.send(Ok(()));
     while let Some(event) = shared.oldest() {
         let passed = shared.settle(&entered, event);
-        shared.tell_oldest(&passed);
+        shared.notify_oldest(&passed);
     }
 }
 

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   caller's stream (torch)          stream down                 host
-//!   backward, update  --follow-->    copies to pinned memory --> landing is told -> checksum, disk
+//!   backward, update  --follow-->    copies to pinned memory --> landing notified -> CRC, disk
 //!   next update       <--precede--                                 (completion thread)
 //!
 //!   caller's stream (torch)          stream up                   host
 //!   last use          --follow-->    copies from pinned memory <-- takeoff, read from disk
-//!   forward           <--precede--                             --> takeoff is told: buffer is free
+//!   forward           <--precede--                             --> takeoff notified: buffer free
 //! ```
 //!
 //! The crate knows no Python and no torch: it is given addresses, handles of streams, and boxes
@@ -21,7 +21,7 @@
 //! - Memory that was given to a copy comes back exactly once, when the device does not use it any
 //!   more, with what became of the copy. It is called good only if the driver said so of the copy
 //!   and of the event behind it.
-//! - When a device is lost, everybody who waits is told, and every later call says so.
+//! - When a device is lost, everybody who waits is notified, and every later call says so.
 //! - torch's context, its flags, its current streams and the thread's current device are as they
 //!   were before a call.
 //!
@@ -38,7 +38,7 @@
 //!     }
 //!
 //!     fn landed(self: Box<Self>, outcome: Result<(), CudaError>) {
-//!         // Hand the bytes, or the error, to whoever encodes and writes.
+//!         // Hand the bytes, or the error, to the thread that encodes and writes.
 //! #       drop(outcome);
 //!     }
 //! }

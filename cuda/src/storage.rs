@@ -5,8 +5,8 @@
 //! engine: departure      ──begin──► copies up, one a piece   ──over────► departure arrived
 //! ```
 //!
-//! Always holds: a gap, or a departure, is told once, when all copies of it are over; no copy goes
-//! beyond the pieces that the storage was made of.
+//! Always holds: a gap, or a departure, is notified once, when all copies of it are over; no copy
+//! goes beyond the pieces that the storage was made of.
 //!
 //! Why `unsafe`: a storage is known by addresses in the device's memory, which only the caller can
 //! vouch for.
@@ -120,7 +120,7 @@ impl DeviceStorage {
         &self.inner.device
     }
 
-    /// Where byte `offset` lies, and how many bytes of its piece follow.
+    /// Where byte `offset` is, and how many bytes of its piece follow.
     fn locate(&self, offset: u64) -> Option<(u64, usize)> {
         let pieces = &self.inner.pieces;
         let piece = pieces.get(pieces.partition_point(|piece| piece.end() <= offset))?;
@@ -137,7 +137,7 @@ impl DeviceStorage {
 
     fn flush(&self, direction: Direction) {
         if let Err(error) = self.inner.device.flush(direction) {
-            // Whatever was begun is told so.
+            // Whatever was begun is notified of it.
             tracing::debug!(%error, "a batch of copies was not ended");
         }
     }
@@ -211,7 +211,7 @@ impl DeviceDestination for DeviceStorage {
     }
 }
 
-/// A gap, to be told when its copy is over.
+/// A gap, to be notified when its copy is over.
 struct Filled(Gap);
 
 impl Landing for Filled {
@@ -225,7 +225,7 @@ impl Landing for Filled {
     }
 }
 
-/// A departure, to be told when its copy is over.
+/// A departure, to be notified when its copy is over.
 struct Gone(Departure);
 
 impl Takeoff for Gone {
@@ -311,7 +311,7 @@ pub fn shared_device(ordinal: u32) -> Result<Arc<Device>> {
     Ok(device)
 }
 
-/// An error of a device, as the engine tells it.
+/// An error of a device, as the engine reports it.
 pub fn engine_error(what: &str, error: &CudaError) -> EngineError {
     let (doing, why, hint) = error.parts();
     EngineError::Accelerator {

@@ -52,7 +52,7 @@ fn measure_codec(
     element: ElementType,
     chunks: &[Vec<u8>],
 ) -> Result<(), CodecError> {
-    // gzip is so slow that a chunk a pass tells enough.
+    // gzip is so slow that a chunk a pass shows enough.
     let (chunks, passes) = if codec == Codec::Gzip { (&chunks[..1], 1) } else { (chunks, PASSES) };
     let (mut encoder, mut decoder) = (Encoder::new(), Decoder::new());
     let mut stored = vec![vec![0; CHUNK_BYTES]; chunks.len()];

@@ -30,7 +30,7 @@ pub enum EngineError {
     NotFound {
         /// The operation and what it looked for.
         what: String,
-        /// What is there instead.
+        /// What exists instead.
         why: String,
         /// How to fix it.
         hint: String,

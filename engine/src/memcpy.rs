@@ -5,7 +5,7 @@
 //! takes about two thirds of the time, and leaves the training loop's own data where they were.
 //!
 //! Always holds: the destination holds the source's bytes when a copy returns, for every thread
-//! that learns of its end; lengths are equal or the copy panics.
+//! that is notified of its end; lengths are equal or the copy panics.
 //!
 //! # Why unsafe
 //!
@@ -103,7 +103,7 @@ unsafe fn stream(source: *const u8, destination: &mut [u8]) {
             unsafe { _mm_stream_si128(to.wrapping_add(lane), vector) };
         }
     }
-    // Streaming stores are not ordered with what tells other threads that the copy is done.
+    // Streaming stores are not ordered with what signals other threads that the copy is done.
     // SAFETY: part of SSE, which every x86-64 processor has.
     unsafe { _mm_sfence() };
     // SAFETY: the last `tail.len()` bytes of the source, as the contract says.

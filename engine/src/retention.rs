@@ -1,4 +1,5 @@
-//! What may be deleted: checkpoints that the policy lets go, and files that no manifest names.
+//! What may be deleted: checkpoints that the policy does not keep, and files that no manifest
+//! names.
 //!
 //! Pure. Always holds: nothing protected is planned for deletion, nothing that the policy keeps
 //! is, and nothing younger than the grace period is. What is best is protected. A plan is a list in
@@ -16,7 +17,7 @@ use crate::recovery::{ManifestState, OrphanFile, Survey};
 pub(crate) struct Policy {
     /// The newest that are kept; `None` keeps all. At least one is kept whatever this says.
     pub(crate) keep_last_n: Option<u32>,
-    /// Steps that are multiples of this are kept besides.
+    /// Steps that are multiples of this are kept in addition.
     pub(crate) keep_every: Option<u64>,
 }
 
@@ -53,7 +54,7 @@ fn rank(mut measured: Vec<(u64, f64)>, mode: BestMode) -> Vec<u64> {
 }
 
 /// Checkpoints to delete after a commit, in order: retired ones, newest first, then those that the
-/// policy lets go. A step that still retires another stays until that one is gone.
+/// policy does not keep. A step that still retires another stays until that one is gone.
 ///
 /// `protected` are the step just committed, the step restored from, the newest that verified, the
 /// best.
@@ -83,7 +84,8 @@ pub(crate) fn plan_prune(
     plan
 }
 
-/// Which of the `committed` steps the policy lets go, ascending, none of the `protected` ones.
+/// Which of the `committed` steps the policy does not keep, ascending, none of the `protected`
+/// ones.
 fn plan_deletions(committed: &[u64], policy: Policy, protected: &[u64]) -> Vec<u64> {
     let Some(keep_last_n) = policy.keep_last_n else {
         return Vec::new();

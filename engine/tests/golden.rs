@@ -202,7 +202,7 @@ fn sample_index() -> ShardIndex {
     }
 }
 
-/// The same, of two ranks that saved `model` alike.
+/// The same, of two ranks with `model` replicated.
 fn sample_replicated_index() -> ShardIndex {
     let mut index = sample_index();
     let storage = index.tensors[0].storage as usize;

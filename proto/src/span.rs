@@ -2,7 +2,7 @@
 //! span, at level `trace`, from which a collector of traces makes spans.
 //!
 //! The trace's id is the attempt's: every rank and the coordinator know it, so nothing is passed
-//! on besides, and all of them tell of one trace.
+//! on besides, and all of them belong to one trace.
 //!
 //! Times are in microseconds.
 //!
@@ -17,5 +17,5 @@
 
 /// Target of the events.
 pub const TARGET: &str = "dtruntime::span";
-/// Id of the span that the coordinator tells of: from the begin to the commit, or its end.
+/// Id of the span that the coordinator reports: from the begin to the commit, or its end.
 pub const CHECKPOINT: &str = "checkpoint";

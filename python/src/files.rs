@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-/// Has two names change places, at once: of files, links and directories alike. False, and nothing
+/// Has two names change places, at once: of files, links and directories. False, and nothing
 /// has changed, where the filesystem cannot.
 #[pyfunction]
 pub(crate) fn swap(py: Python<'_>, first: PathBuf, second: PathBuf) -> PyResult<bool> {

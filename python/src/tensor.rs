@@ -160,7 +160,7 @@ impl FreshMemory {
         let start = self.address / page_bytes * page_bytes;
         let end = (self.address + self.bytes).next_multiple_of(page_bytes);
         // SAFETY: each page of the range holds mapped memory of ours; this advice changes no
-        // contents of ours or of whatever else lies there.
+        // contents of ours or of whatever else is there.
         let advised = unsafe {
             rustix::mm::madvise(
                 std::ptr::with_exposed_provenance_mut(start),

@@ -132,7 +132,7 @@ fn integer_from_python(value: &Bound<'_, PyAny>) -> PyResult<Integer> {
     if let Ok(small) = value.extract::<i64>() {
         return Ok(Integer::Small(small));
     }
-    // One bit for the sign: a negative number's complement tells how many it needs.
+    // One bit for the sign: a negative number's complement shows how many it needs.
     let negative = value.lt(0)?;
     let magnitude = if negative { value.bitnot()? } else { value.clone().into_any() };
     let bits: usize = magnitude.call_method0("bit_length")?.extract()?;

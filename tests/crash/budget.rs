@@ -37,7 +37,7 @@ impl Budget {
 /// What came of the states of a [`Budget`].
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    /// States that were tried, no two alike.
+    /// States that were tried, all different.
     pub(crate) tried: u64,
     /// Numbers that led to a state that had been tried already.
     pub(crate) alike: u64,

@@ -114,7 +114,7 @@ fn check_writer(
     check_after(&engine, step, found, tools)
 }
 
-/// After the next save and cleaning: what was there, the new checkpoint, and nothing else.
+/// After the next save and cleaning: what existed, the new checkpoint, and nothing else.
 fn check_after(engine: &Engine, step: u64, found: &View, tools: &Tools) -> Result<(), String> {
     let survey = engine.survey().map_err(|error| format!("it cannot be listed: {error}"))?;
     let mut expected: Vec<u64> = found.keys().copied().collect();

@@ -103,7 +103,7 @@ impl Victim {
         assert_eq!(self.reader.verify(STEP, &()).unwrap().damage, [], "{when}");
     }
 
-    /// The step is damaged, and that is found by whoever looks.
+    /// The step is damaged, and every check finds that.
     fn expect_damage(&self) -> Result<(), String> {
         self.expect_damage_of_rank(&self.reader, 0)
     }
@@ -175,7 +175,7 @@ impl Part {
     }
 }
 
-/// The `number`-th of `count` things, each once, so that the first ones lie everywhere.
+/// The `number`-th of `count` things, each once, so that the first ones are everywhere.
 fn spread(number: usize, count: usize) -> usize {
     // A prime larger than any count here, so it has no common factor with one.
     const STRIDE: usize = 1_000_000_007;

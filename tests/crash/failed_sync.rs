@@ -78,7 +78,7 @@ fn wear_out(
     let mut thin = Thin::new(image, MEMORY_BYTES, directory);
     let store = thin.path().join("store");
     let backend = [IoBackend::Auto, IoBackend::Threads][random.usize(..2)];
-    // Three times in four through the page cache, where only the sync can tell.
+    // Three times in four through the page cache, where only the sync can show it.
     let direct_io = if random.usize(..4) == 0 { DirectIo::Auto } else { DirectIo::Off };
     let syncs = Arc::new(Syncs::default());
     let io: Arc<dyn Io> = Tap::new(open_backend(backend, direct_io).unwrap(), &syncs);

@@ -1,7 +1,7 @@
 //! Histories of a store: what was done, the log of it, and what may be found at each point of it.
 //!
 //! A *view* says which checkpoints exist, and which save each of them is. What may be found after a
-//! power loss is a set of *ranges*: a view is legal if it lies between the least and the most of
+//! power loss is a set of *ranges*: a view is legal if it is between the least and the most of
 //! one of them.
 //!
 //! ```text

@@ -153,7 +153,7 @@ fn some_backend(random: &mut Rng) -> Arc<dyn Io> {
     open_backend(backend, direct_io).unwrap()
 }
 
-/// A save of a story, the same for whoever makes or checks it.
+/// A save of a story, the same for the process that makes it and the one that checks it.
 fn state_of(number: u64, save: u64) -> State {
     let mut random = Rng::with_seed(number.wrapping_mul(1 << 20) ^ save);
     // One in eight is large enough to be synced also while it is written.

@@ -98,7 +98,7 @@ pub(crate) struct Image {
     files: BTreeMap<PathBuf, Content>,
 }
 
-/// A file's bytes. What lies behind them, up to the length, is zeros: reservations are much longer
+/// A file's bytes. What is behind them, up to the length, is zeros: reservations are much longer
 /// than what is written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Content {
@@ -321,7 +321,7 @@ impl Image {
         }
     }
 
-    /// Whether the directory is there.
+    /// Whether the directory exists.
     pub(crate) fn has_directory(&self, path: &Path) -> bool {
         self.directories.iter().any(|directory| directory == path)
     }

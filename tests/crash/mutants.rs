@@ -1,4 +1,4 @@
-//! Every mutant still applies to the tree and names a test that is there: `tests/mutants` has the
+//! Every mutant still applies to the tree and names a test that exists: `tests/mutants` has the
 //! patches, and `make torture` shows that each is caught.
 
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! A manifest is never published over a rival's: whoever is second is told, and changes nothing.
+//! A manifest is never published over a rival's: the second writer gets an error, and changes
+//! nothing.
 //!
 //! Always holds: the rival publishes in the last moment, after this engine looked and before its
 //! rename: the only moment in which looking does not help.

@@ -1,4 +1,4 @@
-//! A backend that tells a watcher of every operation, before and after, and changes none.
+//! A backend that notifies a watcher of every operation, before and after, and changes none.
 //!
 //! Always holds: operations are numbered from 0 as they begin, on whatever thread; `before` runs on
 //! the caller's thread before anything is done, `after` once the outcome is known and before anyone
@@ -22,7 +22,7 @@ pub(crate) struct Operation {
     pub(crate) path: PathBuf,
 }
 
-/// Whoever is told.
+/// What is notified.
 pub(crate) trait Watcher: Send + Sync + fmt::Debug {
     fn before(&self, operation: &Operation);
     fn after(&self, operation: &Operation, error: Option<&io::Error>);

@@ -63,8 +63,8 @@ fn check_survivors(path: &Path, before: &State, during: &State, context: &str) -
     steps
 }
 
-/// One save of step 2 with a fault; what the caller was told must be so. False when the save is
-/// over before its operation `number`.
+/// One save of step 2 with a fault; what the caller was returned must be true. False when the save
+/// is over before its operation `number`.
 fn save_with_fault(io_backend: IoBackend, fault: FaultKind, times: Times, number: u64) -> bool {
     let context = format!("{fault:?} {times:?} at operation {number} on {io_backend:?}");
     let directory = scratch();

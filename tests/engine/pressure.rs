@@ -32,7 +32,7 @@ fn save_steps(store: &Path, state: &State, steps: &[u64]) {
     }
 }
 
-/// Holds what it is about back until it is told to go on.
+/// Holds what it is about back until it is released.
 #[derive(Debug)]
 struct Gate {
     is_held: fn(&OpKind) -> bool,

@@ -1,4 +1,4 @@
-//! The space of what retention let go is back before it is missed.
+//! The space of what retention deleted is free before it is needed.
 
 use std::io;
 use std::path::Path;

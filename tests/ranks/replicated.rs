@@ -1,4 +1,4 @@
-//! What all ranks save alike: written once, a part by each, and read at any world size.
+//! Replicated entries: written once, a part by each, and read at any world size.
 
 use dtr_engine::config::Compression;
 use dtr_engine::format::index::ShardIndex;

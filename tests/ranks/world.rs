@@ -44,7 +44,7 @@ pub(crate) enum Call<'a> {
 
 /// What comes between a rank and the others.
 pub(crate) trait Between: Debug + Send + Sync {
-    /// What the rank hears of `call`, which `go` makes.
+    /// What `call` returns to the rank, which `go` makes.
     fn pass<T>(&self, call: Call<'_>, go: impl FnOnce() -> Result<T>) -> Result<T>;
 }
 
@@ -158,13 +158,13 @@ impl World {
         (0..self.size).map(|number| self.rank(number)).collect()
     }
 
-    /// What lies in the store, to somebody who only reads.
+    /// What is in the store, to somebody who only reads.
     pub(crate) fn reader(&self, rank: u32) -> Engine {
         Engine::open(Config { read_only: true, ..self.config(rank) }).unwrap()
     }
 }
 
-/// What a rank saves at a step: no two alike.
+/// What a rank saves at a step: all different.
 pub(crate) fn state_of(rank: u32, step: u64) -> State {
     State::training(step * 1000 + u64::from(rank), 1)
 }

@@ -105,7 +105,7 @@ fn header_and_footer_agree_where_the_first_chunk_is() {
     forged.write(directory.path());
     assert!(refused(directory.path()).contains("must tile the file"));
 
-    // A reader that goes by the header is told by the header.
+    // A reader that relies on the header finds it in the header.
     let by_footer =
         Forged { footer: |footer| footer.chunks_offset = CHUNKS_OFFSET, ..Forged::whole() };
     by_footer.write(directory.path());

@@ -30,7 +30,7 @@ use super::state::{self, Counter};
 const SHORT: u64 = 52;
 const SECONDS_MAX: f64 = 1.0;
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
-/// Storages that are read where a checkpoint opens: more would be the reader's own wish.
+/// Storages that are read where a checkpoint opens: more would be the reader's own request.
 const READ_BYTES_MAX: u64 = 1 << 20;
 
 /// A kind of bomb: its name, and how to put one into a store.
@@ -150,7 +150,7 @@ fn open_all(store: &Path) -> Result<(), Why> {
 struct Cost {
     /// CPU time of all threads.
     seconds: f64,
-    /// Most resident memory beyond what was there before.
+    /// Most resident memory beyond what was in use before.
     memory_bytes: u64,
 }
 
@@ -434,7 +434,7 @@ fn columns_that_lie(store: &Path, random: &mut Rng) {
     Forged { index: Some(Index::of(&message)), ..Forged::whole() }.write(store);
 }
 
-/// Chunks whose checksums are wrong, and tensors that lie in all of them, under long names.
+/// Chunks whose checksums are wrong, and tensors that are in all of them, under long names.
 fn many_views_of_damage(store: &Path, random: &mut Rng) {
     const CHUNKS: usize = 64;
     const TENSORS: u32 = 20_000;
@@ -459,7 +459,7 @@ fn many_views_of_damage(store: &Path, random: &mut Rng) {
     forged.write(store);
 }
 
-/// Legal; what reports the damage must not count on where it lies.
+/// Legal; what reports the damage must not count on where it is.
 fn empty_tensor_far_away(store: &Path, _: &mut Rng) {
     let mut forged = Forged::whole();
     forged.chunks[0].raw_crc32c ^= 1;

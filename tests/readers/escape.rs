@@ -1,4 +1,4 @@
-//! No name and no link leads out of the store, whoever put it there and whatever is done next.
+//! No name and no link leads out of the store, whatever put it there and whatever is done next.
 //!
 //! ```text
 //! scratch/store/      what is attacked

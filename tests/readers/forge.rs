@@ -26,7 +26,7 @@ pub(crate) const FLOAT: u8 = 1;
 pub(crate) const ZSTD: u8 = 2;
 pub(crate) const GZIP: u8 = 3;
 
-/// A chunk to store: its bytes as they lie in the file, and what the index says of them.
+/// A chunk to store: its bytes as they are in the file, and what the index says of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Chunk {
     pub(crate) stored: Vec<u8>,
@@ -42,7 +42,7 @@ impl Chunk {
     }
 }
 
-/// The index as it lies in the file.
+/// The index as it is in the file.
 #[derive(Clone, Debug)]
 pub(crate) struct Index {
     pub(crate) stored: Vec<u8>,
@@ -67,7 +67,7 @@ impl Index {
 #[derive(Debug)]
 pub(crate) struct Forged {
     pub(crate) header: Header,
-    /// What lies between header and chunks.
+    /// What is between header and chunks.
     pub(crate) gap: Vec<u8>,
     pub(crate) chunks: Vec<Chunk>,
     /// Made of the chunks and one tensor over all of them where it is `None`.

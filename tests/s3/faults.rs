@@ -1,7 +1,7 @@
 //! A network and a service that fail in every way, at every request and all the time.
 //!
 //! Whatever happens, judged by a reader that no fault reaches: every checkpoint that is visible is
-//! whole and the one that was saved, every save that said it succeeded is there, and every call has
+//! whole and the one that was saved, every save that reported success exists, and every call has
 //! ended in time, well or with an error that says what happened.
 
 use std::sync::Arc;
@@ -215,7 +215,7 @@ struct Saved {
     /// From the first request of the save to the one after its last.
     requests: std::ops::Range<u64>,
     succeeded: bool,
-    /// What is on its way arrives for as long as this is there.
+    /// What is on its way arrives for as long as this exists.
     _proxy: Proxy,
 }
 
@@ -234,7 +234,7 @@ fn save_through(place: &Place, plan: Plan) -> Saved {
 /// three times, has given up by then, also on a busy machine.
 const LATE: Duration = Duration::from_secs(6);
 
-/// The answer that tells of a failure may be to the second attempt, and the first one still on its
+/// The answer that reports a failure may be to the second attempt, and the first one still on its
 /// way.
 #[test]
 fn a_manifest_that_lands_after_its_writer_gave_up_has_its_shard() {
@@ -301,7 +301,7 @@ fn one_fault_at_any_request_loses_nothing() {
     );
 }
 
-/// Saves into a directory before the store, and has both steps brought there, whatever fails in
+/// Saves into a directory before the store, and has both steps uploaded there, whatever fails in
 /// between; what is left to do is done by a process that no fault reaches. Gives the requests.
 fn drain_through(place: &Place, plan: Plan) -> (u64, std::result::Result<(), String>) {
     let store = place.config();

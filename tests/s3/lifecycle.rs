@@ -39,7 +39,7 @@ fn retention_and_rewind_and_deleting() {
     assert!(engine.gc(NOW).unwrap().removed.is_empty());
 }
 
-/// The service tells times to the second, and one manifest is as long as the other.
+/// The service reports times to the second, and one manifest is as long as the other.
 #[test]
 fn a_step_that_is_saved_again_within_a_second_is_known_by_its_new_attempt() {
     let place = Place::new();

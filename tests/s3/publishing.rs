@@ -1,4 +1,4 @@
-//! Several writers at one step: one wins, and the others are told.
+//! Several writers at one step: one wins, and the others get an error.
 
 use std::sync::Barrier;
 use std::sync::atomic::Ordering;
@@ -50,7 +50,7 @@ fn where_conditions_are_ignored_a_later_writer_is_refused_all_the_same() {
     let config = place.config();
     let (first, second) = (open(config.clone()), open(config));
     let (one, other) = (State::training(1, 0), State::training(2, 0));
-    // Both list the store before anything is there.
+    // Both list the store before anything exists.
     assert!(first.steps().unwrap().is_empty() && second.steps().unwrap().is_empty());
     one.save(&first, 1).unwrap();
     let error = other.save(&second, 1).unwrap_err();

@@ -222,7 +222,7 @@ fn a_rank_that_cannot_publish_leaves_no_checkpoint_on_any() {
     let cluster = Cluster::new(&place, 3, Machines::OneEach);
     let ranks = cluster.ranks();
     save_all(&ranks, 1);
-    // A directory lies where one rank's manifest is to be.
+    // A directory is where one rank's manifest is to be.
     let obstacle = step_in(&cluster.directory(1), 2).join("manifest.json");
     std::fs::create_dir_all(&obstacle).unwrap();
     let outcomes = together(&ranks, |rank| rank.save(2));
@@ -539,7 +539,7 @@ fn ranks_that_changed_machines_bring_what_lies_there() {
     }
 }
 
-/// Saves a state that all ranks hold alike, `count` tensors of it as replicated.
+/// Saves a state that is the same on all ranks, `count` tensors of it as replicated.
 fn save_alike(rank: &Rank, step: u64, count: u32) -> Result<SaveInfo> {
     let state = state_of(0, step);
     let request = SaveRequest { replicated: (1..=count).collect(), ..state.request(step) };
@@ -603,7 +603,7 @@ fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
     save_all(&ranks, 1);
     uploaded(&ranks, 1);
     drop(ranks);
-    // Only rank 0 comes back, with a step that rank 1 has not brought.
+    // Only rank 0 comes back, with a step that rank 1 has not uploaded.
     let mut slow = cluster;
     slow.remote_bytes_per_second = Some(1);
     let ranks = slow.ranks();
@@ -618,7 +618,7 @@ fn what_is_not_in_s3_yet_is_kept_and_told_when_a_rank_leaves() {
     assert!(error.to_string().contains("those of others are not yet"), "{error}");
     assert_eq!(slow.remote().steps().unwrap(), [1]);
     drop(rank);
-    // Whoever brings the last one publishes it.
+    // The rank that uploads the last one publishes it.
     let ranks = slow.ranks();
     uploaded(&ranks[1..], 2);
     assert_eq!(slow.remote().steps().unwrap(), [1, 2]);
@@ -631,7 +631,7 @@ fn shard_in(step: &Path, rank: u32) -> PathBuf {
     step.join(name.expect("its shard is there"))
 }
 
-/// Waits until a file is there.
+/// Waits until a file exists.
 fn appears(path: &Path) {
     until(&path.display().to_string(), || path.exists());
 }
@@ -702,7 +702,7 @@ fn a_machine_that_comes_back_does_not_bring_its_old_checkpoints_over_newer_ones(
         save(&first, step, step, false);
     }
     first.close().unwrap();
-    // Created later, by the clock of whoever saves.
+    // Created later, by the clock of the rank that saves.
     let then = SystemTime::now();
     while then.elapsed().unwrap() < Duration::from_millis(5) {
         std::thread::yield_now();

@@ -1,7 +1,7 @@
 //! The tests' S3 server as a program, for tests that are not written in Rust.
 //!
 //! `s3-server ROOT [PORT]`: keeps its objects in ROOT, prints its URL and the credentials, and
-//! serves until its standard input ends, so that it never outlives whoever started it.
+//! serves until its standard input ends, so that it never outlives the process that started it.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -2,8 +2,8 @@
 //! is here adds the rules that the real service has and that one lacks.
 //!
 //! Always holds: conditions are decided under a lock, one writer after the other; a body is checked
-//! against its checksum before it becomes an object or a part; a listing has pages, and tells times
-//! to the second.
+//! against its checksum before it becomes an object or a part; a listing has pages, and reports
+//! times to the second.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -34,7 +34,7 @@ use tokio::runtime::Runtime;
 pub(crate) const OWNER: (&str, &str) = ("AKIDOWNER", "owner-secret-7f3a9c");
 /// Who may read, and nothing else.
 pub(crate) const READER: (&str, &str) = ("AKIDREADER", "reader-secret-1b2d4e");
-/// The bucket that is there.
+/// The bucket that exists.
 pub(crate) const BUCKET: &str = "checkpoints";
 /// A bucket that the service says is elsewhere.
 pub(crate) const BUCKET_ELSEWHERE: &str = "elsewhere";
@@ -216,7 +216,7 @@ async fn whole(
     Ok((Body::from(bytes), crc, length))
 }
 
-/// The time as the real service tells it.
+/// The time as the real service reports it.
 fn whole_seconds(time: &Timestamp) -> Timestamp {
     let mut text = Vec::new();
     time.format(TimestampFormat::EpochSeconds, &mut text).unwrap();

@@ -73,7 +73,7 @@ fn what_is_missing_locally_is_read_from_the_remote_store() {
     state.assert_equals(&reader.checkpoint(5).unwrap());
 }
 
-/// Flips a bit of the shard that lies in `directory`, at an offset from its start or its end.
+/// Flips a bit of the shard that is in `directory`, at an offset from its start or its end.
 fn damage(directory: &Path, offset: i64) {
     let step = directory.join("step-000000000005");
     let mut files = std::fs::read_dir(step).unwrap().map(|entry| entry.unwrap().path());
@@ -310,7 +310,7 @@ fn what_retention_deletes_locally_is_deleted_from_the_remote_store_too() {
     assert!(open(remote).steps().unwrap().is_empty());
 }
 
-/// Another rank may be bringing a shard of the checkpoint that takes its place.
+/// Another rank may be uploading a shard of the checkpoint that takes its place.
 #[test]
 fn a_step_that_never_arrived_takes_no_shard_of_another_rank_with_it() {
     let Some(place) = Place::own("it looks at the objects") else { return };
@@ -499,7 +499,7 @@ fn a_remote_store_that_fails_holds_up_nothing_but_uploads() {
         state.save(&engine, step).unwrap();
     }
     state.assert_equals(&engine.checkpoint(2).unwrap());
-    // Each is tried once more, and what came of it is told.
+    // Each is tried once more, and its outcome is reported.
     engine.drain(None).unwrap();
     let failed = engine.uploaded(1, None).unwrap().unwrap().unwrap_err();
     assert!(failed.to_string().contains("AccessDenied"), "{failed}");

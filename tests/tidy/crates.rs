@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("integration-tests", &["ckpt-tool", "coordinator", "dtr-engine", "dtr-proto"]),
 ];
 
-/// What a crate must never learn about, whoever wrote it.
+/// What a crate must never depend on, directly or not.
 const BARRED_FROM: &[(&str, &[&str], &str)] = &[
     ("dtr-proto", &["pyo3", "redb", "axum"], "proto is messages and the client of a worker"),
     (

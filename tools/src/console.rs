@@ -145,12 +145,12 @@ fn failed(failure: Failure) -> u8 {
     }
 }
 
-/// Writes to stderr; one that is closed has no reader to tell.
+/// Writes to stderr; one that is closed has no reader.
 pub(crate) fn print_error(text: &str) {
     let _closed = writeln!(Plain::text(io::stderr()), "{text}");
 }
 
-/// Tells a person something that is no data.
+/// Shows a person something that is no data.
 pub(crate) fn note(text: &str) {
     print_error(&format!("note: {text}"));
 }

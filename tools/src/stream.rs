@@ -99,7 +99,7 @@ pub(crate) fn read(
     Ok(())
 }
 
-/// The length of a range that lies in memory.
+/// The length of a range that is in memory.
 fn length(range: &Range<u64>) -> usize {
     usize::try_from(range.end - range.start).expect("a part fits into memory")
 }

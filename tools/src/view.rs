@@ -7,13 +7,13 @@
 //!
 //! Pure. Always holds: what [`View::copy`] writes for a range of the row-major bytes, once it was
 //! shown every window of the storage in [`View::hull`] of that range, is exactly those bytes. The
-//! arithmetic cannot overflow for a tensor whose index was decoded: it lies within its storage.
+//! arithmetic cannot overflow for a tensor whose index was decoded: it is within its storage.
 
 use std::ops::Range;
 
 use dtr_engine::format::index::TensorRecord;
 
-/// Where the bytes of a tensor lie in its storage.
+/// Where the bytes of a tensor are in its storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct View {
     /// Index of the storage.
@@ -22,7 +22,7 @@ pub(crate) struct View {
     start: u64,
     /// Dimensions of runs, outermost first.
     dimensions: Vec<Dimension>,
-    /// Bytes that lie together.
+    /// Bytes that are together.
     run_bytes: u64,
 }
 
@@ -93,12 +93,12 @@ impl View {
         self.dimensions.first().map_or(self.run_bytes, |outer| outer.items * outer.item_bytes)
     }
 
-    /// Whether it lies in its storage as it is read.
+    /// Whether it is in its storage as it is read.
     pub(crate) fn is_contiguous(&self) -> bool {
         self.dimensions.is_empty()
     }
 
-    /// Bytes of the storage between which all of the row-major `range`, not empty, lies.
+    /// Bytes of the storage between which all of the row-major `range`, not empty, is.
     pub(crate) fn hull(&self, range: &Range<u64>) -> Range<u64> {
         let mut source = self.start;
         let mut range = range.clone();
@@ -116,8 +116,8 @@ impl View {
         source + range.start..source + range.end
     }
 
-    /// Where the row-major byte at `position` lies in the storage, and how many bytes from it on
-    /// lie together there.
+    /// Where the row-major byte at `position` is in the storage, and how many bytes from it on
+    /// are together there.
     pub(crate) fn run_at(&self, position: u64) -> (u64, u64) {
         let (mut source, mut within) = (self.start, position);
         for dimension in &self.dimensions {

@@ -39,7 +39,7 @@ impl<'c> Windows<'c> {
         }
     }
 
-    /// Where a storage lies in the raw layout.
+    /// Where a storage is in the raw layout.
     pub(crate) fn storage(&self, storage: u32) -> StorageRecord {
         self.checkpoint.storages()[storage as usize]
     }

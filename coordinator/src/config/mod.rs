@@ -53,7 +53,7 @@ pub struct Config {
 /// What the environment says beside the keys.
 #[derive(Clone, Default)]
 struct Surroundings {
-    /// Where the journal lies if no key says it.
+    /// Where the journal is if no key says it.
     state_folder: PathBuf,
     /// Who may call if no key says it.
     token: Option<String>,
@@ -139,7 +139,7 @@ impl Config {
         Ok(config)
     }
 
-    /// The defaults with these changes, whatever lies in the working directory and the environment.
+    /// The defaults with these changes, whatever is in the working directory and the environment.
     pub fn of(overrides: &[String]) -> Result<Self, ConfigError> {
         let mut config = Self::default();
         for text in overrides {

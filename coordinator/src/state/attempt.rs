@@ -2,8 +2,8 @@
 //!
 //! Always holds:
 //! - a rank has one shard in an attempt: a later report of another one changes nothing;
-//! - the ranks of an attempt are alike in whether each has a store of its own;
-//! - who is asked to publish has waited with a report, and is handed all that are there.
+//! - either all ranks of an attempt have a store of their own, or none;
+//! - who is asked to publish has waited with a report, and is handed all that have arrived.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,7 +29,7 @@ pub(super) struct Attempt {
     has_own_stores: Option<bool>,
     /// Checksums of the manifests that are durable in the ranks' own stores.
     pub(super) published: BTreeMap<u32, u32>,
-    /// Checksums of the structure of what the ranks save alike, where each has a store of its own.
+    /// Checksums of the structure of the replicated entries, where each has a store of its own.
     replicated: BTreeMap<u32, Option<u32>>,
     pub(super) waiting: BTreeMap<u32, Ticket>,
     /// The rank that was asked to publish, and when.
@@ -120,7 +120,7 @@ impl Attempt {
         }
     }
 
-    /// Takes a report in; whoever waited with an earlier one of the same rank.
+    /// Takes a report in; returns the waiter of an earlier one of the same rank.
     pub(super) fn take(
         &mut self,
         ticket: Ticket,
@@ -147,14 +147,14 @@ impl Attempt {
         Ok(self.waiting.insert(rank, ticket))
     }
 
-    /// Another rank than `rank`, whose entries that all save alike are not those of `rank`.
+    /// Another rank than `rank`, whose replicated entries differ from those of `rank`.
     pub(super) fn differs_from(&self, rank: u32) -> Option<u32> {
         let own = self.replicated.get(&rank)?;
         let differs = |(_, other): &(&u32, &Option<u32>)| *other != own;
         self.replicated.iter().find(differs).map(|(other, _)| *other)
     }
 
-    /// Asks whoever is to publish now that `rank` has reported.
+    /// Asks the ranks that are to publish now that `rank` has reported.
     pub(super) fn ask_after_report(&mut self, now_ms: u64, rank: u32) -> Vec<(Ticket, Reply)> {
         let has_published = |rank: &u32| self.published.contains_key(rank);
         let asked: Vec<u32> = match self.publisher {

@@ -1,4 +1,4 @@
-//! Named points that nobody passes before every rank is there.
+//! Named points that nobody passes before every rank has arrived.
 //!
 //! A barrier's releases are counted by its generation. Arrivals of a rank are numbered upwards, so
 //! the same arrival sent twice is one, an old one that comes late counts for nothing, and a rank
@@ -78,7 +78,7 @@ impl Barrier {
         released.chain(self.ended.iter().map(|(rank, key)| (*rank, *key)))
     }
 
-    /// Why those who wait cannot pass together, if two of them differ in what must be alike.
+    /// Why those who wait cannot pass together, if two of them differ in what must be equal.
     fn difference(&self) -> Option<Refusal> {
         let mut given = self.waiting.iter().filter(|(_, arrival)| !arrival.alike.is_empty());
         let (rank, first) = given.next()?;

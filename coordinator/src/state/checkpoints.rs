@@ -279,7 +279,7 @@ impl Job {
         Ok(Reply::Committed(commit))
     }
 
-    /// Keeps a commit and tells everybody who waits for it.
+    /// Records a commit and answers everybody who waits for it.
     fn settle(&mut self, context: &mut Context<'_>, commit: &v1::Commit) {
         let step = commit.step;
         let Some(attempt) = self.attempts.remove(&step) else { return };

@@ -82,7 +82,7 @@ impl Job {
         ))
     }
 
-    /// Gives a step up before it is begun, for this rank and for whoever comes to it late.
+    /// Gives a step up before it is begun, for this rank and for every rank that comes to it late.
     pub(super) fn refuse_step(
         &mut self,
         request: &v1::BeginCheckpointRequest,
@@ -107,7 +107,7 @@ impl Job {
         Refusal::new(RefusalKind::AttemptAborted, reason, hint)
     }
 
-    /// What a rank hears that reports to an attempt that is over.
+    /// What a rank is answered that reports to an attempt that is over.
     pub(super) fn why_gone(&mut self, rank: u32, step: u64, id: &str) -> v1::AttemptAborted {
         let known = self.aborted.get_mut(&step).filter(|aborted| aborted.attempt == id);
         known.map_or_else(
@@ -123,7 +123,8 @@ impl Job {
         )
     }
 
-    /// Gives an attempt up, because of a rank if one is the reason, and tells everybody who waits.
+    /// Gives an attempt up, because of a rank if one is the reason, and answers everybody who
+    /// waits.
     pub(super) fn give_up(
         &mut self,
         context: &mut Context<'_>,

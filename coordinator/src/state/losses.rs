@@ -55,7 +55,7 @@ impl Job {
         )
     }
 
-    /// Takes a worker out and tells everything that counted on it.
+    /// Removes a worker and notifies everything that counted on it.
     pub(super) fn lose(&mut self, context: &mut Context<'_>, loss: &Loss<'_>) {
         let Some(member) = self.members.get_mut(loss.worker_id) else { return };
         let rank = member.record.rank;
@@ -98,7 +98,7 @@ impl Job {
         let ongoing = self.incident.filter(|known| began_ms - known.began_ms <= window_ms);
         let known = match loss.kind {
             ChangeKind::Failed | ChangeKind::Died => ongoing.and_then(|known| known.failure),
-            // A new process is there already: nobody is missing.
+            // A new process has registered already: nobody is missing.
             ChangeKind::Replaced if ongoing.is_some() => return,
             ChangeKind::Replaced => None,
             _ => return,

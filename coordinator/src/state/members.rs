@@ -8,7 +8,7 @@
 //! Always holds:
 //! - a rank has at most one living worker, and a living worker one process (its incarnation);
 //! - a process that was replaced, declared dead or left changes nothing any more; one that was
-//!   taken for dead may come back to its rank, under a new incarnation, while nobody else has it;
+//!   taken for dead may come back to its rank, under a new incarnation, while nobody else holds it;
 //! - a run ends when nobody of it lives; the next registration begins a new one.
 
 use dtr_proto::v1::{self, ChangeKind, WorkerRecord, WorkerState};

@@ -145,11 +145,11 @@ pub struct Effects {
     pub replies: Vec<(Ticket, Reply)>,
     /// What to keep, in order.
     pub changes: Vec<Change>,
-    /// What people should hear about.
+    /// What people should know of.
     pub notes: Vec<Note>,
 }
 
-/// Something that an operator should hear about: the reason of a decision.
+/// Something that an operator should know of: the reason of a decision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Note {
     /// The job.

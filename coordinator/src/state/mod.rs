@@ -7,7 +7,7 @@
 //! - time runs forwards, in small steps, whatever the clock does: a gap counts for two seconds at
 //!   most, a step back for nothing;
 //! - everything that must outlive the process is in [`Effects::changes`] of the event that decided
-//!   it, and [`State::recover`] gives back the same decisions from them;
+//!   it, and [`State::recover`] restores the same decisions from them;
 //! - a limit on what is kept turns nobody away forever: the oldest that nobody uses goes, but no
 //!   job that has a living worker or an open attempt;
 //! - a reply in [`Effects::replies`] may be sent only once all changes up to it are durable.
@@ -117,8 +117,8 @@ impl State {
         Self { policy, incarnation, jobs: BTreeMap::new(), clock_ms: 0, now_ms: 0, endings: 0 }
     }
 
-    /// A coordinator that starts again, when its clock says `now_ms`. Whoever lived counts as heard
-    /// of now: nobody is declared dead before a whole timeout has passed.
+    /// A coordinator that starts again, when its clock says `now_ms`. Every live worker counts as
+    /// heard of now: nobody is declared dead before a whole timeout has passed.
     pub fn recover<'a>(
         policy: Policy,
         incarnation: u64,
@@ -359,7 +359,7 @@ impl Job {
         self.ended_ms = context.at.now_ms;
     }
 
-    /// Takes everything of it out of what is kept. What was committed lies in its store.
+    /// Takes everything of it out of what is kept. What was committed is in its store.
     fn forget(self, effects: &mut Effects) {
         let job = || self.name.clone();
         let workers = self.members.keys();

@@ -44,8 +44,8 @@ pub struct JobSummary {
     pub latest: Option<(u64, u64)>,
 }
 
-/// How long a job that has ended is still told of in metrics.
-const TOLD_AFTER_END_MS: u64 = 3_600_000;
+/// How long a job that has ended still appears in metrics.
+const SHOWN_AFTER_END_MS: u64 = 3_600_000;
 
 const STATES: [(&str, WorkerState); 5] = [
     ("alive", WorkerState::Alive),
@@ -84,7 +84,7 @@ impl State {
 
 impl Job {
     fn is_told_of(&self, now_ms: u64) -> bool {
-        !self.has_ended() || now_ms.saturating_sub(self.ended_ms) < TOLD_AFTER_END_MS
+        !self.has_ended() || now_ms.saturating_sub(self.ended_ms) < SHOWN_AFTER_END_MS
     }
 
     fn summary(&self, failures_max: u32) -> JobSummary {

@@ -94,7 +94,7 @@ fn who_is_kept_from_loading_is_named_to_all_and_who_gives_up_first() {
     let hindrance = last.hindrance.clone().unwrap();
     assert_eq!((last.step, last.offering), (None, 1));
     assert_eq!((hindrance.rank, hindrance.gave_up, hindrance.why.len()), (2, true, 1_000));
-    // Whoever lost the reply hears the same.
+    // A caller that lost the reply is answered the same.
     let Some(Reply::AgreeStep(again)) = offer(&world[0], "", false) else { panic!() };
     assert_eq!(again, last);
 }

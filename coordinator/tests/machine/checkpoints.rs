@@ -1,4 +1,4 @@
-//! When a checkpoint of many ranks is committed, and when it is given up and who hears of it.
+//! When a checkpoint of many ranks is committed, and when it is given up and who is notified.
 
 use coordinator::state::{Event, Policy, RefusalKind, Reply};
 use dtr_proto::OPENING_BARRIER;

@@ -13,9 +13,9 @@ pub(crate) struct Table {
     pub(crate) state: State,
     pub(crate) now_ms: u64,
     pub(crate) ticket: Ticket,
-    /// How often whoever begins a step has begun it before.
+    /// How often the rank that begins a step has begun it before.
     pub(crate) tries: u32,
-    /// What each report says of what all ranks save alike.
+    /// What each report says of the replicated entries.
     pub(crate) replicated_crc32c: Option<u32>,
     /// What ranks report of their shards.
     pub(crate) shard_bytes: u64,

@@ -159,7 +159,7 @@ impl World {
                 self.register_anew(worker, former);
             }
             RefusalKind::Fenced | RefusalKind::JobAborted => self.restart_worker(worker),
-            // Who registers tries again; of a call sent twice the first copy is let go.
+            // Who registers tries again; of a call sent twice the first copy is dropped.
             RefusalKind::Conflict => {}
             RefusalKind::StaleEpoch => {
                 // As the client does: it asks which epoch it is, and goes on.
@@ -204,7 +204,7 @@ impl World {
                 Outcome::Aborted(_) => self.restart_worker(worker),
             },
             (Phase::Asking, Reply::Checkpoints(list)) => {
-                // As a manager does: the store says what is there, too.
+                // As a manager does: the store says what exists, too.
                 let stored = self.model.newest_stored();
                 let step = list.commits.first().map_or(0, |commit| commit.step).max(stored) + 1;
                 let identity = Some(self.identity(worker));

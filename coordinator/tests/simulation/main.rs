@@ -10,7 +10,7 @@
 //! - epochs never go back, not even over a restart;
 //! - a barrier is released with one arrival of every rank, each really sent, none used twice;
 //! - a step has one commit, of an attempt whose shards were all written, and it is the store's, or
-//!   lies in every worker's own store and is never taken back there;
+//!   is in every worker's own store and is never taken back there;
 //! - a process that was replaced, declared dead or left changes nothing;
 //! - no more jobs and barriers are kept than allowed, and no job is forgotten that has a living
 //!   worker or an open attempt;

@@ -56,7 +56,7 @@ impl Model {
         }
     }
 
-    /// What lies in the store that all share, or in each one's own.
+    /// What is in the store that all share, or in each one's own.
     fn stores(&self) -> &[BTreeMap<u64, String>] {
         self.own_manifests.as_deref().unwrap_or(std::slice::from_ref(&self.manifests))
     }
@@ -201,7 +201,7 @@ impl Model {
         self.assert(is_one, "a step was committed twice");
     }
 
-    /// A reply that is sent must tell of nothing that a crash could take back.
+    /// A reply that is sent must report nothing that a crash could take back.
     pub(crate) fn reply_leaves(&mut self, reply: &Reply) {
         let epoch = match reply {
             Reply::Register(reply) => reply.epoch,
@@ -259,7 +259,7 @@ impl Model {
     }
 }
 
-/// No more than so many, whoever comes and goes.
+/// No more than so many, whichever workers come and go.
 fn check_count(model: &Model, what: &str, count: usize, count_max: usize) {
     model.assert(count <= count_max, &format!("{count} {what} are kept"));
 }

@@ -1,7 +1,7 @@
 //! The simulated world: a network and a clock that misbehave, a coordinator that is started again,
 //! other jobs that come and go.
 //!
-//! Always holds: all that happens follows from the seed; a reply leaves once what it tells of is on
+//! Always holds: all that happens follows from the seed; a reply leaves once what it reports is on
 //! the simulated disk; faults end when the world calms down.
 
 use std::cmp::Reverse;
@@ -23,7 +23,7 @@ const CALM_MS: u64 = 60_000;
 const END_MS: u64 = 150_000;
 /// What the coordinator's clock says at the beginning: far from both ends.
 const CLOCK_MS: i64 = 1 << 40;
-/// Whoever asks with it is no worker of the job.
+/// A caller that asks with it is no worker of the job.
 const NO_TICKET: Ticket = 0;
 /// A call that nobody waits for.
 pub(crate) const NO_CALL: u64 = u64::MAX - 1;

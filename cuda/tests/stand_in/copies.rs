@@ -1,4 +1,4 @@
-//! Copies whose bytes are compared, batches, and those who are told.
+//! Copies whose bytes are compared, batches, and who is notified.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;

@@ -1,7 +1,7 @@
 //! Every call of the driver fails once, at every place; and devices are lost.
 //!
-//! Always holds, and is checked each time: everybody who was to be told is told once; whoever is
-//! told that all is well has the right bytes; nothing hangs; nothing is left behind.
+//! Always holds, and is checked each time: everybody who is to be notified is notified once; a
+//! receiver that is notified of success has the right bytes; nothing hangs; nothing is left behind.
 
 use std::ffi::CStr;
 
@@ -43,7 +43,7 @@ const OUT_OF_MEMORY: u32 = 2;
 const ILLEGAL_ADDRESS: u32 = 700;
 const UNKNOWN: u32 = 999;
 
-/// A save with a clone, then a restore: every call of the crate. What is told is in the logs.
+/// A save with a clone, then a restore: every call of the crate. What is reported is in the logs.
 fn save_and_restore(
     (down, up): (&Log, &Log),
     memory: &Memory,
@@ -106,7 +106,7 @@ fn every_call_may_fail_at_every_place() {
     }
 }
 
-/// What three landings are told when a call fails while they are copied.
+/// What three landings are notified of when a call fails while they are copied.
 fn told_when_failing(call: &'static CStr, nth: u64) -> Vec<Result<(), CudaError>> {
     let scene = Scene::new();
     let (log, memory) = (Log::default(), Memory::holding(0, &[3; 10]));

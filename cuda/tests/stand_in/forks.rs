@@ -58,7 +58,7 @@ fn a_child_is_refused_and_the_parent_goes_on() {
             && is_forked(&pin(device, landing_memory.as_mut_ptr(), 10))
             && is_forked(&Device::open(0))
             && is_forked(&probe());
-        // What the parent would free, the child lets go of.
+        // What the parent would free, the child forgets.
         drop((clone.take(), pinned.take(), orphan.take(), owned));
         is_refused && scene.all_calls() == calls
     });

@@ -1,7 +1,8 @@
 //! The stand-in for `libcuda.so`: built, loaded in its place, and controlled.
 //!
 //! Always holds: it is loaded once per process, before the crate looks for a driver. The dynamic
-//! loader then gives it to whoever asks for `libcuda.so`, because that is the name it carries.
+//! loader then gives it to every caller that asks for `libcuda.so`, because that is the name it
+//! carries.
 //!
 //! Why `unsafe`: it is a library in C.
 #![expect(unsafe_code, reason = "loads a library in C and calls it")]
@@ -19,7 +20,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 /// A call of the driver that the stand-in is built without, for a process of its own.
 pub(crate) const WITHOUT: &str = "DTR_CUDA_STAND_IN_WITHOUT";
 
-/// What has happened, and what is there now.
+/// What has happened, and what exists now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Counters {

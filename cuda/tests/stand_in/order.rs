@@ -32,7 +32,7 @@ fn seen_of_a_write_before(scene: &Scene, stream: &CallerStream, follows: bool) -
 }
 
 /// What a save sees of a write that the caller's stream is given afterwards, while the copy has not
-/// begun yet; and what is there in the end.
+/// begun yet; and the result in the end.
 fn seen_of_a_write_after(
     scene: &Scene,
     stream: &CallerStream,

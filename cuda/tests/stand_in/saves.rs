@@ -20,7 +20,7 @@ use crate::scene::{CallerStream, Memory, Scene, follow, noise, precede, storage_
 
 const CHUNK_BYTES: u32 = 64 << 10;
 
-/// Where a tensor lies.
+/// Where a tensor is.
 enum Tensor {
     Host(Vec<u8>),
     Device(Memory, DeviceStorage),

@@ -236,7 +236,7 @@ pub(crate) fn pin(device: &Device, start: *mut u8, bytes: usize) -> Result<Pinne
     unsafe { Pinned::register(device, start, bytes) }
 }
 
-/// What a landing or takeoff was told.
+/// What a landing or takeoff was notified of.
 pub(crate) struct Told {
     /// Which one, counted in the order in which they were made.
     pub(crate) index: usize,
@@ -244,7 +244,7 @@ pub(crate) struct Told {
     pub(crate) memory: Vec<u8>,
 }
 
-/// Remembers what landings and takeoffs were told.
+/// Remembers what landings and takeoffs were notified of.
 #[derive(Clone, Default)]
 pub(crate) struct Log {
     made: Arc<Mutex<usize>>,
@@ -257,7 +257,7 @@ impl Log {
         self.with_last_words(host, || ())
     }
 
-    /// The same, with something to do when it is told.
+    /// The same, with something to do when it is notified.
     pub(crate) fn with_last_words(
         &self,
         host: HostMemory,
@@ -277,12 +277,12 @@ impl Log {
         self.traveller(HostMemory::pageable(content.to_vec()))
     }
 
-    /// How many were told.
+    /// How many were notified.
     pub(crate) fn len(&self) -> usize {
         self.told.lock().unwrap().len()
     }
 
-    /// All that were told, in that order, which must be everybody, once.
+    /// All that were notified, in that order, which must be everybody, once.
     pub(crate) fn all(&self) -> Vec<Told> {
         let told = std::mem::take(&mut *self.told.lock().unwrap());
         let mut indices: Vec<_> = told.iter().map(|told| told.index).collect();
@@ -337,7 +337,7 @@ pub(crate) struct PartOf {
     index: usize,
 }
 
-// SAFETY: the tests give each part to one landing and keep the whole until all are told.
+// SAFETY: the tests give each part to one landing and keep the whole until all are notified.
 unsafe impl Send for PartOf {}
 
 impl PartOf {
@@ -373,7 +373,7 @@ pub(crate) fn copy_down_from(
     landing: impl Landing + 'static,
 ) {
     let source = memory.address + u64::try_from(offset).unwrap();
-    // SAFETY: the tests keep the memory until the landing is told, or want to see it fail.
+    // SAFETY: the tests keep the memory until the landing is notified, or want to see it fail.
     unsafe { device.copy_down(source, Box::new(landing)) }
 }
 
@@ -393,7 +393,7 @@ pub(crate) fn copy_up(
     offset: usize,
 ) {
     let destination = memory.address + u64::try_from(offset).unwrap();
-    // SAFETY: the tests keep the memory until the takeoff is told, or want to see it fail.
+    // SAFETY: the tests keep the memory until the takeoff is notified, or want to see it fail.
     unsafe { device.copy_up(Box::new(takeoff), destination) }
 }
 

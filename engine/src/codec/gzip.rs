@@ -105,7 +105,7 @@ fn trailer(raw: &[u8]) -> [u8; TRAILER_BYTES] {
     trailer
 }
 
-/// A count of bytes that lie in one slice, so it always fits.
+/// A count of bytes that are in one slice, so it always fits.
 fn index(bytes: u64) -> usize {
     usize::try_from(bytes).expect("it counts bytes of a slice in memory")
 }

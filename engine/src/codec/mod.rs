@@ -81,7 +81,7 @@ impl Codec {
 pub enum Encoded {
     /// It did not shrink, or need not: store the raw bytes, with [`Codec::None`].
     Raw,
-    /// This many stored bytes lie at the start of the buffer.
+    /// This many stored bytes are at the start of the buffer.
     Stored(usize),
 }
 

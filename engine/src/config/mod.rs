@@ -125,7 +125,7 @@ pub struct Config {
     pub keep_every: Option<u64>,
     /// Best checkpoints to keep besides, by `best_metric`. Default: none. At least 1.
     pub keep_best_n: Option<u32>,
-    /// Name of the number in checkpoints' metadata that tells which are best. Default: none.
+    /// Name of the number in checkpoints' metadata that decides which are best. Default: none.
     pub best_metric: Option<String>,
     /// Which values of it are the better ones. Default `min`.
     pub best_mode: BestMode,
@@ -134,7 +134,7 @@ pub struct Config {
     pub gc_grace_seconds: u64,
     /// How a store in S3 is reached.
     pub s3: S3Settings,
-    /// Store in S3, `s3://bucket/prefix`, that checkpoints are brought to once they are committed
+    /// Store in S3, `s3://bucket/prefix`, that checkpoints are uploaded to once they are committed
     /// in the directory `path`. Default: none.
     pub remote: Option<String>,
     /// Bytes a second that uploads to `remote` take at most. Default: no bound; at least 1.

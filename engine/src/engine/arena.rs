@@ -1,8 +1,8 @@
-//! The staging arena: who has it, and when it grows.
+//! The staging arena: its owner, and when it grows.
 //!
-//! Always holds: a save, a loan and whoever prewarms or pins it take turns; while it is lent or a
-//! save is in flight nobody else gets it; it is replaced only by a larger one, or because buffers
-//! of it did not come back; of two engines, one has it.
+//! Always holds: a save, a loan and a call that prewarms or pins it take turns; while it is lent or
+//! a save is in flight nobody else gets it; it is replaced only by a larger one, or because buffers
+//! of it did not come back; of two engines, one owns it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +28,7 @@ impl Inner {
 
     /// Lends the staging arena; see [`Engine::lend_staging`](super::Engine::lend_staging).
     pub(super) fn lend(&self, bytes: u64, grows_to: Option<u64>) -> Result<Option<Slab>> {
-        // Whoever holds it takes a snapshot, or is about to.
+        // The holder takes a snapshot, or is about to.
         let Ok(mut saving) = self.saving.try_lock() else { return Ok(None) };
         if !self.is_idle() {
             return Ok(None);

@@ -161,7 +161,7 @@ impl Core {
         }
     }
 
-    /// Tells the other ranks that this one does not save `step`.
+    /// Reports to the other ranks that this one does not save `step`.
     pub(super) fn decline(&self, step: u64, reason: &str) {
         let Some(ranks) = &self.ranks else { return };
         let told = ranks

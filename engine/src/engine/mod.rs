@@ -206,7 +206,7 @@ impl Engine {
     }
 
     /// Lends the staging arena to a caller that has to hold so many bytes of a checkpoint for a
-    /// moment: memory that is there already costs no page faults, and the next save finds it there.
+    /// moment: memory that exists already costs no page faults, and the next save uses it.
     ///
     /// The arena as it is, or, with `grows_to`, as it will be for a state of so many raw bytes.
     /// `None` where that is too small for `bytes`, a save is in flight, or the engine cannot save.
@@ -222,7 +222,7 @@ impl Engine {
         self.writer("lending the staging arena")?.lend(bytes, grows_to)
     }
 
-    /// What came of bringing a step to the remote store, or `None` if it has not ended within
+    /// What came of uploading a step to the remote store, or `None` if it has not ended within
     /// `timeout` or there is no remote store. An error is of that upload; the checkpoint in the
     /// local store stands.
     ///
@@ -239,7 +239,7 @@ impl Engine {
     }
 
     /// Copies a checkpoint to another store, byte for byte and with its attempt; every byte is
-    /// checked on its way. If it is there already, only what is missing is copied. Parts of an
+    /// checked on its way. If it exists already, only what is missing is copied. Parts of an
     /// upload that was interrupted are not sent again. A save to the destination that another
     /// thread begins in the meantime waits.
     ///
@@ -249,10 +249,10 @@ impl Engine {
     ///
     /// What an earlier save to the destination failed with that nobody looked at.
     /// [`EngineError::NotFound`] where the step does not exist here; [`EngineError::StepConflict`]
-    /// where it was discarded there, or what is there is not to be overwritten;
+    /// where it was discarded there, or what exists there is not to be overwritten;
     /// [`EngineError::Corrupt`], [`EngineError::UnsupportedFormat`] of what is to be copied;
     /// [`EngineError::NoSpace`] of the destination; [`EngineError::Unavailable`] where a shard that
-    /// was there was deleted meanwhile; [`EngineError::Closed`] where the observer cancels it.
+    /// existed was deleted meanwhile; [`EngineError::Closed`] where the observer cancels it.
     pub fn copy_to(
         &self,
         destination: &Self,
@@ -271,7 +271,7 @@ impl Engine {
         let environment = &to.core.environment;
         let between = Between { source, destination: target, environment, observer };
         let copied = transfer(&between, step, overwrite);
-        // Of many that are there already, the first has the store listed, and no other.
+        // Of many that exist already, the first has the store listed, and no other.
         if !copied.as_ref().is_ok_and(|copied| copied.was_there) {
             to.core.note_saved(step);
         }
@@ -317,8 +317,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Tells the other ranks that this one does not save `step`: their saves of it fail, with this
-    /// reason, instead of waiting for it. Does nothing where one rank saves.
+    /// Reports to the other ranks that this one does not save `step`: their saves of it fail, with
+    /// this reason, instead of waiting for it. Does nothing where one rank saves.
     ///
     /// # Errors
     ///
@@ -358,7 +358,7 @@ impl Engine {
                 })?
             }
         };
-        // Nothing keeps the engine from being closed by whoever waits no more.
+        // Nothing keeps the engine from being closed by a caller that waits no more.
         drop(inner);
         let agreed = ranks.agree(&offered, hindrance, timeout)?;
         // Without a common step, what a rank has may yet become whole: it is on its way, or its
@@ -402,13 +402,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Waits, at most `timeout`, until every checkpoint was brought to the remote store, or has
+    /// Waits, at most `timeout`, until every checkpoint was uploaded to the remote store, or has
     /// failed once more; true if so. From the first call on nothing is tried more than once, until
     /// one has seen the end.
     ///
     /// # Errors
     ///
-    /// [`EngineError::Closed`]; what an upload failed with is told by [`Engine::uploaded`].
+    /// [`EngineError::Closed`]; [`Engine::uploaded`] returns what an upload failed with.
     pub fn drain(&self, timeout: Option<Duration>) -> Result<bool> {
         let inner = self.inner("waiting for uploads")?;
         let environment = &*inner.core.environment;
@@ -421,7 +421,7 @@ impl Engine {
     }
 
     /// Finishes the save in flight and the uploads, each of which is tried once more at most; then
-    /// gives back threads, memory and the store's lock. Raises the error of a save that nobody
+    /// releases threads, memory and the store's lock. Raises the error of a save that nobody
     /// looked at, else that of the newest upload which has failed, now or before, and is of a
     /// checkpoint that is still here. Closing twice is fine.
     ///
@@ -438,7 +438,7 @@ impl Engine {
         let ended = inner.wait_for_last(None).map(|_| ());
         let Some(uploads) = inner.core.store.uploads() else { return ended };
         uploads.drain(None);
-        // No later commit lets go of what waited for its upload.
+        // No later commit deletes what waited for its upload.
         if uploads.pending().is_empty() && inner.core.prune_again() {
             uploads.drain(None);
         }
@@ -501,7 +501,7 @@ impl Inner {
         unpoisoned(self.last.lock()).clone()
     }
 
-    /// [`Core::check_exists`], which tells of a step whose save has not ended that it has not.
+    /// [`Core::check_exists`], which says so where the save of the step has not ended.
     fn check_exists(&self, step: u64) -> Result<()> {
         let is_in_flight = |last: &SaveHandle| last.step() == step && !last.is_done();
         let in_flight = self.last().filter(is_in_flight);

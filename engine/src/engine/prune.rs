@@ -1,4 +1,4 @@
-//! Retention after a commit: what is let go, and the loop that lets it go.
+//! Retention after a commit: what is deleted, and the loop that deletes it.
 //!
 //! Always holds: the save stands whatever happens here; what failed to go is planned again after
 //! the next save; where one store serves all ranks, rank 0 alone prunes it.
@@ -15,8 +15,9 @@ use crate::retention::{self, Policy, plan_cleanup, plan_prune};
 use crate::store::{Space, Uploads};
 
 impl Core {
-    /// After the commit of `step`: deletes what the policy, or a rewind, lets go, and old debris.
-    /// The save stands whatever happens here: failures are logged and tried again after the next.
+    /// After the commit of `step`: deletes what the policy, or a rewind, does not keep, and old
+    /// debris. The save stands whatever happens here: failures are logged and tried again after the
+    /// next.
     pub(crate) fn prune(&self, step: u64) -> Vec<u64> {
         self.known().verified = Some(step);
         self.note_saved(step);
@@ -51,17 +52,22 @@ impl Core {
         let policy = Policy::from(&self.config);
         let plan = plan_prune(&survey, policy, &protected, &passed, may_remove);
         log_plan(step, &survey, &plan, &passed);
-        let let_go = self.let_go_all(&survey, plan, removed);
-        let had_orphans = self.let_go_orphans(&survey)?;
+        let deleted = self.delete_planned(&survey, plan, removed);
+        let had_orphans = self.delete_orphans(&survey)?;
         if !removed.is_empty() || had_orphans {
             self.note_change();
             self.survey()?;
         }
-        let_go
+        deleted
     }
 
     /// Carries a plan out as far as it goes; the first failure is the answer.
-    fn let_go_all(&self, survey: &Survey, plan: Vec<u64>, removed: &mut Vec<u64>) -> Result<()> {
+    fn delete_planned(
+        &self,
+        survey: &Survey,
+        plan: Vec<u64>,
+        removed: &mut Vec<u64>,
+    ) -> Result<()> {
         let mut first_failure = Ok(());
         let mut is_stuck = false;
         for step in plan {
@@ -81,8 +87,8 @@ impl Core {
         first_failure
     }
 
-    /// Lets old debris go; true if there was any.
-    fn let_go_orphans(&self, survey: &Survey) -> Result<bool> {
+    /// Deletes old debris; true if there was any.
+    fn delete_orphans(&self, survey: &Survey) -> Result<bool> {
         let grace = Duration::from_secs(self.config.gc_grace_seconds);
         let orphans = plan_cleanup(survey, self.store.now()?, grace);
         for orphan in &orphans {

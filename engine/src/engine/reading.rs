@@ -1,4 +1,4 @@
-//! The verbs that read: what is there, and opening and verifying it.
+//! The verbs that read: what exists, and opening and verifying it.
 //!
 //! Always holds: a step that was retired or never committed is not opened, whatever files are left
 //! of it; what a writer replaced or removed meanwhile is looked up again before it is called
@@ -23,7 +23,7 @@ impl Engine {
         Ok(self.survey()?.committed_steps())
     }
 
-    /// Everything that lies in the store, and what it means.
+    /// Everything that is in the store, and what it means.
     pub fn survey(&self) -> Result<Survey> {
         self.inner("listing checkpoints")?.core.survey()
     }
@@ -41,7 +41,7 @@ impl Engine {
         self.inner("comparing checkpoints")?.core.best_steps(metric, mode)
     }
 
-    /// The manifest that lies at `step`, checked; that of a retired checkpoint too. No shard is
+    /// The manifest of `step`, checked; that of a retired checkpoint too. No shard is
     /// opened.
     pub fn manifest(&self, step: u64) -> Result<Manifest> {
         let inner = self.inner(&format!("reading the manifest of step {step}"))?;
@@ -61,7 +61,7 @@ impl Engine {
         self.open_shard(step, Some(rank))
     }
 
-    /// Opens the shard of a rank of the same checkpoint as `own`, for what lies in that shard
+    /// Opens the shard of a rank of the same checkpoint as `own`, for what is in that shard
     /// alone: storages of which it holds a part cannot be read. Nothing is listed: to open those of
     /// a thousand ranks costs what their own footers, headers and indexes take.
     pub fn shard_beside(&self, own: &Checkpoint, rank: u32) -> Result<Checkpoint> {
@@ -83,7 +83,7 @@ impl Engine {
         }
     }
 
-    /// Why a shard is gone that was there when the checkpoint was opened.
+    /// Why a shard is missing that existed when the checkpoint was opened.
     fn gone_beside(&self, store: &dyn Store, own: &Checkpoint, error: EngineError) -> EngineError {
         let step = own.step();
         match read_manifest(store, step) {
@@ -122,8 +122,8 @@ impl Engine {
         }
     }
 
-    /// What is gone of a checkpoint that stands is damage, unless it may lie, or be on its way,
-    /// elsewhere.
+    /// What is gone of a checkpoint that stands is damage, unless it may be elsewhere, or on its
+    /// way.
     fn judged(&self, store: &dyn Store, step: u64, error: EngineError) -> EngineError {
         match error {
             EngineError::NotFound { what, why, .. }
@@ -149,7 +149,7 @@ impl Engine {
     }
 }
 
-/// Refuses another number of ranks where no entry was saved alike by all of them.
+/// Refuses another number of ranks where no entry is replicated.
 fn check_world_size(manifest: &Manifest, scope: ShardScope, expected: u32) -> Result<()> {
     let has_replicated = manifest.shards.iter().any(|shard| !shard.replicated.is_empty());
     if scope != ShardScope::ReplicatedOnly || has_replicated {

@@ -69,7 +69,7 @@ impl Inner {
         // Held until the snapshot is taken: callers on several threads take turns.
         let mut saving = self.turn();
         let begun = self.begin(&mut saving, request, Clocked { called, started });
-        // From here on the committer tells the other ranks of a failure.
+        // From here on the committer reports a failure to the other ranks.
         let Begun { job, handle, arena, storages } =
             begun.inspect_err(|error| self.core.decline(step, &error.without_hint()))?;
         let capturing = Capturing { job: &job, handle: &handle, started, until };
@@ -208,7 +208,7 @@ impl Inner {
         let store = &self.core.store;
         let mut free_bytes = store.free_bytes()?;
         if free_bytes.is_some_and(|free| free < needed) {
-            // What retention let go may be on its way.
+            // What retention is deleting may still take space.
             store.reclaim();
             free_bytes = store.free_bytes()?;
         }

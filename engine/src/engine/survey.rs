@@ -1,4 +1,4 @@
-//! What lies in the store, and since when that is known.
+//! What is in the store, and since when that is known.
 //!
 //! Always holds: the known survey is that of the store as this engine last changed it; since the
 //! writer's lock is ours, nobody else changes it meanwhile. Where several ranks write, each looks
@@ -25,7 +25,7 @@ pub(super) enum Unreadable {
 }
 
 impl Core {
-    /// What lies in the store now. A manifest that cannot be read counts as damaged, so that it
+    /// What is in the store now. A manifest that cannot be read counts as damaged, so that it
     /// hides no other checkpoint.
     pub(super) fn survey(&self) -> Result<Survey> {
         let survey = self.survey_once(Unreadable::IsDamaged)?;

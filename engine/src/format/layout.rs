@@ -50,12 +50,12 @@ pub(crate) struct StorageSpec {
     pub(crate) bytes: u64,
     /// What the bytes are.
     pub(crate) element: ElementType,
-    /// Whether they lie in the memory of a device: chunks of the host's memory and of a device's
+    /// Whether they are in the memory of a device: chunks of the host's memory and of a device's
     /// are captured in different ways.
     pub(crate) on_device: bool,
 }
 
-/// Where every storage lies, and what every chunk holds.
+/// Where every storage is, and what every chunk holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     /// By ascending raw offset.
@@ -132,7 +132,7 @@ impl Layout {
         self.positions[storage] as usize
     }
 
-    /// Where an input storage lies.
+    /// Where an input storage is.
     pub(crate) fn record(&self, storage: usize) -> StorageRecord {
         self.spans[self.record_index(storage)].record
     }
@@ -164,7 +164,7 @@ impl Layout {
         narrow(end - start)
     }
 
-    /// Where a chunk lies in the raw layout.
+    /// Where a chunk is in the raw layout.
     fn chunk_range(&self, chunk: usize) -> Range<u64> {
         assert!(chunk < self.chunk_count(), "chunk {chunk} of {}", self.chunk_count());
         let start = chunk as u64 * u64::from(self.chunk_bytes);

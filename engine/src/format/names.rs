@@ -27,7 +27,7 @@ impl AttemptId {
 
     /// Reads what `Display` writes, and nothing else.
     pub fn parse(text: &str) -> Option<Self> {
-        // A sign or a capital would parse as hex too; writing it back tells them apart.
+        // A sign or a capital would parse as hex too; writing it back distinguishes them.
         let id = Self(u128::from_str_radix(text, 16).ok()?.swap_bytes().to_le_bytes());
         (id.to_string() == text).then_some(id)
     }

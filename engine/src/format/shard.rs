@@ -26,10 +26,10 @@ pub(crate) const CHUNKS_OFFSET_MAX: u32 = 1 << 20;
 /// Where it starts unless the feature `ALIGNED` says otherwise: right after the header.
 pub const CHUNKS_OFFSET_MIN: u32 = 4096;
 
-/// A feature that a reader must know: of storages that all ranks saved alike, the shard holds a
-/// part ([`Replica`](super::index::Replica)).
+/// A feature that a reader must know: the shard holds only a part of each replicated storage
+/// ([`Replica`](super::index::Replica)).
 const REPLICATED: u64 = 1;
-/// Another one: zeros lie between the header and the first chunk, up to `chunks_offset`.
+/// Another one: there are zeros between the header and the first chunk, up to `chunks_offset`.
 const ALIGNED: u64 = 2;
 /// All of them.
 const INCOMPATIBLE_KNOWN: u64 = REPLICATED | ALIGNED;
@@ -96,7 +96,7 @@ pub struct Header {
     pub world_size: u32,
     /// Raw bytes per chunk.
     pub chunk_bytes: u32,
-    /// Where the first chunk starts; zeros lie between the header and it.
+    /// Where the first chunk starts; there are zeros between the header and it.
     pub chunks_offset: u32,
     /// Whether the index names replicated entries.
     pub replicated: bool,
@@ -217,7 +217,7 @@ impl Footer {
     }
 
     /// Checks the lengths against each other and the true length: header, chunks, index and footer
-    /// must tile the file. What lies between header and index is for the index to say.
+    /// must tile the file. What is between header and index is for the index to say.
     fn validate(&self, file_bytes: u64) -> Result<(), FormatError> {
         ensure!(
             self.file_bytes == file_bytes,

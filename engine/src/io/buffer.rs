@@ -9,8 +9,8 @@
 //! Always holds:
 //! - A [`Buffer`] is the only access to its part of the mapping, and a [`Slab`] to all of it; the
 //!   mapping lives until the pool and all of them are gone.
-//! - Nothing is zeroed between uses: a buffer holds whatever its last user left. Whoever takes one
-//!   overwrites what it hands on.
+//! - Nothing is zeroed between uses: a buffer holds whatever its last user left. The caller that
+//!   takes one overwrites what it hands on.
 //! - A forked child does not have this memory. There a buffer may be dropped, which does nothing,
 //!   and must not be read or written.
 //!
@@ -255,7 +255,8 @@ impl Drop for BufferPool {
     }
 }
 
-/// One buffer of a pool: exclusive access to its bytes until it is dropped, which returns it. In a forked child dropping it does nothing.
+/// One buffer of a pool: exclusive access to its bytes until it is dropped, which returns it. In a
+/// forked child dropping it does nothing.
 pub struct Buffer {
     pool: Arc<BufferPool>,
     index: usize,

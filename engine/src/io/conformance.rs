@@ -274,7 +274,7 @@ fn a_panicking_callback_harms_nobody(io: &Arc<dyn Io>, directory: &Path) {
     let pool = BufferPool::new(BLOCK_BYTES, 1).unwrap();
     let file = io.open(&directory.join("panics"), OpenMode::Create).unwrap();
     for _ in 0..8 {
-        // Waits for the buffer that the panic before let go.
+        // Waits for the buffer that the panic before released.
         let buffer = pool.take();
         io.submit(whole_block(&file, 0, buffer, Direction::Write, |_, _| {
             panic!("of a callback, on purpose");

@@ -39,7 +39,7 @@ pub(super) fn open(path: &Path, mode: OpenMode, rule: DirectIo) -> io::Result<Ar
         Ok(direct) => Ok(Arc::new(File { descriptor, path: path.to_owned(), direct })),
         Err(error) => {
             if creates {
-                // Ours and empty. If it cannot be removed, the error to tell is the first one.
+                // Ours and empty. If it cannot be removed, the error to report is the first one.
                 let _ = rustix::fs::unlink(path);
             }
             Err(error)
@@ -253,7 +253,7 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 fn rename_new_by_link(from: &Path, to: &Path) -> io::Result<()> {
     if let Err(error) = retry_on_intr(|| rustix::fs::link(from, to)) {
         // A network filesystem may do the work, lose the reply, and find the target on its own
-        // second try: only the files tell.
+        // second try: only the files show it.
         if !is_same_file(from, to) {
             return Err(error.into());
         }

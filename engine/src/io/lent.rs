@@ -3,7 +3,7 @@
 //! ```text
 //! buffer  |  part  |   part   |     |  part  |      lent out at once, to several devices
 //!             ▼         ▼               ▼
-//!          dropped   dropped         dropped   ──► the buffer, to whoever is to have it next
+//!          dropped   dropped         dropped   ──► the buffer, to its next user
 //! ```
 //!
 //! Always holds: parts of one buffer do not overlap; the buffer goes on exactly once, when no part

@@ -92,7 +92,7 @@ impl Mapping {
             return Ok(());
         }
         let start = self.base.as_ptr().wrapping_add(offset).cast();
-        // SAFETY: the range lies in this mapping, and none of the advices given here changes what
+        // SAFETY: the range is in this mapping, and none of the advices given here changes what
         // its memory holds.
         unsafe { rustix::mm::madvise(start, bytes, advice) }
     }

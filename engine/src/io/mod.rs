@@ -183,7 +183,7 @@ pub enum EntryOp {
 /// The reply to an [`EntryOp`].
 #[derive(Debug)]
 pub enum EntryReply {
-    /// Nothing to tell.
+    /// Nothing to return.
     Done,
     /// Names in a directory, unordered, without `.` and `..`.
     Names(Vec<std::ffi::OsString>),

@@ -15,7 +15,7 @@ use super::{ALIGNMENT, Direction, File, Transfer};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, unpoisoned, wait_while};
 
-/// Takes a buffer, of which `holders` counts those that are out, and gives it back.
+/// Takes a buffer, of which `holders` counts those that are out, and returns it.
 fn borrow(pool: &Arc<BufferPool>, holders: &AtomicUsize, holders_max: usize) {
     let buffer = pool.take();
     assert!(holders.fetch_add(1, Ordering::Relaxed) < holders_max, "a buffer is held twice");
@@ -151,7 +151,8 @@ fn workers_do_all_that_waits_before_they_end() {
     });
 }
 
-/// An event descriptor: set by whoever finds the queue empty, waited for by the ring's thread.
+/// An event descriptor: set by the thread that finds the queue empty, waited for by the ring's
+/// thread.
 struct Event {
     set: Mutex<bool>,
     changed: Condvar,

@@ -1,7 +1,7 @@
 //! Memory that devices copy to and from by themselves: registered with their driver.
 //!
-//! Always holds: memory is registered while a pool has it and nobody uses it any more when it is
-//! given back; a registration is dropped before its memory is unmapped.
+//! Always holds: memory is registered while a pool owns it and nobody uses it any more when it is
+//! unmapped; a registration is dropped before its memory is unmapped.
 
 use std::fmt;
 

@@ -295,7 +295,7 @@ fn transfer_all(
             if let Err(error) = outcome {
                 *unpoisoned(failure.lock()) = Some(error);
             }
-            // Only now: whoever gets this buffer next must see the failure.
+            // Only now: the next user of this buffer must see the failure.
             drop(buffer);
         });
         let file = Arc::clone(file);

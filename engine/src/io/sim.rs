@@ -16,7 +16,7 @@
 //!
 //! Faults that need a transfer leave other operations alone. Besides, completions can be delayed
 //! and delivered in a seeded order. Not modelled: loss of bytes that were written and not synced
-//! (the log tells a test which those are), misdirected transfers, and time.
+//! (the log shows a test which those are), misdirected transfers, and time.
 //!
 //! Always holds: the same plan and the same order of operations give the same faults; a delayed
 //! completion is delivered at the latest when nothing else is in flight.

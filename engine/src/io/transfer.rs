@@ -62,7 +62,7 @@ fn wait(
 ) -> (io::Result<()>, Buffer) {
     let (sender, receiver) = crossbeam_channel::bounded(1);
     let done: Done = Box::new(move |outcome, buffer| {
-        // The receiver is on the stack of whoever waits below, and so is there.
+        // The receiver is on the stack of the thread that waits below, and so exists.
         let _ = sender.send((outcome, buffer));
     });
     transfer_fully(io, Transfer { file: Arc::clone(file), offset, buffer, range, direction, done });

@@ -8,7 +8,7 @@
 //!
 //! Always holds:
 //! - A slot owns its transfer, with buffer and file, from before the kernel sees it until its
-//!   completion is reaped, whoever else is gone by then.
+//!   completion is reaped, whatever else is gone by then.
 //! - Fewer entries are in flight than either ring has room for: pushing never finds it full, and
 //!   completions never overflow. What does not fit waits in the inbox.
 //! - The thread sleeps in the kernel whenever there is nothing to do: a poll of the eventfd is
@@ -168,7 +168,7 @@ impl Drop for Uring {
 }
 
 impl Uring {
-    /// Lets go of the parent's ring and eventfd, so that a child does not keep them alive.
+    /// Closes the parent's ring and eventfd, so that a child does not keep them alive.
     fn close_in_child(&self) {
         std::mem::forget(Arc::clone(&self.shared));
         // SAFETY: the child's copy of the ring's descriptor; its owner, on the stack of a thread
@@ -281,7 +281,7 @@ impl Ring {
         let flags = if copies { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = entry.flags(flags);
         let index = self.slots.insert(Slot::Transfer(transfer));
-        // SAFETY: `start..start + bytes` lies in the transfer's buffer (the inbox checked the
+        // SAFETY: `start..start + bytes` is in the transfer's buffer (the inbox checked the
         // range), which, like the file, the slot owns until the completion is reaped; nobody else
         // has access to a buffer that a slot owns.
         unsafe { self.push(&entry.user_data(index as u64)) }

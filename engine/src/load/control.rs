@@ -1,8 +1,8 @@
 //! The parts of a shard that are not chunks: footer, header and index.
 //!
 //! Always holds: each is checked by the digest that its parent holds, from the manifest down; what
-//! is read into memory lies within the file. The zeros before the first chunk are not read here:
-//! no tensor depends on them, and whoever opens a shard need not wait for them.
+//! is read into memory is within the file. The zeros before the first chunk are not read here:
+//! no tensor depends on them, and opening a shard need not wait for them.
 
 use std::sync::Arc;
 
@@ -146,7 +146,7 @@ impl<'a> Control<'a> {
         Ok(bytes.try_into().expect("exactly one block was read"))
     }
 
-    /// Reads whole blocks, buffer by buffer. The range lies in the file, so the allocation is
+    /// Reads whole blocks, buffer by buffer. The range is in the file, so the allocation is
     /// bounded by it.
     fn read(&self, offset: u64, bytes: u64) -> Result<Vec<u8>> {
         let mut collected = Vec::with_capacity(usize::try_from(bytes).unwrap_or(0));

@@ -165,7 +165,7 @@ impl Delivery {
                 devices.insert(memory.ordinal(), *memory);
             }
         }
-        // Whoever waits for a buffer may wait for this one.
+        // Another thread may wait for this buffer.
         devices.into_values().for_each(DeviceDestination::flush);
         Ok(())
     }

@@ -1,6 +1,6 @@
-//! Mapping a shard: storages that are stored raw are used where they lie, without a copy.
+//! Mapping a shard: storages that are stored raw are used where they are, without a copy.
 //!
-//! Always holds: a range is given out only for a storage whose chunks are all uncompressed and lie
+//! Always holds: a range is given out only for a storage whose chunks are all uncompressed and are
 //! one after the other in the file, and, unless the caller waived it, only after their checksums
 //! matched in the mapping itself. The mapping is private: writing to it changes no file.
 
@@ -64,7 +64,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Where a storage lies in the file if it lies there in one raw piece.
+    /// Where a storage is in the file if it is there in one raw piece.
     fn contiguous(&self, storage: u32) -> Result<Option<Range<usize>>> {
         self.check_readable(storage)?;
         let record = *self.own.index.storages.get(storage as usize).ok_or_else(|| {
@@ -114,7 +114,7 @@ impl Checkpoint {
 }
 
 impl MappedShard {
-    /// Where a storage lies in [`MappedShard::bytes`]; `None` if it must be read instead.
+    /// Where a storage is in [`MappedShard::bytes`]; `None` if it must be read instead.
     pub fn range_of(&self, storage: u32) -> Option<Range<usize>> {
         self.ranges.get(&storage).cloned()
     }

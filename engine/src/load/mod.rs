@@ -3,7 +3,7 @@
 //! ```text
 //! manifest -> footer -> header, index      each checked by the digest that its parent holds,
 //!                          |               of this rank's shard, and of those that hold parts of
-//!                          |               what all ranks saved alike
+//!                          |               the replicated storages
 //!   reads in flight at device depth
 //!     -> workers: stored crc32c -> decode -> raw crc32c -> memory
 //! ```
@@ -71,10 +71,10 @@ pub struct Checkpoint {
 pub(crate) enum ShardScope {
     /// All, with the parts in other shards: it is the reader's own, or its rank was named.
     All,
-    /// What all ranks saved alike: another number of ranks saved it, and the rest means nothing to
+    /// The replicated entries: another number of ranks saved it, and the rest means nothing to
     /// the reader.
     ReplicatedOnly,
-    /// What lies whole in it: its rank was named, and no other shard is opened for it.
+    /// What is whole in it: its rank was named, and no other shard is opened for it.
     ShardOnly,
 }
 
@@ -115,14 +115,14 @@ impl Checkpoint {
         &self.own.header
     }
 
-    /// The index of the rank's shard. Where its storages lie is said by [`Checkpoint::storages`]:
-    /// of replicated ones, the shard holds a part.
+    /// The index of the rank's shard, which holds only a part of each replicated storage:
+    /// [`Checkpoint::storages`] gives all parts.
     pub fn index(&self) -> &ShardIndex {
         &self.own.index
     }
 
     /// The storages that the index's tensors view, by ascending raw offset, each whole: where they
-    /// would lie in a raw layout that holds all of them. Without replicated ones, that is the
+    /// would be in a raw layout that holds all of them. Without replicated ones, that is the
     /// shard's own.
     pub fn storages(&self) -> &[StorageRecord] {
         self.parts.storages(&self.own)

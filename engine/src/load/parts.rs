@@ -1,4 +1,4 @@
-//! Where the bytes of what all ranks saved alike lie: each rank's shard holds a part.
+//! Where the bytes of replicated storages are: each rank's shard holds a part.
 //!
 //! Always holds: the shards agree on what is replicated, node by node; the parts of each storage
 //! tile it. Shards that are not the reader's own are kept without their trees, so that memory does
@@ -35,7 +35,7 @@ pub(super) struct Part {
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     others: Vec<Shard>,
-    /// By index of a storage in the reader's shard: its parts, in order. None for one that lies
+    /// By index of a storage in the reader's shard: its parts, in order. None for one that is
     /// there whole.
     of: BTreeMap<usize, Vec<Part>>,
     /// The storages in a raw layout of their own, if some have parts elsewhere.
@@ -66,7 +66,7 @@ impl Parts {
         self.whole.as_deref().unwrap_or(&own.index.storages)
     }
 
-    /// The parts of a storage; `None` if it lies whole in the reader's own shard.
+    /// The parts of a storage; `None` if it is whole in the reader's own shard.
     pub(super) fn of(&self, storage: usize) -> Option<&[Part]> {
         self.of.get(&storage).map(Vec::as_slice)
     }
@@ -117,7 +117,7 @@ fn open_others<T: Send>(
     opened.into_iter().map(|(_, shard)| shard).collect()
 }
 
-/// By index of a storage in `own`: where its parts lie, in order. They tile it.
+/// By index of a storage in `own`: where its parts are, in order. They tile it.
 fn find_parts<'a>(
     own: &'a Shard,
     others: impl Iterator<Item = &'a ShardIndex>,

@@ -1,7 +1,7 @@
 //! Which chunks a request touches, and where each byte of them goes.
 //!
 //! Always holds: pure; every byte of a target is in exactly one piece; what belongs to another
-//! rank's state, or lies outside a storage, is refused.
+//! rank's state, or is outside a storage, is refused.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -71,7 +71,7 @@ pub(super) fn plan<'c, 'a>(
     Ok(jobs)
 }
 
-/// Cuts memory for what lies from `raw_offset` of a shard's raw layout at borders of its chunks.
+/// Cuts memory for what is from `raw_offset` of a shard's raw layout at borders of its chunks.
 fn cut<'a>(
     pieces: &mut Pieces<'a>,
     (shard, chunk_bytes): (usize, u64),
@@ -123,7 +123,7 @@ impl Checkpoint {
         self.parts.other(number).unwrap_or(&self.own)
     }
 
-    /// Where `bytes` of a storage lie: shards, and the ranges of their raw layouts, in order.
+    /// Where `bytes` of a storage are: shards, and the ranges of their raw layouts, in order.
     fn locate(&self, storage: u32, bytes: Range<u64>) -> Result<Vec<(usize, Range<u64>)>> {
         self.check_readable(storage)?;
         let record = self.own.index.storages.get(storage as usize);

@@ -171,7 +171,7 @@ impl Outcome {
     }
 }
 
-/// What [`run`] tells of each chunk; false stops the reading.
+/// What [`run`] reports of each chunk; false stops the reading.
 pub(super) type Report<'a> = &'a (dyn Fn(&Shard, usize, Result<()>) -> bool + Sync);
 
 /// Reads, checks and delivers all `jobs`, in the order given, on so many threads at most.

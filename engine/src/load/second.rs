@@ -1,7 +1,7 @@
 //! Other ways to a shard's bytes, for when what came is damaged.
 //!
 //! Always holds: what comes another way passes the same checks. If none is better, the damage that
-//! was met first is told, unless a network kept the others away: that is no damage, and nobody
+//! was met first is reported, unless a network kept the others away: that is no damage, and nobody
 //! goes back to an older step for it.
 
 use crate::store::ShardSource;
@@ -28,7 +28,7 @@ pub(super) fn open_second(
     }
 }
 
-/// Reads by `second`, and once more by its own second way: what lies whole in a remote store may be
+/// Reads by `second`, and once more by its own second way: what is whole in a remote store may be
 /// damaged on its way.
 pub(super) fn read_elsewhere<T>(
     second: &dyn ShardSource,

@@ -35,7 +35,7 @@ pub(crate) struct Shard {
 pub(crate) enum OnDamage {
     /// The same bytes are looked for in the copy ([`ShardSource::second`]), if there is one.
     ReadCopy,
-    /// It is the answer: what lies here is what is asked about.
+    /// It is the answer: what is here is what is asked about.
     Report,
 }
 
@@ -106,7 +106,7 @@ impl Shard {
         &self.index.chunks[chunk]
     }
 
-    /// Checks that nothing but zeros lies between the header and the first chunk, in what the file
+    /// Checks that nothing but zeros is between the header and the first chunk, in what the file
     /// begins with: all up to there.
     pub(crate) fn check_start(&self, start: &[u8]) -> Result<()> {
         let gap = start.get(BLOCK_BYTES..).unwrap_or_default();

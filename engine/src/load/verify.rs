@@ -63,7 +63,7 @@ pub struct Damage {
     pub tensors: Vec<String>,
 }
 
-/// Told how verification advances.
+/// Receives the progress of a verification.
 pub trait VerifyObserver: Sync {
     /// This many more stored bytes were read and checked.
     fn advanced(&self, stored_bytes: u64);
@@ -81,7 +81,7 @@ impl VerifyObserver for () {
 }
 
 /// Verifies all shards of `step`. Damage is in the report; an error means that nothing is known. A
-/// shard of another rank that may lie in a store of that rank's own is verified if it is found.
+/// shard of another rank that may be in a store of that rank's own is verified if it is found.
 pub(crate) fn verify_step(
     store: &dyn Store,
     step: u64,

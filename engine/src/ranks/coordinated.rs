@@ -47,7 +47,7 @@ impl Coordinated {
 
 impl Ranks for Coordinated {
     fn begin(&self, step: u64) -> Result<Begun> {
-        // Whether the step may be saved is decided by what lies in the store, as for one rank.
+        // Whether the step may be saved is decided by what is in the store, as for one rank.
         let begun = self.worker.begin_checkpoint(step, true).join().map_err(error_of)?;
         let attempt = AttemptId::parse(&begun.attempt).ok_or_else(|| {
             EngineError::internal(

@@ -67,7 +67,7 @@ pub struct StepSurvey {
     pub step: u64,
     /// Whether a checkpoint exists there.
     pub state: StepState,
-    /// The attempt whose manifest lies there, if that decodes.
+    /// The attempt whose manifest is there, if that decodes.
     pub attempt: Option<AttemptId>,
     /// When that attempt began, by its manifest; 0 if that does not decode.
     pub created_unix_ms: u64,
@@ -124,7 +124,7 @@ pub(crate) struct OwnShare {
 }
 
 impl OwnShare {
-    /// Whether a shard of `manifest` may lie elsewhere.
+    /// Whether a shard of `manifest` may be elsewhere.
     pub(crate) fn may_miss(self, manifest: &Manifest, rank: u32) -> bool {
         manifest.world_size == self.world_size && rank != self.rank
     }
@@ -242,7 +242,7 @@ impl StepSurvey {
     }
 }
 
-/// Manifests that the listing shows, that decode, and that lie in their own step's directory.
+/// Manifests that the listing shows, that decode, and that are in their own step's directory.
 fn legible<'a>(
     listing: &[StepListing],
     manifests: &'a BTreeMap<u64, ManifestState>,
@@ -335,7 +335,7 @@ fn orphans(
     manifest: Option<&Manifest>,
     state: &StepState,
 ) -> Vec<OrphanFile> {
-    // Where a manifest lies that cannot be read, any file may be one that it names.
+    // Where a manifest cannot be read, any file may be one that it names.
     if manifest.is_none() && has_manifest(directory) {
         debug_assert!(*state != StepState::Committed);
         return Vec::new();

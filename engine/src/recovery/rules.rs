@@ -28,7 +28,7 @@ pub(super) const UNSEEN_MAX: usize = 4096;
 /// saved only after the newest that can be loaded; with it, every later checkpoint is retired at
 /// the commit. Later ones that are damaged are retired either way: repaired, they would be newest.
 ///
-/// What ceased to exist before is said again, though nothing is seen of it: a copy may lie where
+/// What ceased to exist before is said again, though nothing is seen of it: a copy may be where
 /// this store does not look now, and the manifest that said so may go.
 pub(crate) fn check_save(survey: &Survey, step: u64, rewind: bool) -> Result<SavePlan> {
     if let Some(newest) = survey.newest_in_the_way().filter(|newest| step <= *newest && !rewind) {

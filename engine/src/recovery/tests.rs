@@ -302,7 +302,7 @@ fn what_ceased_to_exist_is_said_again_though_nothing_is_seen_of_it() {
         let id = |entry: &Retired| AttemptId::parse(&entry.attempt).unwrap().0[0];
         plan.retired.iter().map(|entry| (entry.step, id(entry))).collect()
     };
-    // 10 went back over 30 and 50, of which nothing is seen: copies may lie elsewhere.
+    // 10 went back over 30 and 50, of which nothing is seen: copies may be elsewhere.
     let survey = Scene::default().checkpoint(10, 1, &[(30, 3), (50, 5)]).survey();
     assert_eq!(retired(check_save(&survey, 20, false).unwrap()), [(30, 3), (50, 5)]);
     assert_eq!(retired(check_save(&survey, 30, false).unwrap()), [(50, 5)]);

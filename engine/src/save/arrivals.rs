@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Always holds: a chunk goes to the workers only if every gap in it was filled, or the save has
-//! failed; whoever waits for [`Arrivals::wait_landed`] knows that no copy is under way.
+//! failed; a caller of [`Arrivals::wait_landed`] knows that no copy is under way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,7 +85,7 @@ impl Gap {
         Self { part, job: Arc::clone(job), is_told: false }
     }
 
-    /// The memory to fill, all of it. It lies in one buffer of the staging arena.
+    /// The memory to fill, all of it. It is in one buffer of the staging arena.
     pub fn memory(&mut self) -> &mut [u8] {
         self.part.memory()
     }
@@ -136,7 +136,7 @@ impl Drop for Gap {
 pub(crate) fn hand_on(task: EncodeTask, workers: &Sender<EncodeTask>) {
     let job = Arc::clone(&task.job);
     if job.has_failed() {
-        // Its buffer is back before anybody is told.
+        // Its buffer is back before anybody is notified.
         drop(task);
     } else {
         job.progress.add_captured(job.layout.chunk_raw_bytes(task.index) as u64);

@@ -163,7 +163,7 @@ impl Capture<'_> {
                 }
             }
         }
-        // Another copier may wait for a buffer that only what was begun here gives back.
+        // Another copier may wait for a buffer that only what was begun here returns.
         self.devices.flush();
         Ok(held_back)
     }

@@ -1,7 +1,7 @@
 //! The committer: writes the shard, publishes the manifest, reads it back, applies retention.
 //!
 //! Always holds: the order is shard durable -> manifest visible and durable -> read back -> older
-//! checkpoints deleted -> handle resolved -> their space given back (with several ranks, before the
+//! checkpoints deleted -> handle resolved -> their space freed (with several ranks, before the
 //! handle is resolved) -> next save written; a save that fails before the manifest leaves nothing
 //! behind but earlier checkpoints, unless other ranks may still name its shard; a panic here fails
 //! that save and poisons the engine, and waits nobody out. Where several ranks save together, what
@@ -40,7 +40,7 @@ pub(crate) struct CommitTask {
     pub(crate) index: ShardIndex,
     /// Complete but for the attempt, when it began, and the shards.
     pub(crate) manifest: Manifest,
-    /// Names of the entries that all ranks save alike.
+    /// Names of the replicated entries.
     pub(crate) replicated: Vec<String>,
     pub(crate) replaces: Option<AttemptId>,
     /// The earliest that the manifest may say the attempt began.
@@ -107,7 +107,7 @@ fn run(core: &Core, task: CommitTask) {
     reclaim(core, job.step);
 }
 
-/// Gives back the space of what retention let go.
+/// Frees the space of what retention deleted.
 fn reclaim(core: &Core, step: u64) {
     let _span = tracing::trace_span!("reclaim").entered();
     let reclaimed = poisoning(core, step, || {
@@ -208,7 +208,7 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Tells the other ranks that the attempt failed on this one.
+/// Reports to the other ranks that the attempt failed on this one.
 fn give_up(ranks: &dyn Ranks, attempt: Attempt, error: &EngineError) {
     if matches!(error, EngineError::Coordination { .. }) {
         // They know, or the coordinator cannot be asked.

@@ -42,7 +42,7 @@ pub struct SaveInfo {
     /// Bytes of the shard file.
     pub stored_bytes: u64,
     /// Steps that retention, or a rewind, removed after the commit. The space that they took in a
-    /// directory is given back soon after, and before the next shard is written.
+    /// directory is freed soon after, and before the next shard is written.
     pub removed_steps: Vec<u64>,
     /// Where the time went.
     pub stats: SaveStats,

@@ -111,7 +111,7 @@ pub trait StorageSource: Sync {
     /// Fills `destination` from `offset` bytes into the storage.
     fn read(&self, offset: u64, destination: &mut [u8]) -> Result<()>;
 
-    /// Where the storage lies in the memory of a device: what copies out of it, in the place of
+    /// Where the storage is in the memory of a device: what copies out of it, in the place of
     /// [`StorageSource::read`].
     fn device(&self) -> Option<Arc<dyn DeviceSource>> {
         None

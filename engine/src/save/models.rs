@@ -1,4 +1,4 @@
-//! What the threads of one save tell each other, in every order of their steps: see
+//! What the threads of one save signal to each other, in every order of their steps: see
 //! [`crate::sync`].
 //!
 //! Always holds here: a thread that waits forever ends the test.

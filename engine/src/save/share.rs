@@ -1,4 +1,4 @@
-//! Which part of what all ranks save alike each rank writes.
+//! Which part of each replicated storage a rank writes.
 //!
 //! The storages are thought end to end and cut into as many shares as there are ranks:
 //!
@@ -7,7 +7,7 @@
 //! ranks     |   0     |     1     |    2        |      the cut within storage 2 is no border's
 //! ```
 //!
-//! A cut that is near a border between storages is moved there: what lies whole in one shard is
+//! A cut that is near a border between storages is moved there: what is whole in one shard is
 //! read with fewer requests, and can be mapped.
 //!
 //! Always holds: the parts of all ranks tile every storage; a rank has at most one part of each; no
@@ -53,7 +53,7 @@ pub fn share_of(bytes: &[u64], rank: u32, world_size: u32) -> Vec<Range<u64>> {
 pub(crate) struct Share {
     /// By storage, in the request's order; `None` for one that is this rank's alone.
     pub(crate) replicas: Vec<Option<Replica>>,
-    /// Display paths of the entries that all ranks save alike, for people.
+    /// Display paths of the replicated entries, for people.
     pub(crate) names: Vec<String>,
 }
 
@@ -132,26 +132,27 @@ fn name_of(path: &str, is_top: bool) -> String {
     }
 }
 
-/// Refuses a tensor that is this rank's own and views memory that all ranks save alike, beyond what
-/// a replicated tensor fills: another rank may write those bytes, and has others there.
+/// Refuses a tensor that is this rank's own and views memory of a replicated storage, beyond what a
+/// replicated tensor fills: another rank may write those bytes, and has others there.
 fn check_own(request: &SaveRequest<'_>, order: &[u32]) -> Result<()> {
     let SaveRequest { nodes, tensors, replicated, .. } = request;
     let shared: HashSet<u32> = order.iter().copied().collect();
-    let mut alike = vec![false; tensors.len()];
+    let mut is_replicated = vec![false; tensors.len()];
     for &top in replicated {
         let top = top as usize;
         for node in &nodes[top..subtree_end(nodes, top)] {
             if let Value::Tensor(tensor) = node.value {
-                // A slice is alike as a whole; its bytes are this rank's own.
-                alike[tensor as usize] = tensors[tensor as usize].slice.is_none();
+                // A slice is replicated as a whole; its bytes are this rank's own.
+                is_replicated[tensor as usize] = tensors[tensor as usize].slice.is_none();
             }
         }
     }
-    let is_at_risk = |tensor: usize| !alike[tensor] && shared.contains(&tensors[tensor].storage);
+    let is_at_risk =
+        |tensor: usize| !is_replicated[tensor] && shared.contains(&tensors[tensor].storage);
     if !(0..tensors.len()).any(is_at_risk) {
         return Ok(());
     }
-    let filled = filled_by(tensors, &alike);
+    let filled = filled_by(tensors, &is_replicated);
     for (tensor, path) in tensor_paths(nodes).map(|(tensor, path)| (tensor as usize, path)) {
         let record = &tensors[tensor];
         let bytes = record.hull();

@@ -1,8 +1,8 @@
-//! The last step of a save by several ranks: report, publish where asked, hear of the commit.
+//! The last step of a save by several ranks: report, publish where asked, wait for the commit.
 //!
-//! Always holds: success is told only when the manifest stands and is durable, in every store where
-//! each rank has its own; what the coordinator does not say, a store that all share does; a shard
-//! that a manifest may come to name is kept.
+//! Always holds: success is reported only when the manifest stands and is durable, in every store
+//! where each rank has its own; what the coordinator does not say, a store that all share does; a
+//! shard that a manifest may come to name is kept.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +31,7 @@ pub(super) struct Together<'a> {
     pub(super) attempt: Attempt,
     /// This rank's shard, which is durable.
     pub(super) entry: ShardEntry,
-    /// Checksum of the structure of what all ranks save alike.
+    /// Checksum of the structure of the replicated entries.
     pub(super) replicated_crc32c: Option<u32>,
     /// Of rank 0 with a store of its own: its [`Annotations`], encoded; else empty.
     pub(super) annotations: Vec<u8>,
@@ -52,7 +52,8 @@ impl From<EngineError> for Failure {
     }
 }
 
-/// What manifests in stores of their own say alike, besides the shards: what rank 0's says.
+/// What the manifests of all ranks' own stores have in common, apart from the shards: what rank
+/// 0's says.
 /// Metadata need not be the same on every rank, and what is best must be.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -142,13 +143,15 @@ impl Together<'_> {
     fn commit_in_own_store(&self, manifest: &Manifest) -> std::result::Result<(), Failure> {
         let mut published_crc32c = None;
         loop {
-            // Who has published hears how it ends: cancelling is for what can be undone alone.
+            // A rank that has published waits for the outcome: cancelling is for what can be undone
+            // alone.
             let is_cancelled = || published_crc32c.is_none() && self.job.has_failed();
             match self.report(published_crc32c, &is_cancelled)? {
                 Outcome::Committed => return Ok(()),
                 Outcome::Publish { shards, annotations } => {
                     let complete = completed(manifest, shards, &annotations);
-                    // What all save alike was compared by its checksums: the shards are elsewhere.
+                    // The replicated entries were compared by their checksums: the shards are
+                    // elsewhere.
                     let published = complete.and_then(|complete| self.publish(&complete));
                     match published.and_then(|()| self.standing_crc32c()) {
                         Ok(crc32c) => published_crc32c = Some(crc32c),
@@ -202,7 +205,7 @@ impl Together<'_> {
         Err(Failure { error, may_be_published })
     }
 
-    /// Whether the shards agree on what all ranks saved alike.
+    /// Whether the shards agree on the replicated entries.
     fn check_replicas(&self, manifest: &Manifest) -> Result<()> {
         let has_replicated = |entry: &ShardEntry| !entry.replicated.is_empty();
         if !manifest.shards.iter().chain([&self.entry]).any(has_replicated) {
@@ -247,8 +250,8 @@ impl Together<'_> {
         })
     }
 
-    /// Tells the coordinator of the manifest that stands. False if the shard has to be reported
-    /// again.
+    /// Reports the manifest that is published to the coordinator. False if the shard has to be
+    /// reported again.
     fn tell(&self) -> Result<bool> {
         let step = self.attempt.step;
         match self.ranks.commit(self.attempt, self.standing_crc32c()?) {

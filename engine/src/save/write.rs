@@ -2,7 +2,7 @@
 //! footer.
 //!
 //! Always holds: header, zeros, chunks, index and footer tile the file exactly; with codec `none`
-//! chunk `i` lies at `chunks_offset + i * chunk_bytes`, so that a tensor is contiguous in the file.
+//! chunk `i` is at `chunks_offset + i * chunk_bytes`, so that a tensor is contiguous in the file.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ use crate::{EngineError, Result};
 pub(crate) struct WrittenShard {
     pub(crate) file_bytes: u64,
     pub(crate) footer_crc32c: u32,
-    /// Checksum of the structure of what all ranks save alike.
+    /// Checksum of the structure of the replicated entries.
     pub(crate) replicated_crc32c: Option<u32>,
 }
 

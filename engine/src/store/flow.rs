@@ -19,7 +19,7 @@ use std::time::Duration;
 use crate::clock::{Environment, elapsed};
 use crate::sync::unpoisoned;
 
-/// What lies further back than this, in seconds of a busy device, counts for less than 1/e.
+/// What is further back than this, in seconds of a busy device, counts for less than 1/e.
 const MEMORY_SECONDS: f64 = 0.25;
 /// How many bytes landed a rate that is known from before, or assumed, counts for.
 const PRIOR_BYTES: f64 = 8e6;

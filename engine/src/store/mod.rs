@@ -29,10 +29,10 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
     /// Where it is, for messages.
     fn location(&self) -> String;
 
-    /// Every step directory with what lies in it, by ascending step. Foreign names are left out.
+    /// Every step directory with what is in it, by ascending step. Foreign names are left out.
     fn list(&self) -> Result<Vec<StepListing>>;
 
-    /// The same of one step; `None` if nothing of it is there.
+    /// The same of one step; `None` if nothing of it exists.
     fn list_step(&self, step: u64) -> Result<Option<StepListing>> {
         Ok(self.list()?.into_iter().find(|listing| listing.step == step))
     }
@@ -52,7 +52,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
     }
 
     /// Starts a shard file of an attempt, safe from cleaners for as long as the sink lives.
-    /// `flow` is told of every byte that the device is given and takes.
+    /// `flow` counts every byte that the device is given and takes.
     fn create_shard(
         &self,
         shard: ShardId,
@@ -61,8 +61,8 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
     ) -> Result<Box<dyn ShardSink>>;
 
     /// The same for a shard that an earlier process may have begun to write, with the same bytes:
-    /// what it brought over is not sent again where the store can tell, and is kept for the next
-    /// try if this one fails too.
+    /// what it transferred is not sent again where the store can recognise it, and is kept for the
+    /// next try if this one fails too.
     fn resume_shard(
         &self,
         shard: ShardId,
@@ -72,8 +72,8 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
         self.create_shard(shard, size, flow)
     }
 
-    /// Whether a shard that lies here whole, of a copy that never came about, is as good as one
-    /// that was just brought: durable, and checked when it came.
+    /// Whether a shard that is here whole, of a copy that never came about, is as good as one
+    /// that was just uploaded: durable, and checked when it came.
     fn keeps_what_arrived(&self) -> bool {
         false
     }
@@ -100,7 +100,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
     /// `None` if it is locked.
     fn remove_orphan(&self, step: u64, file: &str, space: Space) -> Result<Option<u64>>;
 
-    /// Gives back the space of what was removed for [`Space::Later`], and returns when that is
+    /// Frees the space of what was removed for [`Space::Later`], and returns when that is
     /// done: a filesystem may take seconds for it.
     fn reclaim(&self) {}
 
@@ -120,7 +120,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
         ))
     }
 
-    /// What brings checkpoints from here to a remote store; `None` where nothing does.
+    /// What uploads checkpoints from here to a remote store; `None` where nothing does.
     fn uploads(&self) -> Option<&dyn Uploads> {
         None
     }
@@ -154,13 +154,13 @@ pub(crate) enum Access {
     },
 }
 
-/// When the space of what is deleted is given back. Its names are gone when a deletion returns.
+/// When the space of what is deleted is freed. Its names are gone when a deletion returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Space {
     /// Before the deletion returns, in a remote store, too.
     Now,
     /// By [`Store::reclaim`], or when the process ends; a remote store follows behind the caller.
-    /// It may take a second for a gigabyte (ext4 that tells the device with `discard`).
+    /// It may take a second for a gigabyte (ext4 with `discard`).
     Later,
 }
 
@@ -297,7 +297,7 @@ pub(crate) trait ShardSource: Send + Sync + fmt::Debug {
     fn map(&self) -> Result<memmap2::MmapMut>;
 
     /// Another way to the same bytes, for when what came is damaged: a remote store's copy, or the
-    /// same object once more where a network lies between. `None` where there is none.
+    /// same object once more where a network is between. `None` where there is none.
     fn second(&self) -> Result<Option<Box<dyn ShardSource>>> {
         Ok(None)
     }

@@ -1,8 +1,8 @@
-//! Bringing checkpoints to a remote store, behind the training: what the engine asks of it.
+//! Uploading checkpoints to a remote store, behind the training: what the engine asks of it.
 //!
 //! Always holds: only a store that has a remote one behind it, and is open for writing, has
-//! uploads; a step waits from [`Uploads::add`] until it has arrived, failed for good, or was let
-//! go.
+//! uploads; a step waits from [`Uploads::add`] until it has arrived, failed for good, or was
+//! deleted.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{EngineError, Result};
 
 /// The uploads of a store; see [`Store::uploads`](super::Store::uploads).
 pub(crate) trait Uploads: Send + Sync {
-    /// Hears that `step` is committed, wherever that is decided: the remote store gets it from now
+    /// `step` is committed, wherever that is decided: the remote store gets it from now
     /// on.
     fn add(&self, step: u64);
 
@@ -33,9 +33,9 @@ pub(crate) trait Uploads: Send + Sync {
     /// not tried again; `None` where there is none.
     fn failed(&self) -> Option<EngineError>;
 
-    /// Waits, at most so long, until everything was brought to the remote store, or has failed once
-    /// more; true if it has. From the first call on nothing is tried more than once, until one has
-    /// seen the end.
+    /// Waits, at most so long, until everything was uploaded to the remote store, or has failed
+    /// once more; true if it has. From the first call on nothing is tried more than once, until one
+    /// has seen the end.
     fn drain(&self, timeout: Option<Duration>) -> bool;
 
     /// Begins no upload any more, and ends what is under way: the next writer goes on with it.
@@ -49,6 +49,6 @@ pub struct PendingUpload {
     pub step: u64,
     /// Bytes that have gone so far in this try, or were there already.
     pub uploaded_bytes: u64,
-    /// Bytes of the shards that this process brings.
+    /// Bytes of the shards that this process uploads.
     pub total_bytes: u64,
 }

@@ -5,12 +5,12 @@
 //! manifest -----------------------------------------------> published last, as it is
 //! ```
 //!
-//! Several ranks, each with a store of its own, bring their shards and publish once all are there.
+//! Several ranks, each with a store of its own, copy their shards and publish once all exist.
 //!
 //! Always holds: the copy has the same attempt and the same bytes, each checked on its way; it
-//! exists only when all of it is there and was read back; of one that is there already, what is
-//! missing is brought; what an interrupted copy brought over is not sent again where the store can
-//! tell; an error says whether the original is to blame.
+//! exists only when all of it is durable and was read back; of one that exists already, what is
+//! missing is copied; what an interrupted copy transferred is not sent again where the store can
+//! recognise it; an error says whether the original is to blame.
 
 use std::fmt;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ mod share;
 mod stream;
 
 use share::look_back;
-pub(crate) use share::{Brought, publish_whole, transfer_share};
+pub(crate) use share::{Presence, publish_whole, transfer_share};
 use stream::Stream;
 
 /// What was copied.
@@ -43,7 +43,7 @@ pub struct Transferred {
     pub bytes: u64,
     /// Parts that the shards were uploaded in; 0 where the other store is a directory.
     pub parts: u64,
-    /// Of these, parts that an earlier copy, which was interrupted, had brought over.
+    /// Of these, parts that an earlier copy, which was interrupted, had transferred.
     pub resumed_parts: u64,
     /// Requests that had to be repeated.
     pub retries: u64,
@@ -66,7 +66,7 @@ pub enum Overwrite {
 pub(crate) enum Uncopied {
     /// What was to be copied is damaged, not there, or of a newer version: it will be next time.
     Source(EngineError),
-    /// Anything else: the destination, or what lies between.
+    /// Anything else: the destination, or what is between.
     Elsewhere(EngineError),
 }
 
@@ -150,8 +150,8 @@ pub(crate) fn transfer(
     }
     let was_there = replaces == Some(*attempt);
     let Arrived { shards, mut sinks, found_some, mut transferred } =
-        bring_all(between, manifest, was_there)?;
-    // Also of one that was there: whoever published it may have died before it was durable.
+        transfer_all(between, manifest, was_there)?;
+    // Also of one that existed: the process that published it may have died before it was durable.
     destination.publish(Publication {
         step,
         attempt: *attempt,
@@ -161,15 +161,15 @@ pub(crate) fn transfer(
     })?;
     sinks.0.clear();
     // Nobody guards what no manifest named: it may have been cleaned away at this moment.
-    if found_some && !was_there && look_back(destination, manifest, *attempt)? != Brought::All {
+    if found_some && !was_there && look_back(destination, manifest, *attempt)? != Presence::All {
         return Err(lost_meanwhile(step, destination).into());
     }
     transferred.seconds = elapsed(&**environment, start).as_secs_f64();
     Ok(transferred)
 }
 
-/// Brings the shards that are not at the destination yet; `was_there` if the checkpoint is.
-fn bring_all(between: &Between<'_>, manifest: &Manifest, was_there: bool) -> Copied<Arrived> {
+/// Copies the shards that are not at the destination yet; `was_there` if the checkpoint is.
+fn transfer_all(between: &Between<'_>, manifest: &Manifest, was_there: bool) -> Copied<Arrived> {
     let (step, destination) = (manifest.step, between.destination);
     let stream = Stream { between, manifest, what: naming(step, destination) };
     let mut arrived = Arrived {
@@ -211,7 +211,7 @@ fn lost_meanwhile(step: u64, destination: &dyn Store) -> EngineError {
     }
 }
 
-/// Header, footer and index as they lie at the destination now; the chunks' checksums are in the
+/// Header, footer and index as they are at the destination now; the chunks' checksums are in the
 /// index. What comes damaged is asked for once more: it may have been damaged on its way.
 fn read_back(destination: &dyn Store, manifest: &Manifest, entry: &ShardEntry) -> Result<()> {
     let open = || Shard::open(destination, manifest, entry.rank, OnDamage::Report).map(drop);
@@ -243,7 +243,7 @@ fn naming(step: u64, destination: &dyn Store) -> String {
     format!("copying step {step} to `{}`", destination.location())
 }
 
-/// A checkpoint's manifest, as it lies in the store that it is copied from.
+/// A checkpoint's manifest, as it is in the store that it is copied from.
 struct Original {
     manifest: Manifest,
     bytes: Vec<u8>,

@@ -1,8 +1,8 @@
-//! What several ranks, each with a store of its own, bring of one checkpoint.
+//! What several ranks, each with a store of its own, copy of one checkpoint.
 //!
-//! Always holds: what a rank brings is no checkpoint until every rank's shard is at the
-//! destination; whoever finds them all there publishes, and looks back: a manifest whose shards
-//! went meanwhile is taken back.
+//! Always holds: what a rank copies is no checkpoint until every rank's shard is at the
+//! destination; the rank that finds them all there publishes, and looks back: a manifest whose
+//! shards went meanwhile is taken back.
 
 use super::stream::Stream;
 use super::{Between, Copied, Original, Transferred, is_whole, naming, read_back, standing};
@@ -31,7 +31,7 @@ pub(crate) fn transfer_share(
             continue;
         }
         transferred.was_there = false;
-        // Nothing to bring, and it is not there: that is told of the source.
+        // Nothing to copy, and it does not exist: that is reported of the source.
         let (_, sink) = stream.shard(entry)?;
         read_back(destination, &manifest, entry)?;
         transferred.count(entry, sink.as_ref());
@@ -40,7 +40,7 @@ pub(crate) fn transfer_share(
     Ok(transferred)
 }
 
-/// The shards that one rank has to bring: its own, or, if that is not in its store because ranks
+/// The shards that one rank has to copy: its own, or, if that is not in its store because ranks
 /// have moved since, whatever is. If nothing is, its own all the same: somebody may have them.
 fn part_of<'a>(
     source: &dyn Store,
@@ -59,49 +59,49 @@ fn part_of<'a>(
     })
 }
 
-/// What of a step that several ranks bring is at the destination.
+/// What of a step that several ranks copy is at the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Brought {
+pub(crate) enum Presence {
     /// The checkpoint.
     All,
     /// Shards of other ranks are still missing.
     Some,
-    /// Not what this rank has brought: somebody removed it.
+    /// Not what this rank has copied: somebody removed it.
     Less,
 }
 
-/// Publishes `step` at the destination, once every rank has brought its shard there. Any rank may,
+/// Publishes `step` at the destination, once every rank has copied its shard there. Any rank may,
 /// and several at once. `may_be_ours` says whether this process may have done so before.
 pub(crate) fn publish_whole(
     source: &dyn Store,
     destination: &dyn Store,
     (step, share): (u64, OwnShare),
     may_be_ours: bool,
-) -> Copied<Brought> {
+) -> Copied<Presence> {
     let what = naming(step, destination);
     let Original { manifest, bytes, attempt } = Original::read(source, step, &what)?;
     let standing = standing(destination, step)?;
     if standing == Some(attempt) {
-        // Whoever put it looked again, unless that was this process and it could not.
+        // The process that put it looked again, unless that was this one and it could not.
         return if may_be_ours {
             look_back(destination, &manifest, attempt)
         } else {
-            Ok(Brought::All)
+            Ok(Presence::All)
         };
     }
     let there = There::list(destination, step)?;
     if !part_of(source, &manifest, share)?.into_iter().all(|entry| there.has(entry)) {
-        return Ok(Brought::Less);
+        return Ok(Presence::Less);
     }
     if !manifest.shards.iter().all(|entry| there.has(entry)) {
-        return Ok(Brought::Some);
+        return Ok(Presence::Some);
     }
     destination.publish(Publication {
         step,
         attempt,
         manifest: &bytes,
         replaces: standing,
-        // They were just listed, each read back by the rank that brought it.
+        // They were just listed, each read back by the rank that copied it.
         shards: &[],
     })?;
     look_back(destination, &manifest, attempt)
@@ -113,13 +113,13 @@ pub(super) fn look_back(
     destination: &dyn Store,
     manifest: &Manifest,
     attempt: AttemptId,
-) -> Copied<Brought> {
+) -> Copied<Presence> {
     let there = There::list(destination, manifest.step)?;
     if manifest.shards.iter().all(|entry| there.has(entry)) {
-        return Ok(Brought::All);
+        return Ok(Presence::All);
     }
     destination.unpublish(manifest.step, attempt, None)?;
-    Ok(Brought::Less)
+    Ok(Presence::Less)
 }
 
 /// The files of a step that are in a store.

@@ -1,7 +1,7 @@
 //! One shard, from one store to another: reads in flight, checked against the index, written.
 //!
 //! Always holds: every chunk was checked before it is given to the sink; memory is bounded by the
-//! pool; a copy that is not wanted any more, or fails, leaves what it brought to be resumed or
+//! pool; a copy that is not wanted any more, or fails, leaves what it transferred to be resumed or
 //! cleaned away, as the store does that.
 
 use std::collections::VecDeque;
@@ -24,7 +24,7 @@ const BUFFERS_BYTES: usize = 96 << 20;
 /// Fewest buffers: one being read, one being checked, two on their way.
 const BUFFERS_MIN: usize = 4;
 
-/// Brings shards of one checkpoint.
+/// Copies shards of one checkpoint.
 pub(super) struct Stream<'a> {
     pub(super) between: &'a Between<'a>,
     pub(super) manifest: &'a Manifest,
@@ -36,7 +36,7 @@ pub(super) struct Stream<'a> {
 type Reading = (Extent, Receiver<(Result<()>, Buffer)>);
 
 impl Stream<'_> {
-    /// Brings one shard, which is durable then and which no manifest names yet.
+    /// Copies one shard, which is durable then and which no manifest names yet.
     pub(super) fn shard(&self, entry: &ShardEntry) -> Copied<(ShardId, Box<dyn ShardSink>)> {
         let checkpoint =
             Shard::open(self.between.source, self.manifest, entry.rank, OnDamage::Report)

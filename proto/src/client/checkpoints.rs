@@ -77,7 +77,7 @@ impl Worker {
             let has_changed = |error: &ClientError| error.kind == ErrorKind::MembershipChanged;
             let mut reply = ask().await;
             // The same try: it is told if the others have given that up meanwhile. Who comes back
-            // hears of its loss besides.
+            // is also notified of its loss.
             for _ in 0..2 {
                 if reply.as_ref().is_err_and(has_changed) || shared.is_back_after(&reply).await {
                     reply = ask().await;
@@ -222,6 +222,6 @@ async fn outcome_of(
             None => break,
         }
     }
-    // It was let go by a coordinator that ends: the report is sent again.
+    // A coordinator that ends dropped it: the report is sent again.
     Err(Status::unavailable("the coordinator ended the call before the attempt had ended"))
 }

@@ -39,7 +39,7 @@ pub(crate) enum Next {
     Again {
         /// Tries in a row that have failed, this one included.
         failures: u32,
-        /// The coordinator was there meanwhile: it is away only since now.
+        /// The coordinator answered meanwhile: it is away only since now.
         was_there: bool,
         /// The connection is made again before.
         renews: bool,

@@ -39,7 +39,7 @@ pub struct Registration {
     pub advertise_address: String,
 }
 
-/// Something that the worker should hear of.
+/// Something that the worker should know of.
 #[derive(Clone, Debug)]
 pub enum Notice {
     /// The membership changed.

@@ -1,9 +1,9 @@
 //! What is fuzzed: each function takes any bytes, lets a reader of the engine read them, and panics
 //! if a promise of that reader does not hold.
 //!
-//! Always holds: what only tells accidents from intent (a checksum, a magic number) is put right
-//! first, so that a fuzzer gets behind it. The functions need no fuzzer: the tests of the workspace
-//! replay the committed corpus and random bytes through them.
+//! Always holds: what only distinguishes accidents from intent (a checksum, a magic number) is put
+//! right first, so that a fuzzer gets behind it. The functions need no fuzzer: the tests of the
+//! workspace replay the committed corpus and random bytes through them.
 //!
 //! A promise is more than that nothing panics: what decodes is written and decodes to the same;
 //! what an index says of lengths is checked once more, in arithmetic that cannot overflow.

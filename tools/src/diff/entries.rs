@@ -73,7 +73,7 @@ impl Pairing {
         Self { entries: paired }
     }
 
-    /// The tensors whose bytes decide, each pair once, in the order in which they lie in the first.
+    /// The tensors whose bytes decide, each pair once, in the order in which they are in the first.
     pub(crate) fn tensor_pairs(&self) -> Vec<TensorPair> {
         let pairs: BTreeSet<TensorPair> =
             self.entries.iter().filter_map(|entry| entry.waits_for).collect();
@@ -111,7 +111,7 @@ fn entries(index: &ShardIndex) -> Vec<(String, Located)> {
             part: segments.first().map(ToString::to_string).unwrap_or_default(),
             entry,
         };
-        // What tells the types of keys apart, and -0.0 from 0.0.
+        // What distinguishes the types of keys, and -0.0 from 0.0.
         entries.push((format!("{segments:?}"), located));
     }
     entries

@@ -2,7 +2,7 @@
 //!
 //! Always holds: tensors are equal only if their dtype, shape and bytes are, and all bytes were
 //! compared; equal checksums are no proof. Entries are matched by their typed paths: the integer
-//! key 3 is not the string "3". How tensors lie in memory, the order of dict entries, and which
+//! key 3 is not the string "3". The memory layout of tensors, the order of dict entries, and which
 //! tensors share a storage are not compared.
 
 use std::collections::BTreeMap;

@@ -34,7 +34,7 @@ pub(crate) struct Report {
     parts: Vec<Part>,
     /// Everything that is not equal.
     changes: Vec<Row>,
-    /// Whether no other checkpoint lies between them.
+    /// Whether no other checkpoint is between them.
     consecutive: bool,
 }
 

@@ -96,7 +96,7 @@ fn ranks(inspected: &Inspected) -> String {
     )
 }
 
-/// What all ranks saved alike, and how much of it lies in this shard.
+/// The replicated entries, and how much of it is in this shard.
 fn replicated(inspected: &Inspected) -> Option<String> {
     let shard = inspected.manifest.shards.get(inspected.rank as usize)?;
     let names = shard.replicated.iter().map(|name| text::path(name));

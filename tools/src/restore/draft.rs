@@ -1,9 +1,9 @@
 //! The files of an export while they are written, under other names.
 //!
-//! Always holds: whoever has drafts holds the export's name, until they are gone; what fails leaves
-//! no file behind; what a process left which was killed is removed or put back by the next one; few
-//! files are open at a time, however many there are, and none that was written to is closed before
-//! it is durable.
+//! Always holds: a process that has drafts holds the export's name, until they are gone; what fails
+//! leaves no file behind; what a process left which was killed is removed or put back by the next
+//! one; few files are open at a time, however many there are, and none that was written to is
+//! closed before it is durable.
 
 use std::fs::File;
 use std::io;
@@ -59,8 +59,8 @@ impl<'a> Drafts<'a> {
     }
 
     /// Adds one that is `bytes` long and begins with these. Takes that room, where the file system
-    /// can: a disk that is too small is told before anything is read. It is not written to yet, for
-    /// few files can stay open, and closing one makes it durable.
+    /// can: a disk that is too small is reported before anything is read. It is not written to yet,
+    /// for few files can stay open, and closing one makes it durable.
     pub(super) fn add(&mut self, start: &'a [u8], bytes: u64) -> Result<()> {
         let path = self.export.draft(self.all.len());
         let new = open_hidden(&path, OFlags::CREATE | OFlags::EXCL);
@@ -123,14 +123,14 @@ impl<'a> Drafts<'a> {
         Ok(())
     }
 
-    /// Closes the one that was not used for longest. Whoever opens it again is not told of what
-    /// could not be written before.
+    /// Closes the one that was not used for longest. Opening it again does not
+    /// report what could not be written before.
     fn close_first(&mut self) -> Result<()> {
         let (number, file) = self.open.remove(0);
         file.sync_all().map_err(|error| self.failed("syncing", number, error))
     }
 
-    /// Written runs can be a few bytes each: a path is made where one is told.
+    /// Written runs can be a few bytes each: a path is made only for a message.
     fn failed(&self, doing: &str, number: usize, error: io::Error) -> EngineError {
         self.explain(EngineError::from_io(doing, &self.export.draft(number), error))
     }
@@ -179,7 +179,7 @@ fn in_the_way(path: &Path) -> EngineError {
     }
 }
 
-/// Through no link, and without waiting for whoever may read a pipe.
+/// Through no link, and without waiting for a reader of a pipe.
 fn open_carefully(path: &Path, how: OFlags) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     Ok(rustix::fs::open(path, flags | how, Mode::from_raw_mode(0o666))?.into())
@@ -228,7 +228,7 @@ pub(super) fn sync_directory(path: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// How many of this process's files lie in a directory.
+    /// How many of this process's files are in a directory.
     fn open_in(directory: &Path) -> usize {
         let open = std::fs::read_dir("/proc/self/fd").unwrap();
         let paths = open.flat_map(|entry| std::fs::read_link(entry.unwrap().path()));

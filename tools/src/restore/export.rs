@@ -7,8 +7,8 @@
 //!                             model.safetensors.index.json        .model.safetensors.00003.tmp
 //! ```
 //!
-//! `.model.safetensors.tmp` is what whoever writes them holds locked, and a name with `.` before it
-//! and `.replaced` behind is of a file that another takes the place of.
+//! `.model.safetensors.tmp` is what the process that writes them holds locked, and a name with `.`
+//! before it and `.replaced` behind is of a file that another takes the place of.
 //!
 //! Always holds: readers find an export by `model.safetensors` or by the index, whichever they look
 //! for first, or take every file that there is; so of one name, all there is belongs to one export.
@@ -56,7 +56,7 @@ pub(super) enum Role {
     Aside,
 }
 
-/// A file that is there.
+/// A file that exists.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Found {
     pub(super) role: Role,
@@ -77,7 +77,7 @@ impl Export {
         Self { directory: directory.into(), stem: DEFAULT_STEM.into() }
     }
 
-    /// Where its files lie.
+    /// Where its files are.
     pub(super) fn directory(&self) -> &Path {
         if self.directory.as_os_str().is_empty() { Path::new(".") } else { &self.directory }
     }
@@ -106,7 +106,7 @@ impl Export {
         self.directory.join(self.followed_by(INDEX_ENDING))
     }
 
-    /// What whoever writes the export holds locked.
+    /// What the process that writes the export holds locked.
     pub(super) fn lead(&self) -> PathBuf {
         self.hidden(&self.followed_by(DRAFT_ENDING))
     }
@@ -180,10 +180,10 @@ impl Export {
         }
     }
 
-    /// All that is there of exports of this name, what readers begin with first.
+    /// All that exists of exports of this name, what readers begin with first.
     pub(super) fn found(&self) -> Result<Vec<Found>> {
         let entries = match std::fs::read_dir(self.directory()) {
-            // Whoever writes there will be told.
+            // A process that writes there will get an error.
             Err(error) if is_nowhere(error.kind()) => return Ok(Vec::new()),
             entries => entries.context("listing", self.directory())?,
         };
@@ -273,7 +273,7 @@ mod tests {
             assert_eq!(role(aside.clone()), Some(Role::Aside));
             assert_eq!(export.before_aside(&aside), path);
         }
-        // Whoever writes locks it, and makes it again.
+        // A process that writes locks it, and makes it again.
         assert_eq!(role(export.lead()), None);
     }
 

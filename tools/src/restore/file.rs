@@ -90,7 +90,7 @@ fn begin<'l>(
         draft::make_directory(export.directory())?;
     }
     let mut drafts = Drafts::create(export, layout.disk_bytes())?;
-    // Whoever held the name before may have published since it was looked at.
+    // The process that held the name before may have published since it was looked at.
     let earlier = output::check_export(options, export)?;
     let plan = Plan::of(export, layout.files.len(), &earlier);
     plan.check()?;
@@ -135,7 +135,7 @@ struct Placed<'t> {
     at: u64,
 }
 
-/// By rank: parts, as they lie in its shard.
+/// By rank: parts, as they are in its shard.
 fn place<'t>(layout: &Layout<'t>) -> BTreeMap<u32, Vec<Placed<'t>>> {
     let mut placed = BTreeMap::<u32, Vec<Placed<'t>>>::new();
     for (file, planned) in layout.files.iter().enumerate() {
@@ -231,7 +231,7 @@ fn write_pieces(
     Ok(())
 }
 
-/// Writes a part's row-major bytes from `position` on to where they lie in the tensor; those that
+/// Writes a part's row-major bytes from `position` on to where they are in the tensor; those that
 /// another rank saved, too, are compared with what is `there`.
 fn write_segment(
     part: &Placed<'_>,

@@ -1,12 +1,12 @@
 //! From the shards of a checkpoint to the tensors of an export.
 //!
 //! ```text
-//! own shard:     what the rank holds, or what all ranks hold alike   -> tensors
+//! own shard:     what the rank holds, or what is replicated          -> tensors
 //! every shard:   slices                                              -> a tensor for each path
 //! ```
 //!
-//! Always holds: names are unique; what was asked for is there, or told. Memory grows with what the
-//! shards describe, and is bounded by their bytes.
+//! Always holds: names are unique; what was asked for exists, or its absence is reported. Memory
+//! grows with what the shards describe, and is bounded by their bytes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -28,7 +28,7 @@ const BYTES_PER_DESCRIPTION: u64 = 64;
 pub(super) enum Whose {
     /// All that the rank of the checkpoint has, those of which it holds slices whole.
     OfRank,
-    /// What is no rank's alone: what all saved alike, and of what they hold slices.
+    /// What is no rank's alone: replicated entries, and tensors of which each rank holds a slice.
     OfAll,
 }
 
@@ -88,8 +88,8 @@ struct Candidate<'a> {
     path: &'a TreePath<'a>,
     shown: String,
     record: &'a TensorRecord,
-    /// Whether it is at or below what all ranks saved alike.
-    is_alike: bool,
+    /// Whether it is at or below a replicated entry.
+    is_replicated: bool,
 }
 
 impl<'s, 'o> Gathering<'s, 'o> {
@@ -114,12 +114,13 @@ impl<'s, 'o> Gathering<'s, 'o> {
     ) -> Result<()> {
         self.allowed = self.allowed.saturating_add(shard.file_bytes() / BYTES_PER_DESCRIPTION);
         let index = shard.index();
-        for ((number, path), is_alike) in tensor_paths(&index.nodes).zip(are_alike(index)) {
+        for ((number, path), is_replicated) in tensor_paths(&index.nodes).zip(are_replicated(index))
+        {
             let shown = shown(path.to_string());
             if self.selection.fits(&shown) {
                 let record = &index.tensors[number as usize];
                 let rank = shard.header().rank;
-                take(self, &Candidate { rank, path: &path, shown, record, is_alike })?;
+                take(self, &Candidate { rank, path: &path, shown, record, is_replicated })?;
             } else if self.unfit.len() < NAMES_SHOWN_MAX {
                 self.unfit.push(shown);
             }
@@ -129,7 +130,7 @@ impl<'s, 'o> Gathering<'s, 'o> {
 
     fn take_own(&mut self, own: &Candidate<'_>) -> Result<()> {
         let Some(slice) = &own.record.slice else {
-            if self.whose == Whose::OfRank || own.is_alike {
+            if self.whose == Whose::OfRank || own.is_replicated {
                 return self.insert(own).map(drop);
             }
             return self.leave(own);
@@ -144,7 +145,7 @@ impl<'s, 'o> Gathering<'s, 'o> {
 
     fn take_other(&mut self, other: &Candidate<'_>) -> Result<()> {
         if other.record.slice.is_none() {
-            let is_own = self.whose == Whose::OfAll && !other.is_alike;
+            let is_own = self.whose == Whose::OfAll && !other.is_replicated;
             return if is_own { self.leave(other) } else { Ok(()) };
         }
         let typed = format!("{:?}", other.path);
@@ -185,8 +186,8 @@ impl<'s, 'o> Gathering<'s, 'o> {
     }
 }
 
-/// For each tensor node in order: whether all ranks saved it alike.
-fn are_alike(index: &ShardIndex) -> impl Iterator<Item = bool> + '_ {
+/// For each tensor node in order: whether it is replicated.
+fn are_replicated(index: &ShardIndex) -> impl Iterator<Item = bool> + '_ {
     let mut alike = index.replicated_nodes().peekable();
     let nodes = index.nodes.iter().enumerate();
     nodes.filter(|(_, node)| matches!(node.value, Value::Tensor(_))).map(move |(position, _)| {

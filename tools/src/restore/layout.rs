@@ -1,7 +1,7 @@
 //! Which tensor goes into which file of an export.
 //!
 //! ```text
-//! tensors, as they lie in shards:  a  b  c      D          e
+//! tensors, as they are in shards:  a  b  c      D          e
 //! files of at most so many bytes:  |a b| |D| |c e|
 //! ```
 //!

@@ -1,4 +1,5 @@
-//! The draft that whoever writes an export holds locked, from the first byte to the last name.
+//! The draft that the process that writes an export holds locked, from the first byte to the last
+//! name.
 //!
 //! Always holds: two processes do not write exports of one name at a time; it goes with the process
 //! that made it, or is taken over from one that was killed; nothing is ever written to it.
@@ -14,7 +15,7 @@ use rustix::fs::OFlags;
 
 use super::draft::open_hidden;
 
-/// A locked file, removed before it is let go.
+/// A locked file, removed before it is unlocked.
 #[derive(Debug)]
 pub(super) struct Lead {
     _locked: File,
@@ -26,7 +27,7 @@ impl Lead {
         loop {
             let file = open_hidden(&path, OFlags::CREATE)?;
             file.try_lock().map_err(|error| busy(&path, error))?;
-            // Whoever held the lock may have removed the file.
+            // The process that held the lock may have removed the file.
             if is_still(&file, &path).context("looking at", &path)? {
                 return Ok(Self { _locked: file, path });
             }

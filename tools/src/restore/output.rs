@@ -103,7 +103,7 @@ fn holds_tensors(directory: &Path) -> bool {
 }
 
 /// Whether an export may take its name, which `--force` lets it take from an earlier one. A link
-/// that leads nowhere is there too, and is not written through. What is there, then.
+/// that leads nowhere exists too, and is not written through. Returns what exists.
 pub(super) fn check_export(options: &Options, export: &Export) -> Result<Vec<Found>> {
     let is_asked_for = |found: &Found| found.path == options.output;
     let mut named = export.found()?;

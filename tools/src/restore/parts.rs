@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Always holds: the parts of a tensor are all of it, each item once but for parts that several
-//! ranks saved alike.
+//! ranks saved as the same.
 
 use dtr_engine::format::index::TensorRecord;
 use dtr_engine::{EngineError, Result};
@@ -120,7 +120,7 @@ impl Found {
         });
     }
 
-    /// As tensors lie in shards, which are read in order.
+    /// As tensors are in shards, which are read in order.
     pub(super) fn order(&self) -> impl Ord + Copy + use<> {
         self.order
     }
@@ -151,7 +151,7 @@ impl Found {
         Ok(Tensor { name, path, step, dtype, shape, item_bytes, bytes, parts })
     }
 
-    /// Where a tile lies in the tensor in row-major order. Of a tensor that tiles hold all of, the
+    /// Where a tile is in the tensor in row-major order. Of a tensor that tiles hold all of, the
     /// arithmetic cannot overflow.
     fn target(&self, tile: &Tile<'_>) -> View {
         let mut strides = vec![1; self.shape.len()];
@@ -201,7 +201,7 @@ fn no_tensor(path: &str, step: u64, why: String) -> EngineError {
     }
 }
 
-/// Tells that a part of a tensor is not what another rank saved of it, too.
+/// Reports that a part of a tensor differs from what another rank saved of it.
 pub(super) fn differ(tensor: &Tensor) -> EngineError {
     no_tensor(&tensor.path, tensor.step, "ranks saved different values under this name".into())
 }

@@ -6,7 +6,7 @@
 //!   -> of the earlier export, the index goes, then the rest, and what was set aside
 //! ```
 //!
-//! Always holds: nothing has its name before everything is durable; an index is there only with
+//! Always holds: nothing has its name before everything is durable; an index exists only with
 //! every file that it names, all of one export; what fails before the last name is given is undone.
 //! So readers find the earlier export whole, or the new one, whether they look for the index first
 //! or for the single file.
@@ -33,7 +33,7 @@ use super::export::{Export, Found, Role};
 pub(super) struct Plan {
     /// What can be undone.
     before: Vec<EntryOp>,
-    /// From here on the new export is the one that is there.
+    /// From here on the new export is the one that exists.
     last_name: EntryOp,
     /// What removes the earlier export.
     after: Vec<EntryOp>,
@@ -70,7 +70,8 @@ impl Plan {
         Self { before, last_name, after, files, earlier }
     }
 
-    /// That names can be what they are to be: too long a name is told before anything is written.
+    /// That names can be what they are to be: too long a name is reported before anything is
+    /// written.
     pub(super) fn check(&self) -> Result<()> {
         for step in self.before.iter().chain([&self.last_name]) {
             let (EntryOp::RenameNew { to, .. } | EntryOp::RenameReplace { to, .. }) = step else {
@@ -99,7 +100,7 @@ fn set_aside(export: &Export, taken: &[&PathBuf], count: usize, has_index: bool)
     let mut steps = Vec::new();
     if has_index && !taken.is_empty() {
         let index = export.index();
-        // As a draft, it is removed by whoever comes next, and not put back: with a file of the new
+        // As a draft, the next process removes it, and does not put it back: with a file of the new
         // export in the place of one that was missing, it would lead to both.
         let is_whole = taken.len() == count;
         let to = if is_whole { export.aside(&index) } else { export.draft(count + 1) };
@@ -137,7 +138,7 @@ fn sync(export: &Export) -> EntryOp {
 }
 
 /// Goes back, as far as it goes: an index comes back only with all of its files. The error that is
-/// told is the one before; what stays set aside is put back by the next process.
+/// returned is the one before; what stays set aside is put back by the next process.
 fn undo(done: &[EntryOp], perform: &mut dyn FnMut(&EntryOp) -> Result<()>) {
     for step in done.iter().rev() {
         let back = match step {
@@ -245,7 +246,7 @@ mod tests {
         }
     }
 
-    /// An export as it lies there; of none, nothing.
+    /// An export as it is there; of none, nothing.
     fn lying(whose: &str, count: usize) -> Directory {
         let export = Export::within(Path::new(""));
         let index = (count > 1).then(|| export.index());

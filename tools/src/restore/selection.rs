@@ -52,7 +52,7 @@ impl<'o> Selection<'o> {
         Ok(name)
     }
 
-    /// Tells that no tensor is selected; `unfit` are some that are not.
+    /// Reports that no tensor is selected; `unfit` are some that are not.
     pub(super) fn none_of(&self, unfit: &[String]) -> EngineError {
         let hint = if unfit.is_empty() {
             "the checkpoint holds no tensor: restore it to a store".into()
@@ -62,7 +62,7 @@ impl<'o> Selection<'o> {
         EngineError::invalid(self.selecting(), "there is none", hint)
     }
 
-    /// Tells that tensors which were asked for are each rank's own, of as many ranks.
+    /// Reports that tensors which were asked for are each rank's own, of as many ranks.
     pub(super) fn whose(&self, alone: &BTreeSet<String>, ranks: u32) -> EngineError {
         let some: Vec<String> = alone.iter().take(NAMES_SHOWN_MAX).cloned().collect();
         let more = match alone.len() - some.len() {

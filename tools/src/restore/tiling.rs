@@ -28,7 +28,7 @@ impl Tile<'_> {
 }
 
 /// Checks that `tiles`, none of them empty, hold each item of a tensor of this shape, and once, but
-/// for tiles that are alike; whether each is the first of its kind. An error says what is wrong.
+/// for tiles that are equal; whether each is the first of its kind. An error says what is wrong.
 pub(super) fn check(shape: &[u64], tiles: &[Tile<'_>]) -> Result<Vec<bool>, String> {
     let mut distinct = BTreeSet::new();
     let firsts = tiles.iter().map(|tile| distinct.insert(*tile)).collect();

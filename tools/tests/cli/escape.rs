@@ -1,6 +1,6 @@
-//! Names and links that were made to harm whoever looks at a store.
+//! Names and links that were made to harm a reader of a store.
 //!
-//! Always holds here: what is printed is characters and line ends; what lies outside the store and
+//! Always holds here: what is printed is characters and line ends; what is outside the store and
 //! the output is as it was, down to its times; and of what links point to nothing is shown.
 
 use std::collections::{BTreeMap, BTreeSet};

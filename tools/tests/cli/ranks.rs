@@ -163,7 +163,7 @@ fn a_rank_that_is_not_there_is_wrong_usage() {
     assert_golden("error-which-rank", &store.redact(&run.stderr));
 }
 
-/// The node of `model`, which both ranks have alike.
+/// The node of `model`, which is replicated.
 const MODEL: u32 = 1;
 
 #[test]

@@ -409,7 +409,7 @@ fn what_was_set_aside_is_put_back() {
         fs::rename(hf.join(&name), hf.join(format!(".{name}.replaced"))).unwrap();
     }
     fs::write(hf.join("model-00001-of-00003.safetensors"), "new").unwrap();
-    // The run fails, after it put back what was there.
+    // The run fails, after it restored what existed.
     let shard = store.file(20, ".shard");
     let bytes = fs::read(&shard).unwrap();
     fs::write(&shard, [&bytes[..4096 + 100], &[!bytes[4096 + 100]], &bytes[4096 + 101..]].concat())

@@ -75,7 +75,7 @@ fn cut_of(name: &str, rank: u64) -> Cut {
     }
 }
 
-/// What a rank saves: slices, what all have alike (node 1), and a tensor of its own.
+/// What a rank saves: slices, what is replicated (node 1), and a tensor of its own.
 fn state_of(rank: u64) -> State {
     let mut state = State::new(7);
     state.dict(None, 6);

@@ -1,4 +1,4 @@
-//! The shard index: the tree, and where each storage, tensor and chunk lies.
+//! The shard index: the tree, and where each storage, tensor and chunk is.
 //!
 //! ```text
 //! encode: ShardIndex --check--> wire --zstd--> stored bytes
@@ -28,7 +28,7 @@ pub(crate) use replicated::{number_replicas, structure_crc32c};
 
 /// Most tensors in one shard.
 pub(crate) const TENSORS_MAX: usize = 1 << 22;
-/// Most storages in one shard: each is there for a tensor.
+/// Most storages in one shard: each holds a tensor.
 pub(crate) const STORAGES_MAX: usize = TENSORS_MAX;
 /// Most dimensions of a tensor: what torch and numpy allow.
 pub(crate) const DIMENSIONS_MAX: usize = 64;
@@ -63,7 +63,7 @@ pub struct ShardIndex {
     pub replicated: Vec<u32>,
 }
 
-/// Where a storage lies in the raw layout, or as much of it as the shard holds.
+/// Where a storage is in the raw layout, or as much of it as the shard holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StorageRecord {
     /// Bytes from the start of the raw layout; a multiple of 64.
@@ -76,7 +76,7 @@ pub struct StorageRecord {
     pub replica: Option<Replica>,
 }
 
-/// The part of a replicated storage that lies in one shard. Those of all shards tile the storage.
+/// The part of a replicated storage that is in one shard. Those of all shards tile the storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replica {
     /// Which one: counted from 0 by first appearance below [`ShardIndex::replicated`], the same in
@@ -89,7 +89,7 @@ pub struct Replica {
 }
 
 impl StorageRecord {
-    /// The bytes of the storage that lie in this shard: all, unless it is replicated.
+    /// The bytes of the storage that are in this shard: all, unless it is replicated.
     pub fn held(&self) -> Range<u64> {
         match self.replica {
             None => 0..self.bytes,
@@ -177,7 +177,7 @@ pub struct GlobalSlice {
     pub offsets: Vec<u64>,
 }
 
-/// Where a chunk's stored bytes lie and how they are checked.
+/// Where a chunk's stored bytes are and how they are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkRecord {
     /// Bytes from the file's start; a multiple of 4096.

@@ -1,11 +1,12 @@
-//! What all ranks saved alike: the same nodes and tensors in every shard, the bytes dealt out.
+//! Replicated entries: the same nodes and tensors in every shard, their bytes divided among the
+//! shards.
 //!
-//! A slice of a larger tensor may stand in an entry: all ranks have the whole alike, each a part of
-//! it of its own, so where it stands and how it lies in memory differ from shard to shard.
+//! A slice of a larger tensor may stand in an entry: all ranks have the same whole, each its own
+//! part of it, so its position and its memory layout differ from shard to shard.
 //!
 //! Always holds for an index that was checked: entries ascend and do not nest; exactly the storages
 //! that their whole tensors view are replicated, and are numbered by first appearance, so that
-//! shards whose entries are the same number them alike.
+//! shards whose entries are the same number them the same way.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};

@@ -163,7 +163,7 @@ fn a_state_without_tensors_round_trips() {
     assert_eq!(reread(&index), Ok(index));
 }
 
-/// The sample, its first tensor saved by all ranks alike: half of its bytes are here.
+/// The sample, its first tensor replicated: half of its bytes are here.
 fn shared_sample() -> ShardIndex {
     let f32s = |bytes| StorageSpec { bytes, element: ElementType::F32, on_device: false };
     let bytes = StorageSpec { bytes: 1000, element: ElementType::Bytes, on_device: false };
@@ -290,7 +290,7 @@ fn ranks_are_compared_by_what_they_share() {
     assert_eq!(difference(&shared_sample(), &reshaped).unwrap().path, "weight");
     let found = difference(&plain(Value::None), &shared_sample()).unwrap();
     assert_eq!((found.path.as_str(), found.right), ("epoch", None));
-    // A checksum of it tells the same.
+    // A checksum of it shows the same.
     let alike = [(nan(), nan()), (shared_sample(), other)];
     for (one, two) in &alike {
         assert_eq!((structure_crc32c(one), difference(one, two)), (structure_crc32c(two), None));

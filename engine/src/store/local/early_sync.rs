@@ -2,9 +2,9 @@
 //! short.
 //!
 //! Many devices take bytes into a cache of their own faster than they store them, and store most of
-//! them only when they are told to sync. Told early, they do so beside the writes instead of after.
-//! While a state larger than the staging arena still streams through it, nothing is synced: the
-//! training waits for the next buffer then, and the cache is what makes that short.
+//! them only when they are asked to sync. Asked early, they do so beside the writes instead of
+//! after. While a state larger than the staging arena still streams through it, nothing is synced:
+//! the training waits for the next buffer then, and the cache is what makes that short.
 //!
 //! Always holds: one thread for one shard, which is gone before the shard is finished or deleted; a
 //! sync that fails fails the shard, and is the last one.

@@ -39,7 +39,7 @@ impl Flight {
         self.bytes_max
     }
 
-    /// What is told of every byte.
+    /// What counts every byte.
     pub(super) fn flow(&self) -> &Flow {
         &self.flow
     }

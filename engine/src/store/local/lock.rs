@@ -169,7 +169,7 @@ pub(super) struct WriterLock {
 }
 
 impl WriterLock {
-    /// Takes the store's writer lock, or says who has it.
+    /// Takes the store's writer lock, or reports its holder.
     pub(super) fn acquire(locks: &Arc<Locks>, store: &Path, file: &str) -> Result<Self> {
         let path = store.join(file);
         match locks.try_lock(&path, LockFile::Create) {
@@ -209,8 +209,8 @@ impl WriterLock {
         .context("asking the time of", &self.path)
     }
 
-    /// Whether the file that is locked is the one that is found by its name: then whoever opens the
-    /// store by that name now meets this lock.
+    /// Whether the file that is locked is the one that is found by its name: then every process
+    /// that opens the store by that name now meets this lock.
     pub(super) fn is_in_place(&self) -> bool {
         let locked = self.with_descriptor(|descriptor| Ok(rustix::fs::fstat(descriptor)?));
         let found = rustix::fs::lstat(&self.path);

@@ -3,7 +3,7 @@
 //! ```text
 //! <store>/writer.lock                          held by the one writer, or by rank 0
 //! <store>/writer-00001.lock                    held by rank 1, where ranks save together, or by
-//!                                              the one writer, if it is there
+//!                                              the one writer, if there is one
 //! <store>/step-000000001000/manifest.json      its existence commits the checkpoint
 //!                           rank-00000.<attempt>.shard
 //!                           manifest.json.<attempt>.tmp    while it is being published
@@ -15,11 +15,11 @@
 //! - A reader creates, writes, locks and deletes nothing.
 //! - A name is durable before anything relies on it: each directory created is synced in its
 //!   parent, each shard in its step's directory, before the manifest that names it is published;
-//!   and all that can be seen, whoever published it, before anything is deleted.
+//!   and all that can be seen, whichever process published it, before anything is deleted.
 //! - In a forked child every call that would change something, or wait for a transfer, is refused,
 //!   and dropping anything leaves the files and locks of the parent as they are.
 //!
-//! `docs/durability.md` tells the protocol and every way in which it can be cut short.
+//! `docs/durability.md` describes the protocol and every way in which it can be interrupted.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -84,7 +84,7 @@ struct Shared {
     changes: Mutex<()>,
     /// Whether every name that can be seen is durable: nothing is deleted before.
     settled: AtomicBool,
-    /// Held while space is given back, so that who needs it can wait for that.
+    /// Held while space is freed, so that a caller who needs it can wait for that.
     deleted: Mutex<Deleted>,
 }
 
@@ -200,7 +200,7 @@ impl Store for LocalStore {
         flow: &Arc<Flow>,
     ) -> Result<Box<dyn ShardSink>> {
         self.writer("creating a shard")?;
-        // Nothing tells how much of it is right: it is written again.
+        // Nothing shows how much of it is right: it is written again.
         remove::remove_begun(&self.shared, shard)?;
         self.create_shard(shard, size, flow)
     }
@@ -235,7 +235,8 @@ impl Store for LocalStore {
 
     fn free_bytes(&self) -> Result<Option<u64>> {
         if self.writer.is_some() {
-            // What a save asks first: nothing is begun where another store has come to lie.
+            // What a save asks first: nothing is begun where another store has taken the place of
+            // this one.
             self.writer("looking for room")?;
         }
         let space = EntryOp::Space(self.shared.path.clone());

@@ -38,7 +38,7 @@ pub(super) struct Deleted {
     steps: BTreeSet<u64>,
 }
 
-/// Gives back the space of what was deleted for [`Space::Later`].
+/// Frees the space of what was deleted for [`Space::Later`].
 pub(super) fn reclaim(shared: &Shared) {
     if !shared.locks.in_owner() {
         return;
@@ -52,7 +52,7 @@ pub(super) fn reclaim(shared: &Shared) {
     }
 }
 
-/// Deletes a step's directory if nothing is in it, now or when the space is given back.
+/// Deletes a step's directory if nothing is in it, now or when the space is freed.
 fn remove_step(shared: &Shared, step: u64, space: Space) -> Result<()> {
     let is_gone = remove_empty_step(shared, step)?;
     if !is_gone && space == Space::Later {
@@ -82,7 +82,7 @@ pub(super) fn remove_checkpoint(
         }
         remove_file(shared, &directory.join(names::MANIFEST_FILE))?
     };
-    // Even if there was none: whoever deleted it may have died before this.
+    // Even if there was none: the process that deleted it may have died before this.
     sync_if_there(shared, &directory)?;
     for name in names.iter().filter(|name| *name != names::MANIFEST_FILE) {
         // One that is locked belongs to an attempt that runs: it goes or is committed by itself.
@@ -113,7 +113,7 @@ pub(super) fn remove_orphan(
     }
     settle(shared)?;
     let freed_bytes = if let Some((_, attempt)) = names::parse_shard_file(file) {
-        // Asked under the lock: an attempt publishes before it lets go of its shard.
+        // Asked under the lock: an attempt publishes before it unlocks its shard.
         remove_unlocked(shared, (step, file), space, || {
             Ok(!publish::standing(shared, step, attempt)?.may_be_ours())
         })?

@@ -1,7 +1,7 @@
 //! The directory that a store is: found by a reader, made by a writer.
 //!
-//! Always holds: when a writer has it, it is there and its name is durable, and so are those of the
-//! parents that were made for it.
+//! Always holds: when a writer has opened it, it exists and its name is durable, and so are those
+//! of the parents that were made for it.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -39,7 +39,7 @@ pub(super) fn create_directories(io: &dyn Io, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether what refused to be created is there. NFS may ask for the right to create in the parent
+/// Whether what could not be created exists. NFS may ask for the right to create in the parent
 /// before it looks.
 fn is_there(path: &Path, refusal: ErrorKind) -> bool {
     match refusal {
@@ -57,9 +57,9 @@ fn sync_parent(io: &dyn Io, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whoever created the directory may have died before it was durable; of several that were created
-/// one after the other, only the deepest can be such. Where the parent cannot be synced at all,
-/// nobody can have created anything in it just now.
+/// The process that created the directory may have died before it was durable; of several that were
+/// created one after the other, only the deepest can be such. Where the parent cannot be synced at
+/// all, nobody can have created anything in it just now.
 fn sync_parent_of_existing(io: &dyn Io, path: &Path) -> Result<()> {
     let Some(parent) = path.parent() else {
         return Ok(());
@@ -80,7 +80,7 @@ fn sync_parent_of_existing(io: &dyn Io, path: &Path) -> Result<()> {
     }
 }
 
-/// That a store is there. Here, and only here, symbolic links are followed: the user chose the
+/// Checks that a store exists. Here, and only here, symbolic links are followed: the user chose the
 /// path.
 pub(super) fn check_directory(path: &Path) -> Result<()> {
     match std::fs::metadata(path) {

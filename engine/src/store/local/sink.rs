@@ -175,7 +175,8 @@ impl ShardSink for LocalShardSink {
                 range: 0..bytes,
                 direction: Direction::Write,
                 done: Box::new(move |outcome, buffer| {
-                    // The buffer first: whoever waits for memory need not wait for the bookkeeping.
+                    // The buffer first: a thread that waits for memory need not wait for the
+                    // bookkeeping.
                     drop(buffer);
                     let outcome = outcome.map(drop).map_err(|error| {
                         let operation = format!("writing {bytes} bytes at offset {offset} of");
@@ -264,7 +265,7 @@ fn create_step_directory(shared: &Shared, directory: &Path) -> Result<()> {
         }
         Err(error) => return Err(EngineError::from_io("creating directory", directory, error)),
     }
-    // Also where it existed: whoever created it may have died before this.
+    // Also where it existed: the process that created it may have died before this.
     shared.sync_directory(&shared.path)
 }
 

@@ -161,7 +161,7 @@ impl Client {
     /// Returns after [`Client::interrupt`].
     pub(super) async fn interruption(&self) {
         let mut interrupted = self.interrupted.subscribe();
-        // The sender is our own: it is there for as long as this runs.
+        // The sender is our own: it exists for as long as this runs.
         drop(interrupted.wait_for(|is_interrupted| *is_interrupted).await);
     }
 
@@ -260,7 +260,7 @@ fn configure(
         .retry_partition(budget)
         .retry_classifier(TooManyRequests)
         .force_path_style(settings.path_style.unwrap_or(has_endpoint))
-        // Ours is there already where it matters, and computed once.
+        // Ours is set already where it matters, and computed once.
         .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
         // It ends slow uploads; the timeout of an attempt ends those that stand still.
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
@@ -343,7 +343,8 @@ impl ClassifyRetry for TooManyRequests {
     }
 }
 
-/// What every answer tells beside its own: the service's time; and how often requests were tried.
+/// What every answer carries besides its own content: the service's time; and how often requests
+/// were tried.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
     date: Mutex<Option<(SystemTime, Instant)>>,
@@ -353,7 +354,7 @@ pub(super) struct Watch {
 
 impl Watch {
     /// The service's present, from its last answer on, which is cut to seconds: the latest that it
-    /// can mean. `None` before the first that told.
+    /// can mean. `None` before the first answer that had it.
     pub(super) fn now(&self) -> Option<SystemTime> {
         let (date, seen) = (*unpoisoned(self.date.lock()))?;
         Some(date + Duration::from_secs(1) + seen.elapsed())

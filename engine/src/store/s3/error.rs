@@ -46,7 +46,7 @@ impl Failure {
         Self { code, status, text, region: header("x-amz-bucket-region").map(Into::into) }
     }
 
-    /// One that is told by words alone.
+    /// One that only the message identifies.
     pub(super) fn new(text: impl Into<String>) -> Self {
         Self { code: String::new(), status: 0, text: text.into(), region: None }
     }
@@ -184,7 +184,7 @@ enum Advice {
     Retry(&'static str),
 }
 
-/// What an answer told.
+/// What an answer reported.
 fn told(code: &str, status: u16, message: Option<&str>) -> String {
     let message = message.map(str::trim).filter(|message| !message.is_empty());
     match (code.is_empty(), message) {

@@ -9,13 +9,13 @@
 //! Always holds:
 //! - Only keys that our own rules make are listed, read, or deleted.
 //! - A reader writes and deletes nothing.
-//! - A manifest is put after its shards are there whole, under a condition that lets only one
+//! - A manifest is put after its shards exist whole, under a condition that lets only one
 //!   writer win; whatever the answer to that was, what stands afterwards decides.
 //! - A shard whose manifest may still become visible, because an answer was lost, is not deleted.
 //! - In a forked child every call is refused, and dropping anything waits for nobody.
 //!
 //! There is no lock in a bucket: two writers of one step are kept apart by the condition, and those
-//! of one store by whoever starts them. `docs/durability.md` tells what is promised.
+//! of one store by the operator who starts them. `docs/durability.md` describes what is promised.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -73,7 +73,7 @@ struct Shared {
 /// What this process is at.
 #[derive(Debug, Default)]
 struct Own {
-    /// Shards that are being written, or are written and not yet let go of.
+    /// Shards that are being written, or are written and not yet released.
     live: HashSet<(u64, String)>,
     /// Attempts whose manifest may yet become visible.
     uncertain: HashSet<AttemptId>,
@@ -81,7 +81,7 @@ struct Own {
 
 impl S3Store {
     /// Opens a store. Asks the service for one page of it, so that whatever keeps the two apart is
-    /// told here and now.
+    /// reported here and now.
     pub(crate) fn open(
         address: &S3Address,
         access: Access,

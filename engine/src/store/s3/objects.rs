@@ -60,7 +60,8 @@ enum Broken {
 
 impl Shared {
     /// Asks whether the store can be reached and read, with less patience than others have: what
-    /// keeps it apart is most often a mistake, and whoever opens a store waits for the answer.
+    /// keeps it apart is most often a mistake, and the caller that opens a store waits for the
+    /// answer.
     pub(super) async fn look(&self, prefix: &str) -> Asked<()> {
         let request = self
             .client
@@ -152,7 +153,7 @@ impl Shared {
                 let rest = &mut memory[came..];
                 let (more, outcome) = self.get_range_once(key, offset + came as u64, rest).await;
                 came += more;
-                // On a slow line each attempt brings a part: only those that bring none count.
+                // On a slow line each attempt receives a part: only those that receive none count.
                 attempt = if more > 0 { 0 } else { attempt };
                 if let Err(broken) = outcome {
                     self.pause_before_next(&mut attempt, broken).await?;

@@ -3,7 +3,7 @@
 //! ```text
 //! pieces  |  header |    chunk 0    |    chunk 1    |   chunk 2   |  ...  | index | footer |
 //! parts   |            part 1           |            part 2             | ... |  part n   |
-//!                                       ^ a piece that straddles a cut lies in both, uncopied
+//!                                       ^ a piece that straddles a cut is in both, uncopied
 //! ```
 //!
 //! Always holds:
@@ -11,7 +11,7 @@
 //! - A part's checksum is made from those of its pieces: of the bytes of a piece that straddles a
 //!   cut only the shorter side is hashed again, all others never.
 //! - A piece stays in its pool's buffer while the pool can spare it and the buffer is used well;
-//!   else it is copied, so that a slow service never starves whoever else needs the pool.
+//!   else it is copied, so that a slow service never starves other users of the pool.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Takes over a piece: where it lies, or by copying it.
+    /// Takes over a piece: where it is, or by copying it.
     pub(super) fn of(piece: Piece) -> Self {
         let Piece { buffer, bytes, crc32c } = piece;
         let uses_most = 2 * bytes >= buffer.len();

@@ -18,7 +18,7 @@ use crate::store::Publication;
 use crate::store::publication::{Action, Standing, decide};
 use crate::{EngineError, Result};
 
-/// An empty object that tells whether the service obeys conditions: putting it where it stands must
+/// An empty object that shows whether the service obeys conditions: putting it where it stands must
 /// fail. It stays, so that asking again costs one request.
 const PROBE: &str = "conditional-put.probe";
 
@@ -110,7 +110,7 @@ pub(super) fn may_be_published(shared: &Shared, step: u64, attempt: AttemptId) -
     })
 }
 
-/// Looks that all shards are there whole: at one by its own request, at several by a listing.
+/// Checks that all shards exist whole: at one by its own request, at several by a listing.
 fn check_shards(shared: &Shared, publication: Publication<'_>) -> Result<()> {
     let several = if let [_, _, ..] = publication.shards {
         let what = format!("looking for the shards of step {}", publication.step);

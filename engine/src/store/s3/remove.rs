@@ -24,7 +24,7 @@ use crate::{EngineError, Result};
 const LOOKS_MAX: u32 = 3;
 
 /// Deletes a checkpoint; see [`crate::store::Store::remove_checkpoint`]. Without a manifest there
-/// is none: other ranks may be bringing shards of one, and what is left of none are orphans, which
+/// is none: other ranks may be uploading shards of one, and what is left of none are orphans, which
 /// go after the grace period. With `only`, the checkpoint of another attempt stays.
 pub(super) fn remove_checkpoint(
     shared: &Arc<Shared>,

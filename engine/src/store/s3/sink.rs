@@ -59,7 +59,7 @@ pub(super) struct S3ShardSink {
 enum Phase {
     /// Bytes are accepted; nobody else knows of the object.
     Writing,
-    /// The object is there, whole; a manifest may name it.
+    /// The object exists, whole; a manifest may name it.
     Finished,
     /// The object is deleted, or left for good.
     Settled,
@@ -137,7 +137,7 @@ impl S3ShardSink {
                     Outcome::Failed(shared.refused(&what, failure))
                 }
             };
-            // The buffers first: whoever waits for memory need not wait for the bookkeeping.
+            // The buffers first: a thread that waits for memory need not wait for the bookkeeping.
             drop(part);
             drop(landing);
         });
@@ -230,7 +230,7 @@ impl S3ShardSink {
             Some(upload) if !was_finished => {
                 shared.client.block_on(shared.abort(&self.key, &upload.id))
             }
-            // Whoever brings the same attempt, too, may have published it.
+            // Another process that uploads the same attempt may have published it.
             _ if self.resumes => {
                 tracing::info!(key = self.key, "an object is kept, for whoever brings it, too");
                 Ok(())

@@ -1,4 +1,4 @@
-//! Bringing a shard into the bucket: in one piece, or as an upload in parts.
+//! Uploading a shard into the bucket: in one piece, or as an upload in parts.
 //!
 //! Always holds: every body has its checksum, computed long before; bodies are the pools' buffers,
 //! uncopied, and can be sent again; a shard's key is its attempt's alone, so whatever stands there
@@ -37,7 +37,7 @@ pub(super) struct Upload {
     checks_whole: bool,
 }
 
-/// A part that is there already.
+/// A part that exists already.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Arrived {
     bytes: u64,
@@ -290,7 +290,7 @@ pub(super) fn unfinished(shared: &Shared, step: Option<u64>) -> Result<Vec<Unfin
             tracing::info!(store = %shared.address, "the service does not list unfinished uploads");
             return Ok(Vec::new());
         }
-        // Whoever reads needs no right to this, and whoever writes can do without.
+        // Reading needs no right to this, and writing can do without.
         Err(failure) if failure.is_denied() => {
             tracing::warn!(
                 store = %shared.address,

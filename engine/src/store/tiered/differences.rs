@@ -19,7 +19,7 @@ pub(super) struct Contents {
     manifests: BTreeMap<u64, Manifest>,
     /// Steps whose manifest cannot be read now: whatever they are, they hide no other.
     unread: BTreeSet<u64>,
-    /// Steps of which a shard is not listed that this rank can bring.
+    /// Steps of which a shard is not listed that this rank can upload.
     lacking: BTreeSet<u64>,
 }
 

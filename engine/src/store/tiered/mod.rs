@@ -1,4 +1,4 @@
-//! Two stores as one: checkpoints are committed to the local one and brought to the remote one
+//! Two stores as one: checkpoints are committed to the local one and uploaded to the remote one
 //! behind the training.
 //!
 //! ```text
@@ -13,18 +13,18 @@
 //!   each of them whole or not there. Only where the remote one has an attempt of a step that began
 //!   later, by a writer on another machine, does that count: then the local one is out of date.
 //! - Several ranks may each have a local store of their own, before one remote store: a step exists
-//!   once all local stores have its manifest, and in the remote one once all have brought their
+//!   once all local stores have its manifest, and in the remote one once all have uploaded their
 //!   shards.
-//! - A checkpoint that waits for its upload is told to retention, which leaves it alone; so is one
-//!   whose upload failed for good, or of which it cannot be told whether the remote store has it.
+//! - Retention keeps a checkpoint that waits for its upload; and one whose upload failed for good,
+//!   or of which it is not known whether the remote store has it.
 //! - A manifest that cannot be read hides no other checkpoint. Of one that is damaged locally, the
 //!   remote copy counts, as of a shard: else it would come to be the newest there, once it was
 //!   passed.
 //! - What was not uploaded when the process ended is uploaded by the next writer; parts that
 //!   arrived are not sent again.
 //! - A remote store that cannot be reached holds up nothing but uploads and what reads from it: the
-//!   writer knows its listing, and what retention lets go leaves the remote store behind the
-//!   training.
+//!   writer knows its listing, and what retention deletes is removed from the remote store
+//!   behind the training.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -283,7 +283,7 @@ impl Store for TieredStore {
             match is_unusable.then(|| self.repaired(steps[place])) {
                 Some(Ok(Some(remote))) => read[place] = Ok(Some(remote)),
                 // It hides no other step, and a remote store that is away holds up no listing
-                // twice: whoever loads the step asks again.
+                // twice: a load of the step asks again.
                 Some(Err(_)) => drop(self.unanswered().insert(steps[place])),
                 Some(Ok(None)) | None => {}
             }
@@ -312,7 +312,7 @@ impl Store for TieredStore {
 
     fn publish(&self, publication: Publication<'_>) -> Result<()> {
         // Whether a save of the step may replace another was decided by what both stores hold; what
-        // lies here may be out of date, or not be there.
+        // is here may be out of date, or not be there.
         let replaces = match publication.replaces {
             Some(_) => standing(&*self.local, publication.step)?,
             None => None,
@@ -354,7 +354,7 @@ impl Store for TieredStore {
         // What stands behind the one that counts goes with it, or it would count.
         let removed = self.local.remove_checkpoint(step, None, space);
         let freed_bytes = removed.inspect_err(|_| work.put_back(step, state))?;
-        let remote_bytes = work.follow(work.let_go_behind(step, attempt), space)?;
+        let remote_bytes = work.follow(work.remove_behind(step, attempt), space)?;
         Ok(freed_bytes + remote_bytes)
     }
 

@@ -1,4 +1,4 @@
-//! What retention let go, removed from the remote store in its order ([`super::removals`]).
+//! What retention deletes, removed from the remote store in its order ([`super::removals`]).
 //!
 //! Always holds:
 //! - A checkpoint that retires another is removed after it.
@@ -29,8 +29,8 @@ impl Work {
     }
 
     /// Removes a step from the remote store, behind; `attempt` was in the local store and was [to
-    /// be taken back][Self::to_take_back]. Gives what is to be done for that, if anything.
-    pub(super) fn let_go_behind(&self, step: u64, attempt: Option<AttemptId>) -> Option<Removal> {
+    /// be taken back][Self::to_take_back]. Returns what is to be done for that, if anything.
+    pub(super) fn remove_behind(&self, step: u64, attempt: Option<AttemptId>) -> Option<Removal> {
         self.view.forget(step);
         let removal = if self.removes_for_all() {
             Some(Removal::Checkpoint(step))
@@ -47,8 +47,8 @@ impl Work {
         removal
     }
 
-    /// Lets the remote store go of a file that no manifest names, behind. Gives what is to be done
-    /// for that, if anything.
+    /// Removes a file that no manifest names from the remote store, behind. Returns what is to be
+    /// done for that, if anything.
     pub(super) fn remove_orphan_behind(&self, step: u64, file: &str) -> Option<Removal> {
         self.view.forget_file(step, file);
         self.asked(self.removes_for_all().then(|| Removal::Orphan(step, file.into())))

@@ -56,7 +56,7 @@ impl RemoteView {
         }
     }
 
-    /// There lies now of `step` what lies in `store`.
+    /// `step` is from now on what `store` has of it.
     pub(super) fn note(&self, store: &dyn Store, step: u64) {
         match store.list_step(step) {
             Ok(Some(listing)) => drop(self.lock().insert(step, listing.files)),

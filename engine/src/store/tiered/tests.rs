@@ -18,7 +18,7 @@ use crate::save::SaveRequest;
 use crate::store::Access;
 use crate::store::local::LocalStore;
 use crate::store::local::tests::space::deleted_under;
-use crate::store_copy::{Between, Brought, Overwrite, Transferred, publish_whole, transfer};
+use crate::store_copy::{Between, Overwrite, Presence, Transferred, publish_whole, transfer};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_mins(1);
@@ -49,7 +49,7 @@ impl Ruled {
         Arc::new(Self { store, rule: Box::new(rule) })
     }
 
-    /// One that does as it is told.
+    /// One without faults.
     fn sound(path: &Path) -> Arc<Self> {
         Self::open(path, |_| Ok(()))
     }
@@ -471,7 +471,7 @@ fn waiting_for_uploads_ends_when_the_time_is_over() {
 fn what_goes_while_it_is_published_is_taken_back() {
     let share = OwnShare { rank: 0, world_size: 2 };
     let environment: Arc<dyn Environment> = Arc::new(System::default());
-    for is_let_go in [false, true] {
+    for is_deleted in [false, true] {
         let [local, remote] = places(&[1]);
         let goes = Arc::new(AtomicBool::new(false));
         let goes_there = Arc::clone(&goes);
@@ -498,25 +498,25 @@ fn what_goes_while_it_is_published_is_taken_back() {
         let attempt = standing(&*remote, 1).unwrap().unwrap();
         let file = names::shard_file_name(0, attempt);
         remote.unpublish(1, attempt, None).unwrap();
-        goes_there.store(is_let_go, Ordering::Relaxed);
-        let brought = publish_whole(&*local, &*remote, (1, share), false).unwrap();
-        assert_eq!(brought, if is_let_go { Brought::Less } else { Brought::All });
-        assert_eq!(standing(&*remote, 1).unwrap().is_some(), !is_let_go);
-        if is_let_go {
+        goes_there.store(is_deleted, Ordering::Relaxed);
+        let uploaded = publish_whole(&*local, &*remote, (1, share), false).unwrap();
+        assert_eq!(uploaded, if is_deleted { Presence::Less } else { Presence::All });
+        assert_eq!(standing(&*remote, 1).unwrap().is_some(), !is_deleted);
+        if is_deleted {
             continue;
         }
-        // Who did not put it does not look: shards that are lost are brought by their ranks.
+        // Who did not put it does not look: shards that are lost are uploaded by their ranks.
         std::fs::remove_file(step.join(&file)).unwrap();
         let again =
             |may_be_ours| publish_whole(&*local, &*remote, (1, share), may_be_ours).unwrap();
-        assert_eq!(again(false), Brought::All);
-        assert_eq!(again(true), Brought::Less);
+        assert_eq!(again(false), Presence::All);
+        assert_eq!(again(true), Presence::Less);
         assert_eq!(standing(&*remote, 1).unwrap(), None);
     }
 }
 
 #[test]
-fn what_is_let_go_takes_space_here_until_that_is_given_back() {
+fn what_is_deleted_takes_space_here_until_that_is_freed() {
     let [local, remote] = places(&[1, 2, 3]);
     let tier = tier(Ruled::sound(local.path()), Ruled::sound(remote.path()));
     uploaded(&tier, 3).unwrap();

@@ -1,12 +1,12 @@
-//! The thread that brings checkpoints to the remote store, and removes there what retention let go
-//! ([`super::remote_removals`]).
+//! The thread that uploads checkpoints to the remote store, and removes there what retention
+//! deleted ([`super::remote_removals`]).
 //!
 //! Always holds:
 //! - Everything that is to be done survives a failure: it is tried again until the store is closed,
 //!   and what is left then is found by the next writer, in the listings of both stores. A step that
 //!   cannot be uploaded holds up no other, and no removal does ([`super::queue`]).
-//! - Where several ranks save, each with a store of its own, each brings its own shard; whoever
-//!   finds all of them there publishes, and the others wait to see it.
+//! - Where several ranks save, each with a store of its own, each uploads its own shard; the
+//!   rank that finds all of them there publishes, and the others wait to see it.
 //! - A panic ends what it happened in, and nobody waits for a thread that has ended.
 
 use std::fmt;
@@ -21,7 +21,7 @@ use crate::clock::elapsed;
 use crate::error::{self, IoContext};
 use crate::store::Uploads;
 use crate::store_copy::{
-    Between, Brought, Copied, Overwrite, Transferred, publish_whole, transfer, transfer_share,
+    Between, Copied, Overwrite, Presence, Transferred, publish_whole, transfer, transfer_share,
 };
 use crate::sync::unpoisoned;
 use crate::{EngineError, Result};
@@ -127,18 +127,18 @@ impl Work {
         Ok(transferred)
     }
 
-    /// Publishes steps of which every rank has brought its shard.
+    /// Publishes steps of which every rank has uploaded its shard.
     fn publishes_what_is_whole(&self) {
         let Some(share) = self.share else { return };
-        let brought = self.lock().looks(self.now());
-        for step in brought {
-            // Whoever cancels it waits for this.
-            let Some(task) = self.lock().take_brought(step) else { continue };
+        let uploaded = self.lock().looks(self.now());
+        for step in uploaded {
+            // The thread that cancels it waits for this.
+            let Some(task) = self.lock().take_uploaded(step) else { continue };
             let may_be_ours = self.lock().may_have_published(step);
             let published = caught(&format!("publishing step {step}"), || {
                 publish_whole(self.local.as_ref(), self.remote.as_ref(), (step, share), may_be_ours)
             });
-            if matches!(published, Ok(Brought::All)) && !task.is_cancelled() {
+            if matches!(published, Ok(Presence::All)) && !task.is_cancelled() {
                 self.view.note(self.remote.as_ref(), step);
             }
             self.book_whole(step, published);
@@ -146,16 +146,16 @@ impl Work {
     }
 
     /// Notes what came of waiting for the other ranks.
-    fn book_whole(&self, step: u64, published: Copied<Brought>) {
+    fn book_whole(&self, step: u64, published: Copied<Presence>) {
         let given_up = self.is_past(step).then(|| self.lacks_others(step));
         self.change(|queue| {
-            if matches!(published, Ok(Brought::All) | Err(_)) {
+            if matches!(published, Ok(Presence::All) | Err(_)) {
                 queue.note_published(step);
             }
             match published {
-                Ok(Brought::All) => queue.book_whole(step),
-                Ok(Brought::Less) if given_up.is_none() => queue.book_lost(step, self.now()),
-                Ok(Brought::Some | Brought::Less) => {
+                Ok(Presence::All) => queue.book_whole(step),
+                Ok(Presence::Less) if given_up.is_none() => queue.book_lost(step, self.now()),
+                Ok(Presence::Some | Presence::Less) => {
                     if let Some(error) = &given_up {
                         warn_of(step, error);
                     }

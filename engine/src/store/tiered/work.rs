@@ -75,7 +75,7 @@ impl Work {
         unpoisoned(self.queue.lock())
     }
 
-    /// Changes the queue, which those who wait hear of.
+    /// Changes the queue and wakes those who wait.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> T {
         let changed = change(&mut self.lock());
         self.changed.notify_all();
@@ -126,7 +126,7 @@ impl Work {
         }
     }
 
-    /// Bytes of the shards that this process brings of a step; 0 where that cannot be read.
+    /// Bytes of the shards that this process uploads of a step; 0 where that cannot be read.
     fn bytes_of(&self, step: u64) -> u64 {
         let manifest = self.local.read_manifest(step).ok().flatten();
         let manifest = manifest.and_then(|bytes| Manifest::decode(&bytes).ok());

@@ -49,7 +49,7 @@ fn shard(step: u64, attempt: AttemptId) -> ShardId {
     ShardId { step, rank: 0, attempt }
 }
 
-/// Bytes that tell where they stand.
+/// Bytes that depend on their position.
 fn pattern(bytes: usize) -> Vec<u8> {
     (0..bytes).map(|index| u8::try_from(index / 7 % 251).unwrap()).collect()
 }

@@ -1,4 +1,4 @@
-//! What retention lets go has no name from then on, and takes space until that is given back.
+//! What retention deletes has no name from then on, and takes space until that is freed.
 
 use super::*;
 
@@ -12,7 +12,7 @@ pub(in crate::store) fn deleted_under(path: &Path) -> usize {
 }
 
 #[test]
-fn a_checkpoint_that_is_let_go_is_gone_before_its_space_is_given_back() {
+fn a_deleted_checkpoint_is_gone_before_its_space_is_freed() {
     for io in backends() {
         let directory = tempfile::tempdir().unwrap();
         let store = LocalStore::open(directory.path(), Access::Write, io, IN_FLIGHT_BYTES).unwrap();
@@ -29,7 +29,7 @@ fn a_checkpoint_that_is_let_go_is_gone_before_its_space_is_given_back() {
 
         store.reclaim();
         assert_eq!(deleted_under(directory.path()), 0);
-        // Nothing waits any more, and a step that was let go can be saved again.
+        // Nothing waits any more, and a step that was deleted can be saved again.
         store.reclaim();
         save(&store, shard(1, B), None, &pattern(SHARD_BYTES)).unwrap();
         assert_eq!(survey_of(&store).committed_steps(), [1, 3]);
@@ -37,7 +37,7 @@ fn a_checkpoint_that_is_let_go_is_gone_before_its_space_is_given_back() {
 }
 
 #[test]
-fn an_orphan_that_is_let_go_is_gone_before_its_space_is_given_back() {
+fn a_deleted_orphan_is_gone_before_its_space_is_freed() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     save(&store, shard(5, A), None, &pattern(SHARD_BYTES)).unwrap();
@@ -51,7 +51,7 @@ fn an_orphan_that_is_let_go_is_gone_before_its_space_is_given_back() {
 }
 
 #[test]
-fn what_is_deleted_at_once_and_what_a_closed_store_let_go_takes_no_space() {
+fn what_is_deleted_at_once_and_what_a_closed_store_deleted_takes_no_space() {
     let directory = tempfile::tempdir().unwrap();
     let store = writer(directory.path());
     for step in 1..3 {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            add                take          book           book_whole
-//! committed -----> waiting at a time ---> current ---> brought ---> outcome
+//! committed -----> waiting at a time ---> current --> uploaded ---> outcome
 //!                     ^                      |  (own stores)  |
 //!                     +--- failed, later ----+--- was lost ---+
 //! ```
@@ -31,7 +31,7 @@ mod tests;
 
 /// First and longest pause before something is tried again.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
-/// First and longest pause before it is looked again whether all ranks have brought their shards.
+/// First and longest pause before it is looked again whether all ranks have uploaded their shards.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 
 /// When something is to be done, by the monotonic clock, and how long it was waited for that. At
@@ -96,7 +96,7 @@ pub(super) struct Queue {
     waiting: BTreeMap<u64, Due>,
     current: Option<Current>,
     /// Steps whose own shard is in the remote store, and which wait for those of other ranks.
-    brought: BTreeMap<u64, Transferred>,
+    uploaded: BTreeMap<u64, Transferred>,
     look: Due,
     outcomes: BTreeMap<u64, Result<Transferred>>,
     /// Steps of which it is not known that the remote store has them, though nothing waits for
@@ -129,7 +129,7 @@ impl Queue {
     /// The step is committed. Later ones, if there are any, are retired by it: they go no further,
     /// or they would stand in the remote store before what retires them.
     pub(super) fn add(&mut self, step: u64) {
-        let later: Vec<u64> = self.waiting.keys().chain(self.brought.keys()).copied().collect();
+        let later: Vec<u64> = self.waiting.keys().chain(self.uploaded.keys()).copied().collect();
         let current = self.current.as_ref().map(|current| current.step);
         for retired in later.into_iter().chain(current).filter(|later| *later > step) {
             self.cancel(retired);
@@ -151,7 +151,7 @@ impl Queue {
 
     /// The step is as it was before it was cancelled, unless it was committed again meanwhile.
     pub(super) fn put_back(&mut self, step: u64, state: UploadState) {
-        let is_queued = self.waiting.contains_key(&step) || self.brought.contains_key(&step);
+        let is_queued = self.waiting.contains_key(&step) || self.uploaded.contains_key(&step);
         let current = self.current.as_ref().filter(|current| current.step == step);
         // An upload that was cancelled ends without an outcome, and is to be had all the same.
         let is_under_way = current.is_some_and(|current| !current.task.is_cancelled());
@@ -176,7 +176,7 @@ impl Queue {
     /// The step's upload is not begun any more, and ends soon if it was: true until it has.
     pub(super) fn cancel(&mut self, step: u64) -> bool {
         self.waiting.remove(&step);
-        self.brought.remove(&step);
+        self.uploaded.remove(&step);
         self.unsure.remove(&step);
         let current = self.current.as_ref().filter(|current| current.step == step);
         if let Some(current) = current {
@@ -197,7 +197,7 @@ impl Queue {
     }
 
     pub(super) fn is_waiting(&self, step: u64) -> bool {
-        self.waiting.contains_key(&step) || self.brought.contains_key(&step) || self.is_at(step)
+        self.waiting.contains_key(&step) || self.uploaded.contains_key(&step) || self.is_at(step)
     }
 
     fn is_at(&self, step: u64) -> bool {
@@ -261,7 +261,7 @@ impl Queue {
     pub(super) fn is_drained(&self) -> bool {
         let is_done = self.waiting.is_empty()
             && self.removals.is_empty()
-            && self.brought.is_empty()
+            && self.uploaded.is_empty()
             && self.current.is_none();
         is_done || self.stopped
     }
@@ -281,7 +281,7 @@ impl Queue {
         let free = self.waiting.iter().filter(|(step, _)| self.removing != Some(**step));
         let uploads = free.map(|(_, due)| self.left(due, now));
         let removals = (!self.removals.is_empty()).then(|| self.left(&self.removals_due, now));
-        let look = (!self.brought.is_empty()).then(|| self.look.at.saturating_sub(now));
+        let look = (!self.uploaded.is_empty()).then(|| self.look.at.saturating_sub(now));
         uploads.chain(removals).chain(look).min()
     }
 
@@ -319,12 +319,12 @@ impl Queue {
             .current
             .as_ref()
             .map(|current| (current.step, Some(current.task.passed_bytes.load(Ordering::Relaxed))));
-        let brought = self.brought.keys().map(|step| (*step, None));
-        // A step that was brought is current while it is looked at.
-        waiting.chain(current).chain(brought).collect()
+        let uploaded = self.uploaded.keys().map(|step| (*step, None));
+        // A step that was uploaded is current while it is looked at.
+        waiting.chain(current).chain(uploaded).collect()
     }
 
-    /// Notes what came of the current upload; `share` if other ranks bring shards, too. True if it
+    /// Notes what came of the current upload; `share` if other ranks upload shards, too. True if it
     /// is tried again.
     pub(super) fn book(
         &mut self,
@@ -348,7 +348,7 @@ impl Queue {
             }
             Err(uncopied) => self.fail(step, uncopied.into()),
             Ok(transferred) if share => {
-                self.brought.insert(step, transferred);
+                self.uploaded.insert(step, transferred);
                 self.look = Due::default();
             }
             Ok(transferred) => drop(self.outcomes.insert(step, Ok(transferred))),
@@ -365,19 +365,19 @@ impl Queue {
         self.outcomes.insert(step, Err(error));
     }
 
-    /// Steps to look at, if it is time: whether every rank has brought its shard.
+    /// Steps to look at, if it is time: whether every rank has uploaded its shard.
     pub(super) fn looks(&mut self, now: Duration) -> Vec<u64> {
-        if self.brought.is_empty() || self.look.at > now {
+        if self.uploaded.is_empty() || self.look.at > now {
             return Vec::new();
         }
         let longest = if self.draining.is_some() { LOOKS.0 } else { LOOKS.1 };
         self.look = self.look.again(now, (LOOKS.0, longest));
-        self.brought.keys().copied().collect()
+        self.uploaded.keys().copied().collect()
     }
 
     /// Makes one of these current, unless it is wanted no more.
-    pub(super) fn take_brought(&mut self, step: u64) -> Option<Arc<UploadTask>> {
-        let is_wanted = self.brought.contains_key(&step) && self.removing != Some(step);
+    pub(super) fn take_uploaded(&mut self, step: u64) -> Option<Arc<UploadTask>> {
+        let is_wanted = self.uploaded.contains_key(&step) && self.removing != Some(step);
         (is_wanted && !self.stopped).then(|| self.begin(step, Due::default()))
     }
 
@@ -389,7 +389,7 @@ impl Queue {
     /// The current step is whole in the remote store.
     pub(super) fn book_whole(&mut self, step: u64) {
         self.current = None;
-        if let Some(transferred) = self.brought.remove(&step) {
+        if let Some(transferred) = self.uploaded.remove(&step) {
             self.outcomes.insert(step, Ok(transferred));
         }
     }
@@ -398,17 +398,17 @@ impl Queue {
     pub(super) fn book_missing(&mut self, step: u64, given_up: Option<EngineError>) {
         self.current = None;
         if let Some(error) = given_up
-            && self.brought.remove(&step).is_some()
+            && self.uploaded.remove(&step).is_some()
         {
             // A newer one is there, or this process ends: what is here is as good as any.
             self.outcomes.insert(step, Err(error));
         }
     }
 
-    /// What this rank brought of the current step is not there any more: it is brought once more.
+    /// What this rank uploaded of the current step is not there any more: it is uploaded once more.
     pub(super) fn book_lost(&mut self, step: u64, now: Duration) {
         self.current = None;
-        if self.brought.remove(&step).is_some() {
+        if self.uploaded.remove(&step).is_some() {
             self.waiting.insert(step, Due::default().again(now, PAUSES));
         }
     }
@@ -417,7 +417,7 @@ impl Queue {
     /// change.
     pub(super) fn book_unseen(&mut self, step: u64, uncopied: Uncopied) {
         let precedes_drain = self.current.take().is_some_and(|current| current.precedes_drain);
-        if !self.tries_again(&uncopied, precedes_drain) && self.brought.remove(&step).is_some() {
+        if !self.tries_again(&uncopied, precedes_drain) && self.uploaded.remove(&step).is_some() {
             self.fail(step, uncopied.into());
         }
     }

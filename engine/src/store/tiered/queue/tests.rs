@@ -195,13 +195,13 @@ fn what_this_rank_brought_is_looked_at_less_and_less_often() {
     for pause in [250, 500, 1000] {
         assert_eq!(queue.looks(now), [1]);
         assert!(queue.looks(now).is_empty());
-        queue.take_brought(1).unwrap();
+        queue.take_uploaded(1).unwrap();
         queue.book_missing(1, None);
         assert_eq!(queue.pause(now), Some(Duration::from_millis(pause)));
         now += Duration::from_millis(pause);
     }
-    // Lost: brought once more, and not at once.
-    queue.take_brought(1).unwrap();
+    // Lost: uploaded once more, and not at once.
+    queue.take_uploaded(1).unwrap();
     queue.book_lost(1, now);
     assert_eq!(queue.pause(now), Some(SECOND));
     assert!(queue.is_waiting(1));
