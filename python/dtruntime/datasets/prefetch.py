@@ -96,7 +96,10 @@ class ReadAhead:
         self._fetch = fetch
         self._depth = depth
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        # Held by its own name: `Condition.__enter__` is Python code, in which Ctrl-C could leave it
+        # locked for good.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._current = 0
         self._is_closed = False
         self._ready: dict[int, Ready | BaseException] = {}
@@ -120,7 +123,7 @@ class ReadAhead:
         if self._thread is None:  # not in the constructor: on Ctrl-C here, the caller closes this
             self._thread = threading.Thread(target=self._run, name="dtruntime-ahead", daemon=True)
             self._thread.start()
-        with self._changed:
+        with self._lock:
             self._current = number
             self._changed.notify_all()
             while number not in self._ready:
@@ -143,7 +146,7 @@ class ReadAhead:
         self._ready.clear()
 
     def _end(self, thread: threading.Thread) -> None:
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             self._changed.notify_all()
         if thread.is_alive():  # Ctrl-C may have interrupted its start
@@ -151,7 +154,7 @@ class ReadAhead:
 
     def _run(self) -> None:
         for number, path in enumerate(self._paths):
-            with self._changed:
+            with self._lock:
                 while number > self._current + self._depth and not self._is_closed:
                     self._changed.wait()
                 if self._is_closed:
@@ -161,6 +164,6 @@ class ReadAhead:
                 found = self._fetch(path, lambda: self._is_closed)
             except BaseException as error:  # noqa: BLE001  (raised where the file is requested)
                 found = error
-            with self._changed:
+            with self._lock:
                 self._ready[number] = found
                 self._changed.notify_all()
