@@ -145,7 +145,8 @@ def test_a_reader_gets_the_original_path_of_a_copied_file(library, tmp_path):
 
 
 INTERRUPTED = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with `&`
 sys.path.insert(0, sys.argv[2])
 import pathlib
 from samples import Dealer
