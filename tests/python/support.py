@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -19,6 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PACKAGE_ROOT = Path(__file__).parents[2] / "python"
+
+
+@contextlib.contextmanager
+def short_files():
+    """Let no file grow beyond 4 MiB: a save of more than was reserved for it fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import resource
 
 import pytest
 import torch
-from support import state_of
+from support import short_files, state_of
 
 import dtruntime
 from dtruntime import CheckpointManager, Closed, StorageError
-
-
-@contextlib.contextmanager
-def short_files():
-    """Let no file grow beyond 4 MiB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_one_that_fails(manager, step: int = 2) -> dtruntime.SaveHandle:

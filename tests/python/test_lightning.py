@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import resource
 import textwrap
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import lightning_job
@@ -19,7 +17,7 @@ from lightning_fabric import Fabric
 from lightning_job import Net, batches, trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from ranks import torchrun
-from support import assert_same, flip_byte, run_script, shard_of
+from support import assert_same, flip_byte, run_script, shard_of, short_files
 
 from dtruntime import (
     CheckpointManager,
@@ -110,17 +108,6 @@ def test_a_path_that_is_saved_again_has_the_last_checkpoint(tmp_path):
     assert len(list((tmp_path / "last.ckpt").rglob("*.shard"))) == 1, "nothing stays behind"
 
 
-@contextmanager
-def failing_saves():
-    """Let no file grow beyond 4 MiB: what is larger than what is reserved for it fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def growing_state(step: int) -> dict:
     return {"global_step": step, "state_dict": {"weight": torch.randn(2_000_000)}}
 
@@ -135,7 +122,7 @@ def test_nothing_is_removed_before_its_replacement_is_durable(tmp_path):
     plugin.save_checkpoint(a_checkpoint(), old)
     plugin.save_checkpoint(shrinking_state(2), new)
     plugin.teardown()
-    with failing_saves():
+    with short_files():
         plugin.save_checkpoint(growing_state(3), new)
         plugin.remove_checkpoint(old)  # as `ModelCheckpoint` does at once
         with pytest.raises(StorageError):
@@ -153,7 +140,7 @@ def test_a_failed_save_is_raised_by_the_next_and_is_not_the_newest(tmp_path):
     for name in ("a", "b"):
         plugin.save_checkpoint(shrinking_state(1), tmp_path / name)
     plugin.teardown()
-    with failing_saves():
+    with short_files():
         plugin.save_checkpoint(growing_state(2), tmp_path / "b")
         with pytest.raises(StorageError):
             plugin.save_checkpoint(a_checkpoint(3), tmp_path / "a")
